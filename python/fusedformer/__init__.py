@@ -1,0 +1,11 @@
+"""Fused Triton kernels for Transformer encoders, as drop-in ``torch.nn`` modules.
+
+>>> from fusedformer import functional as F, nn
+>>> layer = nn.TransformerEncoderLayer(d_model=64, nhead=4, batch_first=True)
+"""
+
+from fusedformer import functional, nn
+from fusedformer._backend import backend
+from fusedformer._version import __version__
+
+__all__ = ["__version__", "backend", "functional", "nn"]

@@ -1,0 +1,71 @@
+"""Choice of backend: the Triton kernels, or the fastest composition of ATen calls."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["triton", "torch"]
+
+_forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar(
+    "fusedformer_backend", default=None
+)
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    """Whether triton can be imported (it has no wheel for macOS or Windows on Arm)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreter_is_on() -> bool:
+    """Whether kernels run on CPU tensors under ``TRITON_INTERPRET=1``, read once as triton does."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextlib.contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Force one backend inside a ``with`` block, on this thread and in this context.
+
+    Args:
+        name: ``"triton"`` for the fused kernels (CUDA and ROCm tensors; CPU tensors only when
+            ``TRITON_INTERPRET=1`` was set before the process started), ``"torch"`` for the
+            composition of ATen calls (any device and dtype, double backward included).
+
+    Raises:
+        ValueError: ``name`` is neither.
+        RuntimeError: ``"triton"`` is asked for where triton is not installed.
+    """
+    if name not in ("triton", "torch"):
+        raise ValueError(f"backend(): name must be 'triton' or 'torch', but got {name!r}")
+    if name == "triton" and not triton_is_installed():
+        raise RuntimeError("backend('triton'): triton is not installed; use backend('torch')")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def chosen_backend(tensor: Tensor) -> Backend:
+    """The backend that an op on ``tensor`` runs on, from its device and :func:`backend`."""
+    forced = _forced.get()
+    kind = tensor.device.type
+    kernels_run_here = kind == "cuda" or (kind in ("cpu", "meta") and interpreter_is_on())
+    if forced == "torch":
+        return "torch"
+    if forced == "triton" and not kernels_run_here:
+        raise RuntimeError(
+            f"backend('triton'): the kernels run on CUDA and ROCm tensors, but got a tensor on "
+            f"{tensor.device}; on CPU tensors they run only when TRITON_INTERPRET=1 was set "
+            f"before the process started"
+        )
+    return "triton" if kernels_run_here and triton_is_installed() else "torch"

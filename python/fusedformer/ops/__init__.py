@@ -1,0 +1,23 @@
+"""One file per op: registration with ``torch.library``, autograd, choice of backend."""
+
+from fusedformer.ops.activation import bias_activation
+from fusedformer.ops.attention import scaled_dot_product_attention
+from fusedformer.ops.norm import (
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    layer_norm,
+    rms_norm,
+)
+from fusedformer.ops.softmax import softmax
+
+__all__ = [
+    "bias_activation",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+]

@@ -1,0 +1,247 @@
+"""LayerNorm and RMSNorm, alone and fused with bias, dropout and residual: registration, autograd.
+
+One registered op serves them all: ``kind`` is ``"layer"``, ``"rms"`` or ``"none"`` (only the sum).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import _checks
+from fusedformer._backend import chosen_backend
+from fusedformer.ops._shared import draw_seed, no_double_backward, nothing
+
+Shape = tuple[int, ...]
+
+
+def layer_norm(
+    input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """See :func:`fusedformer.functional.layer_norm`."""
+    if chosen_backend(input) == "torch":
+        return F.layer_norm(input, shape, weight, bias, eps)
+    _checks.check_kernel_dtype("layer_norm", "input", input)
+    return _norm(input, None, None, weight, bias, None, 0.0, eps, "layer", len(shape))[0]
+
+
+def rms_norm(input: Tensor, shape: Shape, weight: Tensor | None, eps: float | None) -> Tensor:
+    """See :func:`fusedformer.functional.rms_norm`."""
+    if chosen_backend(input) == "torch":
+        return F.rms_norm(input, shape, weight, eps)
+    _checks.check_kernel_dtype("rms_norm", "input", input)
+    return _norm(input, None, None, weight, None, None, 0.0, _eps(eps), "rms", len(shape))[0]
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    input_bias: Tensor | None,
+    p: float,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
+    if chosen_backend(input) == "torch":
+        total = _dropout_add_aten(input, residual, input_bias, p)
+        output = F.layer_norm(total, shape, weight, bias, eps)
+        return (output, total) if return_sum else output
+    _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
+    seed = draw_seed(p, input.device)
+    output, total, _, _ = _norm(
+        input, residual, input_bias, weight, bias, seed, p, eps, "layer", len(shape)
+    )
+    return (output, total) if return_sum else output
+
+
+def dropout_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    eps: float | None,
+    *,
+    input_bias: Tensor | None,
+    p: float,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.dropout_add_rms_norm`."""
+    if chosen_backend(input) == "torch":
+        total = _dropout_add_aten(input, residual, input_bias, p)
+        output = F.rms_norm(total, shape, weight, eps)
+        return (output, total) if return_sum else output
+    _checks.check_kernel_dtype("dropout_add_rms_norm", "input", input)
+    seed = draw_seed(p, input.device)
+    output, total, _, _ = _norm(
+        input, residual, input_bias, weight, None, seed, p, _eps(eps), "rms", len(shape)
+    )
+    return (output, total) if return_sum else output
+
+
+def dropout_add(
+    input: Tensor, residual: Tensor, *, input_bias: Tensor | None, p: float
+) -> Tensor:
+    """See :func:`fusedformer.functional.dropout_add`."""
+    if chosen_backend(input) == "torch":
+        return _dropout_add_aten(input, residual, input_bias, p)
+    _checks.check_kernel_dtype("dropout_add", "input", input)
+    seed = draw_seed(p, input.device)
+    return _norm(input, residual, input_bias, None, None, seed, p, 0.0, "none", 1)[1]
+
+
+def _eps(eps: float | None) -> float:
+    # torch takes the epsilon of the dtype that it computes in, which is float32 for all of ours.
+    return torch.finfo(torch.float32).eps if eps is None else eps
+
+
+def _dropout_add_aten(
+    input: Tensor, residual: Tensor, input_bias: Tensor | None, p: float
+) -> Tensor:
+    if input_bias is not None:
+        input = input + input_bias.to(input.dtype)
+    return (F.dropout(input, p) if p else input) + residual
+
+
+@torch.library.custom_op("fusedformer::norm", mutates_args=())
+def _norm(
+    input: Tensor,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    kind: str,
+    dims: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(norm, sum, mean, rstd); each empty where ``kind`` or a missing residual leaves it out."""
+    from fusedformer_kernels.norm import norm_forward
+
+    outputs = norm_forward(input, residual, input_bias, weight, bias, seed, p, eps, kind, dims)
+    output, total, mean, rstd = (nothing(input) if t is None else t for t in outputs)
+    return output, total, mean, rstd
+
+
+@torch.library.register_fake("fusedformer::norm")
+def _norm_fake(
+    input: Tensor,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    kind: str,
+    dims: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = nothing(input)
+    statistics = input.new_empty(input.shape[:-dims], dtype=torch.float32).flatten()
+    return (
+        none if kind == "none" else input.new_empty(input.shape),
+        none.clone() if residual is None else input.new_empty(input.shape),
+        statistics if kind == "layer" else none.clone(),
+        none.clone() if kind == "none" else statistics.clone(),
+    )
+
+
+@torch.library.custom_op("fusedformer::norm_backward", mutates_args=())
+def _norm_backward(
+    grad: Tensor | None,
+    sum_grad: Tensor | None,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    kind: str,
+    dims: int,
+    needs_weight_grad: bool,
+    needs_bias_grad: bool,
+    needs_input_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(residual grad, input grad if it differs by dropout, weight, bias and input bias grads)."""
+    from fusedformer_kernels.norm import norm_backward
+
+    grads = norm_backward(
+        grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims,
+        needs_weight_grad, needs_bias_grad, needs_input_bias_grad,
+    )
+    first, second, third, fourth, fifth = (nothing(normed) if t is None else t for t in grads)
+    return first, second, third, fourth, fifth
+
+
+@torch.library.register_fake("fusedformer::norm_backward")
+def _norm_backward_fake(
+    grad: Tensor | None,
+    sum_grad: Tensor | None,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    kind: str,
+    dims: int,
+    needs_weight_grad: bool,
+    needs_bias_grad: bool,
+    needs_input_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = normed.shape[-dims:]
+
+    def parameter_grad(wanted: bool) -> Tensor:
+        return normed.new_empty(shape, dtype=torch.float32) if wanted else nothing(normed)
+
+    return (
+        normed.new_empty(normed.shape),
+        normed.new_empty(normed.shape) if p else nothing(normed),
+        parameter_grad(needs_weight_grad),
+        parameter_grad(needs_bias_grad),
+        parameter_grad(needs_input_bias_grad),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, residual, input_bias, weight, bias, seed, ctx.p, _, ctx.kind, ctx.dims = inputs
+    _, total, mean, rstd = output
+    ctx.dtypes = [None if t is None else t.dtype for t in (input_bias, weight, bias)]
+    ctx.save_for_backward(input if residual is None else total, mean, rstd, weight, seed)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, sum_grad: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    normed, mean, rstd, weight, seed = ctx.saved_tensors
+    _, _, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+    if ctx.kind == "none":
+        grad, sum_grad = None, sum_grad
+    if grad is None and sum_grad is None:
+        return (None,) * 10
+    residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
+        grad, sum_grad, normed, mean, rstd, weight, seed, ctx.p, ctx.kind, ctx.dims,
+        needs_weight, needs_bias, needs_input_bias,
+    )
+    input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    return (
+        dropped_grad if ctx.p else residual_grad,
+        residual_grad if ctx.needs_input_grad[1] else None,
+        input_bias_grad.to(input_bias_dtype) if needs_input_bias else None,
+        weight_grad.to(weight_dtype) if needs_weight else None,
+        bias_grad.to(bias_dtype) if needs_bias else None,
+        None, None, None, None, None,
+    )
+
+
+torch.library.register_autograd("fusedformer::norm", _backward, setup_context=_save)
+torch.library.register_autograd("fusedformer::norm_backward", no_double_backward("the norms"))
