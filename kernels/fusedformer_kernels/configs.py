@@ -1,0 +1,173 @@
+"""Tile configs: a pure function of shape, dtype and architecture.
+
+Every choice here is read from the compile report (``python -m fusedformer compile-report``): no
+spills on sm_90, shared memory within the architecture's limit. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a config depends on, of a device."""
+
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # compute capability * 10, or the gfx name
+    warp_size: int
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 108, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 132, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 148, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 304, 64 * 1024),
+}
+# The interpreter gets sm_90's tiles, and few multiprocessors so that persistent loops iterate.
+INTERPRETED = Target("cuda", 90, 32, 2, 227 * 1024)
+
+_assumed: Target | None = None
+
+
+@contextlib.contextmanager
+def assume_target(target: Target) -> Iterator[None]:
+    """Choose configs for ``target``, whatever device the tensors are on (for compiling ahead)."""
+    global _assumed
+    previous, _assumed = _assumed, target
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that kernels on tensors of ``device`` are launched for."""
+    if _assumed is not None:
+        return _assumed
+    return INTERPRETED if device.type != "cuda" else _cuda_target(device.index or 0)
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    count = properties.multi_processor_count
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        return Target("hip", name, properties.warp_size, count, 64 * 1024)
+    arch = properties.major * 10 + properties.minor
+    # Turing, and Ada and Blackwell of the desktop, have less than the data-center parts.
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Target("cuda", arch, 32, count, shared)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a compiled kernel is launched."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class TileConfig(LaunchConfig):
+    """A tile of BLOCK_M rows and BLOCK_N columns."""
+
+    block_m: int = 1
+    block_n: int = 16
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _warps(elements: int, per_thread: int, target: Target) -> int:
+    """Warps for a tile, so that one thread holds about ``per_thread`` of its elements."""
+    threads = max(1, elements // per_thread)
+    return max(1, min(next_power_of_2(threads // target.warp_size), 1024 // target.warp_size))
+
+
+# Longest row that one program keeps whole in registers; longer rows are read twice.
+SOFTMAX_ONE_PASS = 32768
+SOFTMAX_BACKWARD_ONE_PASS = 16384
+NORM_ONE_PASS = 16384
+NORM_BACKWARD_ONE_PASS = 8192
+LONG_ROW_CHUNK = 4096
+
+
+def row_tile(columns: int, one_pass: int, tile: int, per_thread: int, target: Target) -> TileConfig:
+    """Whole rows of up to ``one_pass`` columns, several a program when short; else one chunk."""
+    if columns > one_pass:
+        return TileConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
+    block_n = max(next_power_of_2(columns), 16)
+    block_m = max(1, min(tile // block_n, 64))
+    return TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
+
+
+def elementwise_tile(columns: int, target: Target) -> TileConfig:
+    """Tiles for bias + activation, forward and backward: 16 elements a thread."""
+    block_n = min(max(next_power_of_2(columns), 16), 512)
+    block_m = max(1, min(2048 // block_n, 64))
+    return TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
+
+
+def row_programs(row_blocks: int, target: Target) -> int:
+    """How many persistent programs walk ``row_blocks``: it bounds the partial sums they leave."""
+    return max(1, min(row_blocks, 2 * target.multiprocessors))
+
+
+@dataclass(frozen=True)
+class AttentionConfig(LaunchConfig):
+    """Tile of block_m queries by block_n keys."""
+
+    block_m: int = 64
+    block_n: int = 64
+
+
+def padded_dim(dim: int) -> int:
+    """Head dim as tiles hold it: a power of two that tensor cores take."""
+    return max(next_power_of_2(dim), 16)
+
+
+def attention_forward_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    """``dim`` is the larger of the padded key and value head dims."""
+    wide = dtype == torch.float32
+    if target.backend == "hip":
+        if dim > 128 or wide:
+            return AttentionConfig(4, 1, 64, 32)
+        return AttentionConfig(4, 1, 128, 64) if dim <= 64 else AttentionConfig(4, 1, 64, 64)
+    if wide:
+        return AttentionConfig(4, 2, 64, 32) if dim <= 64 else AttentionConfig(8, 1, 64, 32)
+    if dim <= 64:
+        return AttentionConfig(8, 3, 128, 128 if target.arch == 90 else 64)
+    if dim <= 128:
+        return AttentionConfig(8, 2, 128, 128) if target.arch == 90 else AttentionConfig(8, 2, 128, 64)
+    return AttentionConfig(8, 2 if target.shared_memory > 200 * 1024 else 1, 64, 64)
+
+
+def attention_backward_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    """For both backward kernels; ``dim`` is the larger of the padded key and value head dims."""
+    wide = dtype == torch.float32
+    if target.backend == "hip":
+        return AttentionConfig(4, 1, 32, 32) if dim > 64 or wide else AttentionConfig(4, 1, 64, 64)
+    if wide:
+        return AttentionConfig(4, 1, 32, 32) if dim <= 64 else AttentionConfig(8, 1, 32, 32)
+    if dim <= 64:
+        return AttentionConfig(8, 2, 64, 128) if target.arch == 90 else AttentionConfig(8, 2, 64, 64)
+    if dim <= 128:
+        return AttentionConfig(8, 2 if target.arch == 90 else 1, 64, 64)
+    return AttentionConfig(8, 1, 32, 64) if target.arch == 90 else AttentionConfig(8, 1, 32, 32)
