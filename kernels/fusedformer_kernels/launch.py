@@ -42,7 +42,7 @@ def launch(
         if _replacement is not None:
             _replacement(record)
             return
-    device = args[0].device
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **config.options())

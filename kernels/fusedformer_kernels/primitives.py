@@ -65,10 +65,11 @@ def dropout_keep(seed, plane, rows, first_column, p, BLOCK_N: tl.constexpr):
     bits = tl.join(tl.join(a, c), tl.join(b, d))  # [BLOCK_M, BLOCK_N / 4, 2, 2]
     bits = tl.reshape(bits, [rows.shape[0], BLOCK_N])
     # 24 bits, compared as integers: p = 0 keeps all, p = 1 nothing.
-    return (bits >> 8) >= (p * 16777216.0).to(tl.uint32)
+    threshold = (tl.zeros([1, 1], tl.float32) + p) * 16777216.0
+    return (bits >> 8) >= threshold.to(tl.uint32)
 
 
 @triton.jit
 def dropout_scale(p):
-    """The factor on kept elements: 1 / (1 - p), and 0 where nothing is kept."""
-    return tl.where(p < 1.0, 1.0 / (1.0 - tl.minimum(p, 0.99999994)), 0.0)
+    """The factor on kept elements, [1, 1]: 1 / (1 - p), and finite where nothing is kept."""
+    return 1.0 / tl.maximum(1.0 - (tl.zeros([1, 1], tl.float32) + p), 1e-7)
