@@ -1,0 +1,32 @@
+"""Drop-in modules: those of ``torch.nn`` by the same names, and what stands before an encoder.
+
+Each subclass of a class of ``torch.nn`` has its constructor, state_dict, initialization, forward
+and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.
+"""
+
+from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.multihead_attention import MultiheadAttention
+from fusedformer.nn.positional_encoding import (
+    LearnedPositionalEncoding,
+    SinusoidalPositionalEncoding,
+)
+from fusedformer.nn.rms_norm import RMSNorm
+from fusedformer.nn.scaled_dot_product_attention import ScaledDotProductAttention
+from fusedformer.nn.softmax import LogSoftmax, Softmax
+from fusedformer.nn.token_embedding import TokenEmbedding
+from fusedformer.nn.transformer_encoder import TransformerEncoder
+from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
+
+__all__ = [
+    "LayerNorm",
+    "LearnedPositionalEncoding",
+    "LogSoftmax",
+    "MultiheadAttention",
+    "RMSNorm",
+    "ScaledDotProductAttention",
+    "SinusoidalPositionalEncoding",
+    "Softmax",
+    "TokenEmbedding",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

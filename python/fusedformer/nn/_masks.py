@@ -1,0 +1,176 @@
+"""Sequences and masks as ``torch.nn`` takes them: checked, and brought into one form.
+
+``torch.nn`` says True = masked; :mod:`fusedformer.functional` says True = keep, as
+``F.scaled_dot_product_attention`` does. The change of sign happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import _checks
+
+
+class Names(NamedTuple):
+    """What error messages call the module and its arguments."""
+
+    function: str
+    query: str
+    key: str
+    value: str
+    attn_mask: str
+    key_padding_mask: str
+
+
+class AttentionMasks(NamedTuple):
+    """The masks of one attention, as the arguments of the same names of the functional form."""
+
+    attn_mask: Tensor | None  # [1 or batch, 1 or heads, L, S]; True = keep, or added to the scores
+    key_mask: Tensor | None  # [batch, S]; True = keep
+    is_causal: bool
+
+    def merged(self) -> Tensor | None:
+        """``attn_mask`` and ``key_mask`` as one mask, broadcastable to [batch, heads, L, S]."""
+        if self.key_mask is None:
+            return self.attn_mask
+        return _restrict(self.attn_mask, self.key_mask[:, None, None, :])
+
+
+def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:
+    if mask is None:
+        return keep
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
+
+
+def check_rank(function: str, name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a padded batch of sequences, or one sequence."""
+    _checks.check_tensor(function, name, tensor)
+    if tensor.is_nested:
+        raise TypeError(f"{function}(): expected '{name}' to be padded, but got a nested tensor")
+    if tensor.dim() not in (2, 3):
+        raise ValueError(
+            f"{function}(): expected '{name}' to be 3-D (batched) or 2-D (unbatched), "
+            f"but got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight: Tensor) -> None:
+    """Raise unless ``tensor`` is ``[*, *, width]`` or ``[*, width]`` and fits ``weight``."""
+    check_rank(function, name, tensor)
+    if tensor.shape[-1] != width:
+        raise ValueError(
+            f"{function}(): expected the last dimension of '{name}' to be {width}, "
+            f"but got shape {tuple(tensor.shape)}"
+        )
+    _checks.check_same_device(function, {name: tensor, "weight": weight})
+    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"{function}(): expected '{name}' to have the dtype of the parameters, "
+            f"{weight.dtype}, but got {tensor.dtype}"
+        )
+
+
+def check_padding_mask(
+    function: str, name: str, mask: Tensor, batched: bool, batch: int, keys: int
+) -> None:
+    """Raise unless ``mask`` is boolean or floating, ``[batch, keys]``, unbatched ``[keys]``."""
+    _check_mask_type(function, name, mask)
+    if batched:
+        _checks.check_shape(function, name, mask, (batch, keys), "batch, keys")
+    else:
+        _checks.check_shape(function, name, mask, (keys,), "keys, for unbatched input")
+
+
+def _check_mask_type(function: str, name: str, mask: Tensor) -> None:
+    _checks.check_tensor(function, name, mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"{function}(): expected '{name}' to be boolean (True = masked) or floating-point "
+            f"(added to the scores), but got {mask.dtype}"
+        )
+
+
+def padded_positions(key_padding_mask: Tensor) -> Tensor:
+    """Boolean, True where the mask removes a key altogether: at True or -inf."""
+    if key_padding_mask.dtype == torch.bool:
+        return key_padding_mask
+    return key_padding_mask == -torch.inf
+
+
+def is_causal_mask(mask: Tensor | None, length: int) -> bool:
+    """Whether ``mask`` is exactly the causal mask of ``length`` positions.
+
+    Looking costs one synchronization on a GPU. Inside ``torch.compile``, which cannot look, the
+    answer is False: the mask is then applied as it stands, with the same result.
+    """
+    if mask is None or mask.shape != (length, length) or torch.compiler.is_compiling():
+        return False
+    masked = 1.0 if mask.dtype == torch.bool else -torch.inf
+    causal = torch.full((length, length), masked, dtype=mask.dtype, device=mask.device).triu(1)
+    return torch.equal(mask, causal)
+
+
+def attention_masks(
+    names: Names,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    *,
+    batched: bool,
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    appended: int = 0,
+) -> AttentionMasks:
+    """Check the masks of a ``torch.nn`` attention module and convert them.
+
+    After ``keys`` come ``appended`` more, which every query sees. With ``is_causal``, the hint
+    that ``attn_mask`` is the causal mask, ``attn_mask`` is not read, unless it may be learned or
+    the causal pattern would hide appended keys.
+    """
+    function = names.function
+    if attn_mask is not None:
+        _check_mask_type(function, names.attn_mask, attn_mask)
+        wanted = {2: (rows, keys), 3: (batch * heads, rows, keys)}
+        if tuple(attn_mask.shape) != wanted.get(attn_mask.dim()):
+            raise ValueError(
+                f"{function}(): expected '{names.attn_mask}' to have shape {wanted[2]} "
+                f"(queries, keys) or {wanted[3]} (batch * heads, queries, keys), "
+                f"but got {tuple(attn_mask.shape)}"
+            )
+    elif is_causal:
+        raise ValueError(
+            f"{function}(): is_causal=True is a hint that '{names.attn_mask}' is the causal mask, "
+            f"so '{names.attn_mask}' is needed, but got None; see "
+            f"torch.nn.Transformer.generate_square_subsequent_mask"
+        )
+    if key_padding_mask is not None:
+        name = names.key_padding_mask
+        check_padding_mask(function, name, key_padding_mask, batched, batch, keys)
+
+    is_causal = (
+        is_causal and attn_mask is not None and not attn_mask.requires_grad and not appended
+    )
+    mask = None if is_causal else attn_mask
+    if mask is not None:
+        mask = _appended(~mask if mask.dtype == torch.bool else mask, appended)
+        mask = torch.unflatten(mask, 0, (batch, heads)) if mask.dim() == 3 else mask[None, None]
+    if key_padding_mask is None:
+        return AttentionMasks(mask, None, is_causal)
+    padding = key_padding_mask if batched else key_padding_mask[None]
+    if padding.dtype == torch.bool:
+        return AttentionMasks(mask, _appended(~padding, appended), is_causal)
+    added = _appended(padding, appended)[:, None, None, :]
+    if mask is not None:
+        added = _restrict(added, mask) if mask.dtype == torch.bool else added + mask
+    return AttentionMasks(added, None, is_causal)
+
+
+def _appended(mask: Tensor, count: int) -> Tensor:
+    visible = 1.0 if mask.dtype == torch.bool else 0.0
+    return F.pad(mask, (0, count), value=visible) if count else mask

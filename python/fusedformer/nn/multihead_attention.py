@@ -1,0 +1,237 @@
+"""``torch.nn.MultiheadAttention`` on the fused kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import _checks, functional
+from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
+
+_NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_padding_mask")
+
+
+def check_heads(function: str, width_name: str, width: int, heads_name: str, heads: int) -> None:
+    """Raise ``ValueError`` unless both are positive and ``heads`` divides ``width``."""
+    if width <= 0 or heads <= 0 or width % heads:
+        raise ValueError(
+            f"{function}(): expected '{width_name}' to be a positive multiple of a positive "
+            f"'{heads_name}', but got {width_name}={width} and {heads_name}={heads}"
+        )
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """``concat(head_1, ...) @ W_o`` with ``head_i = attention(q @ W_q_i, k @ W_k_i, v @ W_v_i)``.
+
+    A drop-in for :class:`torch.nn.MultiheadAttention`: constructor, parameters, initialization
+    and arguments are its own. The fused attention reads the projections in place, and computes
+    the output whether weights are asked for or not (only dropout on weights that are returned
+    needs the score matrix). It differs where torch's own paths disagree:
+
+    - A query with no visible key attends to nothing: its heads are 0, never NaN.
+    - Masks of different kinds, one boolean and one floating, may be mixed without a warning.
+    - Bad arguments raise ``ValueError`` or ``TypeError``.
+
+    Args:
+        embed_dim: total width ``E`` of the model.
+        num_heads: number of heads; divides ``embed_dim``.
+        dropout: probability that an attention weight is dropped while training, in [0, 1].
+        bias: whether the projections have biases.
+        add_bias_kv: append one learned key and value, seen by every query.
+        add_zero_attn: append a key and value of zeros, seen by every query.
+        kdim, vdim: widths of key and value; ``embed_dim`` if None.
+        batch_first: batched input is ``[batch, length, width]`` rather than
+            ``[length, batch, width]``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``; ``dropout`` outside [0, 1].
+
+    Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_heads("MultiheadAttention", "embed_dim", embed_dim, "num_heads", num_heads)
+        _checks.check_probability("MultiheadAttention", "dropout", dropout)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: ``[N, L, E]`` with ``batch_first``, else ``[L, N, E]``; unbatched ``[L, E]``.
+            key, value: likewise with length ``S`` and widths ``kdim`` and ``vdim``. Passing the
+                same tensor object lets one product project them together.
+            key_padding_mask: ``[N, S]`` (unbatched ``[S]``); True = masked, or floating-point and
+                added to the scores.
+            need_weights: also return the attention weights, at the cost of the score matrix.
+            attn_mask: ``[L, S]`` or ``[N * num_heads, L, S]``; True = masked, or added.
+            average_attn_weights: return the mean of the weights over the heads.
+            is_causal: a hint that ``attn_mask``, which must be given, is the causal mask; it is
+                then not read.
+
+        Returns:
+            The output, of the shape of ``query``, and None or the weights after dropout:
+            ``[N, L, S]``, or ``[N, num_heads, L, S]`` if they are not averaged (no ``N`` for
+            unbatched input).
+
+        Raises:
+            TypeError: dtypes that do not fit the parameters; masks neither boolean nor floating.
+            ValueError: shapes or devices that do not fit; ``is_causal`` without ``attn_mask``.
+        """
+        heads, weights = self._attend(
+            query, key, value, key_padding_mask, attn_mask, is_causal, need_weights
+        )
+        output: Tensor = self.out_proj(heads)
+        if weights is not None:
+            if average_attn_weights:
+                weights = weights.mean(1)
+            if query.dim() == 2:
+                weights = weights[0]
+        return output, weights
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+        names: Names = _NAMES,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The merged heads ``[..., E]`` before the output projection, and the weights per head."""
+        batch, rows, keys = self._check_inputs(query, key, value, names)
+        appended = int(self.bias_k is not None) + int(self.add_zero_attn)
+        masks = attention_masks(
+            names, attn_mask, key_padding_mask, is_causal, batched=query.dim() == 3,
+            batch=batch, heads=self.num_heads, rows=rows, keys=keys, appended=appended,
+        )
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        if appended:
+            k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = self._weights(q, k, masks) if need_weights else None
+        if weights is not None and dropout_p:
+            weights = F.dropout(weights, dropout_p)
+            output = weights @ v
+        else:
+            output = functional.scaled_dot_product_attention(
+                q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask
+            )
+        return self._merge_heads(output, query.dim()), weights
+
+    def _check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, names: Names
+    ) -> tuple[int, int, int]:
+        """Batch size, number of queries and number of keys, once everything is seen to fit."""
+        function, weight = names.function, self.out_proj.weight
+        check_sequence(function, names.query, query, self.embed_dim, weight)
+        batch, rows = self._sizes(query)
+        if key is query and value is query and self._qkv_same_embed_dim:
+            return batch, rows, rows
+        check_sequence(function, names.key, key, self.kdim, weight)
+        check_sequence(function, names.value, value, self.vdim, weight)
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"{function}(): expected '{names.key}' and '{names.value}' to have the same batch "
+                f"and length, but got shapes {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+        key_batch, keys = self._sizes(key)
+        if key.dim() != query.dim() or key_batch != batch:
+            raise ValueError(
+                f"{function}(): expected '{names.key}' to have the batch of '{names.query}', but "
+                f"got shapes {tuple(key.shape)} and {tuple(query.shape)} with "
+                f"batch_first={self.batch_first}"
+            )
+        return batch, rows, keys
+
+    def _sizes(self, sequence: Tensor) -> tuple[int, int]:
+        """(batch, length), with a batch of 1 for unbatched input."""
+        if sequence.dim() == 2:
+            return 1, sequence.shape[0]
+        first, second = sequence.shape[:2]
+        return (first, second) if self.batch_first else (second, first)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Projected query, key and value ``[..., E]``: views of one product where they can be."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        if weight is not None and key is value:
+            sizes = [self.embed_dim, 2 * self.embed_dim]
+            weights = torch.split(weight, sizes)
+            biases = (None, None) if bias is None else torch.split(bias, sizes)
+            return (
+                F.linear(query, weights[0], biases[0]),
+                *F.linear(key, weights[1], biases[1]).chunk(2, -1),
+            )
+        if weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(map(F.linear, (query, key, value), weights, biases))
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        """``[batch, heads, length, head_dim]``, always a view."""
+        split = torch.unflatten(projected, -1, (self.num_heads, self.head_dim))
+        if projected.dim() == 2:
+            return split.transpose(0, 1)[None]
+        return split.transpose(1, 2) if self.batch_first else split.permute(1, 2, 0, 3)
+
+    def _merge_heads(self, output: Tensor, dim: int) -> Tensor:
+        """The inverse of :meth:`_split_heads`; a view of a kernel's result if batch is first."""
+        if dim == 2:
+            return output[0].transpose(0, 1).flatten(1)
+        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return output.permute(order).flatten(2)
+
+    def _append(self, heads: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values and, after them, the learned one and the zeros that are asked for."""
+        shape = (heads.shape[0], self.num_heads, 1, self.head_dim)
+        parts = [heads]
+        if bias is not None:
+            parts.append(bias.view(1, *shape[1:]).expand(shape).to(heads.dtype))
+        if self.add_zero_attn:
+            parts.append(heads.new_zeros(shape))
+        return torch.cat(parts, -2)
+
+    def _weights(self, query: Tensor, key: Tensor, masks: AttentionMasks) -> Tensor:
+        """The attention weights ``[batch, heads, L, S]`` before dropout."""
+        return functional.softmax(
+            query @ key.transpose(-2, -1), -1, scale=1.0 / math.sqrt(self.head_dim),
+            mask=masks.merged(), is_causal=masks.is_causal,
+        )
