@@ -171,3 +171,10 @@ def attention_backward_config(dim: int, dtype: torch.dtype, target: Target) -> A
     if dim <= 128:
         return AttentionConfig(8, 2 if target.arch == 90 else 1, 64, 64)
     return AttentionConfig(8, 1, 32, 64) if target.arch == 90 else AttentionConfig(8, 1, 32, 32)
+
+
+def attention_mask_gradient_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    """Square tiles, no larger than the backward's."""
+    config = attention_backward_config(dim, dtype, target)
+    side = min(config.block_m, config.block_n)
+    return AttentionConfig(config.num_warps, 1, side, side)

@@ -244,10 +244,10 @@ def _attention_backward_fake(
     return like(query, needs[0]), like(key, needs[1]), like(value, needs[2]), mask_grad
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, mask, key_mask, key_lengths, seed = inputs[:7]
     ctx.dropout_p, ctx.is_causal, ctx.scale = inputs[7:]
-    ctx.save_for_backward(query, key, value, *outputs, mask, key_mask, key_lengths, seed)
+    ctx.save_for_backward(query, key, value, *output, mask, key_mask, key_lengths, seed)
     ctx.set_materialize_grads(False)
 
 
