@@ -1,0 +1,119 @@
+"""Useful FLOPs and fewest bytes of each operation: what any implementation has to do.
+
+Bytes: every input read once, every output written once. Statistics and other scratch that an
+implementation chooses to keep are not counted. ``both`` (a training forward, then the backward)
+counts what must be kept between the two once written and once read.
+
+FLOPs: 2 for a multiply-add of a matrix product; for element-wise work one for each add, multiply,
+compare, division or transcendental of the defining formula. Work on masked pairs is not useful.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes of one call."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor_us(self, copy_gb_s: float, matmul_tflop_s: float) -> float:
+        """The time no version can beat: the larger of moving the bytes and doing the products."""
+        return max(self.times_us(copy_gb_s, matmul_tflop_s))
+
+    def times_us(self, copy_gb_s: float, matmul_tflop_s: float) -> tuple[float, float]:
+        """Microseconds to move the bytes, and to do the FLOPs, at these ceilings."""
+        return self.bytes / copy_gb_s / 1e3, self.flops / matmul_tflop_s / 1e6
+
+
+Costs = dict[str, Cost]
+
+
+def softmax(rows: int, columns: int, itemsize: int) -> Costs:
+    """Forward reads x, writes y. Backward reads dy and y, writes dx."""
+    n = rows * columns
+    forward = Cost(5 * n, 2 * n * itemsize)  # max, subtract, exp, sum, divide
+    backward = Cost(4 * n, 3 * n * itemsize)  # y * dy, sum, subtract, multiply
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def layer_norm(
+    rows: int, columns: int, itemsize: int, *, offset: bool = True, residual: bool = False,
+    return_sum: bool = False, dropout: bool = False,
+) -> Costs:
+    """``norm(dropout(x) + residual)``; without ``residual`` the plain norm of x.
+
+    Forward reads x (and residual), writes y (and the sum, if returned). Backward reads dy (and the
+    gradient of the sum) and the normalized input, writes dx; residual's gradient is the same tensor
+    unless dropout sets them apart. A sum that isn't returned is one tensor more between the two.
+    """
+    n = rows * columns
+    parameters = columns * (2 if offset else 1) * itemsize
+    forward_tensors = 2 + residual + return_sum
+    backward_tensors = 3 + return_sum + (residual and dropout)
+    kept = residual and not return_sum
+    forward = Cost((8 + residual + 2 * dropout) * n, forward_tensors * n * itemsize + parameters)
+    # The gain is read, and the gradients of gain and offset are written.
+    backward = Cost(
+        (12 + dropout) * n, backward_tensors * n * itemsize + parameters + columns * itemsize
+    )
+    return {
+        "forward": forward,
+        "backward": backward,
+        "both": forward + backward + Cost(0, kept * n * itemsize),
+    }
+
+
+def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
+    """Forward reads x, writes y. Backward reads dy and x, writes dx and the bias gradient."""
+    n = rows * columns
+    forward = Cost(6 * n, 2 * n * itemsize + columns * itemsize)
+    backward = Cost(12 * n, 3 * n * itemsize + 2 * columns * itemsize)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def attention(
+    batch: int, heads: int, length: int, dim: int, itemsize: int, *, pairs: int | None = None,
+    mask_bytes: int = 0,
+) -> Costs:
+    """Self-attention; ``pairs`` visible (query, key) pairs over batch and heads, all if None.
+
+    Two products forward, five backward (scores again, dP, dV, dK, dQ). Forward reads q, k, v,
+    writes o. Backward reads those, do and the float32 log-sum-exp, writes dq, dk, dv.
+    """
+    pairs = batch * heads * length * length if pairs is None else pairs
+    tensor = batch * heads * length * dim * itemsize
+    lse = batch * heads * length * 4
+    product = 2 * pairs * dim
+    forward = Cost(2 * product, 4 * tensor + mask_bytes)
+    backward = Cost(5 * product, 8 * tensor + lse + mask_bytes)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "both": forward + backward + Cost(0, lse),
+    }
+
+
+def encoder(
+    lengths: Sequence[int], layers: int, width: int, heads: int, feedforward: int, itemsize: int
+) -> Costs:
+    """A stack of Transformer encoder layers over the real tokens of sequences of these lengths.
+
+    Bytes: weights and the tokens in and out; a lower bound, since no stack keeps a layer's
+    activations on chip. A step also writes the weights' gradients; the optimizer isn't counted.
+    """
+    tokens = sum(lengths)
+    weights = layers * (4 * width * width + 2 * width * feedforward)
+    products = 2 * tokens * weights
+    pairs = heads * sum(length * length for length in lengths)
+    scores = layers * attention(1, 1, 1, width // heads, itemsize, pairs=pairs)["forward"].flops
+    forward = Cost(products + scores, (weights + 2 * tokens * width) * itemsize)
+    step = Cost(3 * products + scores * 7 // 2, forward.bytes + 2 * weights * itemsize)
+    return {"forward": forward, "step": step}

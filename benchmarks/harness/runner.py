@@ -1,0 +1,185 @@
+"""Runs a suite: for each case makes inputs, checks every provider, times those that passed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness import timing
+from harness.case import REFERENCE, Case, Inputs, Program, Provider, Suite, Unsupported
+from harness.check import Checker, Verdict
+from harness.records import Record, ResultFile, rates
+
+
+@dataclass
+class Options:
+    """What a run was asked for."""
+
+    device: torch.device
+    seconds: float  # of timing for each provider and direction
+    compile: bool = False
+    deadline: float = math.inf  # by time.monotonic(): no case starts after it
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
+
+
+@dataclass
+class Contender:
+    """A provider in one case: its program, and the reason why a direction can't be timed."""
+
+    name: str
+    program: Program | None = None
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
+def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Options) -> None:
+    """Measure ``cases`` (headline cases first) and add their records to ``results``."""
+    done = results.measured()
+    todo = [case for case in cases if _key(case) not in done]
+    todo.sort(key=lambda case: not case.headline)
+    if len(todo) < len(cases):
+        options.say(f"{suite.name}: {len(cases) - len(todo)} cases are measured already")
+    providers = suite.providers(options.device, options.compile)
+    for index, case in enumerate(todo):
+        if time.monotonic() > options.deadline:
+            options.say(f"{suite.name}: out of time, {len(todo) - index} cases not measured")
+            return
+        began = time.monotonic()
+        records = run_case(suite, case, providers, options)
+        results.add(records)
+        options.say(
+            f"{suite.name} {index + 1}/{len(todo)}: {case.name} "
+            f"({time.monotonic() - began:.1f} s)"
+        )
+        for line in summary_lines(records, results.document["ceilings"]):
+            options.say("    " + line)
+
+
+def run_case(suite: Suite, case: Case, providers: dict[str, Provider], options: Options) -> list[Record]:
+    """The records of one case: every provider in every direction, timed or with the reason."""
+    torch.manual_seed(0)
+    _forget_compiled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SDPA warns at length why a forced backend declines
+        inputs = case.make(options.device)
+        contenders = check_all(suite, case, providers, inputs, options.device)
+        records = []
+        for direction in case.costs:
+            records += _time_direction(case, direction, contenders, inputs, options)
+    return records
+
+
+def check_all(
+    suite: Suite, case: Case, providers: dict[str, Provider], inputs: Inputs, device: torch.device
+) -> list[Contender]:
+    """Build and check each provider; one that fails carries its reason instead of a time."""
+    try:
+        reference = providers[REFERENCE](case)
+        checker = Checker(case, reference, suite.truth(case, device), inputs)
+    except Exception as error:  # out of memory, say: nothing to judge by, so nothing is timed
+        _reraise_if_device_is_lost(error)
+        verdict = Verdict("error", f"no reference: {_status_of(error)[1]}")
+        return [Contender(name, None, dict.fromkeys(case.costs, verdict)) for name in providers]
+    contenders = []
+    for name, build in providers.items():
+        contender = Contender(name)
+        try:
+            contender.program = reference if name == REFERENCE else build(case)
+            contender.verdicts = checker.judge(contender.program)
+        except Unsupported as error:
+            contender.verdicts = dict.fromkeys(case.costs, Verdict("unsupported", str(error)))
+        except Exception as error:  # whatever a peer raises is its result, not the end of the run
+            _reraise_if_device_is_lost(error)
+            contender.verdicts = dict.fromkeys(case.costs, Verdict(*_status_of(error)))
+        contenders.append(contender)
+    return contenders
+
+
+def _time_direction(
+    case: Case, direction: str, contenders: list[Contender], inputs: Inputs, options: Options
+) -> list[Record]:
+    cost = case.costs[direction]
+    records = {
+        c.name: Record(
+            case.suite, case.name, direction, str(case.dtype).removeprefix("torch."), c.name,
+            cost.bytes, cost.flops, c.verdicts[direction].status, c.verdicts[direction].reason,
+            case.headline, error_ratio=c.verdicts[direction].error_ratio,
+        )
+        for c in contenders
+    }
+    sets = [inputs]
+    size = sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+    while len(sets) < timing.input_sets(size, options.device):
+        sets.append(case.make(options.device))
+    calls = {}
+    for contender in contenders:
+        record, program = records[contender.name], contender.program
+        if record.status != "timed" or program is None:
+            continue
+        try:
+            grads = None
+            if direction != "forward":
+                with torch.no_grad():
+                    grads = [torch.randn_like(o) for o in program.outputs(inputs)]
+            prepared = [program.call(direction, each, grads or []) for each in sets]
+            prepared[0]()
+            record.peak_memory_bytes = timing.peak_memory(prepared[0], options.device)
+            calls[contender.name] = prepared
+        except Exception as error:
+            _reraise_if_device_is_lost(error)
+            record.status, record.reason = _status_of(error)
+    for name, samples in timing.measure(calls, options.device, options.seconds).items():
+        record = records[name]
+        record.samples_us = [round(value, 3) for value in samples.samples_us]
+        record.median_us = samples.median_us
+        record.p20_us, record.p80_us = samples.percentile(0.2), samples.percentile(0.8)
+        record.method = samples.method
+    return list(records.values())
+
+
+def summary_lines(records: list[Record], ceilings: dict[str, Any]) -> list[str]:
+    """One line for each provider and direction: time, rates, error beside the reference's."""
+    lines = []
+    for r in records:
+        head = f"{r.direction:9}{r.provider:16}"
+        if r.median_us is None:
+            lines.append(f"{head}{r.status}: {r.reason.splitlines()[0][:90]}")
+            continue
+        rate = rates(vars(r), ceilings)
+        lines.append(
+            f"{head}{r.median_us:11.1f} us {rate.gb_s:8.1f} GB/s {rate.tflop_s:8.3f} TFLOP/s"
+            f" {rate.percent:6.1f}% of the {rate.bound} floor"
+        )
+    return lines
+
+
+def _key(case: Case) -> tuple[str, str, str]:
+    return case.suite, case.name, str(case.dtype).removeprefix("torch.")
+
+
+def _status_of(error: Exception) -> tuple[str, str]:
+    text = f"{type(error).__name__}: {error}".strip()
+    declined = ("No available kernel", "No viable backend", "not supported", "NotImplementedError")
+    return ("unsupported" if any(word in text for word in declined) else "error"), text[:2000]
+
+
+def _reraise_if_device_is_lost(error: Exception) -> None:
+    """After a sticky CUDA error nothing in this process works: let the next suite's do its part."""
+    if "illegal memory access" in str(error) or "device-side assert" in str(error):
+        raise error
+
+
+def _forget_compiled() -> None:
+    """Fresh compile caches for each case: past eight shapes torch.compile quietly falls back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    # Backward is timed with retain_graph, which donated buffers forbid.
+    torch._functorch.config.donated_buffer = False

@@ -1,0 +1,98 @@
+"""Result files as Markdown tables: ``python benchmarks/table.py FILE...``.
+
+One table for each suite and direction; a row for each case, a column for each provider with its
+median time, how many times as fast the library is, and for the library the share of the floor: the
+time that the counted bytes or FLOPs need at the ceilings measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness.records import problems, rates
+
+OURS = "fusedformer"
+
+
+def markdown(document: dict[str, Any], headline: bool = False) -> str:
+    """All tables of one result document, under one line that says where it was measured."""
+    ceilings = document["ceilings"]
+    lines = [
+        f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit "
+        f"{document['commit'][:12]}{' with changes' if document['dirty'] else ''}, "
+        f"{document['date'][:10]}. Ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, "
+        f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:.3g} TFLOP/s.",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in document["records"]:
+        if record["headline"] or not headline:
+            groups.setdefault((record["suite"], record["direction"]), []).append(record)
+    for (suite, direction), records in groups.items():
+        lines += ["", f"**{suite}, {direction}, {records[0]['dtype']}**", ""]
+        lines += _table(records, ceilings)
+    return "\n".join(lines)
+
+
+def _table(records: list[dict[str, Any]], ceilings: dict[str, Any]) -> list[str]:
+    providers = list(dict.fromkeys(record["provider"] for record in records))
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        by_case.setdefault(record["case"], {})[record["provider"]] = record
+    lines = [
+        "| " + " | ".join(["case", *providers]) + " |",
+        "| --- |" + " ---: |" * len(providers),
+    ]
+    for case, found in by_case.items():
+        cells = [_cell(found.get(name), found.get(OURS), ceilings) for name in providers]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    return lines
+
+
+def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: Any) -> str:
+    if record is None:
+        return ""
+    if record["status"] != "timed":
+        return record["status"]
+    time = _time(record["median_us"])
+    if record is ours:
+        rate = rates(record, ceilings)
+        speed = f"{rate.tflop_s:.3g} TFLOP/s" if rate.bound == "flops" else f"{rate.gb_s:.0f} GB/s"
+        return f"{time}, {speed}, {rate.percent:.0f}%"
+    if ours is None or ours["status"] != "timed":
+        return time
+    return f"{time} ({record['median_us'] / ours['median_us']:.2f}x)"
+
+
+def _time(microseconds: float) -> str:
+    """Three significant digits, in the unit that needs no exponent."""
+    for unit in ("µs", "ms"):
+        if microseconds < 999.5:
+            return f"{microseconds:.3g} {unit}"
+        microseconds /= 1e3
+    return f"{microseconds:.3g} s"
+
+
+def main() -> int:
+    """Print the tables of each file; 1 if one does not meet the schema."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--headline", action="store_true", help="headline cases only")
+    given = parser.parse_args()
+    for path in given.files:
+        document = json.loads(path.read_text())
+        wrong = problems(document)
+        if wrong:
+            print(f"{path}: not a result file: {wrong[0]}", file=sys.stderr)
+            return 1
+        print(markdown(document, given.headline) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
