@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fusedformer import functional
-from fusedformer.nn._masks import Names
+from fusedformer.nn._masks import Names, check_sequence
 from fusedformer.nn._modules import adopt, fused_activation, is_plain
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
@@ -113,16 +113,18 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             masks are no keys, but are computed like any others.
 
         Raises:
-            TypeError, ValueError: as :class:`MultiheadAttention`, and before anything runs.
+            TypeError, ValueError: as :class:`MultiheadAttention`.
         """
         attention = self.self_attn
         if not isinstance(attention, MultiheadAttention) or not self._children_are_plain():
             return self._compose(src, src_mask, src_key_padding_mask, is_causal)
+        weight = attention.out_proj.weight
+        check_sequence("TransformerEncoderLayer", "src", src, attention.embed_dim, weight)
         x = self.norm1(src) if self.norm_first else src
         heads, _ = attention._attend(
             x, x, x, src_key_padding_mask, src_mask, is_causal, need_weights=False, names=_NAMES
         )
-        projected = F.linear(heads, attention.out_proj.weight)
+        projected = F.linear(heads, weight)
         bias = attention.out_proj.bias
         if self.norm_first:
             normed, total = _add_norm_and_sum(projected, bias, self.dropout1, src, self.norm2)

@@ -1,0 +1,288 @@
+"""MultiheadAttention beside ``torch.nn.MultiheadAttention``: arguments, masks, weights, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedformer import nn
+
+E, H, N, L, S = 16, 4, 2, 5, 7
+
+
+def causal(length: int) -> Tensor:
+    return torch.nn.Transformer.generate_square_subsequent_mask(length)
+
+
+def some_masked(*shape: int) -> Tensor:
+    """Boolean, True = masked, with the first key of every row visible."""
+    mask = torch.rand(shape) > 0.6
+    mask[..., 0] = False
+    return mask
+
+
+class Case(NamedTuple):
+    """One way to construct and to call it."""
+
+    reason: str
+    make: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    inputs: str = "self"  # or "kv": key is value; or "all": three tensors
+    attn_mask: Callable[[], Tensor] | None = None
+    key_padding_mask: Callable[[], Tensor] | None = None
+    call: dict[str, Any] = {}  # noqa: RUF012
+
+
+bool_padding = lambda: torch.arange(L) >= torch.tensor([[L], [2]])  # noqa: E731
+long_padding = lambda: torch.arange(S) >= torch.tensor([[S], [3]])  # noqa: E731
+
+CASES = [
+    Case("self-attention, one product", {"batch_first": True}),
+    Case("sequence first is the default layout"),
+    Case("no biases anywhere", {"bias": False, "batch_first": True}),
+    Case("a single head", {"num_heads": 1, "batch_first": True}),
+    Case("head dim 1", {"num_heads": E, "batch_first": True}),
+    Case("odd head dim 5", {"embed_dim": 15, "num_heads": 3, "batch_first": True}),
+    Case("cross-attention, key is value", {"batch_first": True}, "kv"),
+    Case("cross-attention, key is value, no bias", {"bias": False}, "kv"),
+    Case("three tensors, sequence first", {}, "all"),
+    Case("kdim and vdim: separate weights", {"kdim": 6, "vdim": 9, "batch_first": True}, "all"),
+    Case("kdim only", {"kdim": 6, "bias": False}, "all"),
+    Case("learned key and value", {"add_bias_kv": True, "batch_first": True}, "all"),
+    Case("zero key and value", {"add_zero_attn": True}, "kv"),
+    Case(
+        "both appended, both masks", {"add_bias_kv": True, "add_zero_attn": True}, "kv",
+        lambda: some_masked(L, S), long_padding,
+    ),
+    Case(
+        "appended keys stay visible under the causal hint", {"add_zero_attn": True},
+        attn_mask=lambda: causal(L), call={"is_causal": True, "need_weights": True},
+    ),
+    Case("boolean 2-D mask", {"batch_first": True}, "all", lambda: some_masked(L, S)),
+    Case("boolean 3-D mask, one per head", {}, "all", lambda: some_masked(N * H, L, S)),
+    Case("floating 2-D mask", {}, "all", lambda: torch.randn(L, S)),
+    Case("floating 3-D mask", {"batch_first": True}, "all", lambda: torch.randn(N * H, L, S)),
+    Case("boolean padding", {"batch_first": True}, key_padding_mask=bool_padding),
+    Case("floating padding is added", {}, "kv", None, lambda: torch.randn(N, S)),
+    Case("boolean mask and padding", {}, "kv", lambda: some_masked(L, S), long_padding),
+    Case("floating mask and padding", {}, "kv", lambda: torch.randn(L, S), lambda: torch.randn(N, S)),
+    Case("kinds mixed: floating mask", {}, "kv", lambda: torch.randn(N * H, L, S), long_padding),
+    Case("kinds mixed: boolean mask", {}, "kv", lambda: some_masked(L, S), lambda: torch.randn(N, S)),
+    Case("causal hint", {"batch_first": True}, attn_mask=lambda: causal(L), call={"is_causal": True}),
+    Case(
+        "causal hint and padding", {}, attn_mask=lambda: causal(L) < 0,
+        key_padding_mask=bool_padding, call={"is_causal": True},
+    ),
+]
+
+
+def build(cls: type, make: dict[str, Any]) -> torch.nn.Module:
+    module: torch.nn.Module = cls(**{"embed_dim": E, "num_heads": H, **make})
+    return module
+
+
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    width, batch_first = case.make.get("embed_dim", E), case.make.get("batch_first", False)
+
+    def sequence(length: int, size: int) -> Tensor:
+        return torch.randn((N, length, size) if batch_first else (length, N, size))
+
+    inputs = {"query": sequence(L, width)}
+    if case.inputs != "self":
+        inputs["key"] = sequence(S, case.make.get("kdim", width))
+    if case.inputs == "all":
+        inputs["value"] = sequence(S, case.make.get("vdim", width))
+    return inputs
+
+
+def attend(module: torch.nn.Module, inputs: dict[str, Tensor], **settings: Any) -> Any:
+    query = inputs["query"]
+    key = inputs.get("key", query)
+    return module(query, key, inputs.get("value", key), **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")  # torch's; ours takes both kinds
+@pytest.mark.parametrize("need_weights", [False, True], ids=["fused", "weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
+def test_parity(
+    case: Case, dtype: torch.dtype, need_weights: bool, assert_module_parity: Callable[..., None]
+) -> None:
+    masks = {
+        name: make()
+        for name in ("attn_mask", "key_padding_mask")
+        if (make := getattr(case, name)) is not None
+    }
+
+    def call(module: torch.nn.Module, **inputs: Tensor) -> tuple[Tensor, ...]:
+        # A floating mask is no input here: stock's float64 run needs it in float64.
+        kind = next(module.parameters()).dtype
+        given = {k: m.to(kind) if m.is_floating_point() else m for k, m in masks.items()}
+        settings = {"need_weights": need_weights, "average_attn_weights": False, **case.call}
+        return tuple(t for t in attend(module, inputs, **given, **settings) if t is not None)
+
+    for name, mask in masks.items():
+        masks[name] = mask.to(dtype) if mask.is_floating_point() else mask
+    ours, stock = (build(c, case.make) for c in (nn.MultiheadAttention, torch.nn.MultiheadAttention))
+    assert_module_parity(ours, stock, call, inputs_of(case), dtype)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mask_dim", [2, 3])
+def test_unbatched(
+    mask_dim: int, batch_first: bool, assert_module_parity: Callable[..., None]
+) -> None:
+    mask = some_masked(L, S) if mask_dim == 2 else some_masked(H, L, S)
+    padding = torch.arange(S) >= 5
+
+    def call(module: torch.nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        output, weights = module(query, key, key, attn_mask=mask, key_padding_mask=padding)
+        assert output.shape == (L, E) and weights.shape == (L, S)
+        return output, weights
+
+    ours = nn.MultiheadAttention(E, H, batch_first=batch_first)
+    stock = torch.nn.MultiheadAttention(E, H, batch_first=batch_first)
+    inputs = {"query": torch.randn(L, E), "key": torch.randn(S, E)}
+    assert_module_parity(ours, stock, call, inputs, torch.float32)
+
+
+def test_a_mask_that_is_learned_gets_its_gradient_even_where_it_starts_out_causal(
+    assert_module_parity: Callable[..., None],
+) -> None:
+    mask = torch.zeros(L, L).masked_fill(torch.ones(L, L).triu(1).bool(), -1e4)
+
+    def call(module: torch.nn.Module, query: Tensor, mask: Tensor) -> Tensor:
+        output: Tensor = module(
+            query, query, query, attn_mask=mask, need_weights=False,
+            is_causal=isinstance(module, nn.MultiheadAttention),  # stock would drop the mask
+        )[0]
+        return output
+
+    ours, stock = nn.MultiheadAttention(E, H), torch.nn.MultiheadAttention(E, H)
+    inputs = {"query": torch.randn(L, N, E), "mask": mask}
+    assert_module_parity(ours, stock, call, inputs, torch.float32)
+
+
+def test_returned_forms() -> None:
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(N, L, E)
+    assert module(x, x, x, need_weights=False)[1] is None
+    averaged = module(x, x, x)[1]
+    apart = module(x, x, x, average_attn_weights=False)[1]
+    assert averaged.shape == (N, L, L) and apart.shape == (N, H, L, L)
+    torch.testing.assert_close(averaged, apart.mean(1), rtol=0, atol=0)
+
+
+def test_output_has_the_same_bits_with_and_without_weights() -> None:
+    module, x = nn.MultiheadAttention(E, H).eval(), torch.randn(L, N, E)
+    with torch.no_grad():
+        assert torch.equal(module(x, x, x)[0], module(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("floating", [False, True], ids=["boolean", "floating"])
+def test_a_query_without_visible_keys_gets_only_the_output_bias(
+    floating: bool, need_weights: bool
+) -> None:
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(N, L, E)
+    torch.nn.init.normal_(module.out_proj.bias)
+    x.requires_grad_()
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[1] = True
+    if floating:
+        padding = torch.zeros(N, L).masked_fill(padding, -torch.inf)
+    output, weights = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
+    assert torch.equal(output[1], module.out_proj.bias.expand(L, E))
+    output.backward(torch.randn_like(output))
+    assert torch.equal(x.grad[1], torch.zeros(L, E))
+    assert x.grad.isfinite().all() and x.grad[0].abs().min() > 0
+    assert not need_weights or torch.equal(weights[1], torch.zeros(L, L))
+
+
+def test_masked_keys_have_no_influence() -> None:
+    module, x = nn.MultiheadAttention(E, H, batch_first=True), torch.randn(N, L, E)
+    key, changed = torch.randn(N, S, E), torch.randn(N, S, E)
+    padding = long_padding()
+    changed[~padding] = key[~padding]
+    first, second = (module(x, k, k, key_padding_mask=padding)[0] for k in (key, changed))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_in_training_only_and_repeated_by_the_seed(need_weights: bool) -> None:
+    module, x = nn.MultiheadAttention(E, H, dropout=0.5), torch.randn(L, N, E)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        output: Tensor = module(x, x, x, need_weights=need_weights)[0]
+        return output
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    module.eval()
+    assert torch.equal(run(1), run(2))
+
+
+def test_returned_weights_are_those_that_were_used_after_dropout() -> None:
+    module, x = nn.MultiheadAttention(E, 1, dropout=0.5, batch_first=True), torch.randn(1, L, E)
+    output, weights = module(x, x, x)
+    value = torch.nn.functional.linear(x, module.in_proj_weight[2 * E :])
+    assert (weights == 0).any()
+    torch.testing.assert_close(output, module.out_proj(weights @ value))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_keeps_the_mean(need_weights: bool) -> None:
+    p, draws = 0.25, 200
+    module = nn.MultiheadAttention(E, H, dropout=p, batch_first=True)
+    x = torch.randn(1, 3, E)
+    with torch.no_grad():
+        wide = x.expand(draws, 3, E)
+        samples = module(wide, wide, wide, need_weights=need_weights)[0]
+        expected = module.eval()(x, x, x, need_weights=False)[0]
+    error = (samples.mean(0) - expected[0]).abs()
+    assert samples.std(0).min() > 0
+    # 48 means of 200 draws each: 5 standard errors are passed by chance once in 30,000 seeds.
+    assert (error <= 5 * samples.std(0) / draws**0.5).all()
+
+
+BAD_CALLS = [
+    ("4-D query", ValueError, "query", lambda x: dict(query=x[None])),
+    ("query of another width", ValueError, "query", lambda x: dict(query=x[..., :-1])),
+    ("key of another width", ValueError, "key", lambda x: dict(key=x[..., :-1])),
+    ("query of another dtype", TypeError, "query", lambda x: dict(query=x.double())),
+    ("query is no tensor", TypeError, "query", lambda x: dict(query=[1.0])),
+    ("nested query", TypeError, "query", lambda x: dict(query=torch.nested.nested_tensor([x[0]]))),
+    ("key and value of two lengths", ValueError, "value", lambda x: dict(value=x[:, :-1])),
+    ("key of another batch", ValueError, "key", lambda x: dict(key=x[:1], value=x[:1])),
+    ("unbatched key", ValueError, "key", lambda x: dict(key=x[0], value=x[0])),
+    ("transposed mask", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.zeros(L, L + 1))),
+    ("4-D mask", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.zeros(N, H, L, L))),
+    ("integer mask", TypeError, "attn_mask", lambda x: dict(attn_mask=torch.ones(L, L).int())),
+    ("3-D mask of N, not N * H", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.ones(N, L, L))),
+    ("padding of another length", ValueError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.zeros(N, S))),
+    ("unbatched padding", ValueError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.zeros(L))),
+    ("integer padding", TypeError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.ones(N, L).int())),
+    ("causal hint without a mask", ValueError, "attn_mask", lambda x: dict(is_causal=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "change"), [c[1:] for c in BAD_CALLS], ids=[c[0] for c in BAD_CALLS]
+)
+def test_bad_calls_name_the_argument(
+    error: type[Exception], argument: str, change: Callable[[Tensor], dict[str, Any]]
+) -> None:
+    x = torch.randn(N, L, E)
+    with pytest.raises(error, match=rf"MultiheadAttention\(\): .*'{argument}'"):
+        nn.MultiheadAttention(E, H, batch_first=True)(**{"query": x, "key": x, "value": x, **change(x)})
+
+
+@pytest.mark.parametrize(
+    "make", [dict(num_heads=3), dict(num_heads=0), dict(embed_dim=0), dict(dropout=1.5)], ids=str
+)
+def test_bad_construction(make: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"MultiheadAttention\(\): expected '(embed_dim|dropout)'"):
+        build(nn.MultiheadAttention, make)
