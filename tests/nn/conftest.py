@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from fusedformer.testing import assert_parity
+from torch import Tensor
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -18,6 +18,7 @@ D, H, FF, N, S, LAYERS = 16, 4, 24, 3, 6, 2
 causal = torch.nn.Transformer.generate_square_subsequent_mask(S)
 ragged = torch.arange(S) >= torch.tensor([[S], [4], [1]])
 left = ragged.flip(1)
+nested = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.jagged)
 holes = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
 
 
@@ -65,6 +66,16 @@ def encoder(library: Any, case: Case) -> Any:
     )
 
 
+def in_dtype(settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The settings with floating masks in ``dtype``."""
+
+    def convert(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return {name: convert(value) for name, value in settings.items()}
+
+
 def padded_of(settings: dict[str, Any], batch_first: bool) -> Tensor:
     padding = settings.get("src_key_padding_mask", torch.zeros(N, S))
     padded = padding if padding.dtype == torch.bool else padding == -torch.inf
@@ -78,11 +89,7 @@ def test_parity(case: Case, dtype: torch.dtype, assert_module_parity: Callable[.
     padded = padded_of(case.call, batch_first)
 
     def call(module: torch.nn.Module, src: Tensor) -> Tensor:
-        given = {
-            name: mask.to(src.dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
-            for name, mask in case.call.items()
-        }
-        output: Tensor = module(src, **given)
+        output: Tensor = module(src, **in_dtype(case.call, src.dtype))
         if isinstance(module, nn.TransformerEncoder):
             assert (output.masked_select(padded) == 0).all()
             return output
@@ -247,7 +254,7 @@ def test_checkpointing_a_layer_draws_the_same_dropout_again() -> None:
     [
         (ValueError, "src", dict(src=torch.randn(D))),
         (TypeError, "src", dict(src=[1.0])),
-        (TypeError, "src", dict(src=torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.jagged))),
+        (TypeError, "src", dict(src=nested)),
         (ValueError, "src_key_padding_mask", dict(src_key_padding_mask=ragged.T)),
         (TypeError, "src_key_padding_mask", dict(src_key_padding_mask=ragged.int())),
         (ValueError, "mask", dict(mask=torch.zeros(S, S + 1))),

@@ -1,4 +1,4 @@
-"""TransformerEncoderLayer beside ``torch.nn.TransformerEncoderLayer``, fused and as a composition."""
+"""TransformerEncoderLayer beside torch's of the same name, fused and as a composition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 CASES = [
     Case("post-norm, sequence first, relu: torch's defaults", {"activation": "relu"}),
     Case("pre-norm, relu by name", {"activation": "relu", "norm_first": True}),
-    Case("post-norm, batch first, padded", {"batch_first": True}, {"src_key_padding_mask": padding}),
+    Case("post-norm, padded", {"batch_first": True}, {"src_key_padding_mask": padding}),
     Case("pre-norm", {"norm_first": True}, {"src_key_padding_mask": padding}),
     Case("pre-norm, batch first", {"norm_first": True, "batch_first": True}),
     Case("post-norm, no biases", {"bias": False, "batch_first": True}),
@@ -60,6 +60,11 @@ def build(cls: type, make: dict[str, Any]) -> torch.nn.Module:
     return module
 
 
+def pair(make: dict[str, Any]) -> tuple[Any, Any]:
+    """Ours and stock's."""
+    return build(nn.TransformerEncoderLayer, make), build(torch.nn.TransformerEncoderLayer, make)
+
+
 def source(make: dict[str, Any]) -> Tensor:
     width = make.get("d_model", D)
     return torch.randn((N, S, width) if make.get("batch_first") else (S, N, width))
@@ -67,11 +72,8 @@ def source(make: dict[str, Any]) -> Tensor:
 
 def caller(settings: dict[str, Any]) -> Callable[..., Tensor]:
     def call(module: torch.nn.Module, src: Tensor) -> Tensor:
-        given = {
-            name: mask.to(src.dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
-            for name, mask in settings.items()
-        }
-        output: Tensor = module(src, **given)
+        floating = ("src_mask",) if settings.get("src_mask", padding).dtype != torch.bool else ()
+        output: Tensor = module(src, **settings | {k: settings[k].to(src.dtype) for k in floating})
         return output
 
     return call
@@ -82,8 +84,7 @@ def caller(settings: dict[str, Any]) -> Callable[..., Tensor]:
 def test_parity(
     case: Case, dtype: torch.dtype, assert_module_parity: Callable[..., None]
 ) -> None:
-    ours = build(nn.TransformerEncoderLayer, case.make)
-    stock = build(torch.nn.TransformerEncoderLayer, case.make)
+    ours, stock = pair(case.make)
     assert ours._children_are_plain()
     # The gradient of a ReLU jumps where rounding changes the sign before it, which in bfloat16
     # happens to either side, and to stock not at the same elements.
@@ -95,7 +96,7 @@ def test_parity(
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_unbatched(norm_first: bool, assert_module_parity: Callable[..., None]) -> None:
     make = {"norm_first": norm_first, "batch_first": True}
-    layers = (build(c, make) for c in (nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer))
+    layers = pair(make)
     call = caller({"src_key_padding_mask": padding[1]})
     assert_module_parity(*layers, call, {"src": torch.randn(S, D)}, torch.float32)
 
@@ -155,7 +156,7 @@ def test_changed_children_are_called(
     change: Callable[[Any], Any], norm_first: bool, assert_module_parity: Callable[..., None]
 ) -> None:
     make = {"norm_first": norm_first}
-    layers = [build(c, make) for c in (nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer)]
+    layers = pair(make)
     for layer in layers:
         change(layer)
     assert_module_parity(*layers, caller({}), {"src": source(make)}, torch.float32)
@@ -174,7 +175,7 @@ def test_hooks_on_children_fire_and_may_change_what_they_see(
     child: str, norm_first: bool, assert_module_parity: Callable[..., None]
 ) -> None:
     make = {"norm_first": norm_first}
-    layers = [build(c, make) for c in (nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer)]
+    layers = pair(make)
     for layer in layers:
         module = layer.get_submodule(child)
         module.register_forward_hook(hook_doubles)
@@ -215,7 +216,8 @@ def test_a_plain_layer_calls_no_child_but_the_first_norm(
     norm_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused path is taken: were it the composition, it would go through these."""
-    layer, src = build(nn.TransformerEncoderLayer, {"norm_first": norm_first}), torch.randn(S, N, D)
+    layer = build(nn.TransformerEncoderLayer, {"norm_first": norm_first})
+    src = torch.randn(S, N, D)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("called")
@@ -262,7 +264,7 @@ def test_dropout_in_training_only_and_repeated_by_the_seed(norm_first: bool) -> 
 def test_each_of_the_four_dropouts_acts_where_it_stands(place: str, norm_first: bool) -> None:
     """With p = 1 a dropout cuts one branch off, which a stock layer shows without chance."""
     make = {"norm_first": norm_first}
-    ours, stock = (build(c, make) for c in (nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer))
+    ours, stock = pair(make)
     for layer in (ours, stock):
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -291,7 +293,8 @@ def test_a_dropout_in_training_within_a_layer_in_eval_drops() -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     p, draws = 0.2, 300
-    layer = build(nn.TransformerEncoderLayer, {"norm_first": True, "activation": torch.nn.Identity()})
+    make = {"norm_first": True, "activation": torch.nn.Identity()}
+    layer = build(nn.TransformerEncoderLayer, make)
     layer.dropout2.p = p  # after it nothing is nonlinear, so means can be compared
     src = torch.randn(1, 1, D)
     with torch.no_grad():
@@ -307,7 +310,7 @@ def test_dropout_keeps_the_mean() -> None:
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 def test_cpu_autocast_keeps_the_dtype_of_the_residual_stream(norm_first: bool) -> None:
     make = {"norm_first": norm_first, "batch_first": True}
-    ours, stock = (build(c, make) for c in (nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer))
+    ours, stock = pair(make)
     ours.load_state_dict(stock.state_dict())
     src = torch.randn(N, S, D)
     truth = copy.deepcopy(stock).double()(src.double(), src_key_padding_mask=padding)

@@ -14,6 +14,10 @@ from fusedformer import nn
 E, H, N, L, S = 16, 4, 2, 5, 7
 
 
+nested = torch.nested.nested_tensor([torch.randn(L, E)], layout=torch.jagged)
+other_batch = torch.randn(N + 1, L, E)
+
+
 def causal(length: int) -> Tensor:
     return torch.nn.Transformer.generate_square_subsequent_mask(length)
 
@@ -36,8 +40,21 @@ class Case(NamedTuple):
     call: dict[str, Any] = {}  # noqa: RUF012
 
 
-bool_padding = lambda: torch.arange(L) >= torch.tensor([[L], [2]])  # noqa: E731
-long_padding = lambda: torch.arange(S) >= torch.tensor([[S], [3]])  # noqa: E731
+def bool_padding() -> Tensor:
+    return torch.arange(L) >= torch.tensor([[L], [2]])
+
+
+def long_padding() -> Tensor:
+    return torch.arange(S) >= torch.tensor([[S], [3]])
+
+
+def float_mask() -> Tensor:
+    return torch.randn(L, S)
+
+
+def float_padding() -> Tensor:
+    return torch.randn(N, S)
+
 
 CASES = [
     Case("self-attention, one product", {"batch_first": True}),
@@ -63,15 +80,15 @@ CASES = [
     ),
     Case("boolean 2-D mask", {"batch_first": True}, "all", lambda: some_masked(L, S)),
     Case("boolean 3-D mask, one per head", {}, "all", lambda: some_masked(N * H, L, S)),
-    Case("floating 2-D mask", {}, "all", lambda: torch.randn(L, S)),
+    Case("floating 2-D mask", {}, "all", float_mask),
     Case("floating 3-D mask", {"batch_first": True}, "all", lambda: torch.randn(N * H, L, S)),
     Case("boolean padding", {"batch_first": True}, key_padding_mask=bool_padding),
-    Case("floating padding is added", {}, "kv", None, lambda: torch.randn(N, S)),
+    Case("floating padding is added", {}, "kv", None, float_padding),
     Case("boolean mask and padding", {}, "kv", lambda: some_masked(L, S), long_padding),
-    Case("floating mask and padding", {}, "kv", lambda: torch.randn(L, S), lambda: torch.randn(N, S)),
+    Case("floating mask and padding", {}, "kv", float_mask, float_padding),
     Case("kinds mixed: floating mask", {}, "kv", lambda: torch.randn(N * H, L, S), long_padding),
-    Case("kinds mixed: boolean mask", {}, "kv", lambda: some_masked(L, S), lambda: torch.randn(N, S)),
-    Case("causal hint", {"batch_first": True}, attn_mask=lambda: causal(L), call={"is_causal": True}),
+    Case("kinds mixed: boolean mask", {}, "kv", lambda: some_masked(L, S), float_padding),
+    Case("causal hint", attn_mask=lambda: causal(L), call={"is_causal": True}),
     Case(
         "causal hint and padding", {}, attn_mask=lambda: causal(L) < 0,
         key_padding_mask=bool_padding, call={"is_causal": True},
@@ -126,7 +143,8 @@ def test_parity(
 
     for name, mask in masks.items():
         masks[name] = mask.to(dtype) if mask.is_floating_point() else mask
-    ours, stock = (build(c, case.make) for c in (nn.MultiheadAttention, torch.nn.MultiheadAttention))
+    ours = build(nn.MultiheadAttention, case.make)
+    stock = build(torch.nn.MultiheadAttention, case.make)
     assert_module_parity(ours, stock, call, inputs_of(case), dtype)
 
 
@@ -248,24 +266,30 @@ def test_dropout_keeps_the_mean(need_weights: bool) -> None:
     assert (error <= 5 * samples.std(0) / draws**0.5).all()
 
 
-BAD_CALLS = [
-    ("4-D query", ValueError, "query", lambda x: dict(query=x[None])),
-    ("query of another width", ValueError, "query", lambda x: dict(query=x[..., :-1])),
-    ("key of another width", ValueError, "key", lambda x: dict(key=x[..., :-1])),
-    ("query of another dtype", TypeError, "query", lambda x: dict(query=x.double())),
-    ("query is no tensor", TypeError, "query", lambda x: dict(query=[1.0])),
-    ("nested query", TypeError, "query", lambda x: dict(query=torch.nested.nested_tensor([x[0]]))),
-    ("key and value of two lengths", ValueError, "value", lambda x: dict(value=x[:, :-1])),
-    ("key of another batch", ValueError, "key", lambda x: dict(key=x[:1], value=x[:1])),
-    ("unbatched key", ValueError, "key", lambda x: dict(key=x[0], value=x[0])),
-    ("transposed mask", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.zeros(L, L + 1))),
-    ("4-D mask", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.zeros(N, H, L, L))),
-    ("integer mask", TypeError, "attn_mask", lambda x: dict(attn_mask=torch.ones(L, L).int())),
-    ("3-D mask of N, not N * H", ValueError, "attn_mask", lambda x: dict(attn_mask=torch.ones(N, L, L))),
-    ("padding of another length", ValueError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.zeros(N, S))),
-    ("unbatched padding", ValueError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.zeros(L))),
-    ("integer padding", TypeError, "key_padding_mask", lambda x: dict(key_padding_mask=torch.ones(N, L).int())),
-    ("causal hint without a mask", ValueError, "attn_mask", lambda x: dict(is_causal=True)),
+BAD_CALLS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
+    ("4-D query", ValueError, "query", dict(query=torch.randn(1, N, L, E))),
+    ("query of another width", ValueError, "query", dict(query=torch.randn(N, L, E - 1))),
+    ("key of another width", ValueError, "key", dict(key=torch.randn(N, L, E - 1))),
+    ("query of another dtype", TypeError, "query", dict(query=torch.randn(N, L, E).double())),
+    ("query is no tensor", TypeError, "query", dict(query=[1.0])),
+    ("nested query", TypeError, "query", dict(query=nested)),
+    ("key and value of two lengths", ValueError, "value", dict(value=torch.randn(N, L + 1, E))),
+    ("key of another batch", ValueError, "key", dict.fromkeys(("key", "value"), other_batch)),
+    ("unbatched key", ValueError, "key", dict.fromkeys(("key", "value"), other_batch[0])),
+    ("mask of another length", ValueError, "attn_mask", dict(attn_mask=torch.zeros(L, L + 1))),
+    ("4-D mask", ValueError, "attn_mask", dict(attn_mask=torch.zeros(N, H, L, L))),
+    ("integer mask", TypeError, "attn_mask", dict(attn_mask=torch.ones(L, L).int())),
+    ("3-D mask, not per head", ValueError, "attn_mask", dict(attn_mask=torch.ones(N, L, L))),
+    (
+        "padding of another length", ValueError, "key_padding_mask",
+        dict(key_padding_mask=torch.zeros(N, S)),
+    ),
+    ("unbatched padding", ValueError, "key_padding_mask", dict(key_padding_mask=torch.zeros(L))),
+    (
+        "integer padding", TypeError, "key_padding_mask",
+        dict(key_padding_mask=torch.ones(N, L).int()),
+    ),
+    ("causal hint without a mask", ValueError, "attn_mask", dict(is_causal=True)),
 ]  # fmt: skip
 
 
@@ -273,11 +297,12 @@ BAD_CALLS = [
     ("error", "argument", "change"), [c[1:] for c in BAD_CALLS], ids=[c[0] for c in BAD_CALLS]
 )
 def test_bad_calls_name_the_argument(
-    error: type[Exception], argument: str, change: Callable[[Tensor], dict[str, Any]]
+    error: type[Exception], argument: str, change: dict[str, Any]
 ) -> None:
     x = torch.randn(N, L, E)
+    arguments = {"query": x, "key": x, "value": x, **change}
     with pytest.raises(error, match=rf"MultiheadAttention\(\): .*'{argument}'"):
-        nn.MultiheadAttention(E, H, batch_first=True)(**{"query": x, "key": x, "value": x, **change(x)})
+        nn.MultiheadAttention(E, H, batch_first=True)(**arguments)
 
 
 @pytest.mark.parametrize(
