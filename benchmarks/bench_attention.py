@@ -58,8 +58,8 @@ def _case(
     kind: str, tokens: int, length: int, dim: int, dtype: torch.dtype, *, headline: bool
 ) -> Case:
     batch, heads = tokens // length, WIDTH // dim
-    # Lengths spread evenly from a quarter to all of the longest: five eighths on average.
-    real = [length // 4 + (length - length // 4) * i // max(batch - 1, 1) for i in range(batch)]
+    # Lengths spread evenly between a quarter and all of the longest: five eighths on average.
+    real = [length // 4 + 3 * length * (2 * i + 1) // (8 * batch) for i in range(batch)]
     window = length // 8
 
     def make(device: torch.device) -> Inputs:
@@ -142,16 +142,23 @@ def stock(backend: Any = None) -> Provider:
 def _check_dropout(program: Program, inputs: Inputs) -> None:
     """Dropout drops the asked share, and the backward drops what the forward dropped.
 
-    With zero queries every weight is 1/S, so the output on values of one counts the kept ones. And
-    the output is linear in the values, hence <output, g> = <values, gradient of values> if, and
-    only if, both directions used one mask.
+    With zero queries every weight is 1/S. Values that are a row of the identity for some of the
+    keys then show those keys' weights alone: 0 where dropped, 1/(S (1 - p)) where kept. And the
+    output is linear in the values, hence <output, g> = <values, gradient of values> if, and only
+    if, both directions used one mask.
     """
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     eps = torch.finfo(value.dtype).eps
+    length, shown = key.shape[2], min(value.shape[2:])
+    picks = torch.arange(shown, device=value.device)
     with torch.no_grad():
-        counted = program.function(query=query * 0, key=key, value=torch.ones_like(value))
-    pairs = query.shape[:3].numel() * key.shape[2]
-    check_kept_share(counted[..., 0].double().mean().item() * (1 - P), pairs, P, eps)
+        one_hot = torch.zeros_like(value)
+        one_hot[:, :, picks * (length // shown), picks] = 1.0
+        weights = program.function(query=query * 0, key=key, value=one_hot)[..., :shown].double()
+    kept = weights > 0
+    check_kept_share(kept.double().mean().item(), kept.numel(), P)
+    if (weights[kept] * length * (1 - P) - 1).abs().max() > 4 * eps:
+        raise AssertionError(f"a kept weight is not scaled by 1 / {1 - P}")
     output = program.function(query=query, key=key, value=value)
     grad = torch.randn_like(output)
     (value_grad,) = torch.autograd.grad(output, [value], grad)
@@ -163,7 +170,7 @@ def _check_dropout(program: Program, inputs: Inputs) -> None:
         raise AssertionError("the backward's dropout mask is not the forward's")
 
 
-def providers(device: torch.device, compile: bool) -> dict[str, Provider]:
+def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here; each of SDPA's backends is a peer by name."""
     found: dict[str, Any] = {
         "fusedformer": fused,

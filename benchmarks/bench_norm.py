@@ -115,13 +115,13 @@ def _check_dropout(program: Program, inputs: Inputs) -> None:
     zeros, offset = torch.zeros_like(inputs["residual"]), torch.zeros_like(inputs["bias"])
     output = program.function(input=ones, residual=zeros, weight=gain, bias=offset)
     kept = output.detach() > 0
-    check_kept_share(kept.double().mean().item(), kept.numel(), P, 0.0)
+    check_kept_share(kept.double().mean().item(), kept.numel(), P)
     (gradient,) = torch.autograd.grad(output, [ones], torch.randn_like(output))
     if (gradient[~kept] != 0).any():
         raise AssertionError("an element that the forward dropped has a gradient")
 
 
-def providers(device: torch.device, compile: bool) -> dict[str, Provider]:
+def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,

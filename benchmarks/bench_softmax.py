@@ -75,7 +75,7 @@ def eager(case: Case) -> Program:
     return Program(call)
 
 
-def providers(device: torch.device, compile: bool) -> dict[str, Provider]:
+def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,

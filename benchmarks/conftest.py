@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedformer benchmarks")
     group.addoption("--bench-sizes", choices=("full", "cpu", "tiny"))
     group.addoption("--bench-quick", action="store_true", help="headline cases only")
-    group.addoption("--bench-compile", action="store_true", help="torch.compile, FlexAttention")
+    group.addoption("--bench-compile", choices=("none", "headline", "all"), default="none")
 
 
 def _device() -> torch.device:
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 _last: dict[str, tuple[Inputs, list[Contender]]] = {}
 
 
-def _checked(suite: Suite, case: Case, compile: bool) -> tuple[Inputs, list[Contender]]:
+def _checked(suite: Suite, case: Case, compile: str) -> tuple[Inputs, list[Contender]]:
     """Inputs and checked contenders of a case; kept until a test asks for another case."""
     key = f"{suite.name} {case.name}"
     if key not in _last:

@@ -28,7 +28,7 @@ SUITES = ("softmax", "norm", "activation", "attention", "encoder")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen suites; 0 if every provider that was tried passed its check, else 1."""
+    """Run the chosen suites; 1 if the library failed a check or raised, 3 if time ran out."""
     given = _parser().parse_args(arguments)
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{document['device']}, torch {document['torch']}, triton {document['triton']}")
     for peer, reason in document["absent"].items():
         print(f"absent: {peer} ({reason})")
+    complete = True
     try:
         results.set_ceilings(timing.ceilings(device, dtype, tiny))
         ceilings = document["ceilings"]
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             cases = suite.cases(sizes, dtype)
             if given.quick:
                 cases = [case for case in cases if case.headline]
-            run_suite(suite, cases, results, options)
+            complete &= run_suite(suite, cases, results, options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -69,19 +70,22 @@ def main(arguments: list[str] | None = None) -> int:
         document["clocks"]["end"] = clocks(device)
         if document["ceilings"]:
             results.save()
-    print(markdown(document))
+    print(markdown(document, suites=given.suite))
     print(f"{time.monotonic() - began:.0f} s" + (f", {given.out}" if given.out else ""))
     failed = [r for r in document["records"] if r["status"] in ("failed check", "error")]
     for r in failed:
         print(f"{r['status']}: {r['suite']}, {r['case']}, {r['direction']}, {r['provider']}")
-    return 1 if any(r["provider"] == "fusedformer" for r in failed) else 0
+    if any(r["provider"] == "fusedformer" for r in failed):
+        return 1
+    return 0 if complete else 3
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="these only (default: all)")
     parser.add_argument("--quick", action="store_true", help="headline cases, fewer samples")
-    parser.add_argument("--compile", action="store_true", help="torch.compile and FlexAttention too")
+    parser.add_argument("--compile", choices=("none", "headline", "all"), default="none",
+                        help="time torch.compile and FlexAttention too, in which cases")
     parser.add_argument("--out", type=Path, help="result file, written after every case")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from harness.records import problems, rates
 OURS = "fusedformer"
 
 
-def markdown(document: dict[str, Any], headline: bool = False) -> str:
-    """All tables of one result document, under one line that says where it was measured."""
+def markdown(
+    document: dict[str, Any], headline: bool = False, suites: Sequence[str] | None = None
+) -> str:
+    """The tables of one result document, under one line that says where it was measured."""
     ceilings = document["ceilings"]
     lines = [
         f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit "
@@ -31,7 +34,8 @@ def markdown(document: dict[str, Any], headline: bool = False) -> str:
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in document["records"]:
-        if record["headline"] or not headline:
+        wanted = suites is None or record["suite"] in suites
+        if wanted and (record["headline"] or not headline):
             groups.setdefault((record["suite"], record["direction"]), []).append(record)
     for (suite, direction), records in groups.items():
         lines += ["", f"**{suite}, {direction}, {records[0]['dtype']}**", ""]

@@ -39,7 +39,7 @@ class Sizes:
         """``"full"``, ``"cpu"`` or ``"tiny"``."""
         return {
             "full": Sizes("full", 2**25, 2**14),
-            "cpu": Sizes("cpu", 2**20, 2**10),
+            "cpu": Sizes("cpu", 2**20, 2**9),
             "tiny": Sizes("tiny", 2**13, 2**6),
         }[name]
 
@@ -131,5 +131,5 @@ class Suite:
 
     name: str
     cases: Callable[[Sizes, torch.dtype], list[Case]]
-    providers: Callable[[torch.device, bool], dict[str, Provider]]
+    providers: Callable[[torch.device, str], dict[str, Provider]]
     truth: Callable[[Case, torch.device], Program]  # given its inputs in float64

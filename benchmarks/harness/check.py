@@ -83,7 +83,7 @@ class Checker:
 
 
 def _in_float64(inputs: Inputs, part: Part) -> Inputs:
-    """The compared part of the inputs, floating-point ones in float64 with a gradient of their own."""
+    """The compared part of the inputs; floating-point ones in float64, as leaves of their own."""
     wide = {}
     for name, value in inputs.items():
         value = part(value.detach())
@@ -93,8 +93,8 @@ def _in_float64(inputs: Inputs, part: Part) -> Inputs:
     return wide
 
 
-def check_kept_share(share: float, draws: int, p: float, rounding: float) -> None:
+def check_kept_share(share: float, draws: int, p: float) -> None:
     """Raise unless ``share`` of ``draws`` independent draws is 1 - p within six sigma."""
-    bound = 6.0 * math.sqrt(p * (1.0 - p) / draws) + rounding
+    bound = 6.0 * math.sqrt(p * (1.0 - p) / draws)
     if not abs(share - (1.0 - p)) <= bound:
         raise AssertionError(f"dropout kept {share:.6f}, expected {1.0 - p} within {bound:.2g}")

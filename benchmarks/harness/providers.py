@@ -15,6 +15,8 @@ from harness.case import Case, Program, Provider, Unsupported
 
 PEER_MODULES = ("liger_kernel", "xformers", "flash_attn", "apex", "transformer_engine")
 
+COMPILED = ("torch.compile", "FlexAttention")
+
 SDPA_BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -31,6 +33,8 @@ def absent_peers(device: torch.device) -> dict[str, str]:
             absent[name] = "not installed"
         elif device.type != "cuda":
             absent[name] = "needs a GPU"
+        elif name == "transformer_engine":
+            absent[name] = "installed, but no suite calls it yet"
     if device.type != "cuda":
         absent["FlexAttention"] = "its compiled kernels need a GPU"
         absent["SDPA cudnn"] = absent["SDPA efficient"] = "needs a GPU"
@@ -38,13 +42,27 @@ def absent_peers(device: torch.device) -> dict[str, str]:
 
 
 def present(
-    providers: dict[str, Provider], device: torch.device, compile: bool
+    providers: dict[str, Provider], device: torch.device, compile: str
 ) -> dict[str, Provider]:
-    """``providers`` without those that are absent, and without compiled ones unless asked for."""
-    without = set(absent_peers(device))
-    if not compile:
-        without |= {"torch.compile", "FlexAttention"}
-    return {name: provider for name, provider in providers.items() if name not in without}
+    """``providers`` without those that are absent, those that compile as ``Options.compile``."""
+    found = {}
+    absent = absent_peers(device)
+    for name, provider in providers.items():
+        if name in absent or (name in COMPILED and compile == "none"):
+            continue
+        found[name] = _on_headlines(provider) if name in COMPILED and compile != "all" else provider
+    return found
+
+
+def _on_headlines(provider: Provider) -> Provider:
+    """A provider that takes seconds to compile for each shape, on headline cases only."""
+
+    def build(case: Case) -> Program:
+        if not case.headline:
+            raise Unsupported("compiles for each shape, so it is timed on headline cases only")
+        return provider(case)
+
+    return build
 
 
 def compiled(program: Program) -> Program:
@@ -118,8 +136,6 @@ def flex_attention(case: Case) -> Program:
 
     if case.options["p"]:
         raise Unsupported("FlexAttention has no dropout")
-    if not case.headline:
-        raise Unsupported("compiled anew for each shape, so timed on headline cases only")
     run = torch.compile(flex_attention, dynamic=False)
     masks: dict[int, Any] = {}
 

@@ -24,7 +24,7 @@ class Options:
 
     device: torch.device
     seconds: float  # of timing for each provider and direction
-    compile: bool = False
+    compile: str = "none"  # peers that compile: in no case, in "headline" ones, in "all"
     deadline: float = math.inf  # by time.monotonic(): no case starts after it
     say: Callable[[str], None] = lambda line: print(line, flush=True)
 
@@ -38,8 +38,8 @@ class Contender:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
 
-def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Options) -> None:
-    """Measure ``cases`` (headline cases first) and add their records to ``results``."""
+def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Options) -> bool:
+    """Measure ``cases``, headline cases first, into ``results``; False if time ran out."""
     done = results.measured()
     todo = [case for case in cases if _key(case) not in done]
     todo.sort(key=lambda case: not case.headline)
@@ -49,7 +49,7 @@ def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Opt
     for index, case in enumerate(todo):
         if time.monotonic() > options.deadline:
             options.say(f"{suite.name}: out of time, {len(todo) - index} cases not measured")
-            return
+            return False
         began = time.monotonic()
         records = run_case(suite, case, providers, options)
         results.add(records)
@@ -59,9 +59,12 @@ def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Opt
         )
         for line in summary_lines(records, results.document["ceilings"]):
             options.say("    " + line)
+    return True
 
 
-def run_case(suite: Suite, case: Case, providers: dict[str, Provider], options: Options) -> list[Record]:
+def run_case(
+    suite: Suite, case: Case, providers: dict[str, Provider], options: Options
+) -> list[Record]:
     """The records of one case: every provider in every direction, timed or with the reason."""
     torch.manual_seed(0)
     _forget_compiled()
@@ -123,18 +126,27 @@ def _time_direction(
         if record.status != "timed" or program is None:
             continue
         try:
-            grads = None
-            if direction != "forward":
-                with torch.no_grad():
-                    grads = [torch.randn_like(o) for o in program.outputs(inputs)]
-            prepared = [program.call(direction, each, grads or []) for each in sets]
+            prepared = []
+            for each in sets:
+                grads = []
+                if direction != "forward":
+                    with torch.no_grad():
+                        grads = [torch.randn_like(o) for o in program.outputs(each)]
+                prepared.append(program.call(direction, each, grads))
             prepared[0]()
             record.peak_memory_bytes = timing.peak_memory(prepared[0], options.device)
             calls[contender.name] = prepared
         except Exception as error:
             _reraise_if_device_is_lost(error)
             record.status, record.reason = _status_of(error)
-    for name, samples in timing.measure(calls, options.device, options.seconds).items():
+    try:
+        measured = timing.measure(calls, options.device, options.seconds)
+    except Exception as error:
+        _reraise_if_device_is_lost(error)
+        measured = {}
+        for name in calls:
+            records[name].status, records[name].reason = _status_of(error)
+    for name, samples in measured.items():
         record = records[name]
         record.samples_us = [round(value, 3) for value in samples.samples_us]
         record.median_us = samples.median_us
@@ -171,7 +183,8 @@ def _status_of(error: Exception) -> tuple[str, str]:
 
 def _reraise_if_device_is_lost(error: Exception) -> None:
     """After a sticky CUDA error nothing in this process works: let the next suite's do its part."""
-    if "illegal memory access" in str(error) or "device-side assert" in str(error):
+    sticky = ("illegal", "device-side assert", "launch failure", "misaligned address")
+    if "CUDA error" in str(error) and any(word in str(error) for word in sticky):
         raise error
 
 

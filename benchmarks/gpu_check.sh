@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Tests and times the checkout on this machine's GPU within nine minutes; nothing is installed.
+#
+#   benchmarks/gpu_check.sh OUTDIR
+#   STAGES="tests norm attention" benchmarks/gpu_check.sh OUTDIR     some stages only
+#   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
+#
+# Needs python3 with torch, triton, numpy and pytest. Stages: environment, tests, and bench, which
+# is softmax, norm, activation, attention and encoder. Each has a process and a time limit of its
+# own, so one that dies takes no other along, and what it wrote by then stays. A stage that is
+# complete is listed in OUTDIR/stages.done and skipped the next time. OUTDIR stays flat:
+# environment.txt tests.log tests.xml bench.log bench.json summary.txt stages.done
+#
+# Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
+# FUSEDFORMER_COMMIT where there is no git. The encoder is timed without torch.compile, which takes
+# minutes for it. Exit status: 0 all well, 1 a stage failed, 2 no GPU or wrong usage.
+set -u -o pipefail
+
+usage() {
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" >&2
+    exit 2
+}
+
+case "${1:-}" in "" | -*) usage ;; esac
+case "${2:-}" in
+    "") dry_run=no ;;
+    --cpu-dry-run) dry_run=yes ;;
+    *) usage ;;
+esac
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
+
+unset TRITON_INTERPRET # the kernels themselves are timed, never their interpretation on CPU
+export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+stages=${STAGES:-environment tests bench}
+stages=${stages/bench/softmax norm activation attention encoder}
+if [ "$dry_run" = yes ]; then
+    # One thread: work this small is done before a busy machine wakes a second.
+    export OMP_NUM_THREADS=1
+    test_args=${TEST_ARGS:-tests/test_benchmarks.py --collect-only}
+    bench_args="--device cpu --sizes tiny --quick"
+elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    test_args=${TEST_ARGS:-tests}
+    # Compiling many small kernels and running them briefly: side by side where that is possible.
+    ! "$python" -c 'import xdist' 2>/dev/null || test_args="$test_args -n 8"
+    bench_args=${BENCH_ARGS---compile headline --seconds 0.05}
+else
+    echo "gpu_check: torch sees no GPU on this machine (--cpu-dry-run works without one)" >&2
+    exit 2
+fi
+
+end=$(($(date +%s) + ${SECONDS_IN_ALL:-520}))
+failed=""
+
+# stage NAME LIMIT LOG COMMAND...: run COMMAND for at most LIMIT seconds, or what is left of all.
+# LIMIT in COMMAND becomes the seconds after which it had better start nothing new.
+stage() {
+    local name=$1 limit=$2 log=$out/$3 status
+    shift 3
+    case " $stages " in *" $name "*) ;; *) return ;; esac
+    if grep -qsx "$name" "$out/stages.done"; then
+        echo "== $name: complete before"
+        return
+    fi
+    local left=$((end - $(date +%s)))
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 5 ]; then
+        echo "== $name: no time left"
+        failed="$failed $name"
+        return
+    fi
+    echo "== $name: at most $limit s"
+    # Interrupted first, so that pytest and run.py write what they have; killed 10 s later.
+    timeout --signal=INT --kill-after=10 "$limit" "${@//LIMIT/$((limit * 4 / 5))}" 2>&1 \
+        | tee -a "$log"
+    status=${PIPESTATUS[0]}
+    if [ "$status" -eq 0 ]; then
+        echo "$name" >>"$out/stages.done"
+    else
+        echo "== $name: exit status $status"
+        failed="$failed $name"
+    fi
+}
+
+describe='
+import importlib.metadata as m, os, subprocess, sys
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+commit = os.environ.get("FUSEDFORMER_COMMIT") or said("git", "rev-parse", "HEAD") or "unknown"
+print("commit", commit)
+print("python", sys.version.split()[0])
+for package in ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pytest-xdist"):
+    try:
+        print(package, m.version(package))
+    except m.PackageNotFoundError:
+        print(package, "absent")
+print(said("nvidia-smi") or "no nvidia-smi")
+'
+
+# shellcheck disable=SC2086  # the arguments are several words
+{
+    stage environment 30 environment.txt "$python" -c "$describe"
+    stage tests 210 tests.log "$python" -m pytest -q -p no:cacheprovider \
+        "--junitxml=$out/tests.xml" $test_args
+    bench() {
+        stage "$1" "$2" bench.log "$python" benchmarks/run.py --suite "$1" \
+            --out "$out/bench.json" --budget LIMIT $bench_args "${@:3}"
+    }
+    bench softmax 40
+    bench norm 60
+    bench activation 30
+    bench encoder 40 --compile none
+    bench attention 200
+}
+
+{
+    [ ! -s "$out/tests.log" ] || echo "tests: $(tail -n 1 "$out/tests.log")"
+    [ ! -s "$out/bench.json" ] || "$python" benchmarks/table.py --headline "$out/bench.json"
+    echo "stages that failed or were cut short:${failed:- none}"
+} 2>&1 | tee "$out/summary.txt"
+[ -z "$failed" ]

@@ -1,0 +1,344 @@
+"""The benchmarks measure what they say: checks come before times, counts are right, files last."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_attention  # noqa: E402
+import bench_norm  # noqa: E402
+import table  # noqa: E402
+from harness import counting, records, timing  # noqa: E402
+from harness.case import REFERENCE, Case, Inputs, Program, Sizes, Suite, Unsupported  # noqa: E402
+from harness.providers import PEER_MODULES, absent_peers  # noqa: E402
+from harness.runner import Options, run_suite  # noqa: E402
+
+CPU = torch.device("cpu")
+SUITES = {"softmax", "norm", "activation", "attention", "encoder"}
+
+
+def _options(**changes: Any) -> Options:
+    return Options(CPU, seconds=0.001, say=lambda line: None, **changes)
+
+
+def _results(path: Path | None = None) -> records.ResultFile:
+    results = records.ResultFile(path, records.new_document(CPU, {}))
+    results.set_ceilings({"copy_gb_s": 10.0, "matmul_tflop_s": 0.1, "matmul_dtype": "float32"})
+    return results
+
+
+def _square_case(name: str = "4x8") -> Case:
+    def make(device: torch.device) -> Inputs:
+        return {"input": torch.randn(4, 8, device=device).requires_grad_()}
+
+    return Case("square", name, torch.float32, make, counting.softmax(4, 8, 4))
+
+
+def _square_suite(
+    others: dict[str, Callable[[torch.Tensor], torch.Tensor]], cases: list[Case] | None = None
+) -> Suite:
+    def of(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        return lambda case: Program(lambda input: function(input))
+
+    stock = of(torch.square)
+    given = {REFERENCE: stock, **{name: of(function) for name, function in others.items()}}
+    return Suite(
+        "square", lambda sizes, dtype: cases or [_square_case()], lambda device, compile: given,
+        lambda case, device: stock(case),
+    )
+
+
+def _declines(input: torch.Tensor) -> torch.Tensor:
+    raise Unsupported("not on Mondays")
+
+
+def _raises(input: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of paper")
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(input)
+        return input * input
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * ctx.saved_tensors[0]  # a factor of 2 is missing
+
+
+# What is planted, and the status that forward and backward must get.
+FAULTS = {
+    "all zero": (lambda x: x * 0.0, "failed check", "failed check"),
+    "one element off": (
+        lambda x: x * x + 1e-3 * torch.eye(4, 8), "failed check", "timed"),
+    "not finite": (lambda x: x * x / 0.0, "error", "error"),
+    "wrong gradient": (_WrongGradient.apply, "timed", "failed check"),
+    "declines": (_declines, "unsupported", "unsupported"),
+    "raises": (_raises, "error", "error"),
+    "right": (lambda x: x * x, "timed", "timed"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_provider_is_timed_only_where_it_passes_its_check(name: str) -> None:
+    function, forward, backward = FAULTS[name]
+    results = _results()
+    suite = _square_suite({name: function})
+    run_suite(suite, suite.cases(Sizes.of("tiny"), torch.float32), results, _options())
+    found = {r["direction"]: r for r in results.document["records"] if r["provider"] == name}
+    assert found["forward"]["status"] == forward
+    assert found["backward"]["status"] == found["both"]["status"] == backward
+    for record in found.values():
+        timed = record["status"] == "timed"
+        assert (record["median_us"] is not None) == timed == bool(record["samples_us"])
+        assert timed or record["reason"]
+    assert not records.problems(results.document)
+    stock = [r for r in results.document["records"] if r["provider"] == REFERENCE]
+    assert [r["status"] for r in stock] == ["timed"] * 3
+
+
+def test_interrupted_run_keeps_what_it_measured_and_goes_on_from_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    cases = [_square_case("first"), _square_case("second")]
+    drawn: list[str] = []
+
+    def interrupt(input: torch.Tensor) -> torch.Tensor:
+        drawn.append("call")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results = _results(path)
+        run_suite(_square_suite({}), cases[:1], results, _options())
+        run_suite(_square_suite({"peer": interrupt}), cases[1:], results, _options())
+    kept = json.loads(path.read_text())
+    assert not records.problems(kept)
+    assert {r["case"] for r in kept["records"]} == {"first"}
+    again = _results(path)
+    run_suite(_square_suite({}), cases, again, _options())
+    names = [r["case"] for r in json.loads(path.read_text())["records"]]
+    assert names == ["first"] * 3 + ["second"] * 3
+
+
+def test_no_case_starts_after_the_deadline() -> None:
+    results = _results()
+    assert not run_suite(_square_suite({}), [_square_case()], results, _options(deadline=0.0))
+    assert results.document["records"] == []
+
+
+def _valid_document() -> dict[str, Any]:
+    results = _results()
+    run_suite(_square_suite({"peer": torch.square}), [_square_case()], results, _options())
+    return json.loads(json.dumps(results.document))
+
+
+BREAKAGES = {
+    "no commit": lambda d: d.pop("commit"),
+    "another schema": lambda d: d.update(schema=2),
+    "no ceiling": lambda d: d["ceilings"].pop("copy_gb_s"),
+    "no provider": lambda d: d["records"][0].pop("provider"),
+    "time without passing": lambda d: d["records"][0].update(status="failed check", reason="x"),
+    "no reason": lambda d: d["records"][0].update(
+        status="unsupported", median_us=None, p20_us=None, p80_us=None),
+    "passing without time": lambda d: d["records"][0].update(median_us=None),
+    "percentiles out of order": lambda d: d["records"][0].update(p20_us=1e9),
+    "unknown status": lambda d: d["records"][0].update(status="fine"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_schema_check_finds(name: str) -> None:
+    document = _valid_document()
+    assert records.problems(document) == []
+    BREAKAGES[name](document)
+    assert records.problems(document)
+
+
+def test_table_names_the_place_and_compares_with_the_library() -> None:
+    document = _valid_document()
+    for record in document["records"]:
+        ours = record["provider"] == "peer"
+        record["provider"] = table.OURS if ours else "stock"
+        record["median_us"] = 100.0 if ours else 250.0
+    text = table.markdown(document)
+    assert document["commit"][:12] in text and "copy 10 GB/s" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 4x8 "))
+    assert "250 µs (2.50x)" in row
+    assert "%" in row  # the library's share of the floor
+
+
+# Floors that were worked out by hand for an H200: 4300 GB/s, 790 TFLOP/s, 16,384 tokens, bf16.
+BY_HAND = {
+    # 4 tensors of 16384 * 768 * 2 bytes = 100.7 MB
+    "residual + LayerNorm": (
+        counting.layer_norm(16384, 768, 2, residual=True, return_sum=True)["forward"], 23.4),
+    # 3 tensors = 75.5 MB
+    "LayerNorm backward": (counting.layer_norm(16384, 768, 2)["backward"], 17.6),
+    # 4 * 16384 * 4096 * 768 = 206.2 GFLOP
+    "attention S=4096": (counting.attention(4, 12, 4096, 64, 2)["forward"], 261.0),
+    # 14 * 16384 * 512 * 768 FLOPs against 13 tensors of 25.2 MB, which take less
+    "attention forward and backward S=512": (counting.attention(32, 12, 512, 64, 2)["both"], 114.2),
+    # 4 tensors of 25.2 MB, more than 4 * 16384 * 128 * 768 FLOPs take
+    "attention S=128": (counting.attention(128, 12, 128, 64, 2)["forward"], 23.4),
+    "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_floor_agrees_with_the_one_worked_out_by_hand(name: str) -> None:
+    cost, floor = BY_HAND[name]
+    assert round(cost.floor_us(4300.0, 790.0), 1) == floor
+
+
+@pytest.mark.parametrize("kind", bench_attention.LENGTHS)
+def test_attention_counts_exactly_the_visible_pairs(kind: str) -> None:
+    batch, heads, length, dim = 3, 16, 24, 64
+    case = bench_attention._case(kind, batch * length, length, dim, torch.float32, headline=True)
+    inputs = case.make(CPU)
+    visible = torch.ones(batch, heads, length, length, dtype=torch.bool)
+    if kind == "causal":
+        visible = visible.tril()
+    if "key_mask" in inputs:
+        visible = visible & inputs["key_mask"][:, None, None, :]
+    if "attn_mask" in inputs:
+        visible = visible & inputs["attn_mask"]
+    assert case.costs["forward"].flops == 4 * visible.sum().item() * dim
+    assert visible.any(-1).all()  # no row of a benchmark is masked whole
+
+
+def _attention_with(p: float, same_mask: bool) -> Program:
+    """Attention whose dropout has probability ``p``, and whose backward may draw another mask."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
+        masks = [(torch.rand_like(weights) >= p) / (1 - p) for _ in range(2)]
+        first = (weights * masks[0]) @ value
+        if same_mask:
+            return first
+        second = (weights * masks[1]) @ value
+        return second + (first - second).detach()  # the value of one, the gradient of the other
+
+    return Program(call)
+
+
+@pytest.mark.parametrize(
+    ("p", "same_mask", "message"),
+    [(0.1, True, None), (0.11, True, "dropout kept"), (0.0, True, "dropout kept"),
+     (0.1, False, "dropout mask")],
+    ids=["right", "drops too much", "drops nothing", "another mask in the backward"],
+)
+def test_dropout_check_of_attention(p: float, same_mask: bool, message: str | None) -> None:
+    torch.manual_seed(0)
+    case = bench_attention._case("dropout", 256, 128, 64, torch.float32, headline=True)
+    assert case.before is not None
+    if message is None:
+        case.before(_attention_with(p, same_mask), case.make(CPU))
+        return
+    with pytest.raises(AssertionError, match=message):
+        case.before(_attention_with(p, same_mask), case.make(CPU))
+
+
+def test_dropout_check_of_norm_fails_without_dropout() -> None:
+    case = bench_norm._case("dropout + add + layer_norm", 64, 768, torch.float32)
+    program = bench_norm.eager(case)
+    assert case.before is not None and program.checked is not None
+    case.before(program, case.make(CPU))
+    with pytest.raises(AssertionError, match="dropout kept"):
+        case.before(Program(program.checked), case.make(CPU))
+
+
+def test_percentiles_are_interpolated() -> None:
+    samples = timing.Samples([40.0, 10.0, 30.0, 20.0], "paired")
+    assert samples.median_us == 25.0
+    assert samples.percentile(0.2) == pytest.approx(16.0)
+
+
+def test_order_of_providers_rotates() -> None:
+    order: list[str] = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "abc"}
+    timing.measure(calls, CPU, 0.0)
+    # One estimate each, then rounds of repeated calls: what leads changes from round to round.
+    leads = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(leads[3:]) in ("abcbcacab", "bcacab", "cbcacab", "bcbcacab")
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def call() -> None:
+        first = torch.empty(1000)
+        second = first.clone()
+        del first
+        second.clone()
+
+    assert timing.peak_memory(call, CPU) == 8000
+
+
+def test_absent_peers_are_named() -> None:
+    absent = absent_peers(CPU)
+    assert set(PEER_MODULES) <= set(absent)
+    assert "FlexAttention" in absent
+
+
+# The suite may run under the interpreter; benchmarks never do.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def _gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu_check.sh"), *arguments],
+        env={**ENVIRONMENT, "PYTHON": sys.executable, "STAGES": "environment tests bench"},
+        capture_output=True, text=True, timeout=600,
+    )
+
+
+def test_gpu_check_runs_every_stage_dry_and_resumes(tmp_path: Path) -> None:
+    result = _gpu_check(str(tmp_path), "--cpu-dry-run")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert len(files) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in files)
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert records.problems(document) == []
+    assert {r["suite"] for r in document["records"]} == SUITES
+    # float32 on the same backend as stock: the library passes wherever it runs.
+    ours = [r for r in document["records"] if r["provider"] == "fusedformer"]
+    assert {r["status"] for r in ours} == {"timed"}
+    done = (tmp_path / "stages.done").read_text().split()
+    assert set(done) == SUITES | {"environment", "tests"}
+    assert result.stdout.rstrip().endswith("none")  # the summary comes last
+
+    again = _gpu_check(str(tmp_path), "--cpu-dry-run")
+    assert again.returncode == 0
+    assert again.stdout.count("complete before") == len(done)
+    assert json.loads((tmp_path / "bench.json").read_text()) == document
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    result = _gpu_check(str(tmp_path))
+    assert result.returncode == 2
+    assert "no GPU" in result.stderr
+    assert _gpu_check().returncode == 2
+
+
+def test_suite_runs_under_pytest_benchmark() -> None:
+    pytest.importorskip("pytest_benchmark")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         str(BENCHMARKS / "bench_softmax.py"), "--bench-sizes=tiny", "--bench-quick",
+         "--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "-k", "64x128"],
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert re.search(r"\b6 passed", result.stdout)  # two providers in three directions
