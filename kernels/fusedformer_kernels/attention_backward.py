@@ -20,7 +20,7 @@ from fusedformer_kernels.attention_mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention_tiles import (
     attention_arguments,
     load_row_terms,
-    load_rows,
+    load_tile,
     mask_scores,
     score_gradients,
 )
@@ -46,19 +46,20 @@ def _attention_delta(
     blocks = tl.cdiv(n_queries, BLOCK_M)
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = plane // n_heads, plane % n_heads
-    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    first_row = (tl.program_id(0) % blocks) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_valid = rows < n_queries
-    grad = load_rows(
-        grad_ptr + batch * stride_gb + head * stride_gh, rows, n_queries, stride_gm, stride_gd,
-        VALUE_DIM, BLOCK_DV, False,
+    grad = load_tile(
+        grad_ptr + batch * stride_gb + head * stride_gh, first_row, n_queries, stride_gm,
+        stride_gd, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_M, BLOCK_DV]
-    o = load_rows(
-        o_ptr + batch * stride_ob + head * stride_oh, rows, n_queries, stride_om, stride_od,
-        VALUE_DIM, BLOCK_DV, False,
+    o = load_tile(
+        o_ptr + batch * stride_ob + head * stride_oh, first_row, n_queries, stride_om, stride_od,
+        BLOCK_M, VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_M, BLOCK_DV]
     delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if HAS_LSE_GRAD:
-        offsets = batch * stride_lb + head * stride_lh + rows * stride_lm
+        offsets = batch * stride_lb + head * stride_lh + rows.to(tl.int64) * stride_lm
         delta -= tl.load(lse_grad_ptr + offsets, mask=row_valid, other=0.0)
     tl.store(delta_ptr + plane * n_queries + rows, delta, mask=row_valid)
 
@@ -74,13 +75,14 @@ def _walk_queries(
     DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add to dk, dv what the queries in [first, last) give; tiles are [keys, queries]."""
-    for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
-        q = load_rows(
-            q_base, rows, n_queries, stride_qm, stride_qd, HEAD_DIM, BLOCK_D, False
+    # As in the forward: one pipelined loop only.
+    for start in tl.range(first, last, BLOCK_M, num_stages=1 if CAUSAL else None):
+        rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        q = load_tile(
+            q_base, start, n_queries, stride_qm, stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, False
         )  # [BLOCK_M, BLOCK_D]
-        grad = load_rows(
-            grad_base, rows, n_queries, stride_gm, stride_gd, VALUE_DIM, BLOCK_DV, False
+        grad = load_tile(
+            grad_base, start, n_queries, stride_gm, stride_gd, BLOCK_M, VALUE_DIM, BLOCK_DV, False
         )  # [BLOCK_M, BLOCK_DV]
         lse, delta = load_row_terms(lse_ptr, delta_ptr, rows, n_queries)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -123,14 +125,14 @@ def _attention_backward_keys(
     n_key_heads = n_heads // group
     batch = (plane // n_key_heads).to(tl.int64)
     key_head = (plane % n_key_heads).to(tl.int64)
-    columns = first_column + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
-    k = load_rows(
-        k_ptr + batch * stride_kb + key_head * stride_kh, columns, n_keys, stride_kn, stride_kd,
-        HEAD_DIM, BLOCK_D, False,
+    columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k = load_tile(
+        k_ptr + batch * stride_kb + key_head * stride_kh, first_column, n_keys, stride_kn,
+        stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, False,
     )  # [BLOCK_N, BLOCK_D]
-    v = load_rows(
-        v_ptr + batch * stride_vb + key_head * stride_vh, columns, n_keys, stride_vn, stride_vd,
-        VALUE_DIM, BLOCK_DV, False,
+    v = load_tile(
+        v_ptr + batch * stride_vb + key_head * stride_vh, first_column, n_keys, stride_vn,
+        stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_N, BLOCK_DV]
     key_mask_base = key_mask_ptr
     if HAS_KEY_MASK:
@@ -180,11 +182,11 @@ def _attention_backward_keys(
             SCALED, PRECISION,
         )
     dims = tl.arange(0, BLOCK_D)
-    dk_rows = dk_ptr + batch * stride_dkb + key_head * stride_dkh + columns * stride_dkn
+    dk_rows = dk_ptr + batch * stride_dkb + key_head * stride_dkh + columns.to(tl.int64) * stride_dkn
     valid = (columns < n_keys)[:, None]
     store(dk_rows[:, None] + dims[None, :], dk * scale, valid & (dims < HEAD_DIM)[None, :])
     dims_v = tl.arange(0, BLOCK_DV)
-    dv_rows = dv_ptr + batch * stride_dvb + key_head * stride_dvh + columns * stride_dvn
+    dv_rows = dv_ptr + batch * stride_dvb + key_head * stride_dvh + columns.to(tl.int64) * stride_dvn
     store(dv_rows[:, None] + dims_v[None, :], dv, valid & (dims_v < VALUE_DIM)[None, :])
 
 
@@ -198,13 +200,14 @@ def _walk_keys(
     DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add to dq what the keys in [first, last) give; PARTIAL tiles are checked against bounds."""
-    for start in range(first, last, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
-        k = load_rows(
-            k_base, columns, n_keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D, not PARTIAL
+    # As in the forward: one pipelined loop only.
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if PARTIAL else None):
+        columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        k = load_tile(
+            k_base, start, n_keys, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, not PARTIAL
         )  # [BLOCK_N, BLOCK_D]
-        v = load_rows(
-            v_base, columns, n_keys, stride_vn, stride_vd, VALUE_DIM, BLOCK_DV, not PARTIAL
+        v = load_tile(
+            v_base, start, n_keys, stride_vn, stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, not PARTIAL
         )  # [BLOCK_N, BLOCK_DV]
         dscores = score_gradients(
             q, grad, k, v, lse, delta, rows, columns, start, n_queries, n_keys, plane, mask_base,
@@ -251,14 +254,14 @@ def _attention_backward_queries(
     if SCALED:
         exp_scale = 1.0
     first_row = block * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
-    q = load_rows(
-        q_ptr + batch * stride_qb + head * stride_qh, rows, n_queries, stride_qm, stride_qd,
-        HEAD_DIM, BLOCK_D, False,
+    rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    q = load_tile(
+        q_ptr + batch * stride_qb + head * stride_qh, first_row, n_queries, stride_qm, stride_qd,
+        BLOCK_M, HEAD_DIM, BLOCK_D, False,
     )  # [BLOCK_M, BLOCK_D]
-    grad = load_rows(
-        grad_ptr + batch * stride_gb + head * stride_gh, rows, n_queries, stride_gm, stride_gd,
-        VALUE_DIM, BLOCK_DV, False,
+    grad = load_tile(
+        grad_ptr + batch * stride_gb + head * stride_gh, first_row, n_queries, stride_gm,
+        stride_gd, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_M, BLOCK_DV]
     offset = plane.to(tl.int64) * n_queries
     lse, delta = load_row_terms(lse_ptr + offset, delta_ptr + offset, rows, n_queries)
@@ -284,7 +287,7 @@ def _attention_backward_queries(
         PRECISION,
     )
     dims = tl.arange(0, BLOCK_D)
-    dq_rows = dq_ptr + batch * stride_dqb + head * stride_dqh + rows * stride_dqm
+    dq_rows = dq_ptr + batch * stride_dqb + head * stride_dqh + rows.to(tl.int64) * stride_dqm
     valid = (rows < n_queries)[:, None] & (dims < HEAD_DIM)[None, :]
     store(dq_rows[:, None] + dims[None, :], dq * scale, valid)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.attention_tiles import (
     attention_arguments,
-    load_rows,
+    load_tile,
     mask_scores,
     online_softmax_update,
 )
@@ -44,10 +44,11 @@ def _attend(
     DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Online softmax over the keys in [first, last); PARTIAL tiles are checked against bounds."""
-    for start in range(first, last, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
-        k = load_rows(
-            k_base, columns, n_keys, stride_kn, stride_kd, HEAD_DIM, BLOCK_D, not PARTIAL
+    # With both loops pipelined ptxas serializes the tensor cores; partial tiles are few.
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if PARTIAL else None):
+        columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        k = load_tile(
+            k_base, start, n_keys, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, not PARTIAL
         )  # [BLOCK_N, BLOCK_D]
         scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         scores = dot(q, tl.trans(k), scores, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -60,8 +61,8 @@ def _attend(
         if DROPOUT:
             keep = dropout_keep(tl.load(seed_ptr), plane, rows, start, p, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
-        v = load_rows(
-            v_base, columns, n_keys, stride_vn, stride_vd, VALUE_DIM, BLOCK_DV, not PARTIAL
+        v = load_tile(
+            v_base, start, n_keys, stride_vn, stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, not PARTIAL
         )  # [BLOCK_N, BLOCK_DV]
         acc = dot(cast(weights, v.dtype), v, acc * rescale[:, None], PRECISION)
     return acc, top, total
@@ -103,10 +104,10 @@ def _attention_forward(
         exp_scale = 1.0
 
     first_row = block * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
-    q = load_rows(
-        q_ptr + batch * stride_qb + head * stride_qh, rows, n_queries, stride_qm, stride_qd,
-        HEAD_DIM, BLOCK_D, False,
+    rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    q = load_tile(
+        q_ptr + batch * stride_qb + head * stride_qh, first_row, n_queries, stride_qm, stride_qd,
+        BLOCK_M, HEAD_DIM, BLOCK_D, False,
     )  # [BLOCK_M, BLOCK_D]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -139,7 +140,7 @@ def _attention_forward(
     row_valid = rows < n_queries
     tl.store(lse_ptr + plane.to(tl.int64) * n_queries + rows, lse, mask=row_valid)
     dims = tl.arange(0, BLOCK_DV)
-    o_rows = o_ptr + batch * stride_ob + head * stride_oh + rows * stride_om
+    o_rows = o_ptr + batch * stride_ob + head * stride_oh + rows.to(tl.int64) * stride_om
     store(o_rows[:, None] + dims[None, :], o, row_valid[:, None] & (dims < VALUE_DIM)[None, :])
 
 

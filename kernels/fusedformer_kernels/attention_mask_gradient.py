@@ -15,7 +15,7 @@ from fusedformer_kernels import configs
 from fusedformer_kernels.attention_tiles import (
     AttentionArguments,
     load_row_terms,
-    load_rows,
+    load_tile,
     score_gradients,
 )
 from fusedformer_kernels.launch import launch
@@ -61,27 +61,27 @@ def _attention_mask_gradient(
         if HAS_KEY_MASK:
             key_mask_base += batch * stride_key_mask_b
         for row_start in range(first_row, last_row, BLOCK_M):
-            rows = row_start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
-            q = load_rows(
-                q_ptr + batch * stride_qb + head * stride_qh, rows, n_queries, stride_qm,
-                stride_qd, HEAD_DIM, BLOCK_D, False,
+            rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+            q = load_tile(
+                q_ptr + batch * stride_qb + head * stride_qh, row_start, n_queries, stride_qm,
+                stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, False,
             )  # [BLOCK_M, BLOCK_D]
-            grad = load_rows(
-                grad_ptr + batch * stride_gb + head * stride_gh, rows, n_queries, stride_gm,
-                stride_gd, VALUE_DIM, BLOCK_DV, False,
+            grad = load_tile(
+                grad_ptr + batch * stride_gb + head * stride_gh, row_start, n_queries, stride_gm,
+                stride_gd, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
             )  # [BLOCK_M, BLOCK_DV]
             lse, delta = load_row_terms(
                 lse_ptr + plane * n_queries, delta_ptr + plane * n_queries, rows, n_queries
             )
             for start in range(first_column, last_column, BLOCK_N):
-                columns = start + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
-                k = load_rows(
-                    k_ptr + batch * stride_kb + key_head * stride_kh, columns, n_keys, stride_kn,
-                    stride_kd, HEAD_DIM, BLOCK_D, False,
+                columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+                k = load_tile(
+                    k_ptr + batch * stride_kb + key_head * stride_kh, start, n_keys, stride_kn,
+                    stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, False,
                 )  # [BLOCK_N, BLOCK_D]
-                v = load_rows(
-                    v_ptr + batch * stride_vb + key_head * stride_vh, columns, n_keys, stride_vn,
-                    stride_vd, VALUE_DIM, BLOCK_DV, False,
+                v = load_tile(
+                    v_ptr + batch * stride_vb + key_head * stride_vh, start, n_keys, stride_vn,
+                    stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
                 )  # [BLOCK_N, BLOCK_DV]
                 total += score_gradients(
                     q, grad, k, v, lse, delta, rows, columns, start, n_queries, visible_keys,

@@ -16,18 +16,25 @@ NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 
 
 @triton.jit
-def load_rows(
-    base, rows, n_rows, stride_row, stride_dim, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    IN_BOUNDS: tl.constexpr,
+def load_tile(
+    base, first, n_rows, stride_row, stride_dim, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, IN_BOUNDS: tl.constexpr,
 ):
-    """Tile [rows, BLOCK_D] of a [sequence, head_dim] matrix, 0 outside; ``rows`` are int64."""
+    """Rows [first, first + BLOCK) of a [sequence, head_dim] matrix, 0 outside: [BLOCK, BLOCK_D].
+
+    The 64-bit arithmetic is a scalar and loop-invariant offsets: with it on every element of every
+    tile, ptxas serializes the tensor cores.
+    """
+    rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
-    pointers = base + (rows * stride_row)[:, None] + (dims * stride_dim)[None, :]
+    wide_stride = tl.cast(stride_row, tl.int64)
+    offsets = (rows * wide_stride)[:, None] + (dims * stride_dim)[None, :]
+    pointers = base + first * wide_stride + offsets
     if IN_BOUNDS and DIM == BLOCK_D:
         return tl.load(pointers)
     valid = (dims < DIM)[None, :]
     if not IN_BOUNDS:
-        valid = valid & (rows < n_rows)[:, None]
+        valid = valid & (rows < n_rows - first)[:, None]
     return tl.load(pointers, mask=valid, other=0.0)
 
 
@@ -39,21 +46,23 @@ def mask_scores(
 ):
     """Scores with masked elements at -inf, in base 2 if SCALED, else as they came.
 
-    ``rows`` and ``columns`` are int64 indices that broadcast to the shape of ``scores``, which may
+    ``rows`` and ``columns`` are indices that broadcast to the shape of ``scores``, which may
     be [queries, keys] or its transpose.
     """
     if SCALED:
         scores = scores * (scale * LOG2_E)
     if MASK == 2:
         valid = (rows < n_rows) & (columns < n_columns)
-        pointers = mask_base + rows * stride_mask_row + columns * stride_mask_column
+        pointers = mask_base + rows.to(tl.int64) * stride_mask_row
+        pointers += columns.to(tl.int64) * stride_mask_column
         scores += tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * LOG2_E
     if MASK == 1:
         valid = (rows < n_rows) & (columns < n_columns)
-        pointers = mask_base + rows * stride_mask_row + columns * stride_mask_column
+        pointers = mask_base + rows.to(tl.int64) * stride_mask_row
+        pointers += columns.to(tl.int64) * stride_mask_column
         scores = tl.where(tl.load(pointers, mask=valid, other=0) != 0, scores, float("-inf"))
     if HAS_KEY_MASK:
-        pointers = key_mask_base + columns * stride_key_mask
+        pointers = key_mask_base + columns.to(tl.int64) * stride_key_mask
         keep = tl.load(pointers, mask=columns < n_columns, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
     if COLUMN_BOUNDS:

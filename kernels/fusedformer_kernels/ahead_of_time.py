@@ -1,0 +1,145 @@
+"""Compile recorded launches for a target that need not be present, and read what came out.
+
+Works with triton's own compiler and the disassemblers in its wheel; no GPU or driver is touched.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedformer_kernels.configs import Target
+from fusedformer_kernels.launch import Launch
+
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one kernel says."""
+
+    registers: int
+    shared_bytes: int
+    spills: int  # instructions that store to or load from spilled registers
+    tensor_core: str  # name of the widest tensor-core instruction, "" if none
+    tensor_core_count: int
+    waits: int  # WARPGROUP.DEPBAR on Hopper
+    tma_loads: int
+    exp2: int  # MUFU.EX2
+    compile_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ast_source(launch: Launch) -> ASTSource:
+    """The specialization that triton's own launcher would compile for these arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind = "constexpr"
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            kind = "*" + _TYPE_NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            kind = "fp32"
+        signature[parameter.name] = kind
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile one launch for ``target``; raises what the compiler raises."""
+    start = time.perf_counter()
+    compiled = triton.compile(
+        ast_source(launch),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options=launch.config.options(),
+    )
+    seconds = time.perf_counter() - start
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        return _read_amdgcn(compiled.asm["amdgcn"], shared, seconds)
+    return _read_cubin(compiled.asm["cubin"], shared, seconds)
+
+
+def _read_cubin(cubin: bytes, shared: int, seconds: float) -> Compiled:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def output_of(*command: str) -> str:
+            return subprocess.run(
+                [str(tools / command[0]), *command[1:], str(path)],
+                check=True, capture_output=True, text=True,
+            ).stdout  # fmt: skip
+
+        usage = output_of("cuobjdump", "-res-usage")
+        code = output_of("nvdisasm", "-c")
+    found = re.search(r"REG:(\d+)", usage)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    name, number = "", 0
+    for instruction in (r"UTC\w*MMA", "HGMMA", "HMMA"):
+        number = count(rf"\b{instruction}\b")
+        if number:
+            name = instruction.replace(r"\w*", "*")
+            break
+    return Compiled(
+        registers=int(found.group(1)) if found else -1,
+        shared_bytes=shared,
+        spills=count(r"\b(?:STL|LDL)\b"),
+        tensor_core=name,
+        tensor_core_count=number,
+        waits=count(r"WARPGROUP\.DEPBAR"),
+        tma_loads=count(r"\bUTMALDG\b"),
+        exp2=count(r"MUFU\.EX2"),
+        compile_seconds=seconds,
+    )
+
+
+def _read_amdgcn(code: str, shared: int, seconds: float) -> Compiled:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, code)
+        return int(found.group(1)) if found else 0
+
+    matrix = len(re.findall(r"\bv_mfma_", code))
+    return Compiled(
+        registers=number(r"\.vgpr_count:\s+(\d+)"),
+        shared_bytes=shared,
+        spills=number(r"\.vgpr_spill_count:\s+(\d+)"),
+        tensor_core="MFMA" if matrix else "",
+        tensor_core_count=matrix,
+        waits=0,
+        tma_loads=0,
+        exp2=len(re.findall(r"\bv_exp_f32", code)),
+        compile_seconds=seconds,
+    )

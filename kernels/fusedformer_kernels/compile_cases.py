@@ -1,0 +1,188 @@
+"""Calls of every launcher, on tensors without memory, that cover the variants that ship.
+
+The compile report records the launches that each call makes and compiles those, so what it reads
+is what runs: the same kernel, config and specialization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusedformer_kernels.activation import (
+    ACTIVATIONS,
+    bias_activation_backward,
+    bias_activation_forward,
+)
+from fusedformer_kernels.attention_backward import attention_backward
+from fusedformer_kernels.attention_forward import attention_forward
+from fusedformer_kernels.dropout import dropout_mask
+from fusedformer_kernels.norm import norm_backward, norm_forward
+from fusedformer_kernels.softmax import softmax_backward, softmax_forward
+
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A named call; ``matrix`` says that its kernels must reach the tensor cores."""
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object] = field(compare=False)
+    matrix: bool = False
+    tf32: bool = False
+
+
+def _empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _seed() -> torch.Tensor:
+    return _empty(1, dtype=torch.int64)
+
+
+def _softmax(columns: int, dtype: torch.dtype, mask: torch.Tensor | None, **flags: bool) -> None:
+    x = _empty(64, columns, dtype=dtype)
+    causal, log = flags.get("causal", False), flags.get("log", False)
+    softmax_forward(x, None if mask is None else mask.expand(64, columns), 1.0, causal, dtype, log)
+    softmax_backward(x, x, 1.0, dtype, log, causal or mask is not None)
+
+
+def _norm(columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0.0) -> None:
+    x = _empty(4096, columns, dtype=dtype)
+    parameter = _empty(columns, dtype=dtype)
+    extra = (x, parameter) if fused else (None, None)
+    weight = None if kind == "none" else parameter
+    bias = parameter if kind == "layer" else None
+    seed = _seed() if p else None
+    norm_forward(x, *extra, weight, bias, seed, p, 1e-5, kind, 1)
+    statistics = _empty(4096, dtype=torch.float32)
+    norm_backward(
+        None if kind == "none" else x, x if fused else None, x, statistics, statistics, weight,
+        seed, p, kind, 1, weight is not None, bias is not None, fused,
+    )
+
+
+def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.0) -> None:
+    x, bias = _empty(4096, columns, dtype=dtype), _empty(columns, dtype=dtype)
+    seed = _seed() if p else None
+    bias_activation_forward(x, bias, seed, p, activation)
+    bias_activation_backward(x, x, bias, seed, p, activation, True)
+
+
+def _attention(
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    value_dim: int = 0,
+    mask: str = "",
+    causal: bool = False,
+    p: float = 0.0,
+    key_mask: bool = False,
+    lengths: bool = False,
+    key_heads: int = 16,
+) -> None:
+    length, heads, batch = 2048, 16, 4
+    # [batch, length, 3, heads, dim]: views of an interleaved projection, read in place.
+    dims = head_dim, head_dim, value_dim or head_dim
+    q, k, v = (
+        _empty(batch, length, 3, h, d, dtype=dtype)[:, :, i].transpose(1, 2)
+        for i, (h, d) in enumerate(zip((heads, key_heads, key_heads), dims, strict=True))
+    )
+    masks = {
+        "": None,
+        "boolean": _empty(batch, 1, length, length, dtype=torch.bool),
+        "additive": _empty(1, heads, length, length, dtype=dtype),
+    }
+    others: tuple[Any, ...] = (
+        masks[mask],
+        _empty(batch, length, dtype=torch.bool) if key_mask else None,
+        _empty(batch, dtype=torch.int32) if lengths else None,
+        _seed() if p else None,
+    )
+    output, lse = attention_forward(q, k, v, *others, p, causal, 0.125)
+    needs = [True, True, True, mask == "additive"]
+    attention_backward(output, None, q, k, v, output, lse, *others, p, causal, 0.125, needs)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every shipped variant: kernels × dtypes × flags × the sizes at which configs change."""
+    full = torch.float32
+    cases: list[CompileCase] = []
+
+    def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: bool) -> None:
+        cases.append(CompileCase(name, dtype, call, **flags))
+
+    keep = _empty(64, 1, dtype=torch.bool)
+    for dtype in (HALF, torch.float16, full):
+        for columns in (100, 1024, 16384, 32768, 131072):
+            if dtype != torch.float16 or columns == 1024:
+                add(f"softmax {columns}", dtype, lambda c=columns, d=dtype: _softmax(c, d, None))
+        for columns in (17, 768, 1024, 4096, 8192, 16384, 32768):
+            if dtype != torch.float16 or columns == 768:
+                add(
+                    f"layer_norm {columns}", dtype,
+                    lambda c=columns, d=dtype: _norm(c, d, "layer", False),
+                )
+        for columns in (768, 4096, 8192, 32768):
+            if dtype == HALF or columns == 768:
+                add(
+                    f"dropout_add_layer_norm {columns}", dtype,
+                    lambda c=columns, d=dtype: _norm(c, d, "layer", True, 0.1),
+                )
+        for activation in ACTIVATIONS:
+            add(
+                f"bias_{activation}", dtype,
+                lambda a=activation, d=dtype: _activation(3072, d, a),
+            )
+    add("softmax 1024 boolean mask", HALF, lambda: _softmax(1024, HALF, keep))
+    add("softmax 1024 causal log", HALF, lambda: _softmax(1024, HALF, None, causal=True, log=True))
+    add(
+        "softmax 131072 additive mask", HALF,
+        lambda: _softmax(131072, HALF, _empty(64, 131072, dtype=full)),
+    )
+    add("rms_norm 4096", HALF, lambda: _norm(4096, HALF, "rms", False))
+    add("dropout_add_rms_norm 4096", HALF, lambda: _norm(4096, HALF, "rms", True, 0.1))
+    add("dropout_add 768", HALF, lambda: _norm(768, HALF, "none", True, 0.1))
+    add("bias_gelu dropout", HALF, lambda: _activation(3072, HALF, "gelu", 0.1))
+    add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64))
+
+    for dim in (16, 32, 64, 80, 96, 128, 160, 256):
+        add(f"attention d={dim}", HALF, lambda d=dim: _attention(d, HALF), matrix=True)
+    for dim in (64, 128):
+        add(
+            f"attention d={dim}", torch.float16,
+            lambda d=dim: _attention(d, torch.float16), matrix=True,
+        )
+        add(
+            f"attention d={dim} causal", HALF,
+            lambda d=dim: _attention(d, HALF, causal=True), matrix=True,
+        )
+    for dim in (64, 128, 256):
+        add(f"attention d={dim}", full, lambda d=dim: _attention(d, full))
+        add(f"attention d={dim} tf32", full, lambda d=dim: _attention(d, full), matrix=True, tf32=True)
+    variants: dict[str, dict[str, Any]] = {
+        "key mask": {"key_mask": True},
+        "lengths": {"lengths": True},
+        "boolean mask": {"mask": "boolean"},
+        "additive mask": {"mask": "additive"},
+        "dropout": {"p": 0.1},
+        "grouped heads": {"key_heads": 4},
+        "value dim 128": {"value_dim": 128},
+        "all": {"mask": "additive", "causal": True, "p": 0.1, "key_mask": True, "lengths": True},
+    }
+    for name, flags in variants.items():
+        add(
+            f"attention d=64 {name}", HALF,
+            lambda f=flags: _attention(64, HALF, **f), matrix=True,
+        )
+    for name in ("additive mask", "dropout"):
+        add(
+            f"attention d=128 {name}", HALF,
+            lambda f=variants[name]: _attention(128, HALF, **f), matrix=True,
+        )
+    return cases

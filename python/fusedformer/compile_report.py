@@ -1,0 +1,155 @@
+"""``python -m fusedformer compile-report``: every kernel, compiled for GPUs that need not be here.
+
+For each shipped variant and target: registers, shared memory, spills, tensor-core instructions,
+waits, TMA loads and compile time; and which of them fall short of what the library promises: all
+compile and fit in shared memory, nothing spills on sm_90, matrix kernels use the tensor cores
+(HGMMA on sm_90).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942": "MFMA"}
+# Attention kernels without a product, which the tensor-core rule leaves out.
+NO_PRODUCTS = ("_attention_delta",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel of one case on one target."""
+
+    case: str
+    dtype: str
+    target: str
+    kernel: str
+    facts: dict[str, Any]
+    faults: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _tf32(enabled: bool) -> Iterator[None]:
+    previous = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = previous
+
+
+def compile_case(index: int, target_name: str) -> list[Row]:
+    """Compile every launch of one case for one target."""
+    from fusedformer_kernels.ahead_of_time import compile_launch
+    from fusedformer_kernels.compile_cases import compile_cases
+    from fusedformer_kernels.configs import TARGETS, assume_target
+    from fusedformer_kernels.launch import recorded_launches
+
+    case, target = compile_cases()[index], TARGETS[target_name]
+    dtype = str(case.dtype).removeprefix("torch.")
+    with _tf32(case.tf32), assume_target(target), recorded_launches(run=False) as launches:
+        case.call()
+    rows = []
+    for launch in launches:
+        try:
+            facts = compile_launch(launch, target).as_dict()
+            matrix = case.matrix and launch.name not in NO_PRODUCTS
+            faults = _faults(facts, target_name, matrix and "attention" in launch.name)
+            if facts["shared_bytes"] > target.shared_memory:
+                faults += (f"shared memory over {target.shared_memory}",)
+        except Exception as error:  # a compiler may raise anything; the report names it
+            facts, faults = {}, (f"does not compile: {type(error).__name__}: {error}"[:300],)
+        config = launch.config
+        tile = f"{getattr(config, 'block_m', '-')}x{getattr(config, 'block_n', '-')}"
+        facts["config"] = f"{tile} w{config.num_warps} s{config.num_stages}"
+        rows.append(Row(case.name, dtype, target_name, launch.name, facts, faults))
+    return rows
+
+
+def _faults(facts: dict[str, Any], target: str, matrix: bool) -> tuple[str, ...]:
+    faults = []
+    if facts["spills"] and target == "sm_90":
+        faults.append(f"{facts['spills']} spill instructions")
+    if matrix and facts["tensor_core"] != TENSOR_CORES[target]:
+        faults.append(f"no {TENSOR_CORES[target]}, but {facts['tensor_core'] or 'none'}")
+    return tuple(faults)
+
+
+def _work(item: tuple[int, str]) -> list[Row]:
+    return compile_case(*item)
+
+
+def compile_all(
+    targets: list[str], pattern: str = "", processes: int | None = None, progress: bool = False
+) -> list[Row]:
+    """Rows for all cases whose name matches the regular expression ``pattern``."""
+    from fusedformer_kernels.compile_cases import compile_cases
+
+    names = [case.name for case in compile_cases()]
+    work = [(i, t) for i, name in enumerate(names) if re.search(pattern, name) for t in targets]
+    rows: list[Row] = []
+    # spawn: a fork would copy torch's threads, and the compiler runs in the children only.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes or os.cpu_count()) as pool:
+        for done, result in enumerate(pool.imap_unordered(_work, work, chunksize=4), 1):
+            rows += result
+            if progress:
+                print(f"\r{done}/{len(work)} compiled", end="", file=sys.stderr, flush=True)
+    if progress:
+        print(file=sys.stderr)
+    order = {name: i for i, name in enumerate(names)}
+    return sorted(rows, key=lambda r: (order[r.case], r.dtype, targets.index(r.target), r.kernel))
+
+
+def table(rows: list[Row]) -> str:
+    """The report as text, one line a kernel."""
+    header = (
+        f"{'case':34} {'dtype':9} {'target':7} {'kernel':29} {'tile':>16} {'regs':>5} "
+        f"{'shared':>7} {'spills':>6} {'tensor core':>13} {'waits':>5} {'TMA':>4} {'s':>5}"
+    )
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        facts = row.facts
+        start = f"{row.case:34} {row.dtype:9} {row.target:7} {row.kernel:29} {facts['config']:>16} "
+        if "registers" in facts:
+            cores = f"{facts['tensor_core']} {facts['tensor_core_count'] or '-'}"
+            start += (
+                f"{facts['registers']:5} {facts['shared_bytes']:7} {facts['spills']:6} "
+                f"{cores:>13} {facts['waits']:5} {facts['tma_loads']:4} "
+                f"{facts['compile_seconds']:5.1f}"
+            )
+        lines.append(start + "".join(f"  << {fault}" for fault in row.faults))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns 1 if any kernel falls short."""
+    parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
+    parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
+    parser.add_argument("--case", default="", help="only cases that match this regular expression")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
+    targets = arguments.target or list(TENSOR_CORES)
+    rows = compile_all(targets, arguments.case, arguments.processes, progress=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=1))
+    print(table(rows))
+    short = [row for row in rows if row.faults]
+    print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(short)} fall short")
+    for row in short:
+        print(f"  {row.case} {row.dtype} {row.target} {row.kernel}: {'; '.join(row.faults)}")
+    return 1 if short else 0
