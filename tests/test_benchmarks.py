@@ -83,9 +83,12 @@ class _WrongGradient(torch.autograd.Function):
 FAULTS = {
     "all zero": (lambda x: x * 0.0, "failed check", "failed check"),
     "one element off": (
-        lambda x: x * x + 1e-3 * torch.eye(4, 8), "failed check", "timed"),
-    "not finite": (lambda x: x * x / 0.0, "error", "error"),
+        lambda x: x * x + 1e-3 * torch.eye(4, 8), "failed check", "failed check"),
+    "not finite": (lambda x: x * x / 0.0, "failed check", "failed check"),
+    "another shape": (lambda x: (x * x)[:1], "failed check", "failed check"),
+    "another dtype": (lambda x: (x * x).double(), "failed check", "failed check"),
     "wrong gradient": (_WrongGradient.apply, "timed", "failed check"),
+    "no backward": (lambda x: (x * x).detach(), "timed", "error"),
     "declines": (_declines, "unsupported", "unsupported"),
     "raises": (_raises, "error", "error"),
     "right": (lambda x: x * x, "timed", "timed"),

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.case import Case, Inputs, Part, Program, whole
-
-
-def _parity(candidate: Tensor, baseline: Tensor, truth: Tensor) -> tuple[bool, float, str]:
-    ours = (candidate.double() - truth).abs().max().item()
-    stock = (baseline.double() - truth).abs().max().item()
-    limit = 2 * stock + 2 * torch.finfo(candidate.dtype).eps * truth.abs().max().item()
-    return ours <= limit, ours / limit, f"error {ours:.3g}, limit {limit:.3g}"
+from harness.case import Case, Inputs, Part, Program, Unsupported, whole
 
 
 @dataclass(frozen=True)
@@ -36,50 +29,83 @@ class Checker:
         with torch.no_grad():
             shapes = reference.outputs(inputs, reference.checked)
         self.grads = [torch.randn_like(output) for output in shapes]
+        wide_inputs = _in_float64(inputs, case.part)
         wide_grads = [case.part(grad).double() for grad in self.grads]
-        self.truth = self._run(truth, _in_float64(inputs, case.part), wide_grads, whole)
-        self.baseline = self._run(reference, inputs, self.grads, case.part)
+        self.truth = _outputs(truth, wide_inputs, whole)
+        self.truth |= _gradients(truth, wide_inputs, wide_grads, whole)
+        self.baseline = _outputs(reference, inputs, case.part)
+        self.baseline |= _gradients(reference, inputs, self.grads, case.part)
 
     def judge(self, program: Program) -> dict[str, Verdict]:
         """A verdict for each direction of the case: outputs for forward, gradients for the rest."""
         if self.case.before is not None:
             self.case.before(program, self.inputs)
-        found = self._run(program, self.inputs, self.grads, self.case.part)
-        verdicts = {}
-        for direction in self.case.costs:
-            names = [n for n in found if (direction == "forward") == n.startswith("output")]
-            verdicts[direction] = self._verdict(found, names)
+        found = _outputs(program, self.inputs, self.case.part)
+        verdicts = dict.fromkeys(self.case.costs, self._verdict(found))
+        others = [direction for direction in verdicts if direction != "forward"]
+        if others and verdicts["forward"].status == "timed":
+            try:
+                found = _gradients(program, self.inputs, self.grads, self.case.part)
+                verdict = self._verdict(found)
+            except Exception as error:  # a peer may have a forward only
+                reraise_if_device_is_lost(error)
+                verdict = Verdict(*status_of(error))
+            verdicts |= dict.fromkeys(others, verdict)
         return verdicts
 
-    def _verdict(self, found: dict[str, Tensor], names: list[str]) -> Verdict:
+    def _verdict(self, found: dict[str, Tensor]) -> Verdict:
         ratio = 0.0
-        for name in names:
-            within, one, message = _parity(found[name], self.baseline[name], self.truth[name])
-            if not within:
+        for name, tensor in found.items():
+            one, message = _parity(tensor, self.baseline[name], self.truth[name])
+            if message:
                 return Verdict("failed check", f"{name}: {message}", one)
-            ratio = max(ratio, one)
+            ratio = max(ratio, one or 0.0)
         return Verdict("timed", error_ratio=ratio)
 
-    def _run(
-        self, program: Program, inputs: Inputs, grads: list[Tensor], part: Part
-    ) -> dict[str, Tensor]:
-        """The outputs as they are timed (no gradient wanted), and every gradient, by name."""
-        if program.module is not None:
-            program.module.eval()  # no dropout
-        with torch.no_grad():
-            outputs = program.outputs(inputs, program.checked)
-        named = {f"output {i}": part(output) for i, output in enumerate(outputs)}
-        if any(not output.isfinite().all() for output in outputs):
-            raise AssertionError("an output is not finite")
-        leaves = program.leaves(inputs)
-        if any(direction != "forward" for direction in self.case.costs):
-            outputs = program.outputs(inputs, program.checked)
-            found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-            named |= {
-                f"gradient of {name}": part(grad) if name in inputs else grad
-                for name, grad in zip(leaves, found, strict=True)
-            }
-        return {name: tensor.detach() for name, tensor in named.items()}
+
+def _outputs(program: Program, inputs: Inputs, part: Part) -> dict[str, Tensor]:
+    """The outputs by name, computed as ``forward`` is timed: no gradient is wanted."""
+    if program.module is not None:
+        program.module.eval()  # no dropout
+    with torch.no_grad():
+        outputs = program.outputs(inputs, program.checked)
+    if any(not output.isfinite().all() for output in outputs):
+        raise AssertionError("an output is not finite")
+    return {f"output {i}": part(output) for i, output in enumerate(outputs)}
+
+
+def _gradients(
+    program: Program, inputs: Inputs, grads: list[Tensor], part: Part
+) -> dict[str, Tensor]:
+    """The gradient of every input and parameter that wants one, by name."""
+    leaves = program.leaves(inputs)
+    if not leaves:
+        return {}
+    outputs = program.outputs(inputs, program.checked)
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    if any(not grad.isfinite().all() for grad in found):
+        raise AssertionError("a gradient is not finite")
+    return {
+        f"gradient of {name}": part(grad) if name in inputs else grad
+        for name, grad in zip(leaves, found, strict=True)
+    }
+
+
+def _parity(
+    candidate: Tensor, baseline: Tensor, truth: Tensor
+) -> tuple[float | None, str]:
+    """Error over what the parity criterion allows, and what is wrong (nothing if empty)."""
+    if candidate.shape != baseline.shape or candidate.dtype != baseline.dtype:
+        return None, (
+            f"{candidate.dtype} {tuple(candidate.shape)}, but stock gives {baseline.dtype} "
+            f"{tuple(baseline.shape)}"
+        )
+    ours = (candidate.double() - truth).abs().max().item()
+    stock = (baseline.double() - truth).abs().max().item()
+    limit = 2 * stock + 2 * torch.finfo(candidate.dtype).eps * truth.abs().max().item()
+    if ours > limit:
+        return (ours / limit if limit else None), f"error {ours:.3g}, limit {limit:.3g}"
+    return (ours / limit if limit else 0.0), ""
 
 
 def _in_float64(inputs: Inputs, part: Part) -> Inputs:
@@ -98,3 +124,21 @@ def check_kept_share(share: float, draws: int, p: float) -> None:
     bound = 6.0 * math.sqrt(p * (1.0 - p) / draws)
     if not abs(share - (1.0 - p)) <= bound:
         raise AssertionError(f"dropout kept {share:.6f}, expected {1.0 - p} within {bound:.2g}")
+
+
+def status_of(error: Exception) -> tuple[str, str]:
+    """The status and the reason that a record gets for what a provider raised."""
+    text = f"{type(error).__name__}: {error}".strip()[:2000]
+    if isinstance(error, AssertionError):
+        return "failed check", text
+    declined = ("No available kernel", "No viable backend", "not supported", "NotImplementedError")
+    if isinstance(error, Unsupported) or any(word in text for word in declined):
+        return "unsupported", text
+    return "error", text
+
+
+def reraise_if_device_is_lost(error: Exception) -> None:
+    """After a sticky CUDA error nothing in this process works: let the next suite's do its part."""
+    sticky = ("illegal", "device-side assert", "launch failure", "misaligned address")
+    if "CUDA error" in str(error) and any(word in str(error) for word in sticky):
+        raise error

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from harness import timing
-from harness.case import REFERENCE, Case, Inputs, Program, Provider, Suite, Unsupported
-from harness.check import Checker, Verdict
+from harness.case import REFERENCE, Case, Inputs, Program, Provider, Suite
+from harness.check import Checker, Verdict, reraise_if_device_is_lost, status_of
 from harness.records import Record, ResultFile, rates
 
 
@@ -86,8 +86,8 @@ def check_all(
         reference = providers[REFERENCE](case)
         checker = Checker(case, reference, suite.truth(case, device), inputs)
     except Exception as error:  # out of memory, say: nothing to judge by, so nothing is timed
-        _reraise_if_device_is_lost(error)
-        verdict = Verdict("error", f"no reference: {_status_of(error)[1]}")
+        reraise_if_device_is_lost(error)
+        verdict = Verdict("error", f"no reference: {status_of(error)[1]}")
         return [Contender(name, None, dict.fromkeys(case.costs, verdict)) for name in providers]
     contenders = []
     for name, build in providers.items():
@@ -95,11 +95,9 @@ def check_all(
         try:
             contender.program = reference if name == REFERENCE else build(case)
             contender.verdicts = checker.judge(contender.program)
-        except Unsupported as error:
-            contender.verdicts = dict.fromkeys(case.costs, Verdict("unsupported", str(error)))
         except Exception as error:  # whatever a peer raises is its result, not the end of the run
-            _reraise_if_device_is_lost(error)
-            contender.verdicts = dict.fromkeys(case.costs, Verdict(*_status_of(error)))
+            reraise_if_device_is_lost(error)
+            contender.verdicts = dict.fromkeys(case.costs, Verdict(*status_of(error)))
         contenders.append(contender)
     return contenders
 
@@ -137,15 +135,15 @@ def _time_direction(
             record.peak_memory_bytes = timing.peak_memory(prepared[0], options.device)
             calls[contender.name] = prepared
         except Exception as error:
-            _reraise_if_device_is_lost(error)
-            record.status, record.reason = _status_of(error)
+            reraise_if_device_is_lost(error)
+            record.status, record.reason = status_of(error)
     try:
         measured = timing.measure(calls, options.device, options.seconds)
     except Exception as error:
-        _reraise_if_device_is_lost(error)
+        reraise_if_device_is_lost(error)
         measured = {}
         for name in calls:
-            records[name].status, records[name].reason = _status_of(error)
+            records[name].status, records[name].reason = status_of(error)
     for name, samples in measured.items():
         record = records[name]
         record.samples_us = [round(value, 3) for value in samples.samples_us]
@@ -173,19 +171,6 @@ def summary_lines(records: list[Record], ceilings: dict[str, Any]) -> list[str]:
 
 def _key(case: Case) -> tuple[str, str, str]:
     return case.suite, case.name, str(case.dtype).removeprefix("torch.")
-
-
-def _status_of(error: Exception) -> tuple[str, str]:
-    text = f"{type(error).__name__}: {error}".strip()
-    declined = ("No available kernel", "No viable backend", "not supported", "NotImplementedError")
-    return ("unsupported" if any(word in text for word in declined) else "error"), text[:2000]
-
-
-def _reraise_if_device_is_lost(error: Exception) -> None:
-    """After a sticky CUDA error nothing in this process works: let the next suite's do its part."""
-    sticky = ("illegal", "device-side assert", "launch failure", "misaligned address")
-    if "CUDA error" in str(error) and any(word in str(error) for word in sticky):
-        raise error
 
 
 def _forget_compiled() -> None:
