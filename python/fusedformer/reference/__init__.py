@@ -1,0 +1,28 @@
+"""The definitions: each op as plain torch mathematics, in any dtype, float64 included.
+
+Differentiable by autograd in every floating-point argument. Dropout takes its mask ``keep`` as an
+argument. Nothing here is fast, and nothing here imports more than torch.
+"""
+
+from fusedformer.reference.activation import bias_activation
+from fusedformer.reference.attention import scaled_dot_product_attention
+from fusedformer.reference.norm import (
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    layer_norm,
+    rms_norm,
+)
+from fusedformer.reference.softmax import log_softmax, softmax
+
+__all__ = [
+    "bias_activation",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "layer_norm",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+]
