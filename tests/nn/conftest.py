@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from fusedformer.testing import assert_parity
 from torch import Tensor
+
+from fusedformer.testing import assert_parity
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -28,37 +28,33 @@ def _stock_takes_its_plain_path() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(before)
 
 
-def outputs_and_gradients(
-    module: torch.nn.Module, call: Call, inputs: dict[str, Tensor], seed: int
-) -> dict[str, Tensor]:
-    """Every output, and the gradient of every parameter and floating input, by name."""
-    dtype = next((p.dtype for p in module.parameters()), torch.float64)
-    leaves = {
-        name: t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
-    outputs = call(module, **leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(seed)
-    grads = [
-        torch.randn(o.shape, generator=generator).to(o.device).to(torch.bfloat16).to(o.dtype)
-        for o in outputs
-    ]
-    torch.autograd.backward(outputs, grads)
-    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    for name, tensor in [*leaves.items(), *module.named_parameters()]:
-        if tensor.requires_grad:
-            found[f"gradient of {name}"] = (
-                torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            )
-    return found
+class Called(torch.nn.Module):
+    """A module and the way to call it."""
+
+    def __init__(self, module: torch.nn.Module, call: Call) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(self.module, **inputs)
+
+    def as_function(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """A function of the inputs and, by their names, of the parameters."""
+
+        def function(**tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+            parameters = {n: tensors.pop(n) for n, _ in self.named_parameters()}
+            found: Tensor = torch.func.functional_call(self, parameters, kwargs=tensors)
+            return found
+
+        return function
 
 
 @pytest.fixture
 def assert_module_parity() -> Callable[..., None]:
     """Ours against a stock module of the same parameters, with stock in float64 as the truth.
 
-    ``call(module, **inputs)`` runs a module; floating inputs need gradients.
+    ``call(module, **inputs)`` runs a module. Outputs are compared, and with ``gradients`` those
+    of all parameters and floating inputs.
     """
 
     def check(
@@ -75,18 +71,13 @@ def assert_module_parity() -> Callable[..., None]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         stock, ours = stock.to(dtype), ours.to(dtype)
         ours.load_state_dict(stock.state_dict())
-        truth = copy.deepcopy(stock).double()
-        rounded = {
-            name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()
-        }
-        runs: list[Any] = [
-            outputs_and_gradients(module, call, rounded, seed=7)
-            for module in (ours, stock, truth)
+        runs = [
+            Called(module, call).as_function()
+            for module in (ours, stock, copy.deepcopy(stock).double())
         ]
-        assert runs[0].keys() == runs[1].keys() == runs[2].keys()
-        for name in runs[2]:
-            if name.startswith("gradient") and not gradients:
-                continue
-            assert_parity(*(run[name] for run in runs), name=name)
+        tensors = inputs | {f"module.{n}": p.detach() for n, p in stock.named_parameters()}
+        for tensor in tensors.values():
+            tensor.requires_grad_(gradients and tensor.is_floating_point())
+        assert_parity(*runs, tensors, dtype=dtype)
 
     return check

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedformer import nn
 from fusedformer.nn import _masks
 
-D, H, FF, N, S, LAYERS = 16, 4, 24, 3, 6, 2
+D, H, FF, N, S, LAYERS = 16, 2, 24, 3, 6, 2
 
 causal = torch.nn.Transformer.generate_square_subsequent_mask(S)
 ragged = torch.arange(S) >= torch.tensor([[S], [4], [1]])
