@@ -1,0 +1,262 @@
+"""Every public op: our function, stock torch's composition, the definition, and a named grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from fusedformer import functional, reference
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op three times; each takes the tensors and settings of a case by name."""
+
+    name: str
+    candidate: Function
+    stock: Function
+    truth: Function
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of an op.
+
+    Attributes:
+        op: what is called.
+        name: the regime that this case stands for.
+        make: from a generator the tensors by argument name: float32, cast to the dtype under
+            test and given a gradient; or boolean or integer, passed as they are.
+        settings: further keyword arguments.
+        quick: whether ``--quick`` keeps it.
+    """
+
+    op: Op
+    name: str
+    make: Callable[[Generator], dict[str, Tensor]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+
+def all_cases() -> list[Case]:
+    """The grid: small enough for Triton's interpreter, each case another way through a kernel."""
+    return [*_softmax_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
+
+
+def _shapes(**shapes: tuple[int, ...]) -> Callable[[Generator], dict[str, Tensor]]:
+    """Normal random tensors of these shapes."""
+
+    def make(generator: Generator) -> dict[str, Tensor]:
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    return make
+
+
+# softmax and log_softmax
+
+
+def _stock_scores(input: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
+    scores = input * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if is_causal:
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(ones.triu(1), -torch.inf)
+    return scores
+
+
+def _stock_softmax(function: Function) -> Function:
+    def stock(
+        input: Tensor,
+        dim: int,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        return function(_stock_scores(input, scale, mask, is_causal), dim)
+
+    return stock
+
+
+def _softmax_cases() -> Iterator[Case]:
+    for name in ("softmax", "log_softmax"):
+        op = Op(
+            name,
+            getattr(functional, name),
+            _stock_softmax(getattr(F, name)),
+            getattr(reference, name),
+        )
+        last = {"dim": -1}
+        yield Case(op, "prime row", _shapes(input=(7, 127)), last, quick=True)
+        yield Case(op, "one past a tile", _shapes(input=(3, 1025)), last)
+        yield Case(op, "strided dimension", _shapes(input=(5, 9, 6)), {"dim": 1})
+        yield Case(
+            op,
+            "broadcast additive mask, scaled",
+            _shapes(input=(2, 3, 5, 17), mask=(1, 3, 1, 17)),
+            {**last, "scale": 0.3},
+        )
+        if name == "softmax":  # a masked logarithm is -inf, which has no error to measure
+            yield Case(op, "boolean mask", _boolean_mask, last)
+            yield Case(op, "causal", _shapes(input=(2, 19, 19)), {**last, "is_causal": True})
+
+
+def _boolean_mask(generator: Generator) -> dict[str, Tensor]:
+    mask = torch.rand(4, 1, 33, generator=generator) < 0.7
+    mask[..., 0] = True
+    return {"input": torch.randn(4, 6, 33, generator=generator), "mask": mask}
+
+
+# norms, and what is fused with them
+
+
+def _stock_dropout_add(
+    input: Tensor, residual: Tensor, *, input_bias: Tensor | None = None
+) -> Tensor:
+    return (input if input_bias is None else input + input_bias) + residual
+
+
+def _stock_added_norm(norm: Function) -> Function:
+    def stock(
+        input: Tensor,
+        residual: Tensor,
+        normalized_shape: tuple[int, ...],
+        *args: Any,
+        input_bias: Tensor | None = None,
+        return_sum: bool = False,
+        **settings: Any,
+    ) -> Any:
+        total = _stock_dropout_add(input, residual, input_bias=input_bias)
+        normed = norm(total, normalized_shape, *args, **settings)
+        return (normed, total) if return_sum else normed
+
+    return stock
+
+
+def _true_added_norm(function: Function) -> Function:
+    """The definition returns norm and sum always."""
+
+    def truth(*args: Any, return_sum: bool = False, **settings: Any) -> Any:
+        both = function(*args, **settings)
+        return both if return_sum else both[0]
+
+    return truth
+
+
+def _norm_cases() -> Iterator[Case]:
+    for name, biased in (("layer_norm", True), ("rms_norm", False)):
+        op = Op(name, getattr(functional, name), getattr(F, name), getattr(reference, name))
+        for case, rows, width, quick in (
+            ("width of MiniLM", 9, 384, True), ("prime width", 6, 131, False),
+            ("one past a tile", 3, 1025, False),
+        ):
+            affine = {"weight": (width,), **({"bias": (width,)} if biased else {})}
+            tensors = _shapes(input=(rows, width), **affine)
+            yield Case(op, case, tensors, {"normalized_shape": (width,)}, quick)
+        plain = {"normalized_shape": (3, 20), "eps": 1e-3}
+        yield Case(op, "two dimensions, no weight", _shapes(input=(4, 3, 20)), plain)
+
+        fused = f"dropout_add_{name}"
+        op = Op(
+            fused,
+            getattr(functional, fused),
+            _stock_added_norm(getattr(F, name)),
+            _true_added_norm(getattr(reference, fused)),
+        )
+        settings: dict[str, Any] = {"normalized_shape": (96,)}
+        affine = {"weight": (96,), **({"bias": (96,)} if biased else {})}
+        both = {"input": (2, 7, 96), "residual": (2, 7, 96)}
+        yield Case(op, "bias and residual", _shapes(**both, input_bias=(96,), **affine),
+                   settings, quick=True)
+        yield Case(op, "sum returned", _shapes(**both, **affine), {**settings, "return_sum": True})
+    op = Op(
+        "dropout_add", functional.dropout_add, _stock_dropout_add, reference.dropout_add
+    )
+    shapes = _shapes(input=(5, 77), residual=(5, 77), input_bias=(77,))
+    yield Case(op, "bias and residual", shapes, quick=True)
+
+
+# bias + activation
+
+
+def _stock_activation(input: Tensor, bias: Tensor, activation: str) -> Tensor:
+    x = input + bias
+    if activation.startswith("gelu"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return F.relu(x) if activation == "relu" else F.silu(x)
+
+
+def _activation_cases() -> Iterator[Case]:
+    op = Op(
+        "bias_activation", functional.bias_activation, _stock_activation, reference.bias_activation
+    )
+    for activation in ("gelu", "gelu_tanh", "relu", "silu"):
+        shapes = _shapes(input=(13, 130), bias=(130,))
+        yield Case(op, activation, shapes, {"activation": activation}, activation == "gelu")
+
+
+# attention
+
+
+def _stock_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    **settings: Any,
+) -> Any:
+    if key_lengths is not None:
+        positions = torch.arange(key.shape[-2], device=key.device)
+        attn_mask = (positions < key_lengths[:, None])[:, None, None, :]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
+    if not return_lse:
+        return output
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    return output, scores.logsumexp(-1)
+
+
+def _true_attention(*args: Any, return_lse: bool = False, **settings: Any) -> Any:
+    both = reference.scaled_dot_product_attention(*args, **settings)
+    return both if return_lse else both[0]
+
+
+def _attention_cases() -> Iterator[Case]:
+    op = Op(
+        "scaled_dot_product_attention",
+        functional.scaled_dot_product_attention,
+        _stock_attention,
+        _true_attention,
+    )
+    plain = {"query": (2, 2, 37, 32), "key": (2, 2, 37, 32), "value": (2, 2, 37, 32)}
+    cross = {"query": (1, 2, 19, 24), "key": (1, 2, 45, 24), "value": (1, 2, 45, 40)}
+    grouped = {"query": (1, 4, 21, 16), "key": (1, 2, 21, 16), "value": (1, 2, 21, 16)}
+    yield Case(op, "odd length", _shapes(**plain), quick=True)
+    yield Case(op, "causal", _shapes(**plain), {"is_causal": True})
+    yield Case(op, "one past a tile, log-sum-exp", _shapes(
+        query=(1, 1, 65, 64), key=(1, 1, 129, 64), value=(1, 1, 129, 64)), {"return_lse": True})
+    yield Case(op, "Sq != Sk, Ev != E, odd head dim", _shapes(**cross))
+    yield Case(op, "broadcast additive mask", _shapes(**cross, attn_mask=(1, 2, 1, 45)))
+    yield Case(op, "boolean mask", _attention_mask)
+    yield Case(op, "key lengths", _key_lengths)
+    yield Case(op, "grouped queries", _shapes(**grouped), {"enable_gqa": True})
+
+
+def _attention_mask(generator: Generator) -> dict[str, Tensor]:
+    mask = torch.rand(2, 1, 19, 37, generator=generator) < 0.6
+    mask[..., 3] = True  # stock torch has no gradient for a query without keys
+    tensors = _shapes(query=(2, 2, 19, 16), key=(2, 2, 37, 16), value=(2, 2, 37, 16))(generator)
+    return {**tensors, "attn_mask": mask}
+
+
+def _key_lengths(generator: Generator) -> dict[str, Tensor]:
+    tensors = _shapes(query=(3, 2, 23, 16), key=(3, 2, 23, 16), value=(3, 2, 23, 16))(generator)
+    return {**tensors, "key_lengths": torch.tensor([23, 1, 14])}

@@ -1,0 +1,73 @@
+"""Runs the grid of all ops, and keeps the errors as records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fusedformer import _backend, testing
+from fusedformer.parity.cases import Case, all_cases
+
+Record = dict[str, Any]
+
+
+def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> list[Record]:
+    """A record for each output and each gradient of the case."""
+    made = case.make(torch.Generator().manual_seed(0))
+    inputs = {
+        name: tensor.to(device).requires_grad_(tensor.is_floating_point())
+        for name, tensor in made.items()
+    }
+    functions = (case.op.candidate, case.op.stock, case.op.truth)
+    calls = [partial(function, **case.settings) for function in functions]
+    # Another seed than that of the inputs: a gradient equal to the input has special effects.
+    found = testing.parity(*calls, inputs, dtype=dtype, seed=1)
+    return [
+        {"op": case.op.name, "case": case.name, "tensor": c.name, **c.as_dict()} for c in found
+    ]
+
+
+def run_all(
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    backend: _backend.Backend,
+    *,
+    quick: bool = False,
+    advance: Callable[[Case, list[Record]], None] = lambda case, records: None,
+) -> dict[str, Any]:
+    """The result document: where and how it ran, and the records of every case and dtype.
+
+    Args:
+        dtypes: each case is run in each.
+        device: where the tensors are.
+        backend: of the candidate, forced.
+        quick: one case of each op.
+        advance: called after each case and dtype, with its records.
+    """
+    start = time.perf_counter()
+    records: list[Record] = []
+    with _backend.backend(backend):
+        for case, dtype in _grid(dtypes, quick):
+            found = run_case(case, dtype, device)
+            records += found
+            advance(case, found)
+    return {
+        "schema": 1,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backend": backend,
+        "interpreter": backend == "triton" and device.type == "cpu",
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - start,
+        "passed": all(record["passed"] for record in records),
+        "records": records,
+    }
+
+
+def _grid(dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[tuple[Case, torch.dtype]]:
+    for case in all_cases():
+        if case.quick or not quick:
+            yield from ((case, dtype) for dtype in dtypes)
