@@ -40,7 +40,7 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
     if sizes.name == "full":
         return [_case(name, *STACKS[name], sizes.tokens, dtype) for name in STACKS]
     _, width, heads, feedforward, _ = STACKS["MiniLM"]
-    layers, longest = (1, 16) if sizes.name == "tiny" else (2, 64)
+    layers, longest = (1, 16) if sizes.name == "tiny" else (2, 32)
     return [_case("MiniLM", layers, width, heads, feedforward, longest, 2 * longest, dtype)]
 
 

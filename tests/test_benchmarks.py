@@ -116,15 +116,13 @@ def test_provider_is_timed_only_where_it_passes_its_check(name: str) -> None:
 def test_interrupted_run_keeps_what_it_measured_and_goes_on_from_there(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     cases = [_square_case("first"), _square_case("second")]
-    drawn: list[str] = []
 
     def interrupt(input: torch.Tensor) -> torch.Tensor:
-        drawn.append("call")
         raise KeyboardInterrupt
 
+    results = _results(path)
+    run_suite(_square_suite({}), cases[:1], results, _options())
     with pytest.raises(KeyboardInterrupt):
-        results = _results(path)
-        run_suite(_square_suite({}), cases[:1], results, _options())
         run_suite(_square_suite({"peer": interrupt}), cases[1:], results, _options())
     kept = json.loads(path.read_text())
     assert not records.problems(kept)
@@ -176,7 +174,8 @@ def test_table_names_the_place_and_compares_with_the_library() -> None:
         record["provider"] = table.OURS if ours else "stock"
         record["median_us"] = 100.0 if ours else 250.0
     text = table.markdown(document)
-    assert document["commit"][:12] in text and "copy 10 GB/s" in text
+    assert document["commit"][:12] in text
+    assert "copy 10 GB/s" in text
     row = next(line for line in text.splitlines() if line.startswith("| 4x8 "))
     assert "250 µs (2.50x)" in row
     assert "%" in row  # the library's share of the floor
@@ -256,7 +255,8 @@ def test_dropout_check_of_attention(p: float, same_mask: bool, message: str | No
 def test_dropout_check_of_norm_fails_without_dropout() -> None:
     case = bench_norm._case("dropout + add + layer_norm", 64, 768, torch.float32)
     program = bench_norm.eager(case)
-    assert case.before is not None and program.checked is not None
+    assert case.before is not None
+    assert program.checked is not None
     case.before(program, case.make(CPU))
     with pytest.raises(AssertionError, match="dropout kept"):
         case.before(Program(program.checked), case.make(CPU))

@@ -110,7 +110,7 @@ class Program:
             return torch.autograd.grad(self.outputs(inputs), leaves, grads)
 
         def step() -> None:
-            assert self.module is not None and self.optimizer is not None
+            assert self.optimizer is not None, "only a module with an optimizer takes steps"
             torch.autograd.backward(self.outputs(inputs), grads)
             self.optimizer.step()
             self.optimizer.zero_grad()

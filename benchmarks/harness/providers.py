@@ -141,11 +141,11 @@ def flex_attention(case: Case) -> Program:
 
     def block_mask(query: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> Any:
         if case.options["is_causal"]:
-            visible = lambda b, h, i, j: i >= j  # noqa: E731
+            visible = lambda b, h, i, j: i >= j
         elif key_mask is not None:
-            visible = lambda b, h, i, j: key_mask[b, j]  # noqa: E731
+            visible = lambda b, h, i, j: key_mask[b, j]
         elif attn_mask is not None:
-            visible = lambda b, h, i, j: attn_mask[0, 0, i, j]  # noqa: E731
+            visible = lambda b, h, i, j: attn_mask[0, 0, i, j]
         else:
             return None
         batch, _, length, _ = query.shape
