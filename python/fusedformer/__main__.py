@@ -1,0 +1,36 @@
+"""The command line: ``python -m fusedformer COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from fusedformer._version import __version__
+
+COMMANDS = {
+    "report": "stock against fused on a pretrained encoder and real text",
+    "parity": "every op against float64, beside stock PyTorch",
+    "compile-report": "every kernel compiled for GPUs that need not be here",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its module is imported only then. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fusedformer",
+        description="Fused Triton kernels for Transformer encoders.",
+        epilog="\n".join(f"  {name:16}{text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(words[:1])  # what follows belongs to the command
+    module = importlib.import_module("fusedformer." + arguments.command.replace("-", "_"))
+    status: int = module.main(words[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Package metadata. Two import roots, python/ and kernels/, make one distribution."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
+
+REPORT = ["transformers>=5.0", "safetensors", "tokenizers", "matplotlib", "rich"]
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"]
+DEV = [*REPORT, *TEST, "ruff", "mypy", "build"]
+
+setup(
+    name="fusedformer",
+    version=VERSION,
+    description="Fused Triton kernels for Transformer encoders, as drop-in torch modules",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    package_dir={"": "python", "fusedformer_kernels": "kernels/fusedformer_kernels"},
+    packages=[*find_packages("python"), *find_packages("kernels")],
+    package_data={"fusedformer": ["py.typed"], "fusedformer_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        # Where triton has no wheel the torch backend is the whole library.
+        'triton>=3.6; platform_system == "Linux"',
+    ],
+    extras_require={"report": REPORT, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["fusedformer = fusedformer.__main__:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Typing :: Typed"],
+)

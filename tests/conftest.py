@@ -1,0 +1,44 @@
+"""On a machine without a GPU kernels run in Triton's interpreter; every test is seeded, and memory
+that a kernel forgets to write is NaN."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from fusedformer.testing import poisoned_memory  # noqa: E402
+
+try:
+    import hypothesis
+
+    hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("suite")
+except ImportError:  # a bare GPU machine may lack it; the tests that draw examples skip themselves
+    pass
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that kernels run on here."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
