@@ -302,7 +302,7 @@ def test_dropout_keeps_the_mean() -> None:
     layer.dropout2.p = p  # after it nothing is nonlinear, so means can be compared
     src = torch.randn(1, 1, D)
     with torch.no_grad():
-        samples = layer(src.expand(1, draws, D))[0]
+        samples = layer(src.expand(draws, 1, D))[:, 0]  # equal tokens attend to equal values
         expected = layer.eval()(src)[0, 0]
     # 16 means of 300 draws each: 5 standard errors are passed by chance once in 100,000 seeds.
     assert ((samples.mean(0) - expected).abs() <= 5 * samples.std(0) / draws**0.5).all()
