@@ -287,11 +287,12 @@ def test_each_of_the_four_dropouts_acts_where_it_stands(place: str, norm_first: 
     assert (cut - truth).abs().max() <= limit
 
 
-def test_a_dropout_in_training_within_a_layer_in_eval_drops() -> None:
+@pytest.mark.parametrize("child", ["self_attn", "dropout", "dropout1", "dropout2"])
+def test_a_dropout_in_training_within_a_layer_in_eval_drops(child: str) -> None:
     """Monte Carlo dropout: the flag that counts is the child's own."""
     layer, src = build(nn.TransformerEncoderLayer, {"dropout": 0.5}).eval(), torch.randn(S, N, D)
     assert torch.equal(layer(src), layer(src))
-    layer.dropout1.train()
+    layer.get_submodule(child).train()
     assert not torch.equal(layer(src), layer(src))
 
 
