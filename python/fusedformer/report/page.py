@@ -1,0 +1,263 @@
+"""``index.html``, one file that needs nothing besides itself, and ``report.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fusedformer.report import plots, rows
+
+_CSS = """
+:root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --good: #15803d; --bad: #b91c1c; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f8fafc; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 0 0 8px; }
+h3 { font-size: 15px; margin: 20px 0 4px; color: var(--soft); }
+p { margin: 8px 0; max-width: 78ch; } .soft { color: var(--soft); font-size: 14px; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px;
+  padding: 20px 24px; margin: 16px 0; overflow-x: auto; }
+.verdict { color: #fff; border: 0; } .verdict.pass { background: var(--good); }
+.verdict.fail { background: var(--bad); } .verdict p { margin: 4px 0 0; max-width: none; }
+.verdict h2 { font-size: 22px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; }
+.tile { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
+.tile b { display: block; font-size: 24px; line-height: 1.3; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 8px 0;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 700; }
+.verdict.pass, .verdict.fail { color: #fff; font-weight: inherit; }
+img { width: 100%; height: auto; }
+"""
+
+_HOW_TO_READ = """
+<p>The same pretrained sentence encoder, with the same weights and the same text, was run twice:
+as Hugging Face ships it ("stock") and on fusedformer. Both answers were compared with a third,
+computed in float64, which is precise enough to count as the truth.</p>
+<p><b>Errors.</b> Every number format rounds, so stock is not exact either, and its own error is
+the yardstick. A result passes if fusedformer's error is at most twice stock's plus two roundings
+of the format, at its worst element and on average (RMS). A ratio of 1 means as accurate as stock,
+below 1 more accurate.</p>
+<p><b>Neighbours.</b> What such a model is used for is to find similar texts. For each passage the
+others were ranked by similarity; the tables count how often that ranking is the truth's. Two
+passages that are almost equally similar can change places through rounding alone, in stock as
+well; only a change larger than that counts against fusedformer.</p>
+<p><b>Time and memory.</b> Both programs took turns in one run, batch by batch, so that a busy
+machine slows both alike. Above 1x fusedformer is faster, or needs less memory. Speed is measured,
+not judged: the verdict is about correctness alone.</p>
+"""
+
+
+def write(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write both files into ``out``, which is made if it is not there; returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    page, data = out / "index.html", out / "report.json"
+    data.write_text(json.dumps(result, indent=1) + "\n")
+    page.write_text(html(result), encoding="utf-8")
+    return [page, data]
+
+
+def html(result: dict[str, Any]) -> str:
+    """The page."""
+    drawn = plots.draw(result)
+    body = "\n".join(
+        [
+            "<h1>fusedformer and stock Hugging Face, side by side</h1>",
+            f'<p class="soft">all-MiniLM-L6-v2 on {escape(result["device"])}, '
+            f"{escape(result['date'])}</p>",
+            _verdict(result),
+            _tiles(result),
+            _section("How to read this page", _HOW_TO_READ),
+            _section("Accuracy", *_accuracy(result, drawn)),
+            _section("Nearest neighbours", *_neighbours(result, drawn)),
+            _section("Time and peak memory", *_speed(result, drawn)),
+            _section("The text", *_text(result, drawn)),
+            _section("Parity of all ops", *_ops(result["ops"])),
+            _section("Timings of ops", *_timings(result["benchmarks"])),
+            _section("Made with", *_made_with(result)),
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>fusedformer report</title><style>{_CSS}</style></head>\n"
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str | bool]]) -> str:
+    def cell(value: str | bool) -> str:
+        if isinstance(value, bool):
+            word = "pass" if value else "fail"
+            return f'<td class="{word}">{word}</td>'
+        return f"<td>{escape(value)}</td>"
+
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in body)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table>"
+
+
+def _image(source: str, alt: str) -> str:
+    return f'<img src="{source}" alt="{escape(alt)}">'
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    failed = [check for check in result["checks"] if not check["passed"]]
+    if not failed:
+        count = len(result["checks"])
+        return (
+            '<section class="verdict pass"><h2>PASS: the same results as stock</h2>'
+            f"<p>All {count} checks hold: embeddings, layers, gradients, neighbours and ops.</p>"
+            "</section>"
+        )
+    lines = "".join(
+        f"<p>{escape(check['name'])}: {escape(check['detail'])}</p>" for check in failed
+    )
+    return f'<section class="verdict fail"><h2>FAIL: {len(failed)} checks</h2>{lines}</section>'
+
+
+def _tiles(result: dict[str, Any]) -> str:
+    tiles: list[tuple[str, str]] = []
+    for dtype, one in result["dtypes"].items():
+        ranks, errors = one["neighbours"]["fused"], one["errors"]
+        ratio = errors["rms_error"] / errors["stock_rms_error"] if errors["stock_rms_error"] else 1
+        tiles += [
+            (f"{ratio:.2f}x", f"stock's RMS error, embeddings in {dtype}"),
+            (
+                f"{ranks['top1_unchanged']} of {ranks['passages']}",
+                f"nearest neighbours as in float64, {dtype}",
+            ),
+            (f"{one['forward']['speedup']['median']:.2f}x", f"stock's speed, forward, {dtype}"),
+            (
+                f"{one['step']['speedup']['median']:.2f}x",
+                f"stock's speed, forward + backward, {dtype}",
+            ),
+        ]
+    found = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>'
+        for value, label in tiles
+    )
+    return f'<div class="tiles">{found}</div>'
+
+
+def _accuracy(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
+    body = [
+        (f"{dtype}: {name}", *rest)
+        for dtype, one in result["dtypes"].items()
+        for name, *rest in rows.error_rows(one)
+    ]
+    judged = next(iter(result["dtypes"].values()))
+    passages = judged["layer_passages"]
+    skipped = sum(not gradient["judged"] for gradient in judged["gradients"])
+    return [
+        '<p class="soft">The truth of a dtype is stock in float64 with the weights rounded to that '
+        "dtype, so that what is compared is the computation.</p>",
+        _table(["", "fusedformer", "stock", "ratio", ""], body),
+        f"<h3>Growth of the error with depth (real tokens of {passages} passages)</h3>",
+        _image(drawn["layers"], "RMS error against float64 after each layer"),
+        f'<p class="soft">Gradients: all parameters, for a random gradient of the embeddings. '
+        f"The true gradient of {skipped} of them (biases of keys, in float32) is zero: there is "
+        f"only rounding to see, and they are not compared.</p>"
+        if skipped
+        else "",
+    ]
+
+
+def _neighbours(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
+    parts = []
+    for dtype, one in result["dtypes"].items():
+        gap = one["neighbours"]["fused"]["tie"]
+        parts += [
+            f"<h3>{escape(dtype)} (a tie: true similarities that differ by less than "
+            f"{gap:.1e})</h3>",
+            _table(["passages", "fusedformer", "stock"], rows.neighbour_rows(one)),
+        ]
+    return [
+        *parts,
+        "<h3>How far each embedding turned away from the true one</h3>",
+        _image(drawn["cosine"], "one minus cosine with float64, passage by passage"),
+    ]
+
+
+def _speed(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
+    times, memory = [], []
+    for dtype, one in result["dtypes"].items():
+        for kind, name in rows.DIRECTIONS.items():
+            times.append((f"{dtype}: {name}", *rows.speed_cells(one[kind])))
+            memory.append((f"{dtype}: {name}", *rows.memory_cells(one, kind)))
+    first = next(iter(result["dtypes"].values()))
+    size, length = first["peak_memory_batch"]
+    counted = (
+        "torch's caching allocator"
+        if result["device_type"] == "cuda"
+        else "each allocation and release of torch's CPU allocator, as its profiler reports them"
+    )
+    return [
+        f'<p class="soft">Batches of {result["corpus"]["batch"]} passages in their natural order, '
+        f"padded to the longest. Forward: inference over the corpus. Forward + backward: as in "
+        f"training, dropout included. Medians, with the 20th and 80th percentile; the ratio is "
+        f"that of pairs taken one after the other.</p>",
+        _table(["a batch", "fusedformer", "stock", "stock / fusedformer"], times),
+        _image(drawn["time"], "time of a batch, stock and fusedformer"),
+        f'<p class="soft">Peak memory of one batch of {size} x {length}, beyond weights and '
+        f"inputs, counted by {counted}.</p>",
+        _table(["peak memory", "fusedformer", "stock", "stock / fusedformer"], memory),
+        _image(drawn["memory"], "peak memory of a batch, stock and fusedformer"),
+    ]
+
+
+def _text(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
+    corpus = result["corpus"]
+    share = corpus["mean_tokens"] / corpus["max_tokens"]
+    return [
+        f"<p>{corpus['passages']} docstrings of Python's standard library, cut at 256 tokens as "
+        f"this model does: {corpus['mean_tokens']:.0f} tokens on average, {corpus['max_tokens']} "
+        f"at most (mean/max {share:.2f}). In batches of {corpus['batch']}, "
+        f"{corpus['padding_share']:.0%} of all positions are padding.</p>",
+        _image(drawn["lengths"], "histogram of the lengths of the passages"),
+    ]
+
+
+def _ops(ops: dict[str, Any]) -> list[str]:
+    where = "the Triton kernels" if ops["backend"] == "triton" else "the ATen compositions"
+    place = "in Triton's interpreter, without a GPU" if ops["interpreter"] else f"on {ops['device']}"
+    head = ["op", "dtype", "passed", "nearest to its limit", "ours", "stock", ""]
+    return [
+        f'<p class="soft">Outputs and every gradient of {escape(where)}, run {escape(place)}, by '
+        f"the same criterion. Errors are of the tensor that used up most of its limit.</p>",
+        _table(head, rows.op_rows(ops)),
+    ]
+
+
+def _timings(benchmarks: dict[str, Any]) -> list[str]:
+    if "skipped" in benchmarks:
+        return [f"<p>{escape(benchmarks['skipped'])}</p>"]
+    head = ["op", "case", "direction", "fusedformer", "fastest peer", "peer / ours"]
+    return [
+        f'<p class="soft">Measured on {escape(benchmarks["device"])}.</p>',
+        _table(head, rows.timing_rows(benchmarks)),
+    ]
+
+
+def _made_with(result: dict[str, Any]) -> list[str]:
+    commit = result["commit"] or "not a checkout"
+    facts = {
+        "device": f"{result['device']}, {result['threads']} threads",
+        "commit": commit + (" with changes" if result["dirty"] else ""),
+        **{name: version or "not installed" for name, version in result["versions"].items()},
+        "time taken": f"{result['seconds']['total']:.0f} s",
+    }
+    return [
+        _table(["", ""], facts.items()),
+        '<p class="soft">All numbers and samples are in report.json beside this page.</p>',
+    ]
