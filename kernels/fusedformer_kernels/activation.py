@@ -160,7 +160,7 @@ def bias_activation_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     wants_bias = needs_bias and bias is not None
     if dx.numel() == 0:
-        return dx, torch.zeros_like(bias) if wants_bias else None
+        return dx, torch.zeros_like(bias) if needs_bias and bias is not None else None
     n_columns = x.shape[-1]
     x_rows, dy_rows = rows_of(x, n_columns), rows_of(dy, n_columns)
     n_rows = x_rows.shape[0]
@@ -178,7 +178,4 @@ def bias_activation_backward(
         ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None, DROPOUT=seed is not None,
         NEEDS_BIAS=wants_bias,
     )
-    if not wants_bias:
-        return dx, None
-    assert bias is not None
-    return dx, sum_partials(partials).to(bias.dtype)
+    return dx, sum_partials(partials).to(bias.dtype) if needs_bias and bias is not None else None

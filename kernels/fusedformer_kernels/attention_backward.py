@@ -72,11 +72,12 @@ def _walk_queries(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr,
 ):
     """Add to dk, dv what the queries in [first, last) give; tiles are [keys, queries]."""
-    # As in the forward: one pipelined loop only.
-    for start in tl.range(first, last, BLOCK_M, num_stages=1 if CAUSAL else None):
+    # As in the forward: one pipelined loop a kernel.
+    for start in tl.range(first, last, BLOCK_M, num_stages=None if PIPELINED else 1):
         rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         q = load_tile(
             q_base, start, n_queries, stride_qm, stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, False
@@ -93,16 +94,20 @@ def _walk_queries(
             HAS_KEY_MASK, CAUSAL, HAS_LENGTHS, SCALED,
         )
         weights = tl.exp2(scores * exp_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
-        dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
-        dropped = weights
         if DROPOUT:
             keep = dropout_keep(tl.load(seed_ptr), plane, rows, first_column, p, BLOCK_N)
             keep = tl.trans(keep)
-            dropped = tl.where(keep, weights * dropout_scale(p), 0.0)
-            dweights = tl.where(keep, dweights * dropout_scale(p), 0.0)
-        dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
-        dscores = weights * (dweights - delta[None, :])
-        dk = dot(cast(dscores, q.dtype), q, dk, PRECISION)
+        if NEEDS_V:
+            dropped = weights
+            if DROPOUT:
+                dropped = tl.where(keep, weights * dropout_scale(p), 0.0)
+            dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
+        if NEEDS_K:
+            dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
+            if DROPOUT:
+                dweights = tl.where(keep, dweights * dropout_scale(p), 0.0)
+            dscores = weights * (dweights - delta[None, :])
+            dk = dot(cast(dscores, q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -117,7 +122,8 @@ def _attention_backward_keys(
     stride_key_mask, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     blocks = tl.cdiv(n_keys, BLOCK_N)
     first_column = (tl.program_id(0) % blocks) * BLOCK_N
@@ -150,6 +156,8 @@ def _attention_backward_keys(
         # Queries before the first key see none of this block; from `full` on they see all of it.
         first = first_column // BLOCK_M * BLOCK_M
         full = tl.minimum(tl.cdiv(first_column + BLOCK_N - 1, BLOCK_M) * BLOCK_M, n_queries)
+        if ONE_LOOP:
+            full = first
     if HAS_LENGTHS:
         last = tl.where(first_column < visible_keys, last, 0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -164,30 +172,34 @@ def _attention_backward_keys(
         mask_base = mask_ptr
         if MASK != 0:
             mask_base += batch * stride_mask_b + head * stride_mask_h
-        if IS_CAUSAL:
+        if IS_CAUSAL and not ONE_LOOP:
             dk, dv = _walk_queries(
                 k, v, dk, dv, q_base, grad_base, lse_base, delta_base, mask_base, key_mask_base,
                 seed_ptr, first, tl.minimum(full, last), columns, first_column, n_queries,
-                visible_keys, head_plane.to(tl.int32), scale, exp_scale, p, stride_qm, stride_qd,
-                stride_gm, stride_gd, stride_mask_row, stride_mask_column, stride_key_mask,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK,
-                HAS_LENGTHS, True, DROPOUT, SCALED, PRECISION,
+                visible_keys, head_plane.to(tl.int32), scale, exp_scale, p, stride_qm, stride_qd, stride_gm,
+                stride_gd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM,
+                VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK, HAS_LENGTHS,
+                True, DROPOUT, SCALED, PRECISION, NEEDS_K, NEEDS_V, False,
             )
         dk, dv = _walk_queries(
             k, v, dk, dv, q_base, grad_base, lse_base, delta_base, mask_base, key_mask_base,
             seed_ptr, full, last, columns, first_column, n_queries, visible_keys,
             head_plane.to(tl.int32), scale, exp_scale, p, stride_qm, stride_qd, stride_gm,
-            stride_gd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK, HAS_LENGTHS, False, DROPOUT,
-            SCALED, PRECISION,
+            stride_gd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK, HAS_LENGTHS,
+            IS_CAUSAL and ONE_LOOP, DROPOUT, SCALED, PRECISION, NEEDS_K, NEEDS_V, True,
         )
-    dims = tl.arange(0, BLOCK_D)
-    dk_rows = dk_ptr + batch * stride_dkb + key_head * stride_dkh + columns.to(tl.int64) * stride_dkn
     valid = (columns < n_keys)[:, None]
-    store(dk_rows[:, None] + dims[None, :], dk * scale, valid & (dims < HEAD_DIM)[None, :])
-    dims_v = tl.arange(0, BLOCK_DV)
-    dv_rows = dv_ptr + batch * stride_dvb + key_head * stride_dvh + columns.to(tl.int64) * stride_dvn
-    store(dv_rows[:, None] + dims_v[None, :], dv, valid & (dims_v < VALUE_DIM)[None, :])
+    if NEEDS_K:
+        dims = tl.arange(0, BLOCK_D)
+        rows_k = dk_ptr + batch * stride_dkb + key_head * stride_dkh
+        rows_k += columns.to(tl.int64) * stride_dkn
+        store(rows_k[:, None] + dims[None, :], dk * scale, valid & (dims < HEAD_DIM)[None, :])
+    if NEEDS_V:
+        dims_v = tl.arange(0, BLOCK_DV)
+        rows_v = dv_ptr + batch * stride_dvb + key_head * stride_dvh
+        rows_v += columns.to(tl.int64) * stride_dvn
+        store(rows_v[:, None] + dims_v[None, :], dv, valid & (dims_v < VALUE_DIM)[None, :])
 
 
 @triton.jit
@@ -197,11 +209,11 @@ def _walk_keys(
     stride_vd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
     """Add to dq what the keys in [first, last) give; PARTIAL tiles are checked against bounds."""
-    # As in the forward: one pipelined loop only.
-    for start in tl.range(first, last, BLOCK_N, num_stages=1 if PARTIAL else None):
+    # As in the forward: one pipelined loop a kernel.
+    for start in tl.range(first, last, BLOCK_N, num_stages=None if PIPELINED else 1):
         columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         k = load_tile(
             k_base, start, n_keys, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, not PARTIAL
@@ -230,7 +242,7 @@ def _attention_backward_queries(
     stride_key_mask, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     blocks = tl.cdiv(n_queries, BLOCK_M)
     block = tl.program_id(0) % blocks
@@ -272,19 +284,22 @@ def _attention_backward_queries(
         last = tl.minimum(n_keys, first_row + BLOCK_M)
         full = tl.minimum(n_keys, first_row + 1)
     full = full // BLOCK_N * BLOCK_N
-    dq = _walk_keys(
-        q, grad, dq, lse, delta, k_base, v_base, mask_base, key_mask_base, seed_ptr, 0, full,
-        rows, n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn,
-        stride_vd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM,
-        BLOCK_D, BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, False, IS_CAUSAL, DROPOUT, SCALED,
-        PRECISION,
-    )
+    if ONE_LOOP:
+        full = 0
+    else:
+        dq = _walk_keys(
+            q, grad, dq, lse, delta, k_base, v_base, mask_base, key_mask_base, seed_ptr, 0, full,
+            rows, n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn,
+            stride_vd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, False, IS_CAUSAL, DROPOUT, SCALED,
+            PRECISION, True,
+        )
     dq = _walk_keys(
         q, grad, dq, lse, delta, k_base, v_base, mask_base, key_mask_base, seed_ptr, full, last,
         rows, n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn,
         stride_vd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM,
         BLOCK_D, BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, True, IS_CAUSAL, DROPOUT, SCALED,
-        PRECISION,
+        PRECISION, ONE_LOOP,
     )
     dims = tl.arange(0, BLOCK_D)
     dq_rows = dq_ptr + batch * stride_dqb + head * stride_dqh + rows.to(tl.int64) * stride_dqm
@@ -323,12 +338,12 @@ def attention_backward(
         return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device).transpose(1, 2)
 
     dq = empty_like(query) if needs_q else None
-    dk = empty_like(key) if needs_k or needs_v else None
-    dv = empty_like(value) if needs_k or needs_v else None
+    dk = empty_like(key) if needs_k else None
+    dv = empty_like(value) if needs_v else None
     if lse.numel() == 0 or n_keys == 0:
         grads = [g if g is None else g.zero_() for g in (dq, dk, dv)]
         dmask = torch.zeros_like(mask) if mask is not None and needs_mask else None
-        return grads[0], grads[1] if needs_k else None, grads[2] if needs_v else None, dmask
+        return *grads, dmask
     if grad is None:
         grad = torch.zeros_like(output)
     delta = torch.empty_like(lse)
@@ -344,20 +359,26 @@ def attention_backward(
         VALUE_DIM=value.shape[3], BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64,
         HAS_LSE_GRAD=lse_grad is not None,
     )
-    config = configs.attention_backward_config(
-        max(constants["BLOCK_D"], constants["BLOCK_DV"]), query.dtype, target
-    )
+    config = configs.attention_backward_config(arguments.kind, target)
     tensors = (
         query, key, value, grad, lse, delta, arguments.mask, arguments.key_mask, key_lengths, seed,
     )  # fmt: skip
     sizes = (scale, p, heads, heads // key_heads, n_queries, n_keys)
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride())
-    if dk is not None and dv is not None:
+    passes = [(needs_k, needs_v)]
+    if config.split_keys:
+        passes = [(needs_k, False), (False, needs_v)]
+    for pass_k, pass_v in passes:
+        if not (pass_k or pass_v):
+            continue
         launch(
             _attention_backward_keys,
             (configs.ceil_div(n_keys, config.block_n) * batch * key_heads,), config,
-            *tensors, dk, dv, *sizes, *strides, *dk.stride()[:3], *dv.stride()[:3],
-            *arguments.mask_strides, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **constants,
+            *tensors, dk, dv, *sizes, *strides,
+            *((0, 0, 0) if dk is None else dk.stride()[:3]),
+            *((0, 0, 0) if dv is None else dv.stride()[:3]),
+            *arguments.mask_strides, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            NEEDS_K=pass_k, NEEDS_V=pass_v, ONE_LOOP=config.one_loop, **constants,
         )
     if dq is not None:
         # This kernel's loop runs over keys, so the wide side of the tile is that of the queries.
@@ -366,9 +387,10 @@ def attention_backward(
             _attention_backward_queries,
             (configs.ceil_div(n_queries, block_m) * batch * heads,), config,
             *tensors, dq, *sizes, *strides, *dq.stride()[:3],
-            *arguments.mask_strides, BLOCK_M=block_m, BLOCK_N=block_n, **constants,
+            *arguments.mask_strides, BLOCK_M=block_m, BLOCK_N=block_n,
+            ONE_LOOP=config.one_loop, **constants,
         )
     dmask = None
     if needs_mask and mask is not None:
         dmask = attention_mask_gradient(mask, tensors, sizes, strides, arguments, target)
-    return dq, dk if needs_k else None, dv if needs_v else None, dmask
+    return dq, dk, dv, dmask

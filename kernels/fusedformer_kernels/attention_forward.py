@@ -41,11 +41,11 @@ def _attend(
     stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
     """Online softmax over the keys in [first, last); PARTIAL tiles are checked against bounds."""
-    # With both loops pipelined ptxas serializes the tensor cores; partial tiles are few.
-    for start in tl.range(first, last, BLOCK_N, num_stages=1 if PARTIAL else None):
+    # With two pipelined loops in a kernel ptxas serializes the tensor cores.
+    for start in tl.range(first, last, BLOCK_N, num_stages=None if PIPELINED else 1):
         columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         k = load_tile(
             k_base, start, n_keys, stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, not PARTIAL
@@ -78,7 +78,7 @@ def _attention_forward(
     stride_key_mask, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     blocks = tl.cdiv(n_queries, BLOCK_M)
     block = tl.program_id(0) % blocks
@@ -118,20 +118,25 @@ def _attention_forward(
         last = tl.minimum(n_keys, first_row + BLOCK_M)
         full = tl.minimum(n_keys, first_row + 1)
     full = full // BLOCK_N * BLOCK_N
-    acc, top, total = _attend(
-        q, acc, top, total, k_base, v_base, mask_base, key_mask_base, seed_ptr, 0, full, rows,
-        n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn, stride_vd,
-        stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D,
-        BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, False, IS_CAUSAL, DROPOUT, SCALED, PRECISION,
-    )
+    if ONE_LOOP:
+        full = 0
+    else:
+        acc, top, total = _attend(
+            q, acc, top, total, k_base, v_base, mask_base, key_mask_base, seed_ptr, 0, full, rows,
+            n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn,
+            stride_vd, stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, False, IS_CAUSAL, DROPOUT, SCALED,
+            PRECISION, True,
+        )
     acc, top, total = _attend(
         q, acc, top, total, k_base, v_base, mask_base, key_mask_base, seed_ptr, full, last, rows,
         n_queries, n_keys, plane, scale, exp_scale, p, stride_kn, stride_kd, stride_vn, stride_vd,
         stride_mask_row, stride_mask_column, stride_key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D,
         BLOCK_DV, BLOCK_N, MASK, HAS_KEY_MASK, True, IS_CAUSAL, DROPOUT, SCALED, PRECISION,
+        ONE_LOOP,
     )
     # A query with no visible key: total 0, output 0, log-sum-exp -inf.
-    visible = total > 0.0
+    visible = total != 0.0  # true for NaN, which stays one
     total = tl.where(visible, total, 1.0)
     o = acc / total[:, None]
     if DROPOUT:
@@ -172,15 +177,12 @@ def attention_forward(
         query, key, value, mask, key_mask, key_lengths, seed, is_causal, scale
     )
     constants = arguments.constants
-    config = configs.attention_forward_config(
-        max(constants["BLOCK_D"], constants["BLOCK_DV"]), query.dtype,
-        configs.target_of(query.device),
-    )
+    config = configs.attention_forward_config(arguments.kind, configs.target_of(query.device))
     launch(
         _attention_forward, (configs.ceil_div(n_queries, config.block_m) * batch * heads,), config,
         query, key, value, arguments.mask, arguments.key_mask, key_lengths, seed, output, lse,
         scale, p, heads, heads // key.shape[1], n_queries, n_keys, *query.stride(), *key.stride(),
         *value.stride(), *output.stride()[:3], *arguments.mask_strides,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **constants,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, ONE_LOOP=config.one_loop, **constants,
     )
     return output, lse

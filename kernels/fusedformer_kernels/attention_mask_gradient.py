@@ -122,9 +122,7 @@ def attention_mask_gradient(
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if dmask.numel() == 0:
         return dmask
-    config = configs.attention_mask_gradient_config(
-        max(arguments.constants["BLOCK_D"], arguments.constants["BLOCK_DV"]), query.dtype, target
-    )
+    config = configs.attention_mask_gradient_config(arguments.kind, target)
     mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
     blocks = configs.ceil_div(mask_rows, config.block_m)
     blocks *= configs.ceil_div(mask_columns, config.block_n)

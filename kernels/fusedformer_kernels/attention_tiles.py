@@ -128,6 +128,7 @@ class AttentionArguments:
     mask: torch.Tensor | None
     key_mask: torch.Tensor | None
     mask_strides: tuple[int, ...]  # batch, head, row, column, then batch and column of key_mask
+    kind: configs.AttentionKind
     constants: dict[str, Any]
 
 
@@ -155,7 +156,7 @@ def attention_arguments(
     else:
         strides += [0, 0]
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    constants = {
+    constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_D": configs.padded_dim(head_dim),
@@ -169,7 +170,14 @@ def attention_arguments(
         "SCALED": kind == ADDITIVE or scale <= 0,
         "PRECISION": _dot_precision(query),
     }
-    return AttentionArguments(mask, key_mask, tuple(strides), constants)
+    precision = constants["PRECISION"]
+    attention_kind = configs.AttentionKind(
+        dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
+        operands=precision if query.dtype == torch.float32 else "half",
+        heavy=kind != NO_MASK or seed is not None,
+        causal=is_causal,
+    )
+    return AttentionArguments(mask, key_mask, tuple(strides), attention_kind, constants)
 
 
 def _dot_precision(tensor: torch.Tensor) -> str:

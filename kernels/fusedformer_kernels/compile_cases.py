@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +25,28 @@ from fusedformer_kernels.norm import norm_backward, norm_forward
 from fusedformer_kernels.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
+CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
+CORE = CORE_FLOAT32 | {
+    "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
+    "dropout mask", "attention d=128", "attention d=256", "attention d=64 all",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A named call; ``matrix`` says that its kernels must reach the tensor cores."""
+    """A named call.
+
+    ``matrix`` says that its kernels must reach the tensor cores. The ``core`` cases hold every
+    kernel and every size class once: the test suite compiles those for all targets, and all cases
+    for sm_90.
+    """
 
     name: str
     dtype: torch.dtype
     call: Callable[[], object] = field(compare=False)
     matrix: bool = False
     tf32: bool = False
+    core: bool = False
 
 
 def _empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
@@ -55,11 +67,11 @@ def _softmax(columns: int, dtype: torch.dtype, mask: torch.Tensor | None, **flag
 def _norm(columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0.0) -> None:
     x = _empty(4096, columns, dtype=dtype)
     parameter = _empty(columns, dtype=dtype)
-    extra = (x, parameter) if fused else (None, None)
+    residual, input_bias = (x, parameter) if fused else (None, None)
     weight = None if kind == "none" else parameter
     bias = parameter if kind == "layer" else None
     seed = _seed() if p else None
-    norm_forward(x, *extra, weight, bias, seed, p, 1e-5, kind, 1)
+    norm_forward(x, residual, input_bias, weight, bias, seed, p, 1e-5, kind, 1)
     statistics = _empty(4096, dtype=torch.float32)
     norm_backward(
         None if kind == "none" else x, x if fused else None, x, statistics, statistics, weight,
@@ -98,15 +110,18 @@ def _attention(
         "boolean": _empty(batch, 1, length, length, dtype=torch.bool),
         "additive": _empty(1, heads, length, length, dtype=dtype),
     }
-    others: tuple[Any, ...] = (
+    modifiers = (
         masks[mask],
         _empty(batch, length, dtype=torch.bool) if key_mask else None,
         _empty(batch, dtype=torch.int32) if lengths else None,
         _seed() if p else None,
+        p,
+        causal,
+        0.125,
     )
-    output, lse = attention_forward(q, k, v, *others, p, causal, 0.125)
+    output, lse = attention_forward(q, k, v, *modifiers)
     needs = [True, True, True, mask == "additive"]
-    attention_backward(output, None, q, k, v, output, lse, *others, p, causal, 0.125, needs)
+    attention_backward(output, None, q, k, v, output, lse, *modifiers, needs)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -115,29 +130,30 @@ def compile_cases() -> list[CompileCase]:
     cases: list[CompileCase] = []
 
     def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: bool) -> None:
-        cases.append(CompileCase(name, dtype, call, **flags))
+        core = dtype != torch.float16 and name in CORE and (dtype == HALF or name in CORE_FLOAT32)
+        cases.append(CompileCase(name, dtype, call, core=core, **flags))
 
     keep = _empty(64, 1, dtype=torch.bool)
     for dtype in (HALF, torch.float16, full):
         for columns in (100, 1024, 16384, 32768, 131072):
             if dtype != torch.float16 or columns == 1024:
-                add(f"softmax {columns}", dtype, lambda c=columns, d=dtype: _softmax(c, d, None))
+                add(f"softmax {columns}", dtype, partial(_softmax, columns, dtype, None))
         for columns in (17, 768, 1024, 4096, 8192, 16384, 32768):
             if dtype != torch.float16 or columns == 768:
                 add(
                     f"layer_norm {columns}", dtype,
-                    lambda c=columns, d=dtype: _norm(c, d, "layer", False),
+                    partial(_norm, columns, dtype, "layer", False),
                 )
         for columns in (768, 4096, 8192, 32768):
             if dtype == HALF or columns == 768:
                 add(
                     f"dropout_add_layer_norm {columns}", dtype,
-                    lambda c=columns, d=dtype: _norm(c, d, "layer", True, 0.1),
+                    partial(_norm, columns, dtype, "layer", True, 0.1),
                 )
         for activation in ACTIVATIONS:
             add(
                 f"bias_{activation}", dtype,
-                lambda a=activation, d=dtype: _activation(3072, d, a),
+                partial(_activation, 3072, dtype, activation),
             )
     add("softmax 1024 boolean mask", HALF, lambda: _softmax(1024, HALF, keep))
     add("softmax 1024 causal log", HALF, lambda: _softmax(1024, HALF, None, causal=True, log=True))
@@ -152,19 +168,20 @@ def compile_cases() -> list[CompileCase]:
     add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64))
 
     for dim in (16, 32, 64, 80, 96, 128, 160, 256):
-        add(f"attention d={dim}", HALF, lambda d=dim: _attention(d, HALF), matrix=True)
+        add(f"attention d={dim}", HALF, partial(_attention, dim, HALF), matrix=True)
     for dim in (64, 128):
         add(
             f"attention d={dim}", torch.float16,
-            lambda d=dim: _attention(d, torch.float16), matrix=True,
+            partial(_attention, dim, torch.float16), matrix=True,
         )
         add(
             f"attention d={dim} causal", HALF,
-            lambda d=dim: _attention(d, HALF, causal=True), matrix=True,
+            partial(_attention, dim, HALF, causal=True), matrix=True,
         )
     for dim in (64, 128, 256):
-        add(f"attention d={dim}", full, lambda d=dim: _attention(d, full))
-        add(f"attention d={dim} tf32", full, lambda d=dim: _attention(d, full), matrix=True, tf32=True)
+        add(f"attention d={dim}", full, partial(_attention, dim, full))
+        call = partial(_attention, dim, full)
+        add(f"attention d={dim} tf32", full, call, matrix=dim < 256, tf32=True)
     variants: dict[str, dict[str, Any]] = {
         "key mask": {"key_mask": True},
         "lengths": {"lengths": True},
@@ -178,11 +195,11 @@ def compile_cases() -> list[CompileCase]:
     for name, flags in variants.items():
         add(
             f"attention d=64 {name}", HALF,
-            lambda f=flags: _attention(64, HALF, **f), matrix=True,
+            partial(_attention, 64, HALF, **flags), matrix=True,
         )
     for name in ("additive mask", "dropout"):
         add(
             f"attention d=128 {name}", HALF,
-            lambda f=variants[name]: _attention(128, HALF, **f), matrix=True,
+            partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
     return cases

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,10 +106,13 @@ SOFTMAX_ONE_PASS = 32768
 SOFTMAX_BACKWARD_ONE_PASS = 16384
 NORM_ONE_PASS = 16384
 NORM_BACKWARD_ONE_PASS = 8192
+NORM_DROPOUT_BACKWARD_ONE_PASS = 4096  # 8192 spills with dropout and three sums
 LONG_ROW_CHUNK = 4096
 
 
-def row_tile(columns: int, one_pass: int, tile: int, per_thread: int, target: Target) -> TileConfig:
+def row_tile(
+    columns: int, one_pass: int, tile: int, per_thread: int, target: Target
+) -> TileConfig:
     """Whole rows of up to ``one_pass`` columns, several a program when short; else one chunk."""
     if columns > one_pass:
         return TileConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
@@ -136,6 +139,23 @@ class AttentionConfig(LaunchConfig):
 
     block_m: int = 64
     block_n: int = 64
+    one_loop: bool = False  # one checked loop in place of a full and a partial one: fewer registers
+    split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What attention's tiles depend on besides the target."""
+
+    dim: int  # the larger of the padded key and value head dims
+    operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
+    heavy: bool = False  # a mask tensor or dropout: more registers an element
+    causal: bool = False
+
+    @property
+    def size(self) -> int:
+        """Class of head dims that share a config."""
+        return 64 if self.dim <= 64 else 128 if self.dim <= 128 else 256
 
 
 def padded_dim(dim: int) -> int:
@@ -143,38 +163,73 @@ def padded_dim(dim: int) -> int:
     return max(next_power_of_2(dim), 16)
 
 
-def attention_forward_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
-    """``dim`` is the larger of the padded key and value head dims."""
-    wide = dtype == torch.float32
+# AttentionConfig(num_warps, num_stages, block_m, block_n, one_loop, split_keys), by operands and
+# size: the plain form, then the heavy one. Read from the compile report for sm_90.
+_HOPPER_FORWARD = {
+    ("half", 64): (AttentionConfig(8, 3, 128, 128), AttentionConfig(8, 2, 128, 64)),
+    ("half", 128): (AttentionConfig(8, 2, 128, 128), AttentionConfig(8, 2, 128, 64)),
+    ("half", 256): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 64, 32, True)),
+    ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(4, 2, 64, 32)),
+    ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
+    # A tile of 64 rows, which HGMMA wants, spills here: HMMA then.
+    ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
+# For both backward kernels: the one over keys steps through block_m queries for a tile of block_n
+# keys, the one over queries has the two the other way round.
+_HOPPER_BACKWARD = {
+    ("half", 64): (AttentionConfig(8, 2, 64, 128), AttentionConfig(8, 2, 32, 128, True)),
+    ("half", 128): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 32, 64, True)),
+    ("half", 256): (
+        AttentionConfig(8, 1, 16, 64, True, True),
+        AttentionConfig(8, 1, 16, 64, True, True),
+    ),
+    ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
+    ("tf32", 128): (
+        AttentionConfig(8, 1, 16, 64, True, True),
+        AttentionConfig(8, 1, 16, 64, True, True),
+    ),
+    ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
+
+
+def attention_forward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Tile of the forward kernel."""
     if target.backend == "hip":
-        if dim > 128 or wide:
+        if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)
-        return AttentionConfig(4, 1, 128, 64) if dim <= 64 else AttentionConfig(4, 1, 64, 64)
-    if wide:
-        return AttentionConfig(4, 2, 64, 32) if dim <= 64 else AttentionConfig(8, 1, 64, 32)
-    if dim <= 64:
-        return AttentionConfig(8, 3, 128, 128 if target.arch == 90 else 64)
-    if dim <= 128:
-        return AttentionConfig(8, 2, 128, 128) if target.arch == 90 else AttentionConfig(8, 2, 128, 64)
-    return AttentionConfig(8, 2 if target.shared_memory > 200 * 1024 else 1, 64, 64)
+        return AttentionConfig(4, 1, 128 if kind.size == 64 else 64, 64)
+    if target.arch == 90 or kind.operands != "half":
+        return _HOPPER_FORWARD[kind.operands, kind.size][kind.heavy]
+    roomy = target.shared_memory > 160 * 1024
+    if kind.size == 256:
+        return AttentionConfig(8, 1, 64, 64 if roomy else 32)
+    return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
-def attention_backward_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
-    """For both backward kernels; ``dim`` is the larger of the padded key and value head dims."""
-    wide = dtype == torch.float32
+def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Tile of both backward kernels; the one over queries swaps its two sides."""
     if target.backend == "hip":
-        return AttentionConfig(4, 1, 32, 32) if dim > 64 or wide else AttentionConfig(4, 1, 64, 64)
-    if wide:
-        return AttentionConfig(4, 1, 32, 32) if dim <= 64 else AttentionConfig(8, 1, 32, 32)
-    if dim <= 64:
-        return AttentionConfig(8, 2, 64, 128) if target.arch == 90 else AttentionConfig(8, 2, 64, 64)
-    if dim <= 128:
-        return AttentionConfig(8, 2 if target.arch == 90 else 1, 64, 64)
-    return AttentionConfig(8, 1, 32, 64) if target.arch == 90 else AttentionConfig(8, 1, 32, 32)
+        small = kind.size > 64 or kind.operands != "half"
+        return AttentionConfig(4, 1, 32 if small else 64, 32 if small else 64)
+    if target.arch == 90 or kind.operands != "half":
+        config = _HOPPER_BACKWARD[kind.operands, kind.size][kind.heavy]
+        if kind.causal and kind.operands == "half" and kind.size == 128:
+            return replace(config, one_loop=True)
+        return config
+    roomy = target.shared_memory > 160 * 1024
+    if kind.size == 256:
+        return AttentionConfig(8, 1, 16 if not roomy else 32, 64, True, True)
+    return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
 
 
-def attention_mask_gradient_config(dim: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
-    """Square tiles, no larger than the backward's."""
-    config = attention_backward_config(dim, dtype, target)
-    side = min(config.block_m, config.block_n)
+def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Square tiles, no larger than the backward's longer side."""
+    config = attention_backward_config(kind, target)
+    side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
     return AttentionConfig(config.num_warps, 1, side, side)

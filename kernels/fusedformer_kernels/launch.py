@@ -33,7 +33,7 @@ _observer: Callable[[Launch], None] | None = None
 def launch(
     kernel: Any, grid: tuple[int, ...], config: LaunchConfig, *args: Any, **constants: Any
 ) -> None:
-    """Run ``kernel`` on ``grid``; ``args`` are its parameters in order, ``constants`` constexprs."""
+    """Run ``kernel`` on ``grid``: ``args`` are its parameters in order, ``constants`` the rest."""
     if _replacement is not None or _observer is not None:
         names = dict(zip(kernel.arg_names, args, strict=False))
         record = Launch(kernel, grid, config, {**names, **constants})

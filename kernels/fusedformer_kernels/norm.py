@@ -199,7 +199,7 @@ def _store_partials(
     partials_ptr, columns, n_columns, dweight, dbias, dinput_bias,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
 ):
-    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], one row for each that is asked."""
+    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], a row for each asked for."""
     in_row = columns < n_columns
     if NEEDS_WEIGHT:
         tl.store(partials_ptr + columns, tl.sum(dweight, 0), mask=in_row)
@@ -409,7 +409,10 @@ def norm_backward(
         sums = torch.zeros((sum(wanted), n_columns), dtype=torch.float32, device=device)
         return dz, dx, *_distribute(sums, wanted, shape)
     target = configs.target_of(device)
-    config = configs.row_tile(n_columns, configs.NORM_BACKWARD_ONE_PASS, 2048, 16, target)
+    longest = configs.NORM_BACKWARD_ONE_PASS
+    if seed is not None:
+        longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
+    config = configs.row_tile(n_columns, longest, 2048, 16, target)
     one_pass = n_columns <= config.block_n
     block_m = config.block_m if one_pass else 16
     row_blocks = configs.ceil_div(n_rows, block_m)

@@ -27,7 +27,7 @@ def _load_scores(
     x_rows, mask_rows, columns, row_index, in_row, valid, stride_x, stride_mask, scale,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):
-    """float32 scores of a tile, -inf where masked or outside. All but scalars [BLOCK_M, BLOCK_N]."""
+    """float32 scores of a tile [BLOCK_M, BLOCK_N], -inf where masked or outside."""
     x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0).to(tl.float32)
     scores = x * scale
     if MASK == 1:
@@ -207,7 +207,7 @@ def softmax_forward(
 def softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> torch.Tensor:
-    """Gradient of ``x`` in ``dtype``, contiguous, from that of ``y = softmax(scale * x + mask)``."""
+    """Gradient of ``x``, contiguous in ``dtype``, of ``y = softmax(scale * x + mask)``."""
     dx = torch.empty(y.shape, dtype=dtype, device=y.device)
     if dx.numel() == 0:
         return dx

@@ -91,13 +91,27 @@ def _work(item: tuple[int, str]) -> list[Row]:
 
 
 def compile_all(
-    targets: list[str], pattern: str = "", processes: int | None = None, progress: bool = False
+    targets: list[str],
+    pattern: str = "",
+    processes: int | None = None,
+    *,
+    quick: bool = False,
+    progress: bool = False,
 ) -> list[Row]:
-    """Rows for all cases whose name matches the regular expression ``pattern``."""
+    """Rows for the cases whose name matches the regular expression ``pattern``.
+
+    ``quick`` leaves targets but sm_90 with the core cases: every kernel, not every variant.
+    """
     from fusedformer_kernels.compile_cases import compile_cases
 
-    names = [case.name for case in compile_cases()]
-    work = [(i, t) for i, name in enumerate(names) if re.search(pattern, name) for t in targets]
+    cases = compile_cases()
+    names = [case.name for case in cases]
+    work = [
+        (index, target)
+        for index, case in enumerate(cases)
+        for target in targets
+        if re.search(pattern, case.name) and (case.core or not quick or target == "sm_90")
+    ]
     rows: list[Row] = []
     # spawn: a fork would copy torch's threads, and the compiler runs in the children only.
     context = multiprocessing.get_context("spawn")
@@ -138,13 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
     parser.add_argument("--case", default="", help="only cases that match this regular expression")
+    parser.add_argument("--quick", action="store_true", help="all cases on sm_90 only, else core")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     targets = arguments.target or list(TENSOR_CORES)
-    rows = compile_all(targets, arguments.case, arguments.processes, progress=True)
+    rows = compile_all(
+        targets, arguments.case, arguments.processes, quick=arguments.quick,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=1))
     print(table(rows))

@@ -79,9 +79,9 @@ def compare(name: str, candidate: Tensor, stock: Tensor, truth: Tensor) -> Compa
             f"{name}: shape {tuple(candidate.shape)} (stock {tuple(stock.shape)}), "
             f"but the truth has {tuple(truth.shape)}"
         )
-        return Comparison(name, dtype, *[float("nan")] * 7, fault)
+        return _unmeasured(name, dtype, fault)
     if truth.numel() == 0:
-        return Comparison(name, dtype, *[0.0] * 7)
+        return Comparison(name, dtype, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     eps = torch.finfo(candidate.dtype).eps
     c, s, t = candidate.detach().double(), stock.detach().double(), truth.detach().double()
     finite = t.isfinite()
@@ -89,7 +89,7 @@ def compare(name: str, candidate: Tensor, stock: Tensor, truth: Tensor) -> Compa
     if not bool(same.all()):
         where = _worst(~same)
         fault = f"{name}{where}: got {c[where].item()}, but the truth is {t[where].item()}"
-        return Comparison(name, dtype, *[float("nan")] * 7, fault)
+        return _unmeasured(name, dtype, fault)
     t = torch.where(finite, t, 0.0)
     error = torch.where(finite, c - t, 0.0).abs()
     stock_error = torch.where(finite, s - t, 0.0).nan_to_num(torch.inf).abs()
@@ -112,6 +112,11 @@ def compare(name: str, candidate: Tensor, stock: Tensor, truth: Tensor) -> Compa
             f"(limit {rms_limit:.3g}; stock {rms_b:.3g})"
         )
     return Comparison(name, dtype, e, b, limit, rms_e, rms_b, rms_limit, largest, fault)
+
+
+def _unmeasured(name: str, dtype: str, fault: str) -> Comparison:
+    nan = float("nan")
+    return Comparison(name, dtype, nan, nan, nan, nan, nan, nan, nan, fault)
 
 
 def _rms(tensor: Tensor) -> float:
@@ -147,7 +152,7 @@ def parity(
     """
     rounded = {name: _converted(value, dtype) for name, value in inputs.items()}
     wide = {name: _converted(value, torch.float64) for name, value in rounded.items()}
-    runs = []
+    runs: list[dict[str, Tensor]] = []
     output_grads: list[Tensor | None] = []
     for function, arguments in ((candidate, rounded), (stock, rounded), (reference, wide)):
         arguments = {name: _leaf(value) for name, value in arguments.items()}
@@ -235,11 +240,12 @@ def poisoned_memory() -> Iterator[None]:
     """
     was_on = torch.are_deterministic_algorithms_enabled()
     was_warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    was_filling = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=was_warn)
-        torch.utils.deterministic.fill_uninitialized_memory = was_filling
+        settings.fill_uninitialized_memory = was_filling

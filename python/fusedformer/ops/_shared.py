@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def register_fake(op: str) -> Callable[[Function], Function]:
+    """``torch.library.register_fake``, typed."""
+    decorator: Callable[[Function], Function] = torch.library.register_fake(op)
+    return decorator
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing
+from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
 
 
 def bias_activation(input: Tensor, bias: Tensor | None, activation: str, p: float) -> Tensor:
@@ -25,12 +25,12 @@ def _bias_activation_aten(input: Tensor, bias: Tensor | None, activation: str, p
     if bias is not None:
         input = input + bias.to(input.dtype)
     if activation == "relu":
-        output = F.relu(input)
+        output = torch.relu(input)
     elif activation == "silu":
         output = F.silu(input)
     else:
         output = F.gelu(input, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return F.dropout(output, p) if p else output
+    return torch.dropout(output, p, train=True) if p else output
 
 
 @torch.library.custom_op("fusedformer::bias_activation", mutates_args=())
@@ -42,7 +42,7 @@ def _bias_activation(
     return bias_activation_forward(input, bias, seed, p, activation)
 
 
-@torch.library.register_fake("fusedformer::bias_activation")
+@register_fake("fusedformer::bias_activation")
 def _bias_activation_fake(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, activation: str
 ) -> Tensor:
@@ -67,7 +67,7 @@ def _bias_activation_backward(
     return input_grad, nothing(input) if bias_grad is None else bias_grad
 
 
-@torch.library.register_fake("fusedformer::bias_activation_backward")
+@register_fake("fusedformer::bias_activation_backward")
 def _bias_activation_backward_fake(
     grad: Tensor,
     input: Tensor,
@@ -77,8 +77,10 @@ def _bias_activation_backward_fake(
     activation: str,
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    wanted = bias is not None and needs_bias_grad
-    return input.new_empty(input.shape), torch.empty_like(bias) if wanted else nothing(input)
+    bias_grad = nothing(input)
+    if bias is not None and needs_bias_grad:
+        bias_grad = torch.empty_like(bias)
+    return input.new_empty(input.shape), bias_grad
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing
+from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
 
 MAX_HEAD_DIM = 256
 
@@ -166,7 +166,7 @@ def _attention(
     )
 
 
-@torch.library.register_fake("fusedformer::attention")
+@register_fake("fusedformer::attention")
 def _attention_fake(
     query: Tensor,
     key: Tensor,
@@ -214,7 +214,7 @@ def _attention_backward(
     return first, second, third, fourth
 
 
-@torch.library.register_fake("fusedformer::attention_backward")
+@register_fake("fusedformer::attention_backward")
 def _attention_backward_fake(
     grad: Tensor | None,
     lse_grad: Tensor | None,

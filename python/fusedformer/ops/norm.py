@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing
+from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
 
 Shape = tuple[int, ...]
 
@@ -23,7 +22,7 @@ def layer_norm(
 ) -> Tensor:
     """See :func:`fusedformer.functional.layer_norm`."""
     if chosen_backend(input) == "torch":
-        return F.layer_norm(input, shape, weight, bias, eps)
+        return torch.layer_norm(input, shape, weight, bias, eps)
     _checks.check_kernel_dtype("layer_norm", "input", input)
     return _norm(input, None, None, weight, bias, None, 0.0, eps, "layer", len(shape))[0]
 
@@ -31,7 +30,7 @@ def layer_norm(
 def rms_norm(input: Tensor, shape: Shape, weight: Tensor | None, eps: float | None) -> Tensor:
     """See :func:`fusedformer.functional.rms_norm`."""
     if chosen_backend(input) == "torch":
-        return F.rms_norm(input, shape, weight, eps)
+        return torch.rms_norm(input, shape, weight, eps)
     _checks.check_kernel_dtype("rms_norm", "input", input)
     return _norm(input, None, None, weight, None, None, 0.0, _eps(eps), "rms", len(shape))[0]
 
@@ -51,7 +50,7 @@ def dropout_add_layer_norm(
     """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = F.layer_norm(total, shape, weight, bias, eps)
+        output = torch.layer_norm(total, shape, weight, bias, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
     seed = draw_seed(p, input.device)
@@ -75,7 +74,7 @@ def dropout_add_rms_norm(
     """See :func:`fusedformer.functional.dropout_add_rms_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = F.rms_norm(total, shape, weight, eps)
+        output = torch.rms_norm(total, shape, weight, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_rms_norm", "input", input)
     seed = draw_seed(p, input.device)
@@ -106,7 +105,7 @@ def _dropout_add_aten(
 ) -> Tensor:
     if input_bias is not None:
         input = input + input_bias.to(input.dtype)
-    return (F.dropout(input, p) if p else input) + residual
+    return (torch.dropout(input, p, train=True) if p else input) + residual
 
 
 @torch.library.custom_op("fusedformer::norm", mutates_args=())
@@ -130,7 +129,7 @@ def _norm(
     return output, total, mean, rstd
 
 
-@torch.library.register_fake("fusedformer::norm")
+@register_fake("fusedformer::norm")
 def _norm_fake(
     input: Tensor,
     residual: Tensor | None,
@@ -180,7 +179,7 @@ def _norm_backward(
     return first, second, third, fourth, fifth
 
 
-@torch.library.register_fake("fusedformer::norm_backward")
+@register_fake("fusedformer::norm_backward")
 def _norm_backward_fake(
     grad: Tensor | None,
     sum_grad: Tensor | None,

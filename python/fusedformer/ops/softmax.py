@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import no_double_backward
+from fusedformer.ops._shared import no_double_backward, register_fake
 
 
 def softmax(
@@ -49,7 +50,7 @@ def _softmax_aten(
     dtype: torch.dtype,
     log: bool,
 ) -> Tensor:
-    function = torch.log_softmax if log else torch.softmax
+    function: Callable[..., Tensor] = torch.log_softmax if log else torch.softmax
     masked = mask is not None or is_causal
     if not masked and scale == 1.0:
         return function(input, dim, dtype=dtype)
@@ -84,7 +85,7 @@ def _softmax(
     return softmax_forward(input, mask, scale, is_causal, dtype, log)
 
 
-@torch.library.register_fake("fusedformer::softmax")
+@register_fake("fusedformer::softmax")
 def _softmax_fake(
     input: Tensor,
     mask: Tensor | None,
@@ -105,7 +106,7 @@ def _softmax_backward(
     return softmax_backward(grad, output, scale, dtype, log, masked)
 
 
-@torch.library.register_fake("fusedformer::softmax_backward")
+@register_fake("fusedformer::softmax_backward")
 def _softmax_backward_fake(
     grad: Tensor, output: Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> Tensor:

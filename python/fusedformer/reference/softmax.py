@@ -9,7 +9,7 @@ from torch import Tensor
 def scores(
     input: Tensor, dim: int, scale: float, mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """(``scale * input + mask`` with -inf where masked, which slices along ``dim`` are all -inf)."""
+    """(``scale * input + mask``, -inf where masked; which slices along ``dim`` are all -inf)."""
     s = scale * input
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
