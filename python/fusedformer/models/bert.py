@@ -211,7 +211,8 @@ class BertEncoderModel(nn.Module):
                 f"{function}(): expected at most {longest} positions, "
                 f"but got input_ids of shape {tuple(input_ids.shape)}"
             )
-        for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        alike = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        for name, tensor in alike.items():
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise ValueError(
                     f"{function}(): expected '{name}' to have the shape of 'input_ids', "
@@ -291,9 +292,11 @@ class BertEncoderModel(nn.Module):
 
         Views of the given tensors.
         """
+        sources = self._sources()
         theirs: dict[str, Tensor] = {}
-        for name, sources in self._sources().items():
-            theirs.update(zip(sources, tensors[name].chunk(len(sources)), strict=True))
+        for name, tensor in tensors.items():
+            parts = tensor.chunk(len(sources[name]))
+            theirs.update(zip(sources[name], parts, strict=True))
         return theirs
 
     def _sources(self) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from fusedformer import _backend
 from fusedformer.parity.cases import Case
 from fusedformer.parity.run import Record, run_all, run_case
 
-__all__ = ["Record", "main", "run_all", "run_case", "worst_of"]
+__all__ = ["Record", "main", "run_all", "run_case", "share_of_limit", "worst_of"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 _ROW = "{:<30}{:<34}{:<10}{:<22}{:>11}{:>11}{:>8}  {}"
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command ``parity``; returns 0 if every tensor passes, else 1."""
     given = _parser().parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    backend = given.backend or ("triton" if _backend.triton_is_installed() else "torch")
+    best: _backend.Backend = "triton" if _backend.triton_is_installed() else "torch"
+    backend: _backend.Backend = given.backend or best
     if backend == "triton" and not on_gpu and not _backend.interpreter_is_on():
         # Triton reads the variable when it is first imported, so it takes another process.
         arguments = sys.argv[1:] if argv is None else argv

@@ -65,7 +65,8 @@ def _shapes(**shapes: tuple[int, ...]) -> Callable[[Generator], dict[str, Tensor
 def _stock_scores(input: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
     scores = input * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        keep = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if keep else scores + mask
     if is_causal:
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(ones.triu(1), -torch.inf)

@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ Call = Callable[[], object]
 
 
 def interleaved(
-    calls: dict[str, Sequence[Call]],
+    calls: Mapping[str, Sequence[Call]],
     seconds: float,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,

@@ -84,12 +84,14 @@ class MiniLM:
         """Hugging Face's ``BertModel`` on torch's fused attention, in eval mode."""
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        config = transformers.BertConfig.from_dict(self.config)
+        logging: Any = transformers.logging
+        logging.set_verbosity_error()
+        config: Any = transformers.BertConfig.from_dict(self.config)
         config._attn_implementation = "sdpa"
-        model = transformers.BertModel(config, add_pooling_layer=False)
+        model: Any = transformers.BertModel(config, add_pooling_layer=False)
         model.load_state_dict(self.weights, strict=False)
-        return model.to(device=device, dtype=dtype).eval()
+        ready: nn.Module = model.to(device=device, dtype=dtype).eval()
+        return ready
 
     def fused(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The same weights in :class:`fusedformer.models.BertEncoderModel`, in eval mode."""

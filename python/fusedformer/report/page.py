@@ -152,9 +152,9 @@ def _tiles(result: dict[str, Any]) -> str:
 
 def _accuracy(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
     body = [
-        (f"{dtype}: {name}", *rest)
+        (f"{dtype}: {row[0]}", *row[1:])
         for dtype, one in result["dtypes"].items()
-        for name, *rest in rows.error_rows(one)
+        for row in rows.error_rows(one)
     ]
     judged = next(iter(result["dtypes"].values()))
     passages = judged["layer_passages"]
@@ -165,11 +165,9 @@ def _accuracy(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
         _table(["", "fusedformer", "stock", "ratio", ""], body),
         f"<h3>Growth of the error with depth (real tokens of {passages} passages)</h3>",
         _image(drawn["layers"], "RMS error against float64 after each layer"),
-        f'<p class="soft">Gradients: all parameters, for a random gradient of the embeddings. '
-        f"The true gradient of {skipped} of them (biases of keys, in float32) is zero: there is "
-        f"only rounding to see, and they are not compared.</p>"
-        if skipped
-        else "",
+        f'<p class="soft">Gradients: every parameter, those of a kind judged together over all '
+        f"layers, for random gradients of the embeddings. The biases of the keys ({skipped} kind) "
+        f"are not judged: their true gradient is zero, what is computed is rounding alone.</p>",
     ]
 
 
@@ -196,7 +194,7 @@ def _speed(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
             times.append((f"{dtype}: {name}", *rows.speed_cells(one[kind])))
             memory.append((f"{dtype}: {name}", *rows.memory_cells(one, kind)))
     first = next(iter(result["dtypes"].values()))
-    size, length = first["peak_memory_batch"]
+    size, length = first["step_batch"]
     counted = (
         "torch's caching allocator"
         if result["device_type"] == "cuda"
@@ -204,12 +202,12 @@ def _speed(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
     )
     return [
         f'<p class="soft">Batches of {result["corpus"]["batch"]} passages in their natural order, '
-        f"padded to the longest. Forward: inference over the corpus. Forward + backward: as in "
-        f"training, dropout included. Medians, with the 20th and 80th percentile; the ratio is "
-        f"that of pairs taken one after the other.</p>",
+        f"padded to the longest. Forward: inference over the corpus. Forward + backward: a batch "
+        f"of {size} x {length}, as in training, dropout included. Medians, with the 20th and "
+        f"80th percentile; the ratio is that of pairs taken one after the other.</p>",
         _table(["a batch", "fusedformer", "stock", "stock / fusedformer"], times),
         _image(drawn["time"], "time of a batch, stock and fusedformer"),
-        f'<p class="soft">Peak memory of one batch of {size} x {length}, beyond weights and '
+        f'<p class="soft">Peak memory for that batch of {size} x {length}, beyond weights and '
         f"inputs, counted by {counted}.</p>",
         _table(["peak memory", "fusedformer", "stock", "stock / fusedformer"], memory),
         _image(drawn["memory"], "peak memory of a batch, stock and fusedformer"),
@@ -230,7 +228,9 @@ def _text(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
 
 def _ops(ops: dict[str, Any]) -> list[str]:
     where = "the Triton kernels" if ops["backend"] == "triton" else "the ATen compositions"
-    place = "in Triton's interpreter, without a GPU" if ops["interpreter"] else f"on {ops['device']}"
+    place = f"on {ops['device']}"
+    if ops["interpreter"]:
+        place = "in Triton's interpreter, without a GPU"
     head = ["op", "dtype", "passed", "nearest to its limit", "ours", "stock", ""]
     return [
         f'<p class="soft">Outputs and every gradient of {escape(where)}, run {escape(place)}, by '

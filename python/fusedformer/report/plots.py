@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 COLOURS = {"stock": "#94a3b8", "fused": "#2563eb"}
 LABELS = {"stock": "stock Hugging Face", "fused": "fusedformer"}
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,

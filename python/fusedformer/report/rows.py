@@ -83,6 +83,18 @@ def op_rows(ops: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str, str,
         )
 
 
+def op_summary(ops: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(dtypes, rows): for each op and dtype how many pass and the largest share of its limit."""
+    groups = worst_of(ops["records"])
+    dtypes = list(dict.fromkeys(group["dtype"] for group in groups))
+    cells: dict[str, dict[str, str]] = {}
+    for group in groups:
+        share = share_of_limit(group["worst"])
+        text = f"{group['passed']}/{group['tensors']} ({share:.2f})"
+        cells.setdefault(group["op"], {})[group["dtype"]] = text
+    return dtypes, [[op, *(row.get(d, "-") for d in dtypes)] for op, row in cells.items()]
+
+
 def timing_rows(benchmarks: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """(suite, case, direction, ours, the fastest peer, its time over ours) of a result file."""
     groups: dict[tuple[str, ...], dict[str, float]] = {}

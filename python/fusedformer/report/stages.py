@@ -25,22 +25,23 @@ class Plan:
 
     Attributes:
         passages, batch: of the corpus, and of one batch.
-        layer_batches: batches whose hidden states are compared at every depth.
-        gradient_passages: passages whose gradients are compared.
-        step_batches: batches that are timed forward and backward.
+        layer_passages: whose hidden states are compared at every depth.
+        gradient_passages, gradient_tokens: whose gradients are compared, cut to so many tokens.
+        step_passages: of the one batch that is timed forward and backward, and of peak memory.
         forward_seconds, step_seconds: of timing, at least one round over the batches.
     """
 
-    passages: int = 300
+    passages: int = 256
     batch: int = 32
-    layer_batches: int = 2
+    layer_passages: int = 16
     gradient_passages: int = 8
-    step_batches: int = 2
+    gradient_tokens: int = 64
+    step_passages: int = 16
     forward_seconds: float = 10.0
-    step_seconds: float = 16.0
+    step_seconds: float = 15.0
 
 
-QUICK = Plan(passages=96, layer_batches=1, step_batches=1, forward_seconds=4.0, step_seconds=4.0)
+QUICK = Plan(passages=64, step_passages=8, forward_seconds=4.0, step_seconds=4.0)
 
 
 class Watcher(Protocol):
@@ -118,30 +119,33 @@ def _measure_dtype(
     with watch.stage(f"{name}: float64 truth", len(batches)) as advance:
         right = accuracy.embed(truth, sorted_batches, advance)
 
-    few = batches[: plan.layer_batches]
+    def first(passages: int) -> Batch:
+        return minilm.batches(ids[:passages], passages, device)[0]
+
     with watch.stage(f"{name}: errors by layer", None):
-        layers = accuracy.layer_report(models, truth, few)
+        layers = accuracy.layer_report(models, truth, first(plan.layer_passages))
     with watch.stage(f"{name}: errors of gradients", None):
-        batch = minilm.batches(ids[: plan.gradient_passages], plan.batch, device)[0]
+        cut = [tokens[: plan.gradient_tokens] for tokens in ids[: plan.gradient_passages]]
+        batch = minilm.batches(cut, len(cut), device)[0]
         gradients = accuracy.gradient_report(models, truth, batch)
     del truth
 
     with watch.stage(f"{name}: embeddings, forward time", len(batches)) as advance:
         forward, embeddings = _time_forward(models, batches, plan, device, advance)
-    few = batches[: plan.step_batches]
-    with watch.stage(f"{name}: forward + backward time", len(few)) as advance:
-        step = _time_step(models, few, plan, device, advance)
+    batch = first(plan.step_passages)
     with watch.stage(f"{name}: peak memory", None):
-        memory = _peak_memory(models, batches[0], device)
+        memory = _peak_memory(models, batch, device)
+    with watch.stage(f"{name}: forward + backward time", None):
+        step = _time_step(models, batch, plan, device)
     return {
         **accuracy.embedding_report(embeddings, right),
         "layers": layers,
-        "layer_passages": plan.layer_batches * plan.batch,
+        "layer_passages": plan.layer_passages,
         "gradients": gradients,
         "forward": forward,
         "step": step,
         "peak_memory_bytes": memory,
-        "peak_memory_batch": list(batches[0].input_ids.shape),
+        "step_batch": list(batch.input_ids.shape),
     }
 
 
@@ -170,16 +174,11 @@ def _time_forward(
 
 
 def _time_step(
-    models: accuracy.Models,
-    batches: list[Batch],
-    plan: Plan,
-    device: torch.device,
-    advance: Advance,
+    models: accuracy.Models, batch: Batch, plan: Plan, device: torch.device
 ) -> dict[str, Any]:
-    calls = {n: [partial(_step, m, b) for b in batches] for n, m in models.items()}
-    for model in models.values():
-        _step(model, _warm_up(batches[0]))
-    return measure.summary(measure.interleaved(calls, plan.step_seconds, device, advance))
+    """After :func:`_peak_memory`, which warms up."""
+    calls = {name: [partial(_step, model, batch)] for name, model in models.items()}
+    return measure.summary(measure.interleaved(calls, plan.step_seconds, device))
 
 
 def _warm_up(batch: Batch) -> Batch:
@@ -191,7 +190,7 @@ def _step(model: torch.nn.Module, batch: Batch) -> None:
     """Forward and backward as in training, dropout included; gradients are let go at the end."""
     model.train()
     embeddings = accuracy.embedding(model, batch)
-    embeddings.backward(torch.ones_like(embeddings))
+    torch.autograd.backward(embeddings, torch.ones_like(embeddings))
     model.zero_grad(set_to_none=True)
     model.eval()
 

@@ -49,9 +49,10 @@ def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
             table.add_row(f"{dtype} {name}, memory", *rows.memory_cells(one, kind))
     console.print(table)
 
-    table = _table("Ops", "op", "dtype", "passed", "worst", "ours", "stock", "")
-    for *cells, passed in rows.op_rows(result["ops"]):
-        table.add_row(*cells, _mark(passed))
+    dtypes, summary = rows.op_summary(result["ops"])
+    table = _table("Ops: tensors that pass (largest error as a share of its limit)", "", *dtypes)
+    for row in summary:
+        table.add_row(*row)
     console.print(table)
     if "skipped" in result["benchmarks"]:
         console.print(f"Op timings: {result['benchmarks']['skipped']}")

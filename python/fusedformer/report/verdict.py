@@ -56,7 +56,7 @@ def _of_dtype(dtype: str, one: dict[str, Any]) -> list[Check]:
         Check(
             f"{dtype} gradients",
             all(gradient["passed"] for gradient in one["gradients"]),
-            f"{right} of {len(gradients)} parameters within the limit",
+            f"{right} of {len(gradients)} kinds of parameters within the limit",
         ),
         Check(
             f"{dtype} neighbours",
