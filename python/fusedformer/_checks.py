@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    """Raise ``TypeError`` unless ``value`` is a tensor, dense or jagged."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
         )
+    if value.layout not in (torch.strided, torch.jagged):
+        raise TypeError(f"{function}(): expected '{name}' to be dense, but got {value.layout}")
 
 
 def check_floating(function: str, name: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` unless ``tensor`` holds real floating-point numbers."""
-    if not tensor.is_floating_point():
+    """Raise ``TypeError`` unless ``tensor`` holds real numbers that can be computed with."""
+    if tensor.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"{function}(): expected '{name}' to have a floating-point dtype, "
             f"but got {tensor.dtype}"
@@ -28,7 +32,12 @@ def check_floating(function: str, name: str, tensor: Tensor) -> None:
 
 
 def check_kernel_dtype(function: str, name: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` unless the Triton kernels support the dtype of ``tensor``."""
+    """Raise ``TypeError`` unless the Triton kernels support the dtype and layout of ``tensor``."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{function}(): the triton backend supports dense tensors, but '{name}' is nested; "
+            f"run it under fusedformer.backend('torch')"
+        )
     if tensor.dtype not in KERNEL_DTYPES:
         raise TypeError(
             f"{function}(): the triton backend supports float32, float16 and bfloat16, but "
@@ -36,14 +45,26 @@ def check_kernel_dtype(function: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_number(function: str, name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a real number; a tensor is not one."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
+        raise TypeError(
+            f"{function}(): expected '{name}' to be a number, but got {type(value).__name__}"
+        )
+
+
 def check_probability(function: str, name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` lies in [0, 1]."""
+    """Raise ``TypeError`` unless ``value`` is a number, ``ValueError`` unless it lies in [0, 1]."""
+    check_number(function, name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{function}(): expected '{name}' to be in [0, 1], but got {value}")
 
 
-def check_same_device(function: str, tensors: dict[str, Tensor | None]) -> None:
-    """Raise ``ValueError`` unless all given tensors live on one device."""
+def check_same_device(function: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` unless all given tensors, which must be tensors, live on one device."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(function, name, tensor)
     present = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(present.values())) > 1:
         found = ", ".join(f"'{name}' on {device}" for name, device in present.items())
@@ -53,8 +74,11 @@ def check_same_device(function: str, tensors: dict[str, Tensor | None]) -> None:
 def check_shape(
     function: str, name: str, tensor: Tensor | None, shape: Sequence[int], of: str
 ) -> None:
-    """Raise ``ValueError`` unless ``tensor`` is None or has exactly ``shape``."""
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+    """Raise ``ValueError`` unless ``tensor`` is None or a tensor of exactly ``shape``."""
+    if tensor is None:
+        return
+    check_tensor(function, name, tensor)
+    if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{function}(): expected '{name}' to have shape {tuple(shape)} ({of}), "
             f"but got {tuple(tensor.shape)}"
@@ -64,14 +88,15 @@ def check_shape(
 def check_mask(function: str, name: str, mask: Tensor, shape: Sequence[int]) -> None:
     """Raise unless ``mask`` is boolean or floating and broadcasts to ``shape`` (not beyond it)."""
     check_tensor(function, name, mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"{function}(): expected '{name}' to be boolean (True = keep) or floating-point "
             f"(added to the scores), but got {mask.dtype}"
         )
     wanted = tuple(shape)
     fits = mask.dim() <= len(wanted) and all(
-        size in (1, want) for size, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
+        size in (1, want)
+        for size, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
     )
     if not fits:
         raise ValueError(
@@ -89,6 +114,7 @@ def check_attention(
     enable_gqa: bool,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
+    scale: float | None,
 ) -> None:
     """Raise unless the arguments of ``scaled_dot_product_attention`` fit together."""
     function = "scaled_dot_product_attention"
@@ -96,6 +122,8 @@ def check_attention(
     for name, tensor in named.items():
         check_tensor(function, name, tensor)
         check_floating(function, name, tensor)
+        if tensor.is_nested:
+            raise TypeError(f"{function}(): expected '{name}' to be dense, but it is nested")
         if tensor.dim() < 2:
             raise ValueError(
                 f"{function}(): expected '{name}' to have at least 2 dimensions, "
@@ -116,6 +144,8 @@ def check_attention(
         {**named, "attn_mask": attn_mask, "key_mask": key_mask, "key_lengths": key_lengths},
     )
     check_probability(function, "dropout_p", dropout_p)
+    if scale is not None:
+        check_number(function, "scale", scale)
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"{function}(): expected 'query' and 'key' to have the same last dimension, "
@@ -174,7 +204,7 @@ def attention_batch_shape(
             )
         leading = [(*shape[:-1], heads) for shape in leading]
     try:
-        return tuple(torch.broadcast_shapes(*leading))
+        return tuple(torch.broadcast_shapes(*leading))  # type: ignore[no-untyped-call]
     except RuntimeError:
         raise ValueError(
             f"{function}(): expected the batch and head dimensions to broadcast, but got query "

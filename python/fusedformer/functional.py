@@ -63,8 +63,11 @@ def softmax(
         or ``is_causal`` removes whole gives 0, and gradient 0.
 
     Raises:
-        TypeError: ``input`` is not floating-point and no ``dtype`` is given.
-        ValueError: ``mask`` does not broadcast; ``is_causal`` on a dimension but the last.
+        TypeError: ``input`` is complex, or not floating-point and no ``dtype`` is given; ``dtype``
+            is not floating-point; ``mask`` is neither boolean nor floating-point; ``scale`` is
+            not a number, ``dim`` not an integer.
+        ValueError: ``mask`` does not broadcast, or is on another device; ``is_causal`` on a
+            dimension but the last.
         IndexError: ``dim`` is out of range.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
@@ -108,19 +111,24 @@ def _softmax(
             f"Change the call to include dim=X as an argument.",
             stacklevel=stacklevel,
         )
+    if not isinstance(dim, (int, torch.SymInt)):
+        raise TypeError(f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}")
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(
-            f"{function}(): Dimension out of range (expected to be in range of "
+            f"{function}(): Dimension 'dim' out of range (expected to be in range of "
             f"[{-rank}, {rank - 1}], but got {dim})"
         )
     if dtype is None:
         _checks.check_floating(function, "input", input)
         dtype = input.dtype
-    elif not dtype.is_floating_point:
+    elif dtype not in _checks.FLOATING_DTYPES:
         raise TypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
+    if input.is_complex():
+        raise TypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
     if not input.is_floating_point():
         input = input.to(dtype)
+    _checks.check_number(function, "scale", scale)
     if mask is not None:
         _checks.check_mask(function, "mask", mask, input.shape)
         _checks.check_same_device(function, {"input": input, "mask": mask})
@@ -155,13 +163,14 @@ def layer_norm(
         Tensor of the shape and dtype of ``input``.
 
     Raises:
-        TypeError: ``input`` is not a floating-point tensor.
+        TypeError: ``input``, ``weight`` or ``bias`` is not a floating-point tensor; ``eps`` is not
+            a number, ``normalized_shape`` not a sequence of integers.
         ValueError: shapes of ``input``, ``weight`` or ``bias`` do not end in, or differ from,
             ``normalized_shape``; tensors on different devices.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
-    shape = _check_norm("layer_norm", input, normalized_shape, weight, bias)
+    shape = _check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
     return ops.layer_norm(input, shape, weight, bias, eps)
 
 
@@ -184,7 +193,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
-    shape = _check_norm("rms_norm", input, normalized_shape, weight, None)
+    checked_eps = 0.0 if eps is None else eps
+    shape = _check_norm("rms_norm", input, normalized_shape, weight, None, checked_eps)
     return ops.rms_norm(input, shape, weight, eps)
 
 
@@ -233,7 +243,7 @@ def dropout_add_layer_norm(
         TypeError, ValueError: as :func:`layer_norm`; ``p`` outside [0, 1]; ``residual`` of
             another shape or dtype than ``input``.
     """
-    shape = _check_norm("dropout_add_layer_norm", input, normalized_shape, weight, bias)
+    shape = _check_norm("dropout_add_layer_norm", input, normalized_shape, weight, bias, eps)
     _check_dropout_add("dropout_add_layer_norm", input, residual, shape, input_bias, p)
     return ops.dropout_add_layer_norm(
         input, residual, shape, weight, bias, eps,
@@ -270,7 +280,8 @@ def dropout_add_rms_norm(
     Arguments, result and errors as for :func:`dropout_add_layer_norm`; ``eps`` as for
     :func:`rms_norm`.
     """
-    shape = _check_norm("dropout_add_rms_norm", input, normalized_shape, weight, None)
+    checked_eps = 0.0 if eps is None else eps
+    shape = _check_norm("dropout_add_rms_norm", input, normalized_shape, weight, None, checked_eps)
     _check_dropout_add("dropout_add_rms_norm", input, residual, shape, input_bias, p)
     return ops.dropout_add_rms_norm(
         input, residual, shape, weight, eps,
@@ -301,7 +312,7 @@ def dropout_add(
     Raises:
         TypeError, ValueError: as :func:`dropout_add_layer_norm`.
     """
-    _check_norm("dropout_add", input, input.shape[-1:], None, None)
+    _check_input("dropout_add", input)
     _check_dropout_add("dropout_add", input, residual, tuple(input.shape[-1:]), input_bias, p)
     return ops.dropout_add(input, residual, input_bias=input_bias, p=p if training else 0.0)
 
@@ -327,25 +338,37 @@ def bias_activation(
         Tensor of the shape and dtype of ``input``.
 
     Raises:
-        TypeError: ``input`` is not floating-point.
+        TypeError: ``input`` or ``bias`` is not floating-point; ``p`` is not a number.
         ValueError: unknown ``activation``; ``bias`` not of shape ``[d]``; ``p`` outside [0, 1].
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv:1606.08415.
     """
     function = "bias_activation"
-    _checks.check_tensor(function, "input", input)
-    _checks.check_floating(function, "input", input)
+    _check_input(function, input)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{function}(): expected 'activation' to be one of {ACTIVATIONS}, "
             f"but got {activation!r}"
         )
-    if input.dim() == 0:
-        raise ValueError(f"{function}(): expected 'input' to have at least 1 dimension, but got 0")
-    _checks.check_shape(function, "bias", bias, input.shape[-1:], "the last dimension of 'input'")
+    _check_parameter(function, "bias", bias, input.shape[-1:], "the last dimension of 'input'")
     _checks.check_same_device(function, {"input": input, "bias": bias})
     _checks.check_probability(function, "p", p)
     return ops.bias_activation(input, bias, activation, p if training else 0.0)
+
+
+def _check_input(function: str, input: Tensor) -> None:
+    _checks.check_tensor(function, "input", input)
+    _checks.check_floating(function, "input", input)
+    if input.dim() == 0:
+        raise ValueError(f"{function}(): expected 'input' to have at least 1 dimension, but got 0")
+
+
+def _check_parameter(
+    function: str, name: str, parameter: Tensor | None, shape: Sequence[int], of: str
+) -> None:
+    _checks.check_shape(function, name, parameter, shape, of)
+    if parameter is not None:
+        _checks.check_floating(function, name, parameter)
 
 
 def _check_norm(
@@ -354,18 +377,25 @@ def _check_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
 ) -> tuple[int, ...]:
-    _checks.check_tensor(function, "input", input)
-    _checks.check_floating(function, "input", input)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check_input(function, input)
+    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(
+            f"{function}(): expected 'normalized_shape' to be a sequence of integers, but got "
+            f"{type(sizes).__name__}"
+        )
+    shape = tuple(sizes)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"{function}(): expected 'input' of shape [*, {', '.join(map(str, shape))}] to end in "
-            f"a normalized_shape of at least 1 dimension, but got normalized_shape={shape} and "
+            f"a 'normalized_shape' of at least 1 dimension, but got normalized_shape={shape} and "
             f"input of shape {tuple(input.shape)}"
         )
-    _checks.check_shape(function, "weight", weight, shape, "normalized_shape")
-    _checks.check_shape(function, "bias", bias, shape, "normalized_shape")
+    _check_parameter(function, "weight", weight, shape, "normalized_shape")
+    _check_parameter(function, "bias", bias, shape, "normalized_shape")
+    _checks.check_number(function, "eps", eps)
     _checks.check_same_device(function, {"input": input, "weight": weight, "bias": bias})
     return shape
 
@@ -385,7 +415,8 @@ def _check_dropout_add(
             f"{function}(): expected 'residual' to have the dtype of 'input', {input.dtype}, "
             f"but got {residual.dtype}"
         )
-    _checks.check_shape(function, "input_bias", input_bias, shape, "that of the normalized part")
+    of = "the last dimensions of 'input'"
+    _check_parameter(function, "input_bias", input_bias, shape, of)
     _checks.check_same_device(
         function, {"input": input, "residual": residual, "input_bias": input_bias}
     )
@@ -452,7 +483,7 @@ def scaled_dot_product_attention(
     Source: Vaswani et al., arXiv:1706.03762; Dao, FlashAttention-2, arXiv:2307.08691.
     """
     _checks.check_attention(
-        query, key, value, attn_mask, dropout_p, enable_gqa, key_mask, key_lengths
+        query, key, value, attn_mask, dropout_p, enable_gqa, key_mask, key_lengths, scale
     )
     return ops.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
