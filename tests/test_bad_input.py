@@ -1,0 +1,293 @@
+"""Bad arguments: a clear error that names function and argument, before any kernel runs.
+
+Each row of the table is one call that is right but for one argument.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedformer import backend, functional
+from fusedformer._backend import Backend, triton_is_installed
+
+NAN = float("nan")
+HALF = torch.float16
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32, device: str | None = None) -> Tensor:
+    """A tensor of ones, on the device that the calls run on unless another is named."""
+    return torch.ones(shape, dtype=dtype, device=device or DEVICE)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INT, COMPLEX, FLOAT8 = torch.int64, torch.complex64, torch.float8_e4m3fn
+
+
+def good(function: str) -> dict[str, Any]:
+    """Arguments that ``function`` takes."""
+    softmax = dict(input=t(2, 3, 4), dim=-1, mask=t(3, 4))
+    norm = dict(input=t(2, 3, 4), normalized_shape=(4,), weight=t(4))
+    fused = dict(residual=t(2, 3, 4), input_bias=t(4), p=0.1)
+    arguments: dict[str, dict[str, Any]] = {
+        "softmax": softmax,
+        "log_softmax": softmax,
+        "layer_norm": {**norm, "bias": t(4)},
+        "rms_norm": norm,
+        "dropout_add_layer_norm": {**norm, **fused, "bias": t(4)},
+        "dropout_add_rms_norm": {**norm, **fused},
+        "dropout_add": {**fused, "input": t(2, 3, 4)},
+        "bias_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
+        "scaled_dot_product_attention": dict(
+            query=t(2, 4, 5, 8), key=t(2, 4, 6, 8), value=t(2, 4, 6, 3)
+        ),
+    }
+    return dict(arguments[function])
+
+
+Row = tuple[str, dict[str, Any], type[Exception], str]
+
+
+def not_tensors() -> Iterator[Row]:
+    """Every tensor argument of every function: a list, and a tensor that is sparse."""
+    for function in functional.__all__:
+        names = [name for name, value in good(function).items() if isinstance(value, Tensor)]
+        if function == "scaled_dot_product_attention":
+            names += ["attn_mask", "key_mask", "key_lengths"]
+        for name in names:
+            yield function, {name: [1.0]}, TypeError, f"'{name}' must be Tensor, not list"
+            sparse = t(2, 3).to_sparse()
+            yield function, {name: sparse}, TypeError, f"'{name}' to be dense"
+
+
+def dtypes_and_devices() -> Iterator[Row]:
+    """Every tensor argument: of a dtype that cannot be computed with, and on another device."""
+    for function in functional.__all__:
+        for name, value in good(function).items():
+            if not isinstance(value, Tensor):
+                continue
+            for dtype in (INT, COMPLEX, FLOAT8):
+                yield function, {name: value.to(dtype)}, TypeError, f"'{name}'.*{dtype}"
+            yield function, {name: value.to("meta")}, ValueError, f"one device.*'{name}' on "
+
+
+def probabilities() -> Iterator[Row]:
+    for function in functional.__all__:
+        name = "dropout_p" if function == "scaled_dot_product_attention" else "p"
+        if name in good(function) or name == "dropout_p":
+            for value in (-0.1, 1.1, NAN, float("inf")):
+                yield function, {name: value}, ValueError, rf"'{name}' to be in \[0, 1\].*{value}"
+            for value in ("0.1", None, t()):
+                yield function, {name: value}, TypeError, f"'{name}' to be a number"
+
+
+def softmaxes() -> Iterator[Row]:
+    for function in ("softmax", "log_softmax"):
+        rows: list[tuple[dict[str, Any], type[Exception], str]] = [
+            ({"dim": 3}, IndexError, "'dim' out of range"),
+            ({"dim": -4}, IndexError, "'dim' out of range"),
+            ({"dim": 1, "input": t(), "mask": None}, IndexError, "'dim' out of range"),
+            ({"dim": 1.0}, TypeError, "'dim' to be an int, but got float"),
+            ({"dtype": INT}, TypeError, "'dtype' to be floating-point"),
+            ({"dtype": COMPLEX}, TypeError, "'dtype' to be floating-point"),
+            ({"dtype": "float32"}, TypeError, "'dtype' to be floating-point"),
+            ({"input": t(2, 3, 4, dtype=COMPLEX), "dtype": HALF}, TypeError, "'input' to be real"),
+            ({"scale": None}, TypeError, "'scale' to be a number"),
+            ({"scale": t()}, TypeError, "'scale' to be a number"),
+            ({"mask": t(3, 5)}, ValueError, r"'mask' to broadcast to \(2, 3, 4\).*\(3, 5\)"),
+            ({"mask": t(1, 2, 3, 4)}, ValueError, "'mask' to broadcast"),  # beyond the input
+            ({"is_causal": True, "dim": 1}, ValueError, "is_causal=True needs .* the last"),
+            ({"is_causal": True, "input": t(4), "mask": None}, ValueError, "at least 2 dimensions"),
+        ]
+        for changes, error, message in rows:
+            yield function, changes, error, message
+
+
+def norms() -> Iterator[Row]:
+    for function in functional.__all__:
+        if "normalized_shape" not in good(function):
+            continue
+        for shape in ((5,), (2, 4), (2, 3, 4, 1), (), (-4,)):
+            yield function, {"normalized_shape": shape}, ValueError, "'normalized_shape'"
+        for shape in (4.0, "4", None):
+            message = "'normalized_shape' to be a sequence"
+            yield function, {"normalized_shape": shape}, TypeError, message
+        yield function, {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+        yield function, {"eps": "1e-5"}, TypeError, "'eps' to be a number"
+        for name in ("weight", "bias"):
+            if name in good(function):
+                message = rf"'{name}' to have shape \(4,\)"
+                yield function, {name: t(3)}, ValueError, message
+                yield function, {name: t(1)}, ValueError, message  # no broadcasting, as in torch
+    yield "layer_norm", {"eps": None}, TypeError, "'eps' to be a number"
+
+
+def fused_steps() -> Iterator[Row]:
+    for function in functional.__all__:
+        if "residual" not in good(function):
+            continue
+        shape = r"'residual' to have shape \(2, 3, 4\)"
+        yield function, {"residual": t(4)}, ValueError, shape  # no broadcasting: a slip, mostly
+        yield function, {"residual": t(2, 4, 3)}, ValueError, shape
+        yield function, {"residual": t(2, 3, 4, dtype=HALF)}, TypeError, "'residual' .* the dtype"
+        yield function, {"input_bias": t(3, 4)}, ValueError, r"'input_bias' to have shape \(4,\)"
+    yield "dropout_add", {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+    function = "bias_activation"
+    yield function, {"activation": "tanh"}, ValueError, "'activation' .* but got 'tanh'"
+    yield function, {"activation": None}, ValueError, "'activation' .* but got None"
+    yield function, {"bias": t(3)}, ValueError, r"'bias' to have shape \(4,\)"
+    yield function, {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+
+
+def attention() -> Iterator[Row]:
+    rows: list[tuple[dict[str, Any], type[Exception], str]] = [
+        # Ranks and sizes of query, key and value.
+        ({"query": t(8)}, ValueError, "'query' to have at least 2 dimensions"),
+        ({"key": t(8)}, ValueError, "'key' to have at least 2 dimensions"),
+        ({"query": t(4, 5, 8)}, ValueError, "same number of dimensions, but got 3, 4 and 4"),
+        ({"key": t(2, 4, 6, 7)}, ValueError, "'query' and 'key' .* last dimension.* 8 and 7"),
+        ({"value": t(2, 4, 7, 3)}, ValueError, "'key' and 'value' .* sequence length.* 6 and 7"),
+        ({"query": t(3, 4, 5, 8)}, ValueError, "batch and head dimensions to broadcast"),
+        ({"key": t(2, 2, 6, 8)}, ValueError, "to broadcast.* set enable_gqa=True"),
+        ({"query": t(2, 4, 5, 8, dtype=HALF)}, TypeError, "'query', 'key' and 'value' .* dtype"),
+        # Grouped heads.
+        (
+            {"enable_gqa": True, "key": t(2, 3, 6, 8), "value": t(2, 3, 6, 3)},
+            ValueError, "heads of 'key' and 'value' .* divide that of 'query', 4, but got 3 and 3",
+        ),
+        (
+            {"enable_gqa": True, "key": t(2, 2, 6, 8)},
+            ValueError, "heads of 'key' and 'value' to be equal .* 2 and 4",
+        ),
+        (
+            {"enable_gqa": True, "query": t(5, 8), "key": t(6, 8), "value": t(6, 3)},
+            ValueError, "enable_gqa=True needs a dimension of heads",
+        ),
+        # Masks.
+        ({"attn_mask": t(5, 7)}, ValueError, r"'attn_mask' to broadcast to \(2, 4, 5, 6\)"),
+        ({"attn_mask": t(3, 1, 5, 6)}, ValueError, "'attn_mask' to broadcast"),
+        ({"attn_mask": t(1, 2, 4, 5, 6)}, ValueError, "'attn_mask' to broadcast"),
+        ({"attn_mask": t(5, 6, dtype=INT)}, TypeError, "'attn_mask' to be boolean .*int64"),
+        ({"attn_mask": t(5, 6, dtype=COMPLEX)}, TypeError, "'attn_mask' to be boolean .*complex64"),
+        ({"attn_mask": t(5, 6, dtype=HALF)}, TypeError, "'attn_mask' to be float32 or .*float16"),
+        ({"attn_mask": t(5, 6, device="meta")}, ValueError, "one device.*'attn_mask' on meta"),
+        ({"key_mask": t(2, 5) > 0}, ValueError, r"'key_mask' to have shape \(2, 6\)"),
+        ({"key_mask": t(6) > 0}, ValueError, r"'key_mask' to have shape \(2, 6\)"),
+        ({"key_mask": t(1, 6) > 0}, ValueError, r"'key_mask' to have shape \(2, 6\)"),
+        ({"key_mask": t(2, 6)}, TypeError, "'key_mask' to be boolean"),
+        ({"key_mask": t(2, 6, device="meta") > 0}, ValueError, "one device.*'key_mask' on meta"),
+        ({"key_lengths": t(3, dtype=INT)}, ValueError, r"'key_lengths' to have shape \(2,\)"),
+        ({"key_lengths": t(2, 1, dtype=INT)}, ValueError, r"'key_lengths' to have shape \(2,\)"),
+        ({"key_lengths": t(2)}, TypeError, "'key_lengths' to be int32 or int64"),
+        ({"key_lengths": t(2) > 0}, TypeError, "'key_lengths' to be int32 or int64"),
+        (
+            {"key_lengths": t(2, dtype=INT, device="meta")},
+            ValueError, "one device.*'key_lengths' on meta",
+        ),
+        # Numbers.
+        ({"scale": "1"}, TypeError, "'scale' to be a number"),
+        ({"scale": t()}, TypeError, "'scale' to be a number"),  # it would get no gradient
+    ]  # fmt: skip
+    for changes, error, message in rows:
+        yield "scaled_dot_product_attention", changes, error, message
+
+
+def described(value: object) -> str:
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)} {value.device.type} {str(value.layout)[6:]}"
+    return repr(value)
+
+
+def named(row: Row) -> Any:
+    function, changes, error, _ = row
+    what = ", ".join(f"{name}={described(value)}" for name, value in changes.items())
+    return pytest.param(*row, id=f"{function}: {what}: {error.__name__}")
+
+
+SOURCES: tuple[Callable[[], Iterator[Row]], ...] = (
+    not_tensors, dtypes_and_devices, probabilities, softmaxes, norms, fused_steps, attention,
+)  # fmt: skip
+TABLE = [named(row) for source in SOURCES for row in source()]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each backend, with nothing allowed to run: no kernel, and no seed drawn."""
+    if request.param == "triton":
+        if not triton_is_installed():
+            pytest.skip("triton is not installed")
+        from fusedformer_kernels import launch
+
+        def launched(record: launch.Launch) -> None:
+            pytest.fail(f"{record.name} was launched")
+
+        monkeypatch.setattr(launch, "_observer", launched)
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("function", functional.__all__)
+def test_the_arguments_that_the_table_changes_are_right(function: str) -> None:
+    """Otherwise every row would pass for the wrong reason."""
+    assert torch.isfinite(getattr(functional, function)(**good(function))).all()
+
+
+@pytest.mark.parametrize(("function", "changes", "error", "message"), TABLE)
+def test_bad_input(
+    function: str, changes: dict[str, Any], error: type[Exception], message: str, chosen: Backend
+) -> None:
+    before = torch.get_rng_state()
+    with backend(chosen), pytest.raises(error) as caught:
+        getattr(functional, function)(**{**good(function), **changes})
+    text = str(caught.value)
+    assert type(caught.value) is error
+    assert text.startswith(f"{function}(): ")
+    assert re.search(message, text), text
+    assert torch.equal(before, torch.get_rng_state())
+
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"query": t(2, 4, 5, 0), "key": t(2, 4, 6, 0)}, "query"),
+        ({"query": t(2, 4, 5, 257), "key": t(2, 4, 6, 257)}, "query"),
+        ({"value": t(2, 4, 6, 0)}, "value"),
+        ({"value": t(2, 4, 6, 257)}, "value"),
+    ],
+    ids=["E=0", "E=257", "Ev=0", "Ev=257"],
+)
+def test_head_dims_that_the_kernels_do_not_have(changes: dict[str, Tensor], name: str) -> None:
+    arguments = {**good(ATTENTION), **changes}
+    if triton_is_installed():
+        message = rf"{ATTENTION}\(\): .* head dims from 1 to 256.*'{name}'.*backend\('torch'\)"
+        with backend("triton"), pytest.raises(ValueError, match=message):
+            functional.scaled_dot_product_attention(**arguments)
+    with backend("torch"):
+        output = functional.scaled_dot_product_attention(**arguments)
+    assert output.shape == (2, 4, 5, arguments["value"].shape[-1])
+
+
+@pytest.mark.parametrize("function", functional.__all__)
+@pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
+def test_the_kernels_refuse_float64_that_the_torch_backend_takes(function: str) -> None:
+    arguments = {
+        name: value.double() if isinstance(value, Tensor) else value
+        for name, value in good(function).items()
+    }
+    message = rf"{function}\(\): the triton backend supports float32.*float64.*backend\('torch'\)"
+    with backend("triton"), pytest.raises(TypeError, match=message):
+        getattr(functional, function)(**arguments)
+    with backend("torch"):
+        assert getattr(functional, function)(**arguments).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None])
+def test_an_unknown_backend(name: Any) -> None:
+    with pytest.raises(ValueError, match="'triton' or 'torch'"), backend(name):
+        pytest.fail("entered")
