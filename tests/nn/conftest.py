@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedformer
+from fusedformer._backend import Backend, chosen_backend
 from fusedformer.testing import assert_parity
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(20240817)
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +35,24 @@ class Called(torch.nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.call(self.module, **inputs)
 
-    def as_function(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    def as_function(self, backend: Backend) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         """A function of the inputs and, by their names, of the parameters."""
 
         def function(**tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
             parameters = {n: tensors.pop(n) for n, _ in self.named_parameters()}
-            found: Tensor = torch.func.functional_call(self, parameters, kwargs=tensors)
+            with fusedformer.backend(backend):
+                found: Tensor = torch.func.functional_call(self, parameters, kwargs=tensors)
             return found
 
         return function
 
 
 @pytest.fixture
-def assert_module_parity() -> Callable[..., None]:
-    """Ours against a stock module of the same parameters, with stock in float64 as the truth.
+def assert_module_parity(device: str) -> Callable[..., None]:
+    """Ours, on each backend, against a stock module of the same parameters.
 
-    ``call(module, **inputs)`` runs a module. Outputs are compared, and with ``gradients`` those
-    of all parameters and floating inputs.
+    The truth is stock in float64. ``call(module, **inputs)`` runs a module. Outputs are compared,
+    and with ``gradients`` those of all parameters and floating inputs.
     """
 
     def check(
@@ -69,15 +67,17 @@ def assert_module_parity() -> Callable[..., None]:
         with torch.no_grad():  # zero biases and unit gains would hide that they are not applied
             for parameter in stock.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        stock, ours = stock.to(dtype), ours.to(dtype)
+        stock, ours = stock.to(device, dtype), ours.to(device, dtype)
         ours.load_state_dict(stock.state_dict())
-        runs = [
-            Called(module, call).as_function()
-            for module in (ours, stock, copy.deepcopy(stock).double())
-        ]
-        tensors = inputs | {f"module.{n}": p.detach() for n, p in stock.named_parameters()}
+        modules = [Called(m, call) for m in (ours, stock, copy.deepcopy(stock).double())]
+        tensors = {name: tensor.detach().to(device) for name, tensor in inputs.items()}
+        tensors |= {f"module.{n}": p.detach() for n, p in stock.named_parameters()}
         for tensor in tensors.values():
             tensor.requires_grad_(gradients and tensor.is_floating_point())
-        assert_parity(*runs, tensors, dtype=dtype)
+        backends: set[Backend] = {"torch", chosen_backend(torch.empty(0, device=device))}
+        for backend in backends:
+            runs = [module.as_function(backend) for module in modules]
+            # Not the seed of the inputs: gradients equal to an input cancel in a norm's backward.
+            assert_parity(*runs, tensors, dtype=dtype, seed=20240817)
 
     return check

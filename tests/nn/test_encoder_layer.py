@@ -72,8 +72,11 @@ def source(make: dict[str, Any]) -> Tensor:
 
 def caller(settings: dict[str, Any]) -> Callable[..., Tensor]:
     def call(module: torch.nn.Module, src: Tensor) -> Tensor:
-        floating = ("src_mask",) if settings.get("src_mask", padding).dtype != torch.bool else ()
-        output: Tensor = module(src, **settings | {k: settings[k].to(src.dtype) for k in floating})
+        given = dict(settings)
+        for name, mask in settings.items():
+            if isinstance(mask, Tensor):
+                given[name] = mask.to(src) if mask.is_floating_point() else mask.to(src.device)
+        output: Tensor = module(src, **given)
         return output
 
     return call

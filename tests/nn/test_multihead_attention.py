@@ -61,7 +61,7 @@ CASES = [
     Case("sequence first is the default layout"),
     Case("no biases anywhere", {"bias": False, "batch_first": True}),
     Case("a single head", {"num_heads": 1, "batch_first": True}),
-    Case("head dim 1", {"num_heads": E, "batch_first": True}),
+    Case("head dim 1", {"embed_dim": 4, "batch_first": True}),
     Case("odd head dim 5", {"embed_dim": 15, "num_heads": 3, "batch_first": True}),
     Case("cross-attention, key is value", {"batch_first": True}, "kv"),
     Case("cross-attention, key is value, no bias", {"bias": False}, "kv"),
@@ -136,8 +136,11 @@ def test_parity(
 
     def call(module: torch.nn.Module, **inputs: Tensor) -> tuple[Tensor, ...]:
         # A floating mask is no input here: stock's float64 run needs it in float64.
-        kind = next(module.parameters()).dtype
-        given = {k: m.to(kind) if m.is_floating_point() else m for k, m in masks.items()}
+        query = inputs["query"]
+        given = {
+            k: m.to(query) if m.is_floating_point() else m.to(query.device)
+            for k, m in masks.items()
+        }
         settings = {"need_weights": need_weights, "average_attn_weights": False, **case.call}
         return tuple(t for t in attend(module, inputs, **given, **settings) if t is not None)
 
@@ -157,7 +160,10 @@ def test_unbatched(
     padding = torch.arange(S) >= 5
 
     def call(module: torch.nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        output, weights = module(query, key, key, attn_mask=mask, key_padding_mask=padding)
+        output, weights = module(
+            query, key, key, attn_mask=mask.to(query.device),
+            key_padding_mask=padding.to(query.device),
+        )
         assert output.shape == (L, E) and weights.shape == (L, S)
         return output, weights
 

@@ -50,7 +50,7 @@ def test_norm_parity(
             return self.norm(x * self.gain)  # type: ignore[no-any-return]
 
     modules = (Wrapped(getattr(library, name)(*args, **settings)) for library in (nn, torch.nn))
-    call = lambda module, x: module(x)  # noqa: E731
+    call = lambda module, x: module(x)
     assert_module_parity(*modules, call, {"x": torch.randn(shape)}, dtype)
 
 
