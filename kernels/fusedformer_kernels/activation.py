@@ -59,10 +59,11 @@ def _activation_derivative(x, ACTIVATION: tl.constexpr):
         inner = (x + x * x * x * _GELU_CUBIC) * (2.0 * _SQRT_2_OVER_PI)
         s = _sigmoid(inner)
         slope = (x * x * (3.0 * _GELU_CUBIC) + 1.0) * (2.0 * _SQRT_2_OVER_PI)
-        d = s + x * s * (1.0 - s) * slope
+        # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
+        d = s + x * s * _sigmoid(-inner) * slope
     else:
         s = _sigmoid(x)
-        d = s + x * s * (1.0 - s)
+        d = s + x * s * _sigmoid(-x)
     return d
 
 

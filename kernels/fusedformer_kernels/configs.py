@@ -183,8 +183,8 @@ _HOPPER_BACKWARD = {
     ("half", 64): (AttentionConfig(8, 2, 64, 128), AttentionConfig(8, 2, 32, 128, True)),
     ("half", 128): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 32, 64, True)),
     ("half", 256): (
-        AttentionConfig(8, 1, 16, 64, True, True),
-        AttentionConfig(8, 1, 16, 64, True, True),
+        AttentionConfig(8, 2, 16, 64, True, True),
+        AttentionConfig(8, 2, 16, 64, True, True),
     ),
     ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),

@@ -414,7 +414,7 @@ def norm_backward(
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
     config = configs.row_tile(n_columns, longest, 2048, 16, target)
     one_pass = n_columns <= config.block_n
-    block_m = config.block_m if one_pass else 16
+    block_m = config.block_m if one_pass else 8
     row_blocks = configs.ceil_div(n_rows, block_m)
     programs = configs.row_programs(row_blocks, target)
     partials = torch.empty((programs, sum(wanted) * n_columns), dtype=torch.float32, device=device)
@@ -447,7 +447,7 @@ def norm_backward(
             BLOCK_N=config.block_n, **forms,
         )
         if any(wanted):
-            block_n = 128
+            block_n = 256
             grid = (programs, configs.ceil_div(n_columns, block_n))
             launch(
                 _norm_backward_long_columns, grid, configs.LaunchConfig(4, 2),

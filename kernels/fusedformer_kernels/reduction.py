@@ -35,7 +35,7 @@ def sum_partials(partials: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(n_columns, dtype=torch.float32, device=partials.device)
     if n_columns:
         launch(
-            _sum_partials, (configs.ceil_div(n_columns, 64),), configs.LaunchConfig(4, 2),
-            partials, sums, n_rows, n_columns, BLOCK_M=32, BLOCK_N=64,
+            _sum_partials, (configs.ceil_div(n_columns, 128),), configs.LaunchConfig(4, 2),
+            partials, sums, n_rows, n_columns, BLOCK_M=16, BLOCK_N=128,
         )
     return sums

@@ -124,6 +124,9 @@ def _attention_aten(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    if scale < 0:
+        # ATen's CPU kernel masks with -inf before it scales, and a negative factor makes NaN of it.
+        query, scale = -query, -scale
     mask, is_causal = _merged_mask(mask, key_mask, key_lengths, is_causal, query, key)
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(
