@@ -1,4 +1,4 @@
-"""Shared by the op tests: an op's kernels beside its ATen composition, both against the reference."""
+"""Shared by the op tests: kernels beside the ATen composition, both against the reference."""
 
 from collections.abc import Callable
 from typing import Any

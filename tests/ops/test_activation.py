@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ops.judge import DTYPES, check, grad
 from torch import Tensor
 
 from fusedformer import functional as F
 from fusedformer import reference
 from fusedformer.testing import assert_parity
-from tests.ops.judge import DTYPES, check, grad
 
 ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
 
