@@ -18,15 +18,27 @@ def bias_activation(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``dropout(activation(input + bias))`` with the given dropout mask."""
+    """``dropout(activation(input + bias))`` with the given dropout mask.
+
+    Args:
+        input: ``[..., d]``.
+        bias: ``[d]``, or None.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        p: probability with which ``keep`` was drawn.
+        keep: boolean, the shape of ``input``; None for no dropout.
+
+    Raises:
+        ValueError: unknown ``activation``.
+    """
     x = input if bias is None else input + bias
     if activation == "relu":
         y = torch.relu(x)
     elif activation == "silu":
         y = x * torch.sigmoid(x)
-    elif activation == "gelu":
-        y = 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+    elif activation == "gelu":  # x times the normal distribution's cumulative function
+        y = x * 0.5 * torch.erfc(-x / math.sqrt(2.0))
+    elif activation == "gelu_tanh":
+        y = x * 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
     else:
-        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
-        y = 0.5 * x * (1.0 + torch.tanh(inner))
+        raise ValueError(f"bias_activation(): unknown activation {activation!r}")
     return dropped(y, p, keep)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.reference.norm import dropped
-from fusedformer.reference.softmax import scores as masked_scores
+from fusedformer.reference.softmax import masked
 
 
 def scaled_dot_product_attention(
@@ -25,34 +25,51 @@ def scaled_dot_product_attention(
     key_lengths: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output ``[..., l, e]``, log-sum-exp ``[..., l]``) of queries l, keys s and head dim d.
+    """``dropout(softmax(scale * query @ key.T + mask)) @ value``, and the log-sum-exp.
 
-    A query that sees no key gets output 0, gradient 0 and log-sum-exp -inf.
+    In the letters of the products: queries l, keys s, head dim d, value head dim e.
+
+    Args:
+        query: ``[*batch, heads, l, d]``; leading dimensions broadcast, and may be fewer.
+        key: ``[*batch, heads, s, d]``.
+        value: ``[*batch, heads, s, e]``.
+        attn_mask: boolean (True = keep) or floating-point (added), broadcast to ``[..., l, s]``.
+        dropout_p: probability with which ``keep`` was drawn.
+        is_causal: key s is visible to query l only if s <= l.
+        scale: factor on the scores; ``1/sqrt(d)`` if None.
+        enable_gqa: each head of key and value serves a group of consecutive query heads.
+        key_mask: boolean ``[batch, s]``, True = keep; batch is all batch dimensions in one.
+        key_lengths: integer ``[batch]``: keys at and beyond it are hidden.
+        keep: boolean ``[*batch, heads, l, s]``, the dropout mask of the probabilities.
+
+    Returns:
+        (output ``[*batch, heads, l, e]``, log-sum-exp ``[*batch, heads, l]``). A query that sees no
+        key gets output 0, gradient 0 and log-sum-exp -inf.
     """
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
+        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(group, dim=-3) for t in (key, value))
-    raw = torch.einsum("...ld,...sd->...ls", query, key)
-    s, _ = masked_scores(raw, -1, scale, attn_mask, is_causal)
-    # Masks by sequence, [batch, s]; the batch is all that comes before the heads.
-    visible = torch.ones(s.shape[-1], dtype=torch.bool, device=s.device)
+        key, value = (tensor.repeat_interleave(group, dim=-3) for tensor in (key, value))
+
+    s = scale * torch.einsum("...ld,...sd->...ls", query, key)
+    s = masked(s, attn_mask, is_causal)
     if key_mask is not None:
-        visible = visible & key_mask
+        s = masked(s, _over_rows(key_mask, s), is_causal=False)
     if key_lengths is not None:
-        visible = visible & (torch.arange(s.shape[-1], device=s.device) < key_lengths[:, None])
-    if visible.dim() == 2:
-        batch = s.shape[:-3] if s.dim() > 3 else s.shape[:-2]
-        visible = visible.reshape(*batch, *(1,) * (s.dim() - 1 - len(batch)), s.shape[-1])
-    s = s.masked_fill(~visible, -torch.inf)
+        position = torch.arange(s.shape[-1], device=s.device)
+        s = masked(s, _over_rows(position < key_lengths[:, None], s), is_causal=False)
+
     removed = (s == -torch.inf).all(-1, keepdim=True)
-    s = s.masked_fill(removed, 0.0)
-    if s.shape[-1] == 0:
-        lse = torch.full(s.shape[:-1], -torch.inf, dtype=s.dtype, device=s.device)
-        return torch.einsum("...ls,...se->...le", s, value), lse
-    top = s.amax(-1, keepdim=True).detach()
-    lse = (s - top).exp().sum(-1, keepdim=True).log() + top
+    s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
+    lse = s.logsumexp(-1, keepdim=True)
     p = (s - lse).exp().masked_fill(removed, 0.0)
     output = torch.einsum("...ls,...se->...le", dropped(p, dropout_p, keep), value)
     return output, lse.masked_fill(removed, -torch.inf).squeeze(-1)
+
+
+def _over_rows(visible: Tensor, scores: Tensor) -> Tensor:
+    """``[batch, s]`` as a mask of ``[*batch, heads, l, s]``, or of 3-D scores ``[batch, l, s]``."""
+    heads = 1 if scores.dim() > 3 else 0
+    batch = scores.shape[: -2 - heads]
+    return visible.reshape(*batch, *(1,) * (heads + 1), scores.shape[-1])

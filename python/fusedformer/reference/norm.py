@@ -44,10 +44,15 @@ def rms_norm(
 
 
 def dropped(input: Tensor, p: float, keep: Tensor | None) -> Tensor:
-    """``input`` with elements outside ``keep`` at 0 and the rest scaled by ``1 / (1 - p)``."""
+    """``input`` with elements outside ``keep`` at 0 and the rest scaled by ``1 / (1 - p)``.
+
+    At p = 1 all is 0. Without ``keep`` nothing is dropped, and then p must be 0.
+    """
     if keep is None:
+        if p != 0.0:
+            raise ValueError(f"dropout with p={p} needs its mask 'keep'")
         return input
-    return torch.where(keep, input / (1.0 - p) if p < 1.0 else 0.0 * input, 0.0)
+    return torch.where(keep, input, 0.0) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 def dropout_add(

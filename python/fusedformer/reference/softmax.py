@@ -6,20 +6,6 @@ import torch
 from torch import Tensor
 
 
-def scores(
-    input: Tensor, dim: int, scale: float, mask: Tensor | None, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """(``scale * input + mask``, -inf where masked; which slices along ``dim`` are all -inf)."""
-    s = scale * input
-    if mask is not None:
-        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
-    if is_causal:
-        rows, columns = s.shape[-2:]
-        future = torch.ones(rows, columns, dtype=torch.bool, device=s.device).triu(1)
-        s = s.masked_fill(future, -torch.inf)
-    return s, (s == -torch.inf).all(dim, keepdim=True)
-
-
 def log_softmax(
     input: Tensor,
     dim: int,
@@ -29,14 +15,26 @@ def log_softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``s - log(sum(exp(s)))`` with ``s = scale * input + mask``; -inf where masked."""
-    s, removed = scores(input.to(dtype or input.dtype), dim, scale, mask, is_causal)
-    if mask is not None or is_causal:
-        s = s.masked_fill(removed, 0.0)
-    top = s.amax(dim, keepdim=True).detach()
-    log_total = (s - top).exp().sum(dim, keepdim=True).log()
-    y = s - top - log_total
-    return y.masked_fill(removed, -torch.inf) if mask is not None or is_causal else y
+    """``s - log(sum(exp(s)))`` with ``s = scale * input + mask``; -inf where masked.
+
+    Args:
+        input: any shape with at least one dimension, any floating-point dtype.
+        dim: the dimension that is normalized.
+        dtype: ``input`` is cast to it first.
+        scale: factor on ``input``.
+        mask: boolean (True = keep) or floating-point (added), broadcast to ``input``.
+        is_causal: keep column j of row i (dimensions -1 and -2) only if j <= i.
+
+    Returns:
+        Tensor of the shape of ``input``. A slice that the mask removes whole is -inf, with
+        gradient 0; one that is -inf without a mask is NaN, as in torch.
+    """
+    s = masked(scale * input.to(dtype or input.dtype), mask, is_causal)
+    if mask is None and not is_causal:
+        return s - s.logsumexp(dim, keepdim=True)
+    removed = (s == -torch.inf).all(dim, keepdim=True)
+    s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
+    return (s - s.logsumexp(dim, keepdim=True)).masked_fill(removed, -torch.inf)
 
 
 def softmax(
@@ -48,14 +46,22 @@ def softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``exp(s) / sum(exp(s))`` with ``s = scale * input + mask``.
+    """``exp(s) / sum(exp(s))`` with ``s = scale * input + mask``; 0 where masked.
 
-    A slice that the mask removes whole is 0, with gradient 0; one that is -inf without a mask is
-    NaN, as in torch.
+    Arguments as for :func:`log_softmax`, whose exponential it is: a slice that the mask removes
+    whole is 0, with gradient 0; one that is -inf without a mask is NaN, as in torch.
     """
-    s, removed = scores(input.to(dtype or input.dtype), dim, scale, mask, is_causal)
-    if mask is not None or is_causal:
-        s = s.masked_fill(removed, 0.0)
-    e = (s - s.amax(dim, keepdim=True).detach()).exp()
-    y = e / e.sum(dim, keepdim=True)
-    return y.masked_fill(removed, 0.0) if mask is not None or is_causal else y
+    return log_softmax(input, dim, dtype, scale=scale, mask=mask, is_causal=is_causal).exp()
+
+
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """``scores + mask`` for a floating-point mask; -inf where a boolean one or causality hides."""
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if is_causal:
+        row = torch.arange(scores.shape[-2], device=scores.device)[:, None]
+        column = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill(column > row, -torch.inf)
+    return scores
