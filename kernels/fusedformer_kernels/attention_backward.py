@@ -178,8 +178,8 @@ def _attention_backward_keys(
                 seed_ptr, first, tl.minimum(full, last), columns, first_column, n_queries,
                 visible_keys, head_plane.to(tl.int32), scale, exp_scale, p, stride_qm, stride_qd,
                 stride_gm, stride_gd, stride_mask_row, stride_mask_column, stride_key_mask,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK, HAS_LENGTHS,
-                True, DROPOUT, SCALED, PRECISION, NEEDS_K, NEEDS_V, False,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, MASK, HAS_KEY_MASK,
+                HAS_LENGTHS, True, DROPOUT, SCALED, PRECISION, NEEDS_K, NEEDS_V, False,
             )
         dk, dv = _walk_queries(
             k, v, dk, dv, q_base, grad_base, lse_base, delta_base, mask_base, key_mask_base,

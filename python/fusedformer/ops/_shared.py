@@ -8,7 +8,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
