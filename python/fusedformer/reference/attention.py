@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.reference.norm import dropped
-from fusedformer.reference.softmax import masked
+from fusedformer.reference.softmax import masked, normalized
 
 
 def scaled_dot_product_attention(
@@ -62,10 +62,10 @@ def scaled_dot_product_attention(
 
     removed = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
-    lse = s.logsumexp(-1, keepdim=True)
-    p = (s - lse).exp().masked_fill(removed, 0.0)
+    lse = s.logsumexp(-1).masked_fill(removed.squeeze(-1), -torch.inf)
+    p = normalized(s, -1).exp().masked_fill(removed, 0.0)
     output = torch.einsum("...ls,...se->...le", dropped(p, dropout_p, keep), value)
-    return output, lse.masked_fill(removed, -torch.inf).squeeze(-1)
+    return output, lse
 
 
 def _over_rows(visible: Tensor, scores: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ def log_softmax(
     """
     s = masked(scale * input.to(dtype or input.dtype), mask, is_causal)
     if mask is None and not is_causal:
-        return s - s.logsumexp(dim, keepdim=True)
+        return normalized(s, dim)
     removed = (s == -torch.inf).all(dim, keepdim=True)
     s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
-    return (s - s.logsumexp(dim, keepdim=True)).masked_fill(removed, -torch.inf)
+    return normalized(s, dim).masked_fill(removed, -torch.inf)
 
 
 def softmax(
@@ -65,3 +65,10 @@ def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         column = torch.arange(scores.shape[-1], device=scores.device)
         scores = scores.masked_fill(column > row, -torch.inf)
     return scores
+
+
+def normalized(scores: Tensor, dim: int) -> Tensor:
+    """``s - log(sum(exp(s)))``, from scores less their largest: large ones keep their digits."""
+    if scores.numel():
+        scores = scores - scores.detach().amax(dim, keepdim=True)
+    return scores - scores.logsumexp(dim, keepdim=True)
