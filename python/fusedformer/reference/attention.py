@@ -51,6 +51,9 @@ def scaled_dot_product_attention(
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(group, dim=-3) for tensor in (key, value))
+    leading = (tensor.shape[:-2] for tensor in (query, key, value))
+    batch = torch.broadcast_shapes(*leading)  # type: ignore[no-untyped-call]
+    query = query.expand(*batch, -1, -1)
 
     s = scale * torch.einsum("...ld,...sd->...ls", query, key)
     s = masked(s, attn_mask, is_causal)
