@@ -462,8 +462,8 @@ def scaled_dot_product_attention(
         attn_mask: boolean (True = keep) or floating-point (added to the scaled scores),
             broadcastable to ``[*batch, heads, L, S]``. May require a gradient.
         dropout_p: probability that an attention weight is dropped, in [0, 1]; applies in eval too.
-        is_causal: key j is visible to query i only if j <= i (top-left aligned). Unlike torch's,
-            it may be combined with ``attn_mask``.
+        is_causal: key j is visible to query i only if j <= i (top-left aligned). On every path
+            it may be combined with ``attn_mask``, which some of torch's refuse.
         scale: factor on the scores; ``1/sqrt(E)`` if None.
         enable_gqa: key and value may have fewer heads; each serves a group of query heads.
         key_mask: boolean ``[batch, S]``, True = keep: key padding that needs no combined mask.
