@@ -353,9 +353,9 @@ def norm_forward(
     n_rows = math.prod(x.shape[:-dims])
     y = None if kind == "none" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     z = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
-    mean = statistics[0] if kind == "layer" else None
-    rstd = statistics[1] if kind != "none" else None
+    statistics = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(statistics) if kind == "layer" else None
+    rstd = None if kind == "none" else statistics
     if x.numel() > 0:
         x_rows = rows_of(x, n_columns)
         residual_rows = None if residual is None else rows_of(residual, n_columns)
@@ -372,8 +372,7 @@ def norm_forward(
             HAS_INPUT_BIAS=input_bias is not None, HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None, DROPOUT=seed is not None,
         )
-    # One allocation served both; what leaves here must not share memory.
-    return y, z, mean, rstd if mean is None or rstd is None else rstd.clone()
+    return y, z, mean, rstd
 
 
 def norm_backward(

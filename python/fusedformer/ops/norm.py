@@ -211,10 +211,12 @@ def _norm_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, residual, input_bias, weight, bias, seed, ctx.p, _, ctx.kind, ctx.dims = inputs
-    _, total, mean, rstd = output
+    normed, total, mean, rstd = output
     ctx.dtypes = [None if t is None else t.dtype for t in (input_bias, weight, bias)]
     ctx.save_for_backward(input if residual is None else total, mean, rstd, weight, seed)
-    ctx.mark_non_differentiable(mean, rstd)
+    # A gradient for a place left empty would be of the wrong shape.
+    absent = [total] if residual is None else [normed] if ctx.kind == "none" else []
+    ctx.mark_non_differentiable(mean, rstd, *absent)
     ctx.set_materialize_grads(False)
 
 
@@ -223,8 +225,6 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     normed, mean, rstd, weight, seed = ctx.saved_tensors
     _, _, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
-    if ctx.kind == "none":
-        grad, sum_grad = None, sum_grad
     if grad is None and sum_grad is None:
         return (None,) * 10
     residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
