@@ -1,0 +1,119 @@
+"""Every registered op, forward and backward: schema, fake, autograd formula and tracing agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedformer.ops  # noqa: F401 (registers the ops)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def seed() -> Tensor:
+    return torch.tensor([77], dtype=torch.int64)
+
+
+def softmax_case(masked: bool, log: bool) -> tuple[Any, ...]:
+    return leaf(3, 5, 7), leaf(3, 5, 7) if masked else None, 0.5, False, torch.float32, log
+
+
+def softmax_backward_case(log: bool) -> tuple[Any, ...]:
+    y = torch.log_softmax(torch.randn(3, 7), -1)
+    return torch.randn(3, 7), y if log else y.exp(), 0.5, torch.bfloat16, log, False
+
+
+def norm_case(kind: str, *, fused: bool, p: float = 0.0) -> tuple[Any, ...]:
+    residual, input_bias = (leaf(4, 6), leaf(6)) if fused else (None, None)
+    bias = leaf(6) if kind == "layer" else None
+    weight = None if kind == "none" else leaf(6)
+    drawn = seed() if p else None
+    return leaf(4, 6), residual, input_bias, weight, bias, drawn, p, 1e-5, kind, 1
+
+
+def norm_backward_case(kind: str, p: float = 0.0) -> tuple[Any, ...]:
+    grad = None if kind == "none" else torch.randn(4, 6)
+    mean = torch.randn(4) if kind == "layer" else torch.empty(0)
+    rstd = torch.empty(0) if kind == "none" else torch.rand(4)
+    weight = None if kind == "none" else torch.randn(6)
+    drawn = seed() if p else None
+    wants = (kind != "none", kind == "layer", True)
+    return grad, torch.randn(4, 6), torch.randn(4, 6), mean, rstd, weight, drawn, p, kind, 1, *wants
+
+
+def activation_case(bias: bool, p: float = 0.0) -> tuple[Any, ...]:
+    return leaf(4, 6), leaf(6) if bias else None, seed() if p else None, p, "gelu"
+
+
+def activation_backward_case(bias: bool) -> tuple[Any, ...]:
+    given = torch.randn(6) if bias else None
+    return torch.randn(4, 6), torch.randn(4, 6), given, None, 0.0, "silu", bias
+
+
+def attention_case(*, mask: bool = False, keys: bool = False, p: float = 0.0) -> tuple[Any, ...]:
+    return (
+        leaf(2, 2, 5, 8), leaf(2, 1, 7, 8), leaf(2, 1, 7, 4), leaf(1, 2, 5, 7) if mask else None,
+        torch.rand(2, 7) > 0.2 if keys else None, torch.tensor([3, 7]) if keys else None,
+        seed() if p else None, p, not mask, 0.5,
+    )  # fmt: skip
+
+
+def attention_backward_case(needs: list[bool]) -> tuple[Any, ...]:
+    query, key, value, mask, *others = (
+        t.detach() if isinstance(t, Tensor) else t for t in attention_case(mask=True)
+    )
+    output, lse = torch.ops.fusedformer.attention(query, key, value, mask, *others)
+    grads = torch.randn_like(output), torch.randn_like(lse)
+    return (*grads, query, key, value, output, lse, mask, *others, needs)
+
+
+CASES: dict[str, tuple[str, Any]] = {
+    "softmax": ("softmax", lambda: softmax_case(False, False)),
+    "log_softmax, mask": ("softmax", lambda: softmax_case(True, True)),
+    "softmax backward": ("softmax_backward", lambda: softmax_backward_case(False)),
+    "log_softmax backward": ("softmax_backward", lambda: softmax_backward_case(True)),
+    "layer norm": ("norm", lambda: norm_case("layer", fused=False)),
+    "layer norm, residual, dropout": ("norm", lambda: norm_case("layer", fused=True, p=0.5)),
+    "rms norm, residual": ("norm", lambda: norm_case("rms", fused=True)),
+    "sum alone": ("norm", lambda: norm_case("none", fused=True)),
+    "layer norm backward": ("norm_backward", lambda: norm_backward_case("layer")),
+    "rms norm backward, dropout": ("norm_backward", lambda: norm_backward_case("rms", 0.5)),
+    "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
+    "activation": ("bias_activation", lambda: activation_case(False)),
+    "activation, bias, dropout": ("bias_activation", lambda: activation_case(True, 0.5)),
+    "activation backward": ("bias_activation_backward", lambda: activation_backward_case(False)),
+    "activation backward, bias": (
+        "bias_activation_backward", lambda: activation_backward_case(True),
+    ),
+    "attention": ("attention", attention_case),
+    "attention, mask, dropout": ("attention", lambda: attention_case(mask=True, p=0.5)),
+    "attention, keys": ("attention", lambda: attention_case(keys=True)),
+    "attention backward": ("attention_backward", lambda: attention_backward_case([True] * 4)),
+    "attention backward, frozen keys": (
+        "attention_backward", lambda: attention_backward_case([True, False, True, False]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str, device: str) -> None:
+    name, arguments = CASES[case]
+    moved = [
+        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in arguments()
+    ]
+    torch.library.opcheck(getattr(torch.ops.fusedformer, name).default, moved)
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fusedformer::")
+    }
+    assert registered == {name for name, _ in CASES.values()}
