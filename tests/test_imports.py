@@ -16,7 +16,9 @@ STANDARD = {*sys.stdlib_module_names, "torch"}
 # What each layer may import besides torch and the standard library, by the start of its name.
 ALLOWED = {
     "reference": ("fusedformer.reference",),
-    "nn": ("fusedformer.nn", "fusedformer.functional", "fusedformer._checks"),
+    "nn": (
+        "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
+    ),
     "functional": ("fusedformer.ops", "fusedformer._checks"),
     "ops": (
         "fusedformer.ops", "fusedformer._checks", "fusedformer._backend", "fusedformer_kernels",

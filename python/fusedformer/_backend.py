@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import os
@@ -14,9 +13,8 @@ from torch import Tensor
 
 Backend = Literal["triton", "torch"]
 
-_forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar(
-    "fusedformer_backend", default=None
-)
+# A plain global, as torch's own switches are: torch.compile traces it and guards on its value.
+_forced: Backend | None = None
 
 
 @functools.cache
@@ -33,7 +31,7 @@ def interpreter_is_on() -> bool:
 
 @contextlib.contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Force one backend inside a ``with`` block, on this thread and in this context.
+    """Force one backend inside a ``with`` block, for all threads of the process.
 
     Args:
         name: ``"triton"`` for the fused kernels (CUDA and ROCm tensors; CPU tensors only when
@@ -48,16 +46,17 @@ def backend(name: Backend) -> Iterator[None]:
         raise ValueError(f"backend(): name must be 'triton' or 'torch', but got {name!r}")
     if name == "triton" and not triton_is_installed():
         raise RuntimeError("backend('triton'): triton is not installed; use backend('torch')")
-    token = _forced.set(name)
+    global _forced
+    previous, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = previous
 
 
 def chosen_backend(tensor: Tensor) -> Backend:
     """The backend that an op on ``tensor`` runs on, from its device and :func:`backend`."""
-    forced = _forced.get()
+    forced = _forced
     kind = tensor.device.type
     kernels_run_here = kind == "cuda" or (kind in ("cpu", "meta") and interpreter_is_on())
     if forced == "torch":

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedformer._backend import chosen_backend
 from fusedformer.functional import Activation
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,6 +38,16 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
         and not any(module.__dict__[hooks] for hooks in _HOOKS)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def product(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """``x @ weight.T``, and the bias that is still to be added, if any.
+
+    The kernels add it on their way; ATen adds it for free within the product.
+    """
+    if chosen_backend(x) == "torch":
+        return F.linear(x, linear.weight, linear.bias), None
+    return F.linear(x, linear.weight), linear.bias
 
 
 def fused_activation(activation: Any) -> Activation | None:

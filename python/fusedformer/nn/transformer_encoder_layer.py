@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fusedformer import functional
 from fusedformer.nn._masks import Names, check_sequence
-from fusedformer.nn._modules import adopt, fused_activation, is_plain
+from fusedformer.nn._modules import adopt, fused_activation, is_plain, product
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
@@ -124,8 +124,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         heads, _ = attention._attend(
             x, x, x, src_key_padding_mask, src_mask, is_causal, need_weights=False, names=_NAMES
         )
-        projected = F.linear(heads, weight)
-        bias = attention.out_proj.bias
+        projected, bias = product(heads, attention.out_proj)
         if self.norm_first:
             normed, total = _add_norm_and_sum(projected, bias, self.dropout1, src, self.norm2)
             return _add(*self._feed_forward(normed), self.dropout2, total)
@@ -139,10 +138,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             hidden = self.dropout(self.activation(self.linear1(x)))
         else:
             hidden = functional.bias_activation(
-                F.linear(x, self.linear1.weight), self.linear1.bias, name,
-                p=self.dropout.p, training=self.dropout.training,
+                *product(x, self.linear1), name, p=self.dropout.p, training=self.dropout.training
             )
-        return F.linear(hidden, self.linear2.weight), self.linear2.bias
+        return product(hidden, self.linear2)
 
     def _compose(
         self,

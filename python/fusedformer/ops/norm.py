@@ -22,7 +22,7 @@ def layer_norm(
 ) -> Tensor:
     """See :func:`fusedformer.functional.layer_norm`."""
     if chosen_backend(input) == "torch":
-        return torch.layer_norm(input, shape, weight, bias, eps)
+        return _layer_norm_aten(input, shape, weight, bias, eps)
     _checks.check_kernel_dtype("layer_norm", "input", input)
     return _norm(input, None, None, weight, bias, None, 0.0, eps, "layer", len(shape))[0]
 
@@ -50,7 +50,7 @@ def dropout_add_layer_norm(
     """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = torch.layer_norm(total, shape, weight, bias, eps)
+        output = _layer_norm_aten(total, shape, weight, bias, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
     seed = draw_seed(p, input.device)
@@ -98,6 +98,17 @@ def dropout_add(
 def _eps(eps: float | None) -> float:
     # torch takes the epsilon of the dtype that it computes in, which is float32 for all of ours.
     return torch.finfo(torch.float32).eps if eps is None else eps
+
+
+def _layer_norm_aten(
+    input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    # ATen takes parameters of the dtype of its input, or all float32 with a half input.
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    if dtypes and dtypes != {input.dtype}:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
+    return torch.layer_norm(input, shape, weight, bias, eps)
 
 
 def _dropout_add_aten(
