@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend, functional
-from fusedformer._backend import Backend, triton_is_installed
+from fusedformer._backend import Backend, TRITON_IS_INSTALLED
 
 NAN = float("nan")
 HALF = torch.float16
@@ -218,7 +218,7 @@ TABLE = [named(row) for source in SOURCES for row in source()]
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each backend, with nothing allowed to run: no kernel, and no seed drawn."""
     if request.param == "triton":
-        if not triton_is_installed():
+        if not TRITON_IS_INSTALLED:
             pytest.skip("triton is not installed")
         from fusedformer_kernels import launch
 
@@ -264,7 +264,7 @@ ATTENTION = "scaled_dot_product_attention"
 )
 def test_head_dims_that_the_kernels_do_not_have(changes: dict[str, Tensor], name: str) -> None:
     arguments = {**good(ATTENTION), **changes}
-    if triton_is_installed():
+    if TRITON_IS_INSTALLED:
         message = rf"{ATTENTION}\(\): .* head dims from 1 to 256.*'{name}'.*backend\('torch'\)"
         with backend("triton"), pytest.raises(ValueError, match=message):
             functional.scaled_dot_product_attention(**arguments)
@@ -274,7 +274,7 @@ def test_head_dims_that_the_kernels_do_not_have(changes: dict[str, Tensor], name
 
 
 @pytest.mark.parametrize("function", functional.__all__)
-@pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
+@pytest.mark.skipif(not TRITON_IS_INSTALLED, reason="triton is not installed")
 def test_the_kernels_refuse_float64_that_the_torch_backend_takes(function: str) -> None:
     arguments = {
         name: value.double() if isinstance(value, Tensor) else value

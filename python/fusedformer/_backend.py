@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,17 +15,10 @@ Backend = Literal["triton", "torch"]
 # A plain global, as torch's own switches are: torch.compile traces it and guards on its value.
 _forced: Backend | None = None
 
-
-@functools.cache
-def triton_is_installed() -> bool:
-    """Whether triton can be imported (it has no wheel for macOS or Windows on Arm)."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def interpreter_is_on() -> bool:
-    """Whether kernels run on CPU tensors under ``TRITON_INTERPRET=1``, read once as triton does."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Triton has no wheel for macOS or Windows on Arm.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+# Whether kernels run on CPU tensors; read once, as triton does.
+INTERPRETER_IS_ON = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @contextlib.contextmanager
@@ -44,7 +36,7 @@ def backend(name: Backend) -> Iterator[None]:
     """
     if name not in ("triton", "torch"):
         raise ValueError(f"backend(): name must be 'triton' or 'torch', but got {name!r}")
-    if name == "triton" and not triton_is_installed():
+    if name == "triton" and not TRITON_IS_INSTALLED:
         raise RuntimeError("backend('triton'): triton is not installed; use backend('torch')")
     global _forced
     previous, _forced = _forced, name
@@ -58,7 +50,7 @@ def chosen_backend(tensor: Tensor) -> Backend:
     """The backend that an op on ``tensor`` runs on, from its device and :func:`backend`."""
     forced = _forced
     kind = tensor.device.type
-    kernels_run_here = kind == "cuda" or (kind in ("cpu", "meta") and interpreter_is_on())
+    kernels_run_here = kind == "cuda" or (kind in ("cpu", "meta") and INTERPRETER_IS_ON)
     if forced == "torch":
         return "torch"
     if forced == "triton" and not kernels_run_here:
@@ -67,4 +59,4 @@ def chosen_backend(tensor: Tensor) -> Backend:
             f"{tensor.device}; on CPU tensors they run only when TRITON_INTERPRET=1 was set "
             f"before the process started"
         )
-    return "triton" if kernels_run_here and triton_is_installed() else "torch"
+    return "triton" if kernels_run_here and TRITON_IS_INSTALLED else "torch"

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command ``parity``; returns 0 if every tensor passes, else 1."""
     given = _parser().parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    best: _backend.Backend = "triton" if _backend.triton_is_installed() else "torch"
+    best: _backend.Backend = "triton" if _backend.TRITON_IS_INSTALLED else "torch"
     backend: _backend.Backend = given.backend or best
-    if backend == "triton" and not on_gpu and not _backend.interpreter_is_on():
+    if backend == "triton" and not on_gpu and not _backend.INTERPRETER_IS_ON:
         # Triton reads the variable when it is first imported, so it takes another process.
         arguments = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "fusedformer", "parity", *arguments]
