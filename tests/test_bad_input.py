@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend, functional
-from fusedformer._backend import Backend, TRITON_IS_INSTALLED
+from fusedformer._backend import TRITON_IS_INSTALLED, Backend
 
 NAN = float("nan")
 HALF = torch.float16
