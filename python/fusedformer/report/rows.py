@@ -46,6 +46,13 @@ def neighbour_rows(one: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield name, f"{ours[key]} of {ours['passages']}", f"{stock[key]} of {stock['passages']}"
 
 
+def cosine_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(dtype, ours, stock): one minus the lowest cosine with the truth of any passage."""
+    for dtype, one in result["dtypes"].items():
+        ours, stock = (max(one["cosine_loss"][name]) for name in ("fused", "stock"))
+        yield dtype, f"1 - {ours:.1e}", f"1 - {stock:.1e}"
+
+
 def speed_cells(timing: dict[str, Any]) -> tuple[str, str, str]:
     """Our time, stock's, and their paired ratio: medians with the 20th and 80th percentile."""
     ratio = timing["speedup"]
