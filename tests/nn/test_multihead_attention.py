@@ -122,8 +122,11 @@ def attend(module: torch.nn.Module, inputs: dict[str, Tensor], **settings: Any) 
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")  # torch's; ours takes both kinds
-@pytest.mark.parametrize("need_weights", [False, True], ids=["fused", "weights"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "need_weights"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=["fused", "weights", "fused bfloat16"],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_parity(
     case: Case, dtype: torch.dtype, need_weights: bool, assert_module_parity: Callable[..., None]
