@@ -272,6 +272,19 @@ class TestCompare:
         low = self.truth.bfloat16()
         assert "stock is torch.float32" in compare("x", low, self.truth.float(), self.truth).fault
 
+    def test_finer_result_than_stock_is_held_to_its_own_rounding(self) -> None:
+        """A float32 log-sum-exp, say, beside stock's in bfloat16."""
+        stock = self.truth.bfloat16()
+        result = compare("x", self.truth.float(), stock, self.truth)
+        assert result.passed
+        eps = torch.finfo(torch.float32).eps
+        assert result.limit == 2 * result.stock_error + 2 * eps * result.largest
+
+    def test_zero_truth_is_not_loosened_by_stock_that_is_not_finite(self) -> None:
+        zeros, stock = torch.zeros(3, 4), torch.full((3, 4), torch.nan)
+        assert compare("x", zeros, stock, zeros.double()).passed
+        assert not compare("x", zeros + 1e9, stock, zeros.double()).passed
+
     def test_stock_not_finite_loosens_nothing(self) -> None:
         stock = self.truth.float()
         stock[0] = torch.nan
@@ -289,6 +302,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a step along columns": lambda x: x[..., ::3],
     "an offset": lambda x: x[1:, 2:, 3:],
     "expanded": lambda x: x[:1].expand(5, -1, -1),
+    "overlapping windows": lambda x: x.unfold(2, 4, 2),
     "empty": lambda x: x[:0].transpose(0, 1),
 }
 
@@ -305,6 +319,44 @@ def test_layouts_are_kept(layout: str) -> None:
     assert_parity(record, record, record, {"input": x})
     wanted = (x.stride(), x.storage_offset() % 16)
     assert seen == [(*wanted, d) for d in (torch.float32, torch.float32, torch.float64)]
+
+
+def test_no_gradient_at_all_fails() -> None:
+    """A result cut off from its inputs has gradients of zero, not gradients that nobody judges."""
+    detached = lambda **i: attention(**i).detach()
+    with pytest.raises(ParityError, match="grad of query") as error:
+        assert_parity(detached, attention, attention_truth, attention_inputs())
+    assert "grad of value" in str(error.value)
+
+
+def test_gradient_that_stock_lacks_is_judged_by_rounding_alone() -> None:
+    stock = lambda input: (2 * input).detach()
+    x = {"input": torch.randn(3, 4).requires_grad_()}
+    right = lambda input: 2 * input
+    wrong = lambda input: 2.001 * input - 0.001 * input.detach()
+    found = parity(right, stock, right, x)[1]
+    assert found.passed
+    assert found.limit == 2 * torch.finfo(torch.float32).eps * found.largest
+    assert not parity(wrong, stock, right, x)[1].passed
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_output_gradients_are_not_the_inputs(seed: int) -> None:
+    """Drawn from the same seed they would be equal, and through a norm such a gradient vanishes."""
+    seen: list[Tensor] = []
+    torch.manual_seed(seed)
+    x = torch.randn(5, 8).requires_grad_()
+    candidate = lambda input: WithGradient.apply(input, lambda g: seen.append(g) or g)
+    double = lambda input: input.clone()
+    assert_parity(candidate, double, double, {"input": x})
+    assert not torch.equal(seen[0], x)
+
+
+def test_nothing_returned_in_a_place_is_no_output() -> None:
+    """As attention weights that were not asked for."""
+    pair = lambda input: (2 * input, None)
+    x = {"input": torch.randn(3, 4)}
+    assert [c.name for c in assert_parity(pair, pair, pair, x)] == ["output 0"]
 
 
 def test_writing_to_an_input_fails() -> None:
