@@ -132,20 +132,20 @@ def _attention_backward_keys(
     batch = (plane // n_key_heads).to(tl.int64)
     key_head = (plane % n_key_heads).to(tl.int64)
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    visible_keys = n_keys
+    if HAS_LENGTHS:
+        visible_keys = tl.minimum(n_keys, tl.load(key_lengths_ptr + batch).to(tl.int32))
     k = load_tile(
-        k_ptr + batch * stride_kb + key_head * stride_kh, first_column, n_keys, stride_kn,
-        stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, False,
+        k_ptr + batch * stride_kb + key_head * stride_kh, first_column, visible_keys,
+        stride_kn, stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, False,
     )  # [BLOCK_N, BLOCK_D]
     v = load_tile(
-        v_ptr + batch * stride_vb + key_head * stride_vh, first_column, n_keys, stride_vn,
-        stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
+        v_ptr + batch * stride_vb + key_head * stride_vh, first_column, visible_keys,
+        stride_vn, stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_N, BLOCK_DV]
     key_mask_base = key_mask_ptr
     if HAS_KEY_MASK:
         key_mask_base += batch * stride_key_mask_b
-    visible_keys = n_keys
-    if HAS_LENGTHS:
-        visible_keys = tl.minimum(n_keys, tl.load(key_lengths_ptr + batch).to(tl.int32))
     exp_scale = scale * LOG2_E
     if SCALED:
         exp_scale = 1.0

@@ -28,7 +28,7 @@ def load_tile(
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     wide_stride = tl.cast(stride_row, tl.int64)
-    offsets = (rows * wide_stride)[:, None] + (dims * stride_dim)[None, :]
+    offsets = (rows * wide_stride)[:, None] + (dims * tl.cast(stride_dim, tl.int64))[None, :]
     pointers = base + first * wide_stride + offsets
     if IN_BOUNDS and DIM == BLOCK_D:
         return tl.load(pointers)
