@@ -165,7 +165,7 @@ def check_attention(
                 f"{function}(): expected a floating-point 'attn_mask' to be float32 or of the "
                 f"dtype of 'query', {query.dtype}, but got {attn_mask.dtype}"
             )
-    sequences = batch[:-1] if len(batch) > 1 else batch
+    sequences = batch[:-1] if len(batch) > 1 or enable_gqa else batch
     rows = 1
     for size in sequences:
         rows *= size

@@ -168,6 +168,15 @@ def test_grouped_heads(key_heads: int, causal: bool, device: str) -> None:
     check(NAME, torch.float32, only=first, enable_gqa=True, is_causal=causal, **inputs)
 
 
+def test_grouped_heads_of_one_sequence(device: str) -> None:
+    """3-D: the one leading dimension is that of the heads."""
+    inputs = {"query": grad(6, 5, 8, device=device)}
+    inputs |= {name: grad(2, 7, 8, device=device) for name in ("key", "value")}
+    lengths = torch.tensor([4], device=device)
+    check(NAME, torch.float32, only=first, enable_gqa=True, **inputs)
+    check(NAME, torch.float32, return_lse=True, enable_gqa=True, key_lengths=lengths, **inputs)
+
+
 def removed_queries(device: str) -> dict[str, dict[str, Tensor]]:
     keep = torch.ones(20, 30, dtype=torch.bool, device=device)
     keep[3] = False

@@ -50,7 +50,7 @@ def drawn_attention(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]
     """Tensors and settings of a random attention: rank, broadcasts, heads, masks and lengths."""
     rank = draw.choice([2, 3, 4, 5])
     batch = [draw.choice([1, 2, 3]) for _ in range(rank - 2)]
-    grouped = rank > 3 and draw.random() < 0.3
+    grouped = rank > 2 and draw.random() < 0.3
     q, k, v = ([n if draw.random() < 0.8 else 1 for n in batch] for _ in range(3))
     if grouped:
         k[-1] = v[-1] = draw.choice([1, 2])
@@ -73,7 +73,7 @@ def drawn_attention(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]
     elif kind != "none":
         share = 0.4 if kind == "removing" else 0.0
         inputs["attn_mask"] = torch.randn(shape).masked_fill(torch.rand(shape) < share, -torch.inf)
-    rows = torch.Size(batch[:-1] if rank > 3 else batch).numel()
+    rows = torch.Size(batch[:-1] if rank > 3 or grouped else batch).numel()
     if draw.random() < 0.3:
         inputs["key_mask"] = torch.rand(rows, keys) < 0.6
     if draw.random() < 0.3:

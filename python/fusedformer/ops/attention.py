@@ -31,6 +31,13 @@ def scaled_dot_product_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
+    if enable_gqa and query.dim() == 3:  # the one leading dimension is that of the heads
+        q, k, v = query[None], key[None], value[None]
+        result = scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_mask=key_mask,
+            key_lengths=key_lengths, return_lse=return_lse,
+        )
+        return result[0] if isinstance(result, Tensor) else (result[0][0], result[1][0])
     batch = _checks.attention_batch_shape(query, key, value, enable_gqa)
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))

@@ -221,7 +221,9 @@ def _stock_attention(
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
     if not return_lse:
         return output
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    # In at least float32, as the log-sum-exp is kept: in half precision it would be no yardstick.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * query.shape[-1] ** -0.5
     return output, scores.logsumexp(-1)
 
 

@@ -58,10 +58,10 @@ def scaled_dot_product_attention(
     s = scale * torch.einsum("...ld,...sd->...ls", query, key)
     s = masked(s, attn_mask, is_causal)
     if key_mask is not None:
-        s = masked(s, _over_rows(key_mask, s), is_causal=False)
+        s = masked(s, _over_rows(key_mask, s, enable_gqa), is_causal=False)
     if key_lengths is not None:
         position = torch.arange(s.shape[-1], device=s.device)
-        s = masked(s, _over_rows(position < key_lengths[:, None], s), is_causal=False)
+        s = masked(s, _over_rows(position < key_lengths[:, None], s, enable_gqa), is_causal=False)
 
     removed = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
@@ -71,8 +71,11 @@ def scaled_dot_product_attention(
     return output, lse
 
 
-def _over_rows(visible: Tensor, scores: Tensor) -> Tensor:
-    """``[batch, s]`` as a mask of ``[*batch, heads, l, s]``, or of 3-D scores ``[batch, l, s]``."""
-    heads = 1 if scores.dim() > 3 else 0
+def _over_rows(visible: Tensor, scores: Tensor, grouped: bool) -> Tensor:
+    """``[batch, s]`` as a mask of ``[*batch, heads, l, s]``, or of 3-D scores ``[batch, l, s]``.
+
+    3-D scores of grouped heads are ``[heads, l, s]`` of one sequence.
+    """
+    heads = 1 if scores.dim() > 3 or grouped else 0
     batch = scores.shape[: -2 - heads]
     return visible.reshape(*batch, *(1,) * (heads + 1), scores.shape[-1])
