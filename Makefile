@@ -13,7 +13,7 @@ report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
 
 test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, or the GPU if there is one
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(PY) -m ruff check .

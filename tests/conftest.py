@@ -27,6 +27,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest goes first, so that the other worker does not wait for it."""
+    items.sort(key=lambda item: "test_compile_report" not in item.nodeid)
+
+
 @pytest.fixture
 def device() -> str:
     """The device that kernels run on here."""
