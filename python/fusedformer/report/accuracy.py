@@ -16,7 +16,7 @@ from fusedformer.report.minilm import Batch, hidden_states, layers
 from fusedformer.report.neighbours import compare_rankings, similarities
 from fusedformer.testing import Comparison, compare
 
-VECTOR_DRAWS = 16
+VECTOR_DRAWS = 12
 Models = dict[str, nn.Module]  # "stock" and "fused"
 
 

@@ -33,7 +33,7 @@ class Plan:
 
     passages: int = 256
     batch: int = 32
-    layer_passages: int = 16
+    layer_passages: int = 8
     gradient_passages: int = 8
     gradient_tokens: int = 64
     step_passages: int = 16
