@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,6 +33,8 @@ wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directo
 	print('wheel', fusedformer.__version__, 'imports from', *roots)"
 
 $(READY): requirements-dev.txt setup.py
+	@$(PYTHON) -c "import sys; sys.exit('the pinned versions need Python 3.11 or newer, but this is ' \
+	+ sys.version.split()[0] + '; name another, as in: make PYTHON=python3.12' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install "$$(grep '^torch==' requirements-dev.txt)"
