@@ -19,10 +19,15 @@ ALLOWED = {
     "nn": (
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
     ),
-    "functional": ("fusedformer.ops", "fusedformer._checks"),
-    "ops": (
-        "fusedformer.ops", "fusedformer._checks", "fusedformer._backend", "fusedformer_kernels",
+    "functional": (
+        "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
+        "fusedformer._attention_checks",
     ),
+    "ops": (
+        "fusedformer.ops", "fusedformer._checks", "fusedformer._attention_checks",
+        "fusedformer._backend", "fusedformer_kernels",
+    ),
+    "_attention_checks": ("fusedformer._checks",),
     "_checks": (),
     "_backend": (),
     "_version": (),

@@ -52,24 +52,29 @@ class Compiled:
 
 def ast_source(launch: Launch) -> ASTSource:
     """The specialization that triton's own launcher would compile for these arguments."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def describe(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
+        if isinstance(value, tuple) and not is_constant:
+            parts = [describe(part, (*path, i), False) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if is_constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + _TYPE_NAMES[value.dtype]
+        if isinstance(value, int):
+            if value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind = "constexpr"
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            kind = "*" + _TYPE_NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            kind = "fp32"
-        signature[parameter.name] = kind
+        signature[parameter.name] = describe(value, (index,), parameter.is_constexpr)
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 

@@ -7,15 +7,20 @@ score gradients are recomputed tile by tile; no [queries, keys] temporary and no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from fusedformer_kernels import configs
+from fusedformer_kernels.attention_arguments import AttentionArguments, Layout
 from fusedformer_kernels.attention_tiles import (
-    AttentionArguments,
     load_row_terms,
     load_tile,
+    matrix_of,
+    place_of,
+    row_pointer,
     score_gradients,
 )
 from fusedformer_kernels.launch import launch
@@ -24,25 +29,19 @@ from fusedformer_kernels.primitives import store
 
 @triton.jit
 def _attention_mask_gradient(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, mask_ptr, key_mask_ptr, key_lengths_ptr,
-    seed_ptr, dmask_ptr, scale, p, n_heads, group, n_queries, n_keys,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
-    stride_mask_b, stride_mask_h, stride_mask_row, stride_mask_column, stride_key_mask_b,
-    stride_key_mask, mask_heads, mask_rows, mask_columns, shared_batch, shared_heads,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dmask_ptr, s, q_layout, k_layout,
+    v_layout, grad_layout, lse_rows, n_queries, n_keys, mask_heads, mask_rows, mask_columns,
+    shared_batch, shared_heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr,
 ):
     row_blocks = tl.cdiv(mask_rows, BLOCK_M)
     column_blocks = tl.cdiv(mask_columns, BLOCK_N)
     pid = tl.program_id(0)
     first_column = (pid % column_blocks) * BLOCK_N
     first_row = (pid // column_blocks) % row_blocks * BLOCK_M
-    mask_plane = (pid // (column_blocks * row_blocks)).to(tl.int64)
-    mask_batch, mask_head = mask_plane // mask_heads, mask_plane % mask_heads
+    mask_plane = pid // (column_blocks * row_blocks)
     last_row, last_column = first_row + BLOCK_M, first_column + BLOCK_N
     if SHARED_ROWS:
         last_row = n_queries
@@ -50,46 +49,41 @@ def _attention_mask_gradient(
         last_column = n_keys
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for member in range(0, shared_batch * shared_heads):
-        batch = mask_batch + member // shared_heads
-        head = mask_head + member % shared_heads
-        plane = batch * n_heads + head
-        key_head = head // group
-        visible_keys = n_keys
-        if HAS_LENGTHS:
-            visible_keys = tl.minimum(n_keys, tl.load(key_lengths_ptr + batch).to(tl.int32))
-        key_mask_base = key_mask_ptr
-        if HAS_KEY_MASK:
-            key_mask_base += batch * stride_key_mask_b
-        for row_start in range(first_row, last_row, BLOCK_M):
+        sequence = mask_plane // mask_heads + member // shared_heads
+        place = place_of(s, sequence, mask_plane % mask_heads + member % shared_heads)
+        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
+        k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+        lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+        delta_base = None
+        if delta_ptr is not None:
+            delta_base = row_pointer(delta_ptr, s, place, lse_rows)
+        for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
             rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
             q = load_tile(
-                q_ptr + batch * stride_qb + head * stride_qh, row_start, n_queries, stride_qm,
-                stride_qd, BLOCK_M, HEAD_DIM, BLOCK_D, False,
+                q_base, row_start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
             )  # [BLOCK_M, BLOCK_D]
-            grad = load_tile(
-                grad_ptr + batch * stride_gb + head * stride_gh, row_start, n_queries, stride_gm,
-                stride_gd, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-            )  # [BLOCK_M, BLOCK_DV]
-            lse, delta = load_row_terms(
-                lse_ptr + plane * n_queries, delta_ptr + plane * n_queries, rows, n_queries
-            )
-            for start in range(first_column, last_column, BLOCK_N):
-                columns = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            grad = q
+            if given is None:
+                grad = load_tile(
+                    matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
+                    row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
+                )  # [BLOCK_M, BLOCK_DV]
+            lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+            for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
                 k = load_tile(
-                    k_ptr + batch * stride_kb + key_head * stride_kh, start, n_keys, stride_kn,
-                    stride_kd, BLOCK_N, HEAD_DIM, BLOCK_D, False,
+                    k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
                 )  # [BLOCK_N, BLOCK_D]
-                v = load_tile(
-                    v_ptr + batch * stride_vb + key_head * stride_vh, start, n_keys, stride_vn,
-                    stride_vd, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
-                )  # [BLOCK_N, BLOCK_DV]
-                total += score_gradients(
-                    q, grad, k, v, lse, delta, rows, columns, start, n_queries, visible_keys,
-                    plane.to(tl.int32), mask_ptr + batch * stride_mask_b + head * stride_mask_h,
-                    key_mask_base, seed_ptr, scale, 1.0, p, stride_mask_row, stride_mask_column,
-                    stride_key_mask, BLOCK_N, MASK, HAS_KEY_MASK, IS_CAUSAL, True, DROPOUT,
-                    SCALED, PRECISION,
+                v = k
+                if given is None:
+                    v = load_tile(
+                        matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
+                        start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
+                    )  # [BLOCK_N, BLOCK_DV]
+                dscores, _ = score_gradients(
+                    q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK_N,
+                    True, SCALED, PRECISION,
                 )
+                total += dscores
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     if SHARED_ROWS:
@@ -99,26 +93,21 @@ def _attention_mask_gradient(
         total = tl.sum(total, 1)[:, None]
         columns = tl.zeros([1], tl.int32)
     valid = (rows < mask_rows)[:, None] & (columns < mask_columns)[None, :]
-    offsets = (mask_plane * mask_rows + rows)[:, None] * mask_columns + columns[None, :]
-    store(dmask_ptr + offsets, total, valid)
+    offsets = (mask_plane.to(tl.int64) * mask_rows + rows)[:, None] * mask_columns
+    store(dmask_ptr + offsets + columns[None, :], total, valid)
 
 
 def attention_mask_gradient(
     mask: torch.Tensor,
-    tensors: tuple[torch.Tensor | None, ...],
-    sizes: tuple[float | int, ...],
-    strides: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    layouts: tuple[Layout, ...],
     arguments: AttentionArguments,
     target: configs.Target,
 ) -> torch.Tensor:
     """Gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts, in its own dtype.
 
-    ``tensors``, ``sizes`` and ``strides`` are those that the other backward kernels get.
+    ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """
-    query, key = tensors[0], tensors[1]
-    assert query is not None and key is not None
-    batch, heads, n_queries, _ = query.shape
-    n_keys = key.shape[2]
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if dmask.numel() == 0:
         return dmask
@@ -126,10 +115,11 @@ def attention_mask_gradient(
     mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
     blocks = configs.ceil_div(mask_rows, config.block_m)
     blocks *= configs.ceil_div(mask_columns, config.block_n)
+    n_queries, n_keys = arguments.max_queries, arguments.max_keys
     launch(
-        _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config,
-        *tensors, dmask, *sizes, *strides, *arguments.mask_strides, mask_heads, mask_rows,
-        mask_columns, batch // mask_batch, heads // mask_heads,
+        _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config, *tensors, dmask,
+        arguments.scores, *layouts, tensors[0].shape[2], n_queries, n_keys, mask_heads, mask_rows,
+        mask_columns, arguments.sequences // mask_batch, arguments.scores.heads // mask_heads,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **arguments.constants,
         SHARED_ROWS=mask_rows < n_queries, SHARED_COLUMNS=mask_columns < n_keys,
     )

@@ -1,24 +1,128 @@
-"""Device functions and launch arguments that the forward and backward attention kernels share."""
+"""Device functions that the attention kernels share: where a program works, and one tile."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.primitives import LOG2_E, dot, dropout_keep, dropout_scale
+from fusedformer_kernels.primitives import LOG2_E, dot, dropout_keep, dropout_scale, tanh
 
-NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
+
+class Place(NamedTuple):
+    """One query head of one sequence, for device code."""
+
+    batch: Any  # int64 index into the tensors: 0 in the packed form
+    head: Any  # int64
+    key_head: Any  # int64
+    q_start: Any  # int64 row at which the sequence begins
+    k_start: Any
+    n_queries: Any
+    n_keys: Any  # that are visible
+    stored_keys: Any  # that there are
+    offset: Any  # key position of query 0
+    plane: Any  # index of the dropout mask
+    mask: Any  # pointers to this sequence and head, where there are such terms
+    key_mask: Any
+    slope: Any  # in base 2
+    table: Any  # at distance 0
+
+
+class Given(NamedTuple):
+    """Gradient of the attention weights as a tensor, in place of do v^T."""
+
+    pointer: Any
+    strides: Any  # (batch, head, row, column)
+    factor: Any
+
+
+@triton.jit
+def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
+    """(sequence, head, block) of this program; sequence -1 where there is nothing to do.
+
+    ``work`` [capacity, 2] lists (sequence, block) of packed sequences, longest first.
+    """
+    pid = tl.program_id(0)
+    if work is not None:
+        entry = work + 2 * (pid // heads)
+        sequence = tl.load(entry)
+        head = pid % heads
+        block = tl.load(entry + 1)
+    else:
+        plane = pid // blocks
+        sequence = plane // heads
+        head = plane % heads
+        block = pid % blocks
+        if LAST_FIRST:  # the last queries of a causal sequence see the most keys
+            block = blocks - 1 - block
+    return sequence, head, block
+
+
+@triton.jit
+def place_of(s, sequence, head):
+    """Where ``head`` of ``sequence`` lies, and its terms."""
+    batch = sequence.to(tl.int64)
+    q_start = batch * 0
+    k_start = batch * 0
+    stored_queries = tl.cast(s.n_queries, tl.int32)
+    stored_keys = tl.cast(s.n_keys, tl.int32)
+    index = batch
+    if s.starts_q is not None:
+        q_start = tl.load(s.starts_q + sequence).to(tl.int64)
+        k_start = tl.load(s.starts_k + sequence).to(tl.int64)
+        stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
+        stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
+        index = batch * 0
+    n_keys = stored_keys
+    if s.key_lengths is not None:
+        n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
+    offset = stored_keys * 0
+    if s.align_end is not None:
+        offset = n_keys - stored_queries
+    # Stand-ins for what is absent: never read.
+    mask = batch
+    key_mask = batch
+    slope = batch
+    table = batch
+    if s.mask is not None:
+        mask = s.mask + batch * s.mask_strides[0] + head * s.mask_strides[1]
+    if s.key_mask is not None:
+        key_mask = s.key_mask + batch * s.key_mask_strides[0]
+    if s.slopes is not None:
+        slope = tl.load(s.slopes + batch * s.slopes_strides[0] + head * s.slopes_strides[1])
+        slope = slope.to(tl.float32) * LOG2_E
+    if s.table is not None:
+        table = s.table + head * s.table_strides[0] + s.radius * s.table_strides[1]
+    wide = head.to(tl.int64)
+    return Place(
+        index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
+        offset, (sequence * s.heads + head).to(tl.int32), mask, key_mask, slope, table,
+    )
+
+
+@triton.jit
+def row_stride(layout):
+    """int64 elements from a row to the next."""
+    stride = tl.cast(layout.row, tl.int64)
+    if layout.in_eights is not None:
+        stride = stride * 8
+    return stride
+
+
+@triton.jit
+def matrix_of(pointer, layout, batch, head, start):
+    """Pointer to the [sequence, dim] matrix of one head, from row ``start`` on."""
+    offset = batch * layout.batch + head * layout.head
+    if layout.in_eights is not None:
+        offset = offset * 8
+    return pointer + offset + start * row_stride(layout)
 
 
 @triton.jit
 def load_tile(
-    base, first, n_rows, stride_row, stride_dim, BLOCK: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, IN_BOUNDS: tl.constexpr,
+    base, first, n_rows, layout, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,
 ):
     """Rows [first, first + BLOCK) of a [sequence, head_dim] matrix, 0 outside: [BLOCK, BLOCK_D].
 
@@ -27,8 +131,8 @@ def load_tile(
     """
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
-    wide_stride = tl.cast(stride_row, tl.int64)
-    offsets = (rows * wide_stride)[:, None] + (dims * tl.cast(stride_dim, tl.int64))[None, :]
+    wide_stride = row_stride(layout)
+    offsets = (rows * wide_stride)[:, None] + (dims * tl.cast(layout.dim, tl.int64))[None, :]
     pointers = base + first * wide_stride + offsets
     if IN_BOUNDS and DIM == BLOCK_D:
         return tl.load(pointers)
@@ -39,37 +143,78 @@ def load_tile(
 
 
 @triton.jit
-def mask_scores(
-    scores, rows, columns, n_rows, n_columns, scale, mask_base, key_mask_base, stride_mask_row,
-    stride_mask_column, stride_key_mask, MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, COLUMN_BOUNDS: tl.constexpr, SCALED: tl.constexpr,
-):
-    """Scores with masked elements at -inf, in base 2 if SCALED, else as they came.
+def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, full, last): tiles of keys that any of the rows sees; before `full` all see all."""
+    first = place.n_keys * 0
+    full = place.n_keys
+    last = place.n_keys
+    if s.right is not None:
+        reach = first_row + place.offset + s.right + 1
+        last = tl.minimum(last, tl.maximum(reach + BLOCK_M - 1, 0))
+        full = tl.minimum(full, tl.maximum(reach, 0))
+    if s.left is not None:
+        first = tl.maximum(first_row + place.offset - s.left, 0)
+    return first // BLOCK_N, full // BLOCK_N, tl.cdiv(last, BLOCK_N)
 
-    ``rows`` and ``columns`` are indices that broadcast to the shape of ``scores``, which may
-    be [queries, keys] or its transpose.
+
+@triton.jit
+def tile_of(tiles, index, BLOCK: tl.constexpr):
+    """(first element, whether the mask must be read) of the tile at ``index`` of a walk.
+
+    ``tiles`` points to a list of those that a boolean mask leaves, or is None: then all count.
     """
-    if SCALED:
-        scores = scores * (scale * LOG2_E)
-    if MASK == 2:
-        valid = (rows < n_rows) & (columns < n_columns)
-        pointers = mask_base + rows.to(tl.int64) * stride_mask_row
-        pointers += columns.to(tl.int64) * stride_mask_column
-        scores += tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * LOG2_E
-    if MASK == 1:
-        valid = (rows < n_rows) & (columns < n_columns)
-        pointers = mask_base + rows.to(tl.int64) * stride_mask_row
-        pointers += columns.to(tl.int64) * stride_mask_column
-        scores = tl.where(tl.load(pointers, mask=valid, other=0) != 0, scores, float("-inf"))
-    if HAS_KEY_MASK:
-        pointers = key_mask_base + columns.to(tl.int64) * stride_key_mask
-        keep = tl.load(pointers, mask=columns < n_columns, other=0)
+    start = index * BLOCK
+    partial = index >= 0
+    if tiles is not None:
+        entry = tl.load(tiles + index)
+        start = (entry >> 1) * BLOCK
+        partial = (entry & 1) != 0
+    return start, partial
+
+
+@triton.jit
+def score_tile(
+    product, rows, columns, partial, s, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
+):
+    """Scores with hidden elements at -inf, in base 2 if SCALED, else as they came; and the tanh.
+
+    ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
+    [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
+    causality. The second result is that of ``tanh`` where scores are capped.
+    """
+    scores = product
+    capped = product
+    if s.softcap is not None:
+        capped = tanh(product * (s.scale / s.softcap))
+        scores = capped * (s.softcap * LOG2_E)
+    elif SCALED:
+        scores = product * (s.scale * LOG2_E)
+    distances = columns - rows - place.offset
+    if s.slopes is not None:
+        scores -= tl.abs(distances).to(tl.float32) * place.slope
+    if s.table is not None:
+        nearest = tl.minimum(tl.maximum(distances, -s.radius), s.radius)
+        scores += tl.load(place.table + nearest * s.table_strides[1]).to(tl.float32) * LOG2_E
+    if s.mask is not None:
+        valid = (rows < place.n_queries) & (columns < place.n_keys)
+        valid = valid & partial
+        pointers = place.mask + rows.to(tl.int64) * s.mask_strides[2]
+        pointers += columns.to(tl.int64) * s.mask_strides[3]
+        if s.mask.dtype.element_ty == tl.uint8:
+            scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
+        else:
+            scores += tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+    if s.key_mask is not None:
+        pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_strides[1]
+        keep = tl.load(pointers, mask=columns < place.n_keys, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
-    if COLUMN_BOUNDS:
-        scores = tl.where(columns < n_columns, scores, float("-inf"))
-    if CAUSAL:
-        scores = tl.where(columns <= rows, scores, float("-inf"))
-    return scores
+    if CHECKED:
+        scores = tl.where(columns < place.n_keys, scores, float("-inf"))
+        if s.right is not None:
+            scores = tl.where(distances <= s.right, scores, float("-inf"))
+        if s.left is not None:
+            scores = tl.where(distances >= -s.left, scores, float("-inf"))
+    return scores, capped
 
 
 @triton.jit
@@ -89,99 +234,63 @@ def online_softmax_update(scores, top, total, exp_scale):
 
 
 @triton.jit
-def load_row_terms(lse_ptr, delta_ptr, rows, n_queries):
+def exponent_scale(s, SCALED: tl.constexpr):
+    """What :func:`score_tile`'s scores are still to be multiplied by."""
+    factor = s.scale * LOG2_E
+    if SCALED:
+        factor = 1.0
+    return factor
+
+
+@triton.jit
+def row_pointer(pointer, s, place, lse_rows):
+    """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]."""
+    return pointer + (place.batch * s.heads + place.head) * lse_rows + place.q_start
+
+
+@triton.jit
+def load_row_terms(lse_base, delta_base, rows, n_queries):
     """(base-2 lse, delta) of queries [BLOCK_M]; +inf where nothing is visible, so weights are 0."""
     row_valid = rows < n_queries
-    lse = tl.load(lse_ptr + rows, mask=row_valid, other=float("-inf"))
-    delta = tl.load(delta_ptr + rows, mask=row_valid, other=0.0)
+    lse = tl.load(lse_base + rows, mask=row_valid, other=float("-inf"))
+    delta = tl.zeros_like(lse)
+    if delta_base is not None:
+        delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), delta
 
 
 @triton.jit
+def given_gradient(given, rows, columns, place):
+    """Tile of the gradient of the attention weights; ``rows``, ``columns`` as for score_tile."""
+    base = given.pointer + place.batch * given.strides[0] + place.head * given.strides[1]
+    pointers = base + rows.to(tl.int64) * given.strides[2]
+    pointers += columns.to(tl.int64) * given.strides[3]
+    valid = (rows < place.n_queries) & (columns < place.n_keys)
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * given.factor
+
+
+@triton.jit
 def score_gradients(
-    q, grad, k, v, lse, delta, rows, columns, first_column, n_queries, n_keys, plane, mask_base,
-    key_mask_base, seed_ptr, scale, exp_scale, p, stride_mask_row, stride_mask_column,
-    stride_key_mask, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, COLUMN_BOUNDS: tl.constexpr, DROPOUT: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    q, grad, k, v, lse, delta, rows, first_column, partial, given, s, place, exp_scale,
+    BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """ds, the gradient of the scaled and masked scores of one tile [BLOCK_M, BLOCK_N]."""
+    """Gradients of one tile [BLOCK_M, BLOCK_N]: of the capped scores, and of q k^T * scale."""
+    columns = first_column + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-    scores = dot(q, tl.trans(k), zeros, PRECISION)
-    scores = mask_scores(
-        scores, rows[:, None], columns[None, :], n_queries, n_keys, scale, mask_base,
-        key_mask_base, stride_mask_row, stride_mask_column, stride_key_mask, MASK, HAS_KEY_MASK,
-        CAUSAL, COLUMN_BOUNDS, SCALED,
+    scores, capped = score_tile(
+        dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, place,
+        CHECKED, SCALED,
     )
     weights = tl.exp2(scores * exp_scale - lse[:, None])
-    dweights = dot(grad, tl.trans(v), zeros, PRECISION)
-    if DROPOUT:
-        keep = dropout_keep(tl.load(seed_ptr), plane, rows, first_column, p, BLOCK_N)
-        dweights = tl.where(keep, dweights * dropout_scale(p), 0.0)
-    return weights * (dweights - delta[:, None])
-
-
-@dataclass(frozen=True)
-class AttentionArguments:
-    """What all attention kernels are launched with, worked out once from the tensors."""
-
-    mask: torch.Tensor | None
-    key_mask: torch.Tensor | None
-    mask_strides: tuple[int, ...]  # batch, head, row, column, then batch and column of key_mask
-    kind: configs.AttentionKind
-    constants: dict[str, Any]
-
-
-def attention_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> AttentionArguments:
-    """Kernel arguments of one attention call on 4-D tensors; masks may have size-1 dimensions."""
-    kind = NO_MASK
-    strides = [0, 0, 0, 0]
-    if mask is not None:
-        kind = BOOLEAN if mask.dtype == torch.bool else ADDITIVE
-        strides = [0 if size == 1 else s for size, s in zip(mask.shape, mask.stride(), strict=True)]
-        mask = mask.view(torch.uint8) if kind == BOOLEAN else mask
-    if key_mask is not None:
-        strides += key_mask.stride()
-        key_mask = key_mask.view(torch.uint8)
+    if given is not None:
+        dweights = given_gradient(given, rows[:, None], columns[None, :], place)
     else:
-        strides += [0, 0]
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    constants: dict[str, Any] = {
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_D": configs.padded_dim(head_dim),
-        "BLOCK_DV": configs.padded_dim(value_dim),
-        "MASK": kind,
-        "HAS_KEY_MASK": key_mask is not None,
-        "HAS_LENGTHS": key_lengths is not None,
-        "IS_CAUSAL": is_causal,
-        "DROPOUT": seed is not None,
-        # The scale can wait for the exponential where nothing is added and order is kept.
-        "SCALED": kind == ADDITIVE or scale <= 0,
-        "PRECISION": _dot_precision(query),
-    }
-    precision = constants["PRECISION"]
-    attention_kind = configs.AttentionKind(
-        dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
-        operands=precision if query.dtype == torch.float32 else "half",
-        heavy=kind != NO_MASK or seed is not None,
-        causal=is_causal,
-    )
-    return AttentionArguments(mask, key_mask, tuple(strides), attention_kind, constants)
-
-
-def _dot_precision(tensor: torch.Tensor) -> str:
-    """Precision of float32 products: torch's own setting for matrix products."""
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+        dweights = dot(grad, tl.trans(v), zeros, PRECISION)
+    if s.seed is not None:
+        keep = dropout_keep(tl.load(s.seed), place.plane, rows, first_column, s.p, BLOCK_N)
+        dweights = tl.where(keep, dweights * dropout_scale(s.p), 0.0)
+    dscores = weights * (dweights - delta[:, None])
+    dproduct = dscores
+    if s.softcap is not None:
+        dproduct = dscores * (1.0 - capped * capped)
+    return dscores, dproduct

@@ -18,8 +18,11 @@ from fusedformer_kernels.activation import (
     bias_activation_backward,
     bias_activation_forward,
 )
+from fusedformer_kernels.attention_arguments import AttentionTerms
 from fusedformer_kernels.attention_backward import attention_backward
 from fusedformer_kernels.attention_forward import attention_forward
+from fusedformer_kernels.attention_merge import merge_states, merge_states_backward
+from fusedformer_kernels.attention_weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.dropout import dropout_mask
 from fusedformer_kernels.norm import norm_backward, norm_forward
 from fusedformer_kernels.softmax import softmax_backward, softmax_forward
@@ -28,7 +31,9 @@ HALF = torch.bfloat16
 CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
 CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
-    "dropout mask", "attention d=128", "attention d=256", "attention d=64 all",
+    "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
+    "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
+    "attention d=64 averaged weights",
 }  # fmt: skip
 
 
@@ -92,36 +97,47 @@ def _attention(
     *,
     value_dim: int = 0,
     mask: str = "",
-    causal: bool = False,
-    p: float = 0.0,
-    key_mask: bool = False,
-    lengths: bool = False,
     key_heads: int = 16,
+    queries: int = 2048,
+    packed: bool = False,
+    weights: str = "",
+    **terms: Any,
 ) -> None:
     length, heads, batch = 2048, 16, 4
     # [batch, length, 3, heads, dim]: views of an interleaved projection, read in place.
     dims = head_dim, head_dim, value_dim or head_dim
+    sizes = (queries, heads), (length, key_heads), (length, key_heads)
+    leading = 1 if packed else batch
     q, k, v = (
-        _empty(batch, length, 3, h, d, dtype=dtype)[:, :, i].transpose(1, 2)
-        for i, (h, d) in enumerate(zip((heads, key_heads, key_heads), dims, strict=True))
+        _empty(leading, n, 3, h, d, dtype=dtype)[:, :, i].transpose(1, 2)
+        for i, ((n, h), d) in enumerate(zip(sizes, dims, strict=True))
     )
     masks = {
         "": None,
-        "boolean": _empty(batch, 1, length, length, dtype=torch.bool),
-        "additive": _empty(1, heads, length, length, dtype=dtype),
+        "boolean": _empty(batch, 1, queries, length, dtype=torch.bool),
+        "additive": _empty(1, heads, queries, length, dtype=dtype),
     }
-    modifiers = (
-        masks[mask],
-        _empty(batch, length, dtype=torch.bool) if key_mask else None,
-        _empty(batch, dtype=torch.int32) if lengths else None,
-        _seed() if p else None,
-        p,
-        causal,
-        0.125,
-    )
-    output, lse = attention_forward(q, k, v, *modifiers)
-    needs = [True, True, True, mask == "additive"]
-    attention_backward(output, None, q, k, v, output, lse, *modifiers, needs)
+    if packed:
+        starts = _empty(batch + 1, dtype=torch.int32)
+        terms |= {"starts_q": starts, "starts_k": starts}
+        terms |= {"max_queries": queries // batch, "max_keys": length // batch}
+    given = AttentionTerms(mask=masks[mask], scale=0.125, **terms)
+    learned = [mask == "additive", given.slopes is not None, given.table is not None]
+    if weights:
+        lse = _empty(batch, heads, queries, dtype=torch.float32)
+        average = weights == "averaged"
+        result = attention_weights(q, k, lse, given, average)
+        attention_weights_backward(result, q, k, lse, given, average, [True, True, True, *learned])
+        return
+    output, lse = attention_forward(q, k, v, given)
+    needs = [True, True, True, *learned]
+    attention_backward(output, None, q, k, v, output, lse, given, needs)
+
+
+def _merge(dtype: torch.dtype) -> None:
+    o, lse = _empty(4, 16, 512, 64, dtype=dtype), _empty(4, 16, 512, dtype=torch.float32)
+    merge_states(o, lse, o, lse)
+    merge_states_backward(o, lse, o, lse, o, lse)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -167,7 +183,7 @@ def compile_cases() -> list[CompileCase]:
     add("bias_gelu dropout", HALF, lambda: _activation(3072, HALF, "gelu", 0.1))
     add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64))
 
-    for dim in (16, 32, 64, 80, 96, 128, 160, 256):
+    for dim in (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256):
         add(f"attention d={dim}", HALF, partial(_attention, dim, HALF), matrix=True)
     for dim in (64, 128):
         add(
@@ -176,30 +192,47 @@ def compile_cases() -> list[CompileCase]:
         )
         add(
             f"attention d={dim} causal", HALF,
-            partial(_attention, dim, HALF, causal=True), matrix=True,
+            partial(_attention, dim, HALF, right=0), matrix=True,
         )
     for dim in (64, 128, 256):
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)
         add(f"attention d={dim} tf32", full, call, matrix=dim < 256, tf32=True)
+    lengths = {"key_lengths": _empty(4, dtype=torch.int32)}
+    positions = {"slopes": _empty(1, 16, dtype=full), "table": _empty(16, 257, dtype=full)}
     variants: dict[str, dict[str, Any]] = {
-        "key mask": {"key_mask": True},
-        "lengths": {"lengths": True},
+        "key mask": {"key_mask": _empty(4, 2048, dtype=torch.bool)},
+        "lengths": lengths,
         "boolean mask": {"mask": "boolean"},
         "additive mask": {"mask": "additive"},
-        "dropout": {"p": 0.1},
+        "dropout": {"p": 0.1, "seed": _seed()},
+        "slopes": {"slopes": positions["slopes"]},
+        "relative bias": {"table": positions["table"]},
+        "softcap": {"softcap": 30.0},
+        "window": {"left": 128, "right": 128},
+        "causal window": {"left": 256, "right": 0, "align_end": True},
+        "packed": {"packed": True},
+        "packed causal": {"packed": True, "right": 0},
         "grouped heads": {"key_heads": 4},
+        "few queries": {"queries": 8},
         "value dim 128": {"value_dim": 128},
-        "all": {"mask": "additive", "causal": True, "p": 0.1, "key_mask": True, "lengths": True},
+        "weights": {"weights": "per head"},
+        "averaged weights": {"weights": "averaged"},
     }
+    everything = {
+        "mask": "additive", "right": 0, "left": 512, "align_end": True, "softcap": 30.0,
+        **variants["dropout"], **variants["key mask"], **positions, **lengths,
+    }  # fmt: skip
+    variants["all"] = everything
     for name, flags in variants.items():
         add(
             f"attention d=64 {name}", HALF,
             partial(_attention, 64, HALF, **flags), matrix=True,
         )
-    for name in ("additive mask", "dropout"):
+    for name in ("additive mask", "dropout", "packed", "relative bias"):
         add(
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
+    add("merge states", HALF, lambda: _merge(HALF))
     return cases

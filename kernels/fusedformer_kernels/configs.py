@@ -141,6 +141,7 @@ class AttentionConfig(LaunchConfig):
     block_n: int = 64
     one_loop: bool = False  # one checked loop in place of a full and a partial one: fewer registers
     split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
+    keys_per_split: int = 0  # forward: keys that one program walks when queries are few; 0: all
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class AttentionKind:
 
     dim: int  # the larger of the padded key and value head dims
     operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
-    heavy: bool = False  # a mask tensor or dropout: more registers an element
+    heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
 
     @property
@@ -167,7 +168,7 @@ def padded_dim(dim: int) -> int:
 # size: the plain form, then the heavy one. Read from the compile report for sm_90.
 _HOPPER_FORWARD = {
     ("half", 64): (AttentionConfig(8, 3, 128, 128), AttentionConfig(8, 2, 128, 64)),
-    ("half", 128): (AttentionConfig(8, 2, 128, 128), AttentionConfig(8, 2, 128, 64)),
+    ("half", 128): (AttentionConfig(8, 2, 128, 128), AttentionConfig(8, 2, 128, 64, True)),
     ("half", 256): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 64, 32, True)),
     ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
@@ -188,7 +189,7 @@ _HOPPER_BACKWARD = {
     ),
     ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
-    ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
     ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
     ("tf32", 128): (
         AttentionConfig(8, 1, 16, 64, True, True),
@@ -198,8 +199,20 @@ _HOPPER_BACKWARD = {
 }
 
 
-def attention_forward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+# So few queries leave most of a GPU idle unless the keys are split among programs. The split
+# depends on the lengths alone, never on the batch, so that results do not either.
+FEW_QUERIES = 16
+KEYS_PER_SPLIT = 512
+
+
+def attention_forward_config(
+    kind: AttentionKind, target: Target, max_queries: int
+) -> AttentionConfig:
     """Tile of the forward kernel."""
+    if max_queries <= FEW_QUERIES:
+        block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
+        stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
+        return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     if target.backend == "hip":
         if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)

@@ -105,109 +105,18 @@ def check_mask(function: str, name: str, mask: Tensor, shape: Sequence[int]) -> 
         )
 
 
-def check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    enable_gqa: bool,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float | None,
+def check_input(function: str, name: str, input: Tensor) -> None:
+    """Raise unless ``input`` is a floating-point tensor of at least 1 dimension."""
+    check_tensor(function, name, input)
+    check_floating(function, name, input)
+    if input.dim() == 0:
+        raise ValueError(f"{function}(): expected '{name}' to have at least 1 dimension, but got 0")
+
+
+def check_parameter(
+    function: str, name: str, parameter: Tensor | None, shape: Sequence[int], of: str
 ) -> None:
-    """Raise unless the arguments of ``scaled_dot_product_attention`` fit together."""
-    function = "scaled_dot_product_attention"
-    named = {"query": query, "key": key, "value": value}
-    for name, tensor in named.items():
-        check_tensor(function, name, tensor)
-        check_floating(function, name, tensor)
-        if tensor.is_nested:
-            raise TypeError(f"{function}(): expected '{name}' to be dense, but it is nested")
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{function}(): expected '{name}' to have at least 2 dimensions, "
-                f"but got shape {tuple(tensor.shape)}"
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"{function}(): expected 'query', 'key' and 'value' to have the same dtype, "
-            f"but got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if not query.dim() == key.dim() == value.dim():
-        raise ValueError(
-            f"{function}(): expected 'query', 'key' and 'value' to have the same number of "
-            f"dimensions, but got {query.dim()}, {key.dim()} and {value.dim()}"
-        )
-    check_same_device(
-        function,
-        {**named, "attn_mask": attn_mask, "key_mask": key_mask, "key_lengths": key_lengths},
-    )
-    check_probability(function, "dropout_p", dropout_p)
-    if scale is not None:
-        check_number(function, "scale", scale)
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"{function}(): expected 'query' and 'key' to have the same last dimension, "
-            f"but got {query.shape[-1]} and {key.shape[-1]}"
-        )
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"{function}(): expected 'key' and 'value' to have the same sequence length, "
-            f"but got {key.shape[-2]} and {value.shape[-2]}"
-        )
-    batch = attention_batch_shape(query, key, value, enable_gqa)
-    scores = (*batch, query.shape[-2], key.shape[-2])
-    if attn_mask is not None:
-        check_mask(function, "attn_mask", attn_mask, scores)
-        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise TypeError(
-                f"{function}(): expected a floating-point 'attn_mask' to be float32 or of the "
-                f"dtype of 'query', {query.dtype}, but got {attn_mask.dtype}"
-            )
-    sequences = batch[:-1] if len(batch) > 1 or enable_gqa else batch
-    rows = 1
-    for size in sequences:
-        rows *= size
-    if key_mask is not None:
-        check_tensor(function, "key_mask", key_mask)
-        check_shape(function, "key_mask", key_mask, (rows, key.shape[-2]), "batch, keys")
-        if key_mask.dtype != torch.bool:
-            raise TypeError(
-                f"{function}(): expected 'key_mask' to be boolean (True = keep), "
-                f"but got {key_mask.dtype}"
-            )
-    if key_lengths is not None:
-        check_tensor(function, "key_lengths", key_lengths)
-        check_shape(function, "key_lengths", key_lengths, (rows,), "batch")
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"{function}(): expected 'key_lengths' to be int32 or int64, "
-                f"but got {key_lengths.dtype}"
-            )
-
-
-def attention_batch_shape(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[int, ...]:
-    """``(*batch, heads)`` of the scores, the leading shapes of the three broadcast together."""
-    function = "scaled_dot_product_attention"
-    leading = [tuple(t.shape[:-2]) for t in (query, key, value)]
-    if enable_gqa:
-        if query.dim() < 3:
-            raise ValueError(f"{function}(): enable_gqa=True needs a dimension of heads at -3")
-        heads, key_heads, value_heads = (t.shape[-3] for t in (query, key, value))
-        if key_heads != value_heads or key_heads == 0 or heads % key_heads:
-            raise ValueError(
-                f"{function}(): expected the number of heads of 'key' and 'value' to be equal and "
-                f"to divide that of 'query', {heads}, but got {key_heads} and {value_heads}"
-            )
-        leading = [(*shape[:-1], heads) for shape in leading]
-    try:
-        return tuple(torch.broadcast_shapes(*leading))  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        raise ValueError(
-            f"{function}(): expected the batch and head dimensions to broadcast, but got query "
-            f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-            + ("" if enable_gqa else "; for fewer key heads than query heads set enable_gqa=True")
-        ) from None
+    """Raise unless ``parameter`` is None or a floating-point tensor of exactly ``shape``."""
+    check_shape(function, name, parameter, shape, of)
+    if parameter is not None:
+        check_floating(function, name, parameter)

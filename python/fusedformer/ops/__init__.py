@@ -1,7 +1,11 @@
 """One file per op: registration with ``torch.library``, autograd, choice of backend."""
 
 from fusedformer.ops.activation import bias_activation
-from fusedformer.ops.attention import scaled_dot_product_attention
+from fusedformer.ops.attention import (
+    merge_attention_states,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fusedformer.ops.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -9,6 +13,7 @@ from fusedformer.ops.norm import (
     layer_norm,
     rms_norm,
 )
+from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
@@ -17,7 +22,10 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "layer_norm",
+    "merge_attention_states",
+    "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]

@@ -5,7 +5,13 @@ argument. Nothing here is fast, and nothing here imports more than torch.
 """
 
 from fusedformer.reference.activation import bias_activation
-from fusedformer.reference.attention import scaled_dot_product_attention
+from fusedformer.reference.attention import (
+    attention_weights,
+    merge_attention_states,
+    relative_position_bias,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fusedformer.reference.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -16,13 +22,17 @@ from fusedformer.reference.norm import (
 from fusedformer.reference.softmax import log_softmax, softmax
 
 __all__ = [
+    "attention_weights",
     "bias_activation",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "layer_norm",
     "log_softmax",
+    "merge_attention_states",
+    "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]

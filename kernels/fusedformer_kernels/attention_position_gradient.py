@@ -1,0 +1,166 @@
+"""Gradients of attention's terms by distance: ALiBi slopes, and the table of relative biases.
+
+    dslope = -sum(ds * abs(distance));  dtable[r] = sum of ds where clamp(distance) = r
+
+One program owns a share of the row blocks of one head of one sequence, walks the keys, and leaves
+partial sums in a row of its own: no atomics. To sum a tile along its diagonals, rows are shifted
+against each other, and the columns of the shifted tile added up. Scores are recomputed; memory is
+one table per program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedformer_kernels import configs
+from fusedformer_kernels.attention_arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention_tiles import (
+    key_tiles_of_rows,
+    load_row_terms,
+    load_tile,
+    matrix_of,
+    place_of,
+    row_pointer,
+    score_gradients,
+)
+from fusedformer_kernels.launch import launch
+from fusedformer_kernels.reduction import sum_partials
+
+
+@triton.jit
+def diagonal_sums(tile, BLOCK: tl.constexpr):
+    """Sums [2 * BLOCK] of a [BLOCK, BLOCK] tile along the diagonals from 1 - BLOCK on."""
+    rows = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, 2 * BLOCK)[None, :] + rows - (BLOCK - 1)  # of the tile, for each sum
+    inside = (column >= 0) & (column < BLOCK)
+    shifted = tl.gather(tile, tl.where(inside, column, 0), 1)
+    return tl.sum(tl.where(inside, shifted, 0.0), 0)
+
+
+@triton.jit
+def _attention_position_gradients(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dslope_ptr, dtable_ptr, s,
+    q_layout, k_layout, v_layout, grad_layout, lse_rows, shares, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """``dslope`` [sequences, shares, heads], ``dtable`` [..., heads, 2 * radius + 1] of zeros."""
+    pid = tl.program_id(0)
+    share = pid % shares
+    plane = pid // shares
+    sequence, head = plane // s.heads, plane % s.heads
+    place = place_of(s, sequence, head)
+    q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
+    k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+    lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+    delta_base = None
+    if delta_ptr is not None:
+        delta_base = row_pointer(delta_ptr, s, place, lse_rows)
+    partial_row = (sequence * shares + share).to(tl.int64) * s.heads + head
+    slope_sum = tl.zeros([BLOCK], tl.float32)
+    below = tl.zeros([2 * BLOCK], tl.float32)  # at or beyond the table's two ends
+    above = tl.zeros([2 * BLOCK], tl.float32)
+    for block in range(share, tl.cdiv(place.n_queries, BLOCK), shares):
+        first_row = block * BLOCK
+        rows = first_row + tl.arange(0, BLOCK)  # [BLOCK]
+        q = load_tile(
+            q_base, first_row, place.n_queries, q_layout, BLOCK, HEAD_DIM, BLOCK_D, False
+        )  # [BLOCK, BLOCK_D]
+        grad = q
+        if given is None:
+            grad = load_tile(
+                matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
+                first_row, place.n_queries, grad_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
+            )  # [BLOCK, BLOCK_DV]
+        lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+        first, _, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
+        for index in range(first, last):
+            start = index * BLOCK
+            k = load_tile(
+                k_base, start, place.n_keys, k_layout, BLOCK, HEAD_DIM, BLOCK_D, False
+            )  # [BLOCK, BLOCK_D]
+            v = k
+            if given is None:
+                v = load_tile(
+                    matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
+                    start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
+                )  # [BLOCK, BLOCK_DV]
+            dscores, _ = score_gradients(
+                q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK, True,
+                SCALED, PRECISION,
+            )
+            if dslope_ptr is not None:
+                columns = start + tl.arange(0, BLOCK)
+                distance = tl.abs(columns[None, :] - rows[:, None] - place.offset)
+                slope_sum -= tl.sum(dscores * distance.to(tl.float32), 1)
+            if dtable_ptr is not None:
+                sums = diagonal_sums(dscores, BLOCK)
+                distance = start - first_row - place.offset + (1 - BLOCK)
+                distance += tl.arange(0, 2 * BLOCK)
+                below += tl.where(distance <= -s.radius, sums, 0.0)
+                above += tl.where((distance >= s.radius) & (distance > -s.radius), sums, 0.0)
+                within = (distance > -s.radius) & (distance < s.radius)
+                row = dtable_ptr + partial_row * (2 * s.radius + 1) + s.radius
+                # Another thread may have written what this one reads.
+                tl.debug_barrier()
+                sums += tl.load(row + distance, mask=within, other=0.0)
+                tl.debug_barrier()
+                tl.store(row + distance, sums, mask=within)
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + partial_row, tl.sum(slope_sum, 0))
+    if dtable_ptr is not None:
+        row = dtable_ptr + partial_row * (2 * s.radius + 1)
+        if s.radius == 0:  # one entry is both ends
+            below += above
+        else:
+            tl.store(row + 2 * s.radius, tl.sum(above, 0))
+        tl.store(row, tl.sum(below, 0))
+
+
+def attention_position_gradients(
+    slopes: torch.Tensor | None,
+    table: torch.Tensor | None,
+    tensors: tuple[Any, ...],
+    layouts: tuple[Layout, ...],
+    arguments: AttentionArguments,
+    target: configs.Target,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
+
+    ``tensors`` and ``layouts`` are those that the other backward kernels get.
+    """
+    config = configs.attention_mask_gradient_config(arguments.kind, target)
+    sequences, heads = arguments.sequences, arguments.scores.heads
+    blocks = configs.ceil_div(arguments.max_queries, config.block_m)
+    shares = min(blocks, configs.ceil_div(2 * target.multiprocessors, sequences * heads))
+    device = tensors[0].device
+    sizes = (sequences, shares, heads)
+    dslopes, dtable = None, None
+    if slopes is not None:
+        dslopes = torch.empty(sizes, dtype=torch.float32, device=device)
+    if table is not None:
+        dtable = torch.zeros((*sizes, table.shape[1]), dtype=torch.float32, device=device)
+    launch(
+        _attention_position_gradients, (sequences * shares * heads,), config, *tensors, dslopes,
+        dtable, arguments.scores, *layouts, tensors[0].shape[2], shares, BLOCK=config.block_m,
+        **arguments.constants,
+    )
+    if dslopes is not None and slopes is not None:
+        if slopes.shape[0] == 1:
+            dslopes = sum_partials(dslopes.view(sequences * shares, heads))[None]
+        else:
+            by_share = dslopes.transpose(0, 1).reshape(shares, sequences * heads)
+            dslopes = sum_partials(by_share).view(sequences, heads)
+        dslopes = dslopes.to(slopes.dtype)
+    if dtable is not None and table is not None:
+        width = table.shape[1]
+        if table.shape[0] == heads:
+            dtable = sum_partials(dtable.view(sequences * shares, heads * width))
+        else:
+            dtable = sum_partials(dtable.view(sequences * shares * heads, width))
+        dtable = dtable.view(table.shape).to(table.dtype)
+    return dslopes, dtable

@@ -1,0 +1,41 @@
+"""The public functions: ``torch.nn.functional``'s names and arguments, and the fused forms.
+
+Each function checks its arguments, then calls the op of the same name in :mod:`fusedformer.ops`,
+which runs the Triton kernels or the ATen composition (see :func:`fusedformer.backend`). The
+definition of each is in :mod:`fusedformer.reference`.
+
+Supported dtypes: float32, float16 and bfloat16 on the triton backend, any floating-point dtype on
+the torch backend. Statistics and accumulation are float32 (float64 for float64 input).
+"""
+
+from fusedformer.functional._activation import Activation as Activation
+from fusedformer.functional._activation import bias_activation
+from fusedformer.functional._attention import (
+    merge_attention_states,
+    relative_position_bias,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
+from fusedformer.functional._norm import (
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    layer_norm,
+    rms_norm,
+)
+from fusedformer.functional._softmax import log_softmax, softmax
+
+__all__ = [
+    "bias_activation",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "layer_norm",
+    "log_softmax",
+    "merge_attention_states",
+    "relative_position_bias",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+    "varlen_attention",
+]

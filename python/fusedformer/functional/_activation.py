@@ -1,0 +1,52 @@
+"""Bias and activation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fusedformer import _checks, ops
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def bias_activation(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "gelu",
+    *,
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``dropout(activation(input + bias))`` in one kernel, the middle of a feed-forward block.
+
+    Args:
+        input: ``[..., d]``, the output of a product without its bias.
+        bias: ``[d]``, or None. Its gradient comes from the same kernel as that of ``input``.
+        activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        p: probability that an element is dropped, in [0, 1].
+        training: no dropout if False.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` or ``bias`` is not floating-point; ``p`` is not a number.
+        ValueError: unknown ``activation``; ``bias`` not of shape ``[d]``; ``p`` outside [0, 1].
+
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv:1606.08415.
+    """
+    function = "bias_activation"
+    _checks.check_input(function, "input", input)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{function}(): expected 'activation' to be one of {ACTIVATIONS}, "
+            f"but got {activation!r}"
+        )
+    of = "the last dimension of 'input'"
+    _checks.check_parameter(function, "bias", bias, input.shape[-1:], of)
+    _checks.check_same_device(function, {"input": input, "bias": bias})
+    _checks.check_probability(function, "p", p)
+    return ops.bias_activation(input, bias, activation, p if training else 0.0)

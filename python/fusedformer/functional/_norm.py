@@ -1,0 +1,236 @@
+"""LayerNorm and RMSNorm, alone and with what comes before them in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from torch import Tensor
+
+from fusedformer import _checks, ops
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions.
+
+    Args:
+        input: ``[..., *normalized_shape]``.
+        normalized_shape: sizes of the trailing dimensions that are normalized together.
+        weight: gain of shape ``normalized_shape``, or None for 1.
+        bias: offset of shape ``normalized_shape``, or None for 0.
+        eps: added to the (biased) variance.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError: ``input``, ``weight`` or ``bias`` is not a floating-point tensor; ``eps`` is not
+            a number, ``normalized_shape`` not a sequence of integers.
+        ValueError: shapes of ``input``, ``weight`` or ``bias`` do not end in, or differ from,
+            ``normalized_shape``; tensors on different devices.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
+    """
+    shape = _check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
+    return ops.layer_norm(input, shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimensions.
+
+    Args:
+        input: ``[..., *normalized_shape]``.
+        normalized_shape: sizes of the trailing dimensions that are normalized together.
+        weight: gain of shape ``normalized_shape``, or None for 1.
+        eps: added to the mean square; None for the machine epsilon of float32 (of float64 for
+            float64 input), the dtype of the statistics, as in torch.
+
+    Returns, raises: as :func:`layer_norm`.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+    """
+    checked_eps = 0.0 if eps is None else eps
+    shape = _check_norm("rms_norm", input, normalized_shape, weight, None, checked_eps)
+    return ops.rms_norm(input, shape, weight, eps)
+
+
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
+    weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
+    input_bias: Tensor | None = ..., p: float = ..., training: bool = ...,
+    return_sum: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
+    weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
+    input_bias: Tensor | None = ..., p: float = ..., training: bool = ...,
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``layer_norm(dropout(input + input_bias) + residual)`` in one kernel.
+
+    Args:
+        input: ``[..., *normalized_shape]``, the output of a projection.
+        residual: like ``input``.
+        normalized_shape, weight, bias, eps: as for :func:`layer_norm`.
+        input_bias: shape ``normalized_shape``, added to ``input`` before dropout.
+        p: probability that an element is dropped, in [0, 1].
+        training: no dropout if False.
+        return_sum: also return ``dropout(input + input_bias) + residual`` (for pre-norm layers).
+
+    Returns:
+        The norm, or with ``return_sum=True`` the pair (norm, sum); shape and dtype of ``input``.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer_norm`; ``p`` outside [0, 1]; ``residual`` of
+            another shape or dtype than ``input``.
+    """
+    shape = _check_norm("dropout_add_layer_norm", input, normalized_shape, weight, bias, eps)
+    _check_dropout_add("dropout_add_layer_norm", input, residual, shape, input_bias, p)
+    return ops.dropout_add_layer_norm(
+        input, residual, shape, weight, bias, eps,
+        input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+    )
+
+
+@overload
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
+    weight: Tensor | None = ..., eps: float | None = ..., *, input_bias: Tensor | None = ...,
+    p: float = ..., training: bool = ..., return_sum: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
+    weight: Tensor | None = ..., eps: float | None = ..., *, input_bias: Tensor | None = ...,
+    p: float = ..., training: bool = ..., return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def dropout_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``rms_norm(dropout(input + input_bias) + residual)`` in one kernel.
+
+    Arguments, result and errors as for :func:`dropout_add_layer_norm`; ``eps`` as for
+    :func:`rms_norm`.
+    """
+    checked_eps = 0.0 if eps is None else eps
+    shape = _check_norm("dropout_add_rms_norm", input, normalized_shape, weight, None, checked_eps)
+    _check_dropout_add("dropout_add_rms_norm", input, residual, shape, input_bias, p)
+    return ops.dropout_add_rms_norm(
+        input, residual, shape, weight, eps,
+        input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+    )
+
+
+def dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    *,
+    input_bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``dropout(input + input_bias) + residual`` in one kernel (the end of a pre-norm block).
+
+    Args:
+        input: ``[..., d]``.
+        residual: like ``input``.
+        input_bias: ``[d]``, added to ``input`` before dropout.
+        p: probability that an element is dropped, in [0, 1].
+        training: no dropout if False.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout_add_layer_norm`.
+    """
+    _checks.check_input("dropout_add", "input", input)
+    _check_dropout_add("dropout_add", input, residual, tuple(input.shape[-1:]), input_bias, p)
+    return ops.dropout_add(input, residual, input_bias=input_bias, p=p if training else 0.0)
+
+
+def _check_norm(
+    function: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[int, ...]:
+    _checks.check_input(function, "input", input)
+    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(
+            f"{function}(): expected 'normalized_shape' to be a sequence of integers, but got "
+            f"{type(sizes).__name__}"
+        )
+    shape = tuple(sizes)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{function}(): expected 'input' of shape [*, {', '.join(map(str, shape))}] to end in "
+            f"a 'normalized_shape' of at least 1 dimension, but got normalized_shape={shape} and "
+            f"input of shape {tuple(input.shape)}"
+        )
+    _checks.check_parameter(function, "weight", weight, shape, "normalized_shape")
+    _checks.check_parameter(function, "bias", bias, shape, "normalized_shape")
+    _checks.check_number(function, "eps", eps)
+    _checks.check_same_device(function, {"input": input, "weight": weight, "bias": bias})
+    return shape
+
+
+def _check_dropout_add(
+    function: str,
+    input: Tensor,
+    residual: Tensor,
+    shape: tuple[int, ...],
+    input_bias: Tensor | None,
+    p: float,
+) -> None:
+    _checks.check_tensor(function, "residual", residual)
+    _checks.check_shape(function, "residual", residual, input.shape, "that of 'input'")
+    if residual.dtype != input.dtype:
+        raise TypeError(
+            f"{function}(): expected 'residual' to have the dtype of 'input', {input.dtype}, "
+            f"but got {residual.dtype}"
+        )
+    of = "the last dimensions of 'input'"
+    _checks.check_parameter(function, "input_bias", input_bias, shape, of)
+    _checks.check_same_device(
+        function, {"input": input, "residual": residual, "input_bias": input_bias}
+    )
+    _checks.check_probability(function, "p", p)

@@ -1,0 +1,119 @@
+"""softmax and log_softmax."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusedformer import _checks, ops
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """``exp(scale * input + mask)`` normalized to sum to 1 along ``dim``.
+
+    Args:
+        input: any shape; read in place by its strides, never copied to be made contiguous.
+        dim: the dimension that is normalized. ``None`` warns and picks one as torch does.
+        _stacklevel: of the warning for ``dim=None``.
+        dtype: dtype of the result; the cast happens before the computation.
+        scale: factor on ``input`` (dimensionless).
+        mask: boolean (True = keep) or floating-point (added after scaling), broadcastable to the
+            shape of ``input``; read by strides, never expanded. May require a gradient.
+        is_causal: keep column j of row i only if j <= i, with rows along dimension -2; needs
+            ``dim`` to be the last.
+
+    Returns:
+        Tensor of the shape of ``input``. A row of -inf gives NaN as in torch; a row that ``mask``
+        or ``is_causal`` removes whole gives 0, and gradient 0.
+
+    Raises:
+        TypeError: ``input`` is complex, or not floating-point and no ``dtype`` is given; ``dtype``
+            is not floating-point; ``mask`` is neither boolean nor floating-point; ``scale`` is
+            not a number, ``dim`` not an integer.
+        ValueError: ``mask`` does not broadcast, or is on another device; ``is_causal`` on a
+            dimension but the last.
+        IndexError: ``dim`` is out of range.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
+    """
+    return _softmax("softmax", input, dim, _stacklevel, dtype, scale, mask, is_causal)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Logarithm of :func:`softmax`, computed stably: ``s - log(sum(exp(s)))``.
+
+    Arguments and errors are those of :func:`softmax`. Masked elements, and rows that are masked
+    whole, are -inf; their gradient is 0.
+    """
+    return _softmax("log_softmax", input, dim, _stacklevel, dtype, scale, mask, is_causal)
+
+
+def _softmax(
+    function: Literal["softmax", "log_softmax"],
+    input: Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    _checks.check_tensor(function, "input", input)
+    if dim is None:
+        dim = 0 if input.dim() in (0, 1, 3) else 1
+        warnings.warn(
+            f"Implicit dimension choice for {function} has been deprecated. "
+            f"Change the call to include dim=X as an argument.",
+            stacklevel=stacklevel,
+        )
+    if not isinstance(dim, (int, torch.SymInt)):
+        raise TypeError(f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}")
+    rank = max(input.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"{function}(): Dimension 'dim' out of range (expected to be in range of "
+            f"[{-rank}, {rank - 1}], but got {dim})"
+        )
+    if dtype is None:
+        _checks.check_floating(function, "input", input)
+        dtype = input.dtype
+    elif dtype not in _checks.FLOATING_DTYPES:
+        raise TypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
+    if input.is_complex():
+        raise TypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
+    if not input.is_floating_point():
+        input = input.to(dtype)
+    _checks.check_number(function, "scale", scale)
+    if mask is not None:
+        _checks.check_mask(function, "mask", mask, input.shape)
+        _checks.check_same_device(function, {"input": input, "mask": mask})
+    if is_causal and (input.dim() < 2 or dim % rank != rank - 1):
+        raise ValueError(
+            f"{function}(): is_causal=True needs at least 2 dimensions and dim to be the last, "
+            f"but got dim={dim} of a {input.dim()}-D input"
+        )
+    return ops.softmax(
+        input, dim, scale=scale, mask=mask, is_causal=is_causal, dtype=dtype,
+        log=function == "log_softmax",
+    )

@@ -1,0 +1,219 @@
+"""Attention as a composition of ATen calls, for CPU tensors and wherever it is asked for.
+
+What ``F.scaled_dot_product_attention`` can express goes to it, with the smallest mask that says
+it; a cap on the scores and weights that are asked for need the scores themselves. Packed sequences
+of equal lengths run as one batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer.ops.attention_terms import AttentionTerms
+
+
+def attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, *, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`."""
+    if terms.starts_q is not None and terms.starts_k is not None:
+        lengths = terms.starts_q.diff().tolist(), terms.starts_k.diff().tolist()
+        return _packed(query, key, value, terms, *lengths, return_lse)
+    return _padded(query, key, value, terms, return_lse)
+
+
+def attention_weights_aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, average: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, log-sum-exp, weights ``[B, H, L, S]``, or their mean ``[B, 1, L, S]``)."""
+    output, lse, weights = _explicit(query, key, value, terms)
+    weights = weights.mean(1, keepdim=True) if average else weights
+    return output, lse, weights.to(query.dtype)
+
+
+def merge_attention_states_aten(
+    output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.merge_attention_states`."""
+    nothing = (lse1 == -torch.inf) & (lse2 == -torch.inf)
+    first, second = (lse.masked_fill(nothing, 0.0) for lse in (lse1, lse2))
+    lse = torch.logaddexp(first, second)
+    weights = torch.stack((first, second)).sub(lse).exp().masked_fill(nothing, 0.0)[..., None]
+    output = output1 * weights[0] + output2 * weights[1]
+    return output.to(output1.dtype), lse.masked_fill(nothing, -torch.inf)
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    # Positions times slopes lose their digits in half precision, which one mask would have to be.
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    by_position = terms.slopes is not None or terms.table is not None
+    if terms.softcap is not None or (half and by_position):
+        return _explicit(query, key, value, terms)[:2]
+    lse = _scores(query, key, terms)[1] if return_lse else None
+    sign = 1
+    if terms.scale < 0:
+        # ATen's CPU kernel masks with -inf before it scales, and a negative factor makes NaN of it.
+        sign = -1
+    keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
+    mask = keep
+    if added is not None:
+        mask = (added if keep is None else added.masked_fill(~keep, -torch.inf)).to(query.dtype)
+    output = F.scaled_dot_product_attention(
+        query * sign if sign < 0 else query, key, value, mask, terms.p, is_causal,
+        scale=sign * terms.scale, enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output, lse
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, log-sum-exp, weights after dropout), by way of the scores."""
+    scores, lse = _scores(query, key, terms)
+    removed = scores == -torch.inf
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    weights = F.dropout(weights.masked_fill(removed, 0.0), terms.p)
+    group = query.shape[1] // value.shape[1]
+    wide = value.to(weights.dtype).repeat_interleave(group, dim=1)
+    return (weights @ wide).to(query.dtype), lse, weights
+
+
+def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> tuple[Tensor, Tensor]:
+    """(scores ``[B, H, L, S]`` with -inf where hidden, log-sum-exp), at least float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
+    if terms.softcap is not None:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    keep, added, _ = _masks(query, key, terms, may_be_causal=False)
+    if added is not None:
+        scores = scores + added
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -torch.inf)
+    removed = (scores == -torch.inf).all(-1)
+    lse = scores.masked_fill(removed[..., None], 0.0).logsumexp(-1)
+    return scores, lse.masked_fill(removed, -torch.inf)
+
+
+def _masks(
+    query: Tensor, key: Tensor, terms: AttentionTerms, *, may_be_causal: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """(boolean mask, what is added, whether causality is still to be applied)."""
+    added = terms.mask if terms.mask is not None and terms.mask.dtype != torch.bool else None
+    kept = [terms.mask] if terms.mask is not None and added is None else []
+    if terms.key_mask is not None:
+        kept.append(terms.key_mask[:, None, None, :])
+    if terms.key_lengths is not None:
+        positions = torch.arange(key.shape[2], device=key.device)
+        kept.append((positions < terms.key_lengths[:, None])[:, None, None, :])
+    by_position = terms.slopes is not None or terms.table is not None
+    plain = not kept and added is None and not by_position and terms.left is None
+    aligned = not terms.align_end or query.shape[2] == key.shape[2]
+    if may_be_causal and plain and aligned and terms.right == 0:
+        return None, None, True
+    if terms.left is not None or terms.right is not None or by_position:
+        distance = _distances(query, key, terms)
+        if terms.right is not None:
+            kept.append(distance <= terms.right)
+        if terms.left is not None:
+            kept.append(distance >= -terms.left)
+        for term in _position_terms(distance, terms):
+            added = term if added is None else added + term
+    keep = None
+    for mask in kept:
+        keep = mask if keep is None else keep & mask
+    return keep, added, False
+
+
+def _distances(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
+    """``[B or 1, 1, L, S]``: how far each key is from each query."""
+    rows = torch.arange(query.shape[2], device=query.device)[:, None]
+    distance = (torch.arange(key.shape[2], device=query.device) - rows)[None, None]
+    if terms.align_end and terms.key_lengths is not None:
+        ends = terms.key_lengths.long().clamp(max=key.shape[2])
+        distance = distance - (ends - query.shape[2])[:, None, None, None]
+    elif terms.align_end:
+        distance = distance - (key.shape[2] - query.shape[2])
+    return distance
+
+
+def _position_terms(distance: Tensor, terms: AttentionTerms) -> list[Tensor]:
+    """What slopes and table add, each ``[B or 1, H or 1, L, S]`` and at least float32."""
+    found = []
+    if terms.slopes is not None:
+        wide = torch.promote_types(terms.slopes.dtype, torch.float32)
+        found.append(-terms.slopes.to(wide)[:, :, None, None] * distance.abs())
+    if terms.table is not None:
+        wide = torch.promote_types(terms.table.dtype, torch.float32)
+        radius = terms.table.shape[1] // 2
+        entries = radius + distance[:, 0].clamp(-radius, radius)
+        found.append(F.embedding(entries, terms.table.to(wide).t()).permute(0, 3, 1, 2))
+    return found
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: AttentionTerms,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One call for all sequences of the same two lengths, their results back in place."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for sequence, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups[lengths].append(sequence)
+    terms = terms._replace(starts_q=None, starts_k=None)
+    if len(groups) == 1 and lengths_q:
+        q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))
+        own = _own_terms(terms, list(range(len(lengths_q))), lengths_q[0], lengths_k[0])
+        output, lse = _padded(q, k, v, own, return_lse)
+        output = output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+        return output, None if lse is None else lse.transpose(0, 1).flatten(1, 2)[None]
+    parts_q = torch.split(query[0], lengths_q, 1)
+    parts_k, parts_v = (torch.split(tensor[0], lengths_k, 1) for tensor in (key, value))
+    outputs = [query.new_empty(0)] * len(lengths_q)
+    lses = list(outputs)
+    for (queries, keys), members in groups.items():
+        q, k, v = (
+            torch.stack([parts[i] for i in members]) for parts in (parts_q, parts_k, parts_v)
+        )
+        output, lse = _padded(q, k, v, _own_terms(terms, members, queries, keys), return_lse)
+        for row, member in enumerate(members):
+            outputs[member] = output[row]
+            if lse is not None:
+                lses[member] = lse[row]
+    if not outputs:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        empty = query.new_zeros(*query.shape[:3], value.shape[3])
+        return empty, empty.new_zeros(query.shape[:3], dtype=wide)
+    return torch.cat(outputs, 1)[None], torch.cat(lses, 1)[None] if return_lse else None
+
+
+def _batched(tensor: Tensor, sequences: int) -> Tensor:
+    """``[1, H, tokens, D]`` of sequences of one length as ``[sequences, H, length, D]``."""
+    length = tensor.shape[2] // sequences
+    return torch.unflatten(tensor[0], 1, (sequences, length)).transpose(0, 1)
+
+
+def _own_terms(
+    terms: AttentionTerms, members: list[int], queries: int, keys: int
+) -> AttentionTerms:
+    """The terms of some sequences only, cut to their lengths."""
+    mask, slopes, lengths = terms.mask, terms.slopes, terms.key_lengths
+    if mask is not None:
+        mask = mask[members] if mask.shape[0] > 1 else mask
+        mask = mask[:, :, :queries] if mask.shape[2] > 1 else mask
+        mask = mask[..., :keys] if mask.shape[3] > 1 else mask
+    if slopes is not None and slopes.shape[0] > 1:
+        slopes = slopes[members]
+    if lengths is not None:
+        lengths = lengths[members].clamp(max=keys)
+    return terms._replace(mask=mask, slopes=slopes, key_lengths=lengths)

@@ -1,0 +1,298 @@
+"""The registered attention ops: schemas, fakes and autograd of the kernels.
+
+Every op takes the fields of :class:`~fusedformer.ops.attention_terms.AttentionTerms` last, in
+their order, so that torch.compile, export and the dispatcher see plain tensors and numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer.ops._shared import no_double_backward, nothing, register_fake
+from fusedformer.ops.attention_terms import AttentionTerms
+
+_TERMS = (
+    "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "
+    "Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, SymInt? left, SymInt? right, "
+    "bool align_end, float scale, float? softcap, SymInt max_queries, SymInt max_keys"
+)
+_N_TERMS = len(AttentionTerms._fields)
+_LEARNED = (0, 3, 4)  # terms that may require a gradient: mask, slopes, table
+
+
+def _like(tensor: Tensor, wanted: bool) -> Tensor:
+    """A gradient as the kernels lay it out: [batch, length, heads, dim] in memory."""
+    if not wanted:
+        return nothing(tensor)
+    batch, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _learned_like(terms: tuple[Any, ...], wanted: list[bool], otherwise: Tensor) -> list[Tensor]:
+    tensors = (terms[i] for i in _LEARNED)
+    return [
+        nothing(otherwise) if t is None or not want else t.new_empty(t.shape)
+        for t, want in zip(tensors, wanted, strict=True)
+    ]
+
+
+def _filled(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """A registered op returns tensors: an empty one stands for a gradient that nobody needs."""
+    return tuple(nothing(like) if g is None else g for g in grads)
+
+
+def _needs(ctx: Any, first_term: int) -> list[bool]:
+    return [bool(ctx.needs_input_grad[first_term + i]) for i in _LEARNED]
+
+
+def _term_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    """Gradients of all terms, from those of the learned ones."""
+    found: list[Tensor | None] = [None] * _N_TERMS
+    for index, grad, need in zip(_LEARNED, grads, needs, strict=True):
+        found[index] = grad if need else None
+    return found
+
+
+def _save(ctx: Any, tensors: tuple[Tensor, ...], terms: tuple[Any, ...]) -> None:
+    """Save ``tensors`` and the terms, whose tensors come first."""
+    n_tensors = 8
+    ctx.save_for_backward(*tensors, *terms[:n_tensors])
+    ctx.n_saved, ctx.numbers = len(tensors), terms[n_tensors:]
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    saved = ctx.saved_tensors
+    return saved[: ctx.n_saved], (*saved[ctx.n_saved :], *ctx.numbers)
+
+
+# The attention itself.
+
+
+@torch.library.custom_op(
+    "fusedformer::attention", mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_TERMS}) -> (Tensor, Tensor)",
+)  # fmt: skip
+def attention(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp)."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_forward import attention_forward
+
+    return attention_forward(query, key, value, AttentionTerms(*terms))
+
+
+@register_fake("fusedformer::attention")
+def _(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = query.shape
+    # [batch, length, heads, dim] in memory: merging the heads again is then a view.
+    output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fusedformer::attention_backward", mutates_args=(),
+    schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
+    f"Tensor output, Tensor lse, bool[] needs, {_TERMS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def attention_backward(
+    grad: Tensor | None,
+    lse_grad: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, mask, slopes and table; empty where ``needs`` says False."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_backward import attention_backward as launch
+
+    grads = launch(
+        grad, lse_grad, query, key, value, output, lse, AttentionTerms(*terms), list(needs)
+    )
+    return _filled(grads, query)
+
+
+@register_fake("fusedformer::attention_backward")
+def _(
+    grad: Tensor | None,
+    lse_grad: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    inputs = zip((query, key, value), needs[:3], strict=True)
+    return (*(_like(t, need) for t, need in inputs), *_learned_like(terms, needs[3:], query))
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, (*inputs[:3], *output), inputs[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_autograd(
+    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None and lse_grad is None:
+        return (None,) * (3 + _N_TERMS)
+    tensors, terms = _saved(ctx)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 3)
+    grads = attention_backward(grad, lse_grad, *tensors, [*first, *learned], *terms)
+    wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
+    return (*wanted, *_term_gradients(grads[3:], learned))
+
+
+torch.library.register_autograd(
+    "fusedformer::attention", _attention_autograd, setup_context=_attention_setup
+)
+torch.library.register_autograd("fusedformer::attention_backward", no_double_backward("attention"))
+
+
+# The attention weights, for those who ask for them.
+
+
+@torch.library.custom_op(
+    "fusedformer::attention_weights", mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor lse, bool average, {_TERMS}) -> Tensor",
+)  # fmt: skip
+def attention_weights(
+    query: Tensor, key: Tensor, lse: Tensor, average: bool, *terms: Any
+) -> Tensor:
+    """Weights after dropout [B, H, L, S], or their mean over heads [B, 1, L, S]."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_weights import attention_weights as launch
+
+    return launch(query, key, lse, AttentionTerms(*terms), average)
+
+
+@register_fake("fusedformer::attention_weights")
+def _(query: Tensor, key: Tensor, lse: Tensor, average: bool, *terms: Any) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, 1 if average else heads, length, key.shape[2])
+
+
+@torch.library.custom_op(
+    "fusedformer::attention_weights_backward", mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor lse, bool average, bool[] needs, "
+    f"{_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def attention_weights_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    average: bool,
+    needs: list[bool],
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, lse, mask, slopes and table; empty where ``needs`` says False."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_weights import attention_weights_backward as launch
+
+    grads = launch(grad, query, key, lse, AttentionTerms(*terms), average, list(needs))
+    return _filled(grads, query)
+
+
+@register_fake("fusedformer::attention_weights_backward")
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    average: bool,
+    needs: list[bool],
+    *terms: Any,
+) -> tuple[Tensor, ...]:
+    dlse = lse.new_empty(lse.shape) if needs[2] else nothing(query)
+    learned = _learned_like(terms, needs[3:], query)
+    return _like(query, needs[0]), _like(key, needs[1]), dlse, *learned
+
+
+def _weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs[:3], inputs[4:])
+    ctx.average = inputs[3]
+
+
+def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, terms = _saved(ctx)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 4)
+    grads = attention_weights_backward(grad, *tensors, ctx.average, [*first, *learned], *terms)
+    wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
+    return (*wanted, None, *_term_gradients(grads[3:], learned))
+
+
+torch.library.register_autograd(
+    "fusedformer::attention_weights", _weights_autograd, setup_context=_weights_setup
+)
+torch.library.register_autograd(
+    "fusedformer::attention_weights_backward", no_double_backward("attention weights")
+)
+
+
+# Attention over parts of the keys, merged.
+
+
+@torch.library.custom_op("fusedformer::merge_attention_states", mutates_args=())
+def merge_attention_states(
+    output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) over both parts, contiguous."""
+    from fusedformer_kernels.attention_merge import merge_states
+
+    return merge_states(output1, lse1, output2, lse2)
+
+
+@register_fake("fusedformer::merge_attention_states")
+def _(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    return output1.new_empty(output1.shape), lse1.new_empty(lse1.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fusedformer::merge_attention_states_backward", mutates_args=())
+def merge_attention_states_backward(
+    grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four inputs."""
+    from fusedformer_kernels.attention_merge import merge_states_backward
+
+    first, second, third, fourth = merge_states_backward(
+        grad, lse_grad, output1, lse1, output2, lse2
+    )
+    return first, second, third, fourth
+
+
+@register_fake("fusedformer::merge_attention_states_backward")
+def _(
+    grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth = (
+        t.new_empty(t.shape) for t in (output1, lse1, output2, lse2)
+    )
+    return first, second, third, fourth
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _merge_autograd(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor, ...]:
+    grads: tuple[Tensor, ...] = merge_attention_states_backward(
+        grad, lse_grad, *ctx.saved_tensors
+    )
+    return grads
+
+
+torch.library.register_autograd(
+    "fusedformer::merge_attention_states", _merge_autograd, setup_context=_merge_setup
+)
+torch.library.register_autograd(
+    "fusedformer::merge_attention_states_backward", no_double_backward("merge_attention_states")
+)
