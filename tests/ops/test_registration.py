@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.ops  # noqa: F401 (registers the ops)
+from fusedformer.ops.attention_terms import AttentionTerms
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,21 +56,51 @@ def activation_backward_case(bias: bool) -> tuple[Any, ...]:
     return torch.randn(4, 6), torch.randn(4, 6), given, None, 0.0, "silu", bias
 
 
-def attention_case(*, mask: bool = False, keys: bool = False, p: float = 0.0) -> tuple[Any, ...]:
-    return (
-        leaf(2, 2, 5, 8), leaf(2, 1, 7, 8), leaf(2, 1, 7, 4), leaf(1, 2, 5, 7) if mask else None,
-        torch.rand(2, 7) > 0.2 if keys else None, torch.tensor([3, 7]) if keys else None,
-        seed() if p else None, p, not mask, 0.5,
-    )  # fmt: skip
+def attention_case(*, packed: bool = False, **terms: Any) -> tuple[Any, ...]:
+    if packed:
+        starts = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+        terms |= dict(starts_q=starts, starts_k=starts, max_queries=4, max_keys=4)
+        leaves = leaf(1, 2, 7, 8), leaf(1, 1, 7, 8), leaf(1, 1, 7, 4)
+    else:
+        leaves = leaf(2, 2, 5, 8), leaf(2, 1, 7, 8), leaf(2, 1, 7, 4)
+    return (*leaves, *AttentionTerms(**{"scale": 0.5, **terms}))
 
 
-def attention_backward_case(needs: list[bool]) -> tuple[Any, ...]:
-    query, key, value, mask, *others = (
-        t.detach() if isinstance(t, Tensor) else t for t in attention_case(mask=True)
-    )
-    output, lse = torch.ops.fusedformer.attention(query, key, value, mask, *others)
+def keys() -> dict[str, Any]:
+    mask = torch.rand(2, 7) > 0.2
+    return dict(key_mask=mask, key_lengths=torch.tensor([3, 7]), right=0, align_end=True)
+
+
+def learned() -> dict[str, Any]:
+    """All that may be learned, and dropout."""
+    terms = dict(mask=leaf(1, 2, 5, 7), slopes=leaf(1, 2), table=leaf(2, 5))
+    return {**terms, "seed": seed(), "p": 0.5, "softcap": 2.0}
+
+
+def detached(case: tuple[Any, ...]) -> list[Any]:
+    return [t.detach() if isinstance(t, Tensor) else t for t in case]
+
+
+def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
+    query, key, value, *others = detached(attention_case(**terms))
+    output, lse = torch.ops.fusedformer.attention(query, key, value, *others)
     grads = torch.randn_like(output), torch.randn_like(lse)
-    return (*grads, query, key, value, output, lse, mask, *others, needs)
+    return (*grads, query, key, value, output, lse, needs, *others)
+
+
+def weights_case(average: bool, **terms: Any) -> tuple[Any, ...]:
+    query, key, _, *others = attention_case(**terms)
+    lse = torch.randn(2, 2, 5).add(3).requires_grad_()
+    return query, key, lse, average, *others
+
+
+def weights_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
+    query, key, lse, average, *others = detached(weights_case(True, **terms))
+    return torch.randn(2, 1, 5, 7), query, key, lse, average, needs, *others
+
+
+def states() -> tuple[Tensor, ...]:
+    return leaf(2, 3, 4), leaf(2, 3), leaf(2, 3, 4), leaf(2, 3)
 
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -90,12 +121,34 @@ CASES: dict[str, tuple[str, Any]] = {
     "activation backward, bias": (
         "bias_activation_backward", lambda: activation_backward_case(True),
     ),
-    "attention": ("attention", attention_case),
-    "attention, mask, dropout": ("attention", lambda: attention_case(mask=True, p=0.5)),
-    "attention, keys": ("attention", lambda: attention_case(keys=True)),
-    "attention backward": ("attention_backward", lambda: attention_backward_case([True] * 4)),
+    "attention": ("attention", lambda: attention_case(right=0)),
+    "attention, all learned": ("attention", lambda: attention_case(**learned())),
+    "attention, keys": ("attention", lambda: attention_case(**keys())),
+    "attention, packed": ("attention", lambda: attention_case(packed=True, left=2, right=1)),
+    "attention backward": (
+        "attention_backward", lambda: attention_backward_case([True] * 6, **learned()),
+    ),
     "attention backward, frozen keys": (
-        "attention_backward", lambda: attention_backward_case([True, False, True, False]),
+        "attention_backward",
+        lambda: attention_backward_case([True, False, True, False, True, False], **learned()),
+    ),
+    "attention backward, packed": (
+        "attention_backward",
+        lambda: attention_backward_case([True] * 3 + [False] * 3, packed=True),
+    ),
+    "weights": ("attention_weights", lambda: weights_case(False, **learned())),
+    "weights, averaged": ("attention_weights", lambda: weights_case(True)),
+    "weights backward": (
+        "attention_weights_backward", lambda: weights_backward_case([True] * 6, **learned()),
+    ),
+    "weights backward, frozen": (
+        "attention_weights_backward",
+        lambda: weights_backward_case([False, True, False, False, True, False], **learned()),
+    ),
+    "merge": ("merge_attention_states", states),
+    "merge backward": (
+        "merge_attention_states_backward",
+        lambda: (torch.randn(2, 3, 4), torch.randn(2, 3), *detached(states())),
     ),
 }  # fmt: skip
 
@@ -117,3 +170,9 @@ def test_every_registered_op_is_checked() -> None:
         if name.startswith("fusedformer::")
     }
     assert registered == {name for name, _ in CASES.values()}
+
+
+def test_the_kernels_know_the_terms_by_the_same_names() -> None:
+    from fusedformer_kernels import attention_arguments
+
+    assert attention_arguments.AttentionTerms._fields == AttentionTerms._fields
