@@ -236,7 +236,7 @@ def _walk_keys(
             v = load_tile(
                 v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
             )  # [BLOCK_N, BLOCK_DV]
-        dscores, dproduct = score_gradients(
+        dscores, dproduct, _ = score_gradients(
             q, grad, k, v, lse, delta, rows, start, partial, given, s, place, exp_scale, BLOCK_N,
             CHECKED, SCALED, PRECISION,
         )
@@ -340,7 +340,9 @@ def attention_backward(
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
             VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]), BLOCK_M=64,
         )
-    gradients = score_gradients_of(query, key, value, grad, lse, delta, None, terms, needs)
+    gradients = score_gradients_of(
+        query, key, value, grad, lse, delta, lse_grad, None, terms, needs
+    )
     return gradients[:-1]
 
 
@@ -351,6 +353,7 @@ def score_gradients_of(
     grad: torch.Tensor | None,
     lse: torch.Tensor,
     delta: torch.Tensor | None,
+    lse_grad: torch.Tensor | None,
     given: Given | None,
     terms: AttentionTerms,
     needs: list[bool],
@@ -414,8 +417,8 @@ def score_gradients_of(
         dmask = attention_mask_gradient(mask, tensors, layouts, arguments, target)
     if needs_slopes or needs_table:
         dslopes, dtable = attention_position_gradients(
-            slopes if needs_slopes else None, table if needs_table else None, tensors, layouts,
-            arguments, target,
+            slopes if needs_slopes else None, table if needs_table else None, lse_grad, tensors,
+            layouts, arguments, target,
         )
     return dq, dk, dv, dmask, dslopes, dtable, dlse
 

@@ -79,7 +79,7 @@ def _attention_mask_gradient(
                         matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
                         start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
                     )  # [BLOCK_N, BLOCK_DV]
-                dscores, _ = score_gradients(
+                dscores, _, _ = score_gradients(
                     q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK_N,
                     True, SCALED, PRECISION,
                 )

@@ -3,7 +3,8 @@
     dslope = -sum(ds * abs(distance));  dtable[r] = sum of ds where clamp(distance) = r
 
 One program owns a share of the row blocks of one head of one sequence, walks the keys, and leaves
-partial sums in a row of its own: no atomics. To sum a tile along its diagonals, rows are shifted
+partial sums in a row of its own: no atomics. The ds of a row add up to the gradient of its lse, but
+for the rounding of delta, which distances would magnify: the slopes' sums are freed of it. To sum a tile along its diagonals, rows are shifted
 against each other, and the columns of the shifted tile added up. Scores are recomputed; memory is
 one table per program.
 """
@@ -43,10 +44,10 @@ def diagonal_sums(tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def _attention_position_gradients(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dslope_ptr, dtable_ptr, s,
-    q_layout, k_layout, v_layout, grad_layout, lse_rows, shares, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, lse_grad_ptr, dslope_ptr,
+    dtable_ptr, s, q_layout, k_layout, v_layout, grad_layout, lse_grad_strides, lse_rows, shares,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """``dslope`` [sequences, shares, heads], ``dtable`` [..., heads, 2 * radius + 1] of zeros."""
     pid = tl.program_id(0)
@@ -77,7 +78,14 @@ def _attention_position_gradients(
                 first_row, place.n_queries, grad_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
             )  # [BLOCK, BLOCK_DV]
         lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
-        first, _, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
+        far = tl.zeros([BLOCK], tl.float32)  # rowsum(ds * distance)
+        excess = tl.zeros([BLOCK], tl.float32)  # rowsum(ds) less what it should be
+        mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * distance)
+        if lse_grad_ptr is not None:
+            offsets = place.batch * lse_grad_strides[0] + place.head * lse_grad_strides[1]
+            offsets += (place.q_start + rows) * lse_grad_strides[2]
+            excess -= tl.load(lse_grad_ptr + offsets, mask=rows < place.n_queries, other=0.0)
+        first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
         for index in range(first, last):
             start = index * BLOCK
             k = load_tile(
@@ -89,14 +97,16 @@ def _attention_position_gradients(
                     matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
                     start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
                 )  # [BLOCK, BLOCK_DV]
-            dscores, _ = score_gradients(
+            dscores, _product, weights = score_gradients(
                 q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK, True,
                 SCALED, PRECISION,
             )
             if dslope_ptr is not None:
                 columns = start + tl.arange(0, BLOCK)
-                distance = tl.abs(columns[None, :] - rows[:, None] - place.offset)
-                slope_sum -= tl.sum(dscores * distance.to(tl.float32), 1)
+                distance = tl.abs(columns[None, :] - rows[:, None] - place.offset).to(tl.float32)
+                far += tl.sum(dscores * distance, 1)
+                excess += tl.sum(dscores, 1)
+                mean += tl.sum(weights * distance, 1)
             if dtable_ptr is not None:
                 sums = diagonal_sums(dscores, BLOCK)
                 distance = start - first_row - place.offset + (1 - BLOCK)
@@ -110,6 +120,9 @@ def _attention_position_gradients(
                 sums += tl.load(row + distance, mask=within, other=0.0)
                 tl.debug_barrier()
                 tl.store(row + distance, sums, mask=within)
+        if given is None:
+            far -= mean * excess
+        slope_sum -= far
     if dslope_ptr is not None:
         tl.store(dslope_ptr + partial_row, tl.sum(slope_sum, 0))
     if dtable_ptr is not None:
@@ -124,6 +137,7 @@ def _attention_position_gradients(
 def attention_position_gradients(
     slopes: torch.Tensor | None,
     table: torch.Tensor | None,
+    lse_grad: torch.Tensor | None,
     tensors: tuple[Any, ...],
     layouts: tuple[Layout, ...],
     arguments: AttentionArguments,
@@ -145,9 +159,10 @@ def attention_position_gradients(
     if table is not None:
         dtable = torch.zeros((*sizes, table.shape[1]), dtype=torch.float32, device=device)
     launch(
-        _attention_position_gradients, (sequences * shares * heads,), config, *tensors, dslopes,
-        dtable, arguments.scores, *layouts, tensors[0].shape[2], shares, BLOCK=config.block_m,
-        **arguments.constants,
+        _attention_position_gradients, (sequences * shares * heads,), config, *tensors, lse_grad,
+        dslopes, dtable, arguments.scores, *layouts,
+        (0, 0, 0) if lse_grad is None else lse_grad.stride(), tensors[0].shape[2], shares,
+        BLOCK=config.block_m, **arguments.constants,
     )
     if dslopes is not None and slopes is not None:
         if slopes.shape[0] == 1:

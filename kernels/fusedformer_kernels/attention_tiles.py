@@ -274,7 +274,8 @@ def score_gradients(
     q, grad, k, v, lse, delta, rows, first_column, partial, given, s, place, exp_scale,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Gradients of one tile [BLOCK_M, BLOCK_N]: of the capped scores, and of q k^T * scale."""
+    """Of one tile [BLOCK_M, BLOCK_N] the gradients of the capped scores and of q k^T * scale, and
+    the weights."""
     columns = first_column + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     scores, capped = score_tile(
@@ -293,4 +294,4 @@ def score_gradients(
     dproduct = dscores
     if s.softcap is not None:
         dproduct = dscores * (1.0 - capped * capped)
-    return dscores, dproduct
+    return dscores, dproduct, weights

@@ -116,6 +116,6 @@ def attention_weights_backward(
     given = Given(grad, strides, 1.0 / heads if average else 1.0)
     needs_q, needs_k, needs_lse, *others = needs
     dq, dk, _, dmask, dslopes, dtable, dlse = score_gradients_of(
-        query, key, None, None, lse, None, given, terms, [needs_q, needs_k, False, *others]
+        query, key, None, None, lse, None, None, given, terms, [needs_q, needs_k, False, *others]
     )
     return dq if needs_q else None, dk, dlse if needs_lse else None, dmask, dslopes, dtable

@@ -65,8 +65,8 @@ def scaled_dot_product_attention(
         key: ``[*batch, heads, S, E]``, ``E`` from 1 to 256 on the triton backend.
         value: ``[*batch, heads, S, Ev]``, ``Ev`` from 1 to 256; may differ from ``E``.
         attn_mask: boolean (True = keep) or floating-point (added to the scaled scores),
-            broadcastable to ``[*batch, heads, L, S]``. May require a gradient. Tiles that a
-            boolean mask leaves empty cost nothing.
+            broadcastable to ``[*batch, heads, L, S]`` (nested: of the longest). May require a
+            gradient. Tiles that a boolean mask leaves empty cost nothing.
         dropout_p: probability that an attention weight is dropped, in [0, 1]; applies in eval too.
         is_causal: key j is visible to query i only if its distance is at most 0.
         scale: factor on the scores; ``1/sqrt(E)`` if None.
@@ -122,10 +122,13 @@ def _nested_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[s
     jagged: list[Any] = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     q, k, v = (nested.values() for nested in jagged)
     starts = jagged[0].offsets()
-    # The longest length would have to be fetched from the device; tokens in all bound it.
-    result = varlen_attention(
-        q, k, v, starts, jagged[1].offsets(), q.shape[0], k.shape[0], **options
-    )
+    # The longest lengths would have to be fetched from the device: a mask has them, and else the
+    # number of tokens bounds them.
+    mask, longest = options["attn_mask"], [q.shape[0], k.shape[0]]
+    for i in (-2, -1):
+        if isinstance(mask, Tensor) and mask.dim() >= -i and mask.shape[i] > 1:
+            longest[i] = mask.shape[i]
+    result = varlen_attention(q, k, v, starts, jagged[1].offsets(), *longest, **options)
     output = result[0] if options["return_lse"] else result
     nested = torch.nested.nested_tensor_from_jagged(output, starts).transpose(1, 2)
     return (nested, result[1]) if options["return_lse"] else nested
