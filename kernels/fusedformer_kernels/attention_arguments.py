@@ -32,19 +32,28 @@ class AttentionTerms(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The terms as kernels get them. What a call lacks is None, and costs no instruction."""
+    """The terms as kernels get them. What a call lacks is None, and costs no instruction.
+
+    Flat: inside loops Triton 3.6 loses the constants of nested tuples.
+    """
 
     scale: Any
     softcap: Any
     mask: Any  # uint8 for a boolean one
-    mask_strides: Any  # (batch, head, row, column); 0 where the mask broadcasts
+    mask_batch: Any  # strides, 0 where it broadcasts
+    mask_head: Any
+    mask_row: Any
+    mask_column: Any
     key_mask: Any
-    key_mask_strides: Any  # (batch, column)
+    key_mask_batch: Any
+    key_mask_column: Any
     key_lengths: Any
     slopes: Any
-    slopes_strides: Any  # (batch, head)
+    slopes_batch: Any
+    slopes_head: Any
     table: Any
-    table_strides: Any  # (head, distance)
+    table_head: Any
+    table_column: Any
     radius: Any  # of the table
     left: Any
     right: Any
@@ -116,18 +125,28 @@ def attention_arguments(
     mask, slopes, table = terms.mask, terms.slopes, terms.table
     additive = mask is not None and mask.dtype != torch.bool
     softcap = terms.softcap
+    mask_batch, mask_head, mask_row, mask_column = broadcast_strides(mask, 4)
+    key_mask_batch, key_mask_column = broadcast_strides(terms.key_mask, 2)
+    slopes_batch, slopes_head = broadcast_strides(slopes, 2)
+    table_head, table_column = broadcast_strides(table, 2)
     scores = Scores(
         scale=terms.scale,
         softcap=softcap,
         mask=None if mask is None else mask if additive else mask.view(torch.uint8),
-        mask_strides=broadcast_strides(mask, 4),
+        mask_batch=mask_batch,
+        mask_head=mask_head,
+        mask_row=mask_row,
+        mask_column=mask_column,
         key_mask=None if terms.key_mask is None else terms.key_mask.view(torch.uint8),
-        key_mask_strides=broadcast_strides(terms.key_mask, 2),
+        key_mask_batch=key_mask_batch,
+        key_mask_column=key_mask_column,
         key_lengths=terms.key_lengths,
         slopes=slopes,
-        slopes_strides=broadcast_strides(slopes, 2),
+        slopes_batch=slopes_batch,
+        slopes_head=slopes_head,
         table=table,
-        table_strides=broadcast_strides(table, 2),
+        table_head=table_head,
+        table_column=table_column,
         radius=0 if table is None else table.shape[1] // 2,
         left=terms.left,
         right=terms.right,

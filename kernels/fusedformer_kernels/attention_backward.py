@@ -104,7 +104,7 @@ def _walk_queries(
         if s.seed is not None:
             keep = dropout_keep(tl.load(s.seed), place.plane, rows, first_column, s.p, BLOCK_N)
             keep = tl.trans(keep)
-        if given is None:
+        if given.pointer is None:
             grad = load_tile(
                 grad_base, start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV,
                 False,
@@ -115,7 +115,7 @@ def _walk_queries(
                 dropped = tl.where(keep, weights * dropout_scale(s.p), 0.0)
             dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
         if NEEDS_K:
-            if given is not None:
+            if given.pointer is not None:
                 dweights = given_gradient(given, rows[None, :], columns[:, None], place)
             else:
                 dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -150,7 +150,7 @@ def _attention_backward_keys(
         place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
     )  # [BLOCK_N, BLOCK_D]
     v = k
-    if given is None:
+    if given.pointer is None:
         v = load_tile(
             matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
             first_column, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
@@ -178,14 +178,14 @@ def _attention_backward_keys(
         place = place_of(s, sequence, key_head * s.group + member)
         q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
         grad_base = None
-        if given is None:
+        if given.pointer is None:
             grad_base = matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start)
         lse_base = row_pointer(lse_ptr, s, place, lse_rows)
         delta_base = None
         if delta_ptr is not None:
             delta_base = row_pointer(delta_ptr, s, place, lse_rows)
         listed = None
-        if tiles is not None:
+        if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
             full = last * 0
         if s.right is not None and not ONE_LOOP:
@@ -232,7 +232,7 @@ def _walk_keys(
             k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, not CHECKED
         )  # [BLOCK_N, BLOCK_D]
         v = k
-        if given is None:
+        if given.pointer is None:
             v = load_tile(
                 v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
             )  # [BLOCK_N, BLOCK_DV]
@@ -240,7 +240,7 @@ def _walk_keys(
             q, grad, k, v, lse, delta, rows, start, partial, given, s, place, exp_scale, BLOCK_N,
             CHECKED, SCALED, PRECISION,
         )
-        if given is not None:
+        if given.pointer is not None:
             row_sum += tl.sum(dscores, 1)
         dq = dot(cast(dproduct, k.dtype), k, dq, PRECISION)
     return dq, row_sum
@@ -270,7 +270,7 @@ def _attention_backward_queries(
     )  # [BLOCK_M, BLOCK_D]
     grad = q
     v_base = k_base
-    if given is None:
+    if given.pointer is None:
         v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
         grad = load_tile(
             matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start), first_row,
@@ -287,7 +287,7 @@ def _attention_backward_queries(
 
     first, full, last = key_tiles_of_rows(s, place, first_row, BLOCK_M, BLOCK_N)
     listed = None
-    if tiles is not None:
+    if tiles.entries is not None:
         listed, last = tiles_of(tiles, sequence, head, block)
         first = last * 0
     if ONE_LOOP:
@@ -341,7 +341,7 @@ def attention_backward(
             VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]), BLOCK_M=64,
         )
     gradients = score_gradients_of(
-        query, key, value, grad, lse, delta, lse_grad, None, terms, needs
+        query, key, value, grad, lse, delta, lse_grad, Given(), terms, needs
     )
     return gradients[:-1]
 
@@ -354,7 +354,7 @@ def score_gradients_of(
     lse: torch.Tensor,
     delta: torch.Tensor | None,
     lse_grad: torch.Tensor | None,
-    given: Given | None,
+    given: Given,
     terms: AttentionTerms,
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
@@ -370,10 +370,10 @@ def score_gradients_of(
         sizes = (tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3])
         return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device).transpose(1, 2)
 
-    dq = empty_like(query) if needs_q or given is not None else None
+    dq = empty_like(query) if needs_q or given.pointer is not None else None
     dk = empty_like(key) if needs_k else None
     dv = empty_like(value) if needs_v and value is not None else None
-    dlse = torch.empty_like(lse) if given is not None else None
+    dlse = torch.empty_like(lse) if given.pointer is not None else None
     value_dim = query.shape[3] if value is None else value.shape[3]
     arguments = attention_arguments(query, key, value_dim, terms)
     if lse.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:

@@ -113,7 +113,7 @@ def _attention_forward(
         first = tl.maximum(first, tl.program_id(1) * per_split)
         last = tl.minimum(last, (tl.program_id(1) + 1) * per_split)
     listed = None
-    if tiles is not None:
+    if tiles.entries is not None:
         listed, last = tiles_of(tiles, sequence, head, block)
         first = last * 0
     if ONE_LOOP:

@@ -63,7 +63,7 @@ def _attention_mask_gradient(
                 q_base, row_start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
             )  # [BLOCK_M, BLOCK_D]
             grad = q
-            if given is None:
+            if given.pointer is None:
                 grad = load_tile(
                     matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
                     row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
@@ -74,7 +74,7 @@ def _attention_mask_gradient(
                     k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
                 )  # [BLOCK_N, BLOCK_D]
                 v = k
-                if given is None:
+                if given.pointer is None:
                     v = load_tile(
                         matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
                         start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,

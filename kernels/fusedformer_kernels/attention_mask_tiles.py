@@ -20,19 +20,23 @@ from fusedformer_kernels.launch import launch
 
 
 class MaskTiles(NamedTuple):
-    """Lists of tiles as kernels get them: entries are 2 * tile + (1 if the mask must be read)."""
+    """Lists of tiles as kernels get them: entries are 2 * tile + (1 if the mask must be read).
 
-    entries: Any  # int32 [planes..., blocks, tiles]
-    counts: Any  # int32 [planes..., blocks]
-    strides: Any  # of counts: (batch, head, block), 0 where the mask broadcasts
-    length: Any  # of a list
+    Without entries there is no boolean mask. (Triton 3.6 cannot compare a whole tuple with None.)
+    """
+
+    entries: Any = None  # int32 [planes..., blocks, tiles]
+    counts: Any = None  # int32 [planes..., blocks]
+    batch: Any = 0  # strides of counts, 0 where the mask broadcasts
+    head: Any = 0
+    block: Any = 0
+    length: Any = 0  # of a list
 
 
 @triton.jit
 def tiles_of(tiles, sequence, head, block):
     """(pointer to the list, number of tiles) for one block of one head."""
-    index = sequence.to(tl.int64) * tiles.strides[0] + head * tiles.strides[1]
-    index += block * tiles.strides[2]
+    index = sequence.to(tl.int64) * tiles.batch + head * tiles.head + block * tiles.block
     return tiles.entries + index * tiles.length, tl.load(tiles.counts + index)
 
 
@@ -71,14 +75,13 @@ def _list_mask_tiles(
 
 def mask_tiles(
     arguments: AttentionArguments, block: int, tile: int, *, of_columns: bool = False
-) -> MaskTiles | None:
+) -> MaskTiles:
     """Lists for blocks of ``block`` rows walking tiles of ``tile`` columns, or the other way round.
 
-    None without a boolean mask. A mask that broadcasts over sequences, heads or rows is listed
-    once.
+    A mask that broadcasts over sequences, heads or rows is listed once.
     """
     if not arguments.lists_tiles:
-        return None
+        return MaskTiles()
     scores = arguments.scores
     mask = scores.mask
     n_rows, n_columns = arguments.max_queries, arguments.max_keys
@@ -94,10 +97,11 @@ def mask_tiles(
     launch(
         _list_mask_tiles, (counts.numel(),), configs.LaunchConfig(4, 2), mask, entries, counts,
         mask.shape[1], n_blocks, n_tiles, 1 if one_row else n_rows, n_columns,
-        left, right, scores.mask_strides, BLOCK=block, TILE=tile,
+        left, right, broadcast_strides(mask, 4), BLOCK=block, TILE=tile,
         OF_COLUMNS=of_columns,
     )
-    return MaskTiles(entries, counts, broadcast_strides(counts, 3), n_tiles)
+    batch, head, row = broadcast_strides(counts, 3)
+    return MaskTiles(entries, counts, batch, head, row, n_tiles)
 
 
 def _band(arguments: AttentionArguments) -> tuple[int | None, int | None]:

@@ -3,10 +3,10 @@
     dslope = -sum(ds * abs(distance));  dtable[r] = sum of ds where clamp(distance) = r
 
 One program owns a share of the row blocks of one head of one sequence, walks the keys, and leaves
-partial sums in a row of its own: no atomics. The ds of a row add up to the gradient of its lse, but
-for the rounding of delta, which distances would magnify: the slopes' sums are freed of it. To sum a tile along its diagonals, rows are shifted
-against each other, and the columns of the shifted tile added up. Scores are recomputed; memory is
-one table per program.
+partial sums in a row of its own: no atomics. To sum a tile along its diagonals, rows are shifted
+against each other, and the columns of the shifted tile added up. The ds of a row add up to the
+gradient of its lse but for the rounding of delta, which distances would magnify: the slopes' sums
+are freed of it. Scores are recomputed; memory is one table per program.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fusedformer_kernels.reduction import sum_partials
 
 
 @triton.jit
-def diagonal_sums(tile, BLOCK: tl.constexpr):
-    """Sums [2 * BLOCK] of a [BLOCK, BLOCK] tile along the diagonals from 1 - BLOCK on."""
+def diagonal_sums(tile, first, BLOCK: tl.constexpr):
+    """Sums [BLOCK] of a [BLOCK, BLOCK] tile along its diagonals ``column - row`` from first on."""
     rows = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, 2 * BLOCK)[None, :] + rows - (BLOCK - 1)  # of the tile, for each sum
+    column = tl.arange(0, BLOCK)[None, :] + rows + first  # of the tile, for each sum
     inside = (column >= 0) & (column < BLOCK)
     shifted = tl.gather(tile, tl.where(inside, column, 0), 1)
     return tl.sum(tl.where(inside, shifted, 0.0), 0)
@@ -63,8 +63,8 @@ def _attention_position_gradients(
         delta_base = row_pointer(delta_ptr, s, place, lse_rows)
     partial_row = (sequence * shares + share).to(tl.int64) * s.heads + head
     slope_sum = tl.zeros([BLOCK], tl.float32)
-    below = tl.zeros([2 * BLOCK], tl.float32)  # at or beyond the table's two ends
-    above = tl.zeros([2 * BLOCK], tl.float32)
+    below = tl.zeros([BLOCK], tl.float32)  # at or beyond the table's two ends
+    above = tl.zeros([BLOCK], tl.float32)
     for block in range(share, tl.cdiv(place.n_queries, BLOCK), shares):
         first_row = block * BLOCK
         rows = first_row + tl.arange(0, BLOCK)  # [BLOCK]
@@ -72,7 +72,7 @@ def _attention_position_gradients(
             q_base, first_row, place.n_queries, q_layout, BLOCK, HEAD_DIM, BLOCK_D, False
         )  # [BLOCK, BLOCK_D]
         grad = q
-        if given is None:
+        if given.pointer is None:
             grad = load_tile(
                 matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
                 first_row, place.n_queries, grad_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
@@ -92,7 +92,7 @@ def _attention_position_gradients(
                 k_base, start, place.n_keys, k_layout, BLOCK, HEAD_DIM, BLOCK_D, False
             )  # [BLOCK, BLOCK_D]
             v = k
-            if given is None:
+            if given.pointer is None:
                 v = load_tile(
                     matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
                     start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
@@ -108,19 +108,20 @@ def _attention_position_gradients(
                 excess += tl.sum(dscores, 1)
                 mean += tl.sum(weights * distance, 1)
             if dtable_ptr is not None:
-                sums = diagonal_sums(dscores, BLOCK)
-                distance = start - first_row - place.offset + (1 - BLOCK)
-                distance += tl.arange(0, 2 * BLOCK)
-                below += tl.where(distance <= -s.radius, sums, 0.0)
-                above += tl.where((distance >= s.radius) & (distance > -s.radius), sums, 0.0)
-                within = (distance > -s.radius) & (distance < s.radius)
                 row = dtable_ptr + partial_row * (2 * s.radius + 1) + s.radius
-                # Another thread may have written what this one reads.
-                tl.debug_barrier()
-                sums += tl.load(row + distance, mask=within, other=0.0)
-                tl.debug_barrier()
-                tl.store(row + distance, sums, mask=within)
-        if given is None:
+                for half in tl.static_range(2):
+                    diagonal = half * BLOCK + (1 - BLOCK)
+                    sums = diagonal_sums(dscores, diagonal, BLOCK)
+                    distance = start - first_row - place.offset + diagonal + tl.arange(0, BLOCK)
+                    below += tl.where(distance <= -s.radius, sums, 0.0)
+                    above += tl.where((distance >= s.radius) & (distance > -s.radius), sums, 0.0)
+                    within = (distance > -s.radius) & (distance < s.radius)
+                    # Another thread may have written what this one reads.
+                    tl.debug_barrier()
+                    sums += tl.load(row + distance, mask=within, other=0.0)
+                    tl.debug_barrier()
+                    tl.store(row + distance, sums, mask=within)
+        if given.pointer is None:
             far -= mean * excess
         slope_sum -= far
     if dslope_ptr is not None:

@@ -30,11 +30,14 @@ class Place(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Gradient of the attention weights as a tensor, in place of do v^T."""
+    """Gradient of the attention weights as a tensor, in place of do v^T where there is one."""
 
-    pointer: Any
-    strides: Any  # (batch, head, row, column)
-    factor: Any
+    pointer: Any = None
+    batch: Any = 0  # strides
+    head: Any = 0
+    row: Any = 0
+    column: Any = 0
+    factor: Any = 0.0
 
 
 @triton.jit
@@ -86,14 +89,14 @@ def place_of(s, sequence, head):
     slope = batch
     table = batch
     if s.mask is not None:
-        mask = s.mask + batch * s.mask_strides[0] + head * s.mask_strides[1]
+        mask = s.mask + batch * s.mask_batch + head * s.mask_head
     if s.key_mask is not None:
-        key_mask = s.key_mask + batch * s.key_mask_strides[0]
+        key_mask = s.key_mask + batch * s.key_mask_batch
     if s.slopes is not None:
-        slope = tl.load(s.slopes + batch * s.slopes_strides[0] + head * s.slopes_strides[1])
+        slope = tl.load(s.slopes + batch * s.slopes_batch + head * s.slopes_head)
         slope = slope.to(tl.float32) * LOG2_E
     if s.table is not None:
-        table = s.table + head * s.table_strides[0] + s.radius * s.table_strides[1]
+        table = s.table + head * s.table_head + s.radius * s.table_column
     wide = head.to(tl.int64)
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
@@ -194,18 +197,18 @@ def score_tile(
         scores -= tl.abs(distances).to(tl.float32) * place.slope
     if s.table is not None:
         nearest = tl.minimum(tl.maximum(distances, -s.radius), s.radius)
-        scores += tl.load(place.table + nearest * s.table_strides[1]).to(tl.float32) * LOG2_E
+        scores += tl.load(place.table + nearest * s.table_column).to(tl.float32) * LOG2_E
     if s.mask is not None:
         valid = (rows < place.n_queries) & (columns < place.n_keys)
         valid = valid & partial
-        pointers = place.mask + rows.to(tl.int64) * s.mask_strides[2]
-        pointers += columns.to(tl.int64) * s.mask_strides[3]
+        pointers = place.mask + rows.to(tl.int64) * s.mask_row
+        pointers += columns.to(tl.int64) * s.mask_column
         if s.mask.dtype.element_ty == tl.uint8:
             scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
         else:
             scores += tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * LOG2_E
     if s.key_mask is not None:
-        pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_strides[1]
+        pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_column
         keep = tl.load(pointers, mask=columns < place.n_keys, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
     if CHECKED:
@@ -262,9 +265,9 @@ def load_row_terms(lse_base, delta_base, rows, n_queries):
 @triton.jit
 def given_gradient(given, rows, columns, place):
     """Tile of the gradient of the attention weights; ``rows``, ``columns`` as for score_tile."""
-    base = given.pointer + place.batch * given.strides[0] + place.head * given.strides[1]
-    pointers = base + rows.to(tl.int64) * given.strides[2]
-    pointers += columns.to(tl.int64) * given.strides[3]
+    base = given.pointer + place.batch * given.batch + place.head * given.head
+    pointers = base + rows.to(tl.int64) * given.row
+    pointers += columns.to(tl.int64) * given.column
     valid = (rows < place.n_queries) & (columns < place.n_keys)
     return tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * given.factor
 
@@ -283,7 +286,7 @@ def score_gradients(
         CHECKED, SCALED,
     )
     weights = tl.exp2(scores * exp_scale - lse[:, None])
-    if given is not None:
+    if given.pointer is not None:
         dweights = given_gradient(given, rows[:, None], columns[None, :], place)
     else:
         dweights = dot(grad, tl.trans(v), zeros, PRECISION)

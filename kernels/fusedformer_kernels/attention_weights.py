@@ -112,8 +112,10 @@ def attention_weights_backward(
     """Gradients of (query, key, lse, mask, slopes, table), None where ``needs`` says False."""
     heads = query.shape[1]
     batch_stride, head_stride, row_stride, column_stride = grad.stride()
-    strides = (batch_stride, 0 if average else head_stride, row_stride, column_stride)
-    given = Given(grad, strides, 1.0 / heads if average else 1.0)
+    if average:
+        head_stride = 0
+    factor = 1.0 / heads if average else 1.0
+    given = Given(grad, batch_stride, head_stride, row_stride, column_stride, factor)
     needs_q, needs_k, needs_lse, *others = needs
     dq, dk, _, dmask, dslopes, dtable, dlse = score_gradients_of(
         query, key, None, None, lse, None, None, given, terms, [needs_q, needs_k, False, *others]
