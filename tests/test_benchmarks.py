@@ -21,7 +21,17 @@ import bench_attention  # noqa: E402
 import bench_norm  # noqa: E402
 import table  # noqa: E402
 from harness import counting, records, timing  # noqa: E402
-from harness.case import REFERENCE, Case, Inputs, Program, Sizes, Suite, Unsupported  # noqa: E402
+from harness.case import (  # noqa: E402
+    REFERENCE,
+    Case,
+    Inputs,
+    Layout,
+    NotApplicable,
+    Program,
+    Sizes,
+    Suite,
+    Unsupported,
+)
 from harness.providers import PEER_MODULES, absent_peers  # noqa: E402
 from harness.runner import Options, run_suite  # noqa: E402
 
@@ -111,6 +121,47 @@ def test_provider_is_timed_only_where_it_passes_its_check(name: str) -> None:
     assert not records.problems(results.document)
     stock = [r for r in results.document["records"] if r["provider"] == REFERENCE]
     assert [r["status"] for r in stock] == ["timed"] * 3
+
+
+def _beside_nan(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A provider that holds each 4x8 tensor as the left half of a 4x16 one, NaN on the right."""
+    pad = lambda name, tensor: torch.nn.functional.pad(tensor, (0, 8), value=torch.nan)
+    layout = Layout(pad, lambda name, tensor: tensor[:, :8])
+    return lambda case: Program(lambda input: function(input), layout=layout)
+
+
+def test_provider_with_its_own_layout_is_compared_in_the_layout_of_the_case() -> None:
+    seen = []
+
+    def square(input: torch.Tensor) -> torch.Tensor:
+        assert input.is_leaf and input.requires_grad  # made before the call, not within
+        seen.append(tuple(input.shape))
+        return input * input
+
+    def foreign(case: Case) -> Program:
+        raise NotApplicable("for other cases")
+
+    given = {
+        REFERENCE: _beside_nan(square),
+        "as given": lambda case: Program(lambda input: input * input),
+        "another layout": _beside_nan(square),
+        "wrong": _beside_nan(lambda input: input * input + 1e-3),
+        "wrong gradient": _beside_nan(_WrongGradient.apply),
+        "foreign": foreign,
+    }
+    truth = lambda case, device: Program(lambda input: input * input)
+    suite = Suite("square", lambda *_: [_square_case()], lambda *_: given, truth)
+    results = _results()
+    run_suite(suite, [_square_case()], results, _options())
+    found = {(r["provider"], r["direction"]): r["status"] for r in results.document["records"]}
+    assert {name for name, _ in found} == set(given) - {"foreign"}
+    failed = {key for key, status in found.items() if status == "failed check"}
+    assert failed == {
+        ("wrong", "forward"), ("wrong", "backward"), ("wrong", "both"),
+        ("wrong gradient", "backward"), ("wrong gradient", "both"),
+    }
+    assert {status for key, status in found.items() if key not in failed} == {"timed"}
+    assert set(seen) == {(4, 16)}
 
 
 def test_interrupted_run_keeps_what_it_measured_and_goes_on_from_there(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ class Unsupported(Exception):
     """Raised by a provider that cannot compute a case; its message is recorded as the reason."""
 
 
+class NotApplicable(Unsupported):
+    """Raised by a provider that is there for other cases alone: nothing is recorded."""
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor is compared with the truth."""
     return tensor
@@ -65,18 +69,46 @@ class Case:
     before: Callable[[Program, Inputs], None] | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a provider holds tensors that the case gives in another form: padded, materialized.
+
+    Both functions take a name, that of an input or ``"output"``, and a tensor. ``own`` turns the
+    case's form into the provider's, before the clock starts; ``back`` outputs and gradients into
+    the case's, for the comparison.
+    """
+
+    own: Callable[[str, Tensor], Tensor]
+    back: Callable[[str, Tensor], Tensor]
+
+
 @dataclass
 class Program:
     """One provider's way to compute a case: a function of the inputs, or a module with parameters.
 
     ``checked`` is the function that the parity criterion sees, where that must differ from what is
-    timed (without dropout); the same code path otherwise.
+    timed (without dropout); the same code path otherwise. The methods take inputs in the program's
+    own form, which ``own`` makes.
     """
 
     function: Callable[..., Any]
     module: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     checked: Callable[..., Any] | None = None
+    layout: Layout | None = None
+
+    def own(self, inputs: Inputs) -> Inputs:
+        """The case's inputs in the form that this program takes; leaves where those are."""
+        if self.layout is None:
+            return inputs
+        return {
+            name: self.layout.own(name, value.detach()).requires_grad_(value.requires_grad)
+            for name, value in inputs.items()
+        }
+
+    def back(self, name: str, tensor: Tensor) -> Tensor:
+        """An output or a gradient in the case's form."""
+        return tensor if self.layout is None else self.layout.back(name, tensor)
 
     def outputs(self, inputs: Inputs, function: Callable[..., Any] | None = None) -> list[Tensor]:
         """The outputs as a list."""

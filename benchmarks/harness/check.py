@@ -32,8 +32,8 @@ class Checker:
         self.case = case
         self.inputs = inputs
         with torch.no_grad():
-            shapes = reference.outputs(inputs, reference.checked)
-        self.grads = [torch.randn_like(output) for output in shapes]
+            shapes = reference.outputs(reference.own(inputs), reference.checked)
+        self.grads = [torch.randn_like(reference.back("output", output)) for output in shapes]
         wide_inputs = _in_float64(inputs, case.part)
         wide_grads = [case.part(grad).double() for grad in self.grads]
         self.truth = _outputs(truth, wide_inputs, whole)
@@ -76,7 +76,8 @@ def _outputs(program: Program, inputs: Inputs, part: Part) -> dict[str, Tensor]:
     if program.module is not None:
         program.module.eval()  # no dropout
     with torch.no_grad():
-        outputs = program.outputs(inputs, program.checked)
+        outputs = program.outputs(program.own(inputs), program.checked)
+    outputs = [program.back("output", output) for output in outputs]
     if any(not output.isfinite().all() for output in outputs):
         raise AssertionError("an output is not finite")
     return {f"output {i}": part(output) for i, output in enumerate(outputs)}
@@ -86,16 +87,20 @@ def _gradients(
     program: Program, inputs: Inputs, grads: list[Tensor], part: Part
 ) -> dict[str, Tensor]:
     """The gradient of every input and parameter that wants one, by name."""
+    inputs = program.own(inputs)
     leaves = program.leaves(inputs)
     if not leaves:
         return {}
     outputs = program.outputs(inputs, program.checked)
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    if any(not grad.isfinite().all() for grad in found):
+    if program.layout is not None:
+        grads = [program.layout.own("output", grad) for grad in grads]
+    computed = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    found = {name: program.back(name, g) for name, g in zip(leaves, computed, strict=True)}
+    if any(not grad.isfinite().all() for grad in found.values()):
         raise AssertionError("a gradient is not finite")
     return {
         f"gradient of {name}": part(grad) if name in inputs else grad
-        for name, grad in zip(leaves, found, strict=True)
+        for name, grad in found.items()
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness import timing
-from harness.case import REFERENCE, Case, Inputs, Program, Provider, Suite
+from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Suite
 from harness.check import Checker, Verdict, reraise_if_device_is_lost, status_of
 from harness.records import Record, ResultFile, rates
 
@@ -95,6 +95,8 @@ def check_all(
         try:
             contender.program = reference if name == REFERENCE else build(case)
             contender.verdicts = checker.judge(contender.program)
+        except NotApplicable:
+            continue
         except Exception as error:  # whatever a peer raises is its result, not the end of the run
             reraise_if_device_is_lost(error)
             contender.verdicts = dict.fromkeys(case.costs, Verdict(*status_of(error)))
@@ -125,7 +127,7 @@ def _time_direction(
             continue
         try:
             prepared = []
-            for each in sets:
+            for each in map(program.own, sets):
                 grads = []
                 if direction != "forward":
                     with torch.no_grad():
