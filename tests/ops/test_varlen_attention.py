@@ -1,0 +1,228 @@
+"""Packed sequences: the same bits as alone and padded, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tests.ops.judge import grad
+from torch import Tensor
+
+from fusedformer import functional as F
+
+LENGTHS = [80, 0, 67, 1, 33]
+HEADS, DIM = 2, 16
+
+
+def starts_of(lengths: list[int], device: str) -> Tensor:
+    starts = [0, *itertools.accumulate(lengths)]
+    return torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def packed_call(tensors: list[Tensor], lengths: list[int], **settings: Any) -> Tensor:
+    starts = starts_of(lengths, str(tensors[0].device))
+    longest = max(lengths)
+    torch.manual_seed(5)
+    return F.varlen_attention(*tensors, starts, starts, longest, longest, **settings)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (30, 20)},
+    "capped": {"softcap": 3.0},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.1])},
+    "table": {"relative_bias": torch.linspace(-1, 1, 2 * 41).view(2, 41)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_alone_padded_and_packed_are_the_same_bits(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    """Forward and backward, of every sequence."""
+    settings = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in SETTINGS[name].items()
+    }
+    total, longest = sum(LENGTHS), max(LENGTHS)
+    packed = [torch.randn(total, HEADS, DIM, device=device, dtype=dtype) for _ in range(3)]
+    packed = [tensor.requires_grad_() for tensor in packed]
+    dy = torch.randn(total, HEADS, DIM, device=device, dtype=dtype)
+    output = packed_call(packed, LENGTHS, **settings)
+    results = [output, *torch.autograd.grad(output, packed, dy)]
+
+    def rows(tensor: Tensor, sequence: int) -> Tensor:
+        """[1, heads, length, dim] of one packed sequence."""
+        begin = sum(LENGTHS[:sequence])
+        return tensor[begin : begin + LENGTHS[sequence]].transpose(0, 1)[None]
+
+    padded = [torch.zeros(len(LENGTHS), HEADS, longest, DIM, device=device, dtype=dtype)
+              for _ in range(4)]  # fmt: skip
+    for sequence, length in enumerate(LENGTHS):
+        for whole, tensor in zip(padded, [*packed, dy], strict=True):
+            whole[sequence, :, :length] = rows(tensor.detach(), sequence)[0]
+    leaves = [tensor.requires_grad_() for tensor in padded[:3]]
+    lengths = torch.tensor(LENGTHS, device=device)
+    together = F.scaled_dot_product_attention(*leaves, key_lengths=lengths, **settings)
+    in_batch = [together, *torch.autograd.grad(together, leaves, padded[3])]
+    for sequence, length in enumerate(LENGTHS):
+        if length == 0:
+            continue
+        single = [rows(t.detach(), sequence).requires_grad_() for t in packed]
+        alone = F.scaled_dot_product_attention(*single, **settings)
+        alone_grads = torch.autograd.grad(alone, single, rows(dy, sequence))
+        for own, pack, pad in zip((alone, *alone_grads), results, in_batch, strict=True):
+            assert torch.equal(own, rows(pack, sequence))
+            assert torch.equal(own[0], pad[sequence, :, :length])
+
+
+def test_dropout_is_the_same_packed_and_padded(device: str) -> None:
+    """The mask is a function of sequence, head, row and column."""
+    lengths = [30, 70]
+    packed = [torch.randn(100, HEADS, DIM, device=device) for _ in range(3)]
+    output = packed_call(packed, lengths, dropout_p=0.5)
+    padded = [torch.zeros(2, HEADS, 70, DIM, device=device) for _ in range(3)]
+    for whole, tensor in zip(padded, packed, strict=True):
+        whole[0, :, :30] = tensor[:30].transpose(0, 1)
+        whole[1] = tensor[30:].transpose(0, 1)
+    torch.manual_seed(5)
+    real = torch.tensor(lengths, device=device)
+    together = F.scaled_dot_product_attention(*padded, dropout_p=0.5, key_lengths=real)
+    assert torch.equal(together[0, :, :30], output[:30].transpose(0, 1))
+    assert torch.equal(together[1], output[30:].transpose(0, 1))
+    plain = packed_call(packed, lengths)
+    assert not torch.equal(output, plain)
+
+
+def test_what_lies_in_other_sequences_does_not_matter(device: str) -> None:
+    """Not even NaN."""
+    lengths = [37, 21, 70]
+    packed = [grad(sum(lengths), HEADS, DIM, device=device) for _ in range(3)]
+    clean = packed_call(packed, lengths)
+    dirty = [tensor.detach().clone() for tensor in packed]
+    for tensor in dirty:
+        tensor[37:58] = torch.nan
+        tensor.requires_grad_()
+    output = packed_call(dirty, lengths)
+    dy = torch.randn_like(output)
+    grads = torch.autograd.grad(output, dirty, dy)
+    wanted = torch.autograd.grad(clean, packed, dy)
+    for got, want in zip((output, *grads), (clean, *wanted), strict=True):
+        assert torch.equal(got[:37], want[:37])
+        assert torch.equal(got[58:], want[58:])
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 3])
+def test_nothing_but_empty_sequences(sequences: int, device: str) -> None:
+    tensors = [grad(0, HEADS, DIM, device=device) for _ in range(3)]
+    starts = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+    output, lse = F.varlen_attention(*tensors, starts, starts, 0, 0, return_lse=True)
+    assert output.shape == (0, HEADS, DIM)
+    assert lse.shape == (HEADS, 0)
+    for gradient in torch.autograd.grad(output, tensors, torch.randn_like(output)):
+        assert gradient.shape == (0, HEADS, DIM)
+
+
+def test_sequences_without_keys_or_queries(device: str) -> None:
+    query, key, value = (grad(n, HEADS, DIM, device=device) for n in (7, 9, 9))
+    starts_q, starts_k = starts_of([7, 0], device), starts_of([0, 9], device)
+    output, lse = F.varlen_attention(
+        query, key, value, starts_q, starts_k, 7, 9, return_lse=True
+    )
+    assert (output == 0).all()
+    assert (lse == -torch.inf).all()
+    grads = torch.autograd.grad(output, (query, key, value), torch.randn_like(output))
+    assert all((gradient == 0).all() for gradient in grads)
+
+
+def test_a_bound_on_the_longest_is_enough(device: str) -> None:
+    packed = [torch.randn(107, HEADS, DIM, device=device) for _ in range(3)]
+    starts = starts_of([37, 70], device).long()
+    exact = F.varlen_attention(*packed, starts, starts, 70, 70)
+    assert torch.equal(exact, F.varlen_attention(*packed, starts, starts, 1000, 512))
+
+
+def test_long_sequences_start_first(device: str) -> None:
+    """Every block once; those that walk most first; the rest of the list says so."""
+    from fusedformer_kernels.attention_schedule import work_list
+
+    lengths = [3, 0, 300, 130, 64, 300]
+    starts = starts_of(lengths, device)
+    work = work_list(starts, starts, sum(lengths), 300, 64, False).tolist()
+    wanted = [[s, b] for s in (2, 5, 3, 4, 0) for b in range(-(-lengths[s] // 64))]
+    assert work[: len(wanted)] == wanted
+    assert all(sequence == -1 for sequence, _ in work[len(wanted) :])
+    reversed_blocks = work_list(starts, starts, sum(lengths), 300, 64, True).tolist()
+    assert [b for s, b in reversed_blocks if s == 2] == [4, 3, 2, 1, 0]
+    assert len(work) == len(reversed_blocks) == sum(lengths) // 64 + len(lengths)
+
+
+def test_more_sequences_than_one_chunk_of_the_schedule(device: str) -> None:
+    from fusedformer_kernels.attention_schedule import work_list
+
+    lengths = [1 + (37 * i) % 90 for i in range(600)]
+    starts = starts_of(lengths, device)
+    work = work_list(starts, starts, sum(lengths), 90, 16, False).tolist()
+    listed = [(s, b) for s, b in work if s >= 0]
+    assert sorted(listed) == [(s, b) for s, n in enumerate(lengths) for b in range(-(-n // 16))]
+    costs = [lengths[s] for s, _ in listed]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_jagged_in_and_out(device: str) -> None:
+    """A nested tensor comes back with the query's own ragged dimension, and gradients flow."""
+    values = [grad(107, HEADS, DIM, device=device) for _ in range(3)]
+    offsets = starts_of([37, 0, 70], device).long()
+    query, key, value = (
+        torch.nested.nested_tensor_from_jagged(v, offsets).transpose(1, 2) for v in values
+    )
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert output.is_nested
+    assert output.shape == query.shape
+    total = query + output  # the same ragged dimension
+    flat = total.transpose(1, 2).values() - values[0]
+    direct = F.varlen_attention(*values, offsets, offsets, 70, 70, is_causal=True)
+    assert torch.allclose(flat, direct, atol=1e-6)
+    dy = torch.randn_like(direct)
+    through = torch.autograd.grad(output.transpose(1, 2).values(), values, dy)
+    for got, want in zip(through, torch.autograd.grad(direct, values, dy), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key_mask": torch.ones(2, 5) > 0}, ValueError, "no padding"),
+        ({"return_weights": "averaged"}, ValueError, "return_weights=False"),
+        ({"key": torch.ones(2, 2, 5, 4)}, TypeError, "all dense or all nested"),
+    ],
+    ids=["key_mask", "return_weights", "mixed"],
+)
+def test_what_nested_tensors_cannot_be_asked_for(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    nested = torch.nested.nested_tensor_from_jagged(torch.randn(5, 2, 4), torch.tensor([0, 2, 5]))
+    tensors = dict.fromkeys(("query", "key", "value"), nested.transpose(1, 2))
+    with pytest.raises(error, match=message):
+        F.scaled_dot_product_attention(**{**tensors, **changes})
+
+
+def test_no_recompilation_by_length_and_no_graph_break(device: str) -> None:
+    compiled = torch.compile(F.varlen_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([20, 33], [9, 50], [41, 41]):
+        tensors = [grad(sum(lengths), HEADS, DIM, device=device) for _ in range(3)]
+        starts = starts_of(lengths, device)
+        longest = max(lengths)
+        output = compiled(*tensors, starts, starts, longest, longest)
+        want = F.varlen_attention(*tensors, starts, starts, longest, longest)
+        assert torch.equal(output, want)
+        dy = torch.randn_like(output)
+        pairs = zip(
+            torch.autograd.grad(output, tensors, dy), torch.autograd.grad(want, tensors, dy),
+            strict=True,
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in pairs)
