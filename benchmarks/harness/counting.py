@@ -80,20 +80,31 @@ def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
 
 
 def attention(
-    batch: int, heads: int, length: int, dim: int, itemsize: int, *, pairs: int | None = None,
-    mask_bytes: int = 0,
+    batch: int, heads: int, length: int, dim: int, itemsize: int, *, keys: int | None = None,
+    real_keys: int | None = None, pairs: int | None = None, mask_bytes: int = 0,
+    bias_bytes: int = 0,
 ) -> Costs:
-    """Self-attention; ``pairs`` visible (query, key) pairs over batch and heads, all if None.
+    """Attention of ``length`` queries a sequence to ``keys`` keys, as many if None.
+
+    ``pairs`` are the visible (query, key) pairs over batch and heads, ``real_keys`` the keys over
+    the batch that any query sees; all if None. ``bias_bytes`` are those of what is added to the
+    scores and gets a gradient.
 
     Two products forward, five backward (scores again, dP, dV, dK, dQ). Forward reads q, k, v,
-    writes o. Backward reads those, do and the float32 log-sum-exp, writes dq, dk, dv.
+    writes o. Backward reads those, do and the float32 log-sum-exp, writes dq, dk, dv. Of k and v
+    only real keys are read; dk and dv are written whole.
     """
-    pairs = batch * heads * length * length if pairs is None else pairs
-    tensor = batch * heads * length * dim * itemsize
+    keys = length if keys is None else keys
+    real_keys = batch * keys if real_keys is None else real_keys
+    pairs = batch * heads * length * keys if pairs is None else pairs
+    row = heads * dim * itemsize
+    q, k, k_read = batch * length * row, batch * keys * row, real_keys * row
     lse = batch * heads * length * 4
     product = 2 * pairs * dim
-    forward = Cost(2 * product, 4 * tensor + mask_bytes)
-    backward = Cost(5 * product, 8 * tensor + lse + mask_bytes)
+    forward = Cost(2 * product, 2 * q + 2 * k_read + mask_bytes + bias_bytes)
+    backward = Cost(
+        5 * product, 4 * q + 2 * k_read + 2 * k + lse + mask_bytes + 2 * bias_bytes
+    )
     return {
         "forward": forward,
         "backward": backward,

@@ -89,6 +89,15 @@ def test_attention_module_passes_its_settings_on() -> None:
     assert torch.equal(module(query, key, value, key_lengths=lengths), expected)
 
 
+def test_attention_module_keeps_all_its_settings() -> None:
+    settings = {"window": (3, 1), "softcap": 2.0, "causal_alignment": "bottom_right"}
+    terms = {"alibi_slopes": torch.rand(2), "relative_bias": torch.randn(2, 5)}
+    query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
+    expected = functional.scaled_dot_product_attention(query, key, key, **settings, **terms)
+    module = nn.ScaledDotProductAttention(**settings)
+    assert torch.equal(module(query, key, key, **terms), expected)
+
+
 def test_attention_module_drops_in_training_only() -> None:
     module, x = nn.ScaledDotProductAttention(dropout_p=0.5), torch.randn(2, 2, 5, 8)
     assert not torch.equal(module(x, x, x), module(x, x, x))
@@ -99,7 +108,8 @@ def test_attention_module_drops_in_training_only() -> None:
     module.eval()
     assert torch.equal(module(x, x, x), functional.scaled_dot_product_attention(x, x, x))
     assert repr(module) == (
-        "ScaledDotProductAttention(dropout_p=0.5, is_causal=False, scale=None, enable_gqa=False)"
+        "ScaledDotProductAttention(dropout_p=0.5, is_causal=False, scale=None, enable_gqa=False, "
+        "window=None, softcap=None, causal_alignment='top_left')"
     )
     with pytest.raises(ValueError, match="dropout_p"):
         nn.ScaledDotProductAttention(dropout_p=1.1)

@@ -33,12 +33,6 @@ class AttentionMasks(NamedTuple):
     key_mask: Tensor | None  # [batch, S]; True = keep
     is_causal: bool
 
-    def merged(self) -> Tensor | None:
-        """``attn_mask`` and ``key_mask`` as one mask, broadcastable to [batch, heads, L, S]."""
-        if self.key_mask is None:
-            return self.attn_mask
-        return _restrict(self.attn_mask, self.key_mask[:, None, None, :])
-
 
 def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:
     if mask is None:

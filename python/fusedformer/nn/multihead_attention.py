@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks, functional
-from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
+from fusedformer.nn._masks import Names, attention_masks, check_sequence
 
 _NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_padding_mask")
 
@@ -29,8 +28,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     A drop-in for :class:`torch.nn.MultiheadAttention`: constructor, parameters, initialization
     and arguments are its own. The fused attention reads the projections in place, and computes
-    the output whether weights are asked for or not (only dropout on weights that are returned
-    needs the score matrix). It differs where torch's own paths disagree:
+    the output whether weights are asked for or not; weights are computed again from the
+    log-sum-exp, and take no more memory than they are. It differs where torch's own paths disagree:
 
     - A query with no visible key attends to nothing: its heads are 0, never NaN.
     - Masks of different kinds, one boolean and one floating, may be mixed without a warning.
@@ -94,7 +93,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 same tensor object lets one product project them together.
             key_padding_mask: ``[N, S]`` (unbatched ``[S]``); True = masked, or floating-point and
                 added to the scores.
-            need_weights: also return the attention weights, at the cost of the score matrix.
+            need_weights: also return the attention weights, at the cost of one more product.
             attn_mask: ``[L, S]`` or ``[N * num_heads, L, S]``; True = masked, or added.
             average_attn_weights: return the mean of the weights over the heads.
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask; it is
@@ -109,15 +108,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError: dtypes that do not fit the parameters; masks neither boolean nor floating.
             ValueError: shapes or devices that do not fit; ``is_causal`` without ``attn_mask``.
         """
+        asked: Literal[False, "per_head", "averaged"] = False
+        if need_weights:
+            asked = "averaged" if average_attn_weights else "per_head"
         heads, weights = self._attend(
-            query, key, value, key_padding_mask, attn_mask, is_causal, need_weights
+            query, key, value, key_padding_mask, attn_mask, is_causal, asked
         )
         output: Tensor = self.out_proj(heads)
-        if weights is not None:
-            if average_attn_weights:
-                weights = weights.mean(1)
-            if query.dim() == 2:
-                weights = weights[0]
+        if weights is not None and query.dim() == 2:
+            weights = weights[0]
         return output, weights
 
     def _attend(
@@ -128,10 +127,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        need_weights: bool,
+        return_weights: Literal[False, "per_head", "averaged"],
         names: Names = _NAMES,
     ) -> tuple[Tensor, Tensor | None]:
-        """The merged heads ``[..., E]`` before the output projection, and the weights per head."""
+        """The merged heads ``[..., E]`` before the output projection, and weights if asked for."""
         batch, rows, keys = self._check_inputs(query, key, value, names)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = attention_masks(
@@ -143,14 +142,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
 
         dropout_p = self.dropout if self.training else 0.0
-        weights = self._weights(q, k, masks) if need_weights else None
-        if weights is not None and dropout_p:
-            weights = F.dropout(weights, dropout_p)
-            output = weights @ v
-        else:
-            output = functional.scaled_dot_product_attention(
-                q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask
-            )
+        result = functional.scaled_dot_product_attention(
+            q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask,
+            return_weights=return_weights,
+        )
+        output, weights = result if return_weights else (result, None)
         return self._merge_heads(output, query.dim()), weights
 
     def _check_inputs(
@@ -228,10 +224,3 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.add_zero_attn:
             parts.append(heads.new_zeros(shape))
         return torch.cat(parts, -2)
-
-    def _weights(self, query: Tensor, key: Tensor, masks: AttentionMasks) -> Tensor:
-        """The attention weights ``[batch, heads, L, S]`` before dropout."""
-        return functional.softmax(
-            query @ key.transpose(-2, -1), -1, scale=1.0 / math.sqrt(self.head_dim),
-            mask=masks.merged(), is_causal=masks.is_causal,
-        )

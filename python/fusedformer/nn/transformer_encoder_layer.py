@@ -122,7 +122,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         check_sequence("TransformerEncoderLayer", "src", src, attention.embed_dim, weight)
         x = self.norm1(src) if self.norm_first else src
         heads, _ = attention._attend(
-            x, x, x, src_key_padding_mask, src_mask, is_causal, need_weights=False, names=_NAMES
+            x, x, x, src_key_padding_mask, src_mask, is_causal, False, names=_NAMES
         )
         projected, bias = product(heads, attention.out_proj)
         if self.norm_first:
