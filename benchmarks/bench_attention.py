@@ -1,8 +1,10 @@
-"""Self-attention: plain, causal, key-padded, with a boolean mask, with dropout."""
+"""Attention: plain, causal, padded, packed, windowed, biased, masked, with dropout, few queries."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +16,74 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
-from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
-from harness.check import check_kept_share
-from harness.providers import (
+from harness.attention_peers import (
     SDPA_BACKENDS,
     flash_attn,
     flex_attention,
-    present,
-    sdpa,
+    padded,
+    real_positions,
+    stock,
+    torch_varlen,
+    within_window,
     xformers_attention,
 )
+from harness.case import (
+    REFERENCE,
+    Case,
+    Inputs,
+    NotApplicable,
+    Part,
+    Program,
+    Provider,
+    Sizes,
+    Suite,
+)
+from harness.check import check_kept_share
+from harness.providers import present
 
 WIDTH = 1024  # heads times head dim
 P = 0.1
-# kind: lengths of the sequences
+RADIUS = 128  # of relative biases: T5's largest distance
+EVERY = (128, 512, 2048, 8192)
+# kind: lengths of the sequences (of the longest, where they differ; of the keys, if few queries)
 LENGTHS = {
-    "full": (128, 512, 2048, 4096, 8192),
-    "causal": (512, 2048, 4096, 8192),
-    "key padding": (512, 2048, 4096),
-    "boolean mask": (2048, 4096),
-    "dropout": (512, 2048),
+    "full": EVERY,
+    "causal": EVERY,
+    "key padding": EVERY,
+    "packed": EVERY,
+    "windowed": EVERY,
+    "biased": EVERY,
+    "relative bias": EVERY,
+    "boolean mask": EVERY,
+    "dropout": EVERY,
+    "1 query": (8192,),
+    "16 queries": (8192,),
 }
 HEADLINE = {
-    ("full", 512, 64), ("full", 4096, 64), ("full", 4096, 128), ("causal", 4096, 64),
-    ("key padding", 512, 64), ("boolean mask", 2048, 64), ("dropout", 2048, 64),
+    ("full", 512, 64), ("full", 2048, 64), ("full", 2048, 128), ("full", 8192, 64),
+    ("causal", 2048, 64), ("key padding", 512, 64), ("packed", 512, 64), ("packed", 2048, 64),
+    ("windowed", 2048, 64), ("biased", 512, 64), ("relative bias", 2048, 64),
+    ("boolean mask", 2048, 64), ("dropout", 2048, 64), ("1 query", 8192, 64),
+    ("16 queries", 8192, 64),
 }
+
+
+def natural_lengths(tokens: int, longest: int) -> list[int]:
+    """Log-normal lengths of sequences with about ``tokens`` real tokens, half of them padded.
+
+    The first is the longest, as padded batches have one; the mean is half of it or, of a batch of
+    two or so, a little more. The same for the same arguments.
+    """
+    draw = random.Random(0)
+    count = max(2 * tokens // longest, 2)
+    shares = [draw.lognormvariate(0.0, 0.6) for _ in range(count - 1)]
+    rest = max(tokens - longest, (count - 1) * longest / 4)
+    scaled = (round(share * rest / sum(shares)) for share in shares)
+    return [longest, *(min(max(length, 1), longest) for length in scaled)]
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """``sizes.tokens`` tokens in sequences of each length, with heads of 64 and of 128."""
+    """About ``sizes.tokens`` real keys in sequences of each length, heads of 64 and of 128."""
     if sizes.name == "tiny":
         return [_case(kind, sizes.tokens, 32, 64, dtype, headline=True) for kind in LENGTHS]
     return [
@@ -57,48 +98,90 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
 def _case(
     kind: str, tokens: int, length: int, dim: int, dtype: torch.dtype, *, headline: bool
 ) -> Case:
-    batch, heads = tokens // length, WIDTH // dim
-    # Lengths spread evenly between a quarter and all of the longest: five eighths on average.
-    real = [length // 4 + 3 * length * (2 * i + 1) // (8 * batch) for i in range(batch)]
-    window = length // 8
+    heads = WIDTH // dim
+    lengths = natural_lengths(tokens, length) if kind in ("key padding", "packed") else None
+    batch = tokens // length if lengths is None else len(lengths)
+    queries = int(kind.split()[0]) if kind.endswith(("query", "queries")) else length
+    options = {
+        "kind": kind, "is_causal": kind == "causal", "p": P if kind == "dropout" else 0.0,
+        "length": length, "lengths": lengths, "radius": min(RADIUS, length - 1),
+        "window": length // 8 if kind == "windowed" else None,
+    }
 
     def make(device: torch.device) -> Inputs:
-        def draw() -> Tensor:  # as a projection leaves it: heads are strided, not contiguous
-            rows = torch.randn(batch, length, heads, dim, device=device, dtype=dtype)
-            return rows.transpose(1, 2).requires_grad_()
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype)
 
-        inputs = {"query": draw(), "key": draw(), "value": draw()}
-        positions = torch.arange(length, device=device)
-        if kind == "key padding":
-            inputs["key_mask"] = positions < torch.tensor(real, device=device)[:, None]
-        if kind == "boolean mask":
-            near = (positions[:, None] - positions).abs() <= window
-            inputs["attn_mask"] = near[None, None]
+        if kind == "packed":
+            ends = torch.tensor([0, *itertools.accumulate(lengths or ())], device=device)
+            rows = {
+                name: draw(sum(lengths or ()), heads, dim).requires_grad_()
+                for name in ("query", "key", "value")
+            }
+            return {**rows, "cu_seqlens": ends.int()}
+
+        # As a projection leaves them: heads are strided, not contiguous.
+        inputs = {
+            name: draw(batch, count, heads, dim).transpose(1, 2).requires_grad_()
+            for name, count in (("query", queries), ("key", length), ("value", length))
+        }
+        if lengths is not None:  # said in two ways; a provider takes one
+            inputs["key_lengths"] = torch.tensor(lengths, device=device, dtype=torch.int32)
+            inputs["key_mask"] = real_positions(lengths, length, device)
+        elif kind == "boolean mask":
+            inputs["attn_mask"] = within_window(length, length // 8, device)[None, None]
+        elif kind == "biased":
+            inputs["attn_mask"] = draw(1, heads, length, length).requires_grad_()
+        elif kind == "relative bias":
+            inputs["relative_bias"] = draw(heads, 2 * options["radius"] + 1).requires_grad_()
         return inputs
 
-    pairs, mask_bytes = length * length * batch * heads, 0
-    if kind == "causal":
-        pairs = length * (length + 1) // 2 * batch * heads
-    elif kind == "key padding":
-        pairs, mask_bytes = sum(real) * length * heads, batch * length
-    elif kind == "boolean mask":
-        near = sum(min(i, window) + min(length - 1 - i, window) + 1 for i in range(length))
-        pairs, mask_bytes = near * batch * heads, length * length
-    p = P if kind == "dropout" else 0.0
+    name = f"{kind} B={batch} H={heads} S={length} d={dim}"
+    if lengths is not None:
+        name += f" mean/max={sum(lengths) / batch / length:.2f}"
     return Case(
-        "attention", f"{kind} B={batch} H={heads} S={length} d={dim}", dtype, make,
-        counting.attention(
-            batch, heads, length, dim, dtype.itemsize, pairs=pairs, mask_bytes=mask_bytes
-        ),
-        {"kind": kind, "is_causal": kind == "causal", "p": p},
-        headline,
-        part=_first_and_last_head_of_last_sequence,
-        before=_check_dropout if p else None,
+        "attention", name, dtype, make, _costs(kind, options, batch, heads, queries, dim, dtype),
+        options, headline, part=_part(kind, lengths),
+        before=_check_dropout if kind == "dropout" else None,
     )
 
 
-def _first_and_last_head_of_last_sequence(tensor: Tensor) -> Tensor:
-    """What the truth is computed for: all scores of all heads in float64 would not fit.
+def _costs(
+    kind: str, o: dict[str, Any], batch: int, heads: int, queries: int, dim: int,
+    dtype: torch.dtype,
+) -> counting.Costs:
+    length, lengths, itemsize = o["length"], o["lengths"], dtype.itemsize
+    count = functools.partial(counting.attention, heads=heads, dim=dim, itemsize=itemsize)
+    if kind == "packed":
+        pairs = sum(own * own for own in lengths) * heads
+        return count(batch=1, length=sum(lengths), pairs=pairs, mask_bytes=4 * (batch + 1))
+    pairs, extra = batch * heads * queries * length, {}
+    if kind == "causal":
+        pairs = length * (length + 1) // 2 * batch * heads
+    elif kind == "key padding":
+        pairs = sum(lengths) * length * heads
+        extra = {"real_keys": sum(lengths), "mask_bytes": 4 * batch}
+    elif kind in ("windowed", "boolean mask"):
+        near = length // 8
+        row = (min(i, near) + min(length - 1 - i, near) + 1 for i in range(length))
+        pairs = sum(row) * batch * heads
+        extra = {"mask_bytes": length * length if kind == "boolean mask" else 0}
+    elif kind == "biased":
+        extra = {"bias_bytes": heads * length * length * itemsize}
+    elif kind == "relative bias":
+        extra = {"bias_bytes": heads * (2 * o["radius"] + 1) * itemsize}
+    return count(batch=batch, length=queries, keys=length, pairs=pairs, **extra)
+
+
+def _part(kind: str, lengths: list[int] | None) -> Part:
+    """What the truth is computed for: all scores of all heads in float64 would not fit."""
+    if kind == "packed" and lengths is not None:
+        return functools.partial(_last_two_sequences, tokens=sum(lengths[-2:]))
+    return _all_sequences if kind in ("biased", "relative bias") else _last_sequence
+
+
+def _last_sequence(tensor: Tensor) -> Tensor:
+    """Its first and last head.
 
     Masks that all sequences or heads share keep their size of 1.
     """
@@ -106,47 +189,82 @@ def _first_and_last_head_of_last_sequence(tensor: Tensor) -> Tensor:
     return tensor[-1:, :: heads - 1] if heads > 1 else tensor[-1:]
 
 
+def _all_sequences(tensor: Tensor) -> Tensor:
+    """First and last head of all: the gradient of a bias is a sum over sequences."""
+    return tensor[:, :: tensor.shape[1] - 1] if tensor.dim() == 4 else tensor[:: len(tensor) - 1]
+
+
+def _last_two_sequences(tensor: Tensor, tokens: int) -> Tensor:
+    """First and last head of packed ones, and where they begin: a boundary is among them."""
+    if tensor.dim() == 1:
+        return tensor[-3:] - tensor[-3]
+    return tensor[-tokens:, :: tensor.shape[1] - 1]
+
+
 def fused(case: Case) -> Program:
-    """The library's op, which takes key padding as it comes."""
+    """The library's ops, which take lengths, windows and tables of biases as they come."""
     from fusedformer import functional as F
 
-    def attention(p: float) -> Callable[..., Tensor]:
-        return functools.partial(
-            F.scaled_dot_product_attention, dropout_p=p, is_causal=case.options["is_causal"]
+    o = case.options
+    if o["kind"] == "packed":
+        longest = o["length"]
+        return Program(
+            lambda query, key, value, cu_seqlens: F.varlen_attention(
+                query, key, value, cu_seqlens, cu_seqlens, longest, longest
+            )
         )
+    window = None if o["window"] is None else (o["window"], o["window"])
 
-    return Program(attention(case.options["p"]), checked=attention(0.0))
+    def attention(p: float) -> Callable[..., Tensor]:
+        def call(
+            query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
+            **inputs: Tensor,
+        ) -> Tensor:
+            return F.scaled_dot_product_attention(
+                query, key, value, dropout_p=p, is_causal=o["is_causal"], window=window, **inputs
+            )
+
+        return call
+
+    return Program(attention(o["p"]), checked=attention(0.0))
 
 
-def stock(backend: Any = None) -> Provider:
-    """torch's attention; key padding has to become a mask over the scores, which broadcasts."""
+def fused_padded(case: Case) -> Program:
+    """The library on packed sequences as a padded batch: what packing is worth."""
+    from fusedformer import functional as F
 
-    def build(case: Case) -> Program:
-        run = sdpa(backend)
+    o = case.options
+    if o["kind"] != "packed":
+        raise NotApplicable("pads packed sequences")
 
-        def attention(p: float) -> Callable[..., Tensor]:
-            def call(
-                query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
-                attn_mask: Tensor | None = None,
-            ) -> Tensor:
-                mask = attn_mask if key_mask is None else key_mask[:, None, None, :]
-                return run(query, key, value, mask, p, case.options["is_causal"])
+    @functools.cache
+    def ends(device: torch.device) -> Tensor:
+        return torch.tensor(o["lengths"], device=device, dtype=torch.int32)
 
-            return call
-
-        return Program(attention(case.options["p"]), checked=attention(0.0))
-
-    return build
+    return Program(
+        lambda query, key, value, cu_seqlens: F.scaled_dot_product_attention(
+            query, key, value, key_lengths=ends(query.device)
+        ),
+        layout=padded(o["lengths"]),
+    )
 
 
 def truth(case: Case, device: torch.device) -> Program:
     """The library's definition, without dropout and without the log-sum-exp."""
     from fusedformer import reference
 
-    causal = case.options["is_causal"]
-    return Program(
-        lambda **inputs: reference.scaled_dot_product_attention(**inputs, is_causal=causal)[0]
-    )
+    o = case.options
+    window = None if o["window"] is None else (o["window"], o["window"])
+
+    def call(cu_seqlens: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        if cu_seqlens is not None:
+            ends = (cu_seqlens, cu_seqlens, o["length"], o["length"])
+            return reference.varlen_attention(*inputs.values(), *ends)[0]
+        return reference.scaled_dot_product_attention(
+            **inputs, is_causal=o["is_causal"], window=window
+        )[0]
+
+    return Program(call)
 
 
 def _check_dropout(program: Program, inputs: Inputs) -> None:
@@ -184,9 +302,11 @@ def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here; each of SDPA's backends is a peer by name."""
     found: dict[str, Any] = {
         "fusedformer": fused,
+        "fusedformer padded": fused_padded,
         REFERENCE: stock(),
         **{name: stock(backend) for name, backend in SDPA_BACKENDS.items()},
         "FlexAttention": flex_attention,
+        "torch varlen_attn": torch_varlen,
         "flash_attn": flash_attn,
         "xformers": xformers_attention,
     }

@@ -224,16 +224,15 @@ def flex_attention(case: Case) -> Program:
             return None
         return create_block_mask(visible, batch, None, length, length, device=key.device)
 
-    masks: dict[int, Any] = {}  # by the address of a set's keys
+    made: list[Any] = []  # one mask: the visible pairs are the same in all sets of inputs
 
     def call(query: Tensor, key: Tensor, value: Tensor, **inputs: Tensor) -> Any:
         if kind == "packed":
             query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
-        where = key.data_ptr()
-        if where not in masks:
-            masks[where] = block_mask(key, inputs)
+        if not made:
+            made.append(block_mask(key, inputs))
         bias = inputs["attn_mask"] if kind == "biased" else None
-        found = run(query, key, value, masks[where], bias, inputs.get("relative_bias"))
+        found = run(query, key, value, made[0], bias, inputs.get("relative_bias"))
         return found[0].transpose(0, 1) if kind == "packed" else found
 
     return Program(call)

@@ -104,6 +104,33 @@ def test_a_mask_that_broadcasts_is_listed_once(shape: tuple[int, ...], device: s
     assert counts.shape == (*shape[:2], 1 if shape[2] == 1 else 4)
 
 
+# Windows.
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+def test_tiles_outside_the_window_are_not_walked(align: Any, device: str) -> None:
+    """NaN in them does no harm, forward or backward, on either side."""
+    inputs = qkv(40, 400, device)
+    first_key = 0 if align == "top_left" else 360
+    reached = slice(max(first_key - 20, 0), first_key + 70)
+    poisoned = {n: t.detach().clone() for n, t in inputs.items()}
+    for name in ("key", "value"):
+        for far in (slice(0, max(reached.start - 128, 0)), slice(reached.stop + 128, None)):
+            poisoned[name][:, :, far] = torch.nan
+    leaves = {n: t.requires_grad_() for n, t in poisoned.items()}
+    settings: dict[str, Any] = {"window": (20, 30), "causal_alignment": align}
+    outputs = [F.scaled_dot_product_attention(**x, **settings) for x in (inputs, leaves)]
+    assert torch.equal(*outputs)
+    dy = torch.randn_like(outputs[0])
+    clean, dirty = (
+        torch.autograd.grad(o, tuple(x.values()), dy)
+        for o, x in zip(outputs, (inputs, leaves), strict=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert (clean[1][:, :, : reached.start] == 0).all()
+    assert (clean[1][:, :, reached.stop :] == 0).all()
+
+
 # Few queries: keys in splits, merged.
 
 
