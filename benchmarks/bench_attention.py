@@ -140,17 +140,16 @@ def _case(
     if lengths is not None:
         name += f" mean/max={sum(lengths) / batch / length:.2f}"
     return Case(
-        "attention", name, dtype, make, _costs(kind, options, batch, heads, queries, dim, dtype),
+        "attention", name, dtype, make, _costs(options, batch, heads, queries, dim, dtype.itemsize),
         options, headline, part=_part(kind, lengths),
         before=_check_dropout if kind == "dropout" else None,
     )
 
 
 def _costs(
-    kind: str, o: dict[str, Any], batch: int, heads: int, queries: int, dim: int,
-    dtype: torch.dtype,
+    o: dict[str, Any], batch: int, heads: int, queries: int, dim: int, itemsize: int
 ) -> counting.Costs:
-    length, lengths, itemsize = o["length"], o["lengths"], dtype.itemsize
+    kind, length, lengths = o["kind"], o["length"], o["lengths"]
     count = functools.partial(counting.attention, heads=heads, dim=dim, itemsize=itemsize)
     if kind == "packed":
         pairs = sum(own * own for own in lengths) * heads
@@ -219,7 +218,7 @@ def fused(case: Case) -> Program:
         def call(
             query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
             **inputs: Tensor,
-        ) -> Tensor:
+        ) -> Tensor:  # key_lengths say what key_mask says
             return F.scaled_dot_product_attention(
                 query, key, value, dropout_p=p, is_causal=o["is_causal"], window=window, **inputs
             )

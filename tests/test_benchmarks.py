@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import bench_attention  # noqa: E402
 import bench_norm  # noqa: E402
 import table  # noqa: E402
 from harness import counting, records, timing  # noqa: E402
+from harness.attention_peers import materialized, padded  # noqa: E402
 from harness.case import (  # noqa: E402
     REFERENCE,
     Case,
@@ -33,7 +35,7 @@ from harness.case import (  # noqa: E402
     Unsupported,
 )
 from harness.providers import PEER_MODULES, absent_peers  # noqa: E402
-from harness.runner import Options, run_suite  # noqa: E402
+from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = {"softmax", "norm", "activation", "attention", "encoder"}
@@ -245,6 +247,14 @@ BY_HAND = {
     "attention forward and backward S=512": (counting.attention(32, 12, 512, 64, 2)["both"], 114.2),
     # 4 tensors of 25.2 MB, more than 4 * 16384 * 128 * 768 FLOPs take
     "attention S=128": (counting.attention(128, 12, 128, 64, 2)["forward"], 23.4),
+    # keys and values, 2 * 33.6 MB
+    "attention of 1 query": (counting.attention(2, 16, 1, 64, 2, keys=8192)["forward"], 15.6),
+    # queries and outputs of 32768 tokens, keys and values of the 16384 real ones: 201.3 MB
+    "attention, half padded": (
+        counting.attention(256, 16, 128, 64, 2, real_keys=16384, pairs=0)["forward"], 46.8),
+    # as S=128 above, and 12 * 128 * 128 * 2 bytes of bias: read, read again and written
+    "attention with a bias": (
+        counting.attention(128, 12, 128, 64, 2, bias_bytes=12 * 2**15)["backward"], 47.2),
     "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
 }
 
@@ -257,18 +267,108 @@ def test_floor_agrees_with_the_one_worked_out_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("kind", bench_attention.LENGTHS)
 def test_attention_counts_exactly_the_visible_pairs(kind: str) -> None:
-    batch, heads, length, dim = 3, 16, 24, 64
+    batch, heads, length, dim = 4, 16, 24, 64
     case = bench_attention._case(kind, batch * length, length, dim, torch.float32, headline=True)
     inputs = case.make(CPU)
-    visible = torch.ones(batch, heads, length, length, dtype=torch.bool)
-    if kind == "causal":
-        visible = visible.tril()
-    if "key_mask" in inputs:
-        visible = visible & inputs["key_mask"][:, None, None, :]
-    if "attn_mask" in inputs:
-        visible = visible & inputs["attn_mask"]
+    if kind == "packed":
+        own = [
+            torch.ones(heads, end - start, end - start, dtype=torch.bool)
+            for start, end in itertools.pairwise(inputs["cu_seqlens"].tolist())
+        ]
+        visible = torch.stack([torch.block_diag(*heads).bool() for heads in zip(*own, strict=True)])
+    else:
+        rows = inputs["query"].shape[2]
+        distance = torch.arange(length) - torch.arange(rows)[:, None]
+        visible = torch.ones(*inputs["query"].shape[:2], rows, length, dtype=torch.bool)
+        if kind == "causal":
+            visible = visible & (distance <= 0)
+        if case.options["window"] is not None:
+            visible = visible & (distance.abs() <= case.options["window"])
+        if "key_lengths" in inputs:
+            visible = visible & inputs["key_mask"][:, None, None, :]
+            assert torch.equal(inputs["key_lengths"], inputs["key_mask"].sum(-1).int())
+        if kind == "boolean mask":
+            visible = visible & inputs["attn_mask"]
     assert case.costs["forward"].flops == 4 * visible.sum().item() * dim
     assert visible.any(-1).all()  # no row of a benchmark is masked whole
+
+
+@pytest.mark.parametrize("length", bench_attention.EVERY)
+def test_natural_lengths_fill_half_of_the_padded_batch(length: int) -> None:
+    lengths = bench_attention.natural_lengths(16384, length)
+    assert lengths == bench_attention.natural_lengths(16384, length)
+    assert max(lengths) == lengths[0] == length
+    assert min(lengths) >= 1
+    assert len(set(lengths)) > len(lengths) // 8
+    assert 0.45 <= sum(lengths) / len(lengths) / length <= 0.55
+    assert abs(sum(lengths) / 16384 - 1) < 0.1
+
+
+def test_padded_layout_keeps_real_tokens_and_zeros_the_rest() -> None:
+    layout = padded([5, 1, 3])
+    tokens = torch.randn(9, 2, 4)
+    held = layout.own("query", tokens)
+    assert held.shape == (3, 2, 5, 4)
+    assert torch.equal(held[2, :, :3].transpose(0, 1), tokens[6:])
+    assert held.count_nonzero() == tokens.numel()
+    assert torch.equal(layout.back("query", held), tokens)
+    starts = torch.tensor([0, 5, 6, 9])
+    assert layout.own("cu_seqlens", starts) is starts
+
+
+def test_materialized_bias_has_the_table_by_distance_and_its_gradient() -> None:
+    table = torch.randn(2, 7, dtype=torch.double, requires_grad=True)
+    layout = materialized(6, 3)
+    bias = layout.own("relative_bias", table)
+    assert bias.shape == (1, 2, 6, 6)
+    assert all(
+        bias[0, h, i, j] == table[h, 3 + min(max(j - i, -3), 3)]
+        for h in range(2) for i in range(6) for j in range(6)
+    )
+    grad = torch.randn_like(bias)
+    (expected,) = torch.autograd.grad(bias, table, grad)
+    torch.testing.assert_close(layout.back("relative_bias", grad), expected)
+    assert layout.back("query", grad) is grad
+
+
+LEAKS = {
+    "of a padded key": ("key padding", "key_lengths"),
+    "of the next sequence": ("packed", "cu_seqlens"),
+    "beyond the window": ("windowed", None),
+    "without the bias": ("biased", "attn_mask"),
+    "without the relative bias": ("relative bias", "relative_bias"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_attention_that_ignores_what_a_kind_is_about_is_not_timed(leak: str) -> None:
+    kind, ignored = LEAKS[leak]
+    torch.manual_seed(0)
+    case = bench_attention._case(kind, 64, 32, 64, torch.float32, headline=True)
+
+    def wrong(case: Case) -> Program:
+        program = bench_attention.fused(case)
+
+        def call(**inputs: Any) -> torch.Tensor:
+            if ignored == "cu_seqlens":  # one sequence of all
+                tokens = inputs["query"].shape[0]
+                case.options["length"] = tokens
+                return bench_attention.fused(case).function(
+                    **inputs | {"cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
+                )
+            if ignored is None:
+                return torch.nn.functional.scaled_dot_product_attention(**inputs)
+            shown = {name: value for name, value in inputs.items() if name != ignored}
+            if kind in ("biased", "relative bias"):  # in the graph, so that there is a gradient
+                return program.function(**shown) + 0.0 * inputs[ignored].sum()
+            return program.function(**shown)
+
+        return Program(call)
+
+    given = {REFERENCE: bench_attention.stock(), "wrong": wrong, "right": bench_attention.fused}
+    contenders = check_all(bench_attention.SUITE, case, given, case.make(CPU), CPU)
+    statuses = {c.name: {v.status for v in c.verdicts.values()} for c in contenders}
+    assert statuses == {REFERENCE: {"timed"}, "wrong": {"failed check"}, "right": {"timed"}}
 
 
 def _attention_with(p: float, same_mask: bool) -> Program:
