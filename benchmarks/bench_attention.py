@@ -102,9 +102,10 @@ def _case(
     lengths = natural_lengths(tokens, length) if kind in ("key padding", "packed") else None
     batch = tokens // length if lengths is None else len(lengths)
     queries = int(kind.split()[0]) if kind.endswith(("query", "queries")) else length
-    options = {
+    radius = min(RADIUS, length - 1)
+    options: dict[str, Any] = {
         "kind": kind, "is_causal": kind == "causal", "p": P if kind == "dropout" else 0.0,
-        "length": length, "lengths": lengths, "radius": min(RADIUS, length - 1),
+        "length": length, "lengths": lengths, "radius": radius,
         "window": length // 8 if kind == "windowed" else None,
     }
 
@@ -133,7 +134,7 @@ def _case(
         elif kind == "biased":
             inputs["attn_mask"] = draw(1, heads, length, length).requires_grad_()
         elif kind == "relative bias":
-            inputs["relative_bias"] = draw(heads, 2 * options["radius"] + 1).requires_grad_()
+            inputs["relative_bias"] = draw(heads, 2 * radius + 1).requires_grad_()
         return inputs
 
     name = f"{kind} B={batch} H={heads} S={length} d={dim}"
@@ -214,13 +215,10 @@ def fused(case: Case) -> Program:
         )
     window = None if o["window"] is None else (o["window"], o["window"])
 
-    def attention(p: float) -> Callable[..., Tensor]:
-        def call(
-            query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None,
-            **inputs: Tensor,
-        ) -> Tensor:  # key_lengths say what key_mask says
+    def attention(p: float) -> Callable[..., Any]:
+        def call(key_mask: Tensor | None = None, **inputs: Any) -> Any:  # key_lengths say it too
             return F.scaled_dot_product_attention(
-                query, key, value, dropout_p=p, is_causal=o["is_causal"], window=window, **inputs
+                **inputs, dropout_p=p, is_causal=o["is_causal"], window=window
             )
 
         return call
@@ -255,10 +253,12 @@ def truth(case: Case, device: torch.device) -> Program:
     o = case.options
     window = None if o["window"] is None else (o["window"], o["window"])
 
-    def call(cu_seqlens: Tensor | None = None, **inputs: Tensor) -> Tensor:
+    def call(cu_seqlens: Tensor | None = None, **inputs: Any) -> Tensor:
         if cu_seqlens is not None:
-            ends = (cu_seqlens, cu_seqlens, o["length"], o["length"])
-            return reference.varlen_attention(*inputs.values(), *ends)[0]
+            return reference.varlen_attention(
+                **inputs, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+                max_seqlen_q=o["length"], max_seqlen_k=o["length"],
+            )[0]
         return reference.scaled_dot_product_attention(
             **inputs, is_causal=o["is_causal"], window=window
         )[0]

@@ -171,7 +171,8 @@ def attention_forward(
     if arguments.sequences == 0 or arguments.max_queries == 0:
         return output.zero_(), lse.fill_(-torch.inf)
     config = configs.attention_forward_config(
-        arguments.kind, configs.target_of(query.device), arguments.max_queries
+        arguments.kind, configs.target_of(query.device), arguments.max_queries,
+        arguments.max_keys,
     )
     splits = 1
     if config.keys_per_split and not arguments.lists_tiles:

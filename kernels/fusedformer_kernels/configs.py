@@ -199,17 +199,18 @@ _HOPPER_BACKWARD = {
 }
 
 
-# So few queries leave most of a GPU idle unless the keys are split among programs. The split
-# depends on the lengths alone, never on the batch, so that results do not either.
+# So few queries over many keys leave most of a GPU idle unless the keys are split among programs.
+# That goes by lengths, not by the batch's size; and never happens in self-attention, where a short
+# sequence is to get the same bits alone as among longer ones.
 FEW_QUERIES = 16
 KEYS_PER_SPLIT = 512
 
 
 def attention_forward_config(
-    kind: AttentionKind, target: Target, max_queries: int
+    kind: AttentionKind, target: Target, max_queries: int, max_keys: int
 ) -> AttentionConfig:
     """Tile of the forward kernel."""
-    if max_queries <= FEW_QUERIES:
+    if max_queries <= FEW_QUERIES and max_keys > KEYS_PER_SPLIT:
         block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
