@@ -86,7 +86,8 @@ def _attention_position_gradients(
             offsets += (place.q_start + rows) * lse_grad_strides[2]
             excess -= tl.load(lse_grad_ptr + offsets, mask=rows < place.n_queries, other=0.0)
         first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
-        for index in range(first, last):
+        # Not pipelined: no load may be moved before the store of the tile before it.
+        for index in tl.range(first, last, num_stages=1):
             start = index * BLOCK
             k = load_tile(
                 k_base, start, place.n_keys, k_layout, BLOCK, HEAD_DIM, BLOCK_D, False
