@@ -60,11 +60,10 @@ LENGTHS = {
     "16 queries": (8192,),
 }
 HEADLINE = {
-    ("full", 512, 64), ("full", 2048, 64), ("full", 2048, 128), ("full", 8192, 64),
-    ("causal", 2048, 64), ("key padding", 512, 64), ("packed", 512, 64), ("packed", 2048, 64),
-    ("windowed", 2048, 64), ("biased", 512, 64), ("relative bias", 2048, 64),
-    ("boolean mask", 2048, 64), ("dropout", 2048, 64), ("1 query", 8192, 64),
-    ("16 queries", 8192, 64),
+    ("full", 512, 64), ("full", 2048, 64), ("full", 2048, 128), ("causal", 2048, 64),
+    ("key padding", 512, 64), ("packed", 512, 64), ("windowed", 2048, 64), ("biased", 512, 64),
+    ("relative bias", 512, 64), ("boolean mask", 2048, 64), ("dropout", 2048, 64),
+    ("1 query", 8192, 64),
 }
 
 
