@@ -67,8 +67,10 @@ def materialized(length: int, radius: int) -> Layout:
         if name != "relative_bias":
             return tensor
         places, size = entry(tensor.device).flatten(), 2 * radius + 1
-        # By head and in float64: the peer's error is that of its matrix, not of this sum.
-        sums = [places.bincount(head.flatten().double(), size) for head in tensor[0]]
+        # Summed in float32, as a careful user would: in bfloat16 the sum would drown the matrix's
+        # own error, in float64 it would be better than any peer's.
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        sums = [places.bincount(head.flatten().to(wide), size) for head in tensor[0]]
         return torch.stack(sums).to(tensor.dtype)
 
     return Layout(own, back)
