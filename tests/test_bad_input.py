@@ -49,6 +49,8 @@ def good(function: str) -> dict[str, Any]:
             output1=t(2, 5, 8), lse1=t(2, 5), output2=t(2, 5, 8), lse2=t(2, 5)
         ),
         "relative_position_bias": dict(weight=t(32, 4)),
+        "pack": dict(input=t(2, 3, 4), packing=functional.Packing.of(t(2, 3) > 0)),
+        "unpack": dict(input=t(6, 4), packing=functional.Packing.of(t(2, 3) > 0)),
     }
     starts = torch.tensor([0, 2, 5], device=DEVICE)
     arguments["varlen_attention"] = dict(
@@ -279,6 +281,27 @@ def around_attention() -> Iterator[Row]:
     yield function, {"max_distance": 8}, ValueError, "'max_distance' to be an int above 8"
 
 
+def packings() -> Iterator[Row]:
+    yield "pack", {"input": t(2, 4, 4)}, ValueError, r"'input' to have shape \(2, 3\) .batch"
+    yield "pack", {"input": t(2, 3)}, ValueError, r"'input' to have shape \(2, 3\).*and more"
+    yield "unpack", {"input": t(5, 4)}, ValueError, r"'input' to have shape \(6,\) \(total\)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((t(2, 3),), TypeError, "'keep' to be boolean .* but got torch.float32"),
+        ((t(3) > 0,), ValueError, r"'keep' to have shape \[batch, length\]"),
+        ((t(2, 3) > 0, [3]), ValueError, "'lengths' to have 2 entries, .* but got 1"),
+        (([True],), TypeError, "'keep' must be Tensor, not list"),
+    ],
+    ids=["dtype", "rank", "lengths", "list"],
+)
+def test_bad_packing(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.Packing.of(*arguments)
+
+
 def described(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -294,7 +317,7 @@ def named(row: Row) -> Any:
 
 SOURCES: tuple[Callable[[], Iterator[Row]], ...] = (
     not_tensors, dtypes_and_devices, probabilities, softmaxes, norms, fused_steps, attention,
-    attention_terms, packed, around_attention,
+    attention_terms, packed, around_attention, packings,
 )  # fmt: skip
 TABLE = [named(row) for source in SOURCES for row in source()]
 
@@ -360,7 +383,10 @@ def test_head_dims_that_the_kernels_do_not_have(changes: dict[str, Tensor], name
     assert output.shape == (2, 4, 5, arguments["value"].shape[-1])
 
 
-@pytest.mark.parametrize("function", sorted({*functional.__all__} - {"relative_position_bias"}))
+ANY_DTYPE = {"relative_position_bias", "pack", "unpack"}
+
+
+@pytest.mark.parametrize("function", sorted({*functional.__all__} - ANY_DTYPE))
 @pytest.mark.skipif(not TRITON_IS_INSTALLED, reason="triton is not installed")
 def test_the_kernels_refuse_float64_that_the_torch_backend_takes(function: str) -> None:
     arguments = {

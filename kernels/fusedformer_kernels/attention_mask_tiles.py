@@ -36,7 +36,8 @@ class MaskTiles(NamedTuple):
 @triton.jit
 def tiles_of(tiles, sequence, head, block):
     """(pointer to the list, number of tiles) for one block of one head."""
-    index = sequence.to(tl.int64) * tiles.batch + head * tiles.head + block * tiles.block
+    index = sequence.to(tl.int64) * tiles.batch + head * tiles.head
+    index += block * tiles.block
     return tiles.entries + index * tiles.length, tl.load(tiles.counts + index)
 
 

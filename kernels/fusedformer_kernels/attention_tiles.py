@@ -66,6 +66,7 @@ def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
 def place_of(s, sequence, head):
     """Where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
+    wide = head.to(tl.int64)
     q_start = batch * 0
     k_start = batch * 0
     stored_queries = tl.cast(s.n_queries, tl.int32)
@@ -89,15 +90,14 @@ def place_of(s, sequence, head):
     slope = batch
     table = batch
     if s.mask is not None:
-        mask = s.mask + batch * s.mask_batch + head * s.mask_head
+        mask = s.mask + batch * s.mask_batch + wide * s.mask_head
     if s.key_mask is not None:
         key_mask = s.key_mask + batch * s.key_mask_batch
     if s.slopes is not None:
-        slope = tl.load(s.slopes + batch * s.slopes_batch + head * s.slopes_head)
+        slope = tl.load(s.slopes + batch * s.slopes_batch + wide * s.slopes_head)
         slope = slope.to(tl.float32) * LOG2_E
     if s.table is not None:
-        table = s.table + head * s.table_head + s.radius * s.table_column
-    wide = head.to(tl.int64)
+        table = s.table + wide * s.table_head + s.radius * s.table_column
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
         offset, (sequence * s.heads + head).to(tl.int32), mask, key_mask, slope, table,

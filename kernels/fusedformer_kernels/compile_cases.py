@@ -25,6 +25,7 @@ from fusedformer_kernels.attention_merge import merge_states, merge_states_backw
 from fusedformer_kernels.attention_weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.dropout import dropout_mask
 from fusedformer_kernels.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows import gather_rows
 from fusedformer_kernels.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
@@ -32,7 +33,7 @@ CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
 CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
-    "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
+    "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights",
 }  # fmt: skip
 
@@ -234,5 +235,6 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
+    add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     add("merge states", HALF, lambda: _merge(HALF))
     return cases

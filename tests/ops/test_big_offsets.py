@@ -144,3 +144,10 @@ def test_attention_key_mask(distant: Distant) -> None:
     mask = distant(torch.arange(15).reshape(3, 5) % 3 > 0, NEAR)
     function = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, key_mask=m)
     same_bits(function, [q, k, v, mask], [True] * 3 + [False])
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["token", "head", "element"])
+def test_packed_attention(dim: int, distant: Distant) -> None:
+    q, k, v = (distant(torch.randn(5, 2, 3).half(), NEAR, dim) for _ in range(3))
+    starts = torch.tensor([0, 2, 5])
+    same_bits(lambda *qkv: F.varlen_attention(*qkv, starts, starts, 3, 3), [q, k, v], [True] * 3)

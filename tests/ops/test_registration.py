@@ -145,6 +145,8 @@ CASES: dict[str, tuple[str, Any]] = {
         "attention_weights_backward",
         lambda: weights_backward_case([False, True, False, False, True, False], **learned()),
     ),
+    "pack": ("gather_rows", lambda: (leaf(3, 4), torch.tensor([0, 2]), torch.tensor([0, -1, 1]))),
+    "unpack": ("gather_rows", lambda: (leaf(2, 4), torch.tensor([0, -1, 1]), torch.tensor([0, 2]))),
     "merge": ("merge_attention_states", states),
     "merge backward": (
         "merge_attention_states_backward",

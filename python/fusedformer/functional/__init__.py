@@ -23,6 +23,8 @@ from fusedformer.functional._norm import (
     layer_norm,
     rms_norm,
 )
+from fusedformer.functional._packing import Packing as Packing
+from fusedformer.functional._packing import pack, unpack
 from fusedformer.functional._softmax import log_softmax, softmax
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "merge_attention_states",
+    "pack",
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "unpack",
     "varlen_attention",
 ]

@@ -149,6 +149,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         output, weights = result if return_weights else (result, None)
         return self._merge_heads(output, query.dim()), weights
 
+    def _can_pack(self) -> bool:
+        """Whether self-attention is one projection, and nothing is appended to the keys."""
+        return self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
+
+    def _attend_packed(self, x: Tensor, packing: functional.Packing, is_causal: bool) -> Tensor:
+        """The merged heads ``[total, E]`` of packed rows, each sequence for itself."""
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = torch.unflatten(projected, -1, (3, self.num_heads, -1)).unbind(1)
+        starts, longest = packing.cu_seqlens, packing.max_seqlen
+        output: Tensor = functional.varlen_attention(
+            query, key, value, starts, starts, longest, longest,
+            self.dropout if self.training else 0.0, is_causal,
+        )
+        return output.flatten(1)
+
     def _check_inputs(
         self, query: Tensor, key: Tensor, value: Tensor, names: Names
     ) -> tuple[int, int, int]:

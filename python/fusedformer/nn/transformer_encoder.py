@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fusedformer import functional
 from fusedformer.nn._masks import (
     check_padding_mask,
     check_rank,
     is_causal_mask,
     padded_positions,
 )
+from fusedformer.nn._modules import is_plain
+from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -19,6 +23,11 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     A drop-in for :class:`torch.nn.TransformerEncoder`. It differs in one thing, which torch
     leaves to its choice of path: positions that ``src_key_padding_mask`` removes are always 0 in
     the output, in training as in inference, after ``norm`` too; no gradient comes from them.
+
+    With a boolean ``src_key_padding_mask`` of any pattern, layers that are this library's, and no
+    ``mask`` but the causal one, padding is not computed at all: real tokens are packed at the
+    entry and unpacked at the exit, in training too. On a GPU that waits for the device once.
+    Inside ``torch.compile`` the padded form is computed.
 
     Args:
         encoder_layer: copied ``num_layers`` times, parameters included.
@@ -96,6 +105,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if is_causal is None:
             is_causal = is_causal_mask(mask, length)
 
+        if src_key_padding_mask is not None and self._can_pack(
+            src, mask, src_key_padding_mask, is_causal
+        ):
+            return self._forward_packed(src, ~src_key_padding_mask, is_causal, batch_first)
         output = src
         for layer in self.layers:
             output = layer(
@@ -110,6 +123,35 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if batched and not batch_first:
             padded = padded.transpose(0, 1)
         return output.masked_fill(padded[..., None], 0.0)
+
+    def _can_pack(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor, is_causal: bool
+    ) -> bool:
+        """Whether every layer gives the same on the real tokens alone.
+
+        Not while tracing: how many there are decides the shapes.
+        """
+        ours = (isinstance(la, TransformerEncoderLayer) and la._can_pack() for la in self.layers)
+        return (
+            src.dim() == 3
+            and padding.dtype == torch.bool
+            and (mask is None or (is_causal and not mask.requires_grad))
+            and not torch.compiler.is_compiling()
+            and all(ours)
+            and (self.norm is None or is_plain(self.norm, LayerNorm, nn.LayerNorm))
+        )
+
+    def _forward_packed(
+        self, src: Tensor, keep: Tensor, is_causal: bool, batch_first: bool
+    ) -> Tensor:
+        packing = functional.Packing.of(keep)
+        output = functional.pack(src if batch_first else src.transpose(0, 1), packing)
+        for layer in self.layers:
+            output = layer._forward_packed(output, packing, is_causal)
+        if self.norm is not None:
+            output = self.norm(output)
+        output = functional.unpack(output, packing)
+        return output if batch_first else output.transpose(0, 1)
 
     def _batch_first(self) -> bool:
         attention = getattr(self.layers[0], "self_attn", None) if len(self.layers) else None

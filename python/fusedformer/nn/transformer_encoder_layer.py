@@ -124,7 +124,29 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         heads, _ = attention._attend(
             x, x, x, src_key_padding_mask, src_mask, is_causal, False, names=_NAMES
         )
-        projected, bias = product(heads, attention.out_proj)
+        return self._after_attention(src, heads)
+
+    def _forward_packed(self, src: Tensor, packing: functional.Packing, is_causal: bool) -> Tensor:
+        """The same for packed rows ``[total, E]``, if :meth:`_can_pack`."""
+        attention = self.self_attn
+        assert isinstance(attention, MultiheadAttention)
+        x = self.norm1(src) if self.norm_first else src
+        heads = attention._attend_packed(x, packing, is_causal)
+        return self._after_attention(src, heads)
+
+    def _can_pack(self) -> bool:
+        """Whether rows by themselves are all that this layer looks at besides attention."""
+        attention = self.self_attn
+        return (
+            is_plain(self, TransformerEncoderLayer)
+            and isinstance(attention, MultiheadAttention)
+            and attention._can_pack()
+            and self._children_are_plain()
+        )
+
+    def _after_attention(self, src: Tensor, heads: Tensor) -> Tensor:
+        """All that follows the merged heads, row by row."""
+        projected, bias = product(heads, self.self_attn.out_proj)
         if self.norm_first:
             normed, total = _add_norm_and_sum(projected, bias, self.dropout1, src, self.norm2)
             return _add(*self._feed_forward(normed), self.dropout2, total)

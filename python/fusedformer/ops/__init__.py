@@ -13,6 +13,7 @@ from fusedformer.ops.norm import (
     layer_norm,
     rms_norm,
 )
+from fusedformer.ops.packing import gather_rows
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
@@ -21,6 +22,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "gather_rows",
     "layer_norm",
     "merge_attention_states",
     "relative_position_bias",

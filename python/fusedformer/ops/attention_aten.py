@@ -182,9 +182,12 @@ def _packed(
     outputs = [query.new_empty(0)] * len(lengths_q)
     lses = list(outputs)
     for (queries, keys), members in groups.items():
-        q, k, v = (
-            torch.stack([parts[i] for i in members]) for parts in (parts_q, parts_k, parts_v)
-        )
+        if len(members) == 1:  # without a copy
+            q, k, v = (parts[members[0]][None] for parts in (parts_q, parts_k, parts_v))
+        else:
+            q, k, v = (
+                torch.stack([parts[i] for i in members]) for parts in (parts_q, parts_k, parts_v)
+            )
         output, lse = _padded(q, k, v, _own_terms(terms, members, queries, keys), return_lse)
         for row, member in enumerate(members):
             outputs[member] = output[row]

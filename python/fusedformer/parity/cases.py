@@ -47,7 +47,10 @@ class Case:
 
 def all_cases() -> list[Case]:
     """The grid: small enough for Triton's interpreter, each case another way through a kernel."""
-    return [*_softmax_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases()]
+    return [
+        *_softmax_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases(),
+        *_packing_cases(),
+    ]  # fmt: skip
 
 
 def _shapes(**shapes: tuple[int, ...]) -> Callable[[Generator], dict[str, Tensor]]:
@@ -339,3 +342,26 @@ def _attention_mask(generator: Generator) -> dict[str, Tensor]:
 def _key_lengths(generator: Generator) -> dict[str, Tensor]:
     tensors = _shapes(query=(3, 2, 23, 16), key=(3, 2, 23, 16), value=(3, 2, 23, 16))(generator)
     return {**tensors, "key_lengths": torch.tensor([23, 1, 14])}
+
+
+# packing
+
+
+def _packing_cases() -> Iterator[Case]:
+    def packed(input: Tensor, keep: Tensor) -> Tensor:
+        return functional.pack(input, functional.Packing.of(keep))
+
+    def unpacked(input: Tensor, keep: Tensor) -> Tensor:
+        return functional.unpack(input, functional.Packing.of(keep))
+
+    def unpadded(generator: Generator) -> dict[str, Tensor]:
+        return {"input": torch.randn(3, 7, 20, generator=generator), "keep": keep}
+
+    def rows(generator: Generator) -> dict[str, Tensor]:
+        return {"input": torch.randn(int(keep.sum()), 20, generator=generator), "keep": keep}
+
+    keep = torch.arange(21).reshape(3, 7) % 3 != 1
+    pack = Op("pack", packed, reference.pack, reference.pack)
+    unpack = Op("unpack", unpacked, reference.unpack, reference.unpack)
+    yield Case(pack, "holes", unpadded, quick=True)
+    yield Case(unpack, "holes", rows, quick=True)

@@ -19,6 +19,7 @@ from fusedformer.reference.norm import (
     layer_norm,
     rms_norm,
 )
+from fusedformer.reference.packing import pack, unpack
 from fusedformer.reference.softmax import log_softmax, softmax
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "merge_attention_states",
+    "pack",
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
+    "unpack",
     "varlen_attention",
 ]

@@ -1,0 +1,51 @@
+"""Padded batches to packed rows and back: registration, autograd, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer._backend import chosen_backend
+from fusedformer.ops._shared import register_fake
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
+
+    Args:
+        x: ``[N, D]``.
+        index: int64 ``[M]``; no row but -1 occurs twice.
+        inverse: int64 ``[N]``: where each row of ``x`` goes, -1 if nowhere.
+    """
+    if chosen_backend(x) == "triton":
+        result: Tensor = _gather_rows(x, index, inverse)
+        return result
+    if index.shape[0] <= inverse.shape[0]:  # packing: every row is there
+        return x.index_select(0, index)
+    return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
+
+
+@torch.library.custom_op("fusedformer::gather_rows", mutates_args=())
+def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    from fusedformer_kernels.rows import gather_rows
+
+    return gather_rows(x, index)
+
+
+@register_fake("fusedformer::gather_rows")
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_rows(grad, inverse, index), None, None
+
+
+torch.library.register_autograd("fusedformer::gather_rows", _backward, setup_context=_save)

@@ -1,0 +1,62 @@
+"""Packing and unpacking against their definition, in every pattern of padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedformer import backend, reference
+from fusedformer import functional as F
+from fusedformer.functional import Packing
+
+PATTERNS: dict[str, Any] = {
+    "right": lambda: torch.arange(70) < torch.tensor([[70], [1], [33], [0]]),
+    "left": lambda: torch.arange(70) >= torch.tensor([[0], [69], [33], [70]]),
+    "holes": lambda: torch.rand(4, 70) > 0.5,
+    "nothing": lambda: torch.zeros(4, 70, dtype=torch.bool),
+    "everything": lambda: torch.ones(4, 70, dtype=torch.bool),
+    "no sequences": lambda: torch.zeros(0, 5, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_both_ways(pattern: str, dtype: torch.dtype, name: Any, device: str) -> None:
+    """Exactly, gradients too, of strided rows of more than one dimension."""
+    keep = PATTERNS[pattern]().to(device)
+    packing = Packing.of(keep)
+    x = torch.randn(*keep.shape, 3, 20, device=device, dtype=dtype).transpose(2, 3)
+    x.requires_grad_()
+    with backend(name):
+        packed = F.pack(x, packing)
+        again = F.unpack(packed, packing)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, reference.pack(x, keep))
+    assert torch.equal(again, reference.unpack(packed, keep))
+    for output in (packed, again):
+        dy = torch.randn_like(output)
+        (got,) = torch.autograd.grad(output, x, dy, retain_graph=True)
+        want = dy if output is again else reference.unpack(dy, keep)
+        assert torch.equal(got, torch.where(keep[..., None, None], want, 0.0))
+
+
+def test_what_a_packing_says(device: str) -> None:
+    keep = torch.tensor([[True, False, True], [False] * 3, [True] * 3], device=device)
+    packing = Packing.of(keep)
+    assert packing.cu_seqlens.tolist() == [0, 2, 2, 5]
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert (packing.max_seqlen, packing.total, packing.batch, packing.length) == (3, 5, 3, 3)
+    assert packing.indices.tolist() == [0, 2, 6, 7, 8]
+    assert packing.inverse.tolist() == [0, -1, 1, -1, -1, -1, 2, 3, 4]
+    for got, want in zip(Packing.of(keep, lengths=[2, 0, 3]), packing, strict=True):
+        assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
+
+
+def test_rows_of_many_columns(device: str) -> None:
+    keep = torch.rand(2, 9, device=device) > 0.3
+    x = torch.randn(2, 9, 1100, device=device)
+    assert torch.equal(F.pack(x, Packing.of(keep)), x[keep])
