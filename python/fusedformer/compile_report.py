@@ -105,7 +105,8 @@ def compile_all(
 ) -> list[Row]:
     """Rows for the cases whose name matches the regular expression ``pattern``.
 
-    ``quick`` leaves targets but sm_90 with the core cases: every kernel, not every variant.
+    ``quick`` leaves targets but sm_90 with the core cases: every kernel, not every variant; and
+    sm_90 without those that differ from another in nothing but a size.
     """
     from fusedformer_kernels.compile_cases import compile_cases
 
@@ -115,7 +116,8 @@ def compile_all(
         (index, target)
         for index, case in enumerate(cases)
         for target in targets
-        if re.search(pattern, case.name) and (case.core or not quick or target == "sm_90")
+        if re.search(pattern, case.name)
+        and (not quick or case.core or (target == "sm_90" and not case.extra))
     ]
     rows: list[Row] = []
     # spawn: a fork would copy torch's threads, and the compiler runs in the children only.
