@@ -149,6 +149,10 @@ def attention_position_gradients(
 
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """
+    if slopes is not None and table is not None:  # a pass each: together they spill registers
+        rest = (lse_grad, tensors, layouts, arguments, target)
+        dslopes, _ = attention_position_gradients(slopes, None, *rest)
+        return dslopes, attention_position_gradients(None, table, *rest)[1]
     config = configs.attention_mask_gradient_config(arguments.kind, target)
     sequences, heads = arguments.sequences, arguments.scores.heads
     blocks = configs.ceil_div(arguments.max_queries, config.block_m)
