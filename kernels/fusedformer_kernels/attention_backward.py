@@ -323,10 +323,12 @@ def attention_backward(
     lse: torch.Tensor,
     terms: AttentionTerms,
     needs: list[bool],
+    into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (query, key, value, mask, slopes, table), None where ``needs`` says False.
 
     ``grad`` and ``lse_grad`` are those of the output and of the log-sum-exp; either may be None.
+    The first three are written to ``into`` if given: views of one gradient, say.
     """
     batch, heads, n_rows, _ = query.shape
     if grad is None:
@@ -341,7 +343,7 @@ def attention_backward(
             VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]), BLOCK_M=64,
         )
     gradients = score_gradients_of(
-        query, key, value, grad, lse, delta, lse_grad, Given(), terms, needs
+        query, key, value, grad, lse, delta, lse_grad, Given(), terms, needs, into
     )
     return gradients[:-1]
 
@@ -357,6 +359,7 @@ def score_gradients_of(
     given: Given,
     terms: AttentionTerms,
     needs: list[bool],
+    into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (query, key, value, mask, slopes, table, lse), None where not needed.
 
@@ -370,9 +373,13 @@ def score_gradients_of(
         sizes = (tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3])
         return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device).transpose(1, 2)
 
-    dq = empty_like(query) if needs_q or given.pointer is not None else None
-    dk = empty_like(key) if needs_k else None
-    dv = empty_like(value) if needs_v and value is not None else None
+    dq = dk = dv = None
+    if into:
+        dq, dk, dv = into
+    else:
+        dq = empty_like(query) if needs_q or given.pointer is not None else None
+        dk = empty_like(key) if needs_k else None
+        dv = empty_like(value) if needs_v and value is not None else None
     dlse = torch.empty_like(lse) if given.pointer is not None else None
     value_dim = query.shape[3] if value is None else value.shape[3]
     arguments = attention_arguments(query, key, value_dim, terms)

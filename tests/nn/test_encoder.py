@@ -18,7 +18,8 @@ D, H, FF, N, S, LAYERS = 16, 2, 24, 3, 6, 2
 causal = torch.nn.Transformer.generate_square_subsequent_mask(S)
 ragged = torch.arange(S) >= torch.tensor([[S], [4], [1]])
 left = ragged.flip(1)
-nested = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.jagged)
+jagged = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.jagged)
+strided = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.strided)
 holes = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
 
 
@@ -248,7 +249,14 @@ def test_checkpointing_a_layer_draws_the_same_dropout_again() -> None:
     [
         (ValueError, "src", dict(src=torch.randn(D))),
         (TypeError, "src", dict(src=[1.0])),
-        (TypeError, "src", dict(src=nested)),
+        (TypeError, "src", dict(src=strided)),
+        (ValueError, "src_key_padding_mask", dict(src=jagged, src_key_padding_mask=ragged)),
+        (ValueError, "output_rows", dict(src=jagged, output_rows=ragged)),
+        (ValueError, "mask", dict(src=jagged, mask=torch.zeros(S, S))),
+        (ValueError, "output_rows", dict(output_rows=ragged[0])),
+        (TypeError, "output_rows", dict(output_rows=ragged.int())),
+        (IndexError, "output_rows", dict(output_rows=torch.full((N, 1), S))),
+        (ValueError, "mask", dict(is_causal=True, src_key_padding_mask=ragged)),
         (ValueError, "src_key_padding_mask", dict(src_key_padding_mask=ragged.T)),
         (TypeError, "src_key_padding_mask", dict(src_key_padding_mask=ragged.int())),
         (ValueError, "mask", dict(mask=torch.zeros(S, S + 1))),

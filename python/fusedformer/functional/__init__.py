@@ -25,6 +25,7 @@ from fusedformer.functional._norm import (
 )
 from fusedformer.functional._packing import Packing as Packing
 from fusedformer.functional._packing import pack, unpack
+from fusedformer.functional._selection import Selection as Selection
 from fusedformer.functional._softmax import log_softmax, softmax
 
 __all__ = [

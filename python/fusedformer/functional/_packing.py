@@ -16,11 +16,17 @@ class Packing(NamedTuple):
 
     Attributes:
         cu_seqlens: int32 ``[batch + 1]``: where each sequence begins and ends.
-        max_seqlen: length of the longest sequence.
-        indices: int64 ``[total]``: for each packed row its position in ``[batch * length]``.
+        max_seqlen: length of the longest sequence; with static shapes a bound on it.
+        indices: int64 ``[total]``: for each packed row its position in ``[batch * length]``, with
+            static shapes -1 for the rows behind the last token.
         inverse: int64 ``[batch * length]``: for each position its packed row, -1 for padding.
         batch: number of sequences.
         length: of the padded batch.
+        cu_seqlens_q, cu_seqlens_k: for :func:`varlen_attention`. They are ``cu_seqlens``; with
+            static shapes two sequences follow, which have the rows behind the last token: one has
+            them as queries with no keys, the other as keys with no queries. Attention thus gives
+            these rows zeros, output and gradients, and spends nothing on them.
+        static_shapes: whether shapes depend on ``batch`` and ``length`` alone.
     """
 
     cu_seqlens: Tensor
@@ -29,55 +35,105 @@ class Packing(NamedTuple):
     inverse: Tensor
     batch: int
     length: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    static_shapes: bool
 
     @property
     def total(self) -> int:
-        """Number of real tokens."""
+        """Number of packed rows: of real tokens, or with static shapes ``batch * length``."""
         return self.indices.shape[0]
 
     @staticmethod
-    def of(keep: Tensor, lengths: Sequence[int] | None = None) -> Packing:
+    def of(
+        keep: Tensor, lengths: Sequence[int] | None = None, *, static_shapes: bool = False
+    ) -> Packing:
         """The packing of a padded batch with real tokens where ``keep`` is True, in any pattern.
 
         Args:
             keep: boolean ``[batch, length]``.
             lengths: the number of real tokens of each sequence, where it is known on the host.
                 Without it, tensors on a GPU are waited for once.
+            static_shapes: packed tensors have ``batch * length`` rows, tokens first and zeros
+                behind them. Nothing is waited for, and a CUDA graph can capture it all.
 
         Raises:
             TypeError: ``keep`` is not a boolean tensor.
-            ValueError: ``keep`` is not 2-D; not as many ``lengths`` as sequences.
+            ValueError: ``keep`` is not 2-D; not as many ``lengths`` as sequences, or both
+                ``lengths`` and ``static_shapes``.
         """
-        function = "Packing.of"
-        _checks.check_tensor(function, "keep", keep)
-        if keep.dtype != torch.bool:
-            raise TypeError(
-                f"{function}(): expected 'keep' to be boolean (True = real), but got {keep.dtype}"
-            )
-        if keep.dim() != 2:
-            raise ValueError(
-                f"{function}(): expected 'keep' to have shape [batch, length], "
-                f"but got {tuple(keep.shape)}"
-            )
-        batch, length = keep.shape
-        if lengths is not None and len(lengths) != batch:
-            raise ValueError(
-                f"{function}(): expected 'lengths' to have {batch} entries, one for each "
-                f"sequence, but got {len(lengths)}"
-            )
+        _check_keep(keep, lengths, static_shapes)
+        if static_shapes:
+            return _static_packing(keep)
+        batch = keep.shape[0]
         counts = keep.sum(1)
-        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
-        torch.cumsum(counts, 0, out=cu_seqlens[1:])
         if lengths is not None:
             total, longest = sum(lengths), max(lengths, default=0)
         elif batch:
             total, longest = torch.stack((counts.sum(), counts.max())).tolist()
         else:
             total, longest = 0, 0
-        flat = keep.flatten()
-        indices = torch.nonzero_static(flat, size=total).flatten()
-        inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
-        return Packing(cu_seqlens, longest, indices, inverse, batch, length)
+        return _packing(keep, counts, total, longest)
+
+
+def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
+    function = "Packing.of"
+    _checks.check_tensor(function, "keep", keep)
+    if keep.dtype != torch.bool:
+        raise TypeError(
+            f"{function}(): expected 'keep' to be boolean (True = real), but got {keep.dtype}"
+        )
+    if keep.dim() != 2:
+        raise ValueError(
+            f"{function}(): expected 'keep' to have shape [batch, length], "
+            f"but got {tuple(keep.shape)}"
+        )
+    if lengths is None:
+        return
+    if static_shapes:
+        raise ValueError(
+            f"{function}(): expected no 'lengths' with static_shapes=True, which does without "
+            f"them, but got {len(lengths)}"
+        )
+    if len(lengths) != keep.shape[0]:
+        raise ValueError(
+            f"{function}(): expected 'lengths' to have {keep.shape[0]} entries, one for each "
+            f"sequence, but got {len(lengths)}"
+        )
+
+
+def _packing(keep: Tensor, counts: Tensor, total: int, longest: int) -> Packing:
+    """From what the host knows of ``keep``."""
+    flat = keep.flatten()
+    starts = _starts(counts)
+    indices = torch.nonzero_static(flat, size=total).flatten()
+    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
+    return Packing(starts, longest, indices, inverse, *_sizes(keep), starts, starts, False)
+
+
+def _static_packing(keep: Tensor) -> Packing:
+    flat, starts = keep.flatten(), _starts(keep.sum(1))
+    rows = flat.shape[0]
+    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
+    positions = torch.arange(rows, device=keep.device)
+    indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
+    indices = indices.scatter_(0, torch.where(flat, inverse, rows), positions)[:rows]
+    end = starts.new_full((1,), rows)
+    return Packing(
+        starts, rows, indices, inverse, *_sizes(keep), torch.cat((starts, end, end)),
+        torch.cat((starts, starts[-1:], end)), True,
+    )
+
+
+def _sizes(keep: Tensor) -> tuple[int, int]:
+    batch, length = keep.shape
+    return batch, length
+
+
+def _starts(counts: Tensor) -> Tensor:
+    starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts
 
 
 def pack(input: Tensor, packing: Packing) -> Tensor:
@@ -88,7 +144,7 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
         packing: of a batch of that size.
 
     Returns:
-        ``[total, *]``, contiguous.
+        ``[total, *]``, contiguous; with static shapes zeros behind the last token.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.
@@ -99,7 +155,9 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
     """
     _check("pack", input, packing, (packing.batch, packing.length), "batch, length")
     rows = input.flatten(0, 1)
-    packed = ops.gather_rows(rows.flatten(1), packing.indices, packing.inverse)
+    packed = ops.gather_rows(
+        rows.flatten(1), packing.indices, packing.inverse, holes=packing.static_shapes, unused=True
+    )
     return packed.reshape(packing.total, *input.shape[2:])
 
 
@@ -118,7 +176,10 @@ def unpack(input: Tensor, packing: Packing) -> Tensor:
         ValueError: ``input`` has not as many rows as the packing, or is on another device.
     """
     _check("unpack", input, packing, (packing.total,), "total")
-    rows = ops.gather_rows(input.flatten(1), packing.inverse, packing.indices)
+    rows = ops.gather_rows(
+        input.flatten(1), packing.inverse, packing.indices, holes=True,
+        unused=packing.static_shapes,
+    )
     return rows.reshape(packing.batch, packing.length, *input.shape[1:])
 
 

@@ -27,11 +27,14 @@ class Names(NamedTuple):
 
 
 class AttentionMasks(NamedTuple):
-    """The masks of one attention, as the arguments of the same names of the functional form."""
+    """What each query sees, as the arguments of the same names of the functional forms."""
 
     attn_mask: Tensor | None  # [1 or batch, 1 or heads, L, S]; True = keep, or added to the scores
     key_mask: Tensor | None  # [batch, S]; True = keep
     is_causal: bool
+    cu_seqlens_q: Tensor | None = None  # [sequences + 1], of packed rows
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen: int = 0
 
 
 def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:
@@ -108,6 +111,35 @@ def is_causal_mask(mask: Tensor | None, length: int) -> bool:
     return torch.equal(mask, causal)
 
 
+def check_attn_mask(
+    names: Names,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    *,
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+) -> None:
+    """Raise unless ``attn_mask`` fits, and is there if ``is_causal`` says what it is."""
+    function = names.function
+    if attn_mask is not None:
+        _check_mask_type(function, names.attn_mask, attn_mask)
+        wanted = {2: (rows, keys), 3: (batch * heads, rows, keys)}
+        if tuple(attn_mask.shape) != wanted.get(attn_mask.dim()):
+            raise ValueError(
+                f"{function}(): expected '{names.attn_mask}' to have shape {wanted[2]} "
+                f"(queries, keys) or {wanted[3]} (batch * heads, queries, keys), "
+                f"but got {tuple(attn_mask.shape)}"
+            )
+    elif is_causal:
+        raise ValueError(
+            f"{function}(): is_causal=True is a hint that '{names.attn_mask}' is the causal mask, "
+            f"so '{names.attn_mask}' is needed, but got None; see "
+            f"torch.nn.Transformer.generate_square_subsequent_mask"
+        )
+
+
 def attention_masks(
     names: Names,
     attn_mask: Tensor | None,
@@ -127,25 +159,10 @@ def attention_masks(
     that ``attn_mask`` is the causal mask, ``attn_mask`` is not read, unless it may be learned or
     the causal pattern would hide appended keys.
     """
-    function = names.function
-    if attn_mask is not None:
-        _check_mask_type(function, names.attn_mask, attn_mask)
-        wanted = {2: (rows, keys), 3: (batch * heads, rows, keys)}
-        if tuple(attn_mask.shape) != wanted.get(attn_mask.dim()):
-            raise ValueError(
-                f"{function}(): expected '{names.attn_mask}' to have shape {wanted[2]} "
-                f"(queries, keys) or {wanted[3]} (batch * heads, queries, keys), "
-                f"but got {tuple(attn_mask.shape)}"
-            )
-    elif is_causal:
-        raise ValueError(
-            f"{function}(): is_causal=True is a hint that '{names.attn_mask}' is the causal mask, "
-            f"so '{names.attn_mask}' is needed, but got None; see "
-            f"torch.nn.Transformer.generate_square_subsequent_mask"
-        )
+    check_attn_mask(names, attn_mask, is_causal, batch=batch, heads=heads, rows=rows, keys=keys)
     if key_padding_mask is not None:
         name = names.key_padding_mask
-        check_padding_mask(function, name, key_padding_mask, batched, batch, keys)
+        check_padding_mask(names.function, name, key_padding_mask, batched, batch, keys)
 
     is_causal = (
         is_causal and attn_mask is not None and not attn_mask.requires_grad and not appended

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedformer import functional
 from fusedformer._backend import chosen_backend
 from fusedformer.functional import Activation
+from fusedformer.functional._steps import linear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,14 +42,14 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     )
 
 
-def product(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """``x @ weight.T``, and the bias that is still to be added, if any.
 
     The kernels add it on their way; ATen adds it for free within the product.
     """
     if chosen_backend(x) == "torch":
-        return F.linear(x, linear.weight, linear.bias), None
-    return F.linear(x, linear.weight), linear.bias
+        return linear(x, layer.weight, layer.bias)[0], None
+    return linear(x, layer.weight, None)[0], layer.bias
 
 
 def fused_activation(activation: Any) -> Activation | None:
@@ -61,3 +63,42 @@ def fused_activation(activation: Any) -> Activation | None:
     if is_plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     return None
+
+
+class Pending(NamedTuple):
+    """``dropout(x + bias) + residual``, not yet computed: the norm after it comes along."""
+
+    x: Tensor
+    bias: Tensor | None
+    dropout: nn.Dropout
+    residual: Tensor
+
+    def added(self) -> Tensor:
+        """The sum."""
+        x, residual = self._promoted()
+        return functional.dropout_add(x, residual, input_bias=self.bias, **self._dropout())
+
+    def normed(self, norm: nn.LayerNorm) -> Tensor:
+        """The norm of the sum."""
+        x, residual = self._promoted()
+        output: Tensor = functional.dropout_add_layer_norm(
+            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            input_bias=self.bias, **self._dropout(),
+        )
+        return output
+
+    def normed_and_sum(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Both."""
+        x, residual = self._promoted()
+        return functional.dropout_add_layer_norm(
+            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            input_bias=self.bias, return_sum=True, **self._dropout(),
+        )
+
+    def _dropout(self) -> dict[str, Any]:
+        return {"p": self.dropout.p, "training": self.dropout.training}
+
+    def _promoted(self) -> tuple[Tensor, Tensor]:
+        """Both in one dtype: under autocast a product is narrower than the residual stream."""
+        dtype = torch.promote_types(self.x.dtype, self.residual.dtype)
+        return self.x.to(dtype), self.residual.to(dtype)

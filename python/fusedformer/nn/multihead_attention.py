@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks, functional
-from fusedformer.nn._masks import Names, attention_masks, check_sequence
+from fusedformer.functional import Selection
+from fusedformer.functional._steps import linear, self_attention
+from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
 
 _NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_padding_mask")
 
@@ -137,6 +139,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             names, attn_mask, key_padding_mask, is_causal, batched=query.dim() == 3,
             batch=batch, heads=self.num_heads, rows=rows, keys=keys, appended=appended,
         )
+        if query is key and key is value and self._can_pack() and not return_weights:
+            return self._attend_to_itself(query, masks, fork=False)[0], None
         q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
         if appended:
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
@@ -153,14 +157,42 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Whether self-attention is one projection, and nothing is appended to the keys."""
         return self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
 
-    def _attend_packed(self, x: Tensor, packing: functional.Packing, is_causal: bool) -> Tensor:
-        """The merged heads ``[total, E]`` of packed rows, each sequence for itself."""
-        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = torch.unflatten(projected, -1, (3, self.num_heads, -1)).unbind(1)
-        starts, longest = packing.cu_seqlens, packing.max_seqlen
+    def _attend_to_itself(
+        self, x: Tensor, masks: AttentionMasks, *, fork: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Merged heads like ``x``, if :meth:`_can_pack`; and ``x`` as in ``ops.linear``.
+
+        ``x`` is a batch, one sequence, or packed rows ``[total, E]``.
+        """
+        projected, x = linear(x, self.in_proj_weight, self.in_proj_bias, fork=fork)
+        qkv = torch.unflatten(projected, -1, (3, self.num_heads, self.head_dim))
+        sequence_first = x.dim() == 3 and not self.batch_first
+        if x.dim() == 2:
+            qkv = qkv[None]
+        elif sequence_first:
+            qkv = qkv.transpose(0, 1)
+        dropout_p = self.dropout if self.training else 0.0
+        heads = self_attention(qkv, dropout_p, **masks._asdict())
+        if x.dim() == 2:
+            heads = heads[0]
+        elif sequence_first:
+            heads = heads.transpose(0, 1)
+        return heads.flatten(-2), x
+
+    def _attend_from(self, x: Tensor, rows: Selection, masks: AttentionMasks) -> Tensor:
+        """Merged heads of some of packed ``x``'s rows, if :meth:`_can_pack`; not causal."""
+        sizes = [self.embed_dim, 2 * self.embed_dim]
+        weights = torch.split(self.in_proj_weight, sizes)
+        bias = self.in_proj_bias
+        biases = (None, None) if bias is None else torch.split(bias, sizes)
+        query = F.linear(rows.take(x), weights[0], biases[0])
+        pair = F.linear(x, weights[1], biases[1])
+        key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
+        assert masks.cu_seqlens_k is not None
         output: Tensor = functional.varlen_attention(
-            query, key, value, starts, starts, longest, longest,
-            self.dropout if self.training else 0.0, is_causal,
+            torch.unflatten(query, -1, (self.num_heads, -1)), key, value, rows.cu_seqlens,
+            masks.cu_seqlens_k, rows.max_seqlen, masks.max_seqlen,
+            self.dropout if self.training else 0.0,
         )
         return output.flatten(1)
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer._backend import chosen_backend
+from fusedformer.functional import Selection
+from fusedformer.functional._selection import check_output_rows, packing_and_selection
 from fusedformer.nn._masks import (
+    AttentionMasks,
+    Names,
+    check_attn_mask,
     check_padding_mask,
     check_rank,
     is_causal_mask,
     padded_positions,
 )
-from fusedformer.nn._modules import is_plain
+from fusedformer.nn._modules import Pending, is_plain
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
+
+_NAMES = Names("TransformerEncoder", "src", "src", "src", "mask", "src_key_padding_mask")
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -26,8 +36,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     With a boolean ``src_key_padding_mask`` of any pattern, layers that are this library's, and no
     ``mask`` but the causal one, padding is not computed at all: real tokens are packed at the
-    entry and unpacked at the exit, in training too. On a GPU that waits for the device once.
-    Inside ``torch.compile`` the padded form is computed.
+    entry and unpacked at the exit, in training too. On a GPU that waits for the device once;
+    jagged nested tensors need no packing and no waiting.
 
     Args:
         encoder_layer: copied ``num_layers`` times, parameters included.
@@ -35,6 +45,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         norm: applied at the end, or None. It is not copied.
         enable_nested_tensor: kept as an attribute; nothing is converted to nested tensors.
         mask_check: kept as an attribute; masks of any pattern are handled alike.
+        static_shapes: pack without waiting, so that a CUDA graph can capture the encoder: the
+            tokens come first and attention skips what is behind them, which the products and norms
+            do not. Inside ``torch.compile`` it is always so. On the torch backend the padded form
+            is computed instead. May be set as an attribute.
 
     Raises:
         TypeError: ``encoder_layer`` or ``norm`` is not a module.
@@ -50,6 +64,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         norm: nn.Module | None = None,
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
+        *,
+        static_shapes: bool = False,
     ) -> None:
         for name, module in (("encoder_layer", encoder_layer), ("norm", norm)):
             if not isinstance(module, nn.Module) and not (name == "norm" and module is None):
@@ -67,6 +83,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check
         )
         self.enable_nested_tensor = enable_nested_tensor
+        self.static_shapes = static_shapes
 
     def forward(
         self,
@@ -74,26 +91,39 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        *,
+        output_rows: Tensor | None = None,
     ) -> Tensor:
         """Pass ``src`` through all layers and the norm.
 
         Args:
             src: ``[N, S, E]`` if the layers are ``batch_first``, else ``[S, N, E]``; unbatched
-                ``[S, E]``.
+                ``[S, E]``. Or jagged ``torch.nested`` ``[N, jagged, E]``, which is packed already.
             mask: ``[S, S]`` or ``[N * nhead, S, S]``; True = masked, or floating-point and added
                 to the scores.
             src_key_padding_mask: ``[N, S]`` (unbatched ``[S]``); True = masked, or added.
             is_causal: a hint that ``mask`` is the causal mask, so that it need not be read. None
                 looks whether it is, which on a GPU waits for the device once.
+            output_rows: only these rows of the output, batch first whatever the input is: boolean
+                ``[N, S]`` (masked positions, say), or int64 ``[N, R]``, columns of each sequence
+                (0 for the CLS token). What follows attention in the last layer, its queries
+                included, is then computed for them alone wherever batches are packed, and also
+                without padding. Torch's encoder does not have it.
 
         Returns:
             Tensor of the shape and dtype of ``src``, 0 at positions that
-            ``src_key_padding_mask`` removes (True or -inf).
+            ``src_key_padding_mask`` removes (True or -inf). With ``output_rows``
+            ``[number of True, E]`` in the order of the batch, or ``[N, R, E]``.
 
         Raises:
             TypeError, ValueError: as :class:`TransformerEncoderLayer`.
+            ValueError: boolean ``output_rows`` with ``static_shapes``.
+            IndexError: ``output_rows`` on the CPU with columns that do not exist.
         """
         function = "TransformerEncoder"
+        if isinstance(src, Tensor) and src.is_nested:
+            self._check_nested(src, mask, src_key_padding_mask, is_causal, output_rows)
+            return self._forward_nested(src, mask is not None)
         check_rank(function, "src", src)
         batched, batch_first = src.dim() == 3, self._batch_first()
         length = src.shape[1 if batched and batch_first else 0]
@@ -102,56 +132,153 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             check_padding_mask(
                 function, "src_key_padding_mask", src_key_padding_mask, batched, batch, length
             )
+        if output_rows is not None:
+            check_output_rows(function, output_rows, batch, length)
         if is_causal is None:
             is_causal = is_causal_mask(mask, length)
 
-        if src_key_padding_mask is not None and self._can_pack(
-            src, mask, src_key_padding_mask, is_causal
-        ):
-            return self._forward_packed(src, ~src_key_padding_mask, is_causal, batch_first)
+        padding = src_key_padding_mask
+        boolean = padding is None or padding.dtype == torch.bool
+        only_causal = mask is None or (is_causal and not mask.requires_grad)
+        fused = src.dim() == 3 and self._is_fused()
+        if fused and boolean and only_causal and (padding is not None or output_rows is not None):
+            static = self._static_shapes(src)
+            if static is not None:
+                first: Any = self.layers[0] if len(self.layers) else None
+                check_attn_mask(
+                    _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
+                    heads=first.self_attn.num_heads if first else 1,
+                )
+                keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+                keep = keep if padding is None else ~padding
+                rows = src if batch_first else src.transpose(0, 1)
+                output = self._forward_packed(rows, keep, is_causal, output_rows, static)
+                whole = output_rows is None and not batch_first
+                return output.transpose(0, 1) if whole else output
+        output = self._forward_padded(src, mask, padding, is_causal)
+        if output_rows is None:
+            return output
+        if batched and not batch_first:
+            output = output.transpose(0, 1)
+        output = output if batched else output[None]
+        if output_rows.dtype == torch.bool:
+            return output[output_rows]
+        return output.take_along_dim(output_rows[..., None], 1)
+
+    def _is_fused(self) -> bool:
+        """Whether layers and norm are what :meth:`_run` may take apart."""
+        ours = (isinstance(la, TransformerEncoderLayer) and la._can_pack() for la in self.layers)
+        norm: Any = self.norm
+        plain = norm is None or is_plain(norm, LayerNorm, nn.LayerNorm)
+        return all(ours) and plain and (norm is None or len(norm.normalized_shape) == 1)
+
+    def _static_shapes(self, src: Tensor) -> bool | None:
+        """Whether to pack with static shapes; None where that cannot be done."""
+        tracing = torch.compiler.is_compiling()  # how many tokens there are decides no shape then
+        if not (tracing or self.static_shapes):
+            return False
+        return True if chosen_backend(src) == "triton" else None
+
+    def _forward_padded(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> Tensor:
         output = src
         for layer in self.layers:
             output = layer(
-                output, src_mask=mask, is_causal=is_causal,
-                src_key_padding_mask=src_key_padding_mask,
+                output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding
             )
         if self.norm is not None:
             output = self.norm(output)
-        if src_key_padding_mask is None:
+        if padding is None:
             return output
-        padded = padded_positions(src_key_padding_mask)
-        if batched and not batch_first:
+        padded = padded_positions(padding)
+        if src.dim() == 3 and not self._batch_first():
             padded = padded.transpose(0, 1)
         return output.masked_fill(padded[..., None], 0.0)
 
-    def _can_pack(
-        self, src: Tensor, mask: Tensor | None, padding: Tensor, is_causal: bool
-    ) -> bool:
-        """Whether every layer gives the same on the real tokens alone.
-
-        Not while tracing: how many there are decides the shapes.
-        """
-        ours = (isinstance(la, TransformerEncoderLayer) and la._can_pack() for la in self.layers)
-        return (
-            src.dim() == 3
-            and padding.dtype == torch.bool
-            and (mask is None or (is_causal and not mask.requires_grad))
-            and not torch.compiler.is_compiling()
-            and all(ours)
-            and (self.norm is None or is_plain(self.norm, LayerNorm, nn.LayerNorm))
-        )
-
     def _forward_packed(
-        self, src: Tensor, keep: Tensor, is_causal: bool, batch_first: bool
+        self,
+        src: Tensor,
+        keep: Tensor,
+        is_causal: bool,
+        output_rows: Tensor | None,
+        static_shapes: bool,
     ) -> Tensor:
-        packing = functional.Packing.of(keep)
-        output = functional.pack(src if batch_first else src.transpose(0, 1), packing)
+        """The output of ``src`` ``[N, S, E]``, its real tokens or only ``output_rows`` of them."""
+        rows = None
+        if output_rows is None:
+            packing = functional.Packing.of(keep, static_shapes=static_shapes)
+        else:
+            packing, rows = packing_and_selection(keep, output_rows, static_shapes=static_shapes)
+        masks = AttentionMasks(
+            None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
+        )
+        output = self._run(functional.pack(src, packing), masks, rows)
+        return functional.unpack(output, packing) if rows is None else rows.result(output)
+
+    def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
+        """The output of jagged ``[N, jagged, E]``, packed already."""
+        jagged: Any = src
+        values, starts = jagged.values(), jagged.offsets()
+        # The longest length would have to be fetched from the device; the number of tokens bounds.
+        longest = values.shape[0]
+        masks = AttentionMasks(None, None, is_causal, starts, starts, longest)
+        output = self._run(values, masks, None)
+        nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
+        return nested
+
+    def _run(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
+        """All layers and the norm of packed rows; the last layer computes only ``rows``.
+
+        The sum at the end of a layer whose norms come first is left to the norm that follows.
+        """
+        norm: Any = self.norm
+        pending: Pending | None = None
         for layer in self.layers:
-            output = layer._forward_packed(output, packing, is_causal)
-        if self.norm is not None:
-            output = self.norm(output)
-        output = functional.unpack(output, packing)
-        return output if batch_first else output.transpose(0, 1)
+            wanted = rows if layer is self.layers[-1] else None
+            if not layer.norm_first:
+                x = x if pending is None else pending.added()
+                x, pending = layer._post_norm(x, masks, wanted), None
+            elif pending is None:
+                pending = layer._pre_norm(x, layer.norm1(x), masks, wanted)
+            else:
+                normed, x = pending.normed_and_sum(layer.norm1)
+                pending = layer._pre_norm(x, normed, masks, wanted)
+        if rows is not None and not len(self.layers):
+            x = rows.take(x)
+        if pending is not None:
+            return pending.added() if norm is None else pending.normed(norm)
+        output: Tensor = x if norm is None else norm(x)
+        return output
+
+    def _check_nested(
+        self,
+        src: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        is_causal: bool | None,
+        output_rows: Tensor | None,
+    ) -> None:
+        function = "TransformerEncoder"
+        if src.layout != torch.jagged or src.dim() != 3 or not src.is_contiguous():
+            raise TypeError(
+                f"{function}(): expected a nested 'src' to be jagged and contiguous, [batch, "
+                f"jagged, width], but got {src.layout} with {src.dim()} dimensions"
+            )
+        given = {"src_key_padding_mask": padding, "output_rows": output_rows}
+        for name, tensor in given.items():
+            if tensor is not None:
+                raise ValueError(f"{function}(): expected no '{name}' with a nested 'src'")
+        if mask is not None and not is_causal:
+            raise ValueError(
+                f"{function}(): expected no 'mask' with a nested 'src' but the causal one, "
+                f"together with is_causal=True"
+            )
+        if not self._batch_first() or not self._is_fused():
+            raise ValueError(
+                f"{function}(): a nested 'src' needs layers of this library with "
+                f"batch_first=True, without hooks or replaced children"
+            )
 
     def _batch_first(self) -> bool:
         attention = getattr(self.layers[0], "self_attn", None) if len(self.layers) else None

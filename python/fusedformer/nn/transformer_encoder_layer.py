@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fusedformer import functional
-from fusedformer.nn._masks import Names, check_sequence
-from fusedformer.nn._modules import adopt, fused_activation, is_plain, product
+from fusedformer.functional import Selection
+from fusedformer.functional._steps import FeedForward, feed_forward
+from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
+from fusedformer.nn._modules import Pending, adopt, fused_activation, is_plain, product
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
@@ -46,6 +47,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         norm_first: norms before attention and feed-forward (pre-norm) rather than after.
         bias: whether the products and norms have biases.
         device, dtype: of the parameters.
+        checkpoint_activation: compute the output of the activation again in the backward rather
+            than keep it: ``dim_feedforward`` numbers a token less memory, for one kernel more. The
+            only argument that torch's layer does not have; may be set as an attribute.
 
     Raises:
         ValueError: ``nhead`` does not divide ``d_model``; unknown name of an activation;
@@ -70,6 +74,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        checkpoint_activation: bool = False,
     ) -> None:
         function = "TransformerEncoderLayer"
         check_heads(function, "d_model", d_model, "nhead", nhead)
@@ -87,6 +93,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
         )
+        self.checkpoint_activation = checkpoint_activation
         self.self_attn = adopt(self.self_attn, MultiheadAttention)
         self.norm1 = adopt(self.norm1, LayerNorm)
         self.norm2 = adopt(self.norm2, LayerNorm)
@@ -120,19 +127,50 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return self._compose(src, src_mask, src_key_padding_mask, is_causal)
         weight = attention.out_proj.weight
         check_sequence("TransformerEncoderLayer", "src", src, attention.embed_dim, weight)
-        x = self.norm1(src) if self.norm_first else src
-        heads, _ = attention._attend(
-            x, x, x, src_key_padding_mask, src_mask, is_causal, False, names=_NAMES
+        heads = attention.num_heads
+        batched = src.dim() == 3
+        batch, length = attention._sizes(src)
+        masks = attention_masks(
+            _NAMES, src_mask, src_key_padding_mask, is_causal, batched=batched, batch=batch,
+            heads=heads, rows=length, keys=length,
         )
-        return self._after_attention(src, heads)
+        if self.norm_first:
+            return self._pre_norm(src, self.norm1(src), masks).added()
+        return self._post_norm(src, masks)
 
-    def _forward_packed(self, src: Tensor, packing: functional.Packing, is_causal: bool) -> Tensor:
-        """The same for packed rows ``[total, E]``, if :meth:`_can_pack`."""
+    def _post_norm(
+        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
+    ) -> Tensor:
+        """The layer of a batch, a sequence or packed rows, if :meth:`_can_pack`.
+
+        Or, of packed ``x``, only ``rows`` of the result.
+        """
+        heads, x = self._heads(x, x, masks, rows, fork=True)
+        x = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x).normed(self.norm1)
+        inner, bias, x = self._feed_forward(x, fork=True)
+        return Pending(inner, bias, self.dropout2, x).normed(self.norm2)
+
+    def _pre_norm(
+        self, x: Tensor, normed: Tensor, masks: AttentionMasks, rows: Selection | None = None
+    ) -> Pending:
+        """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
+        heads, x = self._heads(normed, x, masks, rows, fork=False)
+        pending = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x)
+        normed, x = pending.normed_and_sum(self.norm2)
+        inner, bias, _ = self._feed_forward(normed, fork=False)
+        return Pending(inner, bias, self.dropout2, x)
+
+    def _heads(
+        self, x: Tensor, residual: Tensor, masks: AttentionMasks, rows: Selection | None, fork: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(merged heads of ``x``, ``residual``), of ``rows`` if they are given."""
         attention = self.self_attn
         assert isinstance(attention, MultiheadAttention)
-        x = self.norm1(src) if self.norm_first else src
-        heads = attention._attend_packed(x, packing, is_causal)
-        return self._after_attention(src, heads)
+        if rows is not None and not masks.is_causal:
+            return attention._attend_from(x, rows, masks), rows.take(residual)
+        heads, x = attention._attend_to_itself(x, masks, fork=fork and rows is None)
+        residual = x if fork else residual
+        return (heads, residual) if rows is None else (rows.take(heads), rows.take(residual))
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
@@ -144,25 +182,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             and self._children_are_plain()
         )
 
-    def _after_attention(self, src: Tensor, heads: Tensor) -> Tensor:
-        """All that follows the merged heads, row by row."""
-        projected, bias = product(heads, self.self_attn.out_proj)
-        if self.norm_first:
-            normed, total = _add_norm_and_sum(projected, bias, self.dropout1, src, self.norm2)
-            return _add(*self._feed_forward(normed), self.dropout2, total)
-        x = _add_norm(projected, bias, self.dropout1, src, self.norm1)
-        return _add_norm(*self._feed_forward(x), self.dropout2, x, self.norm2)
-
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The feed-forward block without its last bias and dropout, and that bias."""
+    def _feed_forward(self, x: Tensor, *, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The block without its last dropout, the bias still to be added, and ``x``."""
         name = fused_activation(self.activation)
-        if name is None:
-            hidden = self.dropout(self.activation(self.linear1(x)))
-        else:
-            hidden = functional.bias_activation(
-                *product(x, self.linear1), name, p=self.dropout.p, training=self.dropout.training
-            )
-        return product(hidden, self.linear2)
+        block = FeedForward(
+            self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias,
+            self.activation if name is None else name,
+            self.dropout.p if self.dropout.training else 0.0, self.checkpoint_activation,
+        )
+        return feed_forward(x, block, fork=fork)
 
     def _compose(
         self,
@@ -197,39 +225,3 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
                 for dropout in (self.dropout, self.dropout1, self.dropout2)
             )
         )
-
-
-def _add(x: Tensor, bias: Tensor | None, dropout: nn.Dropout, residual: Tensor) -> Tensor:
-    """``dropout(x + bias) + residual``."""
-    x, residual = _promoted(x, residual)
-    return functional.dropout_add(
-        x, residual, input_bias=bias, p=dropout.p, training=dropout.training
-    )
-
-
-def _add_norm(
-    x: Tensor, bias: Tensor | None, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
-) -> Tensor:
-    """The norm of :func:`_add`."""
-    x, residual = _promoted(x, residual)
-    return functional.dropout_add_layer_norm(
-        x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, input_bias=bias,
-        p=dropout.p, training=dropout.training,
-    )
-
-
-def _add_norm_and_sum(
-    x: Tensor, bias: Tensor | None, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor]:
-    """The norm of :func:`_add`, and :func:`_add`."""
-    x, residual = _promoted(x, residual)
-    return functional.dropout_add_layer_norm(
-        x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, input_bias=bias,
-        p=dropout.p, training=dropout.training, return_sum=True,
-    )
-
-
-def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype: under autocast a product is narrower than the residual stream."""
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return x.to(dtype), residual.to(dtype)

@@ -4,8 +4,10 @@ from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
     merge_attention_states,
     scaled_dot_product_attention,
+    self_attention,
     varlen_attention,
 )
+from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -18,16 +20,20 @@ from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
+    "FeedForward",
     "bias_activation",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "feed_forward",
     "gather_rows",
     "layer_norm",
+    "linear",
     "merge_attention_states",
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
+    "self_attention",
     "softmax",
     "varlen_attention",
 ]

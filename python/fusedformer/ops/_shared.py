@@ -1,4 +1,4 @@
-"""What the op files share: dropout seeds, and the error for double backward."""
+"""What the op files share: dropout seeds, registration, and the error for double backward."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+NO_DOUBLE_BACKWARD = (
+    "fusedformer: double backward through {} is not implemented on the triton backend; "
+    "run the forward under fusedformer.backend('torch')"
+)
+
+
 def no_double_backward(op: str) -> Any:
     """An autograd formula, for the backward of ``op``, that raises a clear error."""
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"fusedformer: double backward through {op} is not implemented on the triton backend; "
-            f"run the forward under fusedformer.backend('torch')"
-        )
+        raise RuntimeError(NO_DOUBLE_BACKWARD.format(op))
 
     return backward
 

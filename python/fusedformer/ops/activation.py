@@ -11,26 +11,62 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops.dropout_aten import dropout_aten
 
 
-def bias_activation(input: Tensor, bias: Tensor | None, activation: str, p: float) -> Tensor:
-    """See :func:`fusedformer.functional.bias_activation`."""
+def bias_activation(
+    input: Tensor, bias: Tensor | None, activation: str, p: float, *, seed: Tensor | None = None
+) -> Tensor:
+    """See :func:`fusedformer.functional.bias_activation`; the kernel draws ``seed`` if None."""
     if chosen_backend(input) == "torch":
-        return _bias_activation_aten(input, bias, activation, p)
+        biased = input if bias is None else input + bias.to(input.dtype)
+        return dropout_aten(activate_aten(biased, activation), p)
     _checks.check_kernel_dtype("bias_activation", "input", input)
-    return _bias_activation(input, bias, draw_seed(p, input.device), p, activation)
+    seed = draw_seed(p, input.device) if seed is None else seed
+    return _bias_activation(input, bias, seed, p, activation)
 
 
-def _bias_activation_aten(input: Tensor, bias: Tensor | None, activation: str, p: float) -> Tensor:
-    if bias is not None:
-        input = input + bias.to(input.dtype)
+def bias_activation_gradients(
+    grad: Tensor,
+    input: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    p: float,
+    seed: Tensor | None,
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``input`` and, if needed, ``bias``, by the kernels; not differentiable."""
+    input_grad, bias_grad = _bias_activation_backward(
+        grad, input, bias, seed, p, activation, needs_bias_grad
+    )
+    return input_grad, bias_grad if needs_bias_grad else None
+
+
+def activate_aten(x: Tensor, activation: str) -> Tensor:
+    """The activation by ATen."""
     if activation == "relu":
-        output = torch.relu(input)
+        return torch.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate=_form(activation))
+
+
+def activation_gradient_in_place(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """``grad`` of what :func:`activate_aten` gives, turned into that of ``x``."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        found = aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
     elif activation == "silu":
-        output = F.silu(input)
+        found = aten.silu_backward.grad_input(grad, x, grad_input=grad)
     else:
-        output = F.gelu(input, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return torch.dropout(output, p, train=True) if p else output
+        form = _form(activation)
+        found = aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)
+    result: Tensor = found
+    return result
+
+
+def _form(activation: str) -> str:
+    return "tanh" if activation == "gelu_tanh" else "none"
 
 
 @torch.library.custom_op("fusedformer::bias_activation", mutates_args=())
@@ -90,11 +126,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, bias, seed = ctx.saved_tensors
-    needs_bias_grad = ctx.needs_input_grad[1]
-    input_grad, bias_grad = _bias_activation_backward(
-        grad, input, bias, seed, ctx.p, ctx.activation, needs_bias_grad
+    grads = bias_activation_gradients(
+        grad, input, bias, ctx.activation, ctx.p, seed, ctx.needs_input_grad[1]
     )
-    return input_grad, bias_grad if needs_bias_grad else None, None, None, None
+    return *grads, None, None, None
 
 
 torch.library.register_autograd("fusedformer::bias_activation", _backward, setup_context=_save)

@@ -144,6 +144,39 @@ def varlen_attention(
     return (output, lse[0]) if return_lse and lse is not None else output
 
 
+def self_attention(
+    qkv: Tensor,
+    dropout_p: float,
+    *,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen: int,
+) -> Tensor:
+    """``[B, L, H, D]`` of one projection ``[B, L, 3, H, D]``, whose gradient comes in one piece.
+
+    Masks as for :func:`scaled_dot_product_attention`, ``attn_mask`` 4-D; or, with B = 1, packed
+    sequences that begin at ``cu_seqlens``.
+    """
+    terms = AttentionTerms(
+        mask=attn_mask, key_mask=key_mask, starts_q=cu_seqlens_q, starts_k=cu_seqlens_k,
+        p=dropout_p, right=0 if is_causal else None, scale=_scale(None, qkv),
+        max_queries=max_seqlen, max_keys=max_seqlen,
+    )
+    if chosen_backend(qkv) == "torch":
+        return attention_aten(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)
+    _check_for_kernels("scaled_dot_product_attention", qkv, qkv)
+    terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
+    if attn_mask is not None and attn_mask.requires_grad:
+        output, _ = registered.attention(*registered.heads_of(qkv), *terms)
+    else:
+        output, _ = registered.self_attention(qkv, *terms)
+    merged: Tensor = output.transpose(1, 2)
+    return merged
+
+
 def merge_attention_states(
     output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer.ops.dropout_aten import dropout_aten
 
 
 def attention_aten(
@@ -64,11 +65,30 @@ def _padded(
     mask = keep
     if added is not None:
         mask = (added if keep is None else added.masked_fill(~keep, -torch.inf)).to(query.dtype)
+    if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
+        return _dropped(query, key, value, terms), lse
     output = F.scaled_dot_product_attention(
         query * sign if sign < 0 else query, key, value, mask, terms.p, is_causal,
         scale=sign * terms.scale, enable_gqa=query.shape[1] != key.shape[1],
     )
     return output, lse
+
+
+def _dropped(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+    """Attention with dropout and nothing else, which ATen has no fused kernel for on the CPU."""
+    batch, heads = query.shape[:2]
+    key, value = (_shared_by_heads(tensor, heads) for tensor in (key, value))
+    q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    nothing = q.new_empty(1)  # ignored, as beta is 0
+    scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=terms.scale)
+    weights = dropout_aten(scores.softmax(-1), terms.p)
+    return torch.unflatten(weights @ v, 0, (batch, heads))
+
+
+def _shared_by_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values repeated for the ``heads`` of queries."""
+    group = heads // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
 
 
 def _explicit(
@@ -78,16 +98,15 @@ def _explicit(
     scores, lse = _scores(query, key, terms)
     removed = scores == -torch.inf
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    weights = F.dropout(weights.masked_fill(removed, 0.0), terms.p)
-    group = query.shape[1] // value.shape[1]
-    wide = value.to(weights.dtype).repeat_interleave(group, dim=1)
+    weights = dropout_aten(weights.masked_fill(removed, 0.0), terms.p)
+    wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
     return (weights @ wide).to(query.dtype), lse, weights
 
 
 def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> tuple[Tensor, Tensor]:
     """(scores ``[B, H, L, S]`` with -inf where hidden, log-sum-exp), at least float32."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    key = key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = _shared_by_heads(key.to(wide), query.shape[1])
     scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)

@@ -157,6 +157,96 @@ torch.library.register_autograd(
 torch.library.register_autograd("fusedformer::attention_backward", no_double_backward("attention"))
 
 
+# Self-attention on one projection, whose gradient is written in one piece.
+
+
+def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views ``[B, H, L, D]`` of query, key and value."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))
+    return query, key, value
+
+
+@torch.library.custom_op(
+    "fusedformer::self_attention", mutates_args=(),
+    schema=f"(Tensor qkv, {_TERMS}) -> (Tensor, Tensor)",
+)  # fmt: skip
+def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_forward import attention_forward
+
+    query, key, value = heads_of(qkv)
+    return attention_forward(query, key, value, AttentionTerms(*terms))
+
+
+@register_fake("fusedformer::self_attention")
+def _(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    batch, length, _, heads, dim = qkv.shape
+    output = qkv.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return output, qkv.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fusedformer::self_attention_backward", mutates_args=(),
+    schema="(Tensor? grad, Tensor? lse_grad, Tensor qkv, Tensor output, Tensor lse, "
+    f"{_TERMS}) -> Tensor",
+)  # fmt: skip
+def self_attention_backward(
+    grad: Tensor | None,
+    lse_grad: Tensor | None,
+    qkv: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *terms: Any,
+) -> Tensor:
+    """Gradient of qkv, laid out as it is."""
+    from fusedformer_kernels.attention_arguments import AttentionTerms
+    from fusedformer_kernels.attention_backward import attention_backward as launch
+
+    found = torch.empty_like(qkv)
+    launch(
+        grad, lse_grad, *heads_of(qkv), output, lse, AttentionTerms(*terms),
+        [True] * 3 + [False] * 3, heads_of(found),
+    )
+    return found
+
+
+@register_fake("fusedformer::self_attention_backward")
+def _(
+    grad: Tensor | None,
+    lse_grad: Tensor | None,
+    qkv: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *terms: Any,
+) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _self_attention_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    _save(ctx, (inputs[0], *output), inputs[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _self_attention_autograd(
+    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None and lse_grad is None:
+        return (None,) * (1 + _N_TERMS)
+    tensors, terms = _saved(ctx)
+    return self_attention_backward(grad, lse_grad, *tensors, *terms), *(None,) * _N_TERMS
+
+
+torch.library.register_autograd(
+    "fusedformer::self_attention", _self_attention_autograd, setup_context=_self_attention_setup
+)
+torch.library.register_autograd(
+    "fusedformer::self_attention_backward", no_double_backward("attention")
+)
+
+
 # The attention weights, for those who ask for them.
 
 

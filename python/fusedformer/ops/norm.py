@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops.dropout_aten import dropout_add_aten
 
 Shape = tuple[int, ...]
 
@@ -116,7 +117,7 @@ def _dropout_add_aten(
 ) -> Tensor:
     if input_bias is not None:
         input = input + input_bias.to(input.dtype)
-    return (torch.dropout(input, p, train=True) if p else input) + residual
+    return dropout_add_aten(input, residual, p)
 
 
 @torch.library.custom_op("fusedformer::norm", mutates_args=())

@@ -11,20 +11,28 @@ from fusedformer._backend import chosen_backend
 from fusedformer.ops._shared import register_fake
 
 
-def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def gather_rows(
+    x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unused: bool
+) -> Tensor:
     """``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
 
     Args:
         x: ``[N, D]``.
         index: int64 ``[M]``; no row but -1 occurs twice.
         inverse: int64 ``[N]``: where each row of ``x`` goes, -1 if nowhere.
+        holes: whether there may be -1 in ``index``.
+        unused: whether there may be -1 in ``inverse``.
     """
     if chosen_backend(x) == "triton":
         result: Tensor = _gather_rows(x, index, inverse)
         return result
-    if index.shape[0] <= inverse.shape[0]:  # packing: every row is there
+    if not holes:
         return x.index_select(0, index)
-    return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
+    if not unused:
+        return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], x.shape[1])
+    return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)
 
 
 @torch.library.custom_op("fusedformer::gather_rows", mutates_args=())

@@ -1,0 +1,9 @@
+"""Steps of the encoder layer, for the modules; their arguments are checked there.
+
+They are not public: what each gives is stated where it is defined.
+"""
+
+from fusedformer.ops import FeedForward as FeedForward
+from fusedformer.ops import feed_forward as feed_forward
+from fusedformer.ops import linear as linear
+from fusedformer.ops import self_attention as self_attention

@@ -1,0 +1,97 @@
+"""Dropout of the torch backend: ``torch.dropout``, and on the CPU several times faster.
+
+ATen's CPU dropout draws a 32-bit number for each element, one after another. Here an element is 16
+bits of a 64-bit draw, in pieces that stay in the cache. That rounds ``p`` to a multiple of 2**-16;
+elements are multiplied with the inverse of the rounded probability, so that the mean is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Probabilities outside would be changed by more than 0.2 % of themselves.
+_SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
+_PIECE = 2**17
+
+
+def dropout_aten(x: Tensor, p: float) -> Tensor:
+    """``x`` with elements dropped with probability ``p`` and the rest made larger."""
+    if not _is_fast(x, p):
+        return torch.dropout(x, p, train=True) if p else x
+    return x * _noise(x, p)
+
+
+def dropout_add_aten(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """:func:`dropout_aten` and ``residual``, in one new tensor."""
+    if not _is_fast(x, p):
+        return dropout_aten(x, p) + residual
+    return torch.addcmul(residual, x, _noise(x, p))
+
+
+def drop_in_place(x: Tensor, p: float) -> Tensor | None:
+    """Drop elements of contiguous ``x``, and return which were kept, or None if all were."""
+    if not p:
+        return None
+    if not _is_fast(x, p):
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p)
+    else:
+        kept = torch.empty(x.shape, dtype=torch.bool)
+        for start, stop, bits in _draws(x.numel()):
+            torch.ge(bits, _dropped(p) - 2**15, out=kept.view(-1)[start:stop])
+    drop_again_in_place(x, kept, p)
+    return kept
+
+
+def drop_again_in_place(x: Tensor, kept: Tensor | None, p: float) -> None:
+    """Drop the same elements: of the activation again, or of its gradient."""
+    if kept is None:
+        return
+    flat, flags, factor = x.view(-1), kept.view(torch.uint8).view(-1), _factor(x, p)
+    for start in range(0, x.numel(), _PIECE):
+        # A product with flags of another dtype takes ATen thirty times as long.
+        piece = flat[start : start + _PIECE]
+        piece.mul_(flags[start : start + _PIECE].to(x.dtype)).mul_(factor)
+
+
+def kept_factor(kept: Tensor, p: float, x: Tensor) -> Tensor:
+    """What :func:`drop_again_in_place` multiplies ``x`` with."""
+    return kept.to(x.dtype) * _factor(x, p)
+
+
+def _factor(x: Tensor, p: float) -> float:
+    """The inverse of the probability to be kept."""
+    if not _is_fast(x, p):
+        return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    return 1.0 / (1.0 - _dropped(p) / 2**16)
+
+
+def _is_fast(x: Tensor, p: float) -> bool:
+    # A compiler has random numbers of its own.
+    plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and _SMALLEST <= p <= _LARGEST
+
+
+def _dropped(p: float) -> int:
+    """How many of the 2**16 values of a draw drop an element."""
+    return round(p * 2**16)
+
+
+def _draws(count: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Pieces of ``count`` elements: (first, end, 16 random bits for each)."""
+    draws = torch.empty(min(_PIECE, count + 3) // 4, dtype=torch.int64)
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        yield start, stop, draws.random_(-(2**63), None).view(torch.int16)[: stop - start]
+
+
+def _noise(x: Tensor, p: float) -> Tensor:
+    """What dropout multiplies with: 0, or the inverse of the probability to be kept."""
+    noise = torch.empty(x.shape, dtype=x.dtype)
+    for start, stop, bits in _draws(x.numel()):
+        piece = noise.view(-1)[start:stop]
+        torch.ge(bits, _dropped(p) - 2**15, out=piece)
+        piece.mul_(_factor(x, p))
+    return noise

@@ -1,0 +1,274 @@
+"""Products around a residual connection, as one node of autograd each.
+
+The products are torch's. What a node of its own saves is what autograd puts between them: a
+gradient that comes by way of the residual is the accumulator of the product that computes the
+other (``beta = 1``), not another tensor to be added; and the feed-forward block keeps what its
+backward reads, and nothing for parameters that are frozen.
+
+Nodes of their own are left to the compositions of the same calls while a compiler traces, under
+``torch.func`` transforms, and in the backward of a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fusedformer._backend import chosen_backend
+from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed
+from fusedformer.ops.activation import (
+    activate_aten,
+    activation_gradient_in_place,
+    bias_activation,
+    bias_activation_gradients,
+)
+from fusedformer.ops.dropout_aten import (
+    drop_again_in_place,
+    drop_in_place,
+    dropout_aten,
+    kept_factor,
+)
+from fusedformer.ops.product import product, product_activation, product_add
+
+
+class FeedForward(NamedTuple):
+    """``linear2(dropout(activation(linear1(x))))``: parameters and settings.
+
+    A callable ``activation`` is applied as it is; a name is one that
+    :func:`fusedformer.functional.bias_activation` knows.
+    """
+
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    activation: str | Callable[[Tensor], Tensor]
+    p: float
+    checkpoint_activation: bool = False
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, fork: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(``x @ weight.T + bias``, ``x``); with ``fork``, ``x`` goes on to nothing but this.
+
+    Args:
+        x: ``[..., d_in]``.
+        weight: ``[d_out, d_in]``.
+        bias: ``[d_out]``.
+        fork: the second result is a view whose gradient is added within the product that gives
+            the gradient of ``x``; it must have one consumer.
+    """
+    fork = fork and x.requires_grad
+    how = _how(x, weight, bias)
+    if how == "plain":
+        return product(x, weight, bias), x
+    if how == "composed" or not (fork or x.device.type == "cpu"):
+        return F.linear(x, weight, bias), x
+    weight, bias = _narrowed(x, weight), _narrowed(x, bias)
+    found = _Linear.apply(x, weight, bias, fork)  # type: ignore[no-untyped-call]
+    return found if isinstance(found, tuple) else (found, x)
+
+
+def feed_forward(
+    x: Tensor, block: FeedForward, *, fork: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(``block`` of ``x``, the bias that is still to be added to it, ``x`` as in :func:`linear`).
+
+    ATen adds the last bias within the product; the kernels add it when they read the result.
+    """
+    triton = chosen_backend(x) == "triton"
+    late_bias = block.bias2 if triton else None
+    if triton:
+        block = block._replace(bias2=None)
+    name = None if callable(block.activation) else block.activation
+    how = _how(x, *block[:4])
+    if name is None or how == "composed" or (triton and how == "plain"):
+        return _composed(x, block), late_bias, x
+    if how == "plain":
+        hidden = product_activation(x, block.weight1, block.bias1, name)
+        drop_in_place(hidden, block.p)
+        return product(hidden, block.weight2, block.bias2), late_bias, x
+    weight1, bias1, weight2, bias2 = (_narrowed(x, t) for t in block[:4])
+    bias1 = block.bias1 if triton else bias1  # the kernels take it as it is
+    found = _FeedForward.apply(  # type: ignore[no-untyped-call]
+        x, weight1, bias1, weight2, bias2, name, block.p, block.checkpoint_activation,
+        fork and x.requires_grad,
+    )
+    return (found[0], late_bias, found[1]) if isinstance(found, tuple) else (found, late_bias, x)
+
+
+def _how(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
+    """Without autograd; as a node of it; or by calls that have theirs."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or transformed:
+        return "composed"
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return "node" if wanted else "plain"
+
+
+@overload
+def _narrowed(x: Tensor, parameter: Tensor) -> Tensor: ...
+@overload
+def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None: ...
+def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The parameter in the dtype of products with ``x``, which autocast may make narrower."""
+    device = x.device.type
+    if parameter is None or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return parameter
+    return parameter.to(torch.get_autocast_dtype(device))
+
+
+def _composed(x: Tensor, block: FeedForward) -> Tensor:
+    """The block as differentiable calls."""
+    if callable(block.activation):
+        hidden = block.activation(F.linear(x, block.weight1, block.bias1))
+        hidden = dropout_aten(hidden, block.p)
+    elif chosen_backend(x) == "torch":
+        hidden = F.linear(x, block.weight1, block.bias1)
+        hidden = bias_activation(hidden, None, block.activation, block.p)
+    else:
+        hidden = F.linear(x, block.weight1)
+        hidden = bias_activation(hidden, block.bias1, block.activation, block.p)
+    return F.linear(hidden, block.weight2, block.bias2)
+
+
+class _Linear(torch.autograd.Function):
+    """Saves what ``F.linear`` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fork: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.triton = chosen_backend(x) == "triton"
+        narrow = x.to(weight.dtype)
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        # The torch backend can be differentiated again, from the inputs themselves.
+        saved = (narrow if ctx.triton else x) if needs_weight else None
+        ctx.save_for_backward(saved, weight if needs_x else None)
+        ctx.set_materialize_grads(False)
+        output = product(narrow, weight, bias)
+        return (output, x) if fork else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, through: Tensor | None = None) -> tuple[Any, ...]:
+        if grad is None:
+            return through, None, None, None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        return (
+            _input_gradient(grad, weight, through) if needs_x else None,
+            _weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
+            _bias_gradient(grad) if needs_bias else None,
+            None,
+        )
+
+
+class _FeedForward(torch.autograd.Function):
+    """Saves ``x``, what comes before the activation, and unless it is computed again after it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: str,
+        p: float,
+        checkpoint_activation: bool,
+        fork: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.activation, ctx.p, ctx.triton = activation, p, chosen_backend(x) == "triton"
+        ctx.set_materialize_grads(False)
+        narrow = x.to(weight1.dtype)
+        if ctx.triton:
+            before, drawn = F.linear(narrow, weight1), draw_seed(p, x.device)
+            hidden = bias_activation(before, bias1, activation, p, seed=drawn)
+        else:
+            before = product(narrow, weight1, bias1)
+            hidden = activate_aten(before, activation)
+            drawn = drop_in_place(hidden, p)
+        output = product(hidden, weight2, bias2)
+        _, needs_w1, _, needs_w2, _ = ctx.needs_input_grad[:5]
+        ctx.again = needs_w2 and checkpoint_activation
+        needs_before = any(ctx.needs_input_grad[:3])
+        saved = (narrow if needs_w1 else None) if ctx.triton else x
+        ctx.save_for_backward(
+            saved, weight1, bias1, weight2, bias2, before if needs_before or ctx.again else None,
+            hidden if needs_w2 and not ctx.again else None, drawn,
+        )
+        return (output, x) if fork else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, through: Tensor | None = None) -> tuple[Any, ...]:
+        if grad is None:
+            return through, *(None,) * 8
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, grad, through), *(None,) * 4
+        x, weight1, bias1, weight2, _, before, hidden, drawn = ctx.saved_tensors
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        if ctx.again and ctx.triton:
+            hidden = bias_activation(before, bias1, ctx.activation, ctx.p, seed=drawn)
+        elif ctx.again:
+            hidden = activate_aten(before, ctx.activation)
+            drop_again_in_place(hidden, drawn, ctx.p)
+        grad_w2 = _weight_gradient(grad, hidden) if needs_w2 else None
+        grad_b2 = _bias_gradient(grad) if needs_b2 else None
+        grad_x, grad_w1, grad_b1 = through, None, None
+        if needs_x or needs_w1 or needs_b1:
+            inner = product_add(grad, weight2, None)
+            if ctx.triton:
+                inner, grad_b1 = bias_activation_gradients(
+                    inner, before, bias1, ctx.activation, ctx.p, drawn, needs_b1
+                )
+            else:
+                drop_again_in_place(inner, drawn, ctx.p)
+                inner = activation_gradient_in_place(inner, before, ctx.activation)
+                grad_b1 = _bias_gradient(inner) if needs_b1 else None
+            grad_w1 = _weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
+            grad_x = _input_gradient(inner, weight1, through) if needs_x else None
+        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+
+
+def _differentiable_gradients(
+    ctx: Any, grad: Tensor, through: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of the five inputs that have a graph of their own, on the torch backend."""
+    if ctx.triton:
+        raise RuntimeError(NO_DOUBLE_BACKWARD.format("the feed-forward block"))
+    *inputs, _, _, kept = ctx.saved_tensors
+    x, weight1, bias1, weight2, bias2 = inputs
+    needs = ctx.needs_input_grad[:5]
+    with torch.enable_grad():
+        hidden = activate_aten(F.linear(x.to(weight1.dtype), weight1, bias1), ctx.activation)
+        if kept is not None:
+            hidden = hidden * kept_factor(kept, ctx.p, hidden)
+        output = F.linear(hidden, weight2, bias2)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    grads = [next(found) if need else None for need in needs]
+    if grads[0] is not None and through is not None:
+        grads[0] = grads[0] + through
+    return grads
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
+    """Of a product and, by way of the residual, of all after it; ``through`` is used up."""
+    if not torch.is_grad_enabled():
+        return product_add(grad, weight, through)
+    return grad @ weight if through is None else through + grad @ weight
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0)

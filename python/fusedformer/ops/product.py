@@ -1,0 +1,74 @@
+"""Matrix products with a bias, and where it costs nothing an activation: torch's, never ours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer.ops.activation import activate_aten
+
+# Below so many multiplications a product takes less time than setting it up in oneDNN may.
+_WORTH_ONEDNN = 2**26
+_POST_OPS = {
+    "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}  # fmt: skip
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``; not differentiable.
+
+    float32 products of some size on the CPU go to oneDNN by the operator that torch.compile uses:
+    MKL, which ``F.linear`` takes, is slower there on AMD's processors.
+    """
+    if _prefers_onednn(x, weight, bias):
+        return _onednn(x, weight, bias, "none", "")
+    return F.linear(x, weight, bias)
+
+
+def product_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """``activation(x @ weight.T + bias)``; not differentiable. oneDNN applies it on the way."""
+    if _prefers_onednn(x, weight, bias):
+        return _onednn(x, weight, bias, *_POST_OPS[activation])
+    return activate_aten(F.linear(x, weight, bias), activation)
+
+
+def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    """``x @ weight + addend``, in the memory of ``addend`` where it can be; not differentiable."""
+    if addend is not None and addend.dtype != weight.dtype:
+        return addend + x @ weight
+    if _prefers_onednn(x, weight, addend):
+        turned = weight.t()
+        if addend is None:
+            return _onednn(x, turned, None, "none", "")
+        add = torch.ops.mkldnn._linear_pointwise.binary
+        found: Tensor = add(x, addend, turned, None, "add")
+        return found
+    if addend is None:
+        return x @ weight
+    if not addend.is_contiguous():
+        return addend + x @ weight
+    addend.view(-1, weight.shape[1]).addmm_(x.flatten(0, -2), weight)
+    return addend
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, form: str) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], form)
+    return found
+
+
+def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
+    tensors = [x, weight] if addend is None else [x, weight, addend]
+    return (
+        all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and x.shape[:-1].numel() * weight.numel() >= _WORTH_ONEDNN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._has_mkldnn
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
