@@ -14,6 +14,10 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 
+# Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
+# for all layers, forward and backward.
+SHARED = "fusedformer_work_lists"
+
 
 @triton.jit
 def _list_work(
@@ -69,6 +73,11 @@ def work_list(
         block: rows of a block.
         last_first: whether the last blocks of a sequence are the most work (causal).
     """
+    shared = getattr(starts, SHARED, None)
+    key = (other_starts.data_ptr(), tokens, longest, block, last_first, _is_capturing(starts))
+    if shared is not None and key in shared:
+        found: torch.Tensor = shared[key]
+        return found
     sequences = starts.numel() - 1
     capacity = min(tokens // block + sequences, sequences * configs.ceil_div(longest, block))
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
@@ -76,4 +85,11 @@ def work_list(
         _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), starts, other_starts, work,
         sequences, capacity, LENGTH=block, LAST_FIRST=last_first, CHUNK=256,
     )
+    if shared is not None:
+        shared[key] = work
     return work
+
+
+def _is_capturing(starts: torch.Tensor) -> bool:
+    # A list from before the capture would stay as it is in every replay.
+    return starts.is_cuda and torch.cuda.is_current_stream_capturing()

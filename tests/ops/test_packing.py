@@ -56,6 +56,55 @@ def test_what_a_packing_says(device: str) -> None:
         assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
 
 
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_static_shapes(pattern: str, name: Any, device: str) -> None:
+    """Tokens first and zeros behind them, from the shape of ``keep`` alone."""
+    keep = PATTERNS[pattern]().to(device)
+    packing = Packing.of(keep, static_shapes=True)
+    count = int(keep.sum())
+    assert packing.total == keep.numel() and packing.cu_seqlens.tolist()[-1] == count
+    x = torch.randn(*keep.shape, 20, device=device, requires_grad=True)
+    with backend(name):
+        packed = F.pack(x, packing)
+        again = F.unpack(packed, packing)
+    assert torch.equal(packed[:count], x[keep]) and not packed[count:].any()
+    assert torch.equal(again, x.masked_fill(~keep[..., None], 0.0))
+    for output in (packed, again):
+        dy = torch.randn_like(output)
+        (got,) = torch.autograd.grad(output, x, dy, retain_graph=True)
+        want = torch.zeros_like(got)
+        want[keep] = dy[:count] if output is packed else dy[keep]
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_attention_spends_nothing_behind_the_last_token(
+    pattern: str, name: Any, device: str
+) -> None:
+    """Zeros there, in output and gradients, whatever was in it; the bits of the rest."""
+    keep = PATTERNS[pattern]().to(device)
+    static, exact = Packing.of(keep, static_shapes=True), Packing.of(keep)
+    count, shape = exact.total, (keep.numel(), 2, 8)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
+    parts = [t.detach()[:count].requires_grad_() for t in leaves]
+    dy = torch.randn(shape, device=device)
+    with backend(name):
+        found, wanted = (
+            F.varlen_attention(
+                *given, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen, p.max_seqlen
+            )
+            for given, p in ((leaves, static), (parts, exact))
+        )
+        grads = torch.autograd.grad(found, leaves, dy)
+        wanted_grads = torch.autograd.grad(wanted, parts, dy[:count])
+    pairs = [(found, wanted), *zip(grads, wanted_grads, strict=True)]
+    for got, want in pairs:
+        assert torch.equal(got[:count], want)
+        assert not got[count:].any()
+
+
 def test_rows_of_many_columns(device: str) -> None:
     keep = torch.rand(2, 9, device=device) > 0.3
     x = torch.randn(2, 9, 1100, device=device)

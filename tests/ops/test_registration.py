@@ -66,6 +66,18 @@ def attention_case(*, packed: bool = False, **terms: Any) -> tuple[Any, ...]:
     return (*leaves, *AttentionTerms(**{"scale": 0.5, **terms}))
 
 
+def self_attention_case(**terms: Any) -> tuple[Any, ...]:
+    """Sequence first in memory."""
+    qkv = torch.randn(5, 2, 3, 2, 8).transpose(0, 1).requires_grad_()
+    return qkv, *AttentionTerms(**{"scale": 0.5, "right": 0, **terms})
+
+
+def self_attention_backward_case(**terms: Any) -> tuple[Any, ...]:
+    qkv, *others = detached(self_attention_case(**terms))
+    output, lse = torch.ops.fusedformer.self_attention(qkv, *others)
+    return torch.randn_like(output), torch.randn_like(lse), qkv, output, lse, *others
+
+
 def keys() -> dict[str, Any]:
     mask = torch.rand(2, 7) > 0.2
     return dict(key_mask=mask, key_lengths=torch.tensor([3, 7]), right=0, align_end=True)
@@ -136,6 +148,12 @@ CASES: dict[str, tuple[str, Any]] = {
         "attention_backward",
         lambda: attention_backward_case([True] * 3 + [False] * 3, packed=True),
     ),
+    "self attention": ("self_attention", self_attention_case),
+    "self attention, packed": (
+        "self_attention",
+        lambda: (leaf(1, 7, 3, 2, 8), *attention_case(packed=True, seed=seed(), p=0.5)[3:]),
+    ),
+    "self attention backward": ("self_attention_backward", self_attention_backward_case),
     "weights": ("attention_weights", lambda: weights_case(False, **learned())),
     "weights, averaged": ("attention_weights", lambda: weights_case(True)),
     "weights backward": (

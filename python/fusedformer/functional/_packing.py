@@ -120,8 +120,9 @@ def _static_packing(keep: Tensor) -> Packing:
     indices = indices.scatter_(0, torch.where(flat, inverse, rows), positions)[:rows]
     end = starts.new_full((1,), rows)
     return Packing(
-        starts, rows, indices, inverse, *_sizes(keep), torch.cat((starts, end, end)),
-        torch.cat((starts, starts[-1:], end)), True,
+        starts, rows, indices, inverse, *_sizes(keep),
+        ops.shared_by_layers(torch.cat((starts, end, end))),
+        ops.shared_by_layers(torch.cat((starts, starts[-1:], end))), True,
     )
 
 
@@ -133,7 +134,7 @@ def _sizes(keep: Tensor) -> tuple[int, int]:
 def _starts(counts: Tensor) -> Tensor:
     starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
     torch.cumsum(counts, 0, out=starts[1:])
-    return starts
+    return ops.shared_by_layers(starts)
 
 
 def pack(input: Tensor, packing: Packing) -> Tensor:

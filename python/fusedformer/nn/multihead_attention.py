@@ -174,7 +174,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         heads = self_attention(qkv, dropout_p, **masks._asdict())
         if x.dim() == 2:
-            heads = heads[0]
+            heads = heads.squeeze(0)
         elif sequence_first:
             heads = heads.transpose(0, 1)
         return heads.flatten(-2), x

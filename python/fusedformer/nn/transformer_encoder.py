@@ -11,6 +11,7 @@ from fusedformer import functional
 from fusedformer._backend import chosen_backend
 from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows, packing_and_selection
+from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import (
     AttentionMasks,
     Names,
@@ -22,7 +23,7 @@ from fusedformer.nn._masks import (
 )
 from fusedformer.nn._modules import Pending, is_plain
 from fusedformer.nn.layer_norm import LayerNorm
-from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
+from fusedformer.nn.transformer_encoder_layer import DROPOUTS, TransformerEncoderLayer
 
 _NAMES = Names("TransformerEncoder", "src", "src", "src", "mask", "src_key_padding_mask")
 
@@ -57,6 +58,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
     """
 
+    static_shapes = False
+
     def __init__(
         self,
         encoder_layer: nn.TransformerEncoderLayer,
@@ -83,7 +86,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check
         )
         self.enable_nested_tensor = enable_nested_tensor
-        self.static_shapes = static_shapes
+        if static_shapes:
+            self.static_shapes = True
 
     def forward(
         self,
@@ -143,6 +147,11 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         fused = src.dim() == 3 and self._is_fused()
         if fused and boolean and only_causal and (padding is not None or output_rows is not None):
             static = self._static_shapes(src)
+            if static and output_rows is not None and output_rows.dtype == torch.bool:
+                raise ValueError(
+                    f"{function}(): expected 'output_rows' to be int64 columns [{batch}, rows] "
+                    f"with static shapes, but got a boolean mask, whose count decides a shape"
+                )
             if static is not None:
                 first: Any = self.layers[0] if len(self.layers) else None
                 check_attn_mask(
@@ -213,7 +222,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         masks = AttentionMasks(
             None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
         )
-        output = self._run(functional.pack(src, packing), masks, rows)
+        with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
+            output = self._run(functional.pack(src, packing), masks, rows)
         return functional.unpack(output, packing) if rows is None else rows.result(output)
 
     def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
@@ -223,7 +233,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         # The longest length would have to be fetched from the device; the number of tokens bounds.
         longest = values.shape[0]
         masks = AttentionMasks(None, None, is_causal, starts, starts, longest)
-        output = self._run(values, masks, None)
+        with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
+            output = self._run(values, masks, None)
         nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
         return nested
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fusedformer.functional import Selection
-from fusedformer.functional._steps import FeedForward, feed_forward
+from fusedformer.functional._steps import FeedForward, feed_forward, seeds_drawn_at_once
 from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
 from fusedformer.nn._modules import Pending, adopt, fused_activation, is_plain, product
 from fusedformer.nn.layer_norm import LayerNorm
@@ -20,6 +20,8 @@ from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 _NAMES = Names(
     "TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask"
 )
+
+DROPOUTS = 4  # of attention weights, and the modules dropout, dropout1 and dropout2
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -60,6 +62,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """
 
     self_attn: nn.MultiheadAttention
+    checkpoint_activation = False
 
     def __init__(
         self,
@@ -93,7 +96,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
         )
-        self.checkpoint_activation = checkpoint_activation
+        if checkpoint_activation:
+            self.checkpoint_activation = True
         self.self_attn = adopt(self.self_attn, MultiheadAttention)
         self.norm1 = adopt(self.norm1, LayerNorm)
         self.norm2 = adopt(self.norm2, LayerNorm)
@@ -134,9 +138,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             _NAMES, src_mask, src_key_padding_mask, is_causal, batched=batched, batch=batch,
             heads=heads, rows=length, keys=length,
         )
-        if self.norm_first:
-            return self._pre_norm(src, self.norm1(src), masks).added()
-        return self._post_norm(src, masks)
+        with seeds_drawn_at_once(DROPOUTS):
+            if self.norm_first:
+                return self._pre_norm(src, self.norm1(src), masks).added()
+            return self._post_norm(src, masks)
 
     def _post_norm(
         self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None

@@ -1,5 +1,6 @@
 """One file per op: registration with ``torch.library``, autograd, choice of backend."""
 
+from fusedformer.ops._shared import seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
     merge_attention_states,
@@ -15,7 +16,7 @@ from fusedformer.ops.norm import (
     layer_norm,
     rms_norm,
 )
-from fusedformer.ops.packing import gather_rows
+from fusedformer.ops.packing import gather_rows, shared_by_layers
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
@@ -33,7 +34,9 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
+    "seeds_drawn_at_once",
     "self_attention",
+    "shared_by_layers",
     "softmax",
     "varlen_attention",
 ]

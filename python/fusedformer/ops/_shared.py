@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -25,7 +27,36 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
     """
     if p == 0.0:
         return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    drawn, used = _seeds.drawn, _seeds.used
+    if torch.compiler.is_compiling() or used >= _seeds.count:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    # Every other one is left out: kernels are compiled for pointers to multiples of 16 bytes.
+    if drawn is None or drawn.device != device:
+        drawn = torch.randint(0, 2**63 - 1, (2 * _seeds.count,), dtype=torch.int64, device=device)
+    _seeds.drawn, _seeds.used = drawn, used + 1
+    return drawn[2 * used : 2 * used + 1]
+
+
+class _Seeds(threading.local):
+    count = 0
+    used = 0
+    drawn: Tensor | None = None
+
+
+_seeds = _Seeds()
+
+
+@contextlib.contextmanager
+def seeds_drawn_at_once(count: int) -> Iterator[None]:
+    """Inside, the first ``count`` seeds come of one launch; an outer such context prevails."""
+    if _seeds.count or torch.compiler.is_compiling():
+        yield
+        return
+    _seeds.count, _seeds.used, _seeds.drawn = count, 0, None
+    try:
+        yield
+    finally:
+        _seeds.count, _seeds.used, _seeds.drawn = 0, 0, None
 
 
 NO_DOUBLE_BACKWARD = (

@@ -26,13 +26,17 @@ def gather_rows(
     if chosen_backend(x) == "triton":
         result: Tensor = _gather_rows(x, index, inverse)
         return result
-    if not holes:
+    if not holes or not index.shape[0]:
         return x.index_select(0, index)
     if not unused:
         return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
-    if x.shape[0] == 0:
-        return x.new_zeros(index.shape[0], x.shape[1])
     return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)
+
+
+def shared_by_layers(starts: Tensor) -> Tensor:
+    """``starts`` of sequences, marked as never to change: kernels plan their work on it once."""
+    starts.fusedformer_work_lists = {}  # type: ignore[attr-defined]
+    return starts
 
 
 @torch.library.custom_op("fusedformer::gather_rows", mutates_args=())
