@@ -1,10 +1,12 @@
-"""Whole encoder stacks on sequences of naturally mixed length: inference, and a training step."""
+"""Whole encoder stacks on sequences of mixed length and of one: inference, and a training step."""
 
 from __future__ import annotations
 
 import copy
 import random
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +16,81 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
-from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite, Unsupported
+from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Sizes, Suite
+from harness.encoder_peers import hugging_face
 from harness.providers import compiled, present
 
 # name: (layers, width, heads, feed-forward width, longest sequence)
-STACKS = {"MiniLM": (6, 384, 12, 1536, 256), "BERT-base": (12, 768, 12, 3072, 512)}
+STACKS = {
+    "MiniLM": (6, 384, 12, 1536, 256), "BERT-base": (12, 768, 12, 3072, 512),
+    "BERT-large": (24, 1024, 16, 4096, 512),
+}  # fmt: skip
 DROPOUT = 0.1
 
 
-def natural_lengths(tokens: int, longest: int) -> list[int]:
-    """Lengths of sequences with about ``tokens`` real tokens: log-normal, cut at ``longest``.
-
-    A median of a fifth of the longest, and spread as in passages of English: padded to the longest
-    of the batch, well over half of it is padding.
-    """
+def natural_lengths(count: int, longest: int) -> list[int]:
+    """``count`` log-normal lengths, cut at ``longest``, which one has; about half is padding."""
     draw = random.Random(0)
-    lengths = [longest]  # so that every batch has the same padded length
-    while sum(lengths) < tokens:
-        lengths.append(min(max(round(longest / 5 * draw.lognormvariate(0.0, 0.7)), 4), longest))
+    lengths = [longest]
+    while len(lengths) < count:
+        drawn = round(0.4 * longest * draw.lognormvariate(0.0, 0.5))
+        lengths.append(min(max(drawn, 4), longest))
     return lengths
 
 
+def passage_lengths(count: int, longest: int) -> list[int]:
+    """Lengths of the report's passages in words and signs, cut at ``longest``."""
+    from fusedformer.report.corpus import stdlib_passages
+
+    words = (re.findall(r"\w+|[^\w\s]", p.text) for p in stdlib_passages(count))
+    return [min(len(found) + 2, longest) for found in words]  # and the tokens around a passage
+
+
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """Two stacks; on CPU a few layers of the small one on short text."""
-    if sizes.name == "full":
-        return [_case(name, *STACKS[name], sizes.tokens, dtype) for name in STACKS]
-    _, width, heads, feedforward, _ = STACKS["MiniLM"]
-    layers, longest = (1, 16) if sizes.name == "tiny" else (2, 32)
-    return [_case("MiniLM", layers, width, heads, feedforward, longest, 2 * longest, dtype)]
+    """The stacks, on each kind of lengths; on CPU two layers, and one in a dry run."""
+    if sizes.name == "tiny":
+        return [_case("MiniLM", "natural", natural_lengths(4, 16), dtype, layers=1)]
+    if sizes.name == "cpu":
+        return [
+            _case("BERT-base", "natural", natural_lengths(16, 256), dtype, layers=2),
+            _case("MiniLM", "natural", natural_lengths(32, 128), dtype, layers=2),
+            _case("MiniLM", "passages", passage_lengths(64, 256), dtype, layers=2),
+            _case("MiniLM", "no padding", [128] * 16, dtype, layers=2),
+        ]
+    found = []
+    for name, (*_, longest) in STACKS.items():
+        count = 2 * sizes.tokens // longest
+        found += [
+            _case(name, "natural", natural_lengths(count, longest), dtype),
+            _case(name, "passages", passage_lengths(2 * count, longest), dtype),
+            _case(name, "no padding", [longest] * (count // 2), dtype),
+        ]
+    return found
 
 
 def _case(
-    name: str, layers: int, width: int, heads: int, feedforward: int, longest: int, tokens: int,
-    dtype: torch.dtype,
+    name: str, kind: str, lengths: Sequence[int], dtype: torch.dtype, layers: int | None = None
 ) -> Case:
-    lengths = natural_lengths(tokens, longest)
-    batch, real = len(lengths), sum(lengths)
+    all_layers, width, heads, feedforward, _ = STACKS[name]
+    layers = layers or all_layers
+    batch, real, longest = len(lengths), sum(lengths), max(lengths)
+    padded = real < batch * longest
 
     def make(device: torch.device) -> Inputs:
+        src = torch.randn(batch, longest, width, device=device, dtype=dtype)
+        if not padded:
+            return {"src": src}
         ends = torch.tensor(lengths, device=device)[:, None]
-        return {
-            "src": torch.randn(batch, longest, width, device=device, dtype=dtype),
-            "src_key_padding_mask": torch.arange(longest, device=device) >= ends,
-        }
+        return {"src": src, "src_key_padding_mask": torch.arange(longest, device=device) >= ends}
 
+    filled = f"mean/max={real / batch / longest:.2f}" if padded else ""
     return Case(
-        "encoder",
-        f"{name} {layers} layers B={batch} S={longest} mean/max={real / batch / longest:.2f}",
+        "encoder", f"{name} {layers} layers, {kind}, B={batch} S={longest} {filled}".rstrip(),
         dtype, make,
         counting.encoder(lengths, layers, width, heads, feedforward, dtype.itemsize),
-        {"layers": layers, "width": width, "heads": heads, "feedforward": feedforward},
-        headline=True,
+        {"layers": layers, "width": width, "heads": heads, "feedforward": feedforward,
+         "padded": padded, "batch": batch, "mean": round(real / batch), "longest": longest},
+        headline=kind == "natural",
     )
 
 
@@ -79,13 +105,19 @@ def _stack(layer: type, encoder: type, case: Case, device: torch.device) -> nn.M
 
 
 def _program(module: nn.Module) -> Program:
-    def real_tokens(src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
+    return Program(module, module, optimizer, checked=_real_tokens(module))
+
+
+def _real_tokens(module: nn.Module) -> Any:
+    def real_tokens(src: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
         # What stands at padded positions is nobody's contract.
+        if src_key_padding_mask is None:
+            return module(src)
         output = module(src, src_key_padding_mask=src_key_padding_mask)
         return output.masked_fill(src_key_padding_mask[:, :, None], 0.0)
 
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
-    return Program(module, module, optimizer, checked=real_tokens)
+    return real_tokens
 
 
 def _stock_stack(case: Case, device: torch.device) -> nn.Module:
@@ -97,19 +129,50 @@ def _stock_stack(case: Case, device: torch.device) -> nn.Module:
     return stack
 
 
-def fused(device: torch.device) -> Provider:
+def _fused_stack(case: Case, device: torch.device) -> nn.Module:
     """The library's encoder, with stock's weights through its state_dict."""
+    from fusedformer import nn as fused_nn
+
+    stack = _stack(fused_nn.TransformerEncoderLayer, fused_nn.TransformerEncoder, case, device)
+    stack.load_state_dict(_stock_stack(case, device).state_dict())
+    return stack
+
+
+def fused_padded(device: torch.device) -> Provider:
+    """The library's layers on the padded batch: a mask of -inf is not packed."""
 
     def build(case: Case) -> Program:
-        from fusedformer import nn as fused_nn
+        if not case.options["padded"]:
+            raise NotApplicable
+        stack = _fused_stack(case, device)
 
-        if not hasattr(fused_nn, "TransformerEncoder"):
-            raise Unsupported("fusedformer.nn has no TransformerEncoder yet")
-        stack = _stack(
-            fused_nn.TransformerEncoderLayer, fused_nn.TransformerEncoder, case, device
-        )
-        stack.load_state_dict(_stock_stack(case, device).state_dict())
-        return _program(stack)
+        def padded(src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+            mask = torch.zeros_like(src_key_padding_mask, dtype=src.dtype)
+            mask = mask.masked_fill_(src_key_padding_mask, -torch.inf)
+            found: Tensor = stack(src, src_key_padding_mask=mask)
+            return found
+
+        program = _program(stack)
+        program.function = program.checked = padded
+        return program
+
+    return build
+
+
+def fused_unpadded(device: torch.device) -> Provider:
+    """The library's encoder on as many tokens in sequences of one length: the ideal of packing.
+
+    Its check runs the case itself; what is timed differs from it in the lengths alone.
+    """
+
+    def build(case: Case) -> Program:
+        if not case.options["padded"]:
+            raise NotApplicable
+        o, stack = case.options, _fused_stack(case, device)
+        src = torch.randn(o["batch"], o["mean"], o["width"], device=device, dtype=case.dtype)
+        program = _program(stack)
+        program.function = lambda **inputs: stack(src)
+        return program
 
     return build
 
@@ -121,15 +184,21 @@ def eager(device: torch.device) -> Provider:
 
 def truth(case: Case, device: torch.device) -> Program:
     """torch's encoder with the same weights in float64."""
-    return _program(copy.deepcopy(_stock_stack(case, device)).double())
+    stack = copy.deepcopy(_stock_stack(case, device)).double()
+    return Program(stack, stack, checked=_real_tokens(stack))
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here."""
     stock = eager(device)
     found: dict[str, Any] = {
-        "fusedformer": fused(device),
+        "fusedformer": lambda case: _program(_fused_stack(case, device)),
+        "fusedformer padded": fused_padded(device),
+        "fusedformer, as many tokens unpadded": fused_unpadded(device),
         REFERENCE: stock,
+        "Hugging Face sdpa": lambda case: hugging_face(
+            _stock_stack(case, device), _program, case.options
+        ),
         "torch.compile": lambda case: compiled(stock(case)),
     }
     return present(found, device, compile)

@@ -96,6 +96,11 @@ class Program:
     optimizer: torch.optim.Optimizer | None = None
     checked: Callable[..., Any] | None = None
     layout: Layout | None = None
+    merged: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # see ``gradients``
+
+    def gradients(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of ``leaves``, under the names and in the pieces that the reference has."""
+        return found if self.merged is None else self.merged(found)
 
     def own(self, inputs: Inputs) -> Inputs:
         """The case's inputs in the form that this program takes; leaves where those are."""

@@ -96,6 +96,7 @@ def _gradients(
         grads = [program.layout.own("output", grad) for grad in grads]
     computed = torch.autograd.grad(outputs, list(leaves.values()), grads)
     found = {name: program.back(name, g) for name, g in zip(leaves, computed, strict=True)}
+    found = program.gradients(found)
     if any(not grad.isfinite().all() for grad in found.values()):
         raise AssertionError("a gradient is not finite")
     return {

@@ -105,6 +105,23 @@ def test_attention_spends_nothing_behind_the_last_token(
         assert not got[count:].any()
 
 
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_rounded_up(pattern: str, name: Any, device: str) -> None:
+    keep = PATTERNS[pattern]().to(device)
+    exact, rounded = Packing.of(keep), Packing.of(keep, multiple_of=16)
+    assert rounded.total == -(-exact.total // 16) * 16
+    x = torch.randn(*keep.shape, 20, device=device, requires_grad=True)
+    with backend(name):
+        packed = F.pack(x, rounded)
+        again = F.unpack(packed, rounded)
+    assert torch.equal(packed[: exact.total], x[keep]) and not packed[exact.total :].any()
+    assert torch.equal(again, x.masked_fill(~keep[..., None], 0.0))
+    dy = torch.randn_like(again)
+    (got,) = torch.autograd.grad(again, x, dy)
+    assert torch.equal(got, dy.masked_fill(~keep[..., None], 0.0))
+
+
 def test_rows_of_many_columns(device: str) -> None:
     keep = torch.rand(2, 9, device=device) > 0.3
     x = torch.randn(2, 9, 1100, device=device)

@@ -16,17 +16,17 @@ class Packing(NamedTuple):
 
     Attributes:
         cu_seqlens: int32 ``[batch + 1]``: where each sequence begins and ends.
-        max_seqlen: length of the longest sequence; with static shapes a bound on it.
-        indices: int64 ``[total]``: for each packed row its position in ``[batch * length]``, with
-            static shapes -1 for the rows behind the last token.
+        max_seqlen: length of the longest sequence, or a bound on it.
+        indices: int64 ``[total]``: for each packed row its position in ``[batch * length]``, -1 for
+            rows behind the last token.
         inverse: int64 ``[batch * length]``: for each position its packed row, -1 for padding.
         batch: number of sequences.
         length: of the padded batch.
-        cu_seqlens_q, cu_seqlens_k: for :func:`varlen_attention`. They are ``cu_seqlens``; with
-            static shapes two sequences follow, which have the rows behind the last token: one has
-            them as queries with no keys, the other as keys with no queries. Attention thus gives
-            these rows zeros, output and gradients, and spends nothing on them.
-        static_shapes: whether shapes depend on ``batch`` and ``length`` alone.
+        cu_seqlens_q, cu_seqlens_k: for :func:`varlen_attention`. They are ``cu_seqlens``, and where
+            there are rows behind the last token two sequences more: one has these rows as queries
+            with no keys, the other as keys with no queries. Attention thus gives them zeros,
+            output and gradients, and spends nothing on them.
+        has_tail: whether there may be rows behind the last token.
     """
 
     cu_seqlens: Tensor
@@ -37,16 +37,20 @@ class Packing(NamedTuple):
     length: int
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    static_shapes: bool
+    has_tail: bool
 
     @property
     def total(self) -> int:
-        """Number of packed rows: of real tokens, or with static shapes ``batch * length``."""
+        """Number of packed rows: of real tokens, and of zeros behind them if any were asked for."""
         return self.indices.shape[0]
 
     @staticmethod
     def of(
-        keep: Tensor, lengths: Sequence[int] | None = None, *, static_shapes: bool = False
+        keep: Tensor,
+        lengths: Sequence[int] | None = None,
+        *,
+        static_shapes: bool = False,
+        multiple_of: int = 1,
     ) -> Packing:
         """The packing of a padded batch with real tokens where ``keep`` is True, in any pattern.
 
@@ -56,13 +60,19 @@ class Packing(NamedTuple):
                 Without it, tensors on a GPU are waited for once.
             static_shapes: packed tensors have ``batch * length`` rows, tokens first and zeros
                 behind them. Nothing is waited for, and a CUDA graph can capture it all.
+            multiple_of: round the number of packed rows up, with rows of zeros. oneDNN's products
+                are a tenth faster on multiples of 16.
 
         Raises:
             TypeError: ``keep`` is not a boolean tensor.
             ValueError: ``keep`` is not 2-D; not as many ``lengths`` as sequences, or both
-                ``lengths`` and ``static_shapes``.
+                ``lengths`` and ``static_shapes``; ``multiple_of`` is not positive.
         """
         _check_keep(keep, lengths, static_shapes)
+        if multiple_of < 1:
+            raise ValueError(
+                f"Packing.of(): expected 'multiple_of' to be positive, but got {multiple_of}"
+            )
         if static_shapes:
             return _static_packing(keep)
         batch = keep.shape[0]
@@ -73,7 +83,7 @@ class Packing(NamedTuple):
             total, longest = torch.stack((counts.sum(), counts.max())).tolist()
         else:
             total, longest = 0, 0
-        return _packing(keep, counts, total, longest)
+        return _packing(keep, counts, total, longest, multiple_of)
 
 
 def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
@@ -102,13 +112,21 @@ def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool
         )
 
 
-def _packing(keep: Tensor, counts: Tensor, total: int, longest: int) -> Packing:
+def _packing(
+    keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
+) -> Packing:
     """From what the host knows of ``keep``."""
+    rows = -(-total // multiple_of) * multiple_of
     flat = keep.flatten()
     starts = _starts(counts)
-    indices = torch.nonzero_static(flat, size=total).flatten()
+    indices = torch.nonzero_static(flat, size=rows, fill_value=-1).flatten()
     inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
-    return Packing(starts, longest, indices, inverse, *_sizes(keep), starts, starts, False)
+    if rows == total:
+        return Packing(starts, longest, indices, inverse, *_sizes(keep), starts, starts, False)
+    longest = max(longest, rows - total)
+    return Packing(
+        starts, longest, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
+    )
 
 
 def _static_packing(keep: Tensor) -> Packing:
@@ -118,12 +136,16 @@ def _static_packing(keep: Tensor) -> Packing:
     positions = torch.arange(rows, device=keep.device)
     indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
     indices = indices.scatter_(0, torch.where(flat, inverse, rows), positions)[:rows]
-    end = starts.new_full((1,), rows)
     return Packing(
-        starts, rows, indices, inverse, *_sizes(keep),
-        ops.shared_by_layers(torch.cat((starts, end, end))),
-        ops.shared_by_layers(torch.cat((starts, starts[-1:], end))), True,
+        starts, rows, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
     )
+
+
+def _starts_and_tail(starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``cu_seqlens_q`` and ``cu_seqlens_k`` of ``rows`` rows, more than the sequences have."""
+    end = starts.new_full((1,), rows)
+    queries, keys = torch.cat((starts, end, end)), torch.cat((starts, starts[-1:], end))
+    return ops.shared_by_layers(queries), ops.shared_by_layers(keys)
 
 
 def _sizes(keep: Tensor) -> tuple[int, int]:
@@ -145,7 +167,7 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
         packing: of a batch of that size.
 
     Returns:
-        ``[total, *]``, contiguous; with static shapes zeros behind the last token.
+        ``[total, *]``, contiguous; zeros in rows behind the last token.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.
@@ -157,7 +179,7 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
     _check("pack", input, packing, (packing.batch, packing.length), "batch, length")
     rows = input.flatten(0, 1)
     packed = ops.gather_rows(
-        rows.flatten(1), packing.indices, packing.inverse, holes=packing.static_shapes, unused=True
+        rows.flatten(1), packing.indices, packing.inverse, holes=packing.has_tail, unused=True
     )
     return packed.reshape(packing.total, *input.shape[2:])
 
@@ -179,7 +201,7 @@ def unpack(input: Tensor, packing: Packing) -> Tensor:
     _check("unpack", input, packing, (packing.total,), "total")
     rows = ops.gather_rows(
         input.flatten(1), packing.inverse, packing.indices, holes=True,
-        unused=packing.static_shapes,
+        unused=packing.has_tail,
     )
     return rows.reshape(packing.batch, packing.length, *input.shape[1:])
 

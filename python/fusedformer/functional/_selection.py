@@ -75,14 +75,14 @@ def check_output_rows(function: str, output_rows: Tensor, batch: int, length: in
 
 
 def packing_and_selection(
-    keep: Tensor, output_rows: Tensor, *, static_shapes: bool
+    keep: Tensor, output_rows: Tensor, *, static_shapes: bool, multiple_of: int
 ) -> tuple[Packing, Selection]:
     """The packing of a batch, and the rows of it that ``output_rows`` asks for.
 
     Both together wait for the device once, with columns and static shapes never.
     """
     if output_rows.dtype != torch.bool:
-        packing = Packing.of(keep, static_shapes=static_shapes)
+        packing = Packing.of(keep, static_shapes=static_shapes, multiple_of=multiple_of)
         return packing, select_columns(packing, output_rows)
     wanted, counts = output_rows.flatten(), keep.sum(1)
     found = output_rows & keep
@@ -92,15 +92,15 @@ def packing_and_selection(
         numbers += [found_counts.max(), counts.max()]
     asked, rows, total, *most = torch.stack(numbers).tolist()
     longest_found, longest = most or (0, 0)
-    packing = _packing(keep, counts, total, longest)
+    packing = _packing(keep, counts, total, longest, multiple_of)
     flat = found.flatten()
     rank = flat.cumsum(0) - 1
     positions = torch.nonzero_static(flat, size=rows).flatten()
     index = packing.inverse[positions]
-    chosen = flat[packing.indices]
+    chosen = flat[packing.indices] & (packing.indices >= 0)
     selection = Selection(
-        index, torch.where(chosen, chosen.cumsum(0) - 1, -1), _starts(found_counts),
-        longest_found, (asked,),
+        index, torch.where(chosen, chosen.cumsum(0) - 1, -1),
+        _beside_tail(_starts(found_counts), packing), longest_found, (asked,),
     )
     if asked == rows:
         return packing, selection
@@ -116,6 +116,9 @@ def select_columns(packing: Packing, columns: Tensor) -> Selection:
     firsts = torch.arange(batch, device=columns.device)[:, None] * packing.length
     index = packing.inverse[(firsts + columns).flatten()]
     starts = torch.arange(batch + 1, device=columns.device, dtype=torch.int32) * each
-    if packing.static_shapes:  # the two sequences of rows that are no tokens
-        starts = torch.cat((starts, starts[-1:], starts[-1:]))
-    return Selection(index, None, starts, each, (batch, each))
+    return Selection(index, None, _beside_tail(starts, packing), each, (batch, each))
+
+
+def _beside_tail(starts: Tensor, packing: Packing) -> Tensor:
+    """With two empty sequences, if the packing's keys have those of rows that are no tokens."""
+    return torch.cat((starts, starts[-1:], starts[-1:])) if packing.has_tail else starts

@@ -209,7 +209,7 @@ def _packed(
             )
         output, lse = _padded(q, k, v, _own_terms(terms, members, queries, keys), return_lse)
         for row, member in enumerate(members):
-            outputs[member] = output[row]
+            outputs[member] = output[row].transpose(0, 1)
             if lse is not None:
                 lses[member] = lse[row]
     if not outputs:
@@ -217,7 +217,9 @@ def _packed(
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         empty = empty + 0.0 * (query.sum() + key.sum() + value.sum())  # a gradient, if an empty one
         return empty, empty.new_zeros(query.shape[:3], dtype=wide)
-    return torch.cat(outputs, 1)[None], torch.cat(lses, 1)[None] if return_lse else None
+    # [total, heads, dim] in memory: merging the heads is then a view.
+    output = torch.cat(outputs).transpose(0, 1)[None]
+    return output, torch.cat(lses, 1)[None] if return_lse else None
 
 
 def _batched(tensor: Tensor, sequences: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Dropout of the torch backend: ``torch.dropout``, and on the CPU several times faster.
 
 ATen's CPU dropout draws a 32-bit number for each element, one after another. Here an element is 16
-bits of a 64-bit draw, in pieces that stay in the cache. That rounds ``p`` to a multiple of 2**-16;
-elements are multiplied with the inverse of the rounded probability, so that the mean is kept.
+bits of a 64-bit draw, in pieces that stay in the cache. That drops with a probability rounded to a
+multiple of 2**-16; what is kept is multiplied with ``1 / (1 - p)``, as everywhere.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def drop_again_in_place(x: Tensor, kept: Tensor | None, p: float) -> None:
     """Drop the same elements: of the activation again, or of its gradient."""
     if kept is None:
         return
-    flat, flags, factor = x.view(-1), kept.view(torch.uint8).view(-1), _factor(x, p)
+    flat, flags, factor = x.view(-1), kept.view(torch.uint8).view(-1), _factor(p)
     for start in range(0, x.numel(), _PIECE):
         # A product with flags of another dtype takes ATen thirty times as long.
         piece = flat[start : start + _PIECE]
@@ -58,14 +58,11 @@ def drop_again_in_place(x: Tensor, kept: Tensor | None, p: float) -> None:
 
 def kept_factor(kept: Tensor, p: float, x: Tensor) -> Tensor:
     """What :func:`drop_again_in_place` multiplies ``x`` with."""
-    return kept.to(x.dtype) * _factor(x, p)
+    return kept.to(x.dtype) * _factor(p)
 
 
-def _factor(x: Tensor, p: float) -> float:
-    """The inverse of the probability to be kept."""
-    if not _is_fast(x, p):
-        return 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return 1.0 / (1.0 - _dropped(p) / 2**16)
+def _factor(p: float) -> float:
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def _is_fast(x: Tensor, p: float) -> bool:
@@ -88,10 +85,10 @@ def _draws(count: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _noise(x: Tensor, p: float) -> Tensor:
-    """What dropout multiplies with: 0, or the inverse of the probability to be kept."""
+    """What dropout multiplies with: 0 or ``1 / (1 - p)``."""
     noise = torch.empty(x.shape, dtype=x.dtype)
     for start, stop, bits in _draws(x.numel()):
         piece = noise.view(-1)[start:stop]
         torch.ge(bits, _dropped(p) - 2**15, out=piece)
-        piece.mul_(_factor(x, p))
+        piece.mul_(_factor(p))
     return noise
