@@ -52,6 +52,11 @@ def good(function: str) -> dict[str, Any]:
         "pack": dict(input=t(2, 3, 4), packing=functional.Packing.of(t(2, 3) > 0)),
         "unpack": dict(input=t(6, 4), packing=functional.Packing.of(t(2, 3) > 0)),
     }
+    ids = t(2, 3, dtype=INT)
+    arguments["embedding_layer_norm"] = dict(
+        input=ids, weight=t(5, 4), norm_weight=t(4), norm_bias=t(4), position_ids=ids,
+        position_weight=t(3, 4), token_type_ids=ids, token_type_weight=t(2, 4), p=0.1,
+    )  # fmt: skip
     starts = torch.tensor([0, 2, 5], device=DEVICE)
     arguments["varlen_attention"] = dict(
         query=t(5, 4, 8), key=t(5, 4, 8), value=t(5, 4, 3), cu_seqlens_q=starts,
@@ -82,7 +87,7 @@ def dtypes_and_devices() -> Iterator[Row]:
             if not isinstance(value, Tensor):
                 continue
             meta = {name: value.to("meta")}
-            if name not in ("cu_seqlens_q", "cu_seqlens_k"):
+            if value.is_floating_point():
                 for dtype in (INT, COMPLEX, FLOAT8):
                     changed = {name: value.to(dtype)}
                     yield function, changed, TypeError, f"'{name}'.*{dtype}"
@@ -287,6 +292,33 @@ def packings() -> Iterator[Row]:
     yield "unpack", {"input": t(5, 4)}, ValueError, r"'input' to have shape \(6,\) \(total\)"
 
 
+def embeddings() -> Iterator[Row]:
+    rows: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"input": t(2, 3)}, TypeError, "'input' to be int32 or int64.*float32"),
+        ({"position_ids": t(2, 3) > 0}, TypeError, "'position_ids' to be int32 or int64.*bool"),
+        ({"position_ids": t(3, dtype=INT)}, ValueError, r"'position_ids' to have shape \(2, 3\)"),
+        ({"token_type_ids": t(6, dtype=INT)}, ValueError, "'token_type_ids' to have shape"),
+        ({"weight": t(4)}, ValueError, r"'weight' to have shape \[vectors, E\].*\(4,\)"),
+        ({"position_weight": t(3, 5)}, ValueError, r"'position_weight' .* \[vectors, 4\]"),
+        ({"token_type_weight": t(2, 4, dtype=HALF)}, TypeError, "'token_type_weight' .*float16"),
+        ({"norm_weight": t(5)}, ValueError, r"'norm_weight' to have shape \(4,\)"),
+        ({"norm_bias": t(1)}, ValueError, r"'norm_bias' to have shape \(4,\)"),
+        ({"position_ids": None}, ValueError, "together, but got 'position_weight' alone"),
+        ({"position_weight": None}, ValueError, "together, but got 'position_ids' alone"),
+        ({"token_type_weight": None}, ValueError, "'token_type_weight' with 'token_type_ids'"),
+        ({"padding_idx": 5}, ValueError, "'padding_idx' to be within the 5 rows.* but got 5"),
+        ({"padding_idx": -6}, ValueError, "'padding_idx' to be within the 5 rows"),
+        ({"eps": "1"}, TypeError, "'eps' to be a number"),
+    ]
+    if DEVICE == "cpu":
+        rows += [
+            ({"input": t(2, 3, dtype=INT) * 5}, IndexError, "'input' .* 5 rows of 'weight'"),
+            ({"position_ids": -t(2, 3, dtype=INT)}, IndexError, "'position_ids' .* but got -1"),
+        ]
+    for changes, error, message in rows:
+        yield "embedding_layer_norm", changes, error, message
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -317,7 +349,7 @@ def named(row: Row) -> Any:
 
 SOURCES: tuple[Callable[[], Iterator[Row]], ...] = (
     not_tensors, dtypes_and_devices, probabilities, softmaxes, norms, fused_steps, attention,
-    attention_terms, packed, around_attention, packings,
+    attention_terms, packed, around_attention, packings, embeddings,
 )  # fmt: skip
 TABLE = [named(row) for source in SOURCES for row in source()]
 

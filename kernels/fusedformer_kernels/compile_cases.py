@@ -24,6 +24,7 @@ from fusedformer_kernels.attention_forward import attention_forward
 from fusedformer_kernels.attention_merge import merge_states, merge_states_backward
 from fusedformer_kernels.attention_weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.dropout import dropout_mask
+from fusedformer_kernels.embedding import Tables, embedding_backward, embedding_forward
 from fusedformer_kernels.norm import norm_backward, norm_forward
 from fusedformer_kernels.rows import gather_rows
 from fusedformer_kernels.softmax import softmax_backward, softmax_forward
@@ -34,7 +35,7 @@ CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
     "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
-    "attention d=64 averaged weights",
+    "attention d=64 averaged weights", "embedding_layer_norm 768",
 }  # fmt: skip
 
 
@@ -84,6 +85,15 @@ def _norm(columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0
         None if kind == "none" else x, x if fused else None, x, statistics, statistics, weight,
         seed, p, kind, 1, weight is not None, bias is not None, fused,
     )
+
+
+def _embedding(columns: int, dtype: torch.dtype, p: float) -> None:
+    ids, parameter = _empty(4096, dtype=torch.int64), _empty(columns, dtype=dtype)
+    sizes = 30522, 512, 2
+    tables = Tables(*(t for n in sizes for t in (ids, _empty(n, columns, dtype=dtype))))
+    seed = _seed() if p else None
+    y, mean, rstd = embedding_forward(tables, parameter, parameter, seed, p, 1e-5)
+    embedding_backward(y, tables, mean, rstd, parameter, seed, p, True, True, True)
 
 
 def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.0) -> None:
@@ -168,6 +178,10 @@ def compile_cases() -> list[CompileCase]:
                     f"dropout_add_layer_norm {columns}", dtype,
                     partial(_norm, columns, dtype, "layer", True, 0.1),
                 )
+        for columns in (768, 1024, 4096, 8192):
+            if dtype == HALF or columns == 768:
+                call = partial(_embedding, columns, dtype, 0.1)
+                add(f"embedding_layer_norm {columns}", dtype, call)
         for activation in ACTIVATIONS:
             add(
                 f"bias_{activation}", dtype,

@@ -223,3 +223,37 @@ def test_mean_pooling_sees_real_tokens_only() -> None:
 def test_sentence_embeddings_have_length_one() -> None:
     hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(sentence_embeddings(hidden).norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_embeddings_are_packed(inputs: dict[str, torch.Tensor], name: Any, device: str) -> None:
+    """Nothing padded is embedded, and neither the ids nor the table's row of padding matter."""
+    model = BertEncoderModel(CONFIG).to(device).eval()
+    given = {key: tensor.to(device) for key, tensor in inputs.items()}
+    seen: list[torch.Size] = []
+    with backend(name), torch.no_grad():
+        model.embeddings.norm.bias.normal_()
+        packed = model(**given)
+        handle = model.embeddings.word.register_forward_hook(lambda *a: seen.append(a[2].shape))
+        composed = model(**given)
+        assert seen == [torch.Size([sum(LENGTHS), CONFIG.hidden_size])]
+        handle.remove()
+        hook = model.embeddings.register_forward_hook(lambda *a: seen.append(a[2].shape))
+        padded = model(**given)
+        assert seen[1] == (*inputs["input_ids"].shape, CONFIG.hidden_size)
+        hook.remove()
+    for other in (composed, padded):
+        assert torch.allclose(packed, other, atol=1e-5)
+
+
+def test_output_rows(inputs: dict[str, torch.Tensor]) -> None:
+    model = BertEncoderModel(CONFIG).eval()
+    masked = torch.rand(inputs["input_ids"].shape) < 0.5
+    columns = torch.zeros(len(LENGTHS), 1, dtype=torch.int64)
+    for left_out in ("", "attention_mask"):
+        given = {key: tensor for key, tensor in inputs.items() if key != left_out}
+        whole = model(**given)
+        assert torch.allclose(model(**given, output_rows=masked), whole[masked], atol=1e-5)
+        assert torch.allclose(model(**given, output_rows=columns), whole[:, :1], atol=1e-5)
+    with pytest.raises(IndexError, match="'output_rows'"):
+        model(**inputs, output_rows=columns + 11)

@@ -115,6 +115,20 @@ def states() -> tuple[Tensor, ...]:
     return leaf(2, 3, 4), leaf(2, 3), leaf(2, 3, 4), leaf(2, 3)
 
 
+def tables() -> list[Any]:
+    ids = torch.tensor([0, 3, 1, 3, 2])
+    return [ids, leaf(4, 6), ids % 3, leaf(3, 6), None, leaf(2, 6)]
+
+
+def embedding_case(p: float = 0.0) -> tuple[Any, ...]:
+    return *tables(), leaf(6), leaf(6), seed() if p else None, p, 1e-5, 3
+
+
+def embedding_backward_case(needs: list[bool]) -> tuple[Any, ...]:
+    given = detached(tuple(tables()))
+    return torch.randn(5, 6), *given, torch.randn(5), torch.rand(5), None, None, 0.0, needs
+
+
 CASES: dict[str, tuple[str, Any]] = {
     "softmax": ("softmax", lambda: softmax_case(False, False)),
     "log_softmax, mask": ("softmax", lambda: softmax_case(True, True)),
@@ -165,6 +179,14 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "pack": ("gather_rows", lambda: (leaf(3, 4), torch.tensor([0, 2]), torch.tensor([0, -1, 1]))),
     "unpack": ("gather_rows", lambda: (leaf(2, 4), torch.tensor([0, -1, 1]), torch.tensor([0, 2]))),
+    "embedding": ("embedding_norm", embedding_case),
+    "embedding, dropout": ("embedding_norm", lambda: embedding_case(0.5)),
+    "embedding backward": (
+        "embedding_norm_backward", lambda: embedding_backward_case([True, True, False]),
+    ),
+    "embedding backward, frozen tables": (
+        "embedding_norm_backward", lambda: embedding_backward_case([False, True, True]),
+    ),
     "merge": ("merge_attention_states", states),
     "merge backward": (
         "merge_attention_states_backward",

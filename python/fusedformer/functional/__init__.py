@@ -16,6 +16,7 @@ from fusedformer.functional._attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -33,6 +34,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "embedding_layer_norm",
     "layer_norm",
     "log_softmax",
     "merge_attention_states",

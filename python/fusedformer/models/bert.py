@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedformer import functional
+from fusedformer.functional._selection import check_output_rows
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
+from fusedformer.nn._modules import is_plain
 
 # Ours: Hugging Face's. Names of modules, each with a weight and, where it has one, a bias.
 _EMBEDDING_NAMES = {
@@ -111,16 +114,25 @@ class BertEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        """Integer ``[B, L]`` to ``[B, L, d]``."""
+        """Integers ``[B, L]`` to ``[B, L, d]``; or packed ``[total]``, positions given, to 2-D.
+
+        One kernel, unless a child is replaced or has hooks.
+        """
         if position_ids is None:
-            position = self.position.weight[: input_ids.shape[1]]
-        else:
-            position = self.position(position_ids)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position_ids = position_ids.expand(input_ids.shape)
+        plain = (nn.Embedding, LayerNorm, nn.Dropout)
+        if all(is_plain(child, *plain) for child in self.children()):
+            return functional.embedding_layer_norm(
+                input_ids, self.word.weight, self.norm.weight, self.norm.bias, self.norm.eps,
+                position_ids=position_ids, position_weight=self.position.weight,
+                token_type_ids=token_type_ids, token_type_weight=self.token_type.weight,
+                padding_idx=self.word.padding_idx, p=self.dropout.p, training=self.training,
+            )
         if token_type_ids is None:
-            token_type = self.token_type.weight[0]
-        else:
-            token_type = self.token_type(token_type_ids)
-        output: Tensor = self.dropout(self.norm(self.word(input_ids) + token_type + position))
+            token_type_ids = torch.zeros_like(input_ids)
+        total = self.word(input_ids) + self.token_type(token_type_ids)
+        output: Tensor = self.dropout(self.norm(total + self.position(position_ids)))
         return output
 
 
@@ -178,17 +190,21 @@ class BertEncoderModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        output_rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the last layer.
+        """Hidden states of the last layer; with an ``attention_mask``, of real tokens alone.
 
         Args:
             input_ids: integer ``[B, L]``, each below ``vocab_size``.
             attention_mask: ``[B, L]``, nonzero = real token, 0 = padding; None if all are real.
             token_type_ids: integer ``[B, L]``; 0 if None.
             position_ids: integer, broadcastable to ``[B, L]``; 0, 1, ... if None.
+            output_rows: only these, as for :class:`fusedformer.nn.TransformerEncoder`.
 
         Returns:
-            ``[B, L, d]`` in the dtype of the parameters; 0 at padded positions.
+            ``[B, L, d]`` in the dtype of the parameters; 0 at padded positions. Or what
+            ``output_rows`` says.
 
         Raises:
             TypeError: ``input_ids`` are not integers.
@@ -218,10 +234,31 @@ class BertEncoderModel(nn.Module):
                     f"{function}(): expected '{name}' to have the shape of 'input_ids', "
                     f"{tuple(input_ids.shape)}, but got {tuple(tensor.shape)}"
                 )
-        padding = None if attention_mask is None else attention_mask == 0
-        hidden = self.embeddings(input_ids, token_type_ids, position_ids)
-        output: Tensor = self.encoder(hidden, src_key_padding_mask=padding)
-        return output
+        whole = is_plain(self.encoder, TransformerEncoder)
+        whole = whole and is_plain(self.embeddings, BertEmbeddings)  # a hook may want the batch
+        packs = whole and self.encoder.packs(self.embeddings.word.weight)
+        if attention_mask is None or not packs:
+            padding = None if attention_mask is None else attention_mask == 0
+            hidden = self.embeddings(input_ids, token_type_ids, position_ids)
+            output: Tensor = self.encoder(
+                hidden, src_key_padding_mask=padding, output_rows=output_rows
+            )
+            return output
+        if output_rows is not None:
+            check_output_rows(function, output_rows, *input_ids.shape)
+        packing, selection = self.encoder.packing(attention_mask != 0, output_rows)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # Rows behind the last token, if any, take the first token's ids.
+        places = packing.indices.clamp(min=0)
+        ids = [
+            None if t is None else t.expand(input_ids.shape).flatten()[places]
+            for t in (input_ids, token_type_ids, position_ids)
+        ]
+        packed = self.encoder.forward_packed(self.embeddings(*ids), packing, selection)
+        if selection is not None:
+            return selection.result(packed)
+        return functional.unpack(packed, packing)
 
     @classmethod
     def from_huggingface(

@@ -145,26 +145,21 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         padding = src_key_padding_mask
         boolean = padding is None or padding.dtype == torch.bool
         only_causal = mask is None or (is_causal and not mask.requires_grad)
-        fused = src.dim() == 3 and self._is_fused()
-        if fused and boolean and only_causal and (padding is not None or output_rows is not None):
-            static = self._static_shapes(src)
-            if static and output_rows is not None and output_rows.dtype == torch.bool:
-                raise ValueError(
-                    f"{function}(): expected 'output_rows' to be int64 columns [{batch}, rows] "
-                    f"with static shapes, but got a boolean mask, whose count decides a shape"
-                )
-            if static is not None:
-                first: Any = self.layers[0] if len(self.layers) else None
-                check_attn_mask(
-                    _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
-                    heads=first.self_attn.num_heads if first else 1,
-                )
-                keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
-                keep = keep if padding is None else ~padding
-                rows = src if batch_first else src.transpose(0, 1)
-                output = self._forward_packed(rows, keep, is_causal, output_rows, static)
-                whole = output_rows is None and not batch_first
-                return output.transpose(0, 1) if whole else output
+        wanted = padding is not None or output_rows is not None
+        if src.dim() == 3 and boolean and only_causal and wanted and self.packs(src):
+            first: Any = self.layers[0] if len(self.layers) else None
+            check_attn_mask(
+                _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
+                heads=first.self_attn.num_heads if first else 1,
+            )
+            keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+            packing, selection = self.packing(keep if padding is None else ~padding, output_rows)
+            packed = functional.pack(src if batch_first else src.transpose(0, 1), packing)
+            output = self.forward_packed(packed, packing, selection, is_causal=is_causal)
+            if selection is not None:
+                return selection.result(output)
+            output = functional.unpack(output, packing)
+            return output if batch_first else output.transpose(0, 1)
         output = self._forward_padded(src, mask, padding, is_causal)
         if output_rows is None:
             return output
@@ -175,19 +170,92 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return output[output_rows]
         return output.take_along_dim(output_rows[..., None], 1)
 
+    def packs(self, src: Tensor) -> bool:
+        """Whether :meth:`forward` packs padded batches on the device of ``src``.
+
+        The layers and the norm are this library's, without hooks or replaced children. Inside
+        ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
+        """
+        tracing = torch.compiler.is_compiling()  # how many tokens there are decides no shape then
+        static = tracing or self.static_shapes
+        return self._is_fused() and (not static or chosen_backend(src) == "triton")
+
+    def packing(
+        self, keep: Tensor, output_rows: Tensor | None = None
+    ) -> tuple[functional.Packing, Selection | None]:
+        """How :meth:`forward` packs a batch, for those who pack what comes before the encoder.
+
+        Args:
+            keep: boolean ``[N, S]``, True = real token.
+            output_rows: as for :meth:`forward`.
+
+        Returns:
+            The packing, and where ``output_rows`` is given which packed rows it asks for.
+
+        Raises:
+            TypeError, ValueError: as :meth:`functional.Packing.of`.
+            ValueError: boolean ``output_rows`` with static shapes.
+        """
+        static = self.static_shapes or torch.compiler.is_compiling()
+        large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
+        settings: Any = {"static_shapes": static, "multiple_of": _CPU_ROWS if large else 1}
+        if output_rows is None:
+            return functional.Packing.of(keep, **settings), None
+        if static and output_rows.dtype == torch.bool:
+            raise ValueError(
+                f"TransformerEncoder(): expected 'output_rows' to be int64 columns "
+                f"[{keep.shape[0]}, rows] with static shapes, but got a boolean mask, whose count "
+                f"decides a shape"
+            )
+        return packing_and_selection(keep, output_rows, **settings)
+
+    def forward_packed(
+        self,
+        input: Tensor,
+        packing: functional.Packing,
+        selection: Selection | None = None,
+        *,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
+
+        Args:
+            input: ``[total, E]``, of :func:`functional.pack` with ``packing`` or made packed.
+            packing: of the batch.
+            selection: from :meth:`packing`; the last layer computes these rows alone.
+            is_causal: tokens see themselves and those before them.
+
+        Returns:
+            ``[total, E]``, or the rows of ``selection``, on which ``selection.result`` is the
+            output that ``output_rows`` asks :meth:`forward` for.
+
+        Raises:
+            ValueError: ``input`` is not ``[total, E]``; the encoder's modules cannot pack.
+        """
+        function = "TransformerEncoder.forward_packed"
+        if not self._is_fused():
+            raise ValueError(
+                f"{function}(): needs layers and a norm of this library, without hooks or "
+                f"replaced children"
+            )
+        check_rank(function, "input", input)
+        if input.dim() != 2 or input.shape[0] != packing.total:
+            raise ValueError(
+                f"{function}(): expected 'input' to have shape [{packing.total}, width], "
+                f"but got {tuple(input.shape)}"
+            )
+        masks = AttentionMasks(
+            None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
+        )
+        with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
+            return self._run(input, masks, selection)
+
     def _is_fused(self) -> bool:
         """Whether layers and norm are what :meth:`_run` may take apart."""
         ours = (isinstance(la, TransformerEncoderLayer) and la._can_pack() for la in self.layers)
         norm: Any = self.norm
         plain = norm is None or is_plain(norm, LayerNorm, nn.LayerNorm)
         return all(ours) and plain and (norm is None or len(norm.normalized_shape) == 1)
-
-    def _static_shapes(self, src: Tensor) -> bool | None:
-        """Whether to pack with static shapes; None where that cannot be done."""
-        tracing = torch.compiler.is_compiling()  # how many tokens there are decides no shape then
-        if not (tracing or self.static_shapes):
-            return False
-        return True if chosen_backend(src) == "triton" else None
 
     def _forward_padded(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -205,31 +273,6 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if src.dim() == 3 and not self._batch_first():
             padded = padded.transpose(0, 1)
         return output.masked_fill(padded[..., None], 0.0)
-
-    def _forward_packed(
-        self,
-        src: Tensor,
-        keep: Tensor,
-        is_causal: bool,
-        output_rows: Tensor | None,
-        static_shapes: bool,
-    ) -> Tensor:
-        """The output of ``src`` ``[N, S, E]``, its real tokens or only ``output_rows`` of them."""
-        rows = None
-        large = not src.is_cuda and keep.numel() >= 64 * _CPU_ROWS
-        settings: Any = {
-            "static_shapes": static_shapes, "multiple_of": _CPU_ROWS if large else 1,
-        }  # fmt: skip
-        if output_rows is None:
-            packing = functional.Packing.of(keep, **settings)
-        else:
-            packing, rows = packing_and_selection(keep, output_rows, **settings)
-        masks = AttentionMasks(
-            None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
-        )
-        with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
-            output = self._run(functional.pack(src, packing), masks, rows)
-        return functional.unpack(output, packing) if rows is None else rows.result(output)
 
     def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
         """The output of jagged ``[N, jagged, E]``, packed already."""

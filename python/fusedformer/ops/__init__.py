@@ -8,6 +8,7 @@ from fusedformer.ops.attention import (
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.norm import (
     dropout_add,
@@ -26,6 +27,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "embedding_layer_norm",
     "feed_forward",
     "gather_rows",
     "layer_norm",

@@ -23,7 +23,7 @@ def layer_norm(
 ) -> Tensor:
     """See :func:`fusedformer.functional.layer_norm`."""
     if chosen_backend(input) == "torch":
-        return _layer_norm_aten(input, shape, weight, bias, eps)
+        return layer_norm_aten(input, shape, weight, bias, eps)
     _checks.check_kernel_dtype("layer_norm", "input", input)
     return _norm(input, None, None, weight, bias, None, 0.0, eps, "layer", len(shape))[0]
 
@@ -51,7 +51,7 @@ def dropout_add_layer_norm(
     """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = _layer_norm_aten(total, shape, weight, bias, eps)
+        output = layer_norm_aten(total, shape, weight, bias, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
     seed = draw_seed(p, input.device)
@@ -101,7 +101,7 @@ def _eps(eps: float | None) -> float:
     return torch.finfo(torch.float32).eps if eps is None else eps
 
 
-def _layer_norm_aten(
+def layer_norm_aten(
     input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     # ATen takes parameters of the dtype of its input, or all float32 with a half input.

@@ -49,7 +49,7 @@ def all_cases() -> list[Case]:
     """The grid: small enough for Triton's interpreter, each case another way through a kernel."""
     return [
         *_softmax_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases(),
-        *_packing_cases(),
+        *_packing_cases(), *_embedding_cases(),
     ]  # fmt: skip
 
 
@@ -365,3 +365,47 @@ def _packing_cases() -> Iterator[Case]:
     unpack = Op("unpack", unpacked, reference.unpack, reference.unpack)
     yield Case(pack, "holes", unpadded, quick=True)
     yield Case(unpack, "holes", rows, quick=True)
+
+
+# embeddings
+
+
+def _stock_embedding(
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    position_weight: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    token_type_weight: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    total = F.embedding(input, weight, padding_idx)
+    if token_type_ids is not None and token_type_weight is not None:
+        total = total + F.embedding(token_type_ids, token_type_weight)
+    if position_ids is not None and position_weight is not None:
+        total = total + F.embedding(position_ids, position_weight)
+    return F.layer_norm(total, weight.shape[1:], norm_weight, norm_bias)
+
+
+def _embedding_cases() -> Iterator[Case]:
+    def ids(generator: Generator) -> dict[str, Tensor]:
+        counts = {"input": 50, "position_ids": 16, "token_type_ids": 2}
+        return {n: torch.randint(c, (3, 9), generator=generator) for n, c in counts.items()}
+
+    def bert(generator: Generator) -> dict[str, Tensor]:
+        tables = _shapes(
+            weight=(50, 96), position_weight=(16, 96), token_type_weight=(2, 96),
+            norm_weight=(96,), norm_bias=(96,),
+        )
+        return {**ids(generator), **tables(generator)}
+
+    def tokens(generator: Generator) -> dict[str, Tensor]:
+        return {"input": ids(generator)["input"], **_shapes(weight=(50, 131))(generator)}
+
+    name = "embedding_layer_norm"
+    op = Op(name, getattr(functional, name), _stock_embedding, getattr(reference, name))
+    yield Case(op, "token, position and type", bert, quick=True)
+    yield Case(op, "tokens alone, padding", tokens, {"padding_idx": 3})

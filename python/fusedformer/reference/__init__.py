@@ -12,6 +12,7 @@ from fusedformer.reference.attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.reference.embedding import embedding_layer_norm
 from fusedformer.reference.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -28,6 +29,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "embedding_layer_norm",
     "layer_norm",
     "log_softmax",
     "merge_attention_states",

@@ -1,0 +1,185 @@
+"""Embeddings with norm and dropout: registration, autograd and choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import _checks
+from fusedformer._backend import chosen_backend
+from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops.dropout_aten import dropout_aten
+from fusedformer.ops.norm import layer_norm_aten
+
+_LONGEST = 8192  # columns; the kernels keep a row in registers
+
+
+def embedding_layer_norm(
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    token_type_ids: Tensor | None,
+    token_type_weight: Tensor | None,
+    padding_idx: int | None,
+    p: float,
+) -> Tensor:
+    """See :func:`fusedformer.functional.embedding_layer_norm`."""
+    width = weight.shape[1]
+    if chosen_backend(weight) == "torch":
+        total = F.embedding(input, weight, padding_idx)
+        if token_type_weight is not None:
+            types = token_type_weight[0]
+            if token_type_ids is not None:
+                types = F.embedding(token_type_ids, token_type_weight)
+            total = total + types
+        if position_weight is not None and position_ids is not None:
+            total = total + F.embedding(position_ids, position_weight)
+        return dropout_aten(layer_norm_aten(total, (width,), norm_weight, norm_bias, eps), p)
+    _checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
+    if width > _LONGEST:
+        raise ValueError(
+            f"embedding_layer_norm(): the triton backend supports up to {_LONGEST} columns, but "
+            f"'weight' has {width}; run it under fusedformer.backend('torch')"
+        )
+    # As the kernels read them: rows of contiguous columns, ids one after another.
+    input_ids = input.contiguous().view(-1)
+    position_ids, token_type_ids = (
+        None if t is None else t.contiguous().view(-1) for t in (position_ids, token_type_ids)
+    )
+    tables = (
+        None if t is None else t if t.stride(-1) == 1 else t.contiguous()
+        for t in (weight, position_weight, token_type_weight)
+    )  # fmt: skip
+    weight, position_weight, token_type_weight = tables  # type: ignore[assignment]
+    output, _, _ = _embedding_norm(
+        input_ids, weight, position_ids, position_weight, token_type_ids, token_type_weight,
+        norm_weight, norm_bias, draw_seed(p, weight.device), p, eps,
+        -1 if padding_idx is None else padding_idx,
+    )  # fmt: skip
+    return output.view(*input.shape, width)
+
+
+@torch.library.custom_op("fusedformer::embedding_norm", mutates_args=())
+def _embedding_norm(
+    ids: Tensor,
+    tokens: Tensor,
+    position_ids: Tensor | None,
+    positions: Tensor | None,
+    type_ids: Tensor | None,
+    types: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output ``[rows, E]``, mean, rstd); ``padding_idx`` is -1 if there is none."""
+    from fusedformer_kernels.embedding import Tables, embedding_forward
+
+    tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
+    return embedding_forward(tables, weight, bias, seed, p, eps)
+
+
+@register_fake("fusedformer::embedding_norm")
+def _embedding_norm_fake(
+    ids: Tensor, tokens: Tensor, *others: Any, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ids.shape[0]
+    mean = tokens.new_empty(rows, dtype=torch.float32)
+    return tokens.new_empty(rows, tokens.shape[1]), mean, mean.clone()
+
+
+@torch.library.custom_op("fusedformer::embedding_norm_backward", mutates_args=())
+def _embedding_norm_backward(
+    grad: Tensor,
+    ids: Tensor,
+    tokens: Tensor,
+    position_ids: Tensor | None,
+    positions: Tensor | None,
+    type_ids: Tensor | None,
+    types: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum ``[rows, E]``, of weight and of bias; ``needs`` says which."""
+    from fusedformer_kernels.embedding import Tables, embedding_backward
+
+    tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
+    grads = embedding_backward(grad, tables, mean, rstd, weight, seed, p, *needs)
+    first, second, third = (nothing(tokens) if t is None else t for t in grads)
+    return first, second, third
+
+
+@register_fake("fusedformer::embedding_norm_backward")
+def _embedding_norm_backward_fake(
+    grad: Tensor, ids: Tensor, tokens: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs, width = others[-1], tokens.shape[1]
+
+    def parameter_grad(wanted: bool) -> Tensor:
+        return tokens.new_empty(width, dtype=torch.float32) if wanted else nothing(tokens)
+
+    rows = tokens.new_empty(ids.shape[0], width) if needs[0] else nothing(tokens)
+    return rows, parameter_grad(needs[1]), parameter_grad(needs[2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tables, weight, bias, seed, ctx.p, _, ctx.padding_idx = inputs
+    _, mean, rstd = output
+    ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+    ctx.save_for_backward(*tables, mean, rstd, weight, seed)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
+    *tables, mean, rstd, weight, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[1] or needs[3] or needs[5], needs[6], needs[7]]
+    total_grad, weight_grad, bias_grad = _embedding_norm_backward(
+        grad, *tables, mean, rstd, weight, seed, ctx.p, wanted
+    )
+    grads: list[Tensor | None] = []
+    for ids, table, padding_idx, needed in zip(
+        tables[::2], tables[1::2], (ctx.padding_idx, -1, -1), needs[1:6:2], strict=True
+    ):
+        grads += [None, _table_grad(total_grad, ids, table, padding_idx) if needed else None]
+    weight_dtype, bias_dtype = ctx.dtypes
+    return (
+        *grads,
+        weight_grad.to(weight_dtype) if needs[6] else None,
+        bias_grad.to(bias_dtype) if needs[7] else None,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+def _table_grad(grad: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:
+    """Sums of ``grad``'s rows over equal ids; without ids all are 0."""
+    count = table.shape[0]
+    if ids is None:
+        first = grad.sum(0, dtype=torch.float32).to(grad.dtype)
+        return F.pad(first[None], (0, 0, 0, count - 1))
+    # ATen writes wherever ids say; those outside are not to be (their gradient is NaN).
+    ids = ids.clamp(0, count - 1)
+    return torch.ops.aten.embedding_dense_backward(grad, ids, count, padding_idx, False)
+
+
+torch.library.register_autograd("fusedformer::embedding_norm", _backward, setup_context=_save)
+torch.library.register_autograd(
+    "fusedformer::embedding_norm_backward", no_double_backward("embeddings")
+)
