@@ -44,6 +44,11 @@ class Packing(NamedTuple):
         """Number of packed rows: of real tokens, and of zeros behind them if any were asked for."""
         return self.indices.shape[0]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is known to be padding, so that packing moves nothing."""
+        return self.total == self.batch * self.length and not self.has_tail
+
     @staticmethod
     def of(
         keep: Tensor,
@@ -167,7 +172,8 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
         packing: of a batch of that size.
 
     Returns:
-        ``[total, *]``, contiguous; zeros in rows behind the last token.
+        ``[total, *]``, contiguous; zeros in rows behind the last token. A view of ``input`` where
+        nothing is padding.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.
@@ -178,6 +184,8 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
     """
     _check("pack", input, packing, (packing.batch, packing.length), "batch, length")
     rows = input.flatten(0, 1)
+    if packing.is_whole:
+        return rows.contiguous()
     packed = ops.gather_rows(
         rows.flatten(1), packing.indices, packing.inverse, holes=packing.has_tail, unused=True
     )
@@ -199,6 +207,8 @@ def unpack(input: Tensor, packing: Packing) -> Tensor:
         ValueError: ``input`` has not as many rows as the packing, or is on another device.
     """
     _check("unpack", input, packing, (packing.total,), "total")
+    if packing.is_whole:
+        return torch.unflatten(input.contiguous(), 0, (packing.batch, packing.length))
     rows = ops.gather_rows(
         input.flatten(1), packing.inverse, packing.indices, holes=True,
         unused=packing.has_tail,

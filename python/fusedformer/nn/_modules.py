@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer import functional
 from fusedformer._backend import chosen_backend
 from fusedformer.functional import Activation
-from fusedformer.functional._steps import linear
+from fusedformer.functional._steps import FeedForward, feed_forward, linear
+from fusedformer.nn.layer_norm import LayerNorm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,6 +66,47 @@ def fused_activation(activation: Any) -> Activation | None:
     if is_plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     return None
+
+
+def check_activation(function: str, activation: object) -> None:
+    """Raise unless it is a name that torch's layers know, or a callable."""
+    if isinstance(activation, str) and activation not in ("relu", "gelu"):
+        raise ValueError(
+            f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
+            f"but got {activation!r}"
+        )
+    if not isinstance(activation, str) and not callable(activation):
+        raise TypeError(
+            f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
+            f"but got {type(activation).__name__}"
+        )
+
+
+def are_plain(
+    linears: Iterable[nn.Module], norms: Iterable[Any], dropouts: Iterable[nn.Module]
+) -> bool:
+    """Whether the fused steps do exactly what calling these children of a layer would do."""
+    return (
+        all(is_plain(linear, nn.Linear, NonDynamicallyQuantizableLinear) for linear in linears)
+        and all(
+            is_plain(norm, LayerNorm, nn.LayerNorm) and len(norm.normalized_shape) == 1
+            for norm in norms
+        )
+        and all(is_plain(dropout, nn.Dropout) for dropout in dropouts)
+    )
+
+
+def feed_forward_of(
+    layer: Any, x: Tensor, *, fork: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The block of a layer without its last dropout, the bias still to be added, and ``x``."""
+    name = fused_activation(layer.activation)
+    block = FeedForward(
+        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
+        layer.activation if name is None else name,
+        layer.dropout.p if layer.dropout.training else 0.0, layer.checkpoint_activation,
+    )
+    return feed_forward(x, block, fork=fork)
 
 
 class Pending(NamedTuple):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer._backend import chosen_backend
 from fusedformer.functional import Selection
-from fusedformer.functional._selection import check_output_rows, packing_and_selection
+from fusedformer.functional._selection import check_output_rows
 from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import (
     AttentionMasks,
@@ -22,10 +21,10 @@ from fusedformer.nn._masks import (
     padded_positions,
 )
 from fusedformer.nn._modules import Pending, is_plain
+from fusedformer.nn._packed import can_pack, check_rows, only_causal, packing_for
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.transformer_encoder_layer import DROPOUTS, TransformerEncoderLayer
 
-_CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of this
 _NAMES = Names("TransformerEncoder", "src", "src", "src", "mask", "src_key_padding_mask")
 
 
@@ -144,9 +143,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         padding = src_key_padding_mask
         boolean = padding is None or padding.dtype == torch.bool
-        only_causal = mask is None or (is_causal and not mask.requires_grad)
         wanted = padding is not None or output_rows is not None
-        if src.dim() == 3 and boolean and only_causal and wanted and self.packs(src):
+        plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
+        if plain and wanted and self.packs(src):
             first: Any = self.layers[0] if len(self.layers) else None
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
@@ -176,9 +175,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         The layers and the norm are this library's, without hooks or replaced children. Inside
         ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
         """
-        tracing = torch.compiler.is_compiling()  # how many tokens there are decides no shape then
-        static = tracing or self.static_shapes
-        return self._is_fused() and (not static or chosen_backend(src) == "triton")
+        return self._is_fused() and can_pack(src, self.static_shapes)
 
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
@@ -196,18 +193,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             TypeError, ValueError: as :meth:`functional.Packing.of`.
             ValueError: boolean ``output_rows`` with static shapes.
         """
-        static = self.static_shapes or torch.compiler.is_compiling()
-        large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
-        settings: Any = {"static_shapes": static, "multiple_of": _CPU_ROWS if large else 1}
-        if output_rows is None:
-            return functional.Packing.of(keep, **settings), None
-        if static and output_rows.dtype == torch.bool:
-            raise ValueError(
-                f"TransformerEncoder(): expected 'output_rows' to be int64 columns "
-                f"[{keep.shape[0]}, rows] with static shapes, but got a boolean mask, whose count "
-                f"decides a shape"
-            )
-        return packing_and_selection(keep, output_rows, **settings)
+        return packing_for("TransformerEncoder", keep, output_rows, self.static_shapes)
 
     def forward_packed(
         self,
@@ -239,11 +225,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 f"replaced children"
             )
         check_rank(function, "input", input)
-        if input.dim() != 2 or input.shape[0] != packing.total:
-            raise ValueError(
-                f"{function}(): expected 'input' to have shape [{packing.total}, width], "
-                f"but got {tuple(input.shape)}"
-            )
+        check_rows(function, "input", input, packing)
         masks = AttentionMasks(
             None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
         )

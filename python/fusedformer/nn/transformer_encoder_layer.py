@@ -8,12 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fusedformer.functional import Selection
-from fusedformer.functional._steps import FeedForward, feed_forward, seeds_drawn_at_once
+from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
-from fusedformer.nn._modules import Pending, adopt, fused_activation, is_plain, product
+from fusedformer.nn._modules import (
+    Pending,
+    adopt,
+    are_plain,
+    check_activation,
+    feed_forward_of,
+    is_plain,
+    product,
+)
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
@@ -82,16 +89,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> None:
         function = "TransformerEncoderLayer"
         check_heads(function, "d_model", d_model, "nhead", nhead)
-        if isinstance(activation, str) and activation not in ("relu", "gelu"):
-            raise ValueError(
-                f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
-                f"but got {activation!r}"
-            )
-        if not isinstance(activation, str) and not callable(activation):
-            raise TypeError(
-                f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
-                f"but got {type(activation).__name__}"
-            )
+        check_activation(function, activation)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
@@ -126,8 +124,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         Raises:
             TypeError, ValueError: as :class:`MultiheadAttention`.
         """
-        attention = self.self_attn
-        if not isinstance(attention, MultiheadAttention) or not self._children_are_plain():
+        attention: Any = self.self_attn
+        if not self._children_are_plain():
             return self._compose(src, src_mask, src_key_padding_mask, is_causal)
         weight = attention.out_proj.weight
         check_sequence("TransformerEncoderLayer", "src", src, attention.embed_dim, weight)
@@ -152,7 +150,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """
         heads, x = self._heads(x, x, masks, rows, fork=True)
         x = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x).normed(self.norm1)
-        inner, bias, x = self._feed_forward(x, fork=True)
+        inner, bias, x = feed_forward_of(self, x, fork=True)
         return Pending(inner, bias, self.dropout2, x).normed(self.norm2)
 
     def _pre_norm(
@@ -162,7 +160,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         heads, x = self._heads(normed, x, masks, rows, fork=False)
         pending = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x)
         normed, x = pending.normed_and_sum(self.norm2)
-        inner, bias, _ = self._feed_forward(normed, fork=False)
+        inner, bias, _ = feed_forward_of(self, normed, fork=False)
         return Pending(inner, bias, self.dropout2, x)
 
     def _heads(
@@ -179,23 +177,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        attention = self.self_attn
-        return (
-            is_plain(self, TransformerEncoderLayer)
-            and isinstance(attention, MultiheadAttention)
-            and attention._can_pack()
-            and self._children_are_plain()
-        )
-
-    def _feed_forward(self, x: Tensor, *, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The block without its last dropout, the bias still to be added, and ``x``."""
-        name = fused_activation(self.activation)
-        block = FeedForward(
-            self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias,
-            self.activation if name is None else name,
-            self.dropout.p if self.dropout.training else 0.0, self.checkpoint_activation,
-        )
-        return feed_forward(x, block, fork=fork)
+        return is_plain(self, TransformerEncoderLayer) and self._children_are_plain()
 
     def _compose(
         self,
@@ -216,17 +198,16 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _children_are_plain(self) -> bool:
         """Whether the fused steps do exactly what calling the children would do."""
-        stock, norms = torch.nn.TransformerEncoderLayer, (self.norm1, self.norm2)
+        stock = torch.nn.TransformerEncoderLayer
+        attention: Any = self.self_attn
         return (
             type(self)._sa_block is stock._sa_block
             and type(self)._ff_block is stock._ff_block
-            and is_plain(self.self_attn, MultiheadAttention)
-            and is_plain(self.self_attn.out_proj, nn.Linear, NonDynamicallyQuantizableLinear)
-            and all(is_plain(linear, nn.Linear) for linear in (self.linear1, self.linear2))
-            and all(is_plain(norm, LayerNorm, nn.LayerNorm) for norm in norms)
-            and all(len(norm.normalized_shape) == 1 for norm in norms)
-            and all(
-                is_plain(dropout, nn.Dropout)
-                for dropout in (self.dropout, self.dropout1, self.dropout2)
+            and is_plain(attention, MultiheadAttention)
+            and attention._can_pack()
+            and are_plain(
+                (attention.out_proj, self.linear1, self.linear2),
+                (self.norm1, self.norm2),
+                (self.dropout, self.dropout1, self.dropout2),
             )
         )
