@@ -43,6 +43,14 @@ MAKES: dict[str, Make] = {
         8, 2, 12, activation=torch.nn.GELU()
     ),
     "TransformerEncoder": stack,
+    "TransformerDecoderLayer": lambda library: library.TransformerDecoderLayer(8, 2, 12),
+    "TransformerDecoderLayer float64": lambda library: library.TransformerDecoderLayer(
+        8, 2, 12, activation="gelu", norm_first=True, bias=False, dtype=torch.float64
+    ),
+    "TransformerDecoder": lambda library: library.TransformerDecoder(
+        library.TransformerDecoderLayer(8, 2, 12, batch_first=True), 2, library.LayerNorm(8)
+    ),
+    "Transformer": lambda library: library.Transformer(8, 2, 1, 2, 12, norm_first=True),
 }
 EACH = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 
@@ -172,6 +180,8 @@ def test_hooks_on_the_module_fire(make: Make) -> None:
     if isinstance(ours, torch.nn.MultiheadAttention):
         kwargs = {"key": torch.randn(2, 3, ours.kdim), "value": torch.randn(2, 3, ours.vdim)}
         x = torch.randn(2, 3, 8)
+    if "memory" in inspect.signature(ours.forward).parameters or hasattr(ours, "decoder"):
+        kwargs = {"tgt" if hasattr(ours, "decoder") else "memory": x.float()}
     ours.float()(x.float(), **kwargs)  # float64 is not among the kernels' dtypes
     assert seen == ["before", "after"]
 

@@ -121,3 +121,17 @@ def test_traced_with_padding_without_a_graph_break() -> None:
             src, src_key_padding_mask=PADDING
         )
     assert torch.allclose(eager, traced, atol=1e-6)
+
+
+def test_packed_input_must_fit_the_parameters() -> None:
+    """Checked before it is packed, as it would be without padding."""
+    stack = encoder()
+    with pytest.raises(TypeError, match=r"'src' to have the dtype of the parameters.*float64"):
+        stack(torch.randn(N, S, D).double(), src_key_padding_mask=PADDING)
+    with pytest.raises(ValueError, match="last dimension of 'src' to be 16"):
+        stack(torch.randn(N, S, 8), src_key_padding_mask=PADDING)
+    packing, _ = stack.packing(~PADDING)
+    with pytest.raises(ValueError, match=r"'input' to have shape \[14, width\]"):
+        stack.forward_packed(torch.randn(13, D), packing)
+    with pytest.raises(TypeError, match="'input' to have the dtype"):
+        stack.forward_packed(torch.randn(14, D).half(), packing)

@@ -14,6 +14,9 @@ from fusedformer.nn.rms_norm import RMSNorm
 from fusedformer.nn.scaled_dot_product_attention import ScaledDotProductAttention
 from fusedformer.nn.softmax import LogSoftmax, Softmax
 from fusedformer.nn.token_embedding import TokenEmbedding
+from fusedformer.nn.transformer import Transformer
+from fusedformer.nn.transformer_decoder import TransformerDecoder
+from fusedformer.nn.transformer_decoder_layer import TransformerDecoderLayer
 from fusedformer.nn.transformer_encoder import TransformerEncoder
 from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
@@ -27,6 +30,9 @@ __all__ = [
     "SinusoidalPositionalEncoding",
     "Softmax",
     "TokenEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer.functional import Packing
 
 
 class Names(NamedTuple):
@@ -34,7 +35,22 @@ class AttentionMasks(NamedTuple):
     is_causal: bool
     cu_seqlens_q: Tensor | None = None  # [sequences + 1], of packed rows
     cu_seqlens_k: Tensor | None = None
-    max_seqlen: int = 0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+    @staticmethod
+    def packed(queries: Packing, keys: Packing, is_causal: bool) -> AttentionMasks:
+        """Of packed rows that attend to packed rows: those of the same sequence."""
+        starts_q, starts_k = queries.cu_seqlens_q, keys.cu_seqlens_k
+        # A tail is two sequences more: empty ones where there is none.
+        if keys.has_tail and not queries.has_tail:
+            starts_q = torch.cat((starts_q, starts_q[-1:], starts_q[-1:]))
+        if queries.has_tail and not keys.has_tail:
+            starts_k = torch.cat((starts_k, starts_k[-1:], starts_k[-1:]))
+        return AttentionMasks(
+            None, None, is_causal, starts_q, starts_k, queries.max_seqlen, keys.max_seqlen
+        )
 
 
 def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:

@@ -179,19 +179,48 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             heads = heads.transpose(0, 1)
         return heads.flatten(-2), x
 
+    def _attend_to(
+        self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Merged heads like ``x``, if :meth:`_can_pack`; ``x`` and ``memory`` as in ``ops.linear``.
+
+        Keys and values of ``memory`` come of one product. Both are batches, single sequences, or
+        packed rows.
+        """
+        (weight_q, weight_kv), (bias_q, bias_kv) = self._split_projection()
+        query, x = linear(x, weight_q, bias_q, fork=fork)
+        pair, memory = linear(memory, weight_kv, bias_kv, fork=True)
+        dropout_p = self.dropout if self.training else 0.0
+        if masks.cu_seqlens_q is None or masks.cu_seqlens_k is None:
+            q, k, v = (self._split_heads(part) for part in (query, *pair.chunk(2, -1)))
+            heads = functional.scaled_dot_product_attention(
+                q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask
+            )
+            return self._merge_heads(heads, x.dim()), x, memory
+        key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
+        output: Tensor = functional.varlen_attention(
+            torch.unflatten(query, -1, (self.num_heads, -1)), key, value, masks.cu_seqlens_q,
+            masks.cu_seqlens_k, masks.max_seqlen_q, masks.max_seqlen_k, dropout_p,
+            is_causal=masks.is_causal,
+        )
+        return output.flatten(1), x, memory
+
+    def _split_projection(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Weights and biases of the query's projection, and of keys' and values' in one."""
+        sizes, bias = [self.embed_dim, 2 * self.embed_dim], self.in_proj_bias
+        biases = (None, None) if bias is None else torch.split(bias, sizes)
+        return torch.split(self.in_proj_weight, sizes), biases
+
     def _attend_from(self, x: Tensor, rows: Selection, masks: AttentionMasks) -> Tensor:
         """Merged heads of some of packed ``x``'s rows, if :meth:`_can_pack`; not causal."""
-        sizes = [self.embed_dim, 2 * self.embed_dim]
-        weights = torch.split(self.in_proj_weight, sizes)
-        bias = self.in_proj_bias
-        biases = (None, None) if bias is None else torch.split(bias, sizes)
+        weights, biases = self._split_projection()
         query = F.linear(rows.take(x), weights[0], biases[0])
         pair = F.linear(x, weights[1], biases[1])
         key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
         assert masks.cu_seqlens_k is not None
         output: Tensor = functional.varlen_attention(
             torch.unflatten(query, -1, (self.num_heads, -1)), key, value, rows.cu_seqlens,
-            masks.cu_seqlens_k, rows.max_seqlen, masks.max_seqlen,
+            masks.cu_seqlens_k, rows.max_seqlen, masks.max_seqlen_k,
             self.dropout if self.training else 0.0,
         )
         return output.flatten(1)
@@ -234,9 +263,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if weight is not None and query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
         if weight is not None and key is value:
-            sizes = [self.embed_dim, 2 * self.embed_dim]
-            weights = torch.split(weight, sizes)
-            biases = (None, None) if bias is None else torch.split(bias, sizes)
+            weights, biases = self._split_projection()
             return (
                 F.linear(query, weights[0], biases[0]),
                 *F.linear(key, weights[1], biases[1]).chunk(2, -1),

@@ -18,11 +18,20 @@ from fusedformer.nn._masks import (
     check_padding_mask,
     check_rank,
     is_causal_mask,
-    padded_positions,
 )
-from fusedformer.nn._modules import Pending, is_plain
-from fusedformer.nn._packed import can_pack, check_rows, only_causal, packing_for
-from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn._modules import Pending
+from fusedformer.nn._stacks import (
+    can_pack,
+    check_is_fused,
+    check_rows,
+    check_sequences,
+    check_stack,
+    is_batch_first,
+    is_fused,
+    only_causal,
+    packing_for,
+    zeros_at_padding,
+)
 from fusedformer.nn.transformer_encoder_layer import DROPOUTS, TransformerEncoderLayer
 
 _NAMES = Names("TransformerEncoder", "src", "src", "src", "mask", "src_key_padding_mask")
@@ -70,17 +79,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         *,
         static_shapes: bool = False,
     ) -> None:
-        for name, module in (("encoder_layer", encoder_layer), ("norm", norm)):
-            if not isinstance(module, nn.Module) and not (name == "norm" and module is None):
-                raise TypeError(
-                    f"TransformerEncoder(): expected '{name}' to be a Module, "
-                    f"but got {type(module).__name__}"
-                )
-        if num_layers < 0:
-            raise ValueError(
-                f"TransformerEncoder(): expected 'num_layers' to be at least 0, "
-                f"but got {num_layers}"
-            )
+        check_stack("TransformerEncoder", "encoder_layer", encoder_layer, num_layers, norm)
         # torch warns where its nested path is not to be had; ours never takes it.
         super().__init__(
             encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check
@@ -129,7 +128,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             self._check_nested(src, mask, src_key_padding_mask, is_causal, output_rows)
             return self._forward_nested(src, mask is not None)
         check_rank(function, "src", src)
-        batched, batch_first = src.dim() == 3, self._batch_first()
+        batched, batch_first = src.dim() == 3, is_batch_first(self)
         length = src.shape[1 if batched and batch_first else 0]
         batch = src.shape[0 if batch_first else 1] if batched else 1
         if src_key_padding_mask is not None:
@@ -146,6 +145,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         wanted = padding is not None or output_rows is not None
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
         if plain and wanted and self.packs(src):
+            check_sequences(function, self, {"src": src})
             first: Any = self.layers[0] if len(self.layers) else None
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
@@ -175,7 +175,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         The layers and the norm are this library's, without hooks or replaced children. Inside
         ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
         """
-        return self._is_fused() and can_pack(src, self.static_shapes)
+        return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes)
 
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
@@ -219,25 +219,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             ValueError: ``input`` is not ``[total, E]``; the encoder's modules cannot pack.
         """
         function = "TransformerEncoder.forward_packed"
-        if not self._is_fused():
-            raise ValueError(
-                f"{function}(): needs layers and a norm of this library, without hooks or "
-                f"replaced children"
-            )
+        check_is_fused(function, self, TransformerEncoderLayer)
         check_rank(function, "input", input)
         check_rows(function, "input", input, packing)
-        masks = AttentionMasks(
-            None, None, is_causal, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen
-        )
+        check_sequences(function, self, {"input": input})
+        masks = AttentionMasks.packed(packing, packing, is_causal)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(input, masks, selection)
-
-    def _is_fused(self) -> bool:
-        """Whether layers and norm are what :meth:`_run` may take apart."""
-        ours = (isinstance(la, TransformerEncoderLayer) and la._can_pack() for la in self.layers)
-        norm: Any = self.norm
-        plain = norm is None or is_plain(norm, LayerNorm, nn.LayerNorm)
-        return all(ours) and plain and (norm is None or len(norm.normalized_shape) == 1)
 
     def _forward_padded(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -249,20 +237,16 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             )
         if self.norm is not None:
             output = self.norm(output)
-        if padding is None:
-            return output
-        padded = padded_positions(padding)
-        if src.dim() == 3 and not self._batch_first():
-            padded = padded.transpose(0, 1)
-        return output.masked_fill(padded[..., None], 0.0)
+        return zeros_at_padding(self, output, padding)
 
     def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
         """The output of jagged ``[N, jagged, E]``, packed already."""
         jagged: Any = src
         values, starts = jagged.values(), jagged.offsets()
+        check_sequences("TransformerEncoder", self, {"src": values})
         # The longest length would have to be fetched from the device; the number of tokens bounds.
         longest = values.shape[0]
-        masks = AttentionMasks(None, None, is_causal, starts, starts, longest)
+        masks = AttentionMasks(None, None, is_causal, starts, starts, longest, longest)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             output = self._run(values, masks, None)
         nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
@@ -315,12 +299,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 f"{function}(): expected no 'mask' with a nested 'src' but the causal one, "
                 f"together with is_causal=True"
             )
-        if not self._batch_first() or not self._is_fused():
+        if not is_batch_first(self) or not is_fused(self, TransformerEncoderLayer):
             raise ValueError(
                 f"{function}(): a nested 'src' needs layers of this library with "
                 f"batch_first=True, without hooks or replaced children"
             )
-
-    def _batch_first(self) -> bool:
-        attention = getattr(self.layers[0], "self_attn", None) if len(self.layers) else None
-        return bool(getattr(attention, "batch_first", False))

@@ -153,7 +153,8 @@ def self_attention(
     is_causal: bool,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    max_seqlen: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
 ) -> Tensor:
     """``[B, L, H, D]`` of one projection ``[B, L, 3, H, D]``, whose gradient comes in one piece.
 
@@ -163,7 +164,7 @@ def self_attention(
     terms = AttentionTerms(
         mask=attn_mask, key_mask=key_mask, starts_q=cu_seqlens_q, starts_k=cu_seqlens_k,
         p=dropout_p, right=0 if is_causal else None, scale=_scale(None, qkv),
-        max_queries=max_seqlen, max_keys=max_seqlen,
+        max_queries=max_seqlen_q, max_keys=max_seqlen_k,
     )
     if chosen_backend(qkv) == "torch":
         return attention_aten(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)

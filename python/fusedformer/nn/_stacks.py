@@ -1,17 +1,79 @@
-"""Padded batches as a stack of layers packs them at its entry."""
+"""What the stacks of layers share: their checks, and how padded batches are packed at the entry."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedformer._backend import chosen_backend
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import packing_and_selection
+from fusedformer.nn._masks import check_sequence, padded_positions
+from fusedformer.nn._modules import is_plain
+from fusedformer.nn.layer_norm import LayerNorm
 
 _CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of this
+
+
+def check_stack(
+    function: str, name: str, layer: object, num_layers: int, norm: object
+) -> None:
+    """Raise unless the arguments of a stack's constructor are what they must be."""
+    for argument, module in ((name, layer), ("norm", norm)):
+        if not isinstance(module, nn.Module) and not (argument == "norm" and module is None):
+            raise TypeError(
+                f"{function}(): expected '{argument}' to be a Module, "
+                f"but got {type(module).__name__}"
+            )
+    if num_layers < 0:
+        raise ValueError(
+            f"{function}(): expected 'num_layers' to be at least 0, but got {num_layers}"
+        )
+
+
+def is_fused(stack: Any, layer: type[Any]) -> bool:
+    """Whether layers and norm of ``stack`` are what its ``_run`` may take apart."""
+    norm = stack.norm
+    return all(isinstance(one, layer) and one._can_pack() for one in stack.layers) and (
+        norm is None
+        or (is_plain(norm, LayerNorm, nn.LayerNorm) and len(norm.normalized_shape) == 1)
+    )
+
+
+def check_is_fused(function: str, stack: Any, layer: type[Any]) -> None:
+    """Raise unless :func:`is_fused`."""
+    if not is_fused(stack, layer):
+        raise ValueError(
+            f"{function}(): needs layers and a norm of this library, without hooks or replaced "
+            f"children"
+        )
+
+
+def is_batch_first(stack: Any) -> bool:
+    """What the first layer says."""
+    attention = getattr(stack.layers[0], "self_attn", None) if len(stack.layers) else None
+    return bool(getattr(attention, "batch_first", False))
+
+
+def check_sequences(function: str, stack: Any, sequences: Mapping[str, Tensor]) -> None:
+    """Raise unless they fit the parameters of the first layer, which :func:`is_fused`."""
+    for layer in stack.layers[:1]:
+        attention = layer.self_attn
+        for name, x in sequences.items():
+            check_sequence(function, name, x, attention.embed_dim, attention.out_proj.weight)
+
+
+def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tensor:
+    """``output`` with zeros at positions that ``padding`` ``[N, L]`` removes."""
+    if padding is None:
+        return output
+    padded = padded_positions(padding)
+    if output.dim() == 3 and not is_batch_first(stack):
+        padded = padded.transpose(0, 1)
+    return output.masked_fill(padded[..., None], 0.0)
 
 
 def can_pack(x: Tensor, static_shapes: bool) -> bool:

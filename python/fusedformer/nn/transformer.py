@@ -1,0 +1,124 @@
+"""``torch.nn.Transformer`` on the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer.nn._masks import check_rank
+from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.transformer_decoder import TransformerDecoder
+from fusedformer.nn.transformer_decoder_layer import TransformerDecoderLayer
+from fusedformer.nn.transformer_encoder import TransformerEncoder
+from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
+
+
+class Transformer(torch.nn.Transformer):
+    """Encoder and decoder.
+
+    A drop-in for :class:`torch.nn.Transformer`, of this library's :class:`TransformerEncoder` and
+    :class:`TransformerDecoder`; what they say of padding holds here.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
+            norm_first, bias, device, dtype: of all layers, as for
+            :class:`TransformerEncoderLayer`.
+        num_encoder_layers, num_decoder_layers: numbers of layers.
+        custom_encoder, custom_decoder: modules in place of the library's.
+
+    Raises:
+        TypeError, ValueError: as :class:`TransformerEncoderLayer`.
+
+    Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        layer: Any = (
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
+            norm_first, bias, device, dtype,
+        )  # fmt: skip
+        norm: Any = {"eps": layer_norm_eps, "bias": bias, "device": device, "dtype": dtype}
+        if custom_encoder is None:
+            custom_encoder = TransformerEncoder(
+                TransformerEncoderLayer(*layer), num_encoder_layers, LayerNorm(d_model, **norm)
+            )
+        if custom_decoder is None:
+            custom_decoder = TransformerDecoder(
+                TransformerDecoderLayer(*layer), num_decoder_layers, LayerNorm(d_model, **norm)
+            )
+        super().__init__(
+            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout,
+            activation, custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first,
+            bias, device, dtype,
+        )
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Pass ``src`` through the encoder, and ``tgt`` with what comes of it through the decoder.
+
+        Args:
+            src: ``[N, S, E]`` with ``batch_first``, else ``[S, N, E]``; unbatched ``[S, E]``.
+            tgt: likewise with length ``T``.
+            src_mask, src_key_padding_mask, src_is_causal: as for :class:`TransformerEncoder`.
+            tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal: as for :class:`TransformerDecoder`.
+
+        Returns:
+            Tensor of the shape and dtype of ``tgt``.
+
+        Raises:
+            TypeError, ValueError: as the two; different batches or a width that is not ``d_model``.
+        """
+        function = "Transformer"
+        for name, tensor in (("src", src), ("tgt", tgt)):
+            check_rank(function, name, tensor)
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(
+                    f"{function}(): expected the last dimension of '{name}' to be d_model="
+                    f"{self.d_model}, but got shape {tuple(tensor.shape)}"
+                )
+        batches = [t.shape[0 if self.batch_first else 1] for t in (src, tgt) if t.dim() == 3]
+        if src.dim() != tgt.dim() or len(set(batches)) > 1:
+            raise ValueError(
+                f"{function}(): expected 'src' and 'tgt' to have the same batch, but got shapes "
+                f"{tuple(src.shape)} and {tuple(tgt.shape)} with batch_first={self.batch_first}"
+            )
+        output: Tensor = super().forward(
+            src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask,
+            tgt_key_padding_mask, memory_key_padding_mask, src_is_causal, tgt_is_causal,
+            memory_is_causal,
+        )
+        return output
