@@ -6,9 +6,9 @@
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages: environment, tests, and bench, which
-# is softmax, norm, activation, attention and encoder. Each has a process and a time limit of its
-# own, so one that dies takes no other along, and what it wrote by then stays. A stage that is
-# complete is listed in OUTDIR/stages.done and skipped the next time. OUTDIR stays flat:
+# is softmax, norm, activation, embedding, attention and encoder. Each has a process and a time
+# limit of its own, so one that dies takes no other along, and what it wrote by then stays. A stage
+# that is complete is listed in OUTDIR/stages.done and skipped the next time. OUTDIR stays flat:
 # environment.txt tests.log tests.xml bench.log bench.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
@@ -33,7 +33,7 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment tests bench}
-stages=${stages/bench/softmax norm activation attention encoder}
+stages=${stages/bench/softmax norm activation embedding attention encoder}
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
     export OMP_NUM_THREADS=1
@@ -112,7 +112,8 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench softmax 40
     bench norm 60
     bench activation 30
-    bench encoder 40 --compile none
+    bench embedding 20
+    bench encoder 90 --compile none
     bench attention 200
 }
 

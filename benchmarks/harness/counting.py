@@ -71,6 +71,17 @@ def layer_norm(
     }
 
 
+def embedding(rows: int, columns: int, tables: Sequence[int], itemsize: int) -> Costs:
+    """Forward reads a vector a token and the small tables, writes y. Backward reads dy and both
+    again, and writes the gradients of all ``tables``, the largest first."""
+    n, small = rows * columns, sum(tables[1:]) * columns * itemsize
+    ids = 8 * rows * len(tables)
+    forward = Cost(10 * n, 2 * n * itemsize + small + ids)
+    written = sum(tables) * columns * itemsize
+    backward = Cost(14 * n, 2 * n * itemsize + small + ids + written)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
 def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
     """Forward reads x, writes y. Backward reads dy and x, writes dx and the bias gradient."""
     n = rows * columns
