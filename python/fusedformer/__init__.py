@@ -7,5 +7,6 @@
 from fusedformer import functional, nn
 from fusedformer._backend import backend
 from fusedformer._version import __version__
+from fusedformer.fusion import FusionReport, fuse, unfuse
 
-__all__ = ["__version__", "backend", "functional", "nn"]
+__all__ = ["FusionReport", "__version__", "backend", "functional", "fuse", "nn", "unfuse"]

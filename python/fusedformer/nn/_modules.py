@@ -38,7 +38,7 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     A subclass, a hook or a replaced ``forward`` may do more; such a module must be called.
     """
     return (
-        type(module) in types
+        getattr(type(module), "_made_of", (type(module),))[0] in types
         and "forward" not in module.__dict__
         and not any(module.__dict__[hooks] for hooks in _HOOKS)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -1,0 +1,272 @@
+"""Layers and encoders of BERT's kin in transformers, fused and packed.
+
+The layers differ in the names of their children alone. One that was changed since (a child
+replaced, by an adapter say, or with hooks), and calls with a cache or a memory, are computed by the
+layer's own forward, in which attention and norms still are the library's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedformer import functional
+from fusedformer.functional._steps import FeedForward, feed_forward, linear
+from fusedformer.nn import LayerNorm
+from fusedformer.nn._modules import Pending, fused_activation, is_plain, product
+from fusedformer.nn._stacks import can_pack, packing_for
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # of an older transformers: then hooks are what tells
+    _active_collector = None  # type: ignore[assignment]
+
+_CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
+
+
+def _captured() -> dict[str, Any]:
+    """What the running model was asked to return besides, by name."""
+    collector: Any = _active_collector
+    return (None if collector is None else collector.get()) or {}
+
+
+def wants_weights() -> bool:
+    """Whether the running model is to return its attention weights."""
+    return "attentions" in _captured()
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether no hooks but transformers' own, idle ones, and no other forward are on it."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return "forward" not in module.__dict__ and all(
+        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks
+    )
+
+
+class Parts(NamedTuple):
+    """Of a post-norm layer."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    out: nn.Linear
+    norm1: nn.LayerNorm
+    linear1: nn.Linear
+    activation: Any
+    linear2: nn.Linear
+    norm2: nn.LayerNorm
+    attention_dropout: nn.Dropout
+    dropout1: nn.Dropout | None
+    dropout2: nn.Dropout | None
+
+    def are_plain(self) -> bool:
+        linears = self.query, self.key, self.value, self.out, self.linear1, self.linear2
+        dropouts = self.attention_dropout, self.dropout1, self.dropout2
+        return (
+            all(is_plain(one, nn.Linear) for one in linears)
+            and all(is_plain(one, LayerNorm, nn.LayerNorm) for one in (self.norm1, self.norm2))
+            and all(one is None or is_plain(one, nn.Dropout) for one in dropouts)
+            and (not isinstance(self.activation, nn.Module) or _is_untouched(self.activation))
+        )
+
+
+class PostNormLayer:
+    """A layer's forward as four fused steps and six products.
+
+    Gradients that come by way of the residual, of query, key and value are accumulated in the
+    products that compute them.
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the class that it is put before."""
+        given = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
+        parts = None if any(one is not None for one in given) else self._parts()
+        if parts is None or "attentions" in _captured():
+            own: Tensor = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            return own
+        from fusedformer.fusion._huggingface import attention
+
+        query, x = linear(hidden_states, parts.query.weight, parts.query.bias, fork=True)
+        key, x = linear(x, parts.key.weight, parts.key.bias, fork=True)
+        value, x = linear(x, parts.value.weight, parts.value.bias, fork=True)
+        module = self._attention_module()
+        shape = *x.shape[:-1], -1, module.attention_head_size
+        q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        heads, _ = attention(
+            module, q, k, v, attention_mask, dropout=_p(parts.attention_dropout),
+            scaling=module.scaling, **kwargs,
+        )
+        none = nn.Dropout(0.0)
+        joined = product(heads.flatten(-2), parts.out)
+        x = Pending(*joined, parts.dropout1 or none, x).normed(parts.norm1)
+        name = _activation_name(parts.activation)
+        block = FeedForward(
+            parts.linear1.weight, parts.linear1.bias, parts.linear2.weight, parts.linear2.bias,
+            parts.activation if name is None else name, 0.0,
+        )
+        inner, bias, x = feed_forward(x, block, fork=True)
+        return Pending(inner, bias, parts.dropout2 or none, x).normed(parts.norm2)
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str:
+        """Why ``layer`` cannot be fused, if so."""
+        config = getattr(layer, "config", None) or getattr(cls.attention_of(layer), "config", None)
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            return "it is a decoder's; its attention and norms are fused"
+        if getattr(layer, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward is set"
+        return ""
+
+    @staticmethod
+    def attention_of(layer: Any) -> Any:
+        """The module that has the settings of attention."""
+        raise NotImplementedError
+
+    @staticmethod
+    def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
+        """The parts, and the modules between them, which are not called."""
+        raise NotImplementedError
+
+    def _attention_module(self) -> Any:
+        return self.attention_of(self)
+
+    def _parts(self) -> Parts | None:
+        """The parts, if calling them is all that the layer's own forward would do."""
+        parts, between = self.parts_of(self)
+        return parts if parts.are_plain() and all(map(_is_untouched, between)) else None
+
+
+class BertLayers(PostNormLayer):
+    """BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA."""
+
+    @staticmethod
+    def attention_of(layer: Any) -> Any:
+        return layer.attention.self
+
+    @staticmethod
+    def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
+        attention, own, out = layer.attention, layer.attention.self, layer.attention.output
+        inner, output = layer.intermediate, layer.output
+        parts = Parts(
+            own.query, own.key, own.value, out.dense, out.LayerNorm, inner.dense,
+            inner.intermediate_act_fn, output.dense, output.LayerNorm, own.dropout, out.dropout,
+            output.dropout,
+        )
+        return parts, [attention, own, out, inner, output]
+
+
+class DistilBertLayers(PostNormLayer):
+    """DistilBERT."""
+
+    @staticmethod
+    def attention_of(layer: Any) -> Any:
+        return layer.attention
+
+    @staticmethod
+    def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
+        own, ffn = layer.attention, layer.ffn
+        parts = Parts(
+            own.q_lin, own.k_lin, own.v_lin, own.out_lin, layer.sa_layer_norm, ffn.lin1,
+            ffn.activation, ffn.lin2, layer.output_layer_norm, own.dropout, None, ffn.dropout,
+        )
+        return parts, [own, ffn]
+
+
+class AlbertLayers(PostNormLayer):
+    """ALBERT, whose layers are one module called many times."""
+
+    @staticmethod
+    def attention_of(layer: Any) -> Any:
+        return layer.attention
+
+    @staticmethod
+    def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
+        own = layer.attention
+        parts = Parts(
+            own.query, own.key, own.value, own.dense, own.LayerNorm, layer.ffn, layer.activation,
+            layer.ffn_output, layer.full_layer_layer_norm, own.attention_dropout,
+            own.output_dropout, None,
+        )
+        return parts, [own]
+
+
+class PackedEncoder:
+    """An encoder's forward on the real tokens of a padded batch.
+
+    They go through it as one sequence, whose parts attention tells apart.
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the class that it is put before; with zeros at padded positions if it packs."""
+        others = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
+        if (
+            attention_mask is None
+            or attention_mask.dim() != 2
+            or any(one is not None for one in others)
+            or kwargs.get("cu_seq_lens_q") is not None
+            or _captured()
+            or not _takes_rows(self)
+            or not can_pack(hidden_states, False)
+        ):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        packing, _ = packing_for("", attention_mask, None, False)
+        rows = functional.pack(hidden_states, packing)
+        output = super().forward(  # type: ignore[misc]
+            rows[None], None, *args, **kwargs, cu_seq_lens_q=packing.cu_seqlens_q,
+            cu_seq_lens_k=packing.cu_seqlens_k, max_length_q=packing.max_seqlen,
+            max_length_k=packing.max_seqlen,
+        )
+        output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)
+        return output
+
+
+def _takes_rows(encoder: Any) -> bool:
+    """Whether nothing in it wants the batch: what chunks sequences, or a hook on a layer."""
+    layers = [layer for child in encoder.children() for layer in (child, *child.children())]
+    chunked = any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers)
+    return not chunked and all(map(_is_untouched, layers))
+
+
+def _p(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _activation_name(activation: Any) -> Any:
+    """The name under which the kernels know transformers' activation, or None."""
+    kind = type(activation).__name__
+    if kind == "GELUActivation":
+        return "gelu" if getattr(activation, "act", None) is F.gelu else None
+    if kind in ("NewGELUActivation", "GELUTanh"):
+        return "gelu_tanh"
+    if kind in ("SiLUActivation", "SiLU"):
+        return "silu"
+    return fused_activation(activation)
+
+
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta",
+             "camembert": "Camembert", "electra": "Electra"}  # fmt: skip
+LAYERS: dict[str, Any] = {
+    **{f"modeling_{module}.{name}Layer": BertLayers for module, name in _FAMILIES.items()},
+    "modeling_distilbert.TransformerBlock": DistilBertLayers,
+    "modeling_albert.AlbertLayer": AlbertLayers,
+}
+ENCODERS = {
+    *(f"modeling_{module}.{name}Encoder" for module, name in _FAMILIES.items()),
+    "modeling_distilbert.Transformer",
+    "modeling_albert.AlbertTransformer",
+}

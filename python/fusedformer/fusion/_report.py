@@ -1,0 +1,60 @@
+"""What :func:`fusedformer.fuse` did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+
+class Replaced(NamedTuple):
+    """A module, or a model's attention, and what computes it now."""
+
+    path: str
+    before: str
+    after: str
+
+
+class Left(NamedTuple):
+    """A module of a kind that the library has, which it does not replace, and why."""
+
+    path: str
+    module: str
+    reason: str
+
+
+class FusionReport:
+    """What was replaced and what was left alone; ``str()`` of it is a table.
+
+    Attributes:
+        replaced: tuples of path, before, after.
+        left: tuples of path, module, reason.
+    """
+
+    def __init__(self, replaced: Iterable[Replaced], left: Iterable[Left]) -> None:
+        self.replaced = tuple(replaced)
+        self.left = tuple(left)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "replaced": [one._asdict() for one in self.replaced],
+            "left": [one._asdict() for one in self.left],
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        if self.replaced:
+            lines += _table([("path", "before", "after"), *self.replaced])
+        if self.left:
+            lines += ["", *_table([("left alone", "module", "reason"), *self.left])]
+        counts = f"{len(self.replaced)} replaced, {len(self.left)} left alone"
+        return "\n".join([*lines, "", counts]).lstrip("\n")
+
+    __repr__ = __str__
+
+
+def _table(rows: list[Any]) -> list[str]:
+    rows = [[cell or "(the model)" for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

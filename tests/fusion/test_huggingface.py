@@ -1,0 +1,388 @@
+"""fuse() on models of transformers, from random configurations, offline."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedformer
+from fusedformer import backend
+from fusedformer.testing import compare
+
+transformers = pytest.importorskip("transformers")
+T: Any = transformers
+
+SIZES = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+)  # fmt: skip
+TEXT = dict(**SIZES, vocab_size=99, max_position_embeddings=40)
+IMAGE = dict(**SIZES, image_size=16, patch_size=4)
+TOKENS = dict(bos_token_id=97, eos_token_id=98, pad_token_id=1)
+MODERN = dict(
+    global_attn_every_n_layers=2, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS
+)
+GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
+            eos_token_id=2)  # fmt: skip
+BART = dict(
+    vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
+)  # fmt: skip
+MODELS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
+    "bert, pre-training": lambda: T.BertForPreTraining(T.BertConfig(**TEXT, hidden_act="gelu_new")),
+    "roberta": lambda: T.RobertaModel(T.RobertaConfig(**TEXT)),
+    "xlm-roberta": lambda: T.XLMRobertaModel(T.XLMRobertaConfig(**TEXT)),
+    "camembert": lambda: T.CamembertModel(T.CamembertConfig(**TEXT)),
+    "electra": lambda: T.ElectraModel(T.ElectraConfig(**TEXT, embedding_size=16)),
+    "distilbert": lambda: T.DistilBertModel(
+        T.DistilBertConfig(
+            vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
+        )
+    ),
+    "albert": lambda: T.AlbertModel(T.AlbertConfig(**TEXT, embedding_size=16)),
+    "modernbert": lambda: T.ModernBertModel(T.ModernBertConfig(**TEXT, **MODERN)),
+    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
+    "bart": lambda: T.BartModel(T.BartConfig(**BART)),
+    "clip": lambda: T.CLIPModel(
+        T.CLIPConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE, **TOKENS)
+    ),
+    "siglip": lambda: T.SiglipModel(
+        T.SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE)
+    ),
+    "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
+    "deit": lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)),
+    "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)),
+}
+PACKED = {
+    "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
+    "albert",
+}  # fmt: skip
+LENGTHS = (11, 4, 7)
+MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+
+def model_of(name: str) -> Any:
+    """Without dropout, and with weights of a size at which attention is not uniform."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for attribute in ("attention_dropout", "dropout"):  # some keep the number
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = len(LENGTHS), max(LENGTHS)
+    pixels = {"pixel_values": torch.randn(len(LENGTHS), 3, 16, 16, generator=generator)}
+    text = {
+        "input_ids": torch.randint(3, 97, shape, generator=generator),
+        "attention_mask": MASK.long(),
+    }
+    if name in ("vit", "deit", "dinov2"):
+        return pixels
+    if name in ("clip", "siglip"):  # pooled at the token that ends the text
+        text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
+        return {**pixels, **text}
+    if name == "bart":
+        return {**text, "decoder_input_ids": torch.randint(3, 97, (3, 6), generator=generator)}
+    return text
+
+
+def run(model: Any, inputs: dict[str, Tensor], seed: int = 2) -> dict[str, Tensor]:
+    """Outputs, of real tokens alone, and the gradients of all parameters that have one."""
+    outputs = {}
+    for key, value in model(**inputs).items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            of_tokens = value.dim() == 3 and value.shape[:2] == MASK.shape
+            outputs[key] = value[MASK.to(value.device)] if of_tokens else value
+    generator = torch.Generator().manual_seed(seed)
+    dys = [torch.randn(o.shape, generator=generator).to(o) for o in outputs.values()]
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(parameters.values()), dys, allow_unused=True
+    )
+    found = {f"grad of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
+    return {**outputs, **found}
+
+
+def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch") -> list[str]:
+    """What the criterion finds; stock in float64 is the truth.
+
+    Of dozens of tensors, stock is lucky in one now and then: luck ends with the draw of the output
+    gradients, a fault does not.
+    """
+    double = copy.deepcopy(stock).double()
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    found: list[str] = []
+    for seed in (1, 2, 3):
+        truth, baseline = run(double, wide, seed), run(stock, inputs, seed)
+        with backend(name):
+            ours = run(fused, inputs, seed)
+        assert ours.keys() == baseline.keys() == truth.keys()
+        # The gradient of a key's bias is rounding alone: its truth is 0.
+        named = [n for n in truth if not n.endswith(("key.bias", "k_proj.bias", "k_lin.bias"))]
+        compared = [compare(n, ours[n], baseline[n], truth[n]) for n in named]
+        found = [c.fault for c in compared if not c.passed]
+        if not found:
+            break
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name: str) -> None:
+    """In training mode; padded; and after unfuse the bits of before."""
+    model, inputs = model_of(name).train(), inputs_of(name)
+    stock, twin = run(model, inputs), copy.deepcopy(model)
+    parameters = list(model.parameters())
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    report = fusedformer.fuse(model, strict=True)
+    assert report.replaced and not report.left
+    assert any("packed" in one.after for one in report.replaced) == (name in PACKED)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert faults(model, twin, inputs) == []
+    assert not fusedformer.fuse(model).replaced  # nothing is left to do
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[n], state[n]) for n in state)
+    assert fusedformer.unfuse(model) > 0
+    again = run(model, inputs)
+    assert all(torch.equal(again[n], stock[n]) for n in stock)
+    assert not any("fusedformer" in type(m).__module__ for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "clip"])
+def test_on_the_kernels(name: str, device: str) -> None:
+    model, inputs = model_of(name).to(device), inputs_of(name)
+    inputs = {n: x.to(device) for n, x in inputs.items()}
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model)
+    assert faults(model, twin, inputs, "triton") == []
+
+
+@pytest.mark.parametrize("name", sorted(PACKED))
+def test_padding_is_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products see as many rows as there are tokens; what stands in the padding is no matter."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    fusedformer.fuse(model)
+    rows = []
+    linear = torch.nn.functional.linear
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    with torch.no_grad(), backend("torch"):
+        first = model(**inputs)[0]
+        assert rows.count(sum(LENGTHS)) >= 12 and MASK.numel() in (*rows, MASK.numel())
+        inputs["input_ids"] = torch.where(MASK, inputs["input_ids"], 5)
+        second = model(**inputs)[0]
+    assert torch.equal(first[MASK], second[MASK])
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "distilbert"])
+def test_hidden_states_and_attentions_are_those_of_stock(name: str) -> None:
+    """Asked for, the batch is computed padded; afterwards it is packed again."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    model.set_attn_implementation("eager")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        stock = model(**inputs, **asked)
+        fusedformer.fuse(model)
+        for _ in range(2):
+            ours = model(**inputs, **asked)
+            for kind in ("hidden_states", "attentions"):
+                assert len(ours[kind]) == len(stock[kind]) > 1
+            for a, b in zip(ours.hidden_states, stock.hidden_states, strict=True):
+                assert torch.allclose(a[MASK], b[MASK], atol=1e-5)
+            for a, b in zip(ours.attentions, stock.attentions, strict=True):
+                real = MASK[:, None, :, None].expand_as(a)
+                assert torch.allclose(a[real], b[real], atol=1e-5)
+            packed = model(**inputs)
+            assert not packed.last_hidden_state[~MASK].any()
+            assert torch.allclose(packed[0][MASK], stock[0][MASK], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert"])
+def test_packed_by_the_caller(name: str) -> None:
+    """One row of sequences, told apart by positions, and by their lengths where that is passed."""
+    model = model_of(name).eval()
+    sequences = [torch.randint(3, 97, (1, n)) for n in LENGTHS]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=ids)[0] for ids in sequences], 1)
+        fusedformer.fuse(model)
+        starts = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+        packed = {
+            "input_ids": torch.cat(sequences, 1),
+            "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+        }
+        lengths = {
+            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts,
+            "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS),
+        }  # fmt: skip
+        found = model(**packed, **lengths)[0]
+        assert torch.allclose(found, alone, atol=1e-4)
+        if name == "gpt2":  # transformers looks at positions in causal masks alone
+            found = model(**packed, use_cache=False)[0]
+            assert torch.allclose(found, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "clip"])
+def test_attention_dropout_in_training(name: str) -> None:
+    model, inputs = model_of(name).train(), inputs_of(name)
+    fusedformer.fuse(model)
+    plain = model(**inputs)[0]
+    for module in model.modules():
+        for attribute in ("attn_dropout", "attention_dropout", "dropout"):
+            value = getattr(module, attribute, None)
+            if "ttention" not in type(module).__name__:
+                continue
+            if isinstance(value, torch.nn.Dropout):
+                value.p = 0.4
+            elif isinstance(value, float):
+                setattr(module, attribute, 0.4)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(model(**inputs)[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2]) and not torch.allclose(found[0], plain)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(**inputs)[0], plain, atol=1e-5)
+
+
+def test_generation_with_a_cache(tmp_path: Path) -> None:
+    """Left-padded prompts, greedily: the tokens of stock."""
+    model = model_of("gpt2").eval()
+    ids, mask = inputs_of("gpt2")["input_ids"], MASK.flip(1).long()
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    stock = model.generate(ids, attention_mask=mask, **settings)
+    fusedformer.fuse(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), stock)
+    for cache in ("dynamic", "static"):
+        found = model.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)
+        assert torch.equal(found, stock)
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "clip"])
+def test_saved_copied_and_pickled(name: str, tmp_path: Path) -> None:
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    report = fusedformer.fuse(model)
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(**inputs)[0], wanted)
+            assert not fusedformer.fuse(copied).replaced
+            assert fusedformer.unfuse(copied) == len(report.replaced)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert loaded.config._attn_implementation == "sdpa"
+        real = MASK if wanted.shape[:2] == MASK.shape else ...
+        assert torch.allclose(loaded(**inputs)[0][real], wanted[real], atol=1e-5)
+        fresh = model_of(name).eval()
+        fresh.load_state_dict(model.state_dict())
+        model.load_state_dict(fresh.state_dict())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a hook on a layer": lambda m: m.encoder.layer[0].register_forward_hook(lambda *a: a[2] * 2),
+    "a hook on attention": lambda m: m.encoder.layer[0].attention.self.register_forward_hook(
+        lambda module, args, output: (output[0] * 2, output[1])
+    ),
+    "a product replaced": lambda m: setattr(
+        m.encoder.layer[1].output, "dense", torch.nn.Linear(48, 32, bias=False)
+    ),
+    "a hook on an activation": lambda m: m.encoder.layer[
+        1
+    ].intermediate.intermediate_act_fn.register_forward_hook(lambda *a: a[2] * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_later_acts(change: str) -> None:
+    """As an adapter's replaced product or a probe's hook does."""
+    found = []
+    for fused in (False, True):
+        model = model_of("bert").eval()
+        if fused:
+            fusedformer.fuse(model)
+        torch.manual_seed(3)
+        CHANGES[change](model)
+        with torch.no_grad():
+            found.append(model(**inputs_of("bert"))[0][MASK])
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_training_for_some_steps_stays_beside_stock() -> None:
+    """Losses step by step, dropout off."""
+    losses: list[list[float]] = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = T.BertForSequenceClassification(
+            T.BertConfig(**TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        if fused:  # after the optimizer was made: the parameters are the same objects
+            fusedformer.fuse(model)
+        labels = torch.tensor([0, 1, 1])
+        losses.append([])
+        for _ in range(8):
+            loss = model(**inputs_of("bert"), labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_gradient_checkpointing_and_bfloat16() -> None:
+    model, inputs = model_of("bert").train(), inputs_of("bert")
+    fusedformer.fuse(model)
+    plain = run(model, inputs)
+    model.gradient_checkpointing_enable()
+    again = run(model, inputs)
+    assert all(torch.allclose(plain[n], again[n], atol=1e-6) for n in plain)
+    model.to(torch.bfloat16)
+    half = model(**inputs)[0]
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model(**inputs)[0], plain["last_hidden_state"].new_tensor(0), atol=9)
+
+
+def test_a_decoder_of_bert_is_left_to_itself_and_strict_says_so() -> None:
+    model = T.BertLMHeadModel(T.BertConfig(**TEXT, is_decoder=True)).eval()
+    ids = inputs_of("bert")["input_ids"]
+    with torch.no_grad():
+        stock = model(input_ids=ids, attention_mask=MASK.long()).logits
+        before = [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match=r"strict=True(.|\n)*encoder\.layer\.0.*decoder's"):
+            fusedformer.fuse(model, strict=True)
+        assert before == [type(m) for m in model.modules()]
+        assert model.config._attn_implementation == "sdpa"
+        report = fusedformer.fuse(model)
+        assert [one.path for one in report.left] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+        ours = model(input_ids=ids, attention_mask=MASK.long()).logits
+    assert torch.allclose(ours[MASK], stock[MASK], atol=1e-5)
+
+
+def test_sinks_are_refused() -> None:
+    from fusedformer.fusion._huggingface import attention
+
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="s_aux"):
+        attention(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))
