@@ -26,13 +26,17 @@ _PAIRS = (("input", "weight"), ("position_ids", "position_weight"),
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
     """``sizes.tokens`` tokens of each width; dropout, as in training, at one of them."""
-    widths = (HEADLINE,) if sizes.name == "tiny" else WIDTHS
-    found = [_case(sizes.tokens, width, 0.0, dtype) for width in widths]
-    return [*found, _case(sizes.tokens, HEADLINE, P, dtype)]
+    tiny = sizes.name == "tiny"
+    tokens = 500 if tiny else TOKENS
+    found = [
+        _case(sizes.tokens, width, 0.0, dtype, tokens)
+        for width in ((HEADLINE,) if tiny else WIDTHS)
+    ]
+    return [*found, _case(sizes.tokens, HEADLINE, P, dtype, tokens)]
 
 
-def _case(rows: int, width: int, p: float, dtype: torch.dtype) -> Case:
-    counts = TOKENS, POSITIONS, TYPES
+def _case(rows: int, width: int, p: float, dtype: torch.dtype, tokens: int) -> Case:
+    counts = tokens, POSITIONS, TYPES
 
     def make(device: torch.device) -> Inputs:
         inputs: Inputs = {}
@@ -45,7 +49,7 @@ def _case(rows: int, width: int, p: float, dtype: torch.dtype) -> Case:
 
     dropped = f", dropout {p}" if p else ""
     return Case(
-        "embedding", f"BERT's tables {rows}x{width}{dropped}", dtype, make,
+        "embedding", f"{tokens} words {rows}x{width}{dropped}", dtype, make,
         counting.embedding(rows, width, counts, dtype.itemsize), {"p": p},
         headline=width == HEADLINE,
     )

@@ -112,7 +112,7 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench softmax 40
     bench norm 60
     bench activation 30
-    bench embedding 20
+    bench embedding 30
     bench encoder 90 --compile none
     bench attention 200
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedformer import backend, nn
+from fusedformer import backend, functional, nn
 from fusedformer.nn.multihead_attention import MultiheadAttention
 
 D, H, N, S = 16, 2, 3, 7
@@ -135,3 +135,20 @@ def test_packed_input_must_fit_the_parameters() -> None:
         stack.forward_packed(torch.randn(13, D), packing)
     with pytest.raises(TypeError, match="'input' to have the dtype"):
         stack.forward_packed(torch.randn(14, D).half(), packing)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_packed_by_the_caller_has_the_bits_of_padded(
+    norm_first: bool, name: Any, device: str
+) -> None:
+    stack = encoder(0.2, norm_first=norm_first).to(device)
+    src = torch.randn(N, S, D, device=device)
+    padding = PADDING.to(device)
+    packing, _ = stack.packing(~padding)
+    with backend(name), torch.no_grad():
+        torch.manual_seed(1)
+        padded = stack(src, src_key_padding_mask=padding)
+        torch.manual_seed(1)
+        packed = stack.forward_packed(functional.pack(src, packing), packing)
+        assert torch.equal(functional.unpack(packed, packing), padded)
