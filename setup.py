@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
 REPORT = ["transformers>=5.0", "safetensors", "tokenizers", "matplotlib", "rich"]
-TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"]
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 DEV = [*REPORT, *TEST, "ruff", "mypy", "build"]
 
 setup(

@@ -168,7 +168,7 @@ def attention() -> Iterator[Row]:
         # Ranks and sizes of query, key and value.
         ({"query": t(8)}, ValueError, "'query' to have at least 2 dimensions"),
         ({"key": t(8)}, ValueError, "'key' to have at least 2 dimensions"),
-        ({"query": t(4, 5, 8)}, ValueError, "same number of dimensions, but got 3, 4 and 4"),
+        ({"query": t(3, 5, 8)}, ValueError, "batch and head dimensions to broadcast"),
         ({"key": t(2, 4, 6, 7)}, ValueError, "'query' and 'key' .* last dimension.* 8 and 7"),
         ({"value": t(2, 4, 7, 3)}, ValueError, "'key' and 'value' .* sequence length.* 6 and 7"),
         ({"query": t(3, 4, 5, 8)}, ValueError, "batch and head dimensions to broadcast"),

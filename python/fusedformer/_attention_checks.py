@@ -30,11 +30,6 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[
                 f"{function}(): expected 'query', 'key' and 'value' to be all dense or all "
                 f"nested, but '{name}' is nested"
             )
-    if not query.dim() == key.dim() == value.dim():
-        raise ValueError(
-            f"{function}(): expected 'query', 'key' and 'value' to have the same number of "
-            f"dimensions, but got {query.dim()}, {key.dim()} and {value.dim()}"
-        )
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"{function}(): expected 'key' and 'value' to have the same sequence length, "

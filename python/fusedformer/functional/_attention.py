@@ -54,10 +54,10 @@ def scaled_dot_product_attention(
 ) -> Any:
     """``dropout(softmax(scale * query @ key.T + mask)) @ value`` without the score matrix.
 
-    Batch dimensions broadcast. All inputs and masks are read in place by their strides. All
-    arguments may be combined. Query i sits at key position ``i + offset``: offset is 0, or with
-    ``causal_alignment="bottom_right"`` the number of keys (see ``key_lengths``) less that of
-    queries; the distance of key j from query i is ``j - i - offset``.
+    Batch dimensions broadcast, missing ones too. All inputs and masks are read in place by their
+    strides. All arguments may be combined. Query i sits at key position ``i + offset``: offset is
+    0, or with ``causal_alignment="bottom_right"`` the number of keys (see ``key_lengths``) less
+    that of queries; the distance of key j from query i is ``j - i - offset``.
 
     Args:
         query: ``[*batch, heads, L, E]`` (2-D ``[L, E]`` and 3-D ``[batch, L, E]`` too). Or all
@@ -112,9 +112,18 @@ def scaled_dot_product_attention(
     if all(isinstance(t, Tensor) and t.is_nested for t in tensors):
         _attention_checks.check_nested(*tensors, key_mask, return_weights)
         return _nested_attention(query, key, value, options)
+    query, key, value = _of_one_rank(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
     _attention_checks.check_attention(query, key, value, options)
     return ops.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _of_one_rank(*tensors: Tensor) -> list[Tensor]:
+    """With dimensions of size 1 in front, as broadcasting adds them; what is wrong stays wrong."""
+    if any(not isinstance(t, Tensor) or t.is_nested or t.dim() < 2 for t in tensors):
+        return list(tensors)
+    rank = max(t.dim() for t in tensors)
+    return [t if t.dim() == rank else t[(None,) * (rank - t.dim())] for t in tensors]
 
 
 def _nested_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
