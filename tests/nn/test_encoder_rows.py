@@ -119,7 +119,8 @@ def test_rows_of_sequence_first_input_are_batch_first() -> None:
     for rows in WANTED.values():
         for padding in PADDING.values():
             settings = {"src_key_padding_mask": padding, "output_rows": rows}
-            assert close(first(src.transpose(0, 1), **settings), stack(src, **settings))
+            with backend("torch"):
+                assert close(first(src.transpose(0, 1), **settings), stack(src, **settings))
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
