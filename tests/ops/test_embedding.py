@@ -6,36 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tests.ops.judge import DTYPES, grad
 from torch import Tensor
 
 from fusedformer import backend, functional, reference
+from fusedformer.parity.cases import stock_embedding as stock
 from fusedformer.testing import assert_parity
 
 TOKENS, POSITIONS, TYPES = 11, 7, 2
-
-
-def stock(
-    input: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    position_ids: Tensor | None = None,
-    position_weight: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    token_type_weight: Tensor | None = None,
-    padding_idx: int | None = None,
-) -> Tensor:
-    total = F.embedding(input, weight, padding_idx)
-    if token_type_weight is not None:
-        ids = torch.zeros_like(input) if token_type_ids is None else token_type_ids
-        total = total + F.embedding(ids, token_type_weight)
-    if position_ids is not None and position_weight is not None:
-        total = total + F.embedding(position_ids, position_weight)
-    return F.layer_norm(total, weight.shape[1:], norm_weight, norm_bias, eps)
 
 
 def inputs(

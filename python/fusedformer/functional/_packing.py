@@ -153,6 +153,11 @@ def _starts_and_tail(starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return ops.shared_by_layers(queries), ops.shared_by_layers(keys)
 
 
+def with_empty_tail(starts: Tensor) -> Tensor:
+    """With two empty sequences, beside those of rows behind the last token of another tensor."""
+    return torch.cat((starts, starts[-1:], starts[-1:]))
+
+
 def _sizes(keep: Tensor) -> tuple[int, int]:
     batch, length = keep.shape
     return batch, length

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, ops
-from fusedformer.functional._packing import Packing, _packing, _starts
+from fusedformer.functional._packing import Packing, _packing, _starts, with_empty_tail
 
 
 class Selection(NamedTuple):
@@ -121,4 +121,4 @@ def select_columns(packing: Packing, columns: Tensor) -> Selection:
 
 def _beside_tail(starts: Tensor, packing: Packing) -> Tensor:
     """With two empty sequences, if the packing's keys have those of rows that are no tokens."""
-    return torch.cat((starts, starts[-1:], starts[-1:])) if packing.has_tail else starts
+    return with_empty_tail(starts) if packing.has_tail else starts

@@ -14,27 +14,13 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
+from fusedformer.fusion._attention import attention, captured
 from fusedformer.nn import LayerNorm
 from fusedformer.nn._modules import Pending, fused_activation, is_plain, product
-from fusedformer.nn._stacks import can_pack, packing_for
+from fusedformer.nn._stacks import can_pack, packing_of
 
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # of an older transformers: then hooks are what tells
-    _active_collector = None  # type: ignore[assignment]
-
+_NO_DROPOUT = nn.Dropout(0.0)
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
-
-
-def _captured() -> dict[str, Any]:
-    """What the running model was asked to return besides, by name."""
-    collector: Any = _active_collector
-    return (None if collector is None else collector.get()) or {}
-
-
-def wants_weights() -> bool:
-    """Whether the running model is to return its attention weights."""
-    return "attentions" in _captured()
 
 
 def _is_untouched(module: nn.Module) -> bool:
@@ -90,31 +76,28 @@ class PostNormLayer:
         """As the class that it is put before."""
         given = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
         parts = None if any(one is not None for one in given) else self._parts()
-        if parts is None or "attentions" in _captured():
+        if parts is None or "attentions" in captured():
             own: Tensor = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return own
-        from fusedformer.fusion._huggingface import attention
-
         query, x = linear(hidden_states, parts.query.weight, parts.query.bias, fork=True)
         key, x = linear(x, parts.key.weight, parts.key.bias, fork=True)
         value, x = linear(x, parts.value.weight, parts.value.bias, fork=True)
-        module = self._attention_module()
+        module = self.attention_of(self)
         shape = *x.shape[:-1], -1, module.attention_head_size
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         heads, _ = attention(
             module, q, k, v, attention_mask, dropout=_p(parts.attention_dropout),
             scaling=module.scaling, **kwargs,
         )
-        none = nn.Dropout(0.0)
         joined = product(heads.flatten(-2), parts.out)
-        x = Pending(*joined, parts.dropout1 or none, x).normed(parts.norm1)
+        x = Pending(*joined, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
         name = _activation_name(parts.activation)
         block = FeedForward(
             parts.linear1.weight, parts.linear1.bias, parts.linear2.weight, parts.linear2.bias,
             parts.activation if name is None else name, 0.0,
         )
         inner, bias, x = feed_forward(x, block, fork=True)
-        return Pending(inner, bias, parts.dropout2 or none, x).normed(parts.norm2)
+        return Pending(inner, bias, parts.dropout2 or _NO_DROPOUT, x).normed(parts.norm2)
 
     @classmethod
     def refuses(cls, layer: Any) -> str:
@@ -135,9 +118,6 @@ class PostNormLayer:
     def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
         """The parts, and the modules between them, which are not called."""
         raise NotImplementedError
-
-    def _attention_module(self) -> Any:
-        return self.attention_of(self)
 
     def _parts(self) -> Parts | None:
         """The parts, if calling them is all that the layer's own forward would do."""
@@ -219,12 +199,12 @@ class PackedEncoder:
             or attention_mask.dim() != 2
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
-            or _captured()
+            or captured()
             or not _takes_rows(self)
             or not can_pack(hidden_states, False)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        packing, _ = packing_for("", attention_mask, None, False)
+        packing = packing_of(attention_mask, False)
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
             rows[None], None, *args, **kwargs, cu_seq_lens_q=packing.cu_seqlens_q,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer.functional import Packing
+from fusedformer.functional._packing import with_empty_tail
 
 
 class Names(NamedTuple):
@@ -45,9 +46,9 @@ class AttentionMasks(NamedTuple):
         starts_q, starts_k = queries.cu_seqlens_q, keys.cu_seqlens_k
         # A tail is two sequences more: empty ones where there is none.
         if keys.has_tail and not queries.has_tail:
-            starts_q = torch.cat((starts_q, starts_q[-1:], starts_q[-1:]))
+            starts_q = with_empty_tail(starts_q)
         if queries.has_tail and not keys.has_tail:
-            starts_k = torch.cat((starts_k, starts_k[-1:], starts_k[-1:]))
+            starts_k = with_empty_tail(starts_k)
         return AttentionMasks(
             None, None, is_causal, starts_q, starts_k, queries.max_seqlen, keys.max_seqlen
         )

@@ -12,7 +12,7 @@ from fusedformer._backend import chosen_backend
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import packing_and_selection
 from fusedformer.nn._masks import check_sequence, padded_positions
-from fusedformer.nn._modules import is_plain
+from fusedformer.nn._modules import Pending, is_plain
 from fusedformer.nn.layer_norm import LayerNorm
 
 _CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of this
@@ -58,6 +58,19 @@ def is_batch_first(stack: Any) -> bool:
     return bool(getattr(attention, "batch_first", False))
 
 
+def heads_of(stack: Any) -> int:
+    """Attention heads of the first layer, which :func:`is_fused`; 1 without layers."""
+    return stack.layers[0].self_attn.num_heads if len(stack.layers) else 1
+
+
+def closed(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
+    """The end of a stack: the norm, if any, of ``x`` or of the sum that its last layer left."""
+    if pending is not None:
+        return pending.added() if norm is None else pending.normed(norm)
+    output: Tensor = x if norm is None else norm(x)
+    return output
+
+
 def check_sequences(function: str, stack: Any, sequences: Mapping[str, Tensor]) -> None:
     """Raise unless they fit the parameters of the first layer, which :func:`is_fused`."""
     for layer in stack.layers[:1]:
@@ -87,7 +100,12 @@ def only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
+def packing_of(keep: Tensor, static_shapes: bool) -> Packing:
+    """The packing of ``keep`` ``[N, S]``, True = real."""
+    return Packing.of(keep, **_pack_settings(keep, static_shapes))
+
+
+def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
     """Arguments of :meth:`Packing.of`: how many tokens there are decides no shape while tracing."""
     static = static_shapes or torch.compiler.is_compiling()
     large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
@@ -98,9 +116,9 @@ def packing_for(
     function: str, keep: Tensor, output_rows: Tensor | None, static_shapes: bool
 ) -> tuple[Packing, Selection | None]:
     """The packing of ``keep`` ``[N, S]``, and which rows of it ``output_rows`` asks for."""
-    settings = pack_settings(keep, static_shapes)
     if output_rows is None:
-        return Packing.of(keep, **settings), None
+        return packing_of(keep, static_shapes), None
+    settings = _pack_settings(keep, static_shapes)
     if settings["static_shapes"] and output_rows.dtype == torch.bool:
         raise ValueError(
             f"{function}(): expected 'output_rows' to be int64 columns [{keep.shape[0]}, rows] "
@@ -112,7 +130,7 @@ def packing_for(
 def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -> Packing:
     """The packing of ``x`` ``[N, S, *]`` with boolean ``padding`` ``[N, S]``, True = masked."""
     if padding is not None:
-        return packing_for("", ~padding, None, static_shapes)[0]
+        return packing_of(~padding, static_shapes)
     batch, length = x.shape[:2]
     keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
     return Packing.of(keep, [length] * batch)

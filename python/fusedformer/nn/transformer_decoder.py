@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,8 @@ from fusedformer.nn._stacks import (
     check_rows,
     check_sequences,
     check_stack,
+    closed,
+    heads_of,
     is_batch_first,
     is_fused,
     only_causal,
@@ -208,7 +208,6 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> Tensor:
         """All layers and the norm; a sum that ends a layer is left to the norm that follows."""
-        norm: Any = self.norm
         pending: Pending | None = None
         for layer in self.layers:
             if not layer.norm_first:
@@ -221,10 +220,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             else:
                 normed, x = pending.normed_and_sum(layer.norm1)
             pending, memory = layer._pre_norm(x, normed, memory, own, cross)
-        if pending is not None:
-            return pending.added() if norm is None else pending.normed(norm)
-        output: Tensor = x if norm is None else norm(x)
-        return output
+        return closed(x, pending, self.norm)
 
     def _check(
         self,
@@ -237,9 +233,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     ) -> None:
         check_sequences(_FUNCTION, self, {"tgt": tgt, "memory": memory})
         (batch, length), (memories, keys) = self._sizes(tgt), self._sizes(memory)
-        first: Any = self.layers[0] if len(self.layers) else None
-        heads = 1 if first is None else first.self_attn.num_heads
-        sizes = {"batch": batch, "heads": heads, "rows": length}
+        sizes = {"batch": batch, "heads": heads_of(self), "rows": length}
         check_attn_mask(_NAMES, tgt_mask, is_causal, keys=length, **sizes)
         across = _NAMES._replace(attn_mask="memory_mask")
         check_attn_mask(across, None, memory_is_causal, keys=keys, **sizes)

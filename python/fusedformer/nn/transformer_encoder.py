@@ -26,6 +26,8 @@ from fusedformer.nn._stacks import (
     check_rows,
     check_sequences,
     check_stack,
+    closed,
+    heads_of,
     is_batch_first,
     is_fused,
     only_causal,
@@ -146,10 +148,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
         if plain and wanted and self.packs(src):
             check_sequences(function, self, {"src": src})
-            first: Any = self.layers[0] if len(self.layers) else None
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
-                heads=first.self_attn.num_heads if first else 1,
+                heads=heads_of(self),
             )
             keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
             packing, selection = self.packing(keep if padding is None else ~padding, output_rows)
@@ -257,7 +258,6 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         The sum at the end of a layer whose norms come first is left to the norm that follows.
         """
-        norm: Any = self.norm
         pending: Pending | None = None
         for layer in self.layers:
             wanted = rows if layer is self.layers[-1] else None
@@ -271,10 +271,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 pending = layer._pre_norm(x, normed, masks, wanted)
         if rows is not None and not len(self.layers):
             x = rows.take(x)
-        if pending is not None:
-            return pending.added() if norm is None else pending.normed(norm)
-        output: Tensor = x if norm is None else norm(x)
-        return output
+        return closed(x, pending, self.norm)
 
     def _check_nested(
         self,

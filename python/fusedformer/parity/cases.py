@@ -370,11 +370,12 @@ def _packing_cases() -> Iterator[Case]:
 # embeddings
 
 
-def _stock_embedding(
+def stock_embedding(
     input: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
     *,
     position_ids: Tensor | None = None,
     position_weight: Tensor | None = None,
@@ -383,11 +384,12 @@ def _stock_embedding(
     padding_idx: int | None = None,
 ) -> Tensor:
     total = F.embedding(input, weight, padding_idx)
-    if token_type_ids is not None and token_type_weight is not None:
-        total = total + F.embedding(token_type_ids, token_type_weight)
+    if token_type_weight is not None:
+        ids = torch.zeros_like(input) if token_type_ids is None else token_type_ids
+        total = total + F.embedding(ids, token_type_weight)
     if position_ids is not None and position_weight is not None:
         total = total + F.embedding(position_ids, position_weight)
-    return F.layer_norm(total, weight.shape[1:], norm_weight, norm_bias)
+    return F.layer_norm(total, weight.shape[1:], norm_weight, norm_bias, eps)
 
 
 def _embedding_cases() -> Iterator[Case]:
@@ -406,6 +408,6 @@ def _embedding_cases() -> Iterator[Case]:
         return {"input": ids(generator)["input"], **_shapes(weight=(50, 131))(generator)}
 
     name = "embedding_layer_norm"
-    op = Op(name, getattr(functional, name), _stock_embedding, getattr(reference, name))
+    op = Op(name, getattr(functional, name), stock_embedding, getattr(reference, name))
     yield Case(op, "token, position and type", bert, quick=True)
     yield Case(op, "tokens alone, padding", tokens, {"padding_idx": 3})
