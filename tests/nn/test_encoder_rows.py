@@ -235,3 +235,14 @@ def test_autocast_on_the_cpu(training: bool, norm_first: bool) -> None:
     for got, want in grads:
         assert got.dtype == want.dtype
         assert (got - want).norm() < 0.04 * want.norm()
+
+
+def test_rows_of_a_stack_of_one_layer_several_times() -> None:
+    """Only the last call computes the rows alone, though all calls are of the same module."""
+    stack = encoder().eval()
+    stack.layers[1] = stack.layers[0]
+    src = torch.randn(N, S, D)
+    with backend("torch"):
+        whole = stack(src)
+        for rows in WANTED.values():
+            assert close(stack(src, output_rows=rows), chosen(whole, rows))

@@ -259,8 +259,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         The sum at the end of a layer whose norms come first is left to the norm that follows.
         """
         pending: Pending | None = None
-        for layer in self.layers:
-            wanted = rows if layer is self.layers[-1] else None
+        for index, layer in enumerate(self.layers, 1):
+            wanted = rows if index == len(self.layers) else None
             if not layer.norm_first:
                 x = x if pending is None else pending.added()
                 x, pending = layer._post_norm(x, masks, wanted), None
