@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fusedformer.fusion._classes import BEFORE, Plan
+from fusedformer.fusion._classes import ATTENTION_BEFORE, BEFORE, Plan
 from fusedformer.fusion._modules import plan_module, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
 
@@ -24,7 +24,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FusionReport:
     stacks of encoder and decoder, whole; also subclasses that leave the computation alone. Of
     Hugging Face's transformers: the attention of every ``PreTrainedModel`` that takes registered
     implementations, and the layers and the encoder of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA,
-    DistilBERT and ALBERT, which then compute real tokens only.
+    DistilBERT and ALBERT, and the whole of ModernBERT, which then compute real tokens only.
 
     Calling it again changes nothing. Parameters are the same objects before and after; the
     state_dict does not change.
@@ -58,7 +58,7 @@ def unfuse(model: nn.Module) -> int:
     """Undo :func:`fuse`: every module gets the class back that it had.
 
     Returns:
-        How many modules were restored.
+        How many replacements were undone.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -69,14 +69,13 @@ def unfuse(model: nn.Module) -> int:
         )
     restored = 0
     for module in model.modules():
+        attention: str | None = module.__dict__.pop(ATTENTION_BEFORE, None)
+        if attention is not None:
+            module.set_attn_implementation(attention)  # type: ignore[operator]
         before: Any = module.__dict__.pop(BEFORE, None)
-        if before is None:
-            continue
-        if isinstance(before, str):
-            module.set_attn_implementation(before)  # type: ignore[operator]
-        else:
+        if before is not None:
             module.__class__ = before
-        restored += 1
+        restored += (attention is not None) + (before is not None)
     return restored
 
 

@@ -11,6 +11,7 @@ from fusedformer.fusion._report import Left, Replaced
 
 # Where a fused module keeps its former class, and a model the name of its former attention.
 BEFORE = "_fusedformer_before"
+ATTENTION_BEFORE = "_fusedformer_attention_before"
 
 
 _made: dict[tuple[Any, Any], Any] = {}
@@ -83,7 +84,7 @@ class Plan:
                 model.set_attn_implementation(before)
             raise
         for model, before in done:
-            model.__dict__.setdefault(BEFORE, before)
+            model.__dict__.setdefault(ATTENTION_BEFORE, before)
         for module, cls in self._classes:
             module.__dict__.setdefault(BEFORE, type(module))
             module.__class__ = cls

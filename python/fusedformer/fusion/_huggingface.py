@@ -16,10 +16,12 @@ from transformers.masking_utils import sdpa_mask
 
 from fusedformer.fusion._attention import attention, attention_mask
 from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._packed_model import MODELS, PackedModel
 from fusedformer.fusion._post_norm import ENCODERS, LAYERS, PackedEncoder
 
 # The second is for models that say they cannot do with a 2-D mask.
 NAME, NAME_4D = "fusedformer", "fusedformer_4d_masks"
+_PACKED = "packed: real tokens only"
 
 
 def plan_huggingface(plan: Plan, model: nn.Module) -> None:
@@ -65,4 +67,6 @@ def _plan_stacks(plan: Plan, path: str, model: nn.Module) -> None:
             else:
                 plan.give(where, module, combined(LAYERS[known], cls), "four fused steps")
         elif known in ENCODERS:
-            plan.give(where, module, combined(PackedEncoder, cls), "packed: real tokens only")
+            plan.give(where, module, combined(PackedEncoder, cls), _PACKED)
+        elif known in MODELS:
+            plan.give(where, module, combined(PackedModel, cls), _PACKED)

@@ -200,7 +200,7 @@ class PackedEncoder:
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
-            or not _takes_rows(self)
+            or not takes_rows(self)
             or not can_pack(hidden_states, False)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
@@ -215,7 +215,7 @@ class PackedEncoder:
         return output
 
 
-def _takes_rows(encoder: Any) -> bool:
+def takes_rows(encoder: Any) -> bool:
     """Whether nothing in it wants the batch: what chunks sequences, or a hook on a layer."""
     layers = [layer for child in encoder.children() for layer in (child, *child.children())]
     chunked = any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers)
