@@ -6,14 +6,14 @@
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages: environment, tests, and bench, which
-# is softmax, norm, activation, embedding, attention and encoder. Each has a process and a time
-# limit of its own, so one that dies takes no other along, and what it wrote by then stays. A stage
+# is softmax, norm, activation, embedding, attention, encoder and huggingface. Each has a process and
+# a time limit of its own, so one that dies takes no other along, and what it wrote stays. A stage
 # that is complete is listed in OUTDIR/stages.done and skipped the next time. OUTDIR stays flat:
 # environment.txt tests.log tests.xml bench.log bench.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
-# FUSEDFORMER_COMMIT where there is no git. The encoder is timed without torch.compile, which takes
-# minutes for it. Exit status: 0 all well, 1 a stage failed, 2 no GPU or wrong usage.
+# FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
+# takes minutes for them. Exit status: 0 all well, 1 a stage failed, 2 no GPU or wrong usage.
 set -u -o pipefail
 
 usage() {
@@ -33,7 +33,7 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment tests bench}
-stages=${stages/bench/softmax norm activation embedding attention encoder}
+stages=${stages/bench/softmax norm activation embedding attention encoder huggingface}
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
     export OMP_NUM_THREADS=1
@@ -114,6 +114,7 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench activation 30
     bench embedding 30
     bench encoder 90 --compile none
+    bench huggingface 60 --compile none
     bench attention 200
 }
 

@@ -37,7 +37,7 @@ from harness.providers import PEER_MODULES, absent_peers  # noqa: E402
 from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
-SUITES = {"softmax", "norm", "activation", "embedding", "attention", "encoder"}
+SUITES = {"softmax", "norm", "activation", "embedding", "attention", "encoder", "huggingface"}
 
 
 def _options(**changes: Any) -> Options:

@@ -124,18 +124,31 @@ def attention(
 
 
 def encoder(
-    lengths: Sequence[int], layers: int, width: int, heads: int, feedforward: int, itemsize: int
+    lengths: Sequence[int], layers: int, width: int, heads: int, feedforward: int, itemsize: int,
+    *, gated: bool = False, windows: Sequence[int | None] = (),
 ) -> Costs:
     """A stack of Transformer encoder layers over the real tokens of sequences of these lengths.
+
+    ``gated`` feed-forwards have three products; ``windows`` are how far to each side the layers
+    see, all of it for None.
 
     Bytes: weights and the tokens in and out; a lower bound, since no stack keeps a layer's
     activations on chip. A step also writes the weights' gradients; the optimizer isn't counted.
     """
     tokens = sum(lengths)
-    weights = layers * (4 * width * width + 2 * width * feedforward)
+    weights = layers * (4 * width * width + (2 + gated) * width * feedforward)
     products = 2 * tokens * weights
-    pairs = heads * sum(length * length for length in lengths)
-    scores = layers * attention(1, 1, 1, width // heads, itemsize, pairs=pairs)["forward"].flops
+    pairs = heads * sum(
+        _pairs(length, window) for window in windows or [None] * layers for length in lengths
+    )
+    scores = attention(1, 1, 1, width // heads, itemsize, pairs=pairs)["forward"].flops
     forward = Cost(products + scores, (weights + 2 * tokens * width) * itemsize)
     step = Cost(3 * products + scores * 7 // 2, forward.bytes + 2 * weights * itemsize)
     return {"forward": forward, "step": step}
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Of queries and keys of one sequence that are at most ``window`` apart."""
+    if window is None or window >= length:
+        return length * length
+    return length * (2 * window + 1) - window * (window + 1)

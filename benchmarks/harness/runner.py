@@ -40,6 +40,8 @@ class Contender:
 
 def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Options) -> bool:
     """Measure ``cases``, headline cases first, into ``results``; False if time ran out."""
+    if not cases:
+        options.say(f"{suite.name}: nothing to measure with what is installed here")
     done = results.measured()
     todo = [case for case in cases if _key(case) not in done]
     todo.sort(key=lambda case: not case.headline)

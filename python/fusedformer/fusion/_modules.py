@@ -9,6 +9,7 @@ from torch import nn
 
 from fusedformer import nn as fused
 from fusedformer.fusion._classes import Plan, combined, named
+from fusedformer.fusion._timm import REFUSES, TIMM
 
 _OURS: dict[type[Any], type[Any]] = {
     nn.Softmax: fused.Softmax,
@@ -29,20 +30,30 @@ _STEPS = ("_sa_block", "_mha_block", "_ff_block")
 def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     """Add to the plan what is to become of ``module``, if it is of a kind that there is."""
     cls = type(module)
-    if isinstance(module, tuple(_OURS.values())):
+    if isinstance(module, tuple(_OURS.values())) or hasattr(cls, "_made_of"):
         return
-    base = next((known for known in _OURS if isinstance(module, known)), None)
+    base = next((known for known in cls.__mro__ if _ours(known) is not None), None)
     if base is None:
+        if cls.__name__.endswith(("LayerNorm", "RMSNorm")):
+            plan.leave(path, module, "a norm that is not torch.nn's")
         return
-    ours = _OURS[base]
+    ours: Any = _ours(base)
+    reason = REFUSES.get(ours, lambda module: "")(module)
     if "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
-    elif cls is base:
-        plan.give(path, module, ours, named(ours))
     elif any(getattr(cls, n, None) is not getattr(base, n, None) for n in ("forward", *_STEPS)):
         plan.leave(path, module, f"its class computes otherwise than {named(base)}")
+    elif reason:
+        plan.leave(path, module, reason)
+    elif cls is base and issubclass(ours, base):
+        plan.give(path, module, ours, named(ours))
     else:
         plan.give(path, module, combined(ours, cls), f"{named(ours)}, as a {cls.__name__}")
+
+
+def _ours(cls: type[Any]) -> type[Any] | None:
+    """What computes ``cls``, if anything does."""
+    return _OURS.get(cls) or TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -1,0 +1,46 @@
+"""timm's attention and norm, whose classes have a forward of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fusedformer import functional, nn
+
+
+class Attention:
+    """Self-attention on query, key and value as the projection left them, in place."""
+
+    def forward(
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As the class that it is put before."""
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.attn_drop.p if self.training else 0.0
+        attended: Tensor = functional.scaled_dot_product_attention(
+            self.q_norm(q), self.k_norm(k), v, attn_mask, p, is_causal, scale=self.scale
+        )
+        joined = self.norm(attended.transpose(1, 2).flatten(2))
+        if getattr(self, "gate", None) is not None:  # not in every version
+            joined = joined * self.gate(x).sigmoid()
+        output: Tensor = self.proj_drop(self.proj(joined))
+        return output
+
+
+class LayerNorm(nn.LayerNorm):
+    """timm's, but for its fast form."""
+
+
+def _refuses(module: Any) -> str:
+    fast = getattr(module, "_fast_norm", False)
+    return "timm's fast norm is on, which computes under autocast in its dtype" if fast else ""
+
+
+# What computes a class of timm, and what says why it may not.
+TIMM: dict[str, type[Any]] = {
+    "timm.layers.attention.Attention": Attention, "timm.layers.norm.LayerNorm": LayerNorm,
+}  # fmt: skip
+REFUSES: dict[type[Any], Callable[[Any], str]] = {LayerNorm: _refuses}
