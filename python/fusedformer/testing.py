@@ -169,9 +169,9 @@ def parity(
         gradient that the candidate does not have counts as zero; one that stock does not have is
         no yardstick.
     """
-    rounded = {name: _copied(value, dtype) for name, value in inputs.items()}
+    rounded = {name: copied(value, dtype) for name, value in inputs.items()}
     arguments = [
-        {name: _copied(value, wide) for name, value in rounded.items()}
+        {name: copied(value, wide) for name, value in rounded.items()}
         for wide in (None, None, torch.float64)
     ]
     outputs = [
@@ -224,7 +224,7 @@ def assert_parity(
     return comparisons
 
 
-def _copied(value: Any, dtype: torch.dtype | None) -> Any:
+def copied(value: Any, dtype: torch.dtype | None) -> Any:
     """A leaf of its own with the strides and alignment of ``value``; floats in ``dtype``."""
     if not isinstance(value, Tensor):
         return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from fusedformer._text import table
+
 
 class Replaced(NamedTuple):
     """A module, or a model's attention, and what computes it now."""
@@ -44,17 +46,14 @@ class FusionReport:
     def __str__(self) -> str:
         lines = []
         if self.replaced:
-            lines += _table([("path", "before", "after"), *self.replaced])
+            lines.append(table(("path", "before", "after"), _shown(self.replaced)))
         if self.left:
-            lines += ["", *_table([("left alone", "module", "reason"), *self.left])]
+            lines += ["", table(("left alone", "module", "reason"), _shown(self.left))]
         counts = f"{len(self.replaced)} replaced, {len(self.left)} left alone"
         return "\n".join([*lines, "", counts]).lstrip("\n")
 
     __repr__ = __str__
 
 
-def _table(rows: list[Any]) -> list[str]:
-    rows = [[cell or "(the model)" for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+def _shown(rows: Iterable[tuple[str, ...]]) -> list[list[str]]:
+    return [[cell or "(the model)" for cell in row] for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,3 +71,34 @@ def _grid(dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[tuple[Case, to
     for case in all_cases():
         if case.quick or not quick:
             yield from ((case, dtype) for dtype in dtypes)
+
+
+def worst_of(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """For each op and dtype: number of tensors, how many pass, and the worst of them.
+
+    The worst is the record that used up most of its limit (see :func:`share_of_limit`).
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["op"], record["dtype"]), []).append(record)
+    return [
+        {
+            "op": op,
+            "dtype": dtype,
+            "tensors": len(group),
+            "passed": sum(record["passed"] for record in group),
+            "worst": max(group, key=share_of_limit),
+        }
+        for (op, dtype), group in groups.items()
+    ]
+
+
+def share_of_limit(record: Record) -> float:
+    """How much of what the criterion allows was used: above 1 the record fails."""
+    if not record["passed"]:
+        return float("inf")
+    shares = [
+        record[error] / record[limit] if record[limit] else 0.0
+        for error, limit in (("error", "limit"), ("rms_error", "rms_limit"))
+    ]
+    return float(max(shares))

@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from fusedformer._html import image, page, section, table, verdict
 from fusedformer.report import plots, rows
-
-_CSS = """
-:root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --good: #15803d; --bad: #b91c1c; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f8fafc; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 0 0 8px; }
-h3 { font-size: 15px; margin: 20px 0 4px; color: var(--soft); }
-p { margin: 8px 0; max-width: 78ch; } .soft { color: var(--soft); font-size: 14px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px;
-  padding: 20px 24px; margin: 16px 0; overflow-x: auto; }
-.verdict { color: #fff; border: 0; } .verdict.pass { background: var(--good); }
-.verdict.fail { background: var(--bad); } .verdict p { margin: 4px 0 0; max-width: none; }
-.verdict h2 { font-size: 22px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; }
-.tile { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
-.tile b { display: block; font-size: 24px; line-height: 1.3; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 8px 0;
-  font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 700; }
-.verdict.pass, .verdict.fail { color: #fff; font-weight: inherit; }
-img { width: 100%; height: auto; }
-"""
 
 _HOW_TO_READ = """
 <p>The same pretrained sentence encoder, with the same weights and the same text, was run twice:
@@ -57,73 +31,43 @@ not judged: the verdict is about correctness alone.</p>
 def write(result: dict[str, Any], out: Path) -> list[Path]:
     """Write both files into ``out``, which is made if it is not there; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    page, data = out / "index.html", out / "report.json"
+    index, data = out / "index.html", out / "report.json"
     data.write_text(json.dumps(result, indent=1) + "\n")
-    page.write_text(html(result), encoding="utf-8")
-    return [page, data]
+    index.write_text(html(result), encoding="utf-8")
+    return [index, data]
 
 
 def html(result: dict[str, Any]) -> str:
     """The page."""
     drawn = plots.draw(result)
-    body = "\n".join(
+    return page(
+        "fusedformer report", "fusedformer and stock Hugging Face, side by side",
+        f"all-MiniLM-L6-v2 on {escape(result['device'])}, {escape(result['date'])}",
         [
-            "<h1>fusedformer and stock Hugging Face, side by side</h1>",
-            f'<p class="soft">all-MiniLM-L6-v2 on {escape(result["device"])}, '
-            f"{escape(result['date'])}</p>",
             _verdict(result),
             _tiles(result),
-            _section("How to read this page", _HOW_TO_READ),
-            _section("Accuracy", *_accuracy(result, drawn)),
-            _section("Nearest neighbours", *_neighbours(result, drawn)),
-            _section("Time and peak memory", *_speed(result, drawn)),
-            _section("The text", *_text(result, drawn)),
-            _section("Parity of all ops", *_ops(result["ops"])),
-            _section("Timings of ops", *_timings(result["benchmarks"])),
-            _section("Made with", *_made_with(result)),
-        ]
+            section("How to read this page", _HOW_TO_READ),
+            section("Accuracy", *_accuracy(result, drawn)),
+            section("Nearest neighbours", *_neighbours(result, drawn)),
+            section("Time and peak memory", *_speed(result, drawn)),
+            section("The text", *_text(result, drawn)),
+            section("Parity of all ops", *_ops(result["ops"])),
+            section("Timings of ops", *_timings(result["benchmarks"])),
+            section("Made with", *_made_with(result)),
+        ],
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fusedformer report</title><style>{_CSS}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str | bool]]) -> str:
-    def cell(value: str | bool) -> str:
-        if isinstance(value, bool):
-            word = "pass" if value else "fail"
-            return f'<td class="{word}">{word}</td>'
-        return f"<td>{escape(value)}</td>"
-
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in body)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table>"
-
-
-def _image(source: str, alt: str) -> str:
-    return f'<img src="{source}" alt="{escape(alt)}">'
 
 
 def _verdict(result: dict[str, Any]) -> str:
     failed = [check for check in result["checks"] if not check["passed"]]
     if not failed:
-        count = len(result["checks"])
-        return (
-            '<section class="verdict pass"><h2>PASS: as exact as stock</h2>'
-            f"<p>All {count} checks hold: embeddings, layers, gradients, neighbours and ops.</p>"
-            "</section>"
+        said = (
+            f"All {len(result['checks'])} checks hold: embeddings, layers, gradients, neighbours "
+            f"and ops."
         )
-    lines = "".join(
-        f"<p>{escape(check['name'])}: {escape(check['detail'])}</p>" for check in failed
-    )
-    return f'<section class="verdict fail"><h2>FAIL: {len(failed)} checks</h2>{lines}</section>'
+        return verdict(True, "PASS: as exact as stock", [said])
+    lines = [f"{check['name']}: {check['detail']}" for check in failed]
+    return verdict(False, f"FAIL: {len(failed)} checks", lines)
 
 
 def _tiles(result: dict[str, Any]) -> str:
@@ -162,9 +106,9 @@ def _accuracy(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
     return [
         '<p class="soft">The truth of a dtype is stock in float64 with the weights rounded to that '
         "dtype, so that what is compared is the computation.</p>",
-        _table(["", "fusedformer", "stock", "ratio", ""], body),
+        table(["", "fusedformer", "stock", "ratio", ""], body),
         f"<h3>Growth of the error with depth (real tokens of {passages} passages)</h3>",
-        _image(drawn["layers"], "RMS error against float64 after each layer"),
+        image(drawn["layers"], "RMS error against float64 after each layer"),
         f'<p class="soft">Gradients: every parameter, those of a kind judged together over all '
         f"layers, for random gradients of the embeddings. The biases of the keys ({skipped} kind) "
         f"are not judged: their true gradient is zero, what is computed is rounding alone.</p>",
@@ -178,13 +122,13 @@ def _neighbours(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
         parts += [
             f"<h3>{escape(dtype)} (a tie: true similarities that differ by less than "
             f"{gap:.1e})</h3>",
-            _table(["passages", "fusedformer", "stock"], rows.neighbour_rows(one)),
+            table(["passages", "fusedformer", "stock"], rows.neighbour_rows(one)),
         ]
     return [
         *parts,
         "<h3>How far each embedding turned away from the true one</h3>",
-        _table(["lowest cosine with the truth", "fusedformer", "stock"], rows.cosine_rows(result)),
-        _image(drawn["cosine"], "one minus cosine with float64, passage by passage"),
+        table(["lowest cosine with the truth", "fusedformer", "stock"], rows.cosine_rows(result)),
+        image(drawn["cosine"], "one minus cosine with float64, passage by passage"),
     ]
 
 
@@ -206,12 +150,12 @@ def _speed(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
         f"padded to the longest. Forward: inference over the corpus. Forward + backward: a batch "
         f"of {size} x {length}, as in training, dropout included. Medians, with the 20th and "
         f"80th percentile; the ratio is that of pairs taken one after the other.</p>",
-        _table(["a batch", "fusedformer", "stock", "stock / fusedformer"], times),
-        _image(drawn["time"], "time of a batch, stock and fusedformer"),
+        table(["a batch", "fusedformer", "stock", "stock / fusedformer"], times),
+        image(drawn["time"], "time of a batch, stock and fusedformer"),
         f'<p class="soft">Peak memory for that batch of {size} x {length}, beyond weights and '
         f"inputs, counted by {counted}.</p>",
-        _table(["peak memory", "fusedformer", "stock", "stock / fusedformer"], memory),
-        _image(drawn["memory"], "peak memory of a batch, stock and fusedformer"),
+        table(["peak memory", "fusedformer", "stock", "stock / fusedformer"], memory),
+        image(drawn["memory"], "peak memory of a batch, stock and fusedformer"),
     ]
 
 
@@ -223,7 +167,7 @@ def _text(result: dict[str, Any], drawn: dict[str, str]) -> list[str]:
         f"this model does: {corpus['mean_tokens']:.0f} tokens on average, {corpus['max_tokens']} "
         f"at most (mean/max {share:.2f}). In batches of {corpus['batch']}, "
         f"{corpus['padding_share']:.0%} of all positions are padding.</p>",
-        _image(drawn["lengths"], "histogram of the lengths of the passages"),
+        image(drawn["lengths"], "histogram of the lengths of the passages"),
     ]
 
 
@@ -236,7 +180,7 @@ def _ops(ops: dict[str, Any]) -> list[str]:
     return [
         f'<p class="soft">Outputs and every gradient of {escape(where)}, run {escape(place)}, by '
         f"the same criterion. Errors are of the tensor that used up most of its limit.</p>",
-        _table(head, rows.op_rows(ops)),
+        table(head, rows.op_rows(ops)),
     ]
 
 
@@ -246,7 +190,7 @@ def _timings(benchmarks: dict[str, Any]) -> list[str]:
     head = ["op", "case", "direction", "fusedformer", "fastest peer", "peer / ours"]
     return [
         f'<p class="soft">Measured on {escape(benchmarks["device"])}.</p>',
-        _table(head, rows.timing_rows(benchmarks)),
+        table(head, rows.timing_rows(benchmarks)),
     ]
 
 
@@ -259,6 +203,6 @@ def _made_with(result: dict[str, Any]) -> list[str]:
         "time taken": f"{result['seconds']['total']:.0f} s",
     }
     return [
-        _table(["", ""], facts.items()),
+        table(["", ""], facts.items()),
         '<p class="soft">All numbers and samples are in report.json beside this page.</p>',
     ]

@@ -1,37 +1,16 @@
-"""The plots of the page, as SVG in data URIs: the page needs nothing besides itself."""
+"""The plots of the page."""
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fusedformer._figures import plt, source, styled
+
 COLOURS = {"stock": "#94a3b8", "fused": "#2563eb"}
 LABELS = {"stock": "stock Hugging Face", "fused": "fusedformer"}
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#cbd5e1",
-    "axes.labelcolor": "#334155",
-    "axes.titlesize": 11,
-    "axes.titlecolor": "#0f172a",
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e2e8f0",
-    "legend.frameon": False,
-    "svg.hashsalt": "fusedformer",
-}
 MIB = 2**20
 
 
@@ -44,15 +23,8 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
         "memory": _memory,
         "lengths": _lengths,
     }
-    with plt.rc_context(_STYLE):
-        return {name: _source(function(result)) for name, function in drawings.items()}
-
-
-def _source(figure: Figure) -> str:
-    target = io.BytesIO()
-    figure.savefig(target, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(target.getvalue()).decode()
+    with styled():
+        return {name: source(function(result)) for name, function in drawings.items()}
 
 
 def _panels(

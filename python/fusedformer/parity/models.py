@@ -1,0 +1,122 @@
+"""A Hugging Face model fused, beside itself as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedformer
+from fusedformer.parity.compared import ParityReport, compare
+
+LENGTHS = (37, 5, 64, 18)  # of the padded batch
+
+
+def compared(
+    source: str, dtype: torch.dtype, device: torch.device, *, layers: int | None = None
+) -> tuple[fusedformer.FusionReport, ParityReport]:
+    """What ``fuse`` did to the model, and its errors beside the stock model's.
+
+    Args:
+        source: a folder with weights, a folder or a file with a configuration alone, or the name
+            of a model type ("bert"); without weights they are random.
+        dtype, device: of the model.
+        layers: only so many, of a model without weights.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: ``source`` is none of these, or the model takes neither tokens nor images.
+    """
+    stock = load(source, layers).to(device, dtype).eval()
+    inputs, where = example(stock, device, dtype)
+    fused = copy.deepcopy(stock)
+    done = fusedformer.fuse(fused)
+    report = compare(fused, stock, inputs, where=where)
+    report.names = "fused", "stock"
+    return done, report
+
+
+def load(source: str, layers: int | None = None) -> Any:
+    """The model, on the CPU in float32."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    t: Any = transformers
+    t.logging.set_verbosity_error()
+    path = Path(source)
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in weights):
+        return t.AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        settings = json.loads(file.read_text())
+        config = t.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+    elif source in t.CONFIG_MAPPING:
+        config = t.AutoConfig.for_model(source)
+    else:
+        raise ValueError(
+            f"--model: expected a folder or file with a configuration of transformers, or a model "
+            f"type such as 'bert', but got {source!r}"
+        )
+    if layers is not None:
+        text = config.get_text_config()
+        for name in ("num_hidden_layers", "n_layer", "n_layers"):
+            if hasattr(text, name):
+                setattr(text, name, layers)
+                if getattr(text, "layer_types", None):
+                    text.layer_types = text.layer_types[:layers]
+                break
+    torch.manual_seed(0)
+    model = t.AutoModel.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # as trained weights are not: gains of one and biases of zero
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def example(
+    model: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A padded batch of random tokens and its mask, or images; what the model takes."""
+    name = model.main_input_name
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    where = None
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    if name == "pixel_values" or hasattr(config, "vision_config"):
+        size, channels = vision.image_size, getattr(vision, "num_channels", 3)
+        sizes = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.randn(len(LENGTHS), channels, *sizes, generator=generator)
+        inputs["pixel_values"] = pixels.to(device, dtype)
+    if name == "input_ids":
+        text = config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None) or 512
+        lengths = torch.tensor([min(n, limit - 4) for n in LENGTHS])
+        where = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        special = [getattr(text, f"{n}_token_id", None) for n in ("pad", "bos", "eos")]
+        low, high = _free_ids(special, text.vocab_size)
+        ids = torch.randint(low, high, tuple(where.shape), generator=generator)
+        eos = special[2]
+        if "pixel_values" in inputs and isinstance(eos, int) and eos < text.vocab_size:
+            ids[torch.arange(len(LENGTHS)), lengths - 1] = eos  # where CLIP's text is pooled
+        inputs["input_ids"] = ids.to(device)
+        inputs["attention_mask"] = where.long()
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :16].to(device)
+    if not inputs:
+        raise ValueError(f"--model: {type(model).__name__} takes '{name}', not tokens or images")
+    return inputs, where
+
+
+def _free_ids(special: list[Any], size: int) -> tuple[int, int]:
+    """The longest range of token ids without special ones."""
+    taken = sorted({-1, size, *(i for i in special if isinstance(i, int) and 0 <= i < size)})
+    ranges = [(a + 1, b) for a, b in itertools.pairwise(taken)]
+    return max(ranges, key=lambda r: r[1] - r[0])
