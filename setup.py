@@ -20,7 +20,9 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "python", "fusedformer_kernels": "kernels/fusedformer_kernels"},
     packages=[*find_packages("python"), *find_packages("kernels")],
-    package_data={"fusedformer": ["py.typed"], "fusedformer_kernels": ["py.typed"]},
+    package_data={
+        "fusedformer": ["py.typed"], "fusedformer_kernels": ["py.typed", "tuned/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         # Where triton has no wheel the torch backend is the whole library.

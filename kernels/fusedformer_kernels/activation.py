@@ -137,7 +137,7 @@ def bias_activation_forward(
     n_columns = x.shape[-1]
     x_rows = rows_of(x, n_columns)
     n_rows = x_rows.shape[0]
-    config = configs.elementwise_tile(n_columns, configs.target_of(x.device))
+    config = configs.elementwise_tile("activation_forward", n_columns, configs.target_of(x.device))
     blocks = configs.ceil_div(n_rows, config.block_m) * configs.ceil_div(n_columns, config.block_n)
     launch(
         _bias_activation_forward, (blocks,), config,
@@ -166,7 +166,7 @@ def bias_activation_backward(
     x_rows, dy_rows = rows_of(x, n_columns), rows_of(dy, n_columns)
     n_rows = x_rows.shape[0]
     target = configs.target_of(x.device)
-    config = configs.elementwise_tile(n_columns, target)
+    config = configs.elementwise_tile("activation_backward", n_columns, target)
     column_blocks = configs.ceil_div(n_columns, config.block_n)
     row_blocks = configs.ceil_div(n_rows, config.block_m)
     programs = configs.row_programs(row_blocks, target)

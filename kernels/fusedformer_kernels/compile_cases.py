@@ -219,6 +219,7 @@ def compile_cases() -> list[CompileCase]:
     positions = {"slopes": _empty(1, 16, dtype=full), "table": _empty(16, 257, dtype=full)}
     variants: dict[str, dict[str, Any]] = {
         "key mask": {"key_mask": _empty(4, 2048, dtype=torch.bool)},
+        "causal key mask": {"key_mask": _empty(4, 2048, dtype=torch.bool), "right": 0},
         "lengths": lengths,
         "boolean mask": {"mask": "boolean"},
         "additive mask": {"mask": "additive"},
@@ -246,6 +247,10 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=64 {name}", HALF,
             partial(_attention, 64, HALF, **flags), matrix=True,
         )
+    # At 256 the plain config has no register to spare: what it serves besides is compiled too.
+    for name in ("key mask", "causal key mask", "dropout"):
+        call = partial(_attention, 256, HALF, **variants[name])
+        add(f"attention d=256 {name}", HALF, call, matrix=True)
     for name in ("additive mask", "dropout", "packed", "relative bias"):
         add(
             f"attention d=128 {name}", HALF,

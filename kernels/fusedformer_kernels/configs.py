@@ -1,7 +1,8 @@
 """Tile configs: a pure function of shape, dtype and architecture.
 
 Every choice here is read from the compile report (``python -m fusedformer compile-report``): no
-spills on sm_90, shared memory within the architecture's limit. Nothing is tuned at run time.
+spills on sm_90, shared memory within the architecture's limit. Nothing is tuned at run time; what
+was tuned before is in the tables of :mod:`tuned`, which these functions ask.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fusedformer_kernels.tuned import chosen
+
 
 @dataclass(frozen=True)
 class Target:
@@ -23,6 +26,8 @@ class Target:
     warp_size: int
     multiprocessors: int
     shared_memory: int  # bytes that one program may use
+    device_name: str = ""  # of a device that is here: a user may have tuned for it
+    interpreted: bool = False
 
 
 TARGETS = {
@@ -32,7 +37,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 304, 64 * 1024),
 }
 # The interpreter gets sm_90's tiles, and few multiprocessors so that persistent loops iterate.
-INTERPRETED = Target("cuda", 90, 32, 2, 227 * 1024)
+INTERPRETED = Target("cuda", 90, 32, 2, 227 * 1024, interpreted=True)
 
 _assumed: Target | None = None
 
@@ -61,11 +66,11 @@ def _cuda_target(index: int) -> Target:
     count = properties.multi_processor_count
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]
-        return Target("hip", name, properties.warp_size, count, 64 * 1024)
+        return Target("hip", name, properties.warp_size, count, 64 * 1024, properties.name)
     arch = properties.major * 10 + properties.minor
     # Turing, and Ada and Blackwell of the desktop, have less than the data-center parts.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Target("cuda", arch, 32, count, shared)
+    return Target("cuda", arch, 32, count, shared, properties.name)
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,23 @@ LONG_ROW_CHUNK = 4096
 
 
 def row_tile(
-    columns: int, one_pass: int, tile: int, per_thread: int, target: Target
+    kernel: str, columns: int, one_pass: int, tile: int, per_thread: int, target: Target
 ) -> TileConfig:
     """Whole rows of up to ``one_pass`` columns, several a program when short; else one chunk."""
     if columns > one_pass:
         return TileConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
     block_n = max(next_power_of_2(columns), 16)
     block_m = max(1, min(tile // block_n, 64))
-    return TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
+    default = TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
+    return chosen((kernel, block_n), target, default)
 
 
-def elementwise_tile(columns: int, target: Target) -> TileConfig:
+def elementwise_tile(kernel: str, columns: int, target: Target) -> TileConfig:
     """Tiles for bias + activation, forward and backward: 16 elements a thread."""
     block_n = min(max(next_power_of_2(columns), 16), 512)
     block_m = max(1, min(2048 // block_n, 64))
-    return TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
+    default = TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
+    return chosen((kernel, block_n), target, default)
 
 
 def row_programs(row_blocks: int, target: Target) -> int:
@@ -158,6 +165,14 @@ class AttentionKind:
         """Class of head dims that share a config."""
         return 64 if self.dim <= 64 else 128 if self.dim <= 128 else 256
 
+    @property
+    def words(self) -> tuple[str | int, ...]:
+        """As tables of tuned configs name it."""
+        return (
+            self.operands, self.size, "heavy" if self.heavy else "plain",
+            "causal" if self.causal else "full",
+        )  # fmt: skip
+
 
 def padded_dim(dim: int) -> int:
     """Head dim as tiles hold it: a power of two that tensor cores take."""
@@ -169,7 +184,7 @@ def padded_dim(dim: int) -> int:
 _HOPPER_FORWARD = {
     ("half", 64): (AttentionConfig(8, 3, 128, 128), AttentionConfig(8, 2, 128, 64)),
     ("half", 128): (AttentionConfig(8, 2, 128, 128), AttentionConfig(8, 2, 128, 64, True)),
-    ("half", 256): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 64, 32, True)),
+    ("half", 256): (AttentionConfig(8, 2, 64, 64, True), AttentionConfig(8, 2, 64, 32, True)),
     ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
@@ -214,6 +229,11 @@ def attention_forward_config(
         block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
+    default = _attention_forward_default(kind, target)
+    return chosen(("attention_forward", *kind.words), target, default)
+
+
+def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
     if target.backend == "hip":
         if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)
@@ -228,6 +248,11 @@ def attention_forward_config(
 
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
+    default = _attention_backward_default(kind, target)
+    return chosen(("attention_backward", *kind.words), target, default)
+
+
+def _attention_backward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
     if target.backend == "hip":
         small = kind.size > 64 or kind.operands != "half"
         return AttentionConfig(4, 1, 32 if small else 64, 32 if small else 64)

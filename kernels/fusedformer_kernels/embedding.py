@@ -240,7 +240,9 @@ def embedding_backward(
 
 
 def _config(n_columns: int, device: torch.device) -> configs.TileConfig:
-    return configs.row_tile(n_columns, LONGEST, 2048, 16, configs.target_of(device))
+    return configs.row_tile(
+        "embedding", n_columns, LONGEST, 2048, 16, configs.target_of(device)
+    )
 
 
 def _arguments(tables: Tables) -> list[torch.Tensor | int | None]:

@@ -360,7 +360,7 @@ def norm_forward(
         x_rows = rows_of(x, n_columns)
         residual_rows = None if residual is None else rows_of(residual, n_columns)
         config = configs.row_tile(
-            n_columns, configs.NORM_ONE_PASS, 2048, 16, configs.target_of(x.device)
+            "norm_forward", n_columns, configs.NORM_ONE_PASS, 2048, 16, configs.target_of(x.device)
         )
         launch(
             _norm_forward, (configs.ceil_div(n_rows, config.block_m),), config,
@@ -411,7 +411,7 @@ def norm_backward(
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
-    config = configs.row_tile(n_columns, longest, 2048, 16, target)
+    config = configs.row_tile("norm_backward", n_columns, longest, 2048, 16, target)
     one_pass = n_columns <= config.block_n
     block_m = config.block_m if one_pass else 8
     row_blocks = configs.ceil_div(n_rows, block_m)

@@ -38,7 +38,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     n_rows, n_columns = index.shape[0], x.shape[1]
     y = torch.empty((n_rows, n_columns), dtype=x.dtype, device=x.device)
     if y.numel():
-        config = configs.elementwise_tile(n_columns, configs.target_of(x.device))
+        config = configs.elementwise_tile("gather_rows", n_columns, configs.target_of(x.device))
         blocks = configs.ceil_div(n_rows, config.block_m)
         blocks *= configs.ceil_div(n_columns, config.block_n)
         launch(

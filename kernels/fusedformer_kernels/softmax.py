@@ -192,7 +192,8 @@ def softmax_forward(
     n_columns = view.shape[3]
     n_rows = view.numel() // n_columns
     config = configs.row_tile(
-        n_columns, configs.SOFTMAX_ONE_PASS, 4096, 32, configs.target_of(x.device)
+        "softmax_forward", n_columns, configs.SOFTMAX_ONE_PASS, 4096, 32,
+        configs.target_of(x.device),
     )
     launch(
         _softmax_forward, (configs.ceil_div(n_rows, config.block_m),), config,
@@ -215,7 +216,8 @@ def softmax_backward(
     n_columns = y_view.shape[3]
     n_rows = y_view.numel() // n_columns
     config = configs.row_tile(
-        n_columns, configs.SOFTMAX_BACKWARD_ONE_PASS, 4096, 16, configs.target_of(y.device)
+        "softmax_backward", n_columns, configs.SOFTMAX_BACKWARD_ONE_PASS, 4096, 16,
+        configs.target_of(y.device),
     )
     launch(
         _softmax_backward, (configs.ceil_div(n_rows, config.block_m),), config,

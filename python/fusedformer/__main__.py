@@ -10,7 +10,9 @@ from fusedformer._version import __version__
 
 COMMANDS = {
     "report": "stock against fused on a pretrained encoder and real text",
-    "parity": "every op against float64, beside stock PyTorch",
+    "parity": "every op, or a fused model, against float64, beside stock PyTorch",
+    "bench": "the library's speed beside its peers' (in a checkout)",
+    "tune": "tile configs for the GPU that is here",
     "compile-report": "every kernel compiled for GPUs that need not be here",
 }
 
