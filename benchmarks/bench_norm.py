@@ -15,7 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
 from harness.check import check_kept_share
-from harness.providers import apex_layer_norm, compiled, liger, present
+from harness.providers import (
+    apex_layer_norm,
+    compiled,
+    liger,
+    present,
+    transformer_engine_norm,
+)
 
 HIDDEN = (768, 1024, 4096, 8192)
 HEADLINE = (768, 4096)
@@ -148,6 +154,7 @@ def providers(device: torch.device, compile: str) -> dict[str, Provider]:
         "torch.compile": lambda case: compiled(eager(case)),
         "liger_kernel": liger("norm"),
         "apex": apex_layer_norm,
+        "transformer_engine": transformer_engine_norm,
     }
     return present(found, device, compile)
 

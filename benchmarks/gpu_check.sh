@@ -5,11 +5,15 @@
 #   STAGES="tests norm attention" benchmarks/gpu_check.sh OUTDIR     some stages only
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
-# Needs python3 with torch, triton, numpy and pytest. Stages: environment, tests, and bench, which
-# is softmax, norm, activation, embedding, attention, encoder and huggingface. Each has a process and
-# a time limit of its own, so one that dies takes no other along, and what it wrote stays. A stage
-# that is complete is listed in OUTDIR/stages.done and skipped the next time. OUTDIR stays flat:
-# environment.txt tests.log tests.xml bench.log bench.json summary.txt stages.done
+# Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; tests;
+# bench, which is softmax, norm, activation, embedding, encoder, huggingface, host and attention;
+# tune, which writes a table of configs, and retime, bench's kernels with that table; memory, a part
+# of the tests under compute-sanitizer where that is installed; compile, the compile report. Each has
+# a process and a time limit of its own, so one that dies takes no other along. A stage that is
+# complete is listed in OUTDIR/stages.done and skipped the next time: what there was no time for is
+# done by the same command with the same OUTDIR. OUTDIR stays flat: environment.txt tests.log
+# tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log memory.log compile.log
+# compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
 # FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
@@ -32,18 +36,23 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 unset TRITON_INTERPRET # the kernels themselves are timed, never their interpretation on CPU
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-stages=${STAGES:-environment tests bench}
-stages=${stages/bench/softmax norm activation embedding attention encoder huggingface}
+stages=${STAGES:-environment tests bench tune retime memory compile}
+stages=${stages/bench/softmax norm activation embedding attention encoder huggingface host}
+export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
     export OMP_NUM_THREADS=1
     test_args=${TEST_ARGS:-tests/test_benchmarks.py --collect-only}
     bench_args="--device cpu --sizes tiny --quick"
+    tune_args="--dry-run --case ^norm_forward.256$"
+    compile_args="--target sm_90 --case ^pack$"
 elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     test_args=${TEST_ARGS:-tests}
     # Compiling many small kernels and running them briefly: side by side where that is possible.
     ! "$python" -c 'import xdist' 2>/dev/null || test_args="$test_args -n 8"
     bench_args=${BENCH_ARGS---compile headline --seconds 0.05}
+    tune_args=${TUNE_ARGS-}
+    compile_args=
 else
     echo "gpu_check: torch sees no GPU on this machine (--cpu-dry-run works without one)" >&2
     exit 2
@@ -115,12 +124,30 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench embedding 30
     bench encoder 90 --compile none
     bench huggingface 60 --compile none
+    bench host 20
     bench attention 200
+    stage tune 420 tune.log "$python" -m fusedformer tune --out "$out/tuned.json" \
+        --budget LIMIT $tune_args
+    stage retime 120 bench.log "$python" benchmarks/run.py --out "$out/retimed.json" \
+        --suite norm softmax activation attention --budget LIMIT $bench_args --quick --compile none
+    # Without the caching allocator, so that each tensor's end is where memory ends.
+    stage memory 120 memory.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -c '
+        command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not here"; exit; }
+        exec compute-sanitizer --tool memcheck --error-exitcode 9 "$@"' memory \
+        "$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_softmax.py \
+        tests/ops/test_norm.py tests/ops/test_attention_parts.py -k "width or lengths or few"
+    stage compile 180 compile.log "$python" -m fusedformer compile-report \
+        --json "$out/compile.json" $compile_args
 }
 
 {
     [ ! -s "$out/tests.log" ] || echo "tests: $(tail -n 1 "$out/tests.log")"
-    [ ! -s "$out/bench.json" ] || "$python" benchmarks/table.py --headline "$out/bench.json"
+    if [ -s "$out/bench.json" ]; then
+        "$python" benchmarks/table.py --headline "$out/bench.json"
+        "$python" benchmarks/page.py "$out/bench.json" --out "$out/bench.html"
+        [ ! -s "$out/retimed.json" ] \
+            || "$python" benchmarks/compare.py "$out/bench.json" "$out/retimed.json"
+    fi
     echo "stages that failed or were cut short:${failed:- none}"
 } 2>&1 | tee "$out/summary.txt"
 [ -z "$failed" ]

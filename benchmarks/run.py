@@ -25,7 +25,7 @@ from harness.runner import Options, run_suite
 from table import markdown
 
 SUITES = ("softmax", "norm", "activation", "embedding", "attention", "encoder",
-          "huggingface")
+          "huggingface", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(
         device,
         seconds=given.seconds or (0.005 if tiny else 0.03 if given.quick else 0.15),
-        compile=given.compile,
+        compile="thorough" if given.thorough else given.compile,
         deadline=began + given.budget,
     )
     if given.out is not None:
@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="headline cases, fewer samples")
     parser.add_argument("--compile", choices=("none", "headline", "all"), default="none",
                         help="time torch.compile and FlexAttention too, in which cases")
+    parser.add_argument("--thorough", action="store_true",
+                        help="torch.compile in all cases, with max-autotune too")
     parser.add_argument("--out", type=Path, help="result file, written after every case")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),

@@ -32,30 +32,42 @@ def markdown(
         f"{document['date'][:10]}. Ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, "
         f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:.3g} TFLOP/s.",
     ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in document["records"]:
-        wanted = suites is None or record["suite"] in suites
-        if wanted and (record["headline"] or not headline):
-            groups.setdefault((record["suite"], record["direction"]), []).append(record)
-    for (suite, direction), records in groups.items():
+    wanted = [
+        record
+        for record in document["records"]
+        if (suites is None or record["suite"] in suites) and (record["headline"] or not headline)
+    ]
+    for (suite, direction), records in groups(wanted).items():
         lines += ["", f"**{suite}, {direction}, {records[0]['dtype']}**", ""]
-        lines += _table(records, ceilings)
+        head, body = cells(records, ceilings)
+        lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in body]
     return "\n".join(lines)
 
 
-def _table(records: list[dict[str, Any]], ceilings: dict[str, Any]) -> list[str]:
+def groups(
+    records: Sequence[dict[str, Any]],
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Records by suite and direction."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["suite"], record["direction"]), []).append(record)
+    return found
+
+
+def cells(
+    records: Sequence[dict[str, Any]], ceilings: dict[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of one table: a row for each case, a column for each provider."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         by_case.setdefault(record["case"], {})[record["provider"]] = record
-    lines = [
-        "| " + " | ".join(["case", *providers]) + " |",
-        "| --- |" + " ---: |" * len(providers),
+    rows = [
+        [case, *(_cell(found.get(name), found.get(OURS), ceilings) for name in providers)]
+        for case, found in by_case.items()
     ]
-    for case, found in by_case.items():
-        cells = [_cell(found.get(name), found.get(OURS), ceilings) for name in providers]
-        lines.append("| " + " | ".join([case, *cells]) + " |")
-    return lines
+    return ["case", *providers], rows
 
 
 def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: Any) -> str:

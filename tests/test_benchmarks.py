@@ -19,7 +19,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_attention  # noqa: E402
 import bench_norm  # noqa: E402
+import compare  # noqa: E402
+import page  # noqa: E402
 import table  # noqa: E402
+from fusedformer import backend  # noqa: E402
 from harness import counting, records, timing  # noqa: E402
 from harness.attention_peers import materialized, padded  # noqa: E402
 from harness.case import (  # noqa: E402
@@ -37,7 +40,9 @@ from harness.providers import PEER_MODULES, absent_peers  # noqa: E402
 from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
-SUITES = {"softmax", "norm", "activation", "embedding", "attention", "encoder", "huggingface"}
+SUITES = {
+    "softmax", "norm", "activation", "embedding", "attention", "encoder", "huggingface", "host",
+}  # fmt: skip
 
 
 def _options(**changes: Any) -> Options:
@@ -330,6 +335,11 @@ def test_materialized_bias_has_the_table_by_distance_and_its_gradient() -> None:
 
 @pytest.mark.parametrize("kind", ["key padding", "packed", "windowed", "biased", "relative bias"])
 def test_attention_that_ignores_what_a_kind_is_about_is_not_timed(kind: str) -> None:
+    with backend("torch"):  # what is tested is the harness
+        _check_that_plain_attention_fails(kind)
+
+
+def _check_that_plain_attention_fails(kind: str) -> None:
     torch.manual_seed(0)
     case = bench_attention._case(kind, 64, 32, 64, torch.float32, headline=True)
 
@@ -428,10 +438,13 @@ def test_absent_peers_are_named() -> None:
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
+STAGES = "environment tests bench tune memory compile"
+
+
 def _gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(BENCHMARKS / "gpu_check.sh"), *arguments],
-        env={**ENVIRONMENT, "PYTHON": sys.executable, "STAGES": "environment tests bench"},
+        env={**ENVIRONMENT, "PYTHON": sys.executable, "STAGES": STAGES},
         capture_output=True, text=True, timeout=600,
     )
 
@@ -440,7 +453,7 @@ def test_gpu_check_runs_every_stage_dry_and_resumes(tmp_path: Path) -> None:
     result = _gpu_check(str(tmp_path), "--cpu-dry-run")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
-    assert len(files) <= 8
+    assert len(files) <= 16
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in files)
     document = json.loads((tmp_path / "bench.json").read_text())
     assert records.problems(document) == []
@@ -449,7 +462,7 @@ def test_gpu_check_runs_every_stage_dry_and_resumes(tmp_path: Path) -> None:
     ours = [r for r in document["records"] if r["provider"] == "fusedformer"]
     assert {r["status"] for r in ours} == {"timed"}
     done = (tmp_path / "stages.done").read_text().split()
-    assert set(done) == SUITES | {"environment", "tests"}
+    assert set(done) == SUITES | set(STAGES.split()) - {"bench"}
     assert result.stdout.rstrip().endswith("none")  # the summary comes last
 
     again = _gpu_check(str(tmp_path), "--cpu-dry-run")
@@ -476,3 +489,78 @@ def test_suite_runs_under_pytest_benchmark() -> None:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert re.search(r"\b6 passed", result.stdout)  # two providers in three directions
+
+
+def _slower(document: dict[str, Any], factor: float, provider: str) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(document))
+    for record in changed["records"]:
+        if record["provider"] == provider:
+            for name in ("median_us", "p20_us", "p80_us"):
+                record[name] *= factor
+    return changed
+
+
+def _measured_square() -> dict[str, Any]:
+    results = _results()
+    suite = _square_suite({"fusedformer": lambda x: x * x})
+    run_suite(suite, suite.cases(Sizes.of("tiny"), torch.float32), results, _options())
+    for record in results.document["records"]:
+        record["p20_us"], record["p80_us"] = 0.9 * record["median_us"], 1.1 * record["median_us"]
+    return results.document
+
+
+def test_compare_says_what_changed_beyond_the_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = _measured_square()
+    slow, fast, near = (_slower(old, f, "fusedformer") for f in (2.0, 0.5, 1.1))
+    for new, verdict in ((slow, "slower"), (fast, "faster"), (near, "")):
+        rows = compare.compare(old, new)
+        assert len(rows) == 3 and {row["verdict"] for row in rows} == {verdict}
+    assert {row["relative"] for row in compare.compare(old, slow)} == {2.0}
+    both = _slower(slow, 2.0, REFERENCE)  # a machine half as fast
+    assert {row["relative"] for row in compare.compare(old, both)} == {1.0}
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, document in zip(paths, (old, slow), strict=True):
+        path.write_text(json.dumps(document))
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, paths)])
+    assert compare.main() == 1
+    assert "0 faster, 3 slower beyond the spread" in capsys.readouterr().out
+    paths[1].write_text("{}")
+    assert compare.main() == 2
+
+
+def test_page_of_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    file, out = tmp_path / "square.json", tmp_path / "page.html"
+    file.write_text(json.dumps(_measured_square()))
+    monkeypatch.setattr(sys, "argv", ["page", str(file), "--out", str(out)])
+    assert page.main() == 0
+    text = out.read_text()
+    assert text.count("image/svg+xml") == 4  # bars of three directions, and a roofline
+    assert "4x8" in text and "<pre>" in text and "<script" not in text
+    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing besides itself
+
+
+def test_bench_is_a_command_of_the_checkout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedformer import bench
+
+    file = tmp_path / "square.json"
+    file.write_text(json.dumps(_measured_square()))
+    assert bench.main(["compare", str(file), str(file)]) == 0
+    assert "0 faster, 0 slower" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    assert bench.main([]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_flops_of_windows_and_gated_feed_forwards() -> None:
+    def flops(**settings: Any) -> int:
+        return counting.encoder([8, 5], 2, 4, 1, 6, 4, **settings)["forward"].flops
+
+    seen = sum(abs(i - j) <= 2 for n in (8, 5) for i in range(n) for j in range(n))
+    assert flops() - flops(windows=[2, 2]) == 2 * 4 * 4 * (64 + 25 - seen)
+    assert flops(windows=[None, 100]) == flops()
+    assert flops(gated=True) - flops() == 2 * 13 * 2 * 4 * 6

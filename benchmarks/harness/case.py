@@ -164,9 +164,13 @@ Provider = Callable[[Case], Program]
 
 @dataclass(frozen=True)
 class Suite:
-    """``cases(sizes, dtype)``, and the providers in the order in which tables show them."""
+    """``cases(sizes, dtype)``, and the providers in the order in which tables show them.
+
+    ``on_host`` suites are about what a call costs the host, whatever the device then does.
+    """
 
     name: str
     cases: Callable[[Sizes, torch.dtype], list[Case]]
     providers: Callable[[torch.device, str], dict[str, Provider]]
     truth: Callable[[Case, torch.device], Program]  # given its inputs in float64
+    on_host: bool = False

@@ -10,7 +10,10 @@ from harness.case import Case, Program, Provider, Unsupported
 
 PEER_MODULES = ("liger_kernel", "xformers", "flash_attn", "apex", "transformer_engine")
 
-COMPILED = ("torch.compile", "FlexAttention")
+AUTOTUNED = "torch.compile max-autotune"
+COMPILED = ("torch.compile", AUTOTUNED, "FlexAttention")
+
+_mode: list[str | None] = [None]  # of torch.compile, while a provider is built
 
 
 def absent_peers(device: torch.device) -> dict[str, str]:
@@ -21,8 +24,6 @@ def absent_peers(device: torch.device) -> dict[str, str]:
             absent[name] = "not installed"
         elif device.type != "cuda":
             absent[name] = "needs a GPU"
-        elif name == "transformer_engine":
-            absent[name] = "installed, but no suite calls it yet"
     if device.type != "cuda":
         absent["FlexAttention"] = "its compiled kernels need a GPU"
         absent["SDPA cudnn"] = absent["SDPA efficient"] = "needs a GPU"
@@ -38,10 +39,13 @@ def present(
     """``providers`` without those that are absent, those that compile as ``Options.compile``."""
     found = {}
     absent = absent_peers(device)
+    if compile == "thorough" and "torch.compile" in providers:
+        providers = {**providers, AUTOTUNED: _autotuned(providers["torch.compile"])}
     for name, provider in providers.items():
         if name in absent or (name in COMPILED and compile == "none"):
             continue
-        found[name] = _on_headlines(provider) if name in COMPILED and compile != "all" else provider
+        everywhere = name not in COMPILED or compile in ("all", "thorough")
+        found[name] = provider if everywhere else _on_headlines(provider)
     return found
 
 
@@ -58,15 +62,28 @@ def _on_headlines(provider: Provider) -> Provider:
 
 def compiled(program: Program) -> Program:
     """The same program through ``torch.compile`` for its exact shapes."""
-    module = program.module
+    module, mode = program.module, _mode[-1]
     if module is not None:
-        module.compile(dynamic=False)
+        module.compile(dynamic=False, mode=mode)
         return program
     checked = program.checked
     return Program(
-        torch.compile(program.function, dynamic=False),
-        checked=None if checked is None else torch.compile(checked, dynamic=False),
+        torch.compile(program.function, dynamic=False, mode=mode),
+        checked=None if checked is None else torch.compile(checked, dynamic=False, mode=mode),
     )
+
+
+def _autotuned(provider: Provider) -> Provider:
+    """A provider that compiles, with torch's own search for configs."""
+
+    def build(case: Case) -> Program:
+        _mode.append("max-autotune-no-cudagraphs")  # a graph would hide the launches from timing
+        try:
+            return provider(case)
+        finally:
+            _mode.pop()
+
+    return build
 
 
 def liger(kind: str) -> Provider:
@@ -107,3 +124,23 @@ def apex_layer_norm(case: Case) -> Program:
             input, weight, bias, weight.shape, 1e-5
         )
     )
+
+
+def transformer_engine_norm(case: Case) -> Program:
+    """transformer_engine's modules, with the case's weights."""
+    kind = case.options["kind"]
+    if kind not in ("layer_norm", "rms_norm"):
+        raise Unsupported("transformer_engine is timed here on plain norms only")
+    import transformer_engine.pytorch as te
+
+    made: dict[int, torch.nn.Module] = {}
+
+    def call(input: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        columns = input.shape[-1]
+        if columns not in made:
+            norm = te.LayerNorm if kind == "layer_norm" else te.RMSNorm
+            made[columns] = norm(columns, eps=1e-5, device=input.device, dtype=input.dtype)
+        found: torch.Tensor = torch.func.functional_call(made[columns], parameters, (input,))
+        return found
+
+    return Program(call)

@@ -76,7 +76,7 @@ def run_case(
         contenders = check_all(suite, case, providers, inputs, options.device)
         records = []
         for direction in case.costs:
-            records += _time_direction(case, direction, contenders, inputs, options)
+            records += _time_direction(suite, case, direction, contenders, inputs, options)
     return records
 
 
@@ -107,7 +107,8 @@ def check_all(
 
 
 def _time_direction(
-    case: Case, direction: str, contenders: list[Contender], inputs: Inputs, options: Options
+    suite: Suite, case: Case, direction: str, contenders: list[Contender], inputs: Inputs,
+    options: Options,
 ) -> list[Record]:
     cost = case.costs[direction]
     records = {
@@ -142,7 +143,8 @@ def _time_direction(
             reraise_if_device_is_lost(error)
             record.status, record.reason = status_of(error)
     try:
-        measured = timing.measure(calls, options.device, options.seconds)
+        measure = timing.measure_host if suite.on_host else timing.measure
+        measured = measure(calls, options.device, options.seconds)
     except Exception as error:
         reraise_if_device_is_lost(error)
         measured = {}

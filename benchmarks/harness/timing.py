@@ -11,6 +11,8 @@ are several times as large as L2.
 
 In both, the device first sleeps while the host enqueues the work: what is measured is the time of
 the device, not how fast Python launches. ``paired`` is the CPU's: wall time, warm caches.
+
+``host`` is for what a call costs the host: wall time to enqueue few calls on an idle device.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ ROTATE_BELOW_US = 100.0
 ROTATION_OVER_L2 = 3
 MAX_INPUT_SETS = 32
 MAX_BATCH = 128
+HOST_CALLS = 30  # few enough that the device's queue never fills
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,28 @@ def measure(
     if device.type != "cuda":
         return _measure_on_cpu({name: some[0] for name, some in calls.items()}, seconds)
     return _measure_on_gpu(calls, device, seconds)
+
+
+def measure_host(
+    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+) -> dict[str, Samples]:
+    """What a call costs the host; on the CPU, where that is all of it, as :func:`measure`."""
+    if device.type != "cuda":
+        return measure(calls, device, seconds)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 5 or (rounds < 100 and time.perf_counter() < end):
+        for name in _rotated(list(calls), rounds):
+            call = calls[name][0]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            samples[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        rounds += 1
+    torch.cuda.synchronize()
+    return {name: Samples(found, "host") for name, found in samples.items()}
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

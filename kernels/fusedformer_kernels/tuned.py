@@ -57,7 +57,13 @@ def forced(key: Key, fields: Fields) -> Iterator[None]:
 
 
 def cache_file(device_name: str) -> Path:
-    """Where a user's own table for a device is; ``FUSEDFORMER_CACHE_DIR`` names the folder."""
+    """Where a user's own table for a device is.
+
+    ``FUSEDFORMER_TUNED_TABLE`` names the file, or ``FUSEDFORMER_CACHE_DIR`` the folder it is in.
+    """
+    named = os.environ.get("FUSEDFORMER_TUNED_TABLE")
+    if named:
+        return Path(named)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("FUSEDFORMER_CACHE_DIR") or Path(home) / "fusedformer")
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")

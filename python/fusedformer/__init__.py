@@ -7,6 +7,9 @@
 from fusedformer import functional, nn
 from fusedformer._backend import backend
 from fusedformer._version import __version__
+from fusedformer._warmup import warmup
 from fusedformer.fusion import FusionReport, fuse, unfuse
 
-__all__ = ["FusionReport", "__version__", "backend", "functional", "fuse", "nn", "unfuse"]
+__all__ = [
+    "FusionReport", "__version__", "backend", "functional", "fuse", "nn", "unfuse", "warmup",
+]  # fmt: skip

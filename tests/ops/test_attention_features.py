@@ -29,7 +29,7 @@ def test_pairs(choice: Combination, device: str) -> None:
 
 
 # Without shrinking: a failing call names its choices, and a smaller one may take minutes to find.
-@hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
 @hypothesis.given(
     choice=strategies.fixed_dictionaries(
         {name: strategies.sampled_from(list(values)) for name, values in CHOICES.items()}

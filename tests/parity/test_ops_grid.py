@@ -98,7 +98,7 @@ def test_without_a_gpu_the_kernels_run_interpreted_in_another_process(
         seen.append((command, env["TRITON_INTERPRET"]))
         return Done()
 
-    monkeypatch.setattr("fusedformer.parity.subprocess.run", run)
+    monkeypatch.setattr("fusedformer.parity.command.subprocess.run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_backend, "INTERPRETER_IS_ON", False)
     monkeypatch.setattr(_backend, "TRITON_IS_INSTALLED", True)
