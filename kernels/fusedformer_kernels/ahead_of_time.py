@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 
 from fusedformer_kernels.configs import Target
 from fusedformer_kernels.launch import Launch
+from fusedformer_kernels.machine_code import main_loop, programs_per_multiprocessor
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -45,6 +47,10 @@ class Compiled:
     tma_loads: int
     exp2: int  # MUFU.EX2
     compile_seconds: float
+    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next three
+    loop: Mapping[str, int] = field(default_factory=dict)  # warp instructions of the main loop
+    cycles: Mapping[str, float] = field(default_factory=dict)  # of an SM's units for one pass of it
+    loops: bool = False  # whether there is one; if not, the two above are of all the code
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,10 +96,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     shared = int(compiled.metadata.shared)
     if target.backend == "hip":
         return _read_amdgcn(compiled.asm["amdgcn"], shared, seconds)
-    return _read_cubin(compiled.asm["cubin"], shared, seconds)
+    warps = launch.config.num_warps if target.arch == 90 else 0
+    return _read_cubin(compiled.asm["cubin"], shared, seconds, warps)
 
 
-def _read_cubin(cubin: bytes, shared: int, seconds: float) -> Compiled:
+def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -118,8 +125,16 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float) -> Compiled:
         if number:
             name = instruction.replace(r"\w*", "*")
             break
+    registers = int(found.group(1)) if found else -1
+    of_hopper: dict[str, Any] = {}
+    if hopper_warps:
+        mix = main_loop(code)
+        of_hopper = {
+            "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
+            "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
+        }  # fmt: skip
     return Compiled(
-        registers=int(found.group(1)) if found else -1,
+        registers=registers,
         shared_bytes=shared,
         spills=count(r"\b(?:STL|LDL)\b"),
         tensor_core=name,
@@ -128,6 +143,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float) -> Compiled:
         tma_loads=count(r"\bUTMALDG\b"),
         exp2=count(r"MUFU\.EX2"),
         compile_seconds=seconds,
+        **of_hopper,
     )
 
 

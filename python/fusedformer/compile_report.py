@@ -1,9 +1,9 @@
 """``python -m fusedformer compile-report``: every kernel, compiled for GPUs that need not be here.
 
 For each shipped variant and target: registers, shared memory, spills, tensor-core instructions,
-waits, TMA loads and compile time; and which of them fall short of what the library promises: all
-compile and fit in shared memory, nothing spills on sm_90, matrix kernels use the tensor cores
-(HGMMA on sm_90).
+waits, TMA loads and compile time, and on sm_90 how many programs an SM holds; and which of them
+fall short of what the library promises: all compile and fit in shared memory, nothing spills on
+sm_90, matrix kernels use the tensor cores (HGMMA on sm_90).
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def table(rows: list[Row]) -> str:
     """The report as text, one line a kernel."""
     header = (
         f"{'case':34} {'dtype':9} {'target':7} {'kernel':29} {'tile':>16} {'regs':>5} "
-        f"{'shared':>7} {'spills':>6} {'tensor core':>13} {'waits':>5} {'TMA':>4} {'s':>5}"
+        f"{'shared':>7} {'spills':>6} {'tensor core':>13} {'waits':>5} {'TMA':>4} {'an SM':>5} "
+        f"{'s':>5}"
     )
     lines = [header, "-" * len(header)]
     for row in rows:
@@ -148,9 +149,31 @@ def table(rows: list[Row]) -> str:
             start += (
                 f"{facts['registers']:5} {facts['shared_bytes']:7} {facts['spills']:6} "
                 f"{cores:>13} {facts['waits']:5} {facts['tma_loads']:4} "
-                f"{facts['compile_seconds']:5.1f}"
+                f"{facts['programs'] or '-':>5} {facts['compile_seconds']:5.1f}"
             )
         lines.append(start + "".join(f"  << {fault}" for fault in row.faults))
+    return "\n".join(lines)
+
+
+def mixes(rows: list[Row]) -> str:
+    """What each kernel of sm_90 does in its main loop, one line a kernel.
+
+    Warp instructions of one pass, then the clocks of an SM for which the pass keeps its units busy.
+    """
+    from fusedformer_kernels.machine_code import CLASSES
+
+    units = ("product", "exp2", "issue", "fma", "alu")
+    header = f"{'case':34} {'dtype':9} {'kernel':29} {'an SM':>5} "
+    header += " ".join(f"{name:>7}" for name in CLASSES) + "  clocks: "
+    header += " ".join(f"{name:>7}" for name in units)
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        facts = row.facts
+        if facts.get("programs"):
+            line = f"{row.case:34} {row.dtype:9} {row.kernel:29} {facts['programs']:5} "
+            line += " ".join(f"{facts['loop'].get(name, 0) or '-':>7}" for name in CLASSES)
+            line += " " * 10 if facts["loops"] else "  no loop "
+            lines.append(line + " ".join(f"{facts['cycles'].get(u, 0):7.0f}" for u in units))
     return "\n".join(lines)
 
 
@@ -160,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
     parser.add_argument("--case", default="", help="only cases that match this regular expression")
     parser.add_argument("--quick", action="store_true", help="all cases on sm_90 only, else core")
+    parser.add_argument("--mix", action="store_true", help="also the instructions of main loops")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
     arguments = parser.parse_args(argv)
@@ -173,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=1))
     print(table(rows))
+    if arguments.mix:
+        print(f"\n{mixes(rows)}")
     short = [row for row in rows if row.faults]
     print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(short)} fall short")
     for row in short:

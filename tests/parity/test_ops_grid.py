@@ -60,9 +60,10 @@ def test_each_gradient_is_compared() -> None:
 def test_the_command_writes_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "parity.json"
+    out, page = tmp_path / "parity.json", tmp_path / "parity.html"
     options = ["--backend", "torch", "--quick", "--dtype", "float32", "bfloat16"]
-    assert parity.main([*options, "--json", str(out)]) == 0
+    assert parity.main([*options, "--json", str(out), "--html", str(page)]) == 0
+    assert "scaled_dot_product_attention" in page.read_text()
     result = json.loads(out.read_text())
     assert result["passed"]
     assert result["backend"] == "torch"
