@@ -50,7 +50,9 @@ def _load_sum(
     if HAS_RESIDUAL:
         offsets = (rows * stride_residual)[:, None] + columns[None, :]
         z += tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-    return tl.where(valid, z, 0.0)
+    if HAS_INPUT_BIAS:  # without it the loads put 0 where it belongs
+        z = tl.where(valid, z, 0.0)
+    return z
 
 
 @triton.jit

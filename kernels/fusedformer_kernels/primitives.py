@@ -54,11 +54,17 @@ def tanh(x):
 
 
 @triton.jit
+def row_numbers(n_rows, BLOCK_M: tl.constexpr):
+    """Rows of this program [BLOCK_M]: int64 where ``n_rows`` is, since that division is slow."""
+    return (tl.program_id(0) + n_rows * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def row_offsets(rows, size_1, size_2, stride_0, stride_1, stride_2):
     """int64 offsets of rows that are numbered through three leading dimensions."""
-    index_2 = rows % size_2
-    index_1 = (rows // size_2) % size_1
-    index_0 = rows // (size_2 * size_1)
+    index_2 = (rows % size_2).to(tl.int64)
+    index_1 = ((rows // size_2) % size_1).to(tl.int64)
+    index_0 = (rows // (size_2 * size_1)).to(tl.int64)
     return index_0 * stride_0 + index_1 * stride_1 + index_2 * stride_2
 
 

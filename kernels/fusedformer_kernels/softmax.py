@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import LN_2, LOG2_E, row_offsets, store
+from fusedformer_kernels.primitives import LN_2, LOG2_E, row_numbers, row_offsets, store
 from fusedformer_kernels.strided import collapsed
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
@@ -25,11 +25,15 @@ NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 @triton.jit
 def _load_scores(
     x_rows, mask_rows, columns, row_index, in_row, valid, stride_x, stride_mask, scale,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """float32 scores of a tile [BLOCK_M, BLOCK_N], -inf where masked or outside."""
-    x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0).to(tl.float32)
-    scores = x * scale
+    """float32 scores of a tile [BLOCK_M, BLOCK_N], -inf where masked or outside the columns."""
+    if not SCALED and MASK != 2:  # the load puts -inf where it belongs
+        scores = tl.load(x_rows + columns * stride_x, mask=valid, other=float("-inf"))
+        scores = scores.to(tl.float32)
+    else:
+        x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0).to(tl.float32)
+        scores = tl.where(in_row, x * scale, float("-inf"))
     if MASK == 1:
         keep = tl.load(mask_rows + columns * stride_mask, mask=valid, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
@@ -38,7 +42,7 @@ def _load_scores(
         scores += mask.to(tl.float32)
     if IS_CAUSAL:
         scores = tl.where(columns <= row_index, scores, float("-inf"))
-    return tl.where(in_row, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -46,9 +50,9 @@ def _softmax_forward(
     x_ptr, mask_ptr, y_ptr, scale, n_rows, n_columns, size_1, size_2,
     stride_x0, stride_x1, stride_x2, stride_x, stride_m0, stride_m1, stride_m2, stride_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, MASK: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = row_numbers(n_rows, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # [1, BLOCK_N]
     row_valid = (rows < n_rows)[:, None]
     row_index = (rows % size_2)[:, None]
@@ -56,22 +60,23 @@ def _softmax_forward(
     mask_rows = mask_ptr
     if MASK != 0:
         mask_rows += row_offsets(rows, size_1, size_2, stride_m0, stride_m1, stride_m2)[:, None]
-    y_rows = y_ptr + (rows * n_columns)[:, None]
+    y_rows = y_ptr + (rows.to(tl.int64) * n_columns)[:, None]
     if ONE_PASS:
         in_row = columns < n_columns
         s = _load_scores(
             x_rows, mask_rows, columns, row_index, in_row, in_row & row_valid, stride_x, stride_m,
-            scale, MASK, IS_CAUSAL,
+            scale, MASK, IS_CAUSAL, SCALED,
         )  # [BLOCK_M, BLOCK_N]
         top = tl.max(s, 1)[:, None]  # [BLOCK_M, 1]
         if MASK != 0 or IS_CAUSAL:
             top = tl.where(top == float("-inf"), 0.0, top)
+        # Not one multiply-add: of rows at a dtype's lowest value the product would overflow.
         shifted = s - top
         weights = tl.exp2(shifted * LOG2_E)
         total = tl.sum(weights, 1)[:, None]
         if MASK != 0 or IS_CAUSAL:
             total = tl.where(total == 0.0, 1.0, total)
-        y = shifted - tl.log2(total) * LN_2 if LOG else weights / total
+        y = shifted - tl.log2(total) * LN_2 if LOG else weights * (1.0 / total)
         store(y_rows + columns, y, in_row & row_valid)
     else:
         top = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
@@ -81,7 +86,7 @@ def _softmax_forward(
             in_row = tile < n_columns
             s = _load_scores(
                 x_rows, mask_rows, tile, row_index, in_row, in_row & row_valid, stride_x,
-                stride_m, scale, MASK, IS_CAUSAL,
+                stride_m, scale, MASK, IS_CAUSAL, SCALED,
             )  # [BLOCK_M, BLOCK_N]
             new_top = tl.maximum(top, tl.max(s, 1)[:, None])
             # -inf so far is no error yet: a later tile may hold the first finite score.
@@ -98,10 +103,10 @@ def _softmax_forward(
             in_row = tile < n_columns
             s = _load_scores(
                 x_rows, mask_rows, tile, row_index, in_row, in_row & row_valid, stride_x,
-                stride_m, scale, MASK, IS_CAUSAL,
+                stride_m, scale, MASK, IS_CAUSAL, SCALED,
             )  # [BLOCK_M, BLOCK_N]
             shifted = s - top
-            y = shifted - log_total if LOG else tl.exp2(shifted * LOG2_E) / total
+            y = shifted - log_total if LOG else tl.exp2(shifted * LOG2_E) * (1.0 / total)
             store(y_rows + tile, y, in_row & row_valid)
 
 
@@ -135,14 +140,14 @@ def _softmax_backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, MASKED: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = row_numbers(n_rows, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # [1, BLOCK_N]
     row_valid = (rows < n_rows)[:, None]
     y_rows = y_ptr + row_offsets(rows, size_1, size_2, stride_y0, stride_y1, stride_y2)[:, None]
     dy_rows = (
         dy_ptr + row_offsets(rows, size_1, size_2, stride_dy0, stride_dy1, stride_dy2)[:, None]
     )
-    dx_rows = dx_ptr + (rows * n_columns)[:, None]
+    dx_rows = dx_ptr + (rows.to(tl.int64) * n_columns)[:, None]
     if ONE_PASS:
         valid = (columns < n_columns) & row_valid
         y, dy = _load_output_and_grad(
@@ -201,6 +206,7 @@ def softmax_forward(
         *view.stride(), *((0, 0, 0, 0) if mask_view is None else mask_view.stride()),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ONE_PASS=n_columns <= config.block_n, MASK=kind, IS_CAUSAL=is_causal, LOG=log,
+        SCALED=scale != 1.0,
     )
     return y
 

@@ -28,12 +28,13 @@ def collapsed(
             groups[-1].append(dim)
         else:
             groups.append([dim])
-    groups += [[dim] for dim in range(last_free, len(shape) - 1)]
     sizes = [math.prod(shape[dim] for dim in group) for group in groups]
-    excess = len(sizes) - 3
+    kept = list(shape[last_free:-1])
+    excess = len(sizes) + len(kept) - 3
     if excess > 0:
         sizes = [math.prod(sizes[: excess + 1]), *sizes[excess + 1 :]]
-    sizes = [1] * (3 - len(sizes)) + sizes + [shape[-1]]
+    # Sizes of 1 come last where they may: of the row's number they leave no division to a kernel.
+    sizes += [1] * (3 - len(sizes) - len(kept)) + kept + [shape[-1]]
     return [t.reshape(sizes) for t in tensors], excess > 0
 
 
