@@ -47,10 +47,11 @@ class Compiled:
     tma_loads: int
     exp2: int  # MUFU.EX2
     compile_seconds: float
-    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next three
+    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next four
     loop: Mapping[str, int] = field(default_factory=dict)  # warp instructions of the main loop
     cycles: Mapping[str, float] = field(default_factory=dict)  # of an SM's units for one pass of it
-    loops: bool = False  # whether there is one; if not, the two above are of all the code
+    loaded_bytes: int = 0  # from global memory in one pass, by all warps
+    loops: bool = False  # whether there is one; if not, the above are of all the code
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,6 +133,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
         of_hopper = {
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
+            "loaded_bytes": mix.loaded_bytes * hopper_warps,
         }  # fmt: skip
     return Compiled(
         registers=registers,

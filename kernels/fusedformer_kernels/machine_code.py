@@ -44,6 +44,7 @@ class Mix:
 
     counts: Mapping[str, int]
     product_flops: int  # of one warp group's, so 64 rows
+    loaded_bytes: int  # from global memory, by a warp
     in_loop: bool
 
     def cycles(self, num_warps: int) -> dict[str, float]:
@@ -90,7 +91,7 @@ def main_loop(code: str) -> Mix:
 
 def _count(lines: list[str], in_loop: bool) -> Mix:
     counts = dict.fromkeys(CLASSES, 0)
-    flops = 0
+    flops = loaded = 0
     for line in lines:
         found = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
         if not found:
@@ -98,9 +99,13 @@ def _count(lines: list[str], in_loop: bool) -> Mix:
         opcode = found.group(1)
         counts[next(name for name, pattern in CLASSES.items() if re.match(pattern, opcode))] += 1
         shape = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode)
+        width = re.match(r"LDG(?:STS)?\.E(?:\.\w+)*?\.(64|128|U8|U16)\b|LDG", opcode)
+        if width and not opcode.startswith(("LDGDEPBAR", "LDGSTSDEPBAR")):
+            bits = {"U8": 8, "U16": 16, None: 32}.get(width.group(1)) or int(width.group(1))
+            loaded += bits // 8 * 32
         if shape:
             m, n, k = map(int, shape.groups())
             flops += 2 * m * n * k
         elif opcode.startswith("HMMA.16816"):
             flops += 4 * 2 * 16 * 8 * 16  # four warps, one of these each
-    return Mix({name: n for name, n in counts.items() if n}, flops, in_loop)
+    return Mix({name: n for name, n in counts.items() if n}, flops, loaded, in_loop)

@@ -413,7 +413,7 @@ def norm_backward(
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
-    config = configs.row_tile("norm_backward", n_columns, longest, 2048, 16, target)
+    config = configs.row_tile("norm_backward", n_columns, longest, 4096, 16, target)
     one_pass = n_columns <= config.block_n
     block_m = config.block_m if one_pass else 8
     row_blocks = configs.ceil_div(n_rows, block_m)

@@ -67,13 +67,13 @@ def _softmax_forward(
             x_rows, mask_rows, columns, row_index, in_row, in_row & row_valid, stride_x, stride_m,
             scale, MASK, IS_CAUSAL, SCALED,
         )  # [BLOCK_M, BLOCK_N]
-        top = tl.max(s, 1)[:, None]  # [BLOCK_M, 1]
+        top = tl.where(row_valid, tl.max(s, 1)[:, None], 0.0)  # [BLOCK_M, 1]
         if MASK != 0 or IS_CAUSAL:
             top = tl.where(top == float("-inf"), 0.0, top)
         # Not one multiply-add: of rows at a dtype's lowest value the product would overflow.
         shifted = s - top
         weights = tl.exp2(shifted * LOG2_E)
-        total = tl.sum(weights, 1)[:, None]
+        total = tl.where(row_valid, tl.sum(weights, 1)[:, None], 1.0)
         if MASK != 0 or IS_CAUSAL:
             total = tl.where(total == 0.0, 1.0, total)
         y = shifted - tl.log2(total) * LN_2 if LOG else weights * (1.0 / total)
