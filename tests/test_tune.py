@@ -194,3 +194,19 @@ def test_the_fastest_is_written_and_read_again(
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_a_dry_run_ranks_by_what_the_machine_code_promises(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, slow = {"block_m": 1, "num_warps": 1}, {"block_m": 2, "num_warps": 2}
+    monkeypatch.setattr(search, "prune", lambda *_: [(slow, ""), (fast, ""), (fast, "spills")])
+    times = {"1": 10.0, "2": 20.0, "default": 15.0}
+    monkeypatch.setattr(
+        search, "predicted_us",
+        lambda workload, fields, target: times[str((fields or {}).get("block_m", "default"))],
+    )  # fmt: skip
+    assert tune.main(["--dry-run", "--case", "^norm_forward 256$"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "norm_forward 256: 2 of 3 candidates to try"
+    assert [line.split()[1] for line in lines[1:]] == ["15.0", "10.0", "20.0"]

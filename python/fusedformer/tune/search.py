@@ -15,7 +15,7 @@ import torch
 from fusedformer.testing import compare
 from fusedformer.tune.workloads import HALF, Call, Workload, workloads
 from fusedformer_kernels.configs import Target, assume_target
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.launch import Launch, recorded_launches
 from fusedformer_kernels.tuned import Fields, forced
 
 
@@ -48,14 +48,8 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
     """
     from fusedformer_kernels.ahead_of_time import compile_launch
 
-    meta = torch.device("meta")
     size = next(iter(workload.shapes.values()))
-    with assume_target(target), recorded_launches(run=False) as launches:
-        call = workload.make(size, meta, HALF)
-        launches.clear()  # of making the inputs
-        with forced(workload.key, fields or {}):
-            call()
-    for launch in launches:
+    for launch in _launches(workload, fields, size, target):
         if launch.config.num_warps * 32 > 1024:
             return "more than 1024 threads"
         try:
@@ -67,6 +61,30 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
         if compiled.shared_bytes > target.shared_memory:
             return f"{compiled.shared_bytes} bytes of shared memory in {launch.name}"
     return ""
+
+
+def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> float:
+    """Microseconds that the machine code for sm_90 promises, summed over the shapes."""
+    from fusedformer_kernels.ahead_of_time import compile_launch
+    from fusedformer_kernels.prediction import predict
+
+    total = 0.0
+    for size in workload.shapes.values():
+        for launch in _launches(workload, fields, size, target):
+            total += predict(launch, compile_launch(launch, target)).microseconds
+    return total
+
+
+def _launches(
+    workload: Workload, fields: Fields | None, size: tuple[int, ...], target: Target
+) -> list[Launch]:
+    """What a call at ``size`` launches with these fields, those of making its inputs left out."""
+    with assume_target(target), recorded_launches(run=False) as launches:
+        call = workload.make(size, torch.device("meta"), HALF)
+        launches.clear()
+        with forced(workload.key, fields or {}):
+            call()
+    return launches
 
 
 def _judge(item: tuple[int, Fields, Target]) -> str:

@@ -1,0 +1,100 @@
+"""What is read from machine code, on made-up listings, and the predictions made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedformer_kernels.ahead_of_time import Compiled
+from fusedformer_kernels.configs import TARGETS, assume_target
+from fusedformer_kernels.launch import Launch, recorded_launches
+from fusedformer_kernels.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.prediction import Gpu, predict
+from fusedformer_kernels.softmax import softmax_forward
+
+LISTING = """
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0020*/                   HGMMA.64x128x16.F32 R24, gdesc[UR8], RZ, !UPT ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/              @!P0 MUFU.EX2 R5, R5 ;
+        /*0050*/                   FFMA R5, R5, R6, R7 ;
+        /*0060*/                   FMNMX R5, R5, R6, !PT ;
+        /*0070*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64] ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0090*/                   HGMMA.64x128x16.F32 R24, gdesc[UR8], RZ, !UPT ;
+        /*00a0*/                   FSEL R5, R5, R6, P1 ;
+        /*00b0*/                   FSEL R6, R5, R6, P1 ;
+        /*00c0*/                   ISETP.GE.AND P1, PT, R5, R6, PT ;
+        /*00d0*/                   F2FP.BF16.F32.PACK_AB R5, R5, R6 ;
+        /*00e0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00f0*/                   IMAD R5, R5, R6, R7 ;
+        /*0100*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0110*/                   BRA `(.L_x_2);
+"""
+
+
+def test_the_main_loop_is_the_shortest_with_most_products() -> None:
+    mix = main_loop(LISTING)
+    assert mix.in_loop
+    assert mix.counts == {
+        "product": 1, "exp2": 1, "fma": 1, "alu": 1, "load": 1, "wait": 1, "control": 1,
+    }  # fmt: skip
+    assert mix.product_flops == 2 * 64 * 128 * 16
+    assert mix.loaded_bytes == 16 * 32
+    cycles = mix.cycles(num_warps=8)
+    assert cycles["product"] == 2 * 64  # two warp groups, 64 clocks each
+    assert cycles["exp2"] == 16  # 8 warps of 32 over 16 lanes
+    assert cycles["issue"] == 14
+
+
+def test_without_a_loop_all_the_code_counts() -> None:
+    mix = main_loop(LISTING.splitlines()[1])
+    assert not mix.in_loop
+    assert mix.counts == {"load": 1}
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(128, 65536, 8, 2), (129, 0, 8, 1), (32, 0, 4, 16), (16, 0, 1, 32), (40, 112 * 1024, 4, 2)],
+)
+def test_programs_of_an_sm(registers: int, shared: int, warps: int, programs: int) -> None:
+    assert programs_per_multiprocessor(registers, shared, warps) == programs
+
+
+def _softmax_launch() -> Launch:
+    x = torch.empty(32768, 1024, dtype=torch.bfloat16, device="meta")
+    with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
+        softmax_forward(x, None, 1.0, False, x.dtype, False)
+    return launches[0]
+
+
+def test_a_prediction_names_its_limit() -> None:
+    launch = _softmax_launch()
+    compiled = Compiled(
+        40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=10, cycles={"issue": 100.0}, loaded_bytes=8192
+    )
+    found = predict(launch, compiled)
+    assert found.limit == "memory"
+    assert found.microseconds == pytest.approx(2 * 32768 * 1024 * 2 / 4.3e12 * 1e6)
+    busy = predict(launch, dataclasses.replace(compiled, cycles={"issue": 1000.0}))
+    assert busy.limit == "issue"
+    assert busy.microseconds == pytest.approx(8192 / 132 * 1000 / 1.755e3)
+    assert predict(launch, dataclasses.replace(compiled, programs=1)).limit == "latency"
+    assert predict(launch, compiled, Gpu(l2_bytes=1e12)).limit == "L2"
+
+
+def test_a_lone_program_multiplies_and_then_takes_exponents() -> None:
+    launch = _softmax_launch()
+    cycles = {"product": 830.0, "exp2": 1000.0}
+    compiled = Compiled(40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, cycles=cycles)
+    alone = predict(launch, compiled)
+    two = predict(launch, dataclasses.replace(compiled, programs=2))
+    assert alone.limit == "products then softmax"
+    assert alone.units == pytest.approx(2 * two.units)
