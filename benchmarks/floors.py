@@ -53,9 +53,14 @@ def main() -> None:
     if given.write is None:
         print(found)
         return
-    before, _, rest = given.write.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    given.write.write_text(f"{before}{BEGIN}\n{found}\n{END}{after}")
+    replace_between(given.write, BEGIN, found, END)
+
+
+def replace_between(file: Path, begin: str, text: str, end: str) -> None:
+    """Put ``text`` in the place of what stands between two marks of ``file``."""
+    before, _, rest = file.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +102,17 @@ def test_a_lone_program_multiplies_and_then_takes_exponents() -> None:
     two = predict(launch, dataclasses.replace(compiled, programs=2))
     assert alone.limit == "products then softmax"
     assert alone.units == pytest.approx(2 * two.units)
+
+
+@pytest.mark.parametrize("case", ["softmax masked softmax", "relative bias B=128 H=8 S=128 d=128"])
+def test_predictions_of_the_benchmark_are_near_above_its_floors(case: str) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "predictions.py"
+    compiling = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, script, "--case", case], capture_output=True, text=True, check=True,
+        env=compiling,
+    )  # fmt: skip
+    rows = ran.stdout.splitlines()
+    assert [row.split(" | ")[2] for row in rows] == ["forward", "backward"]
+    for row in rows:
+        assert 1.0 <= float(row.split(" | ")[4]) < 6.0, row

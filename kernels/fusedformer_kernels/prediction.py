@@ -52,10 +52,16 @@ class Prediction:
         return limits.get(self.microseconds, self.busiest)
 
 
-def predict(launch: Launch, compiled: Compiled, gpu: Gpu | None = None) -> Prediction:
-    """The prediction for ``launch``, which :func:`compile_launch` compiled for sm_90."""
+def predict(
+    launch: Launch, compiled: Compiled, gpu: Gpu | None = None, pairs: float | None = None
+) -> Prediction:
+    """The prediction for ``launch``, which :func:`compile_launch` compiled for sm_90.
+
+    ``pairs`` are the (query, key) pairs over batch and heads that attention computes, where masks
+    or lengths, which a launch does not show, leave some out.
+    """
     gpu = gpu or Gpu()
-    passes = _passes(launch, compiled)
+    passes = _passes(launch, compiled, pairs)
     cycles = dict(compiled.cycles)
     product = cycles.pop("product", 0.0) / gpu.product_share
     busiest = max(cycles, key=lambda name: cycles[name])
@@ -83,7 +89,7 @@ def predict(launch: Launch, compiled: Compiled, gpu: Gpu | None = None) -> Predi
     )
 
 
-def _passes(launch: Launch, compiled: Compiled) -> float:
+def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
     """Times that the main loop is passed in all programs together."""
     given = launch.arguments
     programs = prod(launch.grid)
@@ -92,10 +98,15 @@ def _passes(launch: Launch, compiled: Compiled) -> float:
     scores = given.get("s")
     if scores is not None:
         over_queries = "NEEDS_K" in given
-        length = scores.n_queries if over_queries else scores.n_keys
-        step = given["BLOCK_M" if over_queries else "BLOCK_N"]
+        rows = given["BLOCK_M" if "BLOCK_M" in given else "BLOCK"]
+        columns = given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"]
+        if pairs is not None:
+            return max(1.0, pairs / (rows * columns))
         visible = 0.5 if scores.right is not None else 1.0
-        return programs * max(1.0, visible * length / step)
+        tiles = scores.n_queries / rows if over_queries else scores.n_keys / columns
+        if "shares" in given:  # these programs walk over queries too
+            tiles *= scores.n_queries / rows / given["shares"]
+        return programs * max(1.0, visible * tiles)
     if "n_rows" in given and "BLOCK_M" in given:  # persistent programs walk the rows
         return ceil(given["n_rows"] / given["BLOCK_M"]) * prod(launch.grid[1:])
     return programs

@@ -1,0 +1,211 @@
+"""Predicted times of the benchmark's cases on an H200: ``python benchmarks/predictions.py``.
+
+Nothing is run: what the library would launch is recorded and compiled for sm_90, and
+``fusedformer_kernels.prediction`` reads the machine code. ``--write FILE`` replaces the table
+between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from floors import replace_between
+from fusedformer import _backend
+from fusedformer import functional as F
+from fusedformer_kernels.ahead_of_time import Compiled, ast_source, compile_launch
+from fusedformer_kernels.configs import TARGETS, assume_target
+from fusedformer_kernels.launch import Launch, recorded_launches
+from fusedformer_kernels.prediction import Gpu, Prediction, predict
+from harness.case import Case, Sizes
+
+BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
+SUITES = ("softmax", "norm", "activation", "embedding", "attention")  # no products of ATen's
+TARGET = TARGETS["sm_90"]
+PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
+HEAD = "| suite | case | direction | µs | of the floor | longest kernel, what it waits for |"
+
+
+class Untouched(TorchDispatchMode):
+    """Draws and copies nothing: memory is reserved, but no page of it is touched."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}
+    ) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in ("randn", "rand"):
+            return torch.empty(*args, **{k: v for k, v in kwargs.items() if k != "generator"})
+        if name in ("randn_like", "zeros_like", "ones_like"):
+            return torch.empty_like(args[0])
+        if name in ("zero_", "fill_", "normal_", "uniform_"):
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """What ``call`` would launch on an H200; its tensors are on the CPU and hold anything."""
+    with ExitStack() as stack:
+        switch = _backend.INTERPRETER_IS_ON
+        stack.callback(setattr, _backend, "INTERPRETER_IS_ON", switch)
+        _backend.INTERPRETER_IS_ON = True  # kernels for CPU tensors, of which none will run
+        stack.enter_context(assume_target(TARGET))
+        stack.enter_context(Untouched())
+        launches = stack.enter_context(recorded_launches(run=False))
+        call()
+    return launches
+
+
+_compiled: dict[str, Compiled] = {}
+
+
+def prediction_of(launch: Launch, pairs: float | None) -> Prediction:
+    """Of one launch; the same kernel is compiled once."""
+    source = ast_source(launch)
+    key = f"{source.hash()} {launch.config}"
+    if key not in _compiled:
+        _compiled[key] = compile_launch(launch, TARGET)
+    return predict(launch, _compiled[key], pairs=pairs)
+
+
+def told(call: Callable[[], object], pairs: float | None = None) -> tuple[float, str]:
+    """Microseconds of all launches of ``call``, and what is to be said about the longest."""
+    found = [(prediction_of(launch, pairs), launch.name) for launch in launches_of(call)]
+    longest, name = max(found, key=lambda each: each[0].microseconds)
+    return sum(each.microseconds for each, _ in found), f"{name.strip('_')}: {longest.limit}"
+
+
+def predicted(case: Case, program: Any, direction: str) -> tuple[float, str]:
+    """Of one direction of a case."""
+    with Untouched():
+        inputs = program.own(case.make(torch.device("cpu")))
+    flops = case.costs["forward"].flops
+    pairs = flops / (4 * inputs["query"].shape[-1]) if case.suite == "attention" else None
+    calls: list[Callable[[], object]] = []
+
+    def prepare() -> None:
+        with torch.no_grad():
+            outputs = program.outputs(inputs)
+        grads = [] if direction == "forward" else [torch.randn_like(o) for o in outputs]
+        calls.append(program.call(direction, inputs, grads))
+
+    launches_of(prepare)
+    return told(calls[0], pairs)
+
+
+def line(suite: str, case: str, direction: str, found: float, floor: float, remark: str) -> str:
+    """A row of the table."""
+    return f"| {suite} | {case} | {direction} | {found:.1f} | {found / floor:.2f} | {remark} |"
+
+
+def rows(chosen: str) -> list[str]:
+    """The lines of the table."""
+    lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
+    copied = Gpu().copy_bytes / 1e9
+    for name in SUITES:
+        suite = importlib.import_module(f"bench_{name}")
+        for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
+            if chosen not in f"{name} {case.name}":
+                continue
+            program = suite.fused(case)
+            for direction in ("forward", "backward"):
+                found, remark = predicted(case, program, direction)
+                floor = max(case.costs[direction].times_us(copied, PRODUCTS / 1e12))
+                lines.append(line(name, case.name, direction, found, floor, remark))
+                print(lines[-1], flush=True)
+    for case in importlib.import_module("bench_encoder").SUITE.cases(
+        Sizes.of("full"), torch.bfloat16
+    ):
+        if chosen in f"encoder {case.name}":
+            lines += encoder_rows(case)
+            print(*lines[-2:], sep="\n", flush=True)
+    return lines
+
+
+def encoder_rows(case: Case) -> list[str]:
+    """Products of a layer at the measured rate, its kernels as predicted; a step also AdamW."""
+    o = case.options
+    tokens, width, heads = o["batch"] * o["mean"], o["width"], o["heads"]
+    costs = case.costs
+    weights = 4 * width * width + 2 * width * o["feedforward"]
+    products = 2e6 * tokens * weights / PRODUCTS
+    pairs = (costs["forward"].flops / o["layers"] - 2 * tokens * weights) / (4 * width // heads)
+    found, kernels = {}, {}
+    for direction in ("forward", "backward"):
+        p = 0.0 if direction == "forward" else 0.1
+        times = {
+            name: told(functools.partial(call, direction), pairs)[0]
+            for name, call in _layer_calls(tokens, o, p).items()
+        }
+        kernels[direction] = ", ".join(f"{name} {time:.0f}" for name, time in times.items())
+        found[direction] = sum(times.values()) + products * (1 if direction == "forward" else 2)
+    adam = 1e6 * 7 * 2 * weights / Gpu().copy_bytes  # p, g, m, v read; p, m, v written
+    both = found["forward"] + found["backward"] + adam
+    floors = [max(costs[d].times_us(Gpu().copy_bytes / 1e9, PRODUCTS / 1e12)) for d in costs]
+    return [
+        line("encoder", case.name, direction, o["layers"] * time, floor,
+             f"a layer: products {share * products:.0f}, {kernels[of]}")
+        for direction, time, floor, share, of in (
+            ("forward", found["forward"], floors[0], 1, "forward"),
+            ("step", both, floors[1], 3, "backward"),
+        )
+    ]  # fmt: skip
+
+
+def _layer_calls(tokens: int, o: dict[str, Any], p: float) -> dict[str, Callable[[str], object]]:
+    """The kernels of one layer on packed tokens, by name, as calls of a direction."""
+    width, inner, heads = o["width"], o["feedforward"], o["heads"]
+    packed = (tokens, heads, width // heads)
+    starts = torch.arange(o["batch"] + 1, dtype=torch.int32) * o["mean"]
+
+    def call(op: Callable[..., Any], shapes: list[tuple[int, ...]], direction: str) -> object:
+        leaves = [torch.empty(s, dtype=torch.bfloat16).requires_grad_() for s in shapes]
+        with torch.set_grad_enabled(direction != "forward"):
+            output = op(*leaves)
+        if direction == "forward":
+            return output
+        return torch.autograd.grad(output, leaves, torch.empty_like(output))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        longest = o["longest"]
+        return F.varlen_attention(q, k, v, starts, starts, longest, longest, dropout_p=p)
+
+    def norms(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.dropout_add_layer_norm(x, residual, (width,), weight, bias, p=p)
+
+    def activation(x: Tensor, bias: Tensor) -> Tensor:
+        return F.bias_activation(x, bias, "gelu", p=p)
+
+    rows, parameter = (tokens, width), (width,)
+    norm = functools.partial(call, norms, [rows, rows, parameter, parameter])
+    return {
+        "attention": functools.partial(call, attention, [packed] * 3), "first norm": norm,
+        "GELU": functools.partial(call, activation, [(tokens, inner), (inner,)]),
+        "second norm": norm,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print the table, or put it into a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="", help="part of a suite's and case's name")
+    parser.add_argument("--write", type=Path, help="file whose marked table is replaced")
+    given = parser.parse_args()
+    found = "\n".join(rows(given.case))
+    if given.write is not None:
+        replace_between(given.write, BEGIN, found, END)
+
+
+if __name__ == "__main__":
+    main()
