@@ -44,7 +44,7 @@ from fusedformer_kernels.attention_tiles import (
     which_block,
 )
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import cast, dot, dropout_keep, dropout_scale, store
+from fusedformer_kernels.primitives import cast, dot, dropout_keep_tile, dropout_scale, store
 
 
 @triton.jit
@@ -102,7 +102,9 @@ def _walk_queries(
         )
         weights = tl.exp2(scores * exp_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if s.seed is not None:
-            keep = dropout_keep(tl.load(s.seed), place.plane, rows, first_column, s.p, BLOCK_N)
+            keep = dropout_keep_tile(
+                place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
+            )
             keep = tl.trans(keep)
         if given.pointer is None:
             grad = load_tile(
@@ -219,8 +221,8 @@ def _attention_backward_keys(
 
 @triton.jit
 def _walk_keys(
-    q, grad, dq, row_sum, lse, delta, k_base, v_base, first, last, tiles, rows, given, s, place,
-    exp_scale, k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    q, grad, dq, row_sum, lse, delta, k_base, v_base, first, last, tiles, first_row, given, s,
+    place, exp_scale, k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
@@ -237,8 +239,8 @@ def _walk_keys(
                 v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
             )  # [BLOCK_N, BLOCK_DV]
         dscores, dproduct, _ = score_gradients(
-            q, grad, k, v, lse, delta, rows, start, partial, given, s, place, exp_scale, BLOCK_N,
-            CHECKED, SCALED, PRECISION,
+            q, grad, k, v, lse, delta, first_row, start, partial, given, s, place, exp_scale,
+            BLOCK_N, CHECKED, SCALED, PRECISION,
         )
         if given.pointer is not None:
             row_sum += tl.sum(dscores, 1)
@@ -294,12 +296,12 @@ def _attention_backward_queries(
         full = first
     else:
         dq, row_sum = _walk_keys(
-            q, grad, dq, row_sum, lse, delta, k_base, v_base, first, full, listed, rows, given, s,
-            place, exp_scale, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            BLOCK_N, False, SCALED, PRECISION, True,
+            q, grad, dq, row_sum, lse, delta, k_base, v_base, first, full, listed, first_row,
+            given, s, place, exp_scale, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D,
+            BLOCK_DV, BLOCK_N, False, SCALED, PRECISION, True,
         )
     dq, row_sum = _walk_keys(
-        q, grad, dq, row_sum, lse, delta, k_base, v_base, full, last, listed, rows, given, s,
+        q, grad, dq, row_sum, lse, delta, k_base, v_base, full, last, listed, first_row, given, s,
         place, exp_scale, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         True, SCALED, PRECISION, ONE_LOOP,
     )

@@ -43,7 +43,7 @@ from fusedformer_kernels.primitives import (
     LN_2,
     cast,
     dot,
-    dropout_keep,
+    dropout_keep_tile,
     dropout_scale,
     store,
 )
@@ -51,12 +51,13 @@ from fusedformer_kernels.primitives import (
 
 @triton.jit
 def _attend(
-    q, acc, top, total, k_base, v_base, first, last, tiles, rows, s, place, exp_scale, k_layout,
-    v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, acc, top, total, k_base, v_base, first, last, tiles, first_row, s, place, exp_scale,
+    k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
     """Online softmax over the tiles of keys from ``first`` to ``last``."""
+    rows = first_row + tl.arange(0, q.shape[0])  # [BLOCK_M]
     # With two pipelined loops in a kernel ptxas serializes the tensor cores.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_N)
@@ -71,7 +72,9 @@ def _attend(
         )
         weights, rescale, top, total = online_softmax_update(scores, top, total, exp_scale)
         if s.seed is not None:
-            keep = dropout_keep(tl.load(s.seed), place.plane, rows, start, s.p, BLOCK_N)
+            keep = dropout_keep_tile(
+                place.dropout_key, place.dropout_offset, first_row, start, s.p, q.shape[0], BLOCK_N
+            )
             weights = tl.where(keep, weights, 0.0)
         v = load_tile(
             v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
@@ -120,12 +123,12 @@ def _attention_forward(
         full = first
     else:
         acc, top, total = _attend(
-            q, acc, top, total, k_base, v_base, first, full, listed, rows, s, place, exp_scale,
+            q, acc, top, total, k_base, v_base, first, full, listed, first_row, s, place, exp_scale,
             k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False, SCALED,
             PRECISION, True,
         )
     acc, top, total = _attend(
-        q, acc, top, total, k_base, v_base, full, last, listed, rows, s, place, exp_scale,
+        q, acc, top, total, k_base, v_base, full, last, listed, first_row, s, place, exp_scale,
         k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True, SCALED,
         PRECISION, ONE_LOOP,
     )

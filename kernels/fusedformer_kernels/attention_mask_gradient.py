@@ -80,8 +80,8 @@ def _attention_mask_gradient(
                         start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
                     )  # [BLOCK_N, BLOCK_DV]
                 dscores, _, _ = score_gradients(
-                    q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK_N,
-                    True, SCALED, PRECISION,
+                    q, grad, k, v, lse, delta, row_start, start, True, given, s, place, 1.0,
+                    BLOCK_N, True, SCALED, PRECISION,
                 )
                 total += dscores
     rows = first_row + tl.arange(0, BLOCK_M)

@@ -99,8 +99,8 @@ def _attention_position_gradients(
                     start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
                 )  # [BLOCK, BLOCK_DV]
             dscores, _product, weights = score_gradients(
-                q, grad, k, v, lse, delta, rows, start, True, given, s, place, 1.0, BLOCK, True,
-                SCALED, PRECISION,
+                q, grad, k, v, lse, delta, first_row, start, True, given, s, place, 1.0, BLOCK,
+                True, SCALED, PRECISION,
             )
             if dslope_ptr is not None:
                 columns = start + tl.arange(0, BLOCK)

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.primitives import LOG2_E, dot, dropout_keep, dropout_scale, tanh
+from fusedformer_kernels.primitives import (
+    LOG2_E,
+    dot,
+    dropout_keep_tile,
+    dropout_key,
+    dropout_scale,
+    tanh,
+)
 
 
 class Place(NamedTuple):
@@ -22,7 +29,8 @@ class Place(NamedTuple):
     n_keys: Any  # that are visible
     stored_keys: Any  # that there are
     offset: Any  # key position of query 0
-    plane: Any  # index of the dropout mask
+    dropout_key: Any  # what this head's dropout mask is drawn from
+    dropout_offset: Any
     mask: Any  # pointers to this sequence and head, where there are such terms
     key_mask: Any
     slope: Any  # in base 2
@@ -89,6 +97,8 @@ def place_of(s, sequence, head):
     key_mask = batch
     slope = batch
     table = batch
+    key = sequence
+    key_offset = sequence
     if s.mask is not None:
         mask = s.mask + batch * s.mask_batch + wide * s.mask_head
     if s.key_mask is not None:
@@ -98,9 +108,11 @@ def place_of(s, sequence, head):
         slope = slope.to(tl.float32) * LOG2_E
     if s.table is not None:
         table = s.table + wide * s.table_head + s.radius * s.table_column
+    if s.seed is not None:
+        key, key_offset = dropout_key(tl.load(s.seed), sequence * s.heads + head)
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
-        offset, (sequence * s.heads + head).to(tl.int32), mask, key_mask, slope, table,
+        offset, key, key_offset, mask, key_mask, slope, table,
     )
 
 
@@ -274,11 +286,12 @@ def given_gradient(given, rows, columns, place):
 
 @triton.jit
 def score_gradients(
-    q, grad, k, v, lse, delta, rows, first_column, partial, given, s, place, exp_scale,
+    q, grad, k, v, lse, delta, first_row, first_column, partial, given, s, place, exp_scale,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of one tile [BLOCK_M, BLOCK_N] the gradients of the capped scores and of q k^T * scale, and
     the weights."""
+    rows = first_row + tl.arange(0, q.shape[0])
     columns = first_column + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     scores, capped = score_tile(
@@ -291,7 +304,10 @@ def score_gradients(
     else:
         dweights = dot(grad, tl.trans(v), zeros, PRECISION)
     if s.seed is not None:
-        keep = dropout_keep(tl.load(s.seed), place.plane, rows, first_column, s.p, BLOCK_N)
+        keep = dropout_keep_tile(
+            place.dropout_key, place.dropout_offset, first_row, first_column, s.p, q.shape[0],
+            BLOCK_N,
+        )
         dweights = tl.where(keep, dweights * dropout_scale(s.p), 0.0)
     dscores = weights * (dweights - delta[:, None])
     dproduct = dscores

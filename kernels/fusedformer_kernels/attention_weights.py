@@ -31,7 +31,7 @@ from fusedformer_kernels.attention_tiles import (
     score_tile,
 )
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import dot, dropout_keep, dropout_scale, store
+from fusedformer_kernels.primitives import dot, dropout_keep_tile, dropout_scale, store
 
 
 @triton.jit
@@ -69,7 +69,10 @@ def _attention_weights(
         )
         weights = tl.exp2(scores * exponent_scale(s, SCALED) - lse[:, None])
         if s.seed is not None:
-            keep = dropout_keep(tl.load(s.seed), place.plane, rows, first_column, s.p, BLOCK_N)
+            keep = dropout_keep_tile(
+                place.dropout_key, place.dropout_offset, first_row, first_column, s.p, BLOCK_M,
+                BLOCK_N,
+            )
             weights = tl.where(keep, weights * dropout_scale(s.p), 0.0)
         total += weights
     valid = (rows < s.n_queries)[:, None] & (columns < s.n_keys)[None, :]

@@ -197,7 +197,8 @@ def compile_cases() -> list[CompileCase]:
     add("dropout_add_rms_norm 4096", HALF, lambda: _norm(4096, HALF, "rms", True, 0.1))
     add("dropout_add 768", HALF, lambda: _norm(768, HALF, "none", True, 0.1))
     add("bias_gelu dropout", HALF, lambda: _activation(3072, HALF, "gelu", 0.1))
-    add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64))
+    add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, False))
+    add("dropout mask, attention", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, True))
 
     for dim in (16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256):
         extra = dim in (16, 32, 80, 160)

@@ -69,23 +69,65 @@ def row_offsets(rows, size_1, size_2, stride_0, stride_1, stride_2):
 
 
 @triton.jit
-def dropout_keep(seed, plane, rows, first_column, p, BLOCK_N: tl.constexpr):
-    """Which elements dropout keeps: a function of (seed, plane, row, column) alone.
+def dropout_key(seed, plane):
+    """(key, offset) of the mask ``plane`` of an int64 seed: the stream that its elements draw."""
+    plane = tl.cast(plane, tl.uint32)
+    zero = plane * 0
+    key, offset, _, _ = tl.philox(seed, plane, zero, zero, zero)
+    return key, offset
 
-    One Philox draw serves four neighbouring columns, so ``first_column`` is a multiple of 4; the
-    mask does not depend on tile sizes. Source: Salmon et al., Parallel Random Numbers: As Easy as
-    1, 2, 3, SC 2011.
+
+@triton.jit
+def _keep_four(key, offset, row, column, p):
+    """Which of the four elements of each counter dropout keeps: two more dimensions of size 2.
+
+    Philox-2x32, seven rounds, 16 bits an element. Source: Salmon et al., Parallel Random Numbers:
+    As Easy as 1, 2, 3, SC 2011.
     """
+    zero = row * 0 + column * 0
+    first = (row ^ offset) + zero
+    second = column + zero
+    multiplier = zero + 0xD256D193
+    for _ in tl.static_range(7):
+        high = tl.umulhi(first, multiplier)
+        second, first = first * multiplier, high ^ key ^ second
+        key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
+    pairs = tl.join(first, second)
+    # Compared as integers: p = 0 keeps all and p = 1 nothing.
+    threshold = ((tl.zeros([1, 1, 1, 1, 1], tl.float32) + p) * 65536.0 + 0.5).to(tl.uint32)
+    return tl.join(pairs & 0xFFFF, pairs >> 16) >= threshold
+
+
+@triton.jit
+def dropout_keep(seed, plane, rows, first_column, p, BLOCK_N: tl.constexpr):
+    """Which elements of rows dropout keeps: a function of (seed, plane, row, column) alone.
+
+    One draw serves four neighbouring columns, as a thread has them that copies rows;
+    ``first_column`` is a multiple of 4.
+    """
+    key, offset = dropout_key(seed, plane)
     groups = first_column // 4 + tl.arange(0, BLOCK_N // 4)
-    counter_row = rows.to(tl.uint32)[:, None]  # [BLOCK_M, 1]
-    counter_column = groups.to(tl.uint32)[None, :]  # [1, BLOCK_N / 4]
-    zero = counter_row * 0 + counter_column * 0
-    a, b, c, d = tl.philox(seed, counter_column + zero, counter_row + zero, plane + zero, zero)
-    bits = tl.join(tl.join(a, c), tl.join(b, d))  # [BLOCK_M, BLOCK_N / 4, 2, 2]
-    bits = tl.reshape(bits, [rows.shape[0], BLOCK_N])
-    # 24 bits, compared as integers: p = 0 keeps all, p = 1 nothing.
-    threshold = (tl.zeros([1, 1], tl.float32) + p) * 16777216.0
-    return (bits >> 8) >= threshold.to(tl.uint32)
+    row, column = rows.to(tl.uint32)[:, None], groups.to(tl.uint32)[None, :]
+    return tl.reshape(_keep_four(key, offset, row, column, p), [rows.shape[0], BLOCK_N])
+
+
+@triton.jit
+def dropout_keep_tile(
+    key, offset, first_row, first_column, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Which elements of a tile dropout keeps: a function of (key, offset, row, column) alone.
+
+    One draw serves rows i and i + 8 of columns j and j + 8, which one thread holds of a product's
+    result, transposed or not; the first row and column are multiples of 16.
+    """
+    eight = tl.arange(0, 8)
+    rows = first_row + 16 * tl.arange(0, BLOCK_M // 16)[:, None] + eight[None, :]
+    columns = first_column + 16 * tl.arange(0, BLOCK_N // 16)[:, None] + eight[None, :]
+    row = tl.reshape(rows.to(tl.uint32), [BLOCK_M // 2])[:, None]
+    column = tl.reshape(columns.to(tl.uint32), [BLOCK_N // 2])[None, :]
+    keep = _keep_four(key, offset, row, column, p)
+    keep = tl.reshape(keep, [BLOCK_M // 16, 8, BLOCK_N // 16, 8, 2, 2])
+    return tl.reshape(tl.permute(keep, [0, 4, 1, 2, 5, 3]), [BLOCK_M, BLOCK_N])
 
 
 @triton.jit

@@ -152,7 +152,7 @@ class Call:
             settings["dropout_p"] = P
             torch.manual_seed(11)
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-            keep = dropout_mask(seed, P, sequences * heads, queries, keys)
+            keep = dropout_mask(seed, P, sequences * heads, queries, keys, True)
             keep = keep.view(sequences, heads, queries, keys)
         return Call(choice, lengths, inputs, settings, keep)
 

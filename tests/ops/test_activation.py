@@ -53,7 +53,7 @@ def test_dropout_is_the_mask_of_the_seed(activation: str, p: float, device: str)
 
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    keep = dropout_mask(seed, p, 1, 9, 600)[0]
+    keep = dropout_mask(seed, p, 1, 9, 600, False)[0]
     inputs: dict[str, Any] = {"input": grad(9, 600, device=device)}
     inputs["bias"] = grad(600, device=device)
 

@@ -253,7 +253,7 @@ def test_dropout_is_the_mask_of_the_seed(
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    keep = dropout_mask(seed, p, 2, *lengths).reshape(1, 2, *lengths)
+    keep = dropout_mask(seed, p, 2, *lengths, True).reshape(1, 2, *lengths)
     inputs: dict[str, Any] = dict(qkv(lengths, device=device, batch=1))
     inputs["attn_mask"] = torch.randn(1, 1, lengths[0], lengths[1], device=device).requires_grad_()
 

@@ -158,7 +158,7 @@ def test_dropout_with_grouped_heads_and_lengths(key_heads: int, device: str) -> 
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    keep = dropout_mask(seed, 0.3, 8, QUERIES, KEYS).reshape(2, 4, QUERIES, KEYS)
+    keep = dropout_mask(seed, 0.3, 8, QUERIES, KEYS, True).reshape(2, 4, QUERIES, KEYS)
     common: dict[str, Any] = {
         "dropout_p": 0.3, "enable_gqa": True, "is_causal": True,
         "key_lengths": torch.tensor([11, 30], device=device),

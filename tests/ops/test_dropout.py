@@ -13,11 +13,14 @@ from fusedformer import functional as F
 SIGMAS = 4  # a fair mask lies beyond once in 16,000 draws; the seeds are fixed
 
 
-def mask(seed: int, p: float, planes: int, rows: int, columns: int, device: str) -> Tensor:
+def mask(
+    seed: int, p: float, planes: int, rows: int, columns: int, device: str,
+    of_attention: bool = False,
+) -> Tensor:  # fmt: skip
     from fusedformer_kernels.dropout import dropout_mask
 
     tensor = torch.tensor([seed], dtype=torch.int64, device=device)
-    return dropout_mask(tensor, p, planes, rows, columns)
+    return dropout_mask(tensor, p, planes, rows, columns, of_attention)
 
 
 def assert_rate(drawn: Tensor, rate: float) -> None:
@@ -30,28 +33,35 @@ def assert_independent(a: Tensor, b: Tensor, keep: float) -> None:
     assert_rate(a & b, keep * keep)
 
 
+of_both = pytest.mark.parametrize("of_attention", [False, True], ids=["rows", "attention"])
+
+
+@of_both
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_keep_rate(p: float, device: str) -> None:
-    keep = mask(1234567, p, 2, 64, 256, device)
+def test_keep_rate(p: float, of_attention: bool, device: str) -> None:
+    keep = mask(1234567, p, 2, 64, 256, device, of_attention)
     assert_rate(keep, 1 - p)
     for part in (keep[0], keep[1], keep[:, 0], keep[:, :, 0], keep[:, :, 1::4], keep[..., 255]):
         assert_rate(part, 1 - p)
 
 
+@of_both
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_neighbours_are_independent(p: float, device: str) -> None:
-    """Of columns (four come of one draw), rows (64 is a tile's distance) and planes."""
-    keep = mask(99, p, 12, 80, 128, device)
-    for distance in (1, 2, 3, 4, 63, 64):
+def test_neighbours_are_independent(p: float, of_attention: bool, device: str) -> None:
+    """Of columns (up to four at distance 1 or 8 come of one draw), rows (64: a tile), planes."""
+    keep = mask(99, p, 12, 80, 128, device, of_attention)
+    for distance in (1, 2, 3, 4, 8, 63, 64):
         assert_independent(keep[..., distance:], keep[..., :-distance], 1 - p)
         assert_independent(keep[:, distance:], keep[:, :-distance], 1 - p)
+        assert_independent(keep[:, distance:, distance:], keep[:, :-distance, :-distance], 1 - p)
     for distance in (1, 2, 4):
         assert_independent(keep[distance:], keep[:-distance], 1 - p)
 
 
-def test_coordinates_are_not_interchangeable(device: str) -> None:
+@of_both
+def test_coordinates_are_not_interchangeable(of_attention: bool, device: str) -> None:
     """Row i, column j is drawn apart from row j, column i; so too with the plane."""
-    keep = mask(5, 0.5, 16, 64, 64, device)
+    keep = mask(5, 0.5, 16, 64, 64, device, of_attention)
     i, j = torch.triu_indices(64, 64, 1, device=device)
     assert_independent(keep[:, i, j], keep[:, j, i], 0.5)
     i, j = torch.triu_indices(16, 16, 1, device=device)
@@ -62,39 +72,45 @@ def test_coordinates_are_not_interchangeable(device: str) -> None:
 SEEDS = [(0, 1), (1, 2**32 + 1), (2**32, 2**33), (1, 2**62), (0, 2**63 - 2)]
 
 
+@of_both
 @pytest.mark.parametrize("seeds", SEEDS, ids=str)
-def test_seeds_are_independent(seeds: tuple[int, int], device: str) -> None:
+def test_seeds_are_independent(seeds: tuple[int, int], of_attention: bool, device: str) -> None:
     """Also those that differ in their upper 32 bits alone."""
-    a, b = (mask(seed, 0.5, 1, 64, 256, device) for seed in seeds)
+    a, b = (mask(seed, 0.5, 1, 64, 256, device, of_attention) for seed in seeds)
     assert_rate(a, 0.5)
     assert_independent(a, b, 0.5)
 
 
-def test_a_seed_gives_the_same_mask(device: str) -> None:
-    assert torch.equal(mask(3, 0.3, 2, 33, 65, device), mask(3, 0.3, 2, 33, 65, device))
+@of_both
+def test_a_seed_gives_the_same_mask(of_attention: bool, device: str) -> None:
+    first, again = (mask(3, 0.3, 2, 33, 65, device, of_attention) for _ in range(2))
+    assert torch.equal(first, again)
 
 
-def test_lower_p_keeps_what_higher_p_keeps(device: str) -> None:
+@of_both
+def test_lower_p_keeps_what_higher_p_keeps(of_attention: bool, device: str) -> None:
     """One draw, compared with p: a coupling that makes the rate exact in p."""
-    few, many = (mask(3, p, 2, 33, 65, device) for p in (0.7, 0.2))
+    few, many = (mask(3, p, 2, 33, 65, device, of_attention) for p in (0.7, 0.2))
     assert (many | ~few).all()
 
 
+@of_both
 @pytest.mark.parametrize(
     ("planes", "rows", "columns"), [(1, 1, 1), (2, 5, 3), (3, 40, 100), (1, 17, 4)], ids=str
 )
 def test_mask_does_not_depend_on_its_extent(
-    planes: int, rows: int, columns: int, device: str
+    planes: int, rows: int, columns: int, of_attention: bool, device: str
 ) -> None:
-    whole = mask(11, 0.4, 3, 40, 200, device)
-    part = mask(11, 0.4, planes, rows, columns, device)
+    whole = mask(11, 0.4, 3, 40, 200, device, of_attention)
+    part = mask(11, 0.4, planes, rows, columns, device, of_attention)
     assert torch.equal(part, whole[:planes, :rows, :columns])
 
 
-def test_the_ends_of_p(device: str) -> None:
-    assert mask(1, 0.0, 2, 30, 70, device).all()
-    assert not mask(1, 1.0, 2, 30, 70, device).any()
-    smallest = mask(1, 2.0**-24, 2, 30, 70, device)
+@of_both
+def test_the_ends_of_p(of_attention: bool, device: str) -> None:
+    assert mask(1, 0.0, 2, 30, 70, device, of_attention).all()
+    assert not mask(1, 1.0, 2, 30, 70, device, of_attention).any()
+    smallest = mask(1, 2.0**-24, 2, 30, 70, device, of_attention)
     assert smallest.float().mean() > 0.999
 
 
@@ -123,7 +139,7 @@ def test_attention_applies_it_by_batch_and_head(device: str) -> None:
     seed = int(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))
     torch.manual_seed(8)
     weights = F.scaled_dot_product_attention(q, k, value, dropout_p=0.3)
-    keep = mask(seed, 0.3, 6, 20, 20, device).reshape(2, 3, 20, 20)
+    keep = mask(seed, 0.3, 6, 20, 20, device, True).reshape(2, 3, 20, 20)
     assert torch.equal(weights != 0, keep)
 
 

@@ -110,7 +110,7 @@ def test_dropout(device: str) -> None:
     p = 0.3
     state = torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
     seed = torch.randint(0, 2**63 - 1, (1,), device=device)
-    keep = dropout_mask(seed, p, 1, 45, 131).view(9, 5, 131)
+    keep = dropout_mask(seed, p, 1, 45, 131, False).view(9, 5, 131)
 
     def dropped(**settings: Any) -> Tensor:
         if device == "cpu":

@@ -120,7 +120,7 @@ def test_dropout_is_the_mask_of_the_seed(name: str, width: int, p: float, device
 
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    keep = dropout_mask(seed, p, 1, 6, width)[0]
+    keep = dropout_mask(seed, p, 1, 6, width, False)[0]
     inputs: dict[str, Any] = {key: grad(6, width, device=device) for key in ("input", "residual")}
     inputs["input_bias"] = grad(width, device=device)
     if name != "dropout_add":
