@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedformer import _attention_checks, _checks
@@ -135,7 +136,7 @@ def varlen_attention(
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     lse: Tensor | None
     if chosen_backend(query) == "torch":
-        output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
+        output, lse = _packed_aten(q, k, v, terms, return_lse)
     else:
         _check_for_kernels("varlen_attention", query, value)
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
@@ -167,7 +168,8 @@ def self_attention(
         max_queries=max_seqlen_q, max_keys=max_seqlen_k,
     )
     if chosen_backend(qkv) == "torch":
-        return attention_aten(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)
+        attend = attention_aten if cu_seqlens_q is None else _packed_aten
+        return attend(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)
     _check_for_kernels("scaled_dot_product_attention", qkv, qkv)
     terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
     if attn_mask is not None and attn_mask.requires_grad:
@@ -187,6 +189,17 @@ def merge_attention_states(
     _checks.check_kernel_dtype("merge_attention_states", "output1", output1)
     merged: tuple[Tensor, Tensor] = registered.merge_attention_states(output1, lse1, output2, lse2)
     return merged
+
+
+def _packed_aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The torch backend on packed sequences; their lengths are data, which tracing cannot read."""
+    if not torch.compiler.is_compiling():
+        return attention_aten(query, key, value, terms, return_lse=return_lse)
+    terms = terms._replace(seed=draw_seed(terms.p, query.device))
+    output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)
+    return output, lse if return_lse else None
 
 
 def _scale(scale: float | None, query: Tensor) -> float:

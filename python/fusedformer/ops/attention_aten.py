@@ -67,10 +67,11 @@ def _padded(
         mask = (added if keep is None else added.masked_fill(~keep, -torch.inf)).to(query.dtype)
     if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
         return _dropped(query, key, value, terms), lse
-    output = F.scaled_dot_product_attention(
-        query * sign if sign < 0 else query, key, value, mask, terms.p, is_causal,
-        scale=sign * terms.scale, enable_gqa=query.shape[1] != key.shape[1],
-    )
+    arguments = (query * sign if sign < 0 else query, key, value, mask, terms.p, is_causal)
+    scale = sign * terms.scale
+    if query.shape[1] != key.shape[1]:  # decided here: ATen takes no symbol for enable_gqa
+        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=True), lse
+    output = F.scaled_dot_product_attention(*arguments, scale=scale)
     return output, lse
 
 
