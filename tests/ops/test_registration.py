@@ -100,6 +100,18 @@ def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
     return (*grads, query, key, value, output, lse, needs, *others)
 
 
+def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
+    query, key, value, *others = attention_case(packed=True, **terms)
+    return query, key, value, return_lse, *others
+
+
+def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> tuple[Any, ...]:
+    shape = dict(table=leaf(2, 5), seed=seed(), p=0.3)
+    query, key, value, *others = detached(attention_case(packed=True, **shape))
+    lse_grad = torch.randn(1, 2, 7) if with_lse else None
+    return torch.randn(1, 2, 7, 4), lse_grad, query, key, value, needs, *others
+
+
 def weights_case(average: bool, **terms: Any) -> tuple[Any, ...]:
     query, key, _, *others = attention_case(**terms)
     lse = torch.randn(2, 2, 5).add(3).requires_grad_()
@@ -168,6 +180,18 @@ CASES: dict[str, tuple[str, Any]] = {
         lambda: (leaf(1, 7, 3, 2, 8), *attention_case(packed=True, seed=seed(), p=0.5)[3:]),
     ),
     "self attention backward": ("self_attention_backward", self_attention_backward_case),
+    "packed ATen": ("packed_attention_aten", lambda: packed_aten_case(False, seed=seed(), p=0.3)),
+    "packed ATen, log-sum-exp, learned": (
+        "packed_attention_aten", lambda: packed_aten_case(True, table=leaf(2, 5), softcap=2.0),
+    ),
+    "packed ATen backward": (
+        "packed_attention_aten_backward",
+        lambda: packed_aten_backward_case([True, True, True, False, False, True], with_lse=True),
+    ),
+    "packed ATen backward, frozen": (
+        "packed_attention_aten_backward",
+        lambda: packed_aten_backward_case([False, True, True, False, False, False]),
+    ),
     "weights": ("attention_weights", lambda: weights_case(False, **learned())),
     "weights, averaged": ("attention_weights", lambda: weights_case(True)),
     "weights backward": (
