@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
@@ -59,4 +60,18 @@ def chosen_backend(tensor: Tensor) -> Backend:
             f"{tensor.device}; on CPU tensors they run only when TRITON_INTERPRET=1 was set "
             f"before the process started"
         )
-    return "triton" if kernels_run_here and TRITON_IS_INSTALLED else "torch"
+    if kernels_run_here and TRITON_IS_INSTALLED:
+        if torch._C._are_functorch_transforms_active():
+            _check_transforms()
+        return "triton"
+    return "torch"
+
+
+def _check_transforms() -> None:
+    """Raise inside a torch.func transform that differentiates; vmap goes through."""
+    names = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}
+    if names & {"Grad", "Jvp"}:
+        raise RuntimeError(
+            "fusedformer: the triton backend's ops have gradients for torch.autograd, not for "
+            "torch.func.grad, vjp or jvp; run the function under fusedformer.backend('torch')"
+        )
