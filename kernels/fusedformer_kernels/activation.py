@@ -200,4 +200,4 @@ def bias_activation_backward(
         ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None, DROPOUT=seed is not None,
         NEEDS_BIAS=wants_bias,
     )
-    return dx, sum_partials(partials).to(bias.dtype) if needs_bias and bias is not None else None
+    return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None

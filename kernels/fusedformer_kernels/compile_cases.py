@@ -72,18 +72,26 @@ def _softmax(columns: int, dtype: torch.dtype, mask: torch.Tensor | None, **flag
     softmax_backward(x, x, 1.0, dtype, log, causal or mask is not None)
 
 
-def _norm(columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0.0) -> None:
+def _norm(
+    columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0.0, *,
+    mixed: bool = False, inference: bool = False,
+) -> None:
+    """``mixed``: the residual is float32, as under autocast; ``inference``: nothing is kept."""
     x = _empty(4096, columns, dtype=dtype)
-    parameter = _empty(columns, dtype=dtype)
-    residual, input_bias = (x, parameter) if fused else (None, None)
+    z = _empty(4096, columns, dtype=torch.float32) if mixed else x
+    parameter = _empty(columns, dtype=z.dtype)
+    residual, input_bias = (z, parameter) if fused else (None, None)
     weight = None if kind == "none" else parameter
     bias = parameter if kind == "layer" else None
     seed = _seed() if p else None
-    norm_forward(x, residual, input_bias, weight, bias, seed, p, 1e-5, kind, 1)
+    kept = not inference
+    norm_forward(x, residual, input_bias, weight, bias, seed, p, 1e-5, kind, 1, kept, kept)
+    if inference:
+        return
     statistics = _empty(4096, dtype=torch.float32)
     norm_backward(
-        None if kind == "none" else x, x if fused else None, x, statistics, statistics, weight,
-        seed, p, kind, 1, weight is not None, bias is not None, fused,
+        None if kind == "none" else z, z if fused else None, z, statistics, statistics, weight,
+        seed, p, kind, 1, weight is not None, bias is not None, fused, dtype, parameter.dtype,
     )
 
 
@@ -93,7 +101,7 @@ def _embedding(columns: int, dtype: torch.dtype, p: float) -> None:
     tables = Tables(*(t for n in sizes for t in (ids, _empty(n, columns, dtype=dtype))))
     seed = _seed() if p else None
     y, mean, rstd = embedding_forward(tables, parameter, parameter, seed, p, 1e-5)
-    embedding_backward(y, tables, mean, rstd, parameter, seed, p, True, True, True)
+    embedding_backward(y, tables, mean, rstd, parameter, seed, p, True, True, True, dtype)
 
 
 def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.0) -> None:
@@ -196,6 +204,9 @@ def compile_cases() -> list[CompileCase]:
     add("rms_norm 4096", HALF, lambda: _norm(4096, HALF, "rms", False))
     add("dropout_add_rms_norm 4096", HALF, lambda: _norm(4096, HALF, "rms", True, 0.1))
     add("dropout_add 768", HALF, lambda: _norm(768, HALF, "none", True, 0.1))
+    for name, form in (("autocast", {"mixed": True}), ("inference", {"inference": True})):
+        call = partial(_norm, 768, HALF, "layer", True, 0.0, **form)
+        add(f"dropout_add_layer_norm 768 {name}", HALF, call)
     add("bias_gelu dropout", HALF, lambda: _activation(3072, HALF, "gelu", 0.1))
     add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, False))
     add("dropout mask, attention", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, True))

@@ -208,15 +208,16 @@ def embedding_backward(
     needs_tables: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dz ``[rows, E]`` in the dtype of the tables, float32 dweight, dbias), None if not needed."""
+    parameter_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, ...]:
+    """(dz ``[rows, E]`` in the dtype of the tables, dweight, dbias), None if not needed."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
     device = tokens.device
     dz = tokens.new_empty(n_rows, n_columns) if needs_tables else None
     wanted = needs_weight, needs_bias
     if not n_rows * n_columns:
-        sums = torch.zeros((sum(wanted), n_columns), dtype=torch.float32, device=device)
+        sums = torch.zeros((sum(wanted), n_columns), dtype=parameter_dtype, device=device)
     else:
         target = configs.target_of(device)
         config = _config(n_columns, device)
@@ -232,10 +233,9 @@ def embedding_backward(
             HAS_WEIGHT=weight is not None, DROPOUT=seed is not None, NEEDS_TABLES=needs_tables,
             NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
         )
-        sums = sum_partials(partials).view(-1, n_columns)
+        sums = sum_partials(partials, parameter_dtype).view(-1, n_columns)
     rows = iter(sums)
-    # Copies, because registered ops may not return views of one buffer.
-    dweight, dbias = (next(rows).clone() if want else None for want in wanted)
+    dweight, dbias = (next(rows) if want else None for want in wanted)
     return dz, dweight, dbias
 
 

@@ -90,7 +90,7 @@ def _norm_forward(
         )  # [BLOCK_M, BLOCK_N]
         columns = tl.arange(0, BLOCK_N)
         in_row = (columns < n_columns)[None, :]
-        if HAS_RESIDUAL:
+        if z_ptr is not None:
             offsets = (rows * n_columns)[:, None] + columns[None, :]
             store(z_ptr + offsets, z, row_valid[:, None] & in_row)
         if KIND != 0:
@@ -112,7 +112,7 @@ def _norm_forward(
             )  # [BLOCK_M, BLOCK_N]
             columns = start + tl.arange(0, BLOCK_N)
             in_row = (columns < n_columns)[None, :]
-            if HAS_RESIDUAL:
+            if z_ptr is not None:
                 offsets = (rows * n_columns)[:, None] + columns[None, :]
                 store(z_ptr + offsets, z, row_valid[:, None] & in_row)
             if KIND == _LAYER:
@@ -138,7 +138,7 @@ def _norm_forward(
                     y_ptr, z, mean, rstd, weight_ptr, bias_ptr, rows, start, n_columns, row_valid,
                     BLOCK_N, HAS_WEIGHT, HAS_BIAS,
                 )
-    if KIND != 0:
+    if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
         if KIND == _LAYER:
             tl.store(mean_ptr + rows, mean, mask=row_valid)
@@ -179,7 +179,7 @@ def _store_input_grads(
     p, rows, first_column, n_columns, row_valid, stride_sum_grad, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_SUM_GRAD: tl.constexpr, DROPOUT: tl.constexpr,
 ):
-    """Write dz, and dx where dropout makes it differ; return dx as float32 [BLOCK_M, BLOCK_N]."""
+    """Write dz, and dx where it differs; return dx as float32 [BLOCK_M, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     valid = row_valid[:, None] & (columns < n_columns)[None, :]
     dz = (weighted - normed * mean_product[:, None] - mean_weighted[:, None]) * rstd[:, None]
@@ -192,6 +192,7 @@ def _store_input_grads(
     if DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), 0, rows, first_column, p, BLOCK_N)
         dz = tl.where(keep, dz * dropout_scale(p), 0.0)
+    if dx_ptr is not None:
         store(dx_ptr + offsets, dz, valid)
     return dz
 
@@ -345,19 +346,26 @@ def norm_forward(
     eps: float,
     kind: str,
     dims: int,
+    wants_sum: bool,
+    wants_statistics: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """(y, z, mean, rstd) over the last ``dims`` dimensions of ``x``.
 
-    y and rstd are None for kind "none", mean unless the kind is "layer", z without a residual.
-    y and z are contiguous in the dtype of ``x``; mean and rstd are float32 ``[rows]``.
+    y and rstd are None for kind "none", mean unless the kind is "layer", z without a residual;
+    and what is not wanted. y and z are contiguous in the wider of the dtypes of ``x`` and
+    ``residual``; mean and rstd are float32 ``[rows]``.
     """
     n_columns = math.prod(x.shape[-dims:])
     n_rows = math.prod(x.shape[:-dims])
-    y = None if kind == "none" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    z = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    statistics = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    mean = torch.empty_like(statistics) if kind == "layer" else None
-    rstd = None if kind == "none" else statistics
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = z = mean = rstd = None
+    if kind != "none":
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if residual is not None and wants_sum:
+        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if kind != "none" and wants_statistics:
+        rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+        mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel() > 0:
         x_rows = rows_of(x, n_columns)
         residual_rows = None if residual is None else rows_of(residual, n_columns)
@@ -381,8 +389,8 @@ def norm_backward(
     dy: torch.Tensor | None,
     sum_grad: torch.Tensor | None,
     z: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor | None,
     weight: torch.Tensor | None,
     seed: torch.Tensor | None,
     p: float,
@@ -391,11 +399,14 @@ def norm_backward(
     needs_weight: bool,
     needs_bias: bool,
     needs_input_bias: bool,
+    input_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dz, dx if dropout makes it differ, dweight, dbias, dinput_bias), None where not asked for.
+    """(dz, dx if dropout or its dtype makes it differ, dweight, dbias, dinput_bias).
 
-    ``sum_grad`` is the gradient that reaches z itself. dz and dx are contiguous in the dtype of
-    ``z``; the parameter gradients are float32 of the normalized shape.
+    ``sum_grad`` is the gradient that reaches z itself. dz is contiguous in the dtype of ``z``, dx
+    in ``input_dtype``; the gradients of parameters, None where not asked for, have the normalized
+    shape and ``parameter_dtype``.
     """
     shape = z.shape[-dims:]
     n_columns = math.prod(shape)
@@ -403,11 +414,15 @@ def norm_backward(
     device = z.device
     if dy is None:
         kind = "none"
+    mean = mean if kind == "layer" else None
+    rstd = None if kind == "none" else rstd
     dz = torch.empty(z.shape, dtype=z.dtype, device=device)
-    dx = None if seed is None else torch.empty_like(dz)
+    dx = None
+    if seed is not None or input_dtype != z.dtype:
+        dx = torch.empty(z.shape, dtype=input_dtype, device=device)
     wanted = [needs_weight, needs_bias, needs_input_bias]
     if z.numel() == 0:
-        sums = torch.zeros((sum(wanted), n_columns), dtype=torch.float32, device=device)
+        sums = torch.zeros((sum(wanted), n_columns), dtype=parameter_dtype, device=device)
         return dz, dx, *_distribute(sums, wanted, shape)
     target = configs.target_of(device)
     longest = configs.NORM_BACKWARD_ONE_PASS
@@ -456,7 +471,9 @@ def norm_backward(
                 n_columns, stride_dy, z_rows.stride(0), partials.shape[1],
                 BLOCK_M=block_m, BLOCK_N=block_n, KIND=KINDS[kind], **needs,
             )
-    sums = sum_partials(partials).view(-1, n_columns) if any(wanted) else partials
+    sums = partials
+    if any(wanted):
+        sums = sum_partials(partials, parameter_dtype).view(-1, n_columns)
     return dz, dx, *_distribute(sums, wanted, shape)
 
 
@@ -464,8 +481,7 @@ def _distribute(
     sums: torch.Tensor, wanted: list[bool], shape: torch.Size
 ) -> list[torch.Tensor | None]:
     rows = iter(sums)
-    # Copies, because registered ops may not return views of one buffer.
-    return [next(rows).reshape(shape).clone() if want else None for want in wanted]
+    return [next(rows).view(shape) if want else None for want in wanted]
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:

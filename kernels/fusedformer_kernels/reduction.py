@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.primitives import store
 
 
 @triton.jit
@@ -26,13 +27,13 @@ def _sum_partials(
         valid = (rows < n_rows)[:, None] & in_row[None, :]
         offsets = (rows * n_columns)[:, None] + columns[None, :]
         total += tl.load(partials_ptr + offsets, mask=valid, other=0.0)
-    tl.store(sums_ptr + columns, tl.sum(total, 0), mask=in_row)
+    store(sums_ptr + columns, tl.sum(total, 0), in_row)
 
 
-def sum_partials(partials: torch.Tensor) -> torch.Tensor:
-    """Column sums of float32 ``[rows, columns]``, contiguous, as float32 ``[columns]``."""
+def sum_partials(partials: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Column sums of float32 ``[rows, columns]``, contiguous, as ``[columns]`` of ``dtype``."""
     n_rows, n_columns = partials.shape
-    sums = torch.empty(n_columns, dtype=torch.float32, device=partials.device)
+    sums = torch.empty(n_columns, dtype=dtype, device=partials.device)
     if n_columns:
         launch(
             _sum_partials, (configs.ceil_div(n_columns, 128),), configs.LaunchConfig(4, 2),

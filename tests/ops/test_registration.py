@@ -34,16 +34,18 @@ def norm_case(kind: str, *, fused: bool, p: float = 0.0) -> tuple[Any, ...]:
     bias = leaf(6) if kind == "layer" else None
     weight = None if kind == "none" else leaf(6)
     drawn = seed() if p else None
-    return leaf(4, 6), residual, input_bias, weight, bias, drawn, p, 1e-5, kind, 1
+    return leaf(4, 6), residual, input_bias, weight, bias, drawn, p, 1e-5, kind, 1, True, True
 
 
-def norm_backward_case(kind: str, p: float = 0.0) -> tuple[Any, ...]:
+def norm_backward_case(
+    kind: str, p: float = 0.0, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
     grad = None if kind == "none" else torch.randn(4, 6)
     mean = torch.randn(4) if kind == "layer" else torch.empty(0)
     rstd = torch.empty(0) if kind == "none" else torch.rand(4)
     weight = None if kind == "none" else torch.randn(6)
     drawn = seed() if p else None
-    wants = (kind != "none", kind == "layer", True)
+    wants = (kind != "none", kind == "layer", True, dtype, torch.float32)
     return grad, torch.randn(4, 6), torch.randn(4, 6), mean, rstd, weight, drawn, p, kind, 1, *wants
 
 
@@ -138,7 +140,8 @@ def embedding_case(p: float = 0.0) -> tuple[Any, ...]:
 
 def embedding_backward_case(needs: list[bool]) -> tuple[Any, ...]:
     given = detached(tuple(tables()))
-    return torch.randn(5, 6), *given, torch.randn(5), torch.rand(5), None, None, 0.0, needs
+    statistics = torch.randn(5), torch.rand(5)
+    return torch.randn(5, 6), *given, *statistics, None, None, 0.0, needs, torch.float16
 
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -152,6 +155,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "sum alone": ("norm", lambda: norm_case("none", fused=True)),
     "layer norm backward": ("norm_backward", lambda: norm_backward_case("layer")),
     "rms norm backward, dropout": ("norm_backward", lambda: norm_backward_case("rms", 0.5)),
+    "rms norm backward, autocast": (
+        "norm_backward", lambda: norm_backward_case("rms", dtype=torch.bfloat16),
+    ),
     "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
     "activation": ("bias_activation", lambda: activation_case(False)),
     "activation, bias, dropout": ("bias_activation", lambda: activation_case(True, 0.5)),

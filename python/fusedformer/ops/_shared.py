@@ -1,22 +1,14 @@
-"""What the op files share: dropout seeds, registration, and the error for double backward."""
+"""What the op files share: dropout seeds, and the error for double backward."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def register_fake(op: str) -> Callable[[Function], Function]:
-    """``torch.library.register_fake``, typed."""
-    decorator: Callable[[Function], Function] = torch.library.register_fake(op)
-    return decorator
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
@@ -73,7 +65,3 @@ def no_double_backward(op: str) -> Any:
 
     return backward
 
-
-def nothing(like: Tensor) -> Tensor:
-    """The empty tensor that a registered op returns for an output that was not asked for."""
-    return like.new_empty(0)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 
 
@@ -69,7 +70,7 @@ def _form(activation: str) -> str:
     return "tanh" if activation == "gelu_tanh" else "none"
 
 
-@torch.library.custom_op("fusedformer::bias_activation", mutates_args=())
+@registered("bias_activation")
 def _bias_activation(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, activation: str
 ) -> Tensor:
@@ -78,14 +79,18 @@ def _bias_activation(
     return bias_activation_forward(input, bias, seed, p, activation)
 
 
-@register_fake("fusedformer::bias_activation")
+@_bias_activation.register_fake
 def _bias_activation_fake(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, activation: str
 ) -> Tensor:
     return input.new_empty(input.shape)
 
 
-@torch.library.custom_op("fusedformer::bias_activation_backward", mutates_args=())
+@registered(
+    "bias_activation_backward",
+    schema="(Tensor grad, Tensor input, Tensor? bias, Tensor? seed, float p, str activation, "
+    "bool needs_bias_grad) -> (Tensor, Tensor)",
+)
 def _bias_activation_backward(
     grad: Tensor,
     input: Tensor,
@@ -94,16 +99,13 @@ def _bias_activation_backward(
     p: float,
     activation: str,
     needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     from fusedformer_kernels.activation import bias_activation_backward
 
-    input_grad, bias_grad = bias_activation_backward(
-        grad, input, bias, seed, p, activation, needs_bias_grad
-    )
-    return input_grad, nothing(input) if bias_grad is None else bias_grad
+    return bias_activation_backward(grad, input, bias, seed, p, activation, needs_bias_grad)
 
 
-@register_fake("fusedformer::bias_activation_backward")
+@_bias_activation_backward.register_fake
 def _bias_activation_backward_fake(
     grad: Tensor,
     input: Tensor,
@@ -132,7 +134,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None
 
 
-torch.library.register_autograd("fusedformer::bias_activation", _backward, setup_context=_save)
-torch.library.register_autograd(
-    "fusedformer::bias_activation_backward", no_double_backward("bias_activation")
-)
+_bias_activation.register_autograd(_backward, setup_context=_save)
+_bias_activation_backward.register_autograd(no_double_backward("bias_activation"))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer.ops._shared import no_double_backward, nothing, register_fake
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.attention_aten import attention_aten
 from fusedformer.ops.attention_terms import AttentionTerms
 
@@ -39,11 +40,6 @@ def _learned_like(terms: tuple[Any, ...], wanted: list[bool], otherwise: Tensor)
         nothing(otherwise) if t is None or not want else t.new_empty(t.shape)
         for t, want in zip(tensors, wanted, strict=True)
     ]
-
-
-def _filled(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """A registered op returns tensors: an empty one stands for a gradient that nobody needs."""
-    return tuple(nothing(like) if g is None else g for g in grads)
 
 
 def _needs(ctx: Any, first_term: int) -> list[bool]:
@@ -73,8 +69,8 @@ def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
 # The attention itself.
 
 
-@torch.library.custom_op(
-    "fusedformer::attention", mutates_args=(),
+@registered(
+    "attention",
     schema=f"(Tensor query, Tensor key, Tensor value, {_TERMS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def attention(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +81,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[T
     return attention_forward(query, key, value, AttentionTerms(*terms))
 
 
-@register_fake("fusedformer::attention")
+@attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     # [batch, length, heads, dim] in memory: merging the heads again is then a view.
@@ -93,8 +89,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, T
     return output, query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "fusedformer::attention_backward", mutates_args=(),
+@registered(
+    "attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor lse, bool[] needs, {_TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -109,18 +105,15 @@ def attention_backward(
     lse: Tensor,
     needs: list[bool],
     *terms: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, mask, slopes and table; empty where ``needs`` says False."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, mask, slopes and table; None where ``needs`` says False."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_backward import attention_backward as launch
 
-    grads = launch(
-        grad, lse_grad, query, key, value, output, lse, AttentionTerms(*terms), list(needs)
-    )
-    return _filled(grads, query)
+    return launch(grad, lse_grad, query, key, value, output, lse, AttentionTerms(*terms), needs)
 
 
-@register_fake("fusedformer::attention_backward")
+@attention_backward.register_fake
 def _(
     grad: Tensor | None,
     lse_grad: Tensor | None,
@@ -153,10 +146,8 @@ def _attention_autograd(
     return (*wanted, *_term_gradients(grads[3:], learned))
 
 
-torch.library.register_autograd(
-    "fusedformer::attention", _attention_autograd, setup_context=_attention_setup
-)
-torch.library.register_autograd("fusedformer::attention_backward", no_double_backward("attention"))
+attention.register_autograd(_attention_autograd, setup_context=_attention_setup)
+attention_backward.register_autograd(no_double_backward("attention"))
 
 
 # Self-attention on one projection, whose gradient is written in one piece.
@@ -168,8 +159,8 @@ def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-@torch.library.custom_op(
-    "fusedformer::self_attention", mutates_args=(),
+@registered(
+    "self_attention",
     schema=f"(Tensor qkv, {_TERMS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
@@ -181,15 +172,15 @@ def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     return attention_forward(query, key, value, AttentionTerms(*terms))
 
 
-@register_fake("fusedformer::self_attention")
+@self_attention.register_fake
 def _(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, dim = qkv.shape
     output = qkv.new_empty(batch, length, heads, dim).transpose(1, 2)
     return output, qkv.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "fusedformer::self_attention_backward", mutates_args=(),
+@registered(
+    "self_attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor qkv, Tensor output, Tensor lse, "
     f"{_TERMS}) -> Tensor",
 )  # fmt: skip
@@ -213,7 +204,7 @@ def self_attention_backward(
     return found
 
 
-@register_fake("fusedformer::self_attention_backward")
+@self_attention_backward.register_fake
 def _(
     grad: Tensor | None,
     lse_grad: Tensor | None,
@@ -241,19 +232,15 @@ def _self_attention_autograd(
     return self_attention_backward(grad, lse_grad, *tensors, *terms), *(None,) * _N_TERMS
 
 
-torch.library.register_autograd(
-    "fusedformer::self_attention", _self_attention_autograd, setup_context=_self_attention_setup
-)
-torch.library.register_autograd(
-    "fusedformer::self_attention_backward", no_double_backward("attention")
-)
+self_attention.register_autograd(_self_attention_autograd, setup_context=_self_attention_setup)
+self_attention_backward.register_autograd(no_double_backward("attention"))
 
 
 # The attention weights, for those who ask for them.
 
 
-@torch.library.custom_op(
-    "fusedformer::attention_weights", mutates_args=(),
+@registered(
+    "attention_weights",
     schema=f"(Tensor query, Tensor key, Tensor lse, bool average, {_TERMS}) -> Tensor",
 )  # fmt: skip
 def attention_weights(
@@ -266,14 +253,14 @@ def attention_weights(
     return launch(query, key, lse, AttentionTerms(*terms), average)
 
 
-@register_fake("fusedformer::attention_weights")
+@attention_weights.register_fake
 def _(query: Tensor, key: Tensor, lse: Tensor, average: bool, *terms: Any) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, 1 if average else heads, length, key.shape[2])
 
 
-@torch.library.custom_op(
-    "fusedformer::attention_weights_backward", mutates_args=(),
+@registered(
+    "attention_weights_backward",
     schema="(Tensor grad, Tensor query, Tensor key, Tensor lse, bool average, bool[] needs, "
     f"{_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
@@ -285,16 +272,15 @@ def attention_weights_backward(
     average: bool,
     needs: list[bool],
     *terms: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, lse, mask, slopes and table; empty where ``needs`` says False."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, lse, mask, slopes and table; None where ``needs`` says False."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_weights import attention_weights_backward as launch
 
-    grads = launch(grad, query, key, lse, AttentionTerms(*terms), average, list(needs))
-    return _filled(grads, query)
+    return launch(grad, query, key, lse, AttentionTerms(*terms), average, needs)
 
 
-@register_fake("fusedformer::attention_weights_backward")
+@attention_weights_backward.register_fake
 def _(
     grad: Tensor,
     query: Tensor,
@@ -322,18 +308,14 @@ def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, None, *_term_gradients(grads[3:], learned))
 
 
-torch.library.register_autograd(
-    "fusedformer::attention_weights", _weights_autograd, setup_context=_weights_setup
-)
-torch.library.register_autograd(
-    "fusedformer::attention_weights_backward", no_double_backward("attention weights")
-)
+attention_weights.register_autograd(_weights_autograd, setup_context=_weights_setup)
+attention_weights_backward.register_autograd(no_double_backward("attention weights"))
 
 
 # Attention over parts of the keys, merged.
 
 
-@torch.library.custom_op("fusedformer::merge_attention_states", mutates_args=())
+@registered("merge_attention_states")
 def merge_attention_states(
     output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -343,12 +325,12 @@ def merge_attention_states(
     return merge_states(output1, lse1, output2, lse2)
 
 
-@register_fake("fusedformer::merge_attention_states")
+@merge_attention_states.register_fake
 def _(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     return output1.new_empty(output1.shape), lse1.new_empty(lse1.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("fusedformer::merge_attention_states_backward", mutates_args=())
+@registered("merge_attention_states_backward")
 def merge_attention_states_backward(
     grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -361,7 +343,7 @@ def merge_attention_states_backward(
     return first, second, third, fourth
 
 
-@register_fake("fusedformer::merge_attention_states_backward")
+@merge_attention_states_backward.register_fake
 def _(
     grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -382,12 +364,8 @@ def _merge_autograd(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor, .
     return grads
 
 
-torch.library.register_autograd(
-    "fusedformer::merge_attention_states", _merge_autograd, setup_context=_merge_setup
-)
-torch.library.register_autograd(
-    "fusedformer::merge_attention_states_backward", no_double_backward("merge_attention_states")
-)
+merge_attention_states.register_autograd(_merge_autograd, setup_context=_merge_setup)
+merge_attention_states_backward.register_autograd(no_double_backward("merge_attention_states"))
 
 
 # The torch backend on packed sequences, whose lengths it reads: one op, so that it can be traced.
@@ -406,21 +384,21 @@ def _seeded_aten(given: list[Any], return_lse: bool) -> list[Tensor]:
     return [t for t in found[: 1 + return_lse] if t is not None]
 
 
-@torch.library.custom_op(
-    "fusedformer::packed_attention_aten", mutates_args=(),
+@registered(
+    "packed_attention_aten",
     schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {_TERMS}) "
     "-> (Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
-) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp or empty) of the packed form."""
+) -> tuple[Tensor, Tensor | None]:
+    """(output, log-sum-exp or None) of the packed form."""
     output, *lse = _seeded_aten([query, key, value, *terms], return_lse)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output, lse[0].contiguous() if lse else nothing(query)
+    return output, lse[0].contiguous() if lse else None
 
 
-@register_fake("fusedformer::packed_attention_aten")
+@packed_attention_aten.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor]:
@@ -431,8 +409,8 @@ def _(
     return output, lse
 
 
-@torch.library.custom_op(
-    "fusedformer::packed_attention_aten_backward", mutates_args=(),
+@registered(
+    "packed_attention_aten_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
     f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
@@ -444,7 +422,7 @@ def packed_attention_aten_backward(
     value: Tensor,
     needs: list[bool],
     *terms: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, mask, slopes and table; the forward is computed again."""
     given: list[Any] = [query, key, value, *terms]
     places = [0, 1, 2, *(3 + i for i in _LEARNED)]
@@ -471,10 +449,10 @@ def packed_attention_aten_backward(
         own[i].transpose(1, 2).contiguous().transpose(1, 2) if i in own else None for i in range(3)
     )
     learned = (own[place].contiguous() if place in own else None for place in places[3:])
-    return _filled((*first, *learned), query)
+    return (*first, *learned)
 
 
-@register_fake("fusedformer::packed_attention_aten_backward")
+@packed_attention_aten_backward.register_fake
 def _(
     grad: Tensor | None,
     lse_grad: Tensor | None,
@@ -491,7 +469,7 @@ def _(
 def _packed_aten_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _save(ctx, inputs[:3], inputs[4:])
     ctx.set_materialize_grads(False)
-    if not inputs[3]:
+    if not inputs[3] and output[1] is not None:
         ctx.mark_non_differentiable(output[1])
 
 
@@ -507,9 +485,5 @@ def _packed_aten_autograd(
     return (*wanted, None, *_term_gradients(grads[3:], learned))
 
 
-torch.library.register_autograd(
-    "fusedformer::packed_attention_aten", _packed_aten_autograd, setup_context=_packed_aten_setup
-)
-torch.library.register_autograd(
-    "fusedformer::packed_attention_aten_backward", no_double_backward("compiled packed attention")
-)
+packed_attention_aten.register_autograd(_packed_aten_autograd, setup_context=_packed_aten_setup)
+packed_attention_aten_backward.register_autograd(no_double_backward("compiled packed attention"))

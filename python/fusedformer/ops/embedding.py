@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 from fusedformer.ops.norm import layer_norm_aten
 
@@ -67,7 +68,7 @@ def embedding_layer_norm(
     return output.view(*input.shape, width)
 
 
-@torch.library.custom_op("fusedformer::embedding_norm", mutates_args=())
+@registered("embedding_norm")
 def _embedding_norm(
     ids: Tensor,
     tokens: Tensor,
@@ -89,7 +90,7 @@ def _embedding_norm(
     return embedding_forward(tables, weight, bias, seed, p, eps)
 
 
-@register_fake("fusedformer::embedding_norm")
+@_embedding_norm.register_fake
 def _embedding_norm_fake(
     ids: Tensor, tokens: Tensor, *others: Any, **settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +99,12 @@ def _embedding_norm_fake(
     return tokens.new_empty(rows, tokens.shape[1]), mean, mean.clone()
 
 
-@torch.library.custom_op("fusedformer::embedding_norm_backward", mutates_args=())
+@registered(
+    "embedding_norm_backward",
+    schema="(Tensor grad, Tensor ids, Tensor tokens, Tensor? position_ids, Tensor? positions, "
+    "Tensor? type_ids, Tensor? types, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, "
+    "float p, bool[] needs, ScalarType parameter_dtype) -> (Tensor, Tensor, Tensor)",
+)
 def _embedding_norm_backward(
     grad: Tensor,
     ids: Tensor,
@@ -113,24 +119,28 @@ def _embedding_norm_backward(
     seed: Tensor | None,
     p: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    parameter_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
     """Gradients of the sum ``[rows, E]``, of weight and of bias; ``needs`` says which."""
     from fusedformer_kernels.embedding import Tables, embedding_backward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
-    grads = embedding_backward(grad, tables, mean, rstd, weight, seed, p, *needs)
-    first, second, third = (nothing(tokens) if t is None else t for t in grads)
-    return first, second, third
+    needs_tables, needs_weight, needs_bias = needs
+    return embedding_backward(
+        grad, tables, mean, rstd, weight, seed, p, needs_tables, needs_weight, needs_bias,
+        parameter_dtype,
+    )
 
 
-@register_fake("fusedformer::embedding_norm_backward")
+@_embedding_norm_backward.register_fake
 def _embedding_norm_backward_fake(
     grad: Tensor, ids: Tensor, tokens: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs, width = others[-1], tokens.shape[1]
+    needs, dtype = others[-2:]
+    width = tokens.shape[1]
 
     def parameter_grad(wanted: bool) -> Tensor:
-        return tokens.new_empty(width, dtype=torch.float32) if wanted else nothing(tokens)
+        return tokens.new_empty(width, dtype=dtype) if wanted else nothing(tokens)
 
     rows = tokens.new_empty(ids.shape[0], width) if needs[0] else nothing(tokens)
     return rows, parameter_grad(needs[1]), parameter_grad(needs[2])
@@ -151,8 +161,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     *tables, mean, rstd, weight, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[1] or needs[3] or needs[5], needs[6], needs[7]]
+    dtypes = set(ctx.dtypes) - {None}
     total_grad, weight_grad, bias_grad = _embedding_norm_backward(
-        grad, *tables, mean, rstd, weight, seed, ctx.p, wanted
+        grad, *tables, mean, rstd, weight, seed, ctx.p, wanted,
+        dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
     grads: list[Tensor | None] = []
     for ids, table, padding_idx, needed in zip(
@@ -179,7 +191,5 @@ def _table_grad(grad: Tensor, ids: Tensor | None, table: Tensor, padding_idx: in
     return torch.ops.aten.embedding_dense_backward(grad, ids, count, padding_idx, False)
 
 
-torch.library.register_autograd("fusedformer::embedding_norm", _backward, setup_context=_save)
-torch.library.register_autograd(
-    "fusedformer::embedding_norm_backward", no_double_backward("embeddings")
-)
+_embedding_norm.register_autograd(_backward, setup_context=_save)
+_embedding_norm_backward.register_autograd(no_double_backward("embeddings"))

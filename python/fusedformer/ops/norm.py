@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import draw_seed, no_double_backward, nothing, register_fake
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_add_aten
 
 Shape = tuple[int, ...]
@@ -25,7 +26,7 @@ def layer_norm(
     if chosen_backend(input) == "torch":
         return layer_norm_aten(input, shape, weight, bias, eps)
     _checks.check_kernel_dtype("layer_norm", "input", input)
-    return _norm(input, None, None, weight, bias, None, 0.0, eps, "layer", len(shape))[0]
+    return _run(input, None, None, weight, bias, 0.0, eps, "layer", len(shape), False)[0]
 
 
 def rms_norm(input: Tensor, shape: Shape, weight: Tensor | None, eps: float | None) -> Tensor:
@@ -33,7 +34,7 @@ def rms_norm(input: Tensor, shape: Shape, weight: Tensor | None, eps: float | No
     if chosen_backend(input) == "torch":
         return torch.rms_norm(input, shape, weight, eps)
     _checks.check_kernel_dtype("rms_norm", "input", input)
-    return _norm(input, None, None, weight, None, None, 0.0, _eps(eps), "rms", len(shape))[0]
+    return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False)[0]
 
 
 def dropout_add_layer_norm(
@@ -54,9 +55,8 @@ def dropout_add_layer_norm(
         output = layer_norm_aten(total, shape, weight, bias, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
-    seed = draw_seed(p, input.device)
-    output, total, _, _ = _norm(
-        input, residual, input_bias, weight, bias, seed, p, eps, "layer", len(shape)
+    output, total = _run(
+        input, residual, input_bias, weight, bias, p, eps, "layer", len(shape), return_sum
     )
     return (output, total) if return_sum else output
 
@@ -78,9 +78,8 @@ def dropout_add_rms_norm(
         output = torch.rms_norm(total, shape, weight, eps)
         return (output, total) if return_sum else output
     _checks.check_kernel_dtype("dropout_add_rms_norm", "input", input)
-    seed = draw_seed(p, input.device)
-    output, total, _, _ = _norm(
-        input, residual, input_bias, weight, None, seed, p, _eps(eps), "rms", len(shape)
+    output, total = _run(
+        input, residual, input_bias, weight, None, p, _eps(eps), "rms", len(shape), return_sum
     )
     return (output, total) if return_sum else output
 
@@ -92,8 +91,31 @@ def dropout_add(
     if chosen_backend(input) == "torch":
         return _dropout_add_aten(input, residual, input_bias, p)
     _checks.check_kernel_dtype("dropout_add", "input", input)
-    seed = draw_seed(p, input.device)
-    return _norm(input, residual, input_bias, None, None, seed, p, 0.0, "none", 1)[1]
+    return _run(input, residual, input_bias, None, None, p, 0.0, "none", 1, True)[1]
+
+
+def _run(
+    input: Tensor,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    eps: float,
+    kind: str,
+    dims: int,
+    wants_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """(norm, sum) by the kernel, which keeps what a backward needs only if there may be one."""
+    seed = draw_seed(p, input.device) if p else None
+    kept = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, residual, input_bias, weight, bias)
+    )
+    output, total, _, _ = _norm(
+        input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum or kept,
+        kept,
+    )
+    return output, total
 
 
 def _eps(eps: float | None) -> float:
@@ -120,7 +142,12 @@ def _dropout_add_aten(
     return dropout_add_aten(input, residual, p)
 
 
-@torch.library.custom_op("fusedformer::norm", mutates_args=())
+@registered(
+    "norm",
+    schema="(Tensor input, Tensor? residual, Tensor? input_bias, Tensor? weight, Tensor? bias, "
+    "Tensor? seed, float p, float eps, str kind, SymInt dims, bool wants_sum, "
+    "bool wants_statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _norm(
     input: Tensor,
     residual: Tensor | None,
@@ -132,16 +159,19 @@ def _norm(
     eps: float,
     kind: str,
     dims: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(norm, sum, mean, rstd); each empty where ``kind`` or a missing residual leaves it out."""
+    wants_sum: bool,
+    wants_statistics: bool,
+) -> tuple[Tensor | None, ...]:
+    """(norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
     from fusedformer_kernels.norm import norm_forward
 
-    outputs = norm_forward(input, residual, input_bias, weight, bias, seed, p, eps, kind, dims)
-    output, total, mean, rstd = (nothing(input) if t is None else t for t in outputs)
-    return output, total, mean, rstd
+    return norm_forward(
+        input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum,
+        wants_statistics,
+    )
 
 
-@register_fake("fusedformer::norm")
+@_norm.register_fake
 def _norm_fake(
     input: Tensor,
     residual: Tensor | None,
@@ -153,24 +183,39 @@ def _norm_fake(
     eps: float,
     kind: str,
     dims: int,
+    wants_sum: bool,
+    wants_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = nothing(input)
-    statistics = input.new_empty(input.shape[:-dims], dtype=torch.float32).flatten()
+    def rows(wanted: bool) -> Tensor:
+        dtype = input.dtype
+        if residual is not None:
+            dtype = torch.promote_types(dtype, residual.dtype)
+        return input.new_empty(input.shape, dtype=dtype) if wanted else nothing(input)
+
+    def statistics(wanted: bool) -> Tensor:
+        if not (wanted and wants_statistics):
+            return nothing(input)
+        return input.new_empty(input.shape[:-dims], dtype=torch.float32).flatten()
+
     return (
-        none if kind == "none" else input.new_empty(input.shape),
-        none.clone() if residual is None else input.new_empty(input.shape),
-        statistics if kind == "layer" else none.clone(),
-        none.clone() if kind == "none" else statistics.clone(),
-    )
+        rows(kind != "none"), rows(residual is not None and wants_sum),
+        statistics(kind == "layer"), statistics(kind != "none"),
+    )  # fmt: skip
 
 
-@torch.library.custom_op("fusedformer::norm_backward", mutates_args=())
+@registered(
+    "norm_backward",
+    schema="(Tensor? grad, Tensor? sum_grad, Tensor normed, Tensor? mean, Tensor? rstd, "
+    "Tensor? weight, Tensor? seed, float p, str kind, SymInt dims, bool needs_weight_grad, "
+    "bool needs_bias_grad, bool needs_input_bias_grad, ScalarType input_dtype, "
+    "ScalarType parameter_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _norm_backward(
     grad: Tensor | None,
     sum_grad: Tensor | None,
     normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     weight: Tensor | None,
     seed: Tensor | None,
     p: float,
@@ -179,25 +224,25 @@ def _norm_backward(
     needs_weight_grad: bool,
     needs_bias_grad: bool,
     needs_input_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(residual grad, input grad if it differs by dropout, weight, bias and input bias grads)."""
+    input_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """(residual grad, input grad if it differs, weight, bias and input bias grads)."""
     from fusedformer_kernels.norm import norm_backward
 
-    grads = norm_backward(
-        grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims,
-        needs_weight_grad, needs_bias_grad, needs_input_bias_grad,
+    return norm_backward(
+        grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims, needs_weight_grad,
+        needs_bias_grad, needs_input_bias_grad, input_dtype, parameter_dtype,
     )
-    first, second, third, fourth, fifth = (nothing(normed) if t is None else t for t in grads)
-    return first, second, third, fourth, fifth
 
 
-@register_fake("fusedformer::norm_backward")
+@_norm_backward.register_fake
 def _norm_backward_fake(
     grad: Tensor | None,
     sum_grad: Tensor | None,
     normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     weight: Tensor | None,
     seed: Tensor | None,
     p: float,
@@ -206,29 +251,32 @@ def _norm_backward_fake(
     needs_weight_grad: bool,
     needs_bias_grad: bool,
     needs_input_bias_grad: bool,
+    input_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = normed.shape[-dims:]
+    differs = seed is not None or input_dtype != normed.dtype
 
     def parameter_grad(wanted: bool) -> Tensor:
-        return normed.new_empty(shape, dtype=torch.float32) if wanted else nothing(normed)
+        return normed.new_empty(shape, dtype=parameter_dtype) if wanted else nothing(normed)
 
     return (
         normed.new_empty(normed.shape),
-        normed.new_empty(normed.shape) if p else nothing(normed),
+        normed.new_empty(normed.shape, dtype=input_dtype) if differs else nothing(normed),
         parameter_grad(needs_weight_grad),
         parameter_grad(needs_bias_grad),
         parameter_grad(needs_input_bias_grad),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, input_bias, weight, bias, seed, ctx.p, _, ctx.kind, ctx.dims = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    input, residual, input_bias, weight, bias, seed, ctx.p, _, ctx.kind, ctx.dims, *_ = inputs
     normed, total, mean, rstd = output
-    ctx.dtypes = [None if t is None else t.dtype for t in (input_bias, weight, bias)]
+    ctx.dtypes = [None if t is None else t.dtype for t in (input, input_bias, weight, bias)]
     ctx.save_for_backward(input if residual is None else total, mean, rstd, weight, seed)
     # A gradient for a place left empty would be of the wrong shape.
     absent = [total] if residual is None else [normed] if ctx.kind == "none" else []
-    ctx.mark_non_differentiable(mean, rstd, *absent)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd, *absent) if t is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -238,21 +286,23 @@ def _backward(
     normed, mean, rstd, weight, seed = ctx.saved_tensors
     _, _, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
     if grad is None and sum_grad is None:
-        return (None,) * 10
+        return (None,) * 12
+    input_dtype, input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    dtypes = set(ctx.dtypes[1:]) - {None}
     residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
         grad, sum_grad, normed, mean, rstd, weight, seed, ctx.p, ctx.kind, ctx.dims,
-        needs_weight, needs_bias, needs_input_bias,
+        needs_weight, needs_bias, needs_input_bias, input_dtype,
+        dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
-    input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
     return (
-        dropped_grad if ctx.p else residual_grad,
+        dropped_grad if seed is not None or input_dtype != normed.dtype else residual_grad,
         residual_grad if ctx.needs_input_grad[1] else None,
         input_bias_grad.to(input_bias_dtype) if needs_input_bias else None,
         weight_grad.to(weight_dtype) if needs_weight else None,
         bias_grad.to(bias_dtype) if needs_bias else None,
-        None, None, None, None, None,
+        *(None,) * 7,
     )
 
 
-torch.library.register_autograd("fusedformer::norm", _backward, setup_context=_save)
-torch.library.register_autograd("fusedformer::norm_backward", no_double_backward("the norms"))
+_norm.register_autograd(_backward, setup_context=_save)
+_norm_backward.register_autograd(no_double_backward("the norms"))

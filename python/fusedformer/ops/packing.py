@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import register_fake
+from fusedformer.ops._registered import registered
 
 
 def gather_rows(
@@ -43,15 +43,15 @@ def shared_by_layers(starts: Tensor) -> Tensor:
     return starts
 
 
-@torch.library.custom_op("fusedformer::gather_rows", mutates_args=())
+@registered("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     from fusedformer_kernels.rows import gather_rows
 
     return gather_rows(x, index)
 
 
-@register_fake("fusedformer::gather_rows")
-def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+@_gather_rows.register_fake
+def _gather_rows_fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
 
 
@@ -64,4 +64,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _gather_rows(grad, inverse, index), None, None
 
 
-torch.library.register_autograd("fusedformer::gather_rows", _backward, setup_context=_save)
+_gather_rows.register_autograd(_backward, setup_context=_save)

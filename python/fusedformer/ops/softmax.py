@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._shared import no_double_backward, register_fake
+from fusedformer.ops._registered import registered
+from fusedformer.ops._shared import no_double_backward
 
 
 def softmax(
@@ -71,7 +72,7 @@ def _softmax_aten(
     return probabilities.masked_fill(removed, -torch.inf if log else 0.0).to(dtype)
 
 
-@torch.library.custom_op("fusedformer::softmax", mutates_args=())
+@registered("softmax")
 def _softmax(
     input: Tensor,
     mask: Tensor | None,
@@ -85,7 +86,7 @@ def _softmax(
     return softmax_forward(input, mask, scale, is_causal, dtype, log)
 
 
-@register_fake("fusedformer::softmax")
+@_softmax.register_fake
 def _softmax_fake(
     input: Tensor,
     mask: Tensor | None,
@@ -97,7 +98,7 @@ def _softmax_fake(
     return input.new_empty(input.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fusedformer::softmax_backward", mutates_args=())
+@registered("softmax_backward")
 def _softmax_backward(
     grad: Tensor, output: Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> Tensor:
@@ -106,7 +107,7 @@ def _softmax_backward(
     return softmax_backward(grad, output, scale, dtype, log, masked)
 
 
-@register_fake("fusedformer::softmax_backward")
+@_softmax_backward.register_fake
 def _softmax_backward_fake(
     grad: Tensor, output: Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> Tensor:
@@ -139,7 +140,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return input_grad, mask_grad, None, None, None, None
 
 
-torch.library.register_autograd("fusedformer::softmax", _backward, setup_context=_save)
-torch.library.register_autograd(
-    "fusedformer::softmax_backward", no_double_backward("softmax")
-)
+_softmax.register_autograd(_backward, setup_context=_save)
+_softmax_backward.register_autograd(no_double_backward("softmax"))

@@ -167,7 +167,8 @@ def _made(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Te
 def _norm_forward(size: Size, device: torch.device, dtype: torch.dtype) -> Call:
     x, residual = (_made(size, device, dtype, seed) for seed in (0, 1))
     weight, bias = (_made(size[1:], device, dtype, seed) for seed in (2, 3))
-    return lambda: norm_forward(x, residual, None, weight, bias, None, 0.0, 1e-5, "layer", 1)
+    kept = True, True
+    return lambda: norm_forward(x, residual, None, weight, bias, None, 0.0, 1e-5, "layer", 1, *kept)
 
 
 def _norm_backward(size: Size, device: torch.device, dtype: torch.dtype) -> Call:
@@ -176,7 +177,7 @@ def _norm_backward(size: Size, device: torch.device, dtype: torch.dtype) -> Call
     mean, variance = z.float().mean(1), z.float().var(1, correction=0)
     rstd = torch.rsqrt(variance + 1e-5)
     return lambda: norm_backward(
-        dy, None, z, mean, rstd, weight, None, 0.0, "layer", 1, True, True, False
+        dy, None, z, mean, rstd, weight, None, 0.0, "layer", 1, True, True, False, dtype, dtype
     )
 
 

@@ -1,0 +1,124 @@
+"""Ops as ``torch.library`` knows them, and the short way to them for eager calls.
+
+The dispatcher, its wrappers and a registered autograd formula take longer than a small kernel.
+Compilers, dispatch modes (checkpoint policies, fake tensors), tensor subclasses (DTensor) and
+``torch.func`` need them; a call on plain tensors does not, and goes to the launcher directly, by
+way of an ``autograd.Function`` of the same formula where a gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.profiler import record_function
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_OTHERS = frozenset({type(None), bool, int, float, str, list, torch.dtype})
+
+
+class Op:
+    """``torch.ops.fusedformer.<name>``; made by :func:`registered`, called by position."""
+
+    def __init__(self, name: str, implementation: Callable[..., Any], schema: str | None) -> None:
+        self.name = f"fusedformer::{name}"
+        self._run = implementation
+        torch.library.custom_op(
+            self.name, _for_dispatcher(implementation), mutates_args=(),
+            schema=schema or torch.library.infer_schema(implementation, mutates_args=()),
+        )  # fmt: skip
+        self._overload = getattr(torch.ops.fusedformer, name).default
+        self._differentiable: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_eager():
+            return self._overload(*args)
+        wanted = False
+        for value in args:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                # A negative view has a sign that is still to be applied.
+                if value.is_meta or value.is_neg():
+                    return self._overload(*args)
+                wanted = wanted or value.requires_grad
+            elif kind not in _OTHERS:
+                return self._overload(*args)
+        if wanted and torch.is_grad_enabled() and self._differentiable is not None:
+            run = self._differentiable.apply
+        else:
+            run = self._run
+        if torch._C._autograd._profiler_enabled():
+            with record_function(self.name):
+                return run(*args)
+        return run(*args)
+
+    def register_fake(self, fake: Function) -> Function:
+        """Shapes, dtypes and strides of the results; a decorator."""
+        torch.library.register_fake(self.name)(fake)
+        return fake
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """The gradient formula, in the form of ``torch.library.register_autograd``."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        implementation = self._run
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = implementation(*inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(self.name, (torch.autograd.Function,), members)
+
+
+def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Op]:
+    """Register a function under ``fusedformer::name``; a decorator.
+
+    It may return None for what it was not asked to compute where the schema says Tensor, and views
+    of one buffer: the dispatcher, which allows neither, gets empty tensors and copies.
+    """
+    return lambda implementation: Op(name, implementation, schema)
+
+
+def _is_eager() -> bool:
+    """Whether nothing looks on between a call and its kernels."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state()
+    )
+
+
+def _for_dispatcher(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        found = implementation(*args)
+        if isinstance(found, Tensor):
+            return found
+        like = next(value for value in args if isinstance(value, Tensor))
+        memory: set[int] = set()
+        results = []
+        for output in found:
+            if output is None:
+                output = nothing(like)
+            elif output.numel():
+                start = output.untyped_storage().data_ptr()
+                output = output.clone() if start in memory else output
+                memory.add(start)
+            results.append(output)
+        return tuple(results)
+
+    return run
+
+
+def nothing(like: Tensor) -> Tensor:
+    """The empty tensor that the dispatcher gets for an output that was not asked for."""
+    return like.new_empty(0)
