@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +85,11 @@ def layout_of(tensor: torch.Tensor | None) -> Layout:
     """The strides of ``tensor``, zeros for None."""
     if tensor is None:
         return Layout(0, 0, 0, 0)
-    batch, head, row, dim = tensor.stride()[-4:]
+    return _layout(*tensor.stride()[-4:])
+
+
+@functools.lru_cache(4096)
+def _layout(batch: int, head: int, row: int, dim: int) -> Layout:
     if any(s % 8 for s in (batch, head, row)) or not any(s % 16 for s in (batch, head, row)):
         return Layout(batch, head, row, dim)
     return Layout(batch // 8, head // 8, row // 8, dim, 1)
@@ -124,13 +129,13 @@ def attention_arguments(
     sequences = terms.starts_q.numel() - 1 if terms.starts_q is not None else query.shape[0]
     mask, slopes, table = terms.mask, terms.slopes, terms.table
     additive = mask is not None and mask.dtype != torch.bool
-    softcap = terms.softcap
+    softcap = None if terms.softcap is None else float(terms.softcap)
     mask_batch, mask_head, mask_row, mask_column = broadcast_strides(mask, 4)
     key_mask_batch, key_mask_column = broadcast_strides(terms.key_mask, 2)
     slopes_batch, slopes_head = broadcast_strides(slopes, 2)
     table_head, table_column = broadcast_strides(table, 2)
     scores = Scores(
-        scale=terms.scale,
+        scale=float(terms.scale),
         softcap=softcap,
         mask=None if mask is None else mask if additive else mask.view(torch.uint8),
         mask_batch=mask_batch,
@@ -152,7 +157,7 @@ def attention_arguments(
         right=terms.right,
         align_end=1 if terms.align_end else None,
         seed=terms.seed,
-        p=terms.p,
+        p=float(terms.p),
         starts_q=terms.starts_q,
         starts_k=terms.starts_k,
         heads=query.shape[1],

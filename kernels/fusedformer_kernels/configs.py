@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedformer_kernels.tuned import chosen
+from fusedformer_kernels.tuned import chosen, worked_out_once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object each: hashed by every launch
 class Target:
     """What a config depends on, of a device."""
 
@@ -115,6 +115,7 @@ NORM_DROPOUT_BACKWARD_ONE_PASS = 4096  # 8192 spills with dropout and three sums
 LONG_ROW_CHUNK = 4096
 
 
+@worked_out_once
 def row_tile(
     kernel: str, columns: int, one_pass: int, tile: int, per_thread: int, target: Target
 ) -> TileConfig:
@@ -127,6 +128,7 @@ def row_tile(
     return chosen((kernel, block_n), target, default)
 
 
+@worked_out_once
 def elementwise_tile(kernel: str, columns: int, target: Target) -> TileConfig:
     """Tiles for bias + activation, forward and backward: 16 elements a thread."""
     block_n = min(max(next_power_of_2(columns), 16), 512)
@@ -223,6 +225,7 @@ FEW_QUERIES = 16
 KEYS_PER_SPLIT = 512
 
 
+@worked_out_once
 def attention_forward_config(
     kind: AttentionKind, target: Target, max_queries: int, max_keys: int
 ) -> AttentionConfig:
@@ -248,6 +251,7 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
     return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
+@worked_out_once
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
@@ -269,6 +273,7 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
     return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
 
 
+@worked_out_once
 def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles, no larger than the backward's longer side."""
     config = attention_backward_config(kind, target)

@@ -485,4 +485,6 @@ def _distribute(
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parameter is None else parameter.reshape(-1)
+    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+        return parameter
+    return parameter.reshape(-1)

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,27 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parent / "tuned"
 
 _forced: dict[Key, Fields] = {}
+_caches: list[Any] = []
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def worked_out_once(config: F) -> F:
+    """A function that gives a config, called once for the same arguments unless one is forced."""
+    cached = functools.cache(config)
+    _caches.append(cached)
+
+    @functools.wraps(config)
+    def run(*args: Any) -> Any:
+        return config(*args) if _forced else cached(*args)
+
+    return run  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Read the tables again when they are next asked."""
+    for cached in (_table, *_caches):
+        cached.cache_clear()
 
 
 def chosen(key: Key, target: Target, default: C) -> C:

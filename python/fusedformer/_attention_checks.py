@@ -16,6 +16,7 @@ ALIGNMENTS = ("top_left", "bottom_right")
 WEIGHTS = (False, "per_head", "averaged")
 
 
+@_checks.remembered
 def check_attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
     """Raise unless the arguments of ``scaled_dot_product_attention`` fit together.
 
@@ -79,6 +80,28 @@ def check_varlen(
 
     What is in ``cu_seqlens`` is looked at on the CPU only: elsewhere it would synchronize.
     """
+    starts = cu_seqlens_q, cu_seqlens_k
+    _check_varlen(query, key, value, *starts, max_seqlen_q, max_seqlen_k, options)
+    if torch.compiler.is_compiling():
+        return
+    for side, tensor, tokens, longest in (
+        ("q", cu_seqlens_q, query, max_seqlen_q), ("k", cu_seqlens_k, key, max_seqlen_k)
+    ):  # fmt: skip
+        if tensor.device.type == "cpu":
+            _check_starts("varlen_attention", side, tensor, tokens.shape[0], longest)
+
+
+@_checks.remembered
+def _check_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Mapping[str, Any],
+) -> None:
     function = "varlen_attention"
     named = {"query": query, "key": key, "value": value}
     _check_inputs(function, named, min_dims=3)
@@ -120,9 +143,6 @@ def check_varlen(
                 f"queries and keys, but got {tuple(tensor.shape)}"
             )
     _checks.check_same_device(function, {"query": query, **starts})
-    for side, tensor, tokens in (("q", cu_seqlens_q, query), ("k", cu_seqlens_k, key)):
-        if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_starts(function, side, tensor, tokens.shape[0], longest[f"max_seqlen_{side}"])
     sequences = cu_seqlens_q.shape[0] - 1
     scores = (sequences, heads, max_seqlen_q, max_seqlen_k)
     _check_terms(function, named, options, scores, sequences, heads)
@@ -148,6 +168,7 @@ def _short(values: Sequence[int]) -> str:
     return f"[{shown}, ... {values[-1]}]" if len(values) > 9 else str(list(values))
 
 
+@_checks.remembered
 def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> None:
     """Raise unless the arguments of ``merge_attention_states`` fit together."""
     function = "merge_attention_states"
@@ -310,6 +331,8 @@ def attention_batch_shape(
                 f"to divide that of 'query', {heads}, but got {key_heads} and {value_heads}"
             )
         leading = [(*shape[:-1], heads) for shape in leading]
+    if leading[0] == leading[1] == leading[2]:
+        return leading[0]
     try:
         return tuple(torch.broadcast_shapes(*leading))  # type: ignore[no-untyped-call]
     except RuntimeError:

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
+
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+
+_MOST = 4096  # kinds of calls that are remembered of each check
+
+
+def remembered(check: Check) -> Check:
+    """A check that passes over calls like one that has passed before; a decorator.
+
+    It may look at nothing of a tensor but its dtype, shape, device and layout. An eager call of a
+    small op takes less time than its checks would every time.
+    """
+    passed: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(check)
+    def run(*args: Any) -> Any:
+        kinds = None if torch.compiler.is_compiling() else _kinds(args)
+        if kinds is None:
+            return check(*args)
+        if kinds in passed:
+            return passed[kinds]
+        if len(passed) >= _MOST:
+            passed.clear()
+        result = passed[kinds] = check(*args)
+        return result
+
+    return run  # type: ignore[return-value]
+
+
+def _kinds(values: Any) -> tuple[Any, ...] | None:
+    """What a remembered check may look at, hashable; None where that cannot be."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_nested:
+                return None
+            found += (value.dtype, value.shape, value.device, value.layout)
+        elif value is None or kind is str:
+            found.append(value)
+        elif kind is float or kind is int or kind is bool or kind is torch.dtype:
+            found += (kind, value)
+        elif kind is tuple or kind is list or kind is torch.Size or kind is dict:
+            inner = _kinds(value.values() if kind is dict else value)
+            if inner is None:
+                return None
+            found += (kind, inner)
+        else:
+            return None
+    return tuple(found)
 
 
 def check_tensor(function: str, name: str, value: object) -> None:

@@ -38,6 +38,14 @@ def bias_activation(
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv:1606.08415.
     """
+    _check_bias_activation(input, bias, activation, p)
+    return ops.bias_activation(input, bias, activation, p if training else 0.0)
+
+
+@_checks.remembered
+def _check_bias_activation(
+    input: Tensor, bias: Tensor | None, activation: Activation, p: float
+) -> None:
     function = "bias_activation"
     _checks.check_input(function, "input", input)
     if activation not in ACTIVATIONS:
@@ -49,4 +57,3 @@ def bias_activation(
     _checks.check_parameter(function, "bias", bias, input.shape[-1:], of)
     _checks.check_same_device(function, {"input": input, "bias": bias})
     _checks.check_probability(function, "p", p)
-    return ops.bias_activation(input, bias, activation, p if training else 0.0)

@@ -110,8 +110,10 @@ def dropout_add_layer_norm(
         TypeError, ValueError: as :func:`layer_norm`; ``p`` outside [0, 1]; ``residual`` of
             another shape or dtype than ``input``.
     """
-    shape = _check_norm("dropout_add_layer_norm", input, normalized_shape, weight, bias, eps)
-    _check_dropout_add("dropout_add_layer_norm", input, residual, shape, input_bias, p)
+    shape = _check_fused_norm(
+        "dropout_add_layer_norm", input, residual, normalized_shape, weight, bias, eps, input_bias,
+        p,
+    )
     return ops.dropout_add_layer_norm(
         input, residual, shape, weight, bias, eps,
         input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
@@ -148,8 +150,10 @@ def dropout_add_rms_norm(
     :func:`rms_norm`.
     """
     checked_eps = 0.0 if eps is None else eps
-    shape = _check_norm("dropout_add_rms_norm", input, normalized_shape, weight, None, checked_eps)
-    _check_dropout_add("dropout_add_rms_norm", input, residual, shape, input_bias, p)
+    shape = _check_fused_norm(
+        "dropout_add_rms_norm", input, residual, normalized_shape, weight, None, checked_eps,
+        input_bias, p,
+    )
     return ops.dropout_add_rms_norm(
         input, residual, shape, weight, eps,
         input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
@@ -184,6 +188,7 @@ def dropout_add(
     return ops.dropout_add(input, residual, input_bias=input_bias, p=p if training else 0.0)
 
 
+@_checks.remembered
 def _check_norm(
     function: str,
     input: Tensor,
@@ -213,6 +218,24 @@ def _check_norm(
     return shape
 
 
+@_checks.remembered
+def _check_fused_norm(
+    function: str,
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input_bias: Tensor | None,
+    p: float,
+) -> tuple[int, ...]:
+    shape = _check_norm(function, input, normalized_shape, weight, bias, eps)
+    _check_dropout_add(function, input, residual, shape, input_bias, p)
+    return shape
+
+
+@_checks.remembered
 def _check_dropout_add(
     function: str,
     input: Tensor,

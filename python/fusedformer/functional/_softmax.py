@@ -87,6 +87,26 @@ def _softmax(
             f"Change the call to include dim=X as an argument.",
             stacklevel=stacklevel,
         )
+    dtype = _check_softmax(function, input, dim, dtype, scale, mask, is_causal)
+    if not input.is_floating_point():
+        input = input.to(dtype)
+    return ops.softmax(
+        input, dim, scale=scale, mask=mask, is_causal=is_causal, dtype=dtype,
+        log=function == "log_softmax",
+    )
+
+
+@_checks.remembered
+def _check_softmax(
+    function: str,
+    input: Tensor,
+    dim: int,
+    dtype: torch.dtype | None,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+) -> torch.dtype:
+    """The dtype of the result, if all is well."""
     if not isinstance(dim, (int, torch.SymInt)):
         raise TypeError(f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}")
     rank = max(input.dim(), 1)
@@ -102,8 +122,6 @@ def _softmax(
         raise TypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
     if input.is_complex():
         raise TypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
-    if not input.is_floating_point():
-        input = input.to(dtype)
     _checks.check_number(function, "scale", scale)
     if mask is not None:
         _checks.check_mask(function, "mask", mask, input.shape)
@@ -113,7 +131,4 @@ def _softmax(
             f"{function}(): is_causal=True needs at least 2 dimensions and dim to be the last, "
             f"but got dim={dim} of a {input.dim()}-D input"
         )
-    return ops.softmax(
-        input, dim, scale=scale, mask=mask, is_causal=is_causal, dtype=dtype,
-        log=function == "log_softmax",
-    )
+    return dtype

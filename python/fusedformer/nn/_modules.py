@@ -19,8 +19,6 @@ from fusedformer.nn.layer_norm import LayerNorm
 
 M = TypeVar("M", bound=nn.Module)
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def adopt(module: nn.Module, cls: type[M]) -> M:
     """``module`` as an instance of ``cls``, a subclass of its type that adds no state.
@@ -37,12 +35,15 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
 
     A subclass, a hook or a replaced ``forward`` may do more; such a module must be called.
     """
-    return (
-        getattr(type(module), "_made_of", (type(module),))[0] in types
-        and "forward" not in module.__dict__
-        and not any(module.__dict__[hooks] for hooks in _HOOKS)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    cls = type(module)
+    if getattr(cls, "_made_of", (cls,))[0] not in types:
+        return False
+    own = module.__dict__
+    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return False
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.profiler import record_function
@@ -42,14 +43,15 @@ class Op:
         for value in args:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                # A negative view has a sign that is still to be applied.
-                if value.is_meta or value.is_neg():
+                # Negative views have a sign that is still to be applied, and torch.func leaves
+                # wrappers behind.
+                if value.is_meta or value.is_neg() or unwrap_if_dead(value) is not value:
                     return self._overload(*args)
                 wanted = wanted or value.requires_grad
             elif kind not in _OTHERS:
                 return self._overload(*args)
         if wanted and torch.is_grad_enabled() and self._differentiable is not None:
-            run = self._differentiable.apply
+            run = self._differentiable
         else:
             run = self._run
         if torch._C._autograd._profiler_enabled():
@@ -76,7 +78,14 @@ class Op:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._differentiable = type(self.name, (torch.autograd.Function,), members)
+        function = type(self.name, (torch.autograd.Function,), members)
+        self._differentiable = plain_apply(function)
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its ``apply`` without torch.func's part, which looks at every argument once more."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Op]:

@@ -51,6 +51,21 @@ def seeds_drawn_at_once(count: int) -> Iterator[None]:
         _seeds.count, _seeds.used, _seeds.drawn = 0, 0, None
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow, for which something is to be kept."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
+    """The dtype in which kernels write the gradients of parameters, of those that there are."""
+    found = {dtype for dtype in dtypes if dtype is not None}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
 NO_DOUBLE_BACKWARD = (
     "fusedformer: double backward through {} is not implemented on the triton backend; "
     "run the forward under fusedformer.backend('torch')"

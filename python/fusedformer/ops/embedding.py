@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
-from fusedformer.ops._shared import draw_seed, no_double_backward
+from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 from fusedformer.ops.norm import layer_norm_aten
 
@@ -161,10 +161,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     *tables, mean, rstd, weight, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[1] or needs[3] or needs[5], needs[6], needs[7]]
-    dtypes = set(ctx.dtypes) - {None}
     total_grad, weight_grad, bias_grad = _embedding_norm_backward(
         grad, *tables, mean, rstd, weight, seed, ctx.p, wanted,
-        dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        common_dtype(ctx.dtypes),
     )
     grads: list[Tensor | None] = []
     for ids, table, padding_idx, needed in zip(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedformer._backend import chosen_backend
+from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed
 from fusedformer.ops.activation import (
     activate_aten,
@@ -71,7 +72,7 @@ def linear(
     if how == "composed" or not (fork or x.device.type == "cpu"):
         return F.linear(x, weight, bias), x
     weight, bias = _narrowed(x, weight), _narrowed(x, bias)
-    found = _Linear.apply(x, weight, bias, fork)  # type: ignore[no-untyped-call]
+    found = _linear(x, weight, bias, fork)
     return found if isinstance(found, tuple) else (found, x)
 
 
@@ -96,7 +97,7 @@ def feed_forward(
         return product(hidden, block.weight2, block.bias2), late_bias, x
     weight1, bias1, weight2, bias2 = (_narrowed(x, t) for t in block[:4])
     bias1 = block.bias1 if triton else bias1  # the kernels take it as it is
-    found = _FeedForward.apply(  # type: ignore[no-untyped-call]
+    found = _feed_forward(
         x, weight1, bias1, weight2, bias2, name, block.p, block.checkpoint_activation,
         fork and x.requires_grad,
     )
@@ -235,6 +236,9 @@ class _FeedForward(torch.autograd.Function):
             grad_w1 = _weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
             grad_x = _input_gradient(inner, weight1, through) if needs_x else None
         return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+
+
+_linear, _feed_forward = plain_apply(_Linear), plain_apply(_FeedForward)
 
 
 def _differentiable_gradients(

@@ -13,7 +13,12 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
-from fusedformer.ops._shared import draw_seed, no_double_backward
+from fusedformer.ops._shared import (
+    common_dtype,
+    draw_seed,
+    needs_gradient,
+    no_double_backward,
+)
 from fusedformer.ops.dropout_aten import dropout_add_aten
 
 Shape = tuple[int, ...]
@@ -108,9 +113,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """(norm, sum) by the kernel, which keeps what a backward needs only if there may be one."""
     seed = draw_seed(p, input.device) if p else None
-    kept = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, residual, input_bias, weight, bias)
-    )
+    kept = needs_gradient(input, residual, input_bias, weight, bias)
     output, total, _, _ = _norm(
         input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum or kept,
         kept,
@@ -272,7 +275,8 @@ def _norm_backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     input, residual, input_bias, weight, bias, seed, ctx.p, _, ctx.kind, ctx.dims, *_ = inputs
     normed, total, mean, rstd = output
-    ctx.dtypes = [None if t is None else t.dtype for t in (input, input_bias, weight, bias)]
+    ctx.input_dtype = input.dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in (input_bias, weight, bias)]
     ctx.save_for_backward(input if residual is None else total, mean, rstd, weight, seed)
     # A gradient for a place left empty would be of the wrong shape.
     absent = [total] if residual is None else [normed] if ctx.kind == "none" else []
@@ -287,12 +291,12 @@ def _backward(
     _, _, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
     if grad is None and sum_grad is None:
         return (None,) * 12
-    input_dtype, input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    dtypes = set(ctx.dtypes[1:]) - {None}
+    input_dtype = ctx.input_dtype
+    input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
     residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
         grad, sum_grad, normed, mean, rstd, weight, seed, ctx.p, ctx.kind, ctx.dims,
         needs_weight, needs_bias, needs_input_bias, input_dtype,
-        dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        common_dtype(ctx.dtypes),
     )
     return (
         dropped_grad if seed is not None or input_dtype != normed.dtype else residual_grad,
