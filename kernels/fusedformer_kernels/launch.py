@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import Parameter
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -96,7 +95,7 @@ _IS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 
 )
 
 
-_TENSORS = frozenset({Tensor, Parameter})
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @functools.lru_cache(4096)
@@ -117,11 +116,11 @@ def _append_kinds(args: tuple[Any, ...], kinds: list[Any]) -> Any:
     append = kinds.append
     for value in args:
         kind = type(value)
-        if kind is Tensor or kind is Parameter:
+        if value is None:
+            append(None)
+        elif kind is Tensor or isinstance(value, Tensor):
             device = value.device
             append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
-        elif value is None:
-            append(None)
         elif kind is int:
             if value == 1:
                 append(1)
@@ -132,7 +131,7 @@ def _append_kinds(args: tuple[Any, ...], kinds: list[Any]) -> Any:
         elif kind is float:
             append(float)
         elif isinstance(value, tuple):
-            if _TENSORS.isdisjoint(map(type, value)):
+            if _NUMBERS.issuperset(map(type, value)):
                 append(_kinds_of_numbers(value))
             else:
                 append(len(value))
