@@ -77,12 +77,12 @@ for case in compile_cases.compile_cases():
     check(case.call, case.name)
 
 # Whatever order kinds of arguments come in.
-sizes = 0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**31 + 16, 2**40 + 1, -16, -5
+sizes = 0, 1, 2, 8, 15, 16, 17, 24, 2**31 - 1, 2**31, 2**31 + 16, 2**40 + 1, -16, -5
 memory = torch.zeros(64, dtype=torch.float32)
-aligned, odd = memory[:4], memory[1:5]
+aligned, half, odd = memory[:4], memory[2:6], memory[1:5]
 config = launch.LaunchConfig(4, 2)
 wanted = {}
-kinds = list(itertools.product((aligned, odd, aligned.half()), sizes, sizes))
+kinds = list(itertools.product((aligned, half, odd, aligned.half()), sizes, sizes))
 for known in (False, True, True):
     launch._IS_KNOWN = known
     launch._compiled.clear() if not known else None
