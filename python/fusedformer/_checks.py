@@ -17,6 +17,7 @@ FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed 
 Check = TypeVar("Check", bound=Callable[..., Any])
 
 _MOST = 4096  # kinds of calls that are remembered of each check
+_UNKNOWN = object()
 
 
 def remembered(check: Check) -> Check:
@@ -32,8 +33,9 @@ def remembered(check: Check) -> Check:
         kinds = None if torch.compiler.is_compiling() else _kinds(args)
         if kinds is None:
             return check(*args)
-        if kinds in passed:
-            return passed[kinds]
+        result = passed.get(kinds, _UNKNOWN)
+        if result is not _UNKNOWN:
+            return result
         if len(passed) >= _MOST:
             passed.clear()
         result = passed[kinds] = check(*args)
