@@ -116,28 +116,27 @@ def _append_kinds(args: tuple[Any, ...], kinds: list[Any]) -> Any:
     append = kinds.append
     for value in args:
         kind = type(value)
-        if value is None:
-            append(None)
-        elif kind is Tensor or isinstance(value, Tensor):
-            device = value.device
-            append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
-        elif kind is int:
+        if kind is int:
             if value == 1:
                 append(1)
             elif -(2**31) <= value < 2**31:
                 append(2 if value & 15 else 16)
             else:
                 append((value & 15 == 0, value.bit_length() > 63))
+        elif value is None:
+            append(None)
         elif kind is float:
             append(float)
-        elif isinstance(value, tuple):
-            if _NUMBERS.issuperset(map(type, value)):
-                append(_kinds_of_numbers(value))
-            else:
-                append(len(value))
-                device = _append_kinds(value, kinds) or device
-        else:
+        elif isinstance(value, Tensor):
+            device = value.device
+            append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
+        elif not isinstance(value, tuple):
             append((kind, value))
+        elif _NUMBERS.issuperset(map(type, value)):
+            append(_kinds_of_numbers(value))
+        else:
+            append(len(value))
+            device = _append_kinds(value, kinds) or device
     return device
 
 

@@ -61,11 +61,12 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, form: 
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
+    if not x.is_cpu or x.numel() // max(x.shape[-1], 1) * weight.numel() < _WORTH_ONEDNN:
+        return False
     tensors = [x, weight] if addend is None else [x, weight, addend]
     return (
         all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        and x.shape[:-1].numel() * weight.numel() >= _WORTH_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch._C._has_mkldnn
