@@ -18,16 +18,18 @@ ALLOWED = {
     "reference": ("fusedformer.reference",),
     "nn": (
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
+        "fusedformer._autocast",
     ),
     "functional": (
         "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
-        "fusedformer._attention_checks",
+        "fusedformer._attention_checks", "fusedformer._autocast",
     ),
     "ops": (
         "fusedformer.ops", "fusedformer._checks", "fusedformer._attention_checks",
-        "fusedformer._backend", "fusedformer_kernels",
+        "fusedformer._backend", "fusedformer._autocast", "fusedformer_kernels",
     ),
     "_attention_checks": ("fusedformer._checks",),
+    "_autocast": (),
     "_checks": (),
     "_backend": (),
     "_version": (),

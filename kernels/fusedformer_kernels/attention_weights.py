@@ -81,14 +81,19 @@ def _attention_weights(
 
 
 def attention_weights(
-    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, terms: AttentionTerms, average: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    terms: AttentionTerms,
+    average: bool,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Weights [B, H, L, S] in the dtype of ``query``, or their mean over heads [B, 1, L, S]."""
+    """Weights [B, H, L, S], or their mean over heads [B, 1, L, S]; ``dtype`` as ``query``'s."""
     batch, heads, n_queries, dim = query.shape
     n_keys = key.shape[2]
     planes, members = (1, heads) if average else (heads, 1)
     sizes = (batch, planes, n_queries, n_keys)
-    weights = torch.empty(sizes, dtype=query.dtype, device=query.device)
+    weights = torch.empty(sizes, dtype=dtype or query.dtype, device=query.device)
     if weights.numel() == 0:
         return weights
     arguments = attention_arguments(query, key, dim, terms)

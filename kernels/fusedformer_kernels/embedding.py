@@ -179,11 +179,12 @@ def embedding_forward(
     seed: torch.Tensor | None,
     p: float,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y ``[rows, E]`` in the dtype of the tables, mean and rstd, float32 ``[rows]``)."""
+    """(y ``[rows, E]`` in ``dtype`` or that of the tables, mean and rstd, float32 ``[rows]``)."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
-    y = tokens.new_empty(n_rows, n_columns)
+    y = tokens.new_empty(n_rows, n_columns, dtype=dtype)
     mean = torch.empty(n_rows, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty_like(mean)
     if y.numel():

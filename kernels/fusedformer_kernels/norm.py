@@ -348,19 +348,20 @@ def norm_forward(
     dims: int,
     wants_sum: bool,
     wants_statistics: bool,
+    norm_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """(y, z, mean, rstd) over the last ``dims`` dimensions of ``x``.
 
     y and rstd are None for kind "none", mean unless the kind is "layer", z without a residual;
     and what is not wanted. y and z are contiguous in the wider of the dtypes of ``x`` and
-    ``residual``; mean and rstd are float32 ``[rows]``.
+    ``residual``, y in ``norm_dtype`` if it is given; mean and rstd are float32 ``[rows]``.
     """
     n_columns = math.prod(x.shape[-dims:])
     n_rows = math.prod(x.shape[:-dims])
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = z = mean = rstd = None
     if kind != "none":
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        y = torch.empty(x.shape, dtype=norm_dtype or dtype, device=x.device)
     if residual is not None and wants_sum:
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
     if kind != "none" and wants_statistics:

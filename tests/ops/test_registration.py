@@ -29,12 +29,15 @@ def softmax_backward_case(log: bool) -> tuple[Any, ...]:
     return torch.randn(3, 7), y if log else y.exp(), 0.5, torch.bfloat16, log, False
 
 
-def norm_case(kind: str, *, fused: bool, p: float = 0.0) -> tuple[Any, ...]:
+def norm_case(
+    kind: str, *, fused: bool, p: float = 0.0, dtype: torch.dtype | None = None
+) -> tuple[Any, ...]:
     residual, input_bias = (leaf(4, 6), leaf(6)) if fused else (None, None)
     bias = leaf(6) if kind == "layer" else None
     weight = None if kind == "none" else leaf(6)
     drawn = seed() if p else None
-    return leaf(4, 6), residual, input_bias, weight, bias, drawn, p, 1e-5, kind, 1, True, True
+    wants = (kind, 1, True, True, dtype)
+    return leaf(4, 6), residual, input_bias, weight, bias, drawn, p, 1e-5, *wants
 
 
 def norm_backward_case(
@@ -114,14 +117,16 @@ def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> t
     return torch.randn(1, 2, 7, 4), lse_grad, query, key, value, needs, *others
 
 
-def weights_case(average: bool, **terms: Any) -> tuple[Any, ...]:
+def weights_case(
+    average: bool, dtype: torch.dtype = torch.float32, **terms: Any
+) -> tuple[Any, ...]:
     query, key, _, *others = attention_case(**terms)
     lse = torch.randn(2, 2, 5).add(3).requires_grad_()
-    return query, key, lse, average, *others
+    return query, key, lse, average, dtype, *others
 
 
 def weights_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
-    query, key, lse, average, *others = detached(weights_case(True, **terms))
+    query, key, lse, average, _, *others = detached(weights_case(True, **terms))
     return torch.randn(2, 1, 5, 7), query, key, lse, average, needs, *others
 
 
@@ -134,8 +139,8 @@ def tables() -> list[Any]:
     return [ids, leaf(4, 6), ids % 3, leaf(3, 6), None, leaf(2, 6)]
 
 
-def embedding_case(p: float = 0.0) -> tuple[Any, ...]:
-    return *tables(), leaf(6), leaf(6), seed() if p else None, p, 1e-5, 3
+def embedding_case(p: float = 0.0, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    return *tables(), leaf(6), leaf(6), seed() if p else None, p, 1e-5, 3, dtype
 
 
 def embedding_backward_case(needs: list[bool]) -> tuple[Any, ...]:
@@ -152,6 +157,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "layer norm": ("norm", lambda: norm_case("layer", fused=False)),
     "layer norm, residual, dropout": ("norm", lambda: norm_case("layer", fused=True, p=0.5)),
     "rms norm, residual": ("norm", lambda: norm_case("rms", fused=True)),
+    "rms norm, another dtype": (
+        "norm", lambda: norm_case("rms", fused=True, dtype=torch.bfloat16),
+    ),
     "sum alone": ("norm", lambda: norm_case("none", fused=True)),
     "layer norm backward": ("norm_backward", lambda: norm_backward_case("layer")),
     "rms norm backward, dropout": ("norm_backward", lambda: norm_backward_case("rms", 0.5)),
@@ -199,7 +207,7 @@ CASES: dict[str, tuple[str, Any]] = {
         lambda: packed_aten_backward_case([False, True, True, False, False, False]),
     ),
     "weights": ("attention_weights", lambda: weights_case(False, **learned())),
-    "weights, averaged": ("attention_weights", lambda: weights_case(True)),
+    "weights, averaged": ("attention_weights", lambda: weights_case(True, torch.bfloat16)),
     "weights backward": (
         "attention_weights_backward", lambda: weights_backward_case([True] * 6, **learned()),
     ),
@@ -210,7 +218,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "pack": ("gather_rows", lambda: (leaf(3, 4), torch.tensor([0, 2]), torch.tensor([0, -1, 1]))),
     "unpack": ("gather_rows", lambda: (leaf(2, 4), torch.tensor([0, -1, 1]), torch.tensor([0, 2]))),
     "embedding": ("embedding_norm", embedding_case),
-    "embedding, dropout": ("embedding_norm", lambda: embedding_case(0.5)),
+    "embedding, dropout": ("embedding_norm", lambda: embedding_case(0.5, torch.bfloat16)),
     "embedding backward": (
         "embedding_norm_backward", lambda: embedding_backward_case([True, True, False]),
     ),

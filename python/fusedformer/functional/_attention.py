@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _attention_checks, ops
+from fusedformer._autocast import autocast_dtype, cast
 
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -90,11 +91,13 @@ def scaled_dot_product_attention(
         ``[*batch, heads, L, Ev]`` in the dtype of ``query``; a tuple of it and what else is asked
         for, in this order: the float32 log-sum-exp ``[*batch, heads, L]`` (natural logarithm; of
         nested tensors ``[heads, tokens]``), and the weights ``[*batch, heads, L, S]`` or
-        ``[*batch, L, S]`` in the dtype of ``query``. All are differentiable. A query with no
+        ``[*batch, L, S]`` in the dtype of ``query``, or in float32 where autocast gives torch's
+        softmax that. All are differentiable. A query with no
         visible key gets output, weights and gradient 0 and log-sum-exp -inf.
 
     Raises:
-        TypeError: dtypes that differ, or that the backend does not support.
+        TypeError: dtypes that differ, but under autocast, which casts as for torch's; or that
+            the backend does not support.
         ValueError: shapes that do not fit, masks that do not broadcast, tensors on different
             devices, ``dropout_p`` outside [0, 1], settings that are not among those above.
 
@@ -112,10 +115,26 @@ def scaled_dot_product_attention(
     if all(isinstance(t, Tensor) and t.is_nested for t in tensors):
         _attention_checks.check_nested(*tensors, key_mask, return_weights)
         return _nested_attention(query, key, value, options)
+    query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     query, key, value = _of_one_rank(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
     _attention_checks.check_attention(query, key, value, options)
-    return ops.scaled_dot_product_attention(query, key, value, **options)
+    return ops.scaled_dot_product_attention(
+        query, key, value, **options,
+        weights_dtype=autocast_dtype("softmax", query) if return_weights else None,
+    )
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All in autocast's dtype, if it casts ``query``; a float32 mask is read as it is."""
+    dtype = autocast_dtype("scaled_dot_product_attention", query)
+    if dtype is None:
+        return query, key, value, mask
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.float32):
+        mask = cast(dtype, mask)
+    return cast(dtype, query), cast(dtype, key), cast(dtype, value), mask
 
 
 def _of_one_rank(*tensors: Tensor) -> list[Tensor]:
@@ -223,6 +242,7 @@ def varlen_attention(
         "softcap": softcap, "attn_mask": attn_mask, "key_lengths": key_lengths,
         "causal_alignment": causal_alignment,
     }  # fmt: skip
+    query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _attention_checks.check_varlen(query, key, value, *where, options)
     return ops.varlen_attention(query, key, value, *where, return_lse=return_lse, **options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer._autocast import autocast_dtype
 
 _FUNCTION = "embedding_layer_norm"
 
@@ -45,7 +46,7 @@ def embedding_layer_norm(
         training: no dropout if False.
 
     Returns:
-        ``[*, E]`` in the dtype of ``weight``.
+        ``[*, E]`` in the dtype of ``weight``; float32 where autocast gives torch's norm that.
 
     Raises:
         TypeError: ids that are not int32 or int64, tables that are not floating-point or differ
@@ -97,6 +98,7 @@ def embedding_layer_norm(
         input, weight, norm_weight, norm_bias, eps, position_ids=position_ids,
         position_weight=position_weight, token_type_ids=token_type_ids,
         token_type_weight=token_type_weight, padding_idx=padding_idx, p=p if training else 0.0,
+        dtype=autocast_dtype("layer_norm", weight),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer._autocast import autocast_dtype
 
 
 def layer_norm(
@@ -27,7 +28,7 @@ def layer_norm(
         eps: added to the (biased) variance.
 
     Returns:
-        Tensor of the shape and dtype of ``input``.
+        Tensor of the shape and dtype of ``input``; float32 where autocast gives torch's that.
 
     Raises:
         TypeError: ``input``, ``weight`` or ``bias`` is not a floating-point tensor; ``eps`` is not
@@ -38,7 +39,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
     shape = _check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
-    return ops.layer_norm(input, shape, weight, bias, eps)
+    return ops.layer_norm(input, shape, weight, bias, eps, autocast_dtype("layer_norm", input))
 
 
 def rms_norm(
@@ -62,7 +63,7 @@ def rms_norm(
     """
     checked_eps = 0.0 if eps is None else eps
     shape = _check_norm("rms_norm", input, normalized_shape, weight, None, checked_eps)
-    return ops.rms_norm(input, shape, weight, eps)
+    return ops.rms_norm(input, shape, weight, eps, autocast_dtype("rms_norm", input))
 
 
 @overload
@@ -96,7 +97,8 @@ def dropout_add_layer_norm(
 
     Args:
         input: ``[..., *normalized_shape]``, the output of a projection.
-        residual: like ``input``.
+        residual: of the shape of ``input``. The sum is in the wider of both dtypes, as in torch: a
+            float32 residual stream takes a bfloat16 product without a copy.
         normalized_shape, weight, bias, eps: as for :func:`layer_norm`.
         input_bias: shape ``normalized_shape``, added to ``input`` before dropout.
         p: probability that an element is dropped, in [0, 1].
@@ -104,11 +106,12 @@ def dropout_add_layer_norm(
         return_sum: also return ``dropout(input + input_bias) + residual`` (for pre-norm layers).
 
     Returns:
-        The norm, or with ``return_sum=True`` the pair (norm, sum); shape and dtype of ``input``.
+        The norm, or with ``return_sum=True`` the pair (norm, sum), of the shape of ``input`` and
+        the dtype of the sum; the norm in float32 where autocast gives torch's that.
 
     Raises:
-        TypeError, ValueError: as :func:`layer_norm`; ``p`` outside [0, 1]; ``residual`` of
-            another shape or dtype than ``input``.
+        TypeError, ValueError: as :func:`layer_norm`; ``p`` outside [0, 1]; ``residual`` not
+            floating-point, or of another shape than ``input``.
     """
     shape = _check_fused_norm(
         "dropout_add_layer_norm", input, residual, normalized_shape, weight, bias, eps, input_bias,
@@ -117,6 +120,7 @@ def dropout_add_layer_norm(
     return ops.dropout_add_layer_norm(
         input, residual, shape, weight, bias, eps,
         input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+        dtype=autocast_dtype("layer_norm", input, residual),
     )
 
 
@@ -157,6 +161,7 @@ def dropout_add_rms_norm(
     return ops.dropout_add_rms_norm(
         input, residual, shape, weight, eps,
         input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+        dtype=autocast_dtype("rms_norm", input, residual),
     )
 
 
@@ -172,13 +177,13 @@ def dropout_add(
 
     Args:
         input: ``[..., d]``.
-        residual: like ``input``.
+        residual: as for :func:`dropout_add_layer_norm`.
         input_bias: ``[d]``, added to ``input`` before dropout.
         p: probability that an element is dropped, in [0, 1].
         training: no dropout if False.
 
     Returns:
-        Tensor of the shape and dtype of ``input``.
+        Tensor of the shape of ``input``, in the wider of the dtypes of ``input`` and ``residual``.
 
     Raises:
         TypeError, ValueError: as :func:`dropout_add_layer_norm`.
@@ -246,11 +251,7 @@ def _check_dropout_add(
 ) -> None:
     _checks.check_tensor(function, "residual", residual)
     _checks.check_shape(function, "residual", residual, input.shape, "that of 'input'")
-    if residual.dtype != input.dtype:
-        raise TypeError(
-            f"{function}(): expected 'residual' to have the dtype of 'input', {input.dtype}, "
-            f"but got {residual.dtype}"
-        )
+    _checks.check_floating(function, "residual", residual)
     of = "the last dimensions of 'input'"
     _checks.check_parameter(function, "input_bias", input_bias, shape, of)
     _checks.check_same_device(

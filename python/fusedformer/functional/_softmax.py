@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer._autocast import autocast_dtype
 
 
 def softmax(
@@ -27,7 +28,8 @@ def softmax(
         input: any shape; read in place by its strides, never copied to be made contiguous.
         dim: the dimension that is normalized. ``None`` warns and picks one as torch does.
         _stacklevel: of the warning for ``dim=None``.
-        dtype: dtype of the result; the cast happens before the computation.
+        dtype: dtype of the result; the cast happens before the computation. None for that of
+            ``input``, or float32 where autocast gives torch's that.
         scale: factor on ``input`` (dimensionless).
         mask: boolean (True = keep) or floating-point (added after scaling), broadcastable to the
             shape of ``input``; read by strides, never expanded. May require a gradient.
@@ -87,7 +89,8 @@ def _softmax(
             f"Change the call to include dim=X as an argument.",
             stacklevel=stacklevel,
         )
-    dtype = _check_softmax(function, input, dim, dtype, scale, mask, is_causal)
+    checked = _check_softmax(function, input, dim, dtype, scale, mask, is_causal)
+    dtype = dtype or autocast_dtype(function, input) or checked
     if not input.is_floating_point():
         input = input.to(dtype)
     return ops.softmax(
@@ -106,7 +109,7 @@ def _check_softmax(
     mask: Tensor | None,
     is_causal: bool,
 ) -> torch.dtype:
-    """The dtype of the result, if all is well."""
+    """The dtype of the result without autocast, if all is well."""
     if not isinstance(dim, (int, torch.SymInt)):
         raise TypeError(f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}")
     rank = max(input.dim(), 1)

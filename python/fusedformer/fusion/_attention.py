@@ -97,6 +97,8 @@ def attention(
         return_weights="per_head" if "attentions" in captured() else False, **settings,
     )
     output, weights = result if isinstance(result, tuple) else (result, None)
+    # Autocast may have widened the weights; those models cast them back.
+    weights = None if weights is None else weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer._autocast import autocast_dtype
 from fusedformer.functional import Packing
 from fusedformer.functional._packing import with_empty_tail
 
@@ -81,7 +82,7 @@ def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight:
             f"but got shape {tuple(tensor.shape)}"
         )
     _checks.check_same_device(function, {name: tensor, "weight": weight})
-    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype != weight.dtype and autocast_dtype("linear", tensor, weight) is None:
         raise TypeError(
             f"{function}(): expected '{name}' to have the dtype of the parameters, "
             f"{weight.dtype}, but got {tensor.dtype}"

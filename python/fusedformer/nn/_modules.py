@@ -120,30 +120,24 @@ class Pending(NamedTuple):
 
     def added(self) -> Tensor:
         """The sum."""
-        x, residual = self._promoted()
-        return functional.dropout_add(x, residual, input_bias=self.bias, **self._dropout())
+        return functional.dropout_add(
+            self.x, self.residual, input_bias=self.bias, **self._dropout()
+        )
 
     def normed(self, norm: nn.LayerNorm) -> Tensor:
         """The norm of the sum."""
-        x, residual = self._promoted()
         output: Tensor = functional.dropout_add_layer_norm(
-            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            self.x, self.residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
             input_bias=self.bias, **self._dropout(),
         )
         return output
 
     def normed_and_sum(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """Both."""
-        x, residual = self._promoted()
         return functional.dropout_add_layer_norm(
-            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            self.x, self.residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
             input_bias=self.bias, return_sum=True, **self._dropout(),
         )
 
     def _dropout(self) -> dict[str, Any]:
         return {"p": self.dropout.p, "training": self.dropout.training}
-
-    def _promoted(self) -> tuple[Tensor, Tensor]:
-        """Both in one dtype: under autocast a product is narrower than the residual stream."""
-        dtype = torch.promote_types(self.x.dtype, self.residual.dtype)
-        return self.x.to(dtype), self.residual.to(dtype)

@@ -41,6 +41,7 @@ def scaled_dot_product_attention(
     causal_alignment: str,
     return_lse: bool,
     return_weights: bool | str,
+    weights_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
     batch = _attention_checks.attention_batch_shape(query, key, value, enable_gqa)
@@ -66,12 +67,12 @@ def scaled_dot_product_attention(
         scale=_scale(scale, query),
         softcap=softcap,
     )
-    average = return_weights == "averaged"
+    average, dtype = return_weights == "averaged", weights_dtype or query.dtype
     lse: Tensor | None
     weights: Tensor | None = None
     if chosen_backend(query) == "torch":
         if return_weights:
-            output, lse, weights = attention_weights_aten(q, k, v, terms, average)
+            output, lse, weights = attention_weights_aten(q, k, v, terms, average, dtype)
         else:
             output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
     else:
@@ -79,7 +80,7 @@ def scaled_dot_product_attention(
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
         output, lse = registered.attention(q, k, v, *terms)
         if return_weights:
-            weights = registered.attention_weights(q, k, lse, average, *terms)
+            weights = registered.attention_weights(q, k, lse, average, dtype, *terms)
     results = [output.reshape(*batch, *output.shape[-2:])]
     if return_lse and lse is not None:
         results.append(lse.reshape(*batch, lse.shape[-1]))

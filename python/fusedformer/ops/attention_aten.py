@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedformer._autocast import autocast_off
 from fusedformer.ops.attention_terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten
 
@@ -28,12 +29,17 @@ def attention_aten(
 
 
 def attention_weights_aten(
-    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, average: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: AttentionTerms,
+    average: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, log-sum-exp, weights ``[B, H, L, S]``, or their mean ``[B, 1, L, S]``)."""
+    """(output, log-sum-exp, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
     output, lse, weights = _explicit(query, key, value, terms)
     weights = weights.mean(1, keepdim=True) if average else weights
-    return output, lse, weights.to(query.dtype)
+    return output, lse, weights.to(dtype)
 
 
 def merge_attention_states_aten(
@@ -101,14 +107,17 @@ def _explicit(
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
     weights = dropout_aten(weights.masked_fill(removed, 0.0), terms.p)
     wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
-    return (weights @ wide).to(query.dtype), lse, weights
+    with autocast_off(query):
+        output = weights @ wide
+    return output.to(query.dtype), lse, weights
 
 
 def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> tuple[Tensor, Tensor]:
     """(scores ``[B, H, L, S]`` with -inf where hidden, log-sum-exp), at least float32."""
     wide = torch.promote_types(query.dtype, torch.float32)
     key = _shared_by_heads(key.to(wide), query.shape[1])
-    scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
+    with autocast_off(query):  # which would round the scores
+        scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
     keep, added, _ = _masks(query, key, terms, may_be_causal=False)

@@ -241,22 +241,25 @@ self_attention_backward.register_autograd(no_double_backward("attention"))
 
 @registered(
     "attention_weights",
-    schema=f"(Tensor query, Tensor key, Tensor lse, bool average, {_TERMS}) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor lse, bool average, ScalarType dtype, "
+    f"{_TERMS}) -> Tensor",
 )  # fmt: skip
 def attention_weights(
-    query: Tensor, key: Tensor, lse: Tensor, average: bool, *terms: Any
+    query: Tensor, key: Tensor, lse: Tensor, average: bool, dtype: torch.dtype, *terms: Any
 ) -> Tensor:
-    """Weights after dropout [B, H, L, S], or their mean over heads [B, 1, L, S]."""
+    """Weights after dropout [B, H, L, S] in ``dtype``, or their mean over heads [B, 1, L, S]."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_weights import attention_weights as launch
 
-    return launch(query, key, lse, AttentionTerms(*terms), average)
+    return launch(query, key, lse, AttentionTerms(*terms), average, dtype)
 
 
 @attention_weights.register_fake
-def _(query: Tensor, key: Tensor, lse: Tensor, average: bool, *terms: Any) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, lse: Tensor, average: bool, dtype: torch.dtype, *terms: Any
+) -> Tensor:
     batch, heads, length, _ = query.shape
-    return query.new_empty(batch, 1 if average else heads, length, key.shape[2])
+    return query.new_empty(batch, 1 if average else heads, length, key.shape[2], dtype=dtype)
 
 
 @registered(
@@ -296,16 +299,16 @@ def _(
 
 
 def _weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[:3], inputs[4:])
+    _save(ctx, inputs[:3], inputs[5:])
     ctx.average = inputs[3]
 
 
 def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 4)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 5)
     grads = attention_weights_backward(grad, *tensors, ctx.average, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, None, *_term_gradients(grads[3:], learned))
 
 
 attention_weights.register_autograd(_weights_autograd, setup_context=_weights_setup)

@@ -31,8 +31,9 @@ def embedding_layer_norm(
     token_type_weight: Tensor | None,
     padding_idx: int | None,
     p: float,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.embedding_layer_norm`."""
+    """See :func:`fusedformer.functional.embedding_layer_norm`; the norm is in ``dtype``."""
     width = weight.shape[1]
     if chosen_backend(weight) == "torch":
         total = F.embedding(input, weight, padding_idx)
@@ -43,7 +44,8 @@ def embedding_layer_norm(
             total = total + types
         if position_weight is not None and position_ids is not None:
             total = total + F.embedding(position_ids, position_weight)
-        return dropout_aten(layer_norm_aten(total, (width,), norm_weight, norm_bias, eps), p)
+        normed = layer_norm_aten(total, (width,), norm_weight, norm_bias, eps, dtype)
+        return dropout_aten(normed, p)
     _checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
     if width > _LONGEST:
         raise ValueError(
@@ -63,7 +65,7 @@ def embedding_layer_norm(
     output, _, _ = _embedding_norm(
         input_ids, weight, position_ids, position_weight, token_type_ids, token_type_weight,
         norm_weight, norm_bias, draw_seed(p, weight.device), p, eps,
-        -1 if padding_idx is None else padding_idx,
+        -1 if padding_idx is None else padding_idx, dtype,
     )  # fmt: skip
     return output.view(*input.shape, width)
 
@@ -82,21 +84,22 @@ def _embedding_norm(
     p: float,
     eps: float,
     padding_idx: int,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output ``[rows, E]``, mean, rstd); ``padding_idx`` is -1 if there is none."""
+    """(output ``[rows, E]`` in ``dtype`` or the tables', mean, rstd); no padding is index -1."""
     from fusedformer_kernels.embedding import Tables, embedding_forward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
-    return embedding_forward(tables, weight, bias, seed, p, eps)
+    return embedding_forward(tables, weight, bias, seed, p, eps, dtype)
 
 
 @_embedding_norm.register_fake
 def _embedding_norm_fake(
-    ids: Tensor, tokens: Tensor, *others: Any, **settings: Any
+    ids: Tensor, tokens: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = ids.shape[0]
+    rows, dtype = ids.shape[0], others[-1]
     mean = tokens.new_empty(rows, dtype=torch.float32)
-    return tokens.new_empty(rows, tokens.shape[1]), mean, mean.clone()
+    return tokens.new_empty(rows, tokens.shape[1], dtype=dtype), mean, mean.clone()
 
 
 @registered(
@@ -147,7 +150,7 @@ def _embedding_norm_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tables, weight, bias, seed, ctx.p, _, ctx.padding_idx = inputs
+    *tables, weight, bias, seed, ctx.p, _, ctx.padding_idx, _ = inputs
     _, mean, rstd = output
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
     ctx.save_for_backward(*tables, mean, rstd, weight, seed)
@@ -157,7 +160,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     *tables, mean, rstd, weight, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[1] or needs[3] or needs[5], needs[6], needs[7]]
@@ -175,8 +178,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         *grads,
         weight_grad.to(weight_dtype) if needs[6] else None,
         bias_grad.to(bias_dtype) if needs[7] else None,
-        None, None, None, None,
-    )  # fmt: skip
+        *(None,) * 5,
+    )
 
 
 def _table_grad(grad: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:

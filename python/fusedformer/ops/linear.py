@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedformer._autocast import autocast_dtype, autocast_off, cast
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed
@@ -119,10 +120,8 @@ def _narrowed(x: Tensor, parameter: Tensor) -> Tensor: ...
 def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None: ...
 def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None:
     """The parameter in the dtype of products with ``x``, which autocast may make narrower."""
-    device = x.device.type
-    if parameter is None or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return parameter
-    return parameter.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype("linear", x)
+    return parameter if parameter is None or dtype is None else cast(dtype, parameter)
 
 
 def _composed(x: Tensor, block: FeedForward) -> Tensor:
@@ -162,12 +161,13 @@ class _Linear(torch.autograd.Function):
             return through, None, None, None
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        return (
-            _input_gradient(grad, weight, through) if needs_x else None,
-            _weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
-            _bias_gradient(grad) if needs_bias else None,
-            None,
-        )
+        with autocast_off(grad):  # the forward decided on the dtypes
+            return (
+                _input_gradient(grad, weight, through) if needs_x else None,
+                _weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
+                _bias_gradient(grad) if needs_bias else None,
+                None,
+            )
 
 
 class _FeedForward(torch.autograd.Function):
@@ -211,31 +211,36 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, through: Tensor | None = None) -> tuple[Any, ...]:
         if grad is None:
             return through, *(None,) * 8
-        if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, grad, through), *(None,) * 4
-        x, weight1, bias1, weight2, _, before, hidden, drawn = ctx.saved_tensors
-        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
-        if ctx.again and ctx.triton:
-            hidden = bias_activation(before, bias1, ctx.activation, ctx.p, seed=drawn)
-        elif ctx.again:
-            hidden = activate_aten(before, ctx.activation)
-            drop_again_in_place(hidden, drawn, ctx.p)
-        grad_w2 = _weight_gradient(grad, hidden) if needs_w2 else None
-        grad_b2 = _bias_gradient(grad) if needs_b2 else None
-        grad_x, grad_w1, grad_b1 = through, None, None
-        if needs_x or needs_w1 or needs_b1:
-            inner = product_add(grad, weight2, None)
-            if ctx.triton:
-                inner, grad_b1 = bias_activation_gradients(
-                    inner, before, bias1, ctx.activation, ctx.p, drawn, needs_b1
-                )
-            else:
-                drop_again_in_place(inner, drawn, ctx.p)
-                inner = activation_gradient_in_place(inner, before, ctx.activation)
-                grad_b1 = _bias_gradient(inner) if needs_b1 else None
-            grad_w1 = _weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
-            grad_x = _input_gradient(inner, weight1, through) if needs_x else None
-        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+        with autocast_off(grad):  # the forward decided on the dtypes
+            find = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+            return *find(ctx, grad, through), *(None,) * 4
+
+
+def _gradients(ctx: Any, grad: Tensor, through: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the five inputs."""
+    x, weight1, bias1, weight2, _, before, hidden, drawn = ctx.saved_tensors
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+    if ctx.again and ctx.triton:
+        hidden = bias_activation(before, bias1, ctx.activation, ctx.p, seed=drawn)
+    elif ctx.again:
+        hidden = activate_aten(before, ctx.activation)
+        drop_again_in_place(hidden, drawn, ctx.p)
+    grad_w2 = _weight_gradient(grad, hidden) if needs_w2 else None
+    grad_b2 = _bias_gradient(grad) if needs_b2 else None
+    grad_x, grad_w1, grad_b1 = through, None, None
+    if needs_x or needs_w1 or needs_b1:
+        inner = product_add(grad, weight2, None)
+        if ctx.triton:
+            inner, grad_b1 = bias_activation_gradients(
+                inner, before, bias1, ctx.activation, ctx.p, drawn, needs_b1
+            )
+        else:
+            drop_again_in_place(inner, drawn, ctx.p)
+            inner = activation_gradient_in_place(inner, before, ctx.activation)
+            grad_b1 = _bias_gradient(inner) if needs_b1 else None
+        grad_w1 = _weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
+        grad_x = _input_gradient(inner, weight1, through) if needs_x else None
+    return [grad_x, grad_w1, grad_b1, grad_w2, grad_b2]
 
 
 _linear, _feed_forward = plain_apply(_Linear), plain_apply(_FeedForward)

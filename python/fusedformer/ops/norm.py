@@ -25,21 +25,32 @@ Shape = tuple[int, ...]
 
 
 def layer_norm(
-    input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.layer_norm`."""
+    """See :func:`fusedformer.functional.layer_norm`; computed and returned in ``dtype``."""
     if chosen_backend(input) == "torch":
-        return layer_norm_aten(input, shape, weight, bias, eps)
+        return layer_norm_aten(input, shape, weight, bias, eps, dtype)
     _checks.check_kernel_dtype("layer_norm", "input", input)
-    return _run(input, None, None, weight, bias, 0.0, eps, "layer", len(shape), False)[0]
+    return _run(input, None, None, weight, bias, 0.0, eps, "layer", len(shape), False, dtype)[0]
 
 
-def rms_norm(input: Tensor, shape: Shape, weight: Tensor | None, eps: float | None) -> Tensor:
-    """See :func:`fusedformer.functional.rms_norm`."""
+def rms_norm(
+    input: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """See :func:`fusedformer.functional.rms_norm`; computed and returned in ``dtype``."""
     if chosen_backend(input) == "torch":
-        return torch.rms_norm(input, shape, weight, eps)
+        return _rms_norm_aten(input, shape, weight, eps, dtype)
     _checks.check_kernel_dtype("rms_norm", "input", input)
-    return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False)[0]
+    return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False, dtype)[0]
 
 
 def dropout_add_layer_norm(
@@ -53,15 +64,16 @@ def dropout_add_layer_norm(
     input_bias: Tensor | None,
     p: float,
     return_sum: bool,
+    dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = layer_norm_aten(total, shape, weight, bias, eps)
+        output = layer_norm_aten(total, shape, weight, bias, eps, dtype)
         return (output, total) if return_sum else output
-    _checks.check_kernel_dtype("dropout_add_layer_norm", "input", input)
+    _check_for_kernels("dropout_add_layer_norm", input, residual)
     output, total = _run(
-        input, residual, input_bias, weight, bias, p, eps, "layer", len(shape), return_sum
+        input, residual, input_bias, weight, bias, p, eps, "layer", len(shape), return_sum, dtype
     )
     return (output, total) if return_sum else output
 
@@ -76,15 +88,17 @@ def dropout_add_rms_norm(
     input_bias: Tensor | None,
     p: float,
     return_sum: bool,
+    dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.dropout_add_rms_norm`."""
     if chosen_backend(input) == "torch":
         total = _dropout_add_aten(input, residual, input_bias, p)
-        output = torch.rms_norm(total, shape, weight, eps)
+        output = _rms_norm_aten(total, shape, weight, eps, dtype)
         return (output, total) if return_sum else output
-    _checks.check_kernel_dtype("dropout_add_rms_norm", "input", input)
+    _check_for_kernels("dropout_add_rms_norm", input, residual)
     output, total = _run(
-        input, residual, input_bias, weight, None, p, _eps(eps), "rms", len(shape), return_sum
+        input, residual, input_bias, weight, None, p, _eps(eps), "rms", len(shape), return_sum,
+        dtype,
     )
     return (output, total) if return_sum else output
 
@@ -95,8 +109,8 @@ def dropout_add(
     """See :func:`fusedformer.functional.dropout_add`."""
     if chosen_backend(input) == "torch":
         return _dropout_add_aten(input, residual, input_bias, p)
-    _checks.check_kernel_dtype("dropout_add", "input", input)
-    return _run(input, residual, input_bias, None, None, p, 0.0, "none", 1, True)[1]
+    _check_for_kernels("dropout_add", input, residual)
+    return _run(input, residual, input_bias, None, None, p, 0.0, "none", 1, True, None)[1]
 
 
 def _run(
@@ -110,13 +124,14 @@ def _run(
     kind: str,
     dims: int,
     wants_sum: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(norm, sum) by the kernel, which keeps what a backward needs only if there may be one."""
     seed = draw_seed(p, input.device) if p else None
     kept = needs_gradient(input, residual, input_bias, weight, bias)
     output, total, _, _ = _norm(
         input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum or kept,
-        kept,
+        kept, dtype,
     )
     return output, total
 
@@ -126,15 +141,37 @@ def _eps(eps: float | None) -> float:
     return torch.finfo(torch.float32).eps if eps is None else eps
 
 
+def _check_for_kernels(function: str, input: Tensor, residual: Tensor) -> None:
+    _checks.check_kernel_dtype(function, "input", input)
+    _checks.check_kernel_dtype(function, "residual", residual)
+
+
 def layer_norm_aten(
-    input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> Tensor:
+    """The norm by ATen, in ``dtype`` if it is given."""
+    input = input if dtype is None else input.to(dtype)
     # ATen takes parameters of the dtype of its input, or all float32 with a half input.
     dtypes = {t.dtype for t in (weight, bias) if t is not None}
     if dtypes and dtypes != {input.dtype}:
         wide = torch.promote_types(input.dtype, torch.float32)
         weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     return torch.layer_norm(input, shape, weight, bias, eps)
+
+
+def _rms_norm_aten(
+    input: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return torch.rms_norm(input if dtype is None else input.to(dtype), shape, weight, eps)
 
 
 def _dropout_add_aten(
@@ -149,7 +186,7 @@ def _dropout_add_aten(
     "norm",
     schema="(Tensor input, Tensor? residual, Tensor? input_bias, Tensor? weight, Tensor? bias, "
     "Tensor? seed, float p, float eps, str kind, SymInt dims, bool wants_sum, "
-    "bool wants_statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool wants_statistics, ScalarType? norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _norm(
     input: Tensor,
@@ -164,13 +201,14 @@ def _norm(
     dims: int,
     wants_sum: bool,
     wants_statistics: bool,
+    norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """(norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
     from fusedformer_kernels.norm import norm_forward
 
     return norm_forward(
         input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum,
-        wants_statistics,
+        wants_statistics, norm_dtype,
     )
 
 
@@ -188,11 +226,13 @@ def _norm_fake(
     dims: int,
     wants_sum: bool,
     wants_statistics: bool,
+    norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def rows(wanted: bool) -> Tensor:
-        dtype = input.dtype
-        if residual is not None:
-            dtype = torch.promote_types(dtype, residual.dtype)
+    sum_dtype = input.dtype
+    if residual is not None:
+        sum_dtype = torch.promote_types(sum_dtype, residual.dtype)
+
+    def rows(wanted: bool, dtype: torch.dtype) -> Tensor:
         return input.new_empty(input.shape, dtype=dtype) if wanted else nothing(input)
 
     def statistics(wanted: bool) -> Tensor:
@@ -201,7 +241,8 @@ def _norm_fake(
         return input.new_empty(input.shape[:-dims], dtype=torch.float32).flatten()
 
     return (
-        rows(kind != "none"), rows(residual is not None and wants_sum),
+        rows(kind != "none", norm_dtype or sum_dtype),
+        rows(residual is not None and wants_sum, sum_dtype),
         statistics(kind == "layer"), statistics(kind != "none"),
     )  # fmt: skip
 
@@ -290,7 +331,7 @@ def _backward(
     normed, mean, rstd, weight, seed = ctx.saved_tensors
     _, _, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
     if grad is None and sum_grad is None:
-        return (None,) * 12
+        return (None,) * 13
     input_dtype = ctx.input_dtype
     input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
     residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
@@ -304,7 +345,7 @@ def _backward(
         input_bias_grad.to(input_bias_dtype) if needs_input_bias else None,
         weight_grad.to(weight_dtype) if needs_weight else None,
         bias_grad.to(bias_dtype) if needs_bias else None,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
