@@ -1,0 +1,677 @@
+"""torch.autocast and GradScaler: dtypes are torch's own, values as near the truth as stock's.
+
+CUDA's rules are looked at without a GPU in two ways: on fake CUDA tensors, where torch's real rules
+apply and nothing is computed; and on CPU tensors, once CPU's autocast is given CUDA's rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedformer
+from conftest import HAS_GPU
+from fusedformer import _autocast, backend, nn, parity
+from fusedformer import functional as F
+from fusedformer.testing import assert_parity, compare
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+N, S, D, H = 2, 5, 16, 2
+WIDENED = ("layer_norm", "rms_norm", "softmax", "log_softmax")
+
+
+# Each function of this library, and what torch makes of what it replaces.
+
+
+class Given:
+    """Tensors of a dtype on a device."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.wide = F64 if dtype == F64 else F32  # of parameters
+        self.x, self.q = self(N, S, D), self(N, H, S, D)
+        self.weight = self(D, dtype=self.wide)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.ones(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def ids(self) -> Tensor:
+        return torch.zeros(N, S, dtype=torch.int64, device=self.device)
+
+    def starts(self) -> Tensor:
+        return torch.tensor([0, S], dtype=torch.int32).to(self.device)
+
+
+def dropped_and_added(g: Given, residual: Tensor) -> Tensor:
+    return TF.dropout(g.x, 0.0) + residual
+
+
+Pair = tuple[Callable[[Given], Any], Callable[[Given], Any]]
+FUNCTIONS: dict[str, Pair] = {
+    "layer_norm": (
+        lambda g: F.layer_norm(g.x, (D,), g.weight, g.weight),
+        lambda g: TF.layer_norm(g.x, (D,), g.weight, g.weight),
+    ),
+    "layer_norm, no parameters": (
+        lambda g: F.layer_norm(g.x, (D,)), lambda g: TF.layer_norm(g.x, (D,)),
+    ),
+    "rms_norm": (
+        lambda g: F.rms_norm(g.x, (D,), g.weight), lambda g: TF.rms_norm(g.x, (D,), g.weight),
+    ),
+    "softmax": (lambda g: F.softmax(g.x, -1), lambda g: TF.softmax(g.x, -1)),
+    "softmax, masked": (
+        lambda g: F.softmax(g.x, -1, mask=g.x > 0, scale=0.5), lambda g: TF.softmax(g.x, -1),
+    ),
+    "log_softmax": (lambda g: F.log_softmax(g.x, -1), lambda g: TF.log_softmax(g.x, -1)),
+    "softmax to bfloat16": (
+        lambda g: F.softmax(g.x, -1, dtype=BF16), lambda g: TF.softmax(g.x, -1, dtype=BF16),
+    ),
+    "log_softmax to float32": (
+        lambda g: F.log_softmax(g.x, -1, dtype=F32), lambda g: TF.log_softmax(g.x, -1, dtype=F32),
+    ),
+    "norm of a sum": (
+        lambda g: F.dropout_add_layer_norm(g.x, g.x, (D,), g.weight, return_sum=True),
+        lambda g: (TF.layer_norm(dropped_and_added(g, g.x), (D,), g.weight), g.x + g.x),
+    ),
+    "norm of a sum, wide residual": (
+        lambda g: F.dropout_add_layer_norm(
+            g.x, g(N, S, D, dtype=g.wide), (D,), g.weight, return_sum=True
+        ),
+        lambda g: (
+            TF.layer_norm(dropped_and_added(g, g(N, S, D, dtype=g.wide)), (D,), g.weight),
+            g.x + g(N, S, D, dtype=g.wide),
+        ),
+    ),
+    "rms norm of a sum": (
+        lambda g: F.dropout_add_rms_norm(g.x, g.x, (D,), g.weight, return_sum=True),
+        lambda g: (TF.rms_norm(dropped_and_added(g, g.x), (D,), g.weight), g.x + g.x),
+    ),
+    "dropout_add": (
+        lambda g: F.dropout_add(g.x, g(N, S, D, dtype=g.wide)),
+        lambda g: dropped_and_added(g, g(N, S, D, dtype=g.wide)),
+    ),
+    "bias_activation": (
+        lambda g: F.bias_activation(g.x, g.weight, "gelu"),
+        lambda g: TF.gelu(g.x + g.weight.to(g.dtype)),  # a product has a bias of its dtype
+    ),
+    "embedding_layer_norm": (
+        lambda g: F.embedding_layer_norm(g.ids(), g(3, D), g.weight, g.weight),
+        lambda g: TF.layer_norm(TF.embedding(g.ids(), g(3, D)), (D,), g.weight, g.weight),
+    ),
+    "attention": (
+        lambda g: F.scaled_dot_product_attention(g.q, g.q, g.q),
+        lambda g: TF.scaled_dot_product_attention(g.q, g.q, g.q),
+    ),
+    "attention, mask": (
+        lambda g: F.scaled_dot_product_attention(g.q, g.q, g.q, g(1, 1, S, S)),
+        lambda g: TF.scaled_dot_product_attention(g.q, g.q, g.q, g(S, S)),
+    ),
+    "attention, weights": (
+        lambda g: F.scaled_dot_product_attention(g.q, g.q, g.q, return_weights="averaged"),
+        lambda g: (
+            TF.scaled_dot_product_attention(g.q, g.q, g.q),
+            TF.softmax(g.q @ g.q.transpose(-2, -1), -1),
+        ),
+    ),
+    "attention, packed": (
+        lambda g: F.varlen_attention(*[g(S, 1, D)] * 3, *[g.starts()] * 2, S, S),
+        lambda g: TF.scaled_dot_product_attention(g.q, g.q, g.q),
+    ),
+    "attention, mixed": (
+        lambda g: F.scaled_dot_product_attention(g.q, g(N, H, S, D, dtype=g.wide), g.q),
+        lambda g: TF.scaled_dot_product_attention(g.q, g(N, H, S, D, dtype=g.wide), g.q),
+    ),
+    "attention, mixed, packed": (
+        lambda g: F.varlen_attention(
+            g(S, 1, D), g(S, 1, D, dtype=g.wide), g(S, 1, D), *[g.starts()] * 2, S, S
+        ),
+        lambda g: TF.scaled_dot_product_attention(g.q, g(N, H, S, D, dtype=g.wide), g.q),
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def cast_to(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast, also of a device that is not there, which ``torch.autocast`` would turn off."""
+    if dtype is None:
+        yield
+        return
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
+
+
+def dtypes_of(function: Callable[[Given], Any], given: Given, refusal: Any) -> Any:
+    """Those of the results, or that they are refused with this error."""
+    try:
+        found = function(given)
+    except refusal:
+        return "refused"
+    return [t.dtype for t in (found if isinstance(found, tuple) else (found,))]
+
+
+def check_dtypes(name: str, device: str, dtypes: Any, kinds: Any) -> None:
+    ours, torchs = FUNCTIONS[name]
+    refusals: Any = (TypeError, RuntimeError) if "mixed" in name else ((), ())
+    for dtype in dtypes:
+        for kind in kinds:
+            given = Given(device, kind)
+            with cast_to(device, dtype):
+                found, expected = map(dtypes_of, (ours, torchs), (given, given), refusals)
+            assert found == expected, (dtype, kind)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_dtypes_on_the_cpu(name: str) -> None:
+    with backend("torch"):
+        check_dtypes(name, "cpu", (None, BF16, F16), (BF16, F16, F32, F64))
+    if not HAS_GPU:
+        with backend("triton"):
+            check_dtypes(name, "cpu", (BF16,), (BF16, F32))
+
+
+# Packed rows are taken by indices, which a build without CUDA does not do on its tensors.
+FAKE = FUNCTIONS if HAS_GPU else [name for name in FUNCTIONS if "packed" not in name]
+
+
+@pytest.mark.parametrize("name", FAKE)
+def test_dtypes_on_cuda(name: str) -> None:
+    """By torch's rules for CUDA; without a GPU on tensors that have no memory."""
+    with contextlib.nullcontext() if HAS_GPU else FakeTensorMode(), torch.no_grad():
+        check_dtypes(name, "cuda", (None, BF16, F16), (BF16, F16, F32))
+
+
+@pytest.mark.parametrize("op", WIDENED)
+def test_the_rules_are_those_of_the_torch_that_is_installed(op: Any) -> None:
+    with FakeTensorMode():
+        x = torch.empty(3, 4, dtype=BF16, device="cuda")
+        other = torch.empty(3, 4, dtype=F64, device="cuda")
+        with cast_to("cuda", F16):
+            expected = getattr(torch, op)(x, [4] if "norm" in op else -1).dtype
+            assert (_autocast.autocast_dtype(op, x) or x.dtype) == expected
+            assert _autocast.autocast_dtype("linear", x) == F16
+            assert _autocast.autocast_dtype(op, x, other) is None
+        assert _autocast.autocast_dtype("linear", x) is None
+
+
+def test_what_autocast_cannot_cast_is_refused() -> None:
+    query, wide = torch.randn(N, H, S, D), torch.randn(N, H, S, D, dtype=F64)
+    norm, layer = nn.LayerNorm(D), nn.TransformerEncoderLayer(D, H, 24)
+    with torch.autocast("cpu", BF16):
+        with pytest.raises(TypeError, match="'query', 'key' and 'value' to have the same dtype"):
+            F.scaled_dot_product_attention(query, wide, wide)
+        for src in (wide[0], query[0].int()):
+            with pytest.raises(TypeError, match="'src' to have the dtype of the parameters"):
+                layer(src)
+        with pytest.raises(TypeError, match="'input' must be Tensor"):
+            F.layer_norm(None, (D,))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="'query' must be Tensor"):
+            F.scaled_dot_product_attention(None, query, query)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'src' to have the dtype of the parameters"):
+        layer(query[0].to(BF16))
+    assert norm(query.to(BF16)).dtype == BF16
+
+
+# Values. Without a GPU CPU's autocast takes on CUDA's rules, for stock torch and for this library.
+
+
+@pytest.fixture
+def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if HAS_GPU:
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+
+    def wide(value: Any) -> Any:
+        return _autocast.cast(F32, value)
+
+    def widened(name: str) -> Callable[..., Tensor]:
+        def run(input: Tensor, where: Any, *others: Any) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                if "softmax" in name:
+                    dtype = (others[0] if others else None) or wide(input).dtype
+                    return getattr(torch, name)(input, where, dtype=dtype)
+                return getattr(torch, name)(wide(input), where, *map(wide, others))
+
+        return run
+
+    for op in WIDENED:
+        library.impl(_autocast._OVERLOADS[op], widened(op), "AutocastCPU")
+    rules = _autocast._RULES | {(op, "cpu") for op in WIDENED}
+    monkeypatch.setattr(_autocast, "_RULES", rules)
+    yield
+    library._destroy()  # type: ignore[no-untyped-call]
+
+
+def leaf(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: t.detach().to(device).requires_grad_(t.requires_grad) for k, t in inputs.items()}
+
+
+def under(dtype: torch.dtype, device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(**inputs: Any) -> Any:
+        with torch.autocast(device, dtype):
+            return function(**inputs)
+
+    return run
+
+
+def summed_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    total = input + residual
+    return TF.layer_norm(total, (D,), weight, bias), total
+
+
+def summed_rms_norm(input: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    total = input + residual
+    return TF.rms_norm(total, (D,), weight), total
+
+
+def weights_of(query: Tensor, key: Tensor) -> Tensor:
+    return TF.softmax((query * D**-0.5) @ key.transpose(-2, -1), -1)
+
+
+def embedded(input: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return TF.layer_norm(TF.embedding(input, weight), (D,), norm_weight, norm_bias)
+
+
+VALUES: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
+    "layer_norm": (
+        lambda **k: F.layer_norm(normalized_shape=(D,), **k),
+        lambda **k: TF.layer_norm(normalized_shape=(D,), **k),
+        lambda: dict(input=leaf(3, D, dtype=BF16), weight=leaf(D), bias=leaf(D)),
+    ),
+    "rms_norm": (
+        lambda **k: F.rms_norm(normalized_shape=(D,), **k),
+        lambda **k: TF.rms_norm(normalized_shape=(D,), **k),
+        lambda: dict(input=leaf(3, D, dtype=BF16), weight=leaf(D)),
+    ),
+    "softmax": (
+        lambda input: F.softmax(input, 0), lambda input: TF.softmax(input, 0),
+        lambda: dict(input=leaf(5, 7, dtype=BF16)),
+    ),
+    "log_softmax": (
+        lambda input: F.log_softmax(input, -1), lambda input: TF.log_softmax(input, -1),
+        lambda: dict(input=leaf(5, 7, dtype=BF16)),
+    ),
+    "float32 residual": (
+        lambda **k: F.dropout_add_layer_norm(normalized_shape=(D,), return_sum=True, **k),
+        summed_layer_norm,
+        lambda: dict(
+            input=leaf(3, D, dtype=BF16), residual=leaf(3, D), weight=leaf(D), bias=leaf(D)
+        ),
+    ),
+    "bfloat16 residual": (
+        lambda **k: F.dropout_add_layer_norm(normalized_shape=(D,), return_sum=True, **k),
+        summed_layer_norm,
+        lambda: dict(
+            input=leaf(3, D, dtype=BF16), residual=leaf(3, D, dtype=BF16), weight=leaf(D),
+            bias=leaf(D),
+        ),
+    ),
+    "narrow residual": (
+        lambda **k: F.dropout_add_rms_norm(normalized_shape=(D,), return_sum=True, **k),
+        summed_rms_norm,
+        lambda: dict(input=leaf(3, D), residual=leaf(3, D, dtype=BF16), weight=leaf(D)),
+    ),
+    "two halves": (
+        lambda **k: F.dropout_add_rms_norm(normalized_shape=(D,), return_sum=True, **k),
+        summed_rms_norm,
+        lambda: dict(
+            input=leaf(3, D, dtype=BF16), residual=leaf(3, D, dtype=F16), weight=leaf(D)
+        ),
+    ),
+    "embedding": (
+        F.embedding_layer_norm, embedded,
+        lambda: dict(
+            input=torch.tensor([2, 0, 1]), weight=leaf(4, D, dtype=BF16), norm_weight=leaf(D),
+            norm_bias=leaf(D),
+        ),
+    ),
+    "attention, mixed": (
+        F.scaled_dot_product_attention, TF.scaled_dot_product_attention,
+        lambda: dict(
+            query=leaf(1, H, 4, D), key=leaf(1, H, S, D, dtype=BF16),
+            value=leaf(1, H, S, D, dtype=F16), attn_mask=leaf(4, S),
+        ),
+    ),
+    "weights of attention": (
+        lambda query, key: F.scaled_dot_product_attention(
+            query, key, key, return_weights="per_head"
+        )[1],
+        weights_of,
+        lambda: dict(query=leaf(1, H, 4, D, dtype=BF16), key=leaf(1, H, S, D, dtype=BF16)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("case", VALUES)
+def test_values_under_the_rules_of_cuda(
+    case: str, name: Any, device: str, cuda_rules: None
+) -> None:
+    candidate, stock, make = VALUES[case]
+    inputs = on(device, make())
+    with backend(name):
+        assert_parity(under(BF16, device, candidate), under(BF16, device, stock), stock, inputs)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_cpu_autocast_rounds_no_scores(name: Any) -> None:
+    """The log-sum-exp and a cap are computed in float32, of rounded query and key."""
+    if name == "triton" and HAS_GPU:
+        pytest.skip("the kernels run on the GPU")
+    q, k, v = (torch.randn(1, H, S, D).mul(3).to(BF16) for _ in range(3))
+    settings: dict[str, Any] = {"softcap": 2.0, "return_lse": True, "return_weights": "averaged"}
+    with backend(name):
+        expected = F.scaled_dot_product_attention(q, k, v, **settings)
+        with torch.autocast("cpu", BF16):
+            found = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert [t.dtype for t in found] == [BF16, F32, BF16]
+
+
+WITHOUT: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
+    **{name: VALUES[name] for name in ("layer_norm", "rms_norm", "bfloat16 residual")},
+    "bias_activation": (
+        F.bias_activation, lambda input, bias: TF.gelu(input + bias.to(input.dtype)),
+        lambda: dict(input=leaf(3, D, dtype=BF16), bias=leaf(D)),
+    ),
+    "embedding": VALUES["embedding"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("case", WITHOUT)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_float32_weights_and_bfloat16_activations(case: str, name: Any, device: str) -> None:
+    candidate, stock, make = WITHOUT[case]
+    inputs = on(device, make())
+    with backend(name):
+        compared = assert_parity(candidate, stock, stock, inputs)
+    assert compared[0].dtype == "bfloat16"
+
+
+# Modules
+
+
+def encoder_layer(library: Any, norm_first: bool) -> Any:
+    return library.TransformerEncoderLayer(
+        D, H, 24, 0.0, "gelu", norm_first=norm_first, batch_first=True
+    )
+
+
+def decoder_layer(library: Any, norm_first: bool) -> Any:
+    return library.TransformerDecoderLayer(D, H, 24, 0.0, norm_first=norm_first, batch_first=True)
+
+
+MODULES: dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], dict[str, Any]]]] = {
+    "LayerNorm": (lambda library: library.LayerNorm(D), lambda x: dict(input=x)),
+    "attention": (
+        lambda library: library.MultiheadAttention(D, H, batch_first=True),
+        lambda x: dict(query=x, key=x, value=x, need_weights=False),
+    ),
+    "attention, weights": (
+        lambda library: library.MultiheadAttention(D, H, batch_first=True),
+        lambda x: dict(query=x, key=x.flip(1), value=x, need_weights=True),
+    ),
+    "encoder": (
+        lambda library: library.TransformerEncoder(encoder_layer(library, False), 2),
+        lambda x: dict(src=x, src_key_padding_mask=padding(x)),
+    ),
+    "encoder, pre-norm": (
+        lambda library: library.TransformerEncoder(
+            encoder_layer(library, True), 1, library.LayerNorm(D)
+        ),
+        lambda x: dict(src=x, src_key_padding_mask=padding(x)),
+    ),
+    "encoder, padded": (
+        lambda library: library.TransformerEncoder(encoder_layer(library, True), 1),
+        lambda x: dict(src=x, mask=x[0, :, :S].detach().float()),
+    ),
+    "decoder": (
+        lambda library: library.TransformerDecoder(decoder_layer(library, False), 1),
+        lambda x: dict(tgt=x, memory=x.flip(1), memory_key_padding_mask=padding(x)),
+    ),
+    "decoder, pre-norm": (
+        lambda library: library.TransformerDecoder(decoder_layer(library, True), 1),
+        lambda x: dict(tgt=x, memory=x.flip(1), memory_key_padding_mask=padding(x)),
+    ),
+}  # fmt: skip
+
+
+def padding(x: Tensor) -> Tensor:
+    return torch.arange(S, device=x.device) >= torch.tensor([[S], [3]], device=x.device)
+
+
+def module_pair(case: str, device: str) -> tuple[Any, Any]:
+    stock = MODULES[case][0](torch.nn).to(device)
+    ours = MODULES[case][0](nn).to(device)
+    ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+def module_parity(case: str, device: str) -> None:
+    ours, stock = module_pair(case, device)
+    given = MODULES[case][1](torch.randn(N, S, D, device=device))
+    given = {
+        k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in given.items()
+    }
+    where = ~padding(torch.empty(0, device=device)) if "src_key_padding_mask" in given else None
+    with torch.autocast(device, BF16):
+        report = parity.compare(
+            ours, stock, given, where=where, each_submodule=False, draws=4
+        )
+    assert report.passed, report
+
+
+ON_KERNELS = ("attention, weights", "encoder, pre-norm", "decoder")
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [*((case, "torch") for case in MODULES), *((case, "triton") for case in ON_KERNELS)],
+)
+def test_modules_under_the_rules_of_cuda(
+    case: str, name: Any, device: str, cuda_rules: None
+) -> None:
+    with backend(name):
+        module_parity(case, device)
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_modules_on_the_cpu(case: str) -> None:
+    with backend("torch"):
+        module_parity(case, "cpu")
+
+
+@pytest.mark.parametrize("rules", ["of CUDA", "of CPU"])
+@pytest.mark.parametrize("case", MODULES)
+def test_dtypes_of_modules(case: str, rules: str, request: pytest.FixtureRequest) -> None:
+    """Of results and gradients, for both dtypes of an input."""
+    if rules == "of CUDA":
+        request.getfixturevalue("cuda_rules")
+    device = "cuda" if HAS_GPU and rules == "of CUDA" else "cpu"
+    ours, stock = module_pair(case, device)
+    for dtype in (BF16, F32):
+        x = torch.randn(N, S, D, device=device, dtype=dtype, requires_grad=True)
+        results = []
+        with torch.autocast(device, BF16), backend("torch" if device == "cpu" else "triton"):
+            for module in (ours, stock):
+                found = module(**MODULES[case][1](x))
+                outputs = found if isinstance(found, tuple) else (found,)
+                outputs = tuple(t for t in outputs if t is not None)
+                grads = torch.autograd.grad(outputs[0].sum(), [x, *module.parameters()])
+                results.append([t.dtype for t in (*outputs, *grads)])
+        assert results[0] == results[1], dtype
+
+
+class Copies(TorchDispatchMode):
+    """Counts casts to float32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == F32
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_no_product_is_copied_to_float32(
+    norm_first: bool, device: str, cuda_rules: None
+) -> None:
+    layer = encoder_layer(nn, norm_first).to(device)
+    src = torch.randn(N, S, D, device=device)
+    with torch.no_grad(), torch.autocast(device, BF16), backend("triton"), Copies() as copies:
+        assert layer(src).dtype == F32
+        F.layer_norm(src.to(BF16), (D,), layer.norm1.weight)
+        F.softmax(src.to(BF16), -1)
+    assert copies.count == 0
+
+
+def test_a_fused_hugging_face_bert() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    stock = transformers.BertModel(config, add_pooling_layer=False)
+    ours = copy.deepcopy(stock)
+    fusedformer.fuse(ours)
+    ids, real = torch.randint(0, 40, (N, S)), ~padding(torch.empty(0))
+    with backend("torch"), torch.autocast("cpu", BF16):
+        report = parity.compare(
+            ours, stock, {"input_ids": ids, "attention_mask": real.long()}, where=real,
+            each_submodule=False,
+        )
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward", "forward"])
+def test_a_backward_under_another_autocast_than_its_forward(inside: bool) -> None:
+    """Gradients are computed in the dtypes of the forward."""
+    layer, src = encoder_layer(nn, False), torch.randn(N, S, D)
+    dy, found = torch.randn(N, S, D), []
+    for outside in (inside, not inside):
+        with backend("torch"):
+            with torch.autocast("cpu", BF16, enabled=inside):
+                output = layer(src)
+            with torch.autocast("cpu", BF16, enabled=outside):
+                found.append(torch.autograd.grad(output, list(layer.parameters()), dy))
+    assert all(torch.equal(same, other) for same, other in zip(*found, strict=True))
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("layer_norm", "triton"), ("float32 residual", "torch"), ("float32 residual", "triton"),
+        ("attention, mixed", "triton"),
+    ],
+)
+def test_compiled_functions(case: str, name: Any, device: str, cuda_rules: None) -> None:
+    """Without a graph break, with autocast outside and inside, and with eager's bits."""
+    torch._dynamo.reset()
+    candidate, _, make = VALUES[case]
+    inputs = on(device, make())
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    calls = [
+        under(BF16, device, candidate), under(BF16, device, compiled(candidate)),
+        compiled(under(BF16, device, candidate)),
+    ]
+    results = []
+    with backend(name):
+        for call in calls:
+            output = call(**inputs)
+            outputs = output if isinstance(output, tuple) else (output,)
+            learned = [t for t in inputs.values() if t.requires_grad]
+            grads = torch.autograd.grad(outputs, learned, [torch.ones_like(o) for o in outputs])
+            results.append([*outputs, *grads])
+    for eager, *traced in zip(*results, strict=True):
+        assert all(t.dtype == eager.dtype and torch.equal(t, eager) for t in traced)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_a_compiled_encoder(name: Any, device: str, cuda_rules: None) -> None:
+    """As near the truth as it is without a compiler."""
+    torch._dynamo.reset()
+    eager, _ = module_pair("encoder, pre-norm", device)
+    compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    results = []
+    for module, chosen in ((compiled, name), (eager, name), (exact, "torch")):
+        wide = F64 if module is exact else F32
+        generator = torch.Generator(device).manual_seed(7)
+        src, dy = (
+            torch.randn(N, S, D, generator=generator, device=device).to(wide) for _ in range(2)
+        )
+        with backend(chosen), torch.autocast(device, BF16):
+            output = module(src, src_key_padding_mask=padding(src))
+        results.append([output, *torch.autograd.grad(output, list(module.parameters()), dy)])
+    assert {t.dtype for t in results[0]} == {F32}
+    for number, three in enumerate(zip(*results, strict=True)):
+        judged = compare(str(number), *three)
+        assert judged.passed, judged.fault
+
+
+# GradScaler
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_grad_scaler(dtype: torch.dtype, device: str) -> None:
+    layer = nn.TransformerEncoderLayer(D, H, 24, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).to(device)
+    src = torch.randn(N, S, D, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**7)
+    parameters = list(model.parameters())
+
+    def loss() -> Tensor:
+        with torch.autocast(device, dtype), backend("triton" if HAS_GPU else "torch"):
+            output = model(src, src_key_padding_mask=padding(src))
+            return TF.mse_loss(output, src)
+
+    plain = torch.autograd.grad(loss(), parameters)
+    scaler.scale(loss()).backward()
+    scaler.unscale_(optimizer)
+    for parameter, grad in zip(parameters, plain, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == F32
+        # A power of 2 moves no rounding, but of what is too small for float16 without it.
+        assert (parameter.grad - grad).norm() <= 2 * torch.finfo(dtype).eps * grad.norm()
+    expected = [p.detach() - 0.1 * p.grad for p in parameters if p.grad is not None]
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.allclose(p, e) for p, e in zip(parameters, expected, strict=True))
+
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in parameters]
+    (scaler.scale(loss()) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert scaler.get_scale() == 2.0**6
