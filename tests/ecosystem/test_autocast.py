@@ -373,6 +373,16 @@ def test_values_under_the_rules_of_cuda(
         assert_parity(under(BF16, device, candidate), under(BF16, device, stock), stock, inputs)
 
 
+@pytest.mark.parametrize("op", WIDENED)
+def test_a_call_remembers_nothing_of_autocast(op: Any, device: str, cuda_rules: None) -> None:
+    """Checks are remembered by the kinds of arguments; what autocast says is not among them."""
+    x = torch.randn(3, 11, device=device, dtype=BF16)
+    for enabled in (True, False, True):
+        with torch.autocast(device, BF16, enabled=enabled), backend("torch"):
+            found = getattr(F, op)(x, (11,) if "norm" in op else -1)
+        assert found.dtype == (F32 if enabled else BF16)
+
+
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_cpu_autocast_rounds_no_scores(name: Any) -> None:
     """The log-sum-exp and a cap are computed in float32, of rounded query and key."""

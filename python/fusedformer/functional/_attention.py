@@ -92,8 +92,8 @@ def scaled_dot_product_attention(
         for, in this order: the float32 log-sum-exp ``[*batch, heads, L]`` (natural logarithm; of
         nested tensors ``[heads, tokens]``), and the weights ``[*batch, heads, L, S]`` or
         ``[*batch, L, S]`` in the dtype of ``query``, or in float32 where autocast gives torch's
-        softmax that. All are differentiable. A query with no
-        visible key gets output, weights and gradient 0 and log-sum-exp -inf.
+        softmax that. All are differentiable. A query with no visible key gets output, weights and
+        gradient 0 and log-sum-exp -inf.
 
     Raises:
         TypeError: dtypes that differ, but under autocast, which casts as for torch's; or that
