@@ -1,17 +1,21 @@
 """On a machine without a GPU kernels run in Triton's interpreter; every test is seeded, and memory
 that a kernel forgets to write is NaN."""
 
+import contextlib
+import importlib.util
 import os
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+INTERPRETED = not HAS_GPU and importlib.util.find_spec("triton") is not None
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
+from tests.interpreter import thrifty_interpreter  # noqa: E402
 
 from fusedformer.testing import poisoned_memory  # noqa: E402
 
@@ -46,4 +50,10 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     with poisoned_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _interpreter() -> Iterator[None]:
+    with thrifty_interpreter() if INTERPRETED else contextlib.nullcontext():
         yield
