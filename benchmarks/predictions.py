@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from floors import replace_between
 from fusedformer import _backend
 from fusedformer import functional as F
-from fusedformer_kernels.ahead_of_time import Compiled, ast_source, compile_launch
+from fusedformer_kernels.ahead_of_time import compile_launch
 from fusedformer_kernels.configs import TARGETS, assume_target
 from fusedformer_kernels.launch import Launch, recorded_launches
 from fusedformer_kernels.prediction import Gpu, Prediction, predict
@@ -67,16 +67,9 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-_compiled: dict[str, Compiled] = {}
-
-
 def prediction_of(launch: Launch, pairs: float | None) -> Prediction:
-    """Of one launch; the same kernel is compiled once."""
-    source = ast_source(launch)
-    key = f"{source.hash()} {launch.config}"
-    if key not in _compiled:
-        _compiled[key] = compile_launch(launch, TARGET)
-    return predict(launch, _compiled[key], pairs=pairs)
+    """Of one launch."""
+    return predict(launch, compile_launch(launch, TARGET), pairs=pairs)
 
 
 def told(call: Callable[[], object], pairs: float | None = None) -> tuple[float, str]:

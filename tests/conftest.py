@@ -27,13 +27,16 @@ try:
 except ImportError:  # a bare GPU machine may lack it; the tests that draw examples skip themselves
     pass
 
+# Files that take longest, which go first, so that no worker begins one when the other is done.
+LONGEST = ("test_compile_report", "tests/distributed", "test_benchmarks", "test_compile.py")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest goes first, so that the other worker does not wait for it."""
-    items.sort(key=lambda item: "test_compile_report" not in item.nodeid)
+    for name in reversed(LONGEST):
+        items.sort(key=lambda item: name not in item.nodeid)
 
 
 @pytest.fixture

@@ -85,19 +85,28 @@ def ast_source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
+# Cases share kernels, and a disassembler takes a quarter of a second to begin.
+_compiled: dict[tuple[str, GPUTarget, tuple[tuple[str, int], ...]], Compiled] = {}
+
+
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile one launch for ``target``; raises what the compiler raises."""
+    source, options = ast_source(launch), launch.config.options()
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    key = source.hash(), gpu, tuple(options.items())
+    if key not in _compiled:
+        _compiled[key] = _compile(source, gpu, options)
+    return _compiled[key]
+
+
+def _compile(source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> Compiled:
     start = time.perf_counter()
-    compiled = triton.compile(
-        ast_source(launch),
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options=launch.config.options(),
-    )
+    compiled = triton.compile(source, target=gpu, options=options)
     seconds = time.perf_counter() - start
     shared = int(compiled.metadata.shared)
-    if target.backend == "hip":
+    if gpu.backend == "hip":
         return _read_amdgcn(compiled.asm["amdgcn"], shared, seconds)
-    warps = launch.config.num_warps if target.arch == 90 else 0
+    warps = options["num_warps"] if gpu.arch == 90 else 0
     return _read_cubin(compiled.asm["cubin"], shared, seconds, warps)
 
 
@@ -114,7 +123,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             ).stdout  # fmt: skip
 
         usage = output_of("cuobjdump", "-res-usage")
-        code = output_of("nvdisasm", "-c")
+        code = output_of("nvdisasm", "-c", "-ndf")  # no dataflow: labels are there without
     found = re.search(r"REG:(\d+)", usage)
 
     def count(pattern: str) -> int:

@@ -100,13 +100,14 @@ def compile_all(
     pattern: str = "",
     processes: int | None = None,
     *,
+    core: bool = False,
     quick: bool = False,
     progress: bool = False,
 ) -> list[Row]:
     """Rows for the cases whose name matches the regular expression ``pattern``.
 
-    ``quick`` leaves targets but sm_90 with the core cases: every kernel, not every variant; and
-    sm_90 without those that differ from another in nothing but a size.
+    ``core`` leaves the core cases: every kernel, not every variant. ``quick`` does so for targets
+    but sm_90, and leaves sm_90 without those that differ from another in nothing but a size.
     """
     from fusedformer_kernels.compile_cases import compile_cases
 
@@ -117,12 +118,13 @@ def compile_all(
         for index, case in enumerate(cases)
         for target in targets
         if re.search(pattern, case.name)
+        and (case.core or not core)
         and (not quick or case.core or (target == "sm_90" and not case.extra))
     ]
     rows: list[Row] = []
     # spawn: a fork would copy torch's threads, and the compiler runs in the children only.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes or os.cpu_count()) as pool:
+    with context.Pool(min(processes or os.cpu_count() or 1, max(len(work), 1))) as pool:
         for done, result in enumerate(pool.imap_unordered(_work, work, chunksize=4), 1):
             rows += result
             if progress:
@@ -182,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
     parser.add_argument("--case", default="", help="only cases that match this regular expression")
+    parser.add_argument("--core", action="store_true", help="only core cases: each kernel once")
     parser.add_argument("--quick", action="store_true", help="all cases on sm_90 only, else core")
     parser.add_argument("--mix", action="store_true", help="also the instructions of main loops")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -189,10 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
+    import triton
+
     targets = arguments.target or list(TENSOR_CORES)
     rows = compile_all(
-        targets, arguments.case, arguments.processes, quick=arguments.quick,
-        progress=sys.stderr.isatty(),
+        targets, arguments.case, arguments.processes, core=arguments.core,
+        quick=arguments.quick, progress=sys.stderr.isatty(),
     )  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps([vars(row) for row in rows], indent=1))
@@ -200,7 +205,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.mix:
         print(f"\n{mixes(rows)}")
     short = [row for row in rows if row.faults]
-    print(f"\n{len(rows)} kernels compiled for {', '.join(targets)}; {len(short)} fall short")
+    print(
+        f"\n{len(rows)} kernels compiled for {', '.join(targets)} by triton "
+        f"{triton.__version__}; {len(short)} fall short"
+    )
     for row in short:
         print(f"  {row.case} {row.dtype} {row.target} {row.kernel}: {'; '.join(row.faults)}")
     return 1 if short else 0
