@@ -25,7 +25,7 @@ compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and 
 
 versions: $(TRITONS:%=$(VENV)/triton-%/.ready)  ## each kernel for sm_90, by the other tritons
 	@set -e; for version in $(TRITONS); do \
-	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$$version" \
+	PYTHONPATH="$(abspath $(VENV))/triton-$$version" \
 	$(PY) -m fusedformer compile-report --target sm_90 --core; done
 
 wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directory

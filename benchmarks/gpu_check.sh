@@ -44,7 +44,7 @@ if [ "$dry_run" = yes ]; then
     export OMP_NUM_THREADS=1
     test_args=${TEST_ARGS:-tests/test_benchmarks.py --collect-only}
     bench_args="--device cpu --sizes tiny --quick"
-    tune_args="--dry-run --case ^norm_forward.256$"
+    tune_args="--dry-run --case ^softmax_forward.32768$"
     compile_args="--target sm_90 --case ^pack$"
 elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     test_args=${TEST_ARGS:-tests}
