@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fusedformer_kernels import ahead_of_time
 from fusedformer_kernels.ahead_of_time import Compiled
 from fusedformer_kernels.configs import TARGETS, assume_target
 from fusedformer_kernels.launch import Launch, recorded_launches
@@ -102,6 +104,23 @@ def test_a_lone_program_multiplies_and_then_takes_exponents() -> None:
     two = predict(launch, dataclasses.replace(compiled, programs=2))
     assert alone.limit == "products then softmax"
     assert alone.units == pytest.approx(2 * two.units)
+
+
+def test_what_is_compiled_once_is_one_kernel_of_one_target_and_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[object] = []
+    names = iter("aaaab")
+    monkeypatch.setattr(ahead_of_time, "_compiled", {})
+    monkeypatch.setattr(ahead_of_time, "_compile", lambda *given: done.append(given) or len(done))
+    monkeypatch.setattr(
+        ahead_of_time, "ast_source", lambda launch: SimpleNamespace(hash=lambda: next(names))
+    )
+    launch, wider = _softmax_launch(), dataclasses.replace(_softmax_launch().config, num_warps=16)
+    calls = [(launch, "sm_90"), (launch, "sm_90"), (launch, "sm_80")]
+    calls += [(dataclasses.replace(launch, config=wider), "sm_90"), (launch, "sm_90")]
+    found = [ahead_of_time.compile_launch(call, TARGETS[target]) for call, target in calls]
+    assert found == [1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("case", ["softmax masked softmax", "relative bias B=128 H=8 S=128 d=128"])
