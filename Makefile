@@ -51,7 +51,7 @@ $(READY): requirements-dev.txt setup.py
 
 # Under torch as it is pinned; a folder each, before .venv's packages on the path.
 $(VENV)/triton-%/.ready: | $(READY)
-	$(PY) -m pip install --quiet --no-deps --target $(@D) triton==$*
+	$(PY) -m pip install --quiet --no-compile --no-deps --target $(@D) triton==$*
 	touch $@
 
 clean:
