@@ -38,8 +38,13 @@ def gather_rows(
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
-    """``starts`` of sequences, marked as never to change: kernels plan their work on it once."""
-    starts.fusedformer_work_lists = {}  # type: ignore[attr-defined]
+    """``starts`` of sequences, marked as never to change: kernels plan their work on it once.
+
+    Those that a CUDA graph makes change with each replay, and are for the graph alone.
+    """
+    by_graph = starts.is_cuda and not torch.compiler.is_compiling()
+    by_graph = by_graph and torch.cuda.is_current_stream_capturing()
+    starts.fusedformer_work_lists = {"by_graph": by_graph}  # type: ignore[attr-defined]
     return starts
 
 
