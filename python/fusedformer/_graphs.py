@@ -129,8 +129,8 @@ class Graphed:
                 "graphed(): expected 'module' to be in evaluation mode; call its eval() first"
             )
         with self._lock:
+            self._captured: dict[tuple[Size, bool], _Captured] = {}  # frees what was there
             captured: dict[tuple[Size, bool], _Captured] = {}
-            self._captured = captured  # what was there before ends, and its memory
             self._graphs = _CudaGraphs(self._device)
             self._taken = _Taken(self.module)
             form, largest = self._form, max(batch * length for batch, length in self.buckets)
@@ -144,6 +144,7 @@ class Graphed:
             for bucket in reversed(self.buckets):
                 for masked in (True,) if form.mask_is_needed else (True, False):
                     captured[bucket, masked] = self._capture(bucket, masked)
+            self._captured = captured
 
     def _capture(self, bucket: Size, masked: bool) -> _Captured:
         form, (batch, length) = self._form, bucket
@@ -198,7 +199,9 @@ class Graphed:
         if bucket is None:
             return self._eager(given, size)
         masked = form.mask in given or size != bucket or form.mask_is_needed
-        captured = self._captured[bucket, masked]
+        captured = self._captured.get((bucket, masked))
+        if captured is None:
+            raise RuntimeError("Graphed(): it has no graphs, as its last capture() failed")
         with self._lock, torch.no_grad(), self._graphs.turn():
             self._fill(captured.inputs, given, size, size == bucket)
             captured.replay()
