@@ -155,16 +155,17 @@ class Graphed:
         }
         given = {name: self._turned(view, name) for name, view in inputs.items()}
 
+        enabled, dtype = self._autocast
+
         def run() -> Any:
-            found = self.module(**given)
+            # A cast that autocast remembers from before would not be in the graph.
+            autocast = torch.autocast(self._device.type, dtype, enabled, cache_enabled=False)
+            with torch.no_grad(), autocast, _static_shapes(self.module):
+                found = self.module(**given)
             return found if form.batch_first else found.transpose(0, 1)
 
-        enabled, dtype = self._autocast
-        # A cast that autocast remembers from before would not be in the graph.
-        autocast = torch.autocast(self._device.type, dtype, enabled, cache_enabled=False)
         try:
-            with torch.no_grad(), autocast, _static_shapes(self.module):
-                replay, output = self._graphs.capture(run)
+            replay, output = self._graphs.capture(run)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RuntimeError(
