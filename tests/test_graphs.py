@@ -22,7 +22,7 @@ VOCABULARY = 40
 
 
 class RunAgain:
-    """In place of :class:`_graphs._CudaGraphs`: replays are calls, of the memory that is captured."""
+    """In place of :class:`_graphs._CudaGraphs`: a replay calls again, on the memory captured."""
 
     def __init__(self, device: torch.device) -> None:
         self.captured = 0
@@ -299,6 +299,10 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nothing": ({}, TypeError, "expected 'src', and besides only src_key_padding_mask.*nothing"),
     "an unknown argument": ({"src": SRC, "mask": SRC}, TypeError, "but got mask, src"),
     "no tensor": ({"src": [1.0]}, TypeError, "'src' must be Tensor, not list"),
+    "a nested tensor": (
+        {"src": torch.nested.nested_tensor([torch.zeros(2, D)], layout=torch.jagged)}, TypeError,
+        "'src' to be padded",
+    ),
     "two dimensions": ({"src": SRC[0]}, ValueError, r"\[batch, length, 16\].*\(4, 16\)"),
     "another dtype": ({"src": SRC.half()}, TypeError, "dtype torch.float32.*torch.float16"),
     "another device": ({"src": SRC.to("meta")}, ValueError, "'src' on cpu.*got it on meta"),
@@ -363,7 +367,7 @@ MADE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "what asks the device": (
         lambda: graphed(Odd(fails).eval(), [(1, 4)]), RuntimeError,
-        r"bucket \(1, 4\) could not be captured: operation not permitted when stream is capturing\.",
+        r"\(1, 4\) could not be captured: operation not permitted when stream is capturing \(a",
     ),
     "a length that the model does not have": (
         lambda: graphed(bert(), [(1, 13)]), ValueError, "at most 12 positions",

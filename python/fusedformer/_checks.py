@@ -79,7 +79,7 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at: not while a compiler traces, nor on meta or in fakes."""
+    """Whether there are numbers to look at: not while a compiler traces, on meta, or in fakes."""
     return not (
         torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
     )

@@ -149,12 +149,11 @@ class Graphed:
     def _capture(self, bucket: Size, masked: bool) -> _Captured:
         form, (batch, length) = self._form, bucket
         inputs = {
-            name: memory[: batch * length].unflatten(0, bucket)
+            name: torch.unflatten(memory[: batch * length], 0, bucket)
             for name, memory in self._memory.items()
             if masked or name != form.mask
         }
         given = {name: self._turned(view, name) for name, view in inputs.items()}
-
         enabled, dtype = self._autocast
 
         def run() -> Any:
@@ -169,8 +168,8 @@ class Graphed:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise RuntimeError(
-                f"graphed(): the bucket {bucket} could not be captured: {reason}. A module that "
-                f"asks the device for numbers, or copies from the host, cannot be"
+                f"graphed(): the bucket {bucket} could not be captured: {reason} (a module that "
+                f"asks the device for numbers, or copies from the host, cannot be)"
             ) from error
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and not _belongs(tensor, batch, length):
@@ -199,11 +198,19 @@ class Graphed:
         bucket = next((b for b in self.buckets if size[0] <= b[0] and size[1] <= b[1]), None)
         if bucket is None:
             return self._eager(given, size)
-        masked = form.mask in given or size != bucket or form.mask_is_needed
-        captured = self._captured.get((bucket, masked))
-        if captured is None:
-            raise RuntimeError("Graphed(): it has no graphs, as its last capture() failed")
+
+        def cut(tensor: Tensor) -> Tensor:
+            part = tensor[: size[0], : size[1]] if tensor.dim() == 3 else tensor[: size[0]]
+            if not form.batch_first:
+                part = part.transpose(0, 1)
+            contiguous = torch.contiguous_format
+            return part.clone(memory_format=contiguous) if self.copy_output else part
+
         with self._lock, torch.no_grad(), self._graphs.turn():
+            masked = form.mask in given or size != bucket or form.mask_is_needed
+            captured = self._captured.get((bucket, masked))
+            if captured is None:
+                raise RuntimeError("Graphed(): it has no graphs, as its last capture() failed")
             self._fill(captured.inputs, given, size, size == bucket)
             captured.replay()
             changed = self._taken.changed()  # while the device is busy
@@ -213,17 +220,11 @@ class Graphed:
                     f"captured; call capture()"
                 )
             self.replays[bucket] += 1
-
-            def cut(tensor: Tensor) -> Tensor:
-                part = tensor[: size[0], : size[1]] if tensor.dim() == 3 else tensor[: size[0]]
-                if not form.batch_first:
-                    part = part.transpose(0, 1)
-                contiguous = torch.contiguous_format
-                return part.clone(memory_format=contiguous) if self.copy_output else part
-
             return tree_map_only(Tensor, cut, captured.output)
 
-    def _checked(self, tokens: Tensor | None, others: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    def _checked(
+        self, tokens: Tensor | None, others: dict[str, Tensor | None]
+    ) -> dict[str, Tensor]:
         """All that is given by name, batch first."""
         function, form = "Graphed", self._form
         given = {name: value for name, value in others.items() if value is not None}
@@ -238,6 +239,10 @@ class Graphed:
             )
         first = given[form.tokens]
         _checks.check_tensor(function, form.tokens, first)
+        if first.is_nested:
+            raise TypeError(
+                f"{function}(): expected {form.tokens!r} to be padded, but got a nested tensor"
+            )
         if first.dim() != 2 + len(form.width) or tuple(first.shape[2:]) != form.width:
             expected = ["batch", "length", *map(str, form.width)]
             if not form.batch_first:
@@ -327,8 +332,8 @@ class _CudaGraphs:
             )
         self._device = device
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-        self._last = torch.cuda.Event()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What replays ``function``, and what ``function`` returned, which replays write to."""
@@ -356,7 +361,7 @@ class _CudaGraphs:
 
     def nbytes(self) -> int:
         """Of the pool."""
-        segments = torch.cuda.memory_snapshot()
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(
             segment["total_size"]
             for segment in segments
@@ -417,7 +422,6 @@ def _belongs(output: Tensor, batch: int, length: int) -> bool:
 
 
 def _form_of(module: Any) -> _Form:
-    function = "graphed"
     if isinstance(module, TransformerEncoder) and len(module.layers):
         first: Any = module.layers[0]
         mask = "src_key_padding_mask"
@@ -431,9 +435,8 @@ def _form_of(module: Any) -> _Form:
                 if {"input_ids", "attention_mask"} <= parameters.keys():
                     return _form_of_ids(parameters)
     raise TypeError(
-        f"{function}(): expected 'module' to be a fusedformer.nn.TransformerEncoder with layers, or "
-        f"a Module whose forward takes input_ids and attention_mask, but got "
-        f"{type(module).__name__}"
+        f"graphed(): expected 'module' to be a fusedformer.nn.TransformerEncoder with layers, or a "
+        f"Module whose forward takes input_ids and attention_mask, but got {type(module).__name__}"
     )
 
 

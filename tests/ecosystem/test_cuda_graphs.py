@@ -35,9 +35,8 @@ CASES = [case for case in all_cases() if case.op.name not in ("pack", "unpack")]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
+def _poisoned() -> None:
     """Not here: torch's deterministic mode takes other algorithms than serving does."""
-    yield
 
 
 def padding_of(lengths: list[int], device: str) -> Tensor:
@@ -80,10 +79,10 @@ class NoDataDependence(TorchDispatchMode):
     It sees what the library calls, not what is called within a registered op.
     """
 
-    NAMES = {
+    NAMES = (
         "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2",
         "unique_dim", "unique_consecutive", "lift_fresh",
-    }  # fmt: skip
+    )  # fmt: skip
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -100,7 +99,7 @@ class NoDataDependence(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Raises where numbers become Python's, which on the CPU needs no operator; in launchers too."""
+    """Raises where numbers become Python's, in launchers too; on the CPU that is no operator."""
 
     def read(self: Tensor, *args: Any) -> None:
         raise AssertionError("what is read on the host cannot be captured")
