@@ -49,26 +49,26 @@ def passage_lengths(count: int, longest: int) -> list[int]:
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
     """The stacks, on each kind of lengths; on CPU two layers, and one in a dry run."""
     if sizes.name == "tiny":
-        return [_case("MiniLM", "natural", natural_lengths(4, 16), dtype, layers=1)]
+        return [stack_case("MiniLM", "natural", natural_lengths(4, 16), dtype, layers=1)]
     if sizes.name == "cpu":
         return [
-            _case("BERT-base", "natural", natural_lengths(16, 256), dtype, layers=2),
-            _case("MiniLM", "natural", natural_lengths(32, 128), dtype, layers=2),
-            _case("MiniLM", "passages", passage_lengths(64, 256), dtype, layers=2),
-            _case("MiniLM", "no padding", [128] * 16, dtype, layers=2),
+            stack_case("BERT-base", "natural", natural_lengths(16, 256), dtype, layers=2),
+            stack_case("MiniLM", "natural", natural_lengths(32, 128), dtype, layers=2),
+            stack_case("MiniLM", "passages", passage_lengths(64, 256), dtype, layers=2),
+            stack_case("MiniLM", "no padding", [128] * 16, dtype, layers=2),
         ]
     found = []
     for name, (*_, longest) in STACKS.items():
         count = 2 * sizes.tokens // longest
         found += [
-            _case(name, "natural", natural_lengths(count, longest), dtype),
-            _case(name, "passages", passage_lengths(2 * count, longest), dtype),
-            _case(name, "no padding", [longest] * (count // 2), dtype),
+            stack_case(name, "natural", natural_lengths(count, longest), dtype),
+            stack_case(name, "passages", passage_lengths(2 * count, longest), dtype),
+            stack_case(name, "no padding", [longest] * (count // 2), dtype),
         ]
     return found
 
 
-def _case(
+def stack_case(
     name: str, kind: str, lengths: Sequence[int], dtype: torch.dtype, layers: int | None = None
 ) -> Case:
     all_layers, width, heads, feedforward, _ = STACKS[name]
@@ -104,7 +104,7 @@ def _stack(layer: type, encoder: type, case: Case, device: torch.device) -> nn.M
     return encoder(one, o["layers"])
 
 
-def _program(module: nn.Module) -> Program:
+def program_of(module: nn.Module) -> Program:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
     return Program(module, module, optimizer, checked=_real_tokens(module))
 
@@ -120,7 +120,7 @@ def _real_tokens(module: nn.Module) -> Any:
     return real_tokens
 
 
-def _stock_stack(case: Case, device: torch.device) -> nn.Module:
+def stock_stack(case: Case, device: torch.device) -> nn.Module:
     torch.manual_seed(1)  # the same weights in every provider
     stack = _stack(nn.TransformerEncoderLayer, nn.TransformerEncoder, case, device)
     with torch.no_grad():  # initialized biases and gains are zeros and ones: nothing to tell apart
@@ -129,12 +129,12 @@ def _stock_stack(case: Case, device: torch.device) -> nn.Module:
     return stack
 
 
-def _fused_stack(case: Case, device: torch.device) -> nn.Module:
+def fused_stack(case: Case, device: torch.device) -> nn.Module:
     """The library's encoder, with stock's weights through its state_dict."""
     from fusedformer import nn as fused_nn
 
     stack = _stack(fused_nn.TransformerEncoderLayer, fused_nn.TransformerEncoder, case, device)
-    stack.load_state_dict(_stock_stack(case, device).state_dict())
+    stack.load_state_dict(stock_stack(case, device).state_dict())
     return stack
 
 
@@ -144,7 +144,7 @@ def fused_padded(device: torch.device) -> Provider:
     def build(case: Case) -> Program:
         if not case.options["padded"]:
             raise NotApplicable
-        stack = _fused_stack(case, device)
+        stack = fused_stack(case, device)
 
         def padded(src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
             mask = torch.zeros_like(src_key_padding_mask, dtype=src.dtype)
@@ -152,7 +152,7 @@ def fused_padded(device: torch.device) -> Provider:
             found: Tensor = stack(src, src_key_padding_mask=mask)
             return found
 
-        program = _program(stack)
+        program = program_of(stack)
         program.function = program.checked = padded
         return program
 
@@ -168,9 +168,9 @@ def fused_unpadded(device: torch.device) -> Provider:
     def build(case: Case) -> Program:
         if not case.options["padded"]:
             raise NotApplicable
-        o, stack = case.options, _fused_stack(case, device)
+        o, stack = case.options, fused_stack(case, device)
         src = torch.randn(o["batch"], o["mean"], o["width"], device=device, dtype=case.dtype)
-        program = _program(stack)
+        program = program_of(stack)
         program.function = lambda **inputs: stack(src)
         return program
 
@@ -179,12 +179,12 @@ def fused_unpadded(device: torch.device) -> Provider:
 
 def eager(device: torch.device) -> Provider:
     """torch's encoder; in inference it takes its own nested-tensor path."""
-    return lambda case: _program(_stock_stack(case, device))
+    return lambda case: program_of(stock_stack(case, device))
 
 
 def truth(case: Case, device: torch.device) -> Program:
     """torch's encoder with the same weights in float64."""
-    stack = copy.deepcopy(_stock_stack(case, device)).double()
+    stack = copy.deepcopy(stock_stack(case, device)).double()
     return Program(stack, stack, checked=_real_tokens(stack))
 
 
@@ -192,12 +192,12 @@ def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     """Who computes it, those that are here."""
     stock = eager(device)
     found: dict[str, Any] = {
-        "fusedformer": lambda case: _program(_fused_stack(case, device)),
+        "fusedformer": lambda case: program_of(fused_stack(case, device)),
         "fusedformer padded": fused_padded(device),
         "fusedformer, as many tokens unpadded": fused_unpadded(device),
         REFERENCE: stock,
         "Hugging Face sdpa": lambda case: hugging_face(
-            _stock_stack(case, device), _program, case.options
+            stock_stack(case, device), program_of, case.options
         ),
         "torch.compile": lambda case: compiled(stock(case)),
     }

@@ -127,7 +127,7 @@ def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     return present(found, device, compile)
 
 
-SUITE = Suite("host", cases, providers, truth, on_host=True)
+SUITE = Suite("host", cases, providers, truth, clock="host")
 
 
 def test_host(benchmark: Any, contest: Any) -> None:

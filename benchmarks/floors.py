@@ -31,6 +31,8 @@ def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
     ]
     for name in SUITES:
         suite = importlib.import_module(f"bench_{name}").SUITE
+        if suite.clock == "host":
+            continue
         for case in suite.cases(Sizes.of("full"), torch.bfloat16):
             for direction, cost in case.costs.items():
                 moving, computing = cost.times_us(copy_gb_s, matmul_tflop_s)

@@ -25,7 +25,7 @@ from harness.runner import Options, run_suite
 from table import markdown
 
 SUITES = ("softmax", "norm", "activation", "embedding", "attention", "encoder",
-          "huggingface", "host")
+          "graphs", "huggingface", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:

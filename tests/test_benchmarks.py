@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -41,7 +42,8 @@ from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = {
-    "softmax", "norm", "activation", "embedding", "attention", "encoder", "huggingface", "host",
+    "softmax", "norm", "activation", "embedding", "attention", "encoder", "graphs", "huggingface",
+    "host",
 }  # fmt: skip
 
 
@@ -407,6 +409,18 @@ def test_percentiles_are_interpolated() -> None:
     samples = timing.Samples([40.0, 10.0, 30.0, 20.0], "paired")
     assert samples.median_us == 25.0
     assert samples.percentile(0.2) == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("clock", ["device", "host", "latency"])
+def test_a_suite_is_timed_by_its_clock(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clocked(name: str) -> Any:
+        return lambda calls, *_: {n: timing.Samples([1.0], name) for n in calls}
+
+    monkeypatch.setattr(timing, "CLOCKS", {name: clocked(name) for name in timing.CLOCKS})
+    results = _results()
+    suite = dataclasses.replace(_square_suite({}), clock=clock)
+    run_suite(suite, [_square_case()], results, _options())
+    assert {r["method"] for r in results.document["records"]} == {clock}
 
 
 def test_order_of_providers_rotates() -> None:

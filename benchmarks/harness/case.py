@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -166,11 +166,13 @@ Provider = Callable[[Case], Program]
 class Suite:
     """``cases(sizes, dtype)``, and the providers in the order in which tables show them.
 
-    ``on_host`` suites are about what a call costs the host, whatever the device then does.
+    ``clock`` says what is timed: ``"device"``, how long the device takes; ``"host"``, what a call
+    costs the host, whatever the device then does; ``"latency"``, from the call until the device is
+    idle.
     """
 
     name: str
     cases: Callable[[Sizes, torch.dtype], list[Case]]
     providers: Callable[[torch.device, str], dict[str, Provider]]
     truth: Callable[[Case, torch.device], Program]  # given its inputs in float64
-    on_host: bool = False
+    clock: Literal["device", "host", "latency"] = "device"

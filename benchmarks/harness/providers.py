@@ -11,7 +11,8 @@ from harness.case import Case, Program, Provider, Unsupported
 PEER_MODULES = ("liger_kernel", "xformers", "flash_attn", "apex", "transformer_engine")
 
 AUTOTUNED = "torch.compile max-autotune"
-COMPILED = ("torch.compile", AUTOTUNED, "FlexAttention")
+GRAPHED, REDUCED = "fusedformer graphed", "torch.compile reduce-overhead"
+COMPILED = ("torch.compile", AUTOTUNED, REDUCED, "FlexAttention")
 
 _mode: list[str | None] = [None]  # of torch.compile, while a provider is built
 
@@ -28,6 +29,7 @@ def absent_peers(device: torch.device) -> dict[str, str]:
         absent["FlexAttention"] = "its compiled kernels need a GPU"
         absent["SDPA cudnn"] = absent["SDPA efficient"] = "needs a GPU"
         absent["torch varlen_attn"] = "needs a GPU"
+        absent[GRAPHED] = absent[REDUCED] = "CUDA graphs need a GPU"
     elif importlib.util.find_spec("torch.nn.attention.varlen") is None:
         absent["torch varlen_attn"] = "this torch has none"
     return absent

@@ -143,8 +143,7 @@ def _time_direction(
             reraise_if_device_is_lost(error)
             record.status, record.reason = status_of(error)
     try:
-        measure = timing.measure_host if suite.on_host else timing.measure
-        measured = measure(calls, options.device, options.seconds)
+        measured = timing.CLOCKS[suite.clock](calls, options.device, options.seconds)
     except Exception as error:
         reraise_if_device_is_lost(error)
         measured = {}

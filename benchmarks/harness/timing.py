@@ -13,6 +13,7 @@ In both, the device first sleeps while the host enqueues the work: what is measu
 the device, not how fast Python launches. ``paired`` is the CPU's: wall time, warm caches.
 
 ``host`` is for what a call costs the host: wall time to enqueue few calls on an idle device.
+``latency`` is for what one call takes: wall time until the device is idle again.
 """
 
 from __future__ import annotations
@@ -78,6 +79,19 @@ def measure_host(
     calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
     """What a call costs the host; on the CPU, where that is all of it, as :func:`measure`."""
+    return _measure_wall(calls, device, seconds, "host", HOST_CALLS)
+
+
+def measure_latency(
+    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+) -> dict[str, Samples]:
+    """What one call takes until its result is there; on the CPU as :func:`measure`."""
+    return _measure_wall(calls, device, seconds, "latency", 1)
+
+
+def _measure_wall(
+    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float, method: str, count: int
+) -> dict[str, Samples]:
     if device.type != "cuda":
         return measure(calls, device, seconds)
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -88,12 +102,17 @@ def measure_host(
             call = calls[name][0]
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(count):
                 call()
-            samples[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+            if method == "latency":
+                torch.cuda.synchronize()
+            samples[name].append((time.perf_counter() - start) / count * 1e6)
         rounds += 1
     torch.cuda.synchronize()
-    return {name: Samples(found, "host") for name, found in samples.items()}
+    return {name: Samples(found, method) for name, found in samples.items()}
+
+
+CLOCKS = {"device": measure, "host": measure_host, "latency": measure_latency}
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

@@ -15,7 +15,9 @@ from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
-# for all layers, forward and backward.
+# for all layers, forward and backward. Its entry "by_graph" says whether ``starts`` was made while
+# a CUDA graph was captured. Lists are shared within graphs or outside of them, never across: each
+# replay writes those of its graph anew, and one from before would stay as it is in every replay.
 SHARED = "fusedformer_work_lists"
 
 
@@ -74,7 +76,9 @@ def work_list(
         last_first: whether the last blocks of a sequence are the most work (causal).
     """
     shared = getattr(starts, SHARED, None)
-    key = (other_starts.data_ptr(), tokens, longest, block, last_first, _is_capturing(starts))
+    if shared is not None and shared["by_graph"] != _is_capturing(starts):
+        shared = None
+    key = (other_starts.data_ptr(), tokens, longest, block, last_first)
     if shared is not None and key in shared:
         found: torch.Tensor = shared[key]
         return found
@@ -91,5 +95,4 @@ def work_list(
 
 
 def _is_capturing(starts: torch.Tensor) -> bool:
-    # A list from before the capture would stay as it is in every replay.
     return starts.is_cuda and torch.cuda.is_current_stream_capturing()

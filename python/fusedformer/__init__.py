@@ -6,10 +6,12 @@
 
 from fusedformer import functional, nn
 from fusedformer._backend import backend
+from fusedformer._graphs import Graphed, graphed
 from fusedformer._version import __version__
 from fusedformer._warmup import warmup
 from fusedformer.fusion import FusionReport, fuse, unfuse
 
 __all__ = [
-    "FusionReport", "__version__", "backend", "functional", "fuse", "nn", "unfuse", "warmup",
+    "FusionReport", "Graphed", "__version__", "backend", "functional", "fuse", "graphed", "nn",
+    "unfuse", "warmup",
 ]  # fmt: skip

@@ -82,12 +82,10 @@ def check_varlen(
     """
     starts = cu_seqlens_q, cu_seqlens_k
     _check_varlen(query, key, value, *starts, max_seqlen_q, max_seqlen_k, options)
-    if torch.compiler.is_compiling():
-        return
     for side, tensor, tokens, longest in (
         ("q", cu_seqlens_q, query, max_seqlen_q), ("k", cu_seqlens_k, key, max_seqlen_k)
     ):  # fmt: skip
-        if tensor.device.type == "cpu":
+        if tensor.device.type == "cpu" and _checks.has_values(tensor):
             _check_starts("varlen_attention", side, tensor, tokens.shape[0], longest)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
@@ -75,6 +76,13 @@ def check_tensor(function: str, name: str, value: object) -> None:
         )
     if value.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"{function}(): expected '{name}' to be dense, but got {value.layout}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to look at: not while a compiler traces, on meta, or in fakes."""
+    return not (
+        torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+    )
 
 
 def check_floating(function: str, name: str, tensor: Tensor) -> None:

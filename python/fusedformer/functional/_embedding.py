@@ -142,8 +142,8 @@ def _check_tables(tables: dict[str, Tensor | None]) -> None:
 
 
 def _check_range(name: str, ids: Tensor, table: str, count: int) -> None:
-    # On a GPU, looking would wait for it; a compiler has no values to look at.
-    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+    # On a GPU, looking would wait for it.
+    if ids.device.type != "cpu" or not _checks.has_values(ids) or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= count:

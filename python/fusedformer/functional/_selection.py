@@ -65,7 +65,9 @@ def check_output_rows(function: str, output_rows: Tensor, batch: int, length: in
             f"{function}(): expected '{name}' to have shape [{batch}, rows] (columns of each "
             f"sequence), but got {tuple(output_rows.shape)}"
         )
-    elif output_rows.device.type == "cpu" and output_rows.numel():
+    elif (
+        output_rows.device.type == "cpu" and _checks.has_values(output_rows) and output_rows.numel()
+    ):
         low, high = int(output_rows.min()), int(output_rows.max())
         if low < 0 or high >= length:
             raise IndexError(

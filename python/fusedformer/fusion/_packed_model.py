@@ -22,6 +22,8 @@ class PackedModel:
     tells apart; the windows of local layers are then the kernels', not masks.
     """
 
+    static_shapes = False  # as of TransformerEncoder
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the class that it is put before; with zeros at padded positions if it packs."""
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
@@ -49,10 +51,10 @@ class PackedModel:
             or captured()
             or any(given.get(n, getattr(self.config, n, False)) for n in asked)
             or not takes_rows(self)
-            or not can_pack(tokens, False)
+            or not can_pack(tokens, self.static_shapes)
         ):
             return None
-        return packing_of(keep.bool(), False)
+        return packing_of(keep.bool(), self.static_shapes)
 
     def _packed(self: Any, given: dict[str, Any], packing: Packing) -> dict[str, Any]:
         """The arguments that differ."""

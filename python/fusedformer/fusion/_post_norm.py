@@ -185,6 +185,8 @@ class PackedEncoder:
     They go through it as one sequence, whose parts attention tells apart.
     """
 
+    static_shapes = False  # as of TransformerEncoder
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -201,10 +203,10 @@ class PackedEncoder:
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
             or not takes_rows(self)
-            or not can_pack(hidden_states, False)
+            or not can_pack(hidden_states, self.static_shapes)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        packing = packing_of(attention_mask, False)
+        packing = packing_of(attention_mask, self.static_shapes)
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
             rows[None], None, *args, **kwargs, cu_seq_lens_q=packing.cu_seqlens_q,

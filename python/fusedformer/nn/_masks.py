@@ -119,10 +119,11 @@ def padded_positions(key_padding_mask: Tensor) -> Tensor:
 def is_causal_mask(mask: Tensor | None, length: int) -> bool:
     """Whether ``mask`` is exactly the causal mask of ``length`` positions.
 
-    Looking costs one synchronization on a GPU. Inside ``torch.compile``, which cannot look, the
-    answer is False: the mask is then applied as it stands, with the same result.
+    Looking costs one synchronization on a GPU. Where there is nothing to look at, as inside
+    ``torch.compile``, the answer is False: the mask is then applied as it stands, with the same
+    result.
     """
-    if mask is None or mask.shape != (length, length) or torch.compiler.is_compiling():
+    if mask is None or mask.shape != (length, length) or not _checks.has_values(mask):
         return False
     masked = 1.0 if mask.dtype == torch.bool else -torch.inf
     causal = torch.full((length, length), masked, dtype=mask.dtype, device=mask.device).triu(1)

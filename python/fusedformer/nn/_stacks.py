@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import packing_and_selection
@@ -91,7 +92,7 @@ def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tens
 
 def can_pack(x: Tensor, static_shapes: bool) -> bool:
     """Whether batches on the device of ``x`` are packed; the torch backend cannot statically."""
-    static = static_shapes or torch.compiler.is_compiling()
+    static = static_shapes or not _checks.has_values(x)
     return not static or chosen_backend(x) == "triton"
 
 
@@ -106,8 +107,8 @@ def packing_of(keep: Tensor, static_shapes: bool) -> Packing:
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
-    """Arguments of :meth:`Packing.of`: how many tokens there are decides no shape while tracing."""
-    static = static_shapes or torch.compiler.is_compiling()
+    """Arguments of :meth:`Packing.of`; where values are unknown, they decide no shape."""
+    static = static_shapes or not _checks.has_values(keep)
     large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
     return {"static_shapes": static, "multiple_of": _CPU_ROWS if large else 1}
 

@@ -152,8 +152,11 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
                 heads=heads_of(self),
             )
-            keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
-            packing, selection = self.packing(keep if padding is None else ~padding, output_rows)
+            if padding is None:
+                keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+            else:
+                keep = ~padding
+            packing, selection = self.packing(keep, output_rows)
             packed = functional.pack(src if batch_first else src.transpose(0, 1), packing)
             output = self.forward_packed(packed, packing, selection, is_causal=is_causal)
             if selection is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._registered import registered
 
@@ -30,7 +31,7 @@ def gather_rows(
         return x.index_select(0, index)
     if not unused:
         return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
-    if x.is_cuda or torch.compiler.is_compiling():  # nothing that depends on data is asked for
+    if x.is_cuda or not _checks.has_values(x):  # nothing that depends on data is asked for
         return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)
     moved = (index >= 0).nonzero().flatten()
     rows = x.index_select(0, index.index_select(0, moved))
@@ -38,8 +39,13 @@ def gather_rows(
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
-    """``starts`` of sequences, marked as never to change: kernels plan their work on it once."""
-    starts.fusedformer_work_lists = {}  # type: ignore[attr-defined]
+    """``starts`` of sequences, marked as never to change: kernels plan their work on it once.
+
+    Those that a CUDA graph makes change with each replay, and are for the graph alone.
+    """
+    by_graph = starts.is_cuda and not torch.compiler.is_compiling()
+    by_graph = by_graph and torch.cuda.is_current_stream_capturing()
+    starts.fusedformer_work_lists = {"by_graph": by_graph}  # type: ignore[attr-defined]
     return starts
 
 
