@@ -10,7 +10,7 @@ and of the sigmoid form, z = 1 where matched and -1 elsewhere:
     ds_ij = -g_i * z_ij * sigmoid(-z_ij * s_ij)
 
 A program computes a tile of BLOCK_M x BLOCK_N scores by a loop over D, and reduces it in registers.
-Forward: to the base-2 log-sum-exp of the part of each row and each column that is in the tile (or
+Forward: to the log-sum-exp of the part of each row and each column that is in the tile (or
 the sum of each row's softplus); ``_merge_parts`` then merges the parts in their order. Rows go in
 strips of FORWARD_ROWS, so that there are at most FORWARD_ROWS / BLOCK_M parts of a column: parts
 take FORWARD_ROWS * N / BLOCK_N + FORWARD_ROWS * N / BLOCK_M floats, which is linear in N.
@@ -26,6 +26,7 @@ first; the forward writes parts alone, the backward M * N elements of ds, strip 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ def _has_matched(first_row, first_column, offset, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def _exp(x):
+    """Of a difference: were it taken in base 2, both terms would be rounded once more."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def _score_parts(
     a_ptr, b_ptr, scale_ptr, row_parts_ptr, column_parts_ptr, matched_ptr, n_rows, n_columns,
     n_dims, offset, stride_a, stride_b, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,7 +102,7 @@ def _score_parts(
         a_ptr, b_ptr, first_row, first_column, n_rows, n_columns, n_dims, stride_a, stride_b,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )
-    s = products * (tl.load(scale_ptr) * LOG2_E)  # [BLOCK_M, BLOCK_N]
+    s = products * tl.load(scale_ptr)  # [BLOCK_M, BLOCK_N]
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     row_valid, column_valid = rows < n_rows, columns < n_columns
@@ -104,16 +111,16 @@ def _score_parts(
     if _has_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N):
         matched = _matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)
         here = (rows + offset >= first_column) & (rows + offset < first_column + BLOCK_N)
-        found = tl.sum(tl.where(matched, s, 0.0), 1) * LN_2
+        found = tl.sum(tl.where(matched, s, 0.0), 1)
         tl.store(matched_ptr + rows, found, mask=row_valid & here)
     top = tl.where(row_valid, tl.max(s, 1), 0.0)
-    total = tl.where(row_valid, tl.sum(tl.exp2(s - top[:, None]), 1), 1.0)
+    total = tl.where(row_valid, tl.sum(_exp(s - top[:, None]), 1), 1.0)
     row_parts = row_parts_ptr + (first_column // BLOCK_N).to(tl.int64) * n_rows
-    tl.store(row_parts + rows, top + tl.log2(total), mask=row_valid)
+    tl.store(row_parts + rows, top + tl.log2(total) * LN_2, mask=row_valid)
     top = tl.where(column_valid, tl.max(s, 0), 0.0)
-    total = tl.where(column_valid, tl.sum(tl.exp2(s - top[None, :]), 0), 1.0)
+    total = tl.where(column_valid, tl.sum(_exp(s - top[None, :]), 0), 1.0)
     column_parts = column_parts_ptr + (first_row // BLOCK_M).to(tl.int64) * n_columns
-    tl.store(column_parts + columns, top + tl.log2(total), mask=column_valid)
+    tl.store(column_parts + columns, top + tl.log2(total) * LN_2, mask=column_valid)
 
 
 @triton.jit
@@ -121,24 +128,24 @@ def _merge_parts(
     parts_ptr, lse_ptr, n_parts, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
 ):
-    """Natural log-sum-exp of base-2 parts [n_parts, n_columns], and of what ``lse`` holds."""
+    """Log-sum-exp of parts [n_parts, n_columns], and of what ``lse`` holds."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
     if HAS_PREVIOUS:
-        top = tl.load(lse_ptr + columns, mask=in_row, other=0.0) * LOG2_E
+        top = tl.load(lse_ptr + columns, mask=in_row, other=0.0)
         total = tl.full([BLOCK_N], 1.0, tl.float32)
     else:
         top = tl.load(parts_ptr + columns, mask=in_row, other=0.0)
-        total = tl.zeros([BLOCK_N], tl.float32)
+        total = tl.where(in_row, 0.0, 1.0)
     for start in range(0, n_parts, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
         offsets = (rows * n_columns)[:, None] + columns[None, :]
         valid = (rows < n_parts)[:, None] & in_row[None, :]
         parts = tl.load(parts_ptr + offsets, mask=valid, other=float("-inf"))
         new_top = tl.maximum(top, tl.max(parts, 0))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(parts - new_top[None, :]), 0)
+        total = total * _exp(top - new_top) + tl.sum(_exp(parts - new_top[None, :]), 0)
         top = new_top
-    tl.store(lse_ptr + columns, (top + tl.log2(total)) * LN_2, mask=in_row)
+    tl.store(lse_ptr + columns, top + tl.log2(total) * LN_2, mask=in_row)
 
 
 @triton.jit
@@ -181,19 +188,19 @@ def _score_gradients(
     row_valid, column_valid = rows < n_rows, columns < n_columns
     row_grad = tl.load(row_grad_ptr + rows, mask=row_valid, other=0.0)[:, None]
     has_matched = _has_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)
-    s = products * (tl.load(scale_ptr) * LOG2_E)  # [BLOCK_M, BLOCK_N]
+    s = products * tl.load(scale_ptr)  # [BLOCK_M, BLOCK_N]
     if SIGMOID:
-        s += tl.load(bias_ptr) * LOG2_E
+        s += tl.load(bias_ptr)
         if has_matched:
             s = tl.where(_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N), -s, s)
-        ds = row_grad / (1.0 + tl.exp2(-s))
+        ds = row_grad / (1.0 + _exp(-s))
         if has_matched:
             ds = tl.where(_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N), -ds, ds)
     else:
-        row = tl.load(row_ptr + rows, mask=row_valid, other=0.0)[:, None] * LOG2_E
-        column = tl.load(column_ptr + columns, mask=column_valid, other=0.0)[None, :] * LOG2_E
+        row = tl.load(row_ptr + rows, mask=row_valid, other=0.0)[:, None]
+        column = tl.load(column_ptr + columns, mask=column_valid, other=0.0)[None, :]
         column_grad = tl.load(column_grad_ptr + columns, mask=column_valid, other=0.0)[None, :]
-        ds = row_grad * tl.exp2(s - row) + column_grad * tl.exp2(s - column)
+        ds = row_grad * _exp(s - row) + column_grad * _exp(s - column)
         if has_matched:
             matched_grad = tl.load(matched_grad_ptr + rows, mask=row_valid, other=0.0)[:, None]
             matched = _matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)
@@ -220,17 +227,16 @@ def row_and_column_lse(
     row = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     matched = torch.empty_like(row)
     column = torch.full((b.shape[0],), -torch.inf, dtype=torch.float32, device=a.device)
-    for start, strip, b, config, constants in _strips(a, b, FORWARD_ROWS):
-        row_parts = _parts(b, config.block_n, strip)
-        column_parts = _parts(strip, config.block_m, b)
-        rows = slice(start, start + strip.shape[0])
-        launch(
-            _score_parts, (row_parts.shape[0] * column_parts.shape[0],), config,
-            strip, b, scale, row_parts, column_parts, matched[rows], strip.shape[0], b.shape[0],
-            b.shape[1], start + offset, strip.stride(0), b.stride(0), **constants,
+    strips = _Strips.of(a, b, FORWARD_ROWS)
+    for rows in strips.rows:
+        strip = strips.a[rows]
+        row_parts = _parts(strips.b, strips.config.block_n, strip)
+        column_parts = _parts(strip, strips.config.block_m, strips.b)
+        strips.launch(
+            _score_parts, rows, (scale, row_parts, column_parts, matched[rows]), offset
         )
         _merge(row_parts, row[rows], first=True)
-        _merge(column_parts, column, first=start == 0)
+        _merge(column_parts, column, first=rows.start == 0)
     return row, column, matched
 
 
@@ -239,16 +245,11 @@ def softplus_sums(
 ) -> torch.Tensor:
     """float32 ``sum_j softplus(-z_ij * s_ij)`` of each row [M], of the sigmoid form."""
     losses = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
-    for start, strip, b, config, constants in _strips(a, b, FORWARD_ROWS):
-        parts = _parts(b, config.block_n, strip)
-        blocks = configs.ceil_div(strip.shape[0], config.block_m)
-        launch(
-            _softplus_parts, (parts.shape[0] * blocks,), config,
-            strip, b, scale, bias, parts, strip.shape[0], b.shape[0], b.shape[1],
-            start + offset,
-            strip.stride(0), b.stride(0), **constants,
-        )
-        losses[start : start + strip.shape[0]] = sum_partials(parts)
+    strips = _Strips.of(a, b, FORWARD_ROWS)
+    for rows in strips.rows:
+        parts = _parts(strips.b, strips.config.block_n, strips.a[rows])
+        strips.launch(_softplus_parts, rows, (scale, bias, parts), offset)
+        losses[rows] = sum_partials(parts)
     return losses
 
 
@@ -258,57 +259,89 @@ def score_gradients(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     offset: int,
-    grads: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None],
+    lse: Sequence[torch.Tensor | None],
     bias_grad: torch.Tensor | None,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, ``ds`` of a strip of rows [rows, N] in the dtype of ``a``), strip by strip.
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their ``ds / scale`` [rows, N] in the dtype of ``a``), strip by strip.
 
-    Each strip is in the memory of the one before. ``grads`` are those of rows, columns and matched
-    scores, float32, ``lse`` the log-sum-exps of rows and columns; of the sigmoid form, which has
-    a ``bias``, the gradients of the losses and none. The sum of ``ds`` is added to ``bias_grad``,
-    of one element, at the end.
+    A strip is in the memory of the one before it.
+
+    Args:
+        grads: float32, of rows, of columns and of matched scores; of the sigmoid form, which has a
+            ``bias``, of the losses, and None.
+        lse: log-sum-exps of rows and columns, or None.
+        bias_grad: one element, to which the sum of ``ds`` is added at the end.
     """
-    memory = slots = None
-    row_grad, column_grad, matched_grad = (*grads, None, None)[:3]
-    row, column = lse or (None, None)
-    for start, strip, b, config, constants in _strips(a, b, BACKWARD_ROWS):
-        n_rows, n_columns = strip.shape[0], b.shape[0]
-        blocks = configs.ceil_div(n_rows, config.block_m)
-        blocks *= configs.ceil_div(n_columns, config.block_n)
-        if memory is None:
-            # Rows of 16-byte pieces, which the products want.
-            memory = strip.new_empty(n_rows, configs.ceil_div(n_columns, 16) * 16)
-            slots = None if bias_grad is None else bias_grad.new_zeros(blocks)
-        ds = memory[:n_rows, :n_columns]
-        rows = slice(start, start + n_rows)
-        launch(
-            _score_gradients, (blocks,), config,
-            strip, b, scale, bias, row_grad[rows], column_grad,
-            None if matched_grad is None else matched_grad[rows],
-            None if row is None else row[rows], column, ds, slots, n_rows, n_columns,
-            b.shape[1], start + offset, strip.stride(0), b.stride(0), ds.stride(0), **constants,
-            SIGMOID=bias is not None, NEEDS_BIAS=slots is not None,
+    row_grad, column_grad, matched_grad = grads
+    row, column = lse
+    strips = _Strips.of(a, b, BACKWARD_ROWS)
+    if not strips.rows:
+        return
+    # Rows of whole 16-byte pieces, as the products want them.
+    pitch = configs.ceil_div(b.shape[0], 16) * 16
+    memory = a.new_empty(strips.rows[0].stop, pitch)
+    slots = None if bias_grad is None else bias_grad.new_zeros(strips.blocks(strips.rows[0]))
+    for rows in strips.rows:
+        ds = memory[: rows.stop - rows.start, : b.shape[0]]
+        vectors = (
+            scale, bias, _part(row_grad, rows), column_grad, _part(matched_grad, rows),
+            _part(row, rows), column, ds, slots,
+        )  # fmt: skip
+        strips.launch(
+            _score_gradients, rows, vectors, offset, pitch, SIGMOID=bias is not None,
+            NEEDS_BIAS=slots is not None,
         )
-        yield start, ds
+        yield rows, ds
     if bias_grad is not None and slots is not None:
         bias_grad.add_(slots.sum())
 
 
-def _strips(
-    a: torch.Tensor, b: torch.Tensor, length: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, configs.PairConfig, dict[str, Any]]]:
-    """(first row, strip of ``a``, ``b``, config, constants), as the kernels take them."""
-    precision = configs.dot_precision(a.dtype)
-    operands = precision if a.dtype == torch.float32 else "half"
-    config = configs.pair_tile(operands, a.shape[0], b.shape[0], configs.target_of(a.device))
-    constants = {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": precision,
-    }  # fmt: skip
-    a, b = (_aligned(t, config.block_k) for t in (a, b))
-    for start in range(0, a.shape[0], length):
-        yield start, a[start : start + length], b, config, constants
+@dataclass(frozen=True)
+class _Strips:
+    """The rows of ``a`` in strips, each against all of ``b``, and the launches of their tiles."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    rows: list[slice]
+    config: configs.PairConfig
+    precision: str
+
+    @staticmethod
+    def of(a: torch.Tensor, b: torch.Tensor, length: int) -> _Strips:
+        """Of at most ``length`` rows."""
+        n_rows = a.shape[0]
+        rows = [slice(i, min(i + length, n_rows)) for i in range(0, n_rows, length)]
+        precision = configs.dot_precision(a.dtype)
+        operands = precision if a.dtype == torch.float32 else "half"
+        target = configs.target_of(a.device)
+        config = configs.pair_tile(operands, min(n_rows, length), b.shape[0], target)
+        a, b = (_aligned(t, config.block_k) for t in (a, b))
+        return _Strips(a, b, rows, config, precision)
+
+    def blocks(self, rows: slice) -> int:
+        """Tiles of a strip."""
+        blocks = configs.ceil_div(rows.stop - rows.start, self.config.block_m)
+        return blocks * configs.ceil_div(self.b.shape[0], self.config.block_n)
+
+    def launch(
+        self,
+        kernel: Any,
+        rows: slice,
+        tensors: tuple[torch.Tensor | None, ...],
+        offset: int,
+        *strides: int,
+        **flags: bool,
+    ) -> None:
+        """Run ``kernel`` on all tiles of a strip."""
+        config = self.config
+        launch(
+            kernel, (self.blocks(rows),), config,
+            self.a[rows], self.b, *tensors, rows.stop - rows.start, *self.b.shape,
+            rows.start + offset, self.a.stride(0), self.b.stride(0), *strides,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            PRECISION=self.precision, **flags,
+        )
 
 
 def _aligned(rows: torch.Tensor, block_k: int) -> torch.Tensor:
@@ -326,6 +359,10 @@ def _parts(over: torch.Tensor, block: int, of: torch.Tensor) -> torch.Tensor:
     """Memory for what each block of the rows of ``over`` gives to each row of ``of``."""
     n_blocks = configs.ceil_div(over.shape[0], block)
     return torch.empty((n_blocks, of.shape[0]), dtype=torch.float32, device=of.device)
+
+
+def _part(vector: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if vector is None else vector[rows]
 
 
 def _merge(parts: torch.Tensor, lse: torch.Tensor, *, first: bool) -> None:

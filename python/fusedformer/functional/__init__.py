@@ -16,6 +16,8 @@ from fusedformer.functional._attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.functional._contrastive import REDUCTIONS as REDUCTIONS
+from fusedformer.functional._contrastive import Reduction as Reduction
 from fusedformer.functional._contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (

@@ -114,16 +114,19 @@ def _check_pairs(
                 f"{function}(): expected '{name}' to have shape [rows, dims], "
                 f"but got {tuple(tensor.shape)}"
             )
-    given = {n: value for n, value in scalars.items() if not _is_number(value)}
-    for name, value in given.items():
+    tensors: dict[str, Tensor | None] = {"a": a, "b": b}
+    for name, value in scalars.items():
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            continue
         _checks.check_tensor(function, name, value)
-        _checks.check_floating(function, name, value)  # type: ignore[arg-type]
-        if value.numel() != 1:  # type: ignore[union-attr]
+        _checks.check_floating(function, name, value)
+        if value.numel() != 1:
             raise ValueError(
                 f"{function}(): expected '{name}' to have 1 element, "
-                f"but got shape {tuple(value.shape)}"  # type: ignore[union-attr]
+                f"but got shape {tuple(value.shape)}"
             )
-    _checks.check_same_device(function, {"a": a, "b": b, **given})  # type: ignore[arg-type]
+        tensors[name] = value
+    _checks.check_same_device(function, tensors)
     if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
         raise TypeError(
             f"{function}(): expected 'a' and 'b' to have the same dtype, "
@@ -151,10 +154,6 @@ def _check_pairs(
         )
     if group is not None:
         _check_group(function, group, rows, columns)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
 
 
 def _check_group(function: str, group: object, rows: int, columns: int) -> None:

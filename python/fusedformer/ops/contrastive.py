@@ -206,21 +206,20 @@ def _pairs_backward(
     else:
         from fusedformer_kernels.contrastive import score_gradients as gradients
     needs_a, needs_b, needs_scale, needs_bias = needs
-    grads = [g.contiguous() for g in (row_grad, column_grad, matched_grad) if g is not None]
-    lse = [t for t in (row, column) if t is not None]
+    grads = [None if g is None else g.contiguous() for g in (row_grad, column_grad, matched_grad)]
     unit = None
     if a.dtype == torch.float16 and a.shape[0]:
         # Gradients of a mean over thousands of pairs are below what float16 holds.
-        unit = torch.stack([g.abs().amax() for g in grads]).amax().clamp_(min=1e-30)
-        grads = [g / unit for g in grads]
+        largest = [g.abs().amax() for g in grads if g is not None]
+        unit = torch.stack(largest).amax().clamp_(min=1e-30)
+        grads = [None if g is None else g / unit for g in grads]
     factor = scale if unit is None else scale * unit
     a_grad = torch.empty_like(a) if needs_a else None
     scale_grad = scale.new_zeros(()) if needs_scale else None
     bias_grad = scale.new_zeros(()) if needs_bias else None
     b_sums = None
     with torch.autocast(a.device.type, enabled=False):
-        for start, ds in gradients(a, b, scale, bias, offset, grads, lse, bias_grad):
-            rows = slice(start, start + ds.shape[0])
+        for rows, ds in gradients(a, b, scale, bias, offset, grads, (row, column), bias_grad):
             if needs_b:
                 part = _wide_product(ds.T, a[rows])
                 b_sums = part if b_sums is None else b_sums.add_(part)

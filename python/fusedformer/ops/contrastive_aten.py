@@ -7,8 +7,10 @@ formulas, for what has to be differentiated by autograd itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STRIP_ROWS = 1024
@@ -20,12 +22,11 @@ def row_and_column_lse_aten(
     """(log-sum-exp of each row, of each column, matched scores)."""
     row, matched = (scale.new_empty(a.shape[0]) for _ in range(2))
     column = scale.new_full((b.shape[0],), -torch.inf)
-    for start, products in _strips(a, b):
+    for rows, products in _strips(a, b):
         scores = products.mul_(scale)
-        rows = slice(start, start + scores.shape[0])
         row[rows] = scores.logsumexp(1)
         column = torch.logaddexp(column, scores.logsumexp(0))
-        matched[rows] = scores.diagonal(start + offset)
+        matched[rows] = scores.diagonal(rows.start + offset)
     return row, column, matched
 
 
@@ -34,10 +35,10 @@ def softplus_sums_aten(
 ) -> Tensor:
     """The sigmoid form's loss of each row."""
     losses = scale.new_empty(a.shape[0])
-    for start, products in _strips(a, b):
-        scores = products.mul_(scale).add_(bias)
-        scores.diagonal(start + offset).neg_()
-        losses[start : start + scores.shape[0]] = -torch.nn.functional.logsigmoid(-scores).sum(1)
+    for rows, products in _strips(a, b):
+        scores = products.mul_(scale).add_(bias).neg_()
+        scores.diagonal(rows.start + offset).neg_()
+        losses[rows] = F.logsigmoid(scores).sum(1).neg_()
     return losses
 
 
@@ -47,33 +48,33 @@ def score_gradients_aten(
     scale: Tensor,
     bias: Tensor | None,
     offset: int,
-    grads: Sequence[Tensor],
-    lse: Sequence[Tensor],
+    grads: Sequence[Any],
+    lse: Sequence[Any],
     bias_grad: Tensor | None,
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, gradient of the scores of a strip of rows), strip by strip."""
-    for start, products in _strips(a, b):
-        scores = products.mul_(scale)
-        rows = slice(start, start + scores.shape[0])
-        row_grad = grads[0][rows, None]
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their gradients of the scores without ``scale``), strip by strip."""
+    row_grad, column_grad, matched_grad = grads
+    row, column = lse
+    for rows, products in _strips(a, b):
+        scores, start = products.mul_(scale), rows.start + offset
         if bias is None:
-            row, column = lse
-            by_row = (scores - row[rows, None]).exp_().mul_(row_grad)
-            gradients = scores.sub_(column).exp_().mul_(grads[1]).add_(by_row)
-            gradients.diagonal(start + offset).add_(grads[2][rows])
+            by_row = (scores - row[rows, None]).exp_().mul_(row_grad[rows, None])
+            ds = scores.sub_(column).exp_().mul_(column_grad).add_(by_row)
+            ds.diagonal(start).add_(matched_grad[rows])
         else:
-            scores.add_(bias).diagonal(start + offset).neg_()
-            gradients = scores.sigmoid_().mul_(row_grad)
-            gradients.diagonal(start + offset).neg_()
+            scores.add_(bias).diagonal(start).neg_()
+            ds = scores.sigmoid_().mul_(row_grad[rows, None])
+            ds.diagonal(start).neg_()
         if bias_grad is not None:
-            bias_grad.add_(gradients.sum())
-        yield start, gradients
+            bias_grad.add_(ds.sum())
+        yield rows, ds
 
 
-def _strips(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, products of a strip of rows of ``a`` with all of ``b``)."""
+def _strips(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows of a strip of ``a``, their products with all of ``b``)."""
     for start in range(0, a.shape[0], STRIP_ROWS):
-        yield start, a[start : start + STRIP_ROWS] @ b.T
+        rows = slice(start, min(start + STRIP_ROWS, a.shape[0]))
+        yield rows, a[rows] @ b.T
 
 
 def row_and_column_lse_plain(
@@ -92,4 +93,4 @@ def softplus_sums_plain(
     columns = torch.arange(b.shape[0], device=a.device)
     matched = columns == torch.arange(offset, offset + a.shape[0], device=a.device)[:, None]
     signed = torch.where(matched, scores, -scores)
-    return (-torch.nn.functional.logsigmoid(signed).sum(1),)
+    return (-F.logsigmoid(signed).sum(1),)
