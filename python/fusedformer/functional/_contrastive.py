@@ -127,7 +127,7 @@ def _check_pairs(
             )
         tensors[name] = value
     _checks.check_same_device(function, tensors)
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    if a.dtype != b.dtype and None in (_checks.autocast_dtype(a), _checks.autocast_dtype(b)):
         raise TypeError(
             f"{function}(): expected 'a' and 'b' to have the same dtype, "
             f"but got {a.dtype} and {b.dtype}"

@@ -6,6 +6,7 @@ ranks have of a column is merged, and differentiated, by torch's own operations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -80,9 +81,9 @@ def _prepared(
     backend = chosen_backend(a)
     if backend == "triton":
         _checks.check_kernel_dtype(name, "a", a)
-    device = a.device.type
-    if torch.is_autocast_enabled(device) and a.dtype != torch.float64:
-        a, b = (t.to(torch.get_autocast_dtype(device)) for t in (a, b))
+    narrow = _checks.autocast_dtype(a)
+    if narrow is not None:
+        a, b = a.to(narrow), b.to(narrow)
     wide = torch.promote_types(a.dtype, torch.float32)
     scale = _scalar(logit_scale, a.new_empty((), dtype=wide))
     if backend == "torch":  # which has no products that are wider than their factors
@@ -139,7 +140,7 @@ def _row_and_column_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp of the rows of ``scale * a @ b.T``, of its columns, its matched scores)."""
     if backend == "torch":
-        with torch.autocast(a.device.type, enabled=False):
+        with _no_autocast(a):
             return row_and_column_lse_aten(a, b, scale, offset)
     from fusedformer_kernels.contrastive import row_and_column_lse
 
@@ -163,7 +164,7 @@ def _softplus_sums(
 ) -> Tensor:
     """Loss of each row of the sigmoid form."""
     if backend == "torch":
-        with torch.autocast(a.device.type, enabled=False):
+        with _no_autocast(a):
             return softplus_sums_aten(a, b, scale, bias, offset)
     from fusedformer_kernels.contrastive import softplus_sums
 
@@ -218,7 +219,7 @@ def _pairs_backward(
     scale_grad = scale.new_zeros(()) if needs_scale else None
     bias_grad = scale.new_zeros(()) if needs_bias else None
     b_sums = None
-    with torch.autocast(a.device.type, enabled=False):
+    with _no_autocast(a):
         for rows, ds in gradients(a, b, scale, bias, offset, grads, (row, column), bias_grad):
             if needs_b:
                 part = _wide_product(ds.T, a[rows])
@@ -256,6 +257,13 @@ def _pairs_backward_fake(
 ) -> tuple[Tensor, ...]:
     found = torch.empty_like(a), torch.empty_like(b), scale.new_empty(()), scale.new_empty(())
     return tuple(t if need else nothing(a) for t, need in zip(found, needs, strict=True))
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Products inside are of the dtypes that they are given."""
+    if _checks.autocast_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _wide_product(x: Tensor, y: Tensor) -> Tensor:
