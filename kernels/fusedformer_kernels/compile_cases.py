@@ -165,8 +165,10 @@ def _merge(dtype: torch.dtype) -> None:
 def _contrastive(rows: int, dtype: torch.dtype, *, sigmoid: bool = False) -> None:
     """Forward, in two strips where there are ``rows``, and backward in one."""
     scale = _empty(dtype=torch.float32)
+    grads: list[torch.Tensor | None]
+    lse: list[torch.Tensor | None]
 
-    def vector(x: torch.Tensor) -> torch.Tensor | None:
+    def vector(x: torch.Tensor) -> torch.Tensor:
         return _empty(x.shape[0], dtype=torch.float32)
 
     x = _empty(rows, 512, dtype=dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, Ranks
+from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -132,21 +132,9 @@ def test_unequal_pieces_are_an_error_on_every_rank(ranks: Ranks) -> None:
 
 def misused(mesh: DeviceMesh) -> None:
     x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="as many rows where 'group' is given.* 3 and 4"):
+    with pytest.raises(ValueError, match=r"as many rows where 'group' is given.* 3 and 4"):
         F.contrastive_loss(x, torch.randn(4, 4), 1.0, group=mesh.get_group())
 
 
 def test_more_columns_are_an_error(ranks: Ranks) -> None:
     ranks.run(misused, size=2)
-
-
-def fails_after_the_gather(mesh: DeviceMesh) -> None:
-    x = torch.randn(3, 4)
-    if mesh.get_local_rank():
-        raise KeyError("it")
-    F.contrastive_loss(x, x, 1.0, group=mesh.get_group())
-
-
-def test_a_rank_that_fails_leaves_no_other_waiting(ranks: Ranks) -> None:
-    with pytest.raises(RankError, match="KeyError"):
-        ranks.run(fails_after_the_gather, size=2, seconds=5.0)
