@@ -115,14 +115,6 @@ def check_probability(function: str, name: str, value: float) -> None:
         raise ValueError(f"{function}(): expected '{name}' to be in [0, 1], but got {value}")
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of the factors of a product with ``tensor``; None where it does not."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device)
-
-
 def check_same_device(function: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise ``ValueError`` unless all given tensors, which must be tensors, live on one device."""
     for name, tensor in tensors.items():

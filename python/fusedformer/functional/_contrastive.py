@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer._autocast import autocast_dtype, cast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +33,8 @@ def contrastive_loss(
     scores are computed in tiles, and computed again in the backward; memory is linear in M and N.
 
     Args:
-        a: ``[M, D]`` embeddings, as they are compared: normalize them first.
+        a: ``[M, D]`` embeddings, as they are compared: normalize them first. Autocast makes them
+            narrow, as it does the factors of a product.
         b: ``[N, D]``, N >= M; rows that are no row's positive are negatives of all.
         logit_scale: factor on the products (CLIP: ``exp`` of a learned parameter); a number, or a
             tensor of one element, which may require a gradient.
@@ -49,7 +51,7 @@ def contrastive_loss(
 
     Raises:
         TypeError: ``a``, ``b`` or ``logit_scale`` is not floating-point, or ``a`` and ``b`` differ
-            in dtype outside autocast; ``label_offset`` is not an integer; ``group`` is not a
+            in dtype, but under autocast; ``label_offset`` is not an integer; ``group`` is not a
             process group.
         ValueError: shapes that do not fit; ``label_offset`` out of range; an unknown ``reduction``;
             tensors on different devices; on all ranks, if shapes differ between them (which waits
@@ -59,6 +61,7 @@ def contrastive_loss(
     arXiv:2103.00020.
     """
     function = "contrastive_loss"
+    a, b = _narrowed(a, b)
     _check_pairs(function, a, b, {"logit_scale": logit_scale}, label_offset, reduction, group)
     return ops.contrastive_loss(
         a, b, logit_scale, label_offset=label_offset, reduction=reduction, group=group
@@ -90,11 +93,18 @@ def sigmoid_contrastive_loss(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
     """
     function = "sigmoid_contrastive_loss"
+    a, b = _narrowed(a, b)
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     _check_pairs(function, a, b, scalars, label_offset, reduction, group)
     return ops.sigmoid_contrastive_loss(
         a, b, logit_scale, logit_bias, label_offset=label_offset, reduction=reduction, group=group
     )
+
+
+def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """As autocast has the factors of a product."""
+    dtype = autocast_dtype("linear", a, b)
+    return (a, b) if dtype is None else (cast(dtype, a), cast(dtype, b))
 
 
 def _check_pairs(
@@ -127,7 +137,7 @@ def _check_pairs(
             )
         tensors[name] = value
     _checks.check_same_device(function, tensors)
-    if a.dtype != b.dtype and None in (_checks.autocast_dtype(a), _checks.autocast_dtype(b)):
+    if a.dtype != b.dtype:
         raise TypeError(
             f"{function}(): expected 'a' and 'b' to have the same dtype, "
             f"but got {a.dtype} and {b.dtype}"

@@ -6,7 +6,6 @@ ranks have of a column is merged, and differentiated, by torch's own operations.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedformer import _checks
+from fusedformer._autocast import autocast_off
 from fusedformer._backend import chosen_backend
 from fusedformer.ops import collectives
 from fusedformer.ops._registered import nothing, registered
@@ -77,13 +77,10 @@ def sigmoid_contrastive_loss(
 def _prepared(
     name: str, a: Tensor, b: Tensor, logit_scale: float | Tensor
 ) -> tuple[str, Tensor, Tensor, Tensor]:
-    """(backend, a, b, scale), a and b in the dtype of their product, scale in that of its sums."""
+    """(backend, a, b, scale), each in the dtype that it is computed with."""
     backend = chosen_backend(a)
     if backend == "triton":
         _checks.check_kernel_dtype(name, "a", a)
-    narrow = _checks.autocast_dtype(a)
-    if narrow is not None:
-        a, b = a.to(narrow), b.to(narrow)
     wide = torch.promote_types(a.dtype, torch.float32)
     scale = _scalar(logit_scale, a.new_empty((), dtype=wide))
     if backend == "torch":  # which has no products that are wider than their factors
@@ -140,7 +137,7 @@ def _row_and_column_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum-exp of the rows of ``scale * a @ b.T``, of its columns, its matched scores)."""
     if backend == "torch":
-        with _no_autocast(a):
+        with autocast_off(a):
             return row_and_column_lse_aten(a, b, scale, offset)
     from fusedformer_kernels.contrastive import row_and_column_lse
 
@@ -164,7 +161,7 @@ def _softplus_sums(
 ) -> Tensor:
     """Loss of each row of the sigmoid form."""
     if backend == "torch":
-        with _no_autocast(a):
+        with autocast_off(a):
             return softplus_sums_aten(a, b, scale, bias, offset)
     from fusedformer_kernels.contrastive import softplus_sums
 
@@ -219,7 +216,7 @@ def _pairs_backward(
     scale_grad = scale.new_zeros(()) if needs_scale else None
     bias_grad = scale.new_zeros(()) if needs_bias else None
     b_sums = None
-    with _no_autocast(a):
+    with autocast_off(a):
         for rows, ds in gradients(a, b, scale, bias, offset, grads, (row, column), bias_grad):
             if needs_b:
                 part = _wide_product(ds.T, a[rows])
@@ -257,13 +254,6 @@ def _pairs_backward_fake(
 ) -> tuple[Tensor, ...]:
     found = torch.empty_like(a), torch.empty_like(b), scale.new_empty(()), scale.new_empty(())
     return tuple(t if need else nothing(a) for t, need in zip(found, needs, strict=True))
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Products inside are of the dtypes that they are given."""
-    if _checks.autocast_dtype(tensor) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _wide_product(x: Tensor, y: Tensor) -> Tensor:
