@@ -14,7 +14,7 @@ Forward: to the log-sum-exp of the part of each row and each column that is in t
 the sum of each row's softplus); ``_merge_parts`` then merges the parts in their order. Rows go in
 strips of FORWARD_ROWS, so that there are at most FORWARD_ROWS / BLOCK_M parts of a column: parts
 take FORWARD_ROWS * N / BLOCK_N + FORWARD_ROWS * N / BLOCK_M floats, which is linear in N.
-Backward: scores are computed again, and a strip of BACKWARD_ROWS rows of ds / scale is written in
+Backward: scores are computed again, and a strip of BACKWARD_ROWS rows of ds is written in
 the dtype of the inputs, for the products ds @ b and ds.T @ a, which are torch's. Scores are only
 ever in registers, in float32.
 
@@ -263,7 +263,7 @@ def score_gradients(
     lse: Sequence[torch.Tensor | None],
     bias_grad: torch.Tensor | None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their ``ds / scale`` [rows, N] in the dtype of ``a``), strip by strip.
+    """(rows, their ``ds`` [rows, N] in the dtype of ``a``), strip by strip.
 
     A strip is in the memory of the one before it.
 

@@ -52,7 +52,7 @@ def score_gradients_aten(
     lse: Sequence[Any],
     bias_grad: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their gradients of the scores without ``scale``), strip by strip."""
+    """(rows, the gradients of their scores), strip by strip."""
     row_grad, column_grad, matched_grad = grads
     row, column = lse
     for rows, products in _strips(a, b):
