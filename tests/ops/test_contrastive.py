@@ -213,8 +213,9 @@ def test_memory_grows_linearly(name: str, which: str) -> None:
     from fusedformer_kernels.launch import recorded_launches
 
     largest = []
+    dtype = torch.bfloat16 if which == "triton" else torch.float32
     for n in (16384, 65536):
-        x, scale = torch.empty(n, 512, device="meta"), torch.empty((), device="meta")
+        x, scale = torch.empty(n, 512, dtype=dtype, device="meta"), torch.empty((), device="meta")
         bias = scale if name == NAMES[1] else None
         with recorded_launches(run=False), Largest() as seen:
             if bias is None:

@@ -260,7 +260,7 @@ def _wide_product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y``, of half precision in float32."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return x @ y
-    if not x.is_cuda:
+    if x.device.type == "cpu":
         return x.float() @ y.float()
     if torch.version.hip is not None:
         return (x @ y).float()
