@@ -6,8 +6,9 @@
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; tests;
-# bench, which is softmax, norm, activation, embedding, encoder, graphs, huggingface, host and
-# attention; tune, which writes a table of configs, and retime, bench's kernels with that table; memory, a part
+# bench, which is softmax, norm, activation, embedding, contrastive, encoder, graphs, huggingface,
+# host and attention; tune, which writes a table of configs, and retime, bench's kernels with that
+# table; memory, a part
 # of the tests under compute-sanitizer where that is installed; compile, the compile report. Each has
 # a process and a time limit of its own, so one that dies takes no other along. A stage that is
 # complete is listed in OUTDIR/stages.done and skipped the next time: what there was no time for is
@@ -37,7 +38,8 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment tests bench tune retime memory compile}
-stages=${stages/bench/softmax norm activation embedding attention encoder graphs huggingface host}
+suites="softmax norm activation embedding contrastive attention encoder graphs huggingface host"
+stages=${stages/bench/$suites}
 export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
@@ -122,6 +124,7 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench norm 60
     bench activation 30
     bench embedding 30
+    bench contrastive 30
     bench encoder 90 --compile none
     bench graphs 90
     bench huggingface 60 --compile none

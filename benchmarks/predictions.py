@@ -27,6 +27,7 @@ from fusedformer import _backend
 from fusedformer import functional as F
 from fusedformer_kernels.ahead_of_time import compile_launch
 from fusedformer_kernels.configs import TARGETS, assume_target
+from fusedformer_kernels.contrastive import BACKWARD_ROWS
 from fusedformer_kernels.launch import Launch, recorded_launches
 from fusedformer_kernels.prediction import Gpu, Prediction, predict
 from harness.case import Case, Sizes
@@ -117,6 +118,12 @@ def rows(chosen: str) -> list[str]:
                 floor = max(case.costs[direction].times_us(copied, PRODUCTS / 1e12))
                 lines.append(line(name, case.name, direction, found, floor, remark))
                 print(lines[-1], flush=True)
+    for case in importlib.import_module("bench_contrastive").SUITE.cases(
+        Sizes.of("full"), torch.bfloat16
+    ):
+        if chosen in f"contrastive {case.name}":
+            lines += contrastive_rows(case)
+            print(*lines[-2:], sep="\n", flush=True)
     for case in importlib.import_module("bench_encoder").SUITE.cases(
         Sizes.of("full"), torch.bfloat16
     ):
@@ -154,6 +161,30 @@ def encoder_rows(case: Case) -> list[str]:
             ("step", both, floors[1], 3, "backward"),
         )
     ]  # fmt: skip
+
+
+def contrastive_rows(case: Case) -> list[str]:
+    """The kernels as predicted, the products of the backward at the measured rate, and the bytes
+    of torch's steps around them at that of a copy."""
+    fused = importlib.import_module("bench_contrastive").fused(case)
+    costs = case.costs
+    product = costs["forward"].flops / PRODUCTS * 1e6
+    with Untouched():
+        inputs = case.make(torch.device("cpu"))
+    side = inputs["a"].numel()
+    strips = -(-inputs["a"].shape[0] // BACKWARD_ROWS)
+    # Sums in float32: of b added up strip by strip, multiplied with b for the scale's gradient and
+    # added up, and both sides read and written narrow.
+    moved = side * (12 * (strips - 1) + (4 + 2 + 4) + 4 + 2 * (4 + 2))
+    steps = 1e6 * moved / Gpu().copy_bytes
+    found = []
+    for direction, more in (("forward", 0.0), ("backward", 2 * product + steps)):
+        kernels, remark = predicted(case, fused, direction)
+        floor = max(costs[direction].times_us(Gpu().copy_bytes / 1e9, PRODUCTS / 1e12))
+        if more:
+            remark += f"; products {2 * product:.0f}, torch's steps {steps:.0f}"
+        found.append(line("contrastive", case.name, direction, kernels + more, floor, remark))
+    return found
 
 
 def _layer_calls(tokens: int, o: dict[str, Any], p: float) -> dict[str, Callable[[str], object]]:

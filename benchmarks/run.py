@@ -24,8 +24,8 @@ from harness.records import ResultFile, clocks, new_document
 from harness.runner import Options, run_suite
 from table import markdown
 
-SUITES = ("softmax", "norm", "activation", "embedding", "attention", "encoder",
-          "graphs", "huggingface", "host")
+SUITES = ("softmax", "norm", "activation", "embedding", "contrastive", "attention",
+          "encoder", "graphs", "huggingface", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:

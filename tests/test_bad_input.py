@@ -57,6 +57,10 @@ def good(function: str) -> dict[str, Any]:
         input=ids, weight=t(5, 4), norm_weight=t(4), norm_bias=t(4), position_ids=ids,
         position_weight=t(3, 4), token_type_ids=ids, token_type_weight=t(2, 4), p=0.1,
     )  # fmt: skip
+    arguments["contrastive_loss"] = dict(a=t(2, 8), b=t(3, 8), logit_scale=t(), label_offset=1)
+    arguments["sigmoid_contrastive_loss"] = dict(
+        a=t(2, 8), b=t(3, 8), logit_scale=t(1), logit_bias=t()
+    )
     starts = torch.tensor([0, 2, 5], device=DEVICE)
     arguments["varlen_attention"] = dict(
         query=t(5, 4, 8), key=t(5, 4, 8), value=t(5, 4, 3), cu_seqlens_q=starts,
@@ -292,6 +296,29 @@ def packings() -> Iterator[Row]:
     yield "unpack", {"input": t(5, 4)}, ValueError, r"'input' to have shape \(6,\) \(total\)"
 
 
+def contrastive() -> Iterator[Row]:
+    for function in ("contrastive_loss", "sigmoid_contrastive_loss"):
+        rows: list[tuple[dict[str, Any], type[Exception], str]] = [
+            ({"a": t(8)}, ValueError, r"'a' to have shape \[rows, dims\].*\(8,\)"),
+            ({"b": t(1, 3, 8)}, ValueError, r"'b' to have shape \[rows, dims\].*\(1, 3, 8\)"),
+            ({"b": t(3, 7)}, ValueError, r"'a' \[M, D\] and 'b' \[N, D\].*\(2, 8\).*\(3, 7\)"),
+            ({"b": t(1, 8)}, ValueError, r"with M <= N.*\(2, 8\) and \(1, 8\)"),
+            ({"b": t(3, 8, dtype=HALF)}, TypeError, "the same dtype.*float32 and torch.float16"),
+            ({"logit_scale": t(2)}, ValueError, r"'logit_scale' to have 1 element.*\(2,\)"),
+            ({"label_offset": 2}, ValueError, "'label_offset' to be from 0 to N - M = 1.*got 2"),
+            ({"label_offset": -1}, ValueError, "'label_offset' to be from 0 to N - M = 1.*got -1"),
+            ({"label_offset": 1.0}, TypeError, "'label_offset' to be an int.*float"),
+            ({"label_offset": True}, TypeError, "'label_offset' to be an int.*bool"),
+            ({"reduction": "max"}, ValueError, "'reduction' to be one of.*'max'"),
+            ({"group": 3}, TypeError, "'group' to be a ProcessGroup.*3"),
+        ]
+        for changes, error, message in rows:
+            yield function, changes, error, message
+    changes = {"logit_bias": t(1, 2)}
+    message = r"'logit_bias' to have 1 element.*\(1, 2\)"
+    yield "sigmoid_contrastive_loss", changes, ValueError, message
+
+
 def embeddings() -> Iterator[Row]:
     rows: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"input": t(2, 3)}, TypeError, "'input' to be int32 or int64.*float32"),
@@ -349,7 +376,8 @@ def named(row: Row) -> Any:
 
 SOURCES: tuple[Callable[[], Iterator[Row]], ...] = (
     not_tensors, dtypes_and_devices, probabilities, softmaxes, norms, fused_steps, attention,
-    attention_terms, packed, around_attention, packings, embeddings,
+    attention_terms, packed, around_attention, packings, contrastive,
+    embeddings,
 )  # fmt: skip
 TABLE = [named(row) for source in SOURCES for row in source()]
 

@@ -42,8 +42,8 @@ from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = {
-    "softmax", "norm", "activation", "embedding", "attention", "encoder", "graphs", "huggingface",
-    "host",
+    "softmax", "norm", "activation", "embedding", "contrastive", "attention", "encoder",
+    "graphs", "huggingface", "host",
 }  # fmt: skip
 
 
@@ -261,6 +261,9 @@ BY_HAND = {
     # as S=128 above, and 12 * 128 * 128 * 2 bytes of bias: read, read again and written
     "attention with a bias": (
         counting.attention(128, 12, 128, 64, 2, bias_bytes=12 * 2**15)["backward"], 47.2),
+    # 2 * 8192 * 8192 * 512 FLOPs a product: one forward, three backward
+    "contrastive forward": (counting.contrastive(8192, 512, 2)["forward"], 87.0),
+    "contrastive": (counting.contrastive(8192, 512, 2)["both"], 347.9),
     "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
 }
 

@@ -17,8 +17,9 @@ pytest.importorskip("triton")
 from fusedformer_kernels import ahead_of_time
 from fusedformer_kernels.ahead_of_time import Compiled
 from fusedformer_kernels.configs import TARGETS, assume_target
+from fusedformer_kernels.contrastive import row_and_column_lse
 from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.machine_code import around, main_loop, programs_per_multiprocessor
 from fusedformer_kernels.prediction import Gpu, predict
 from fusedformer_kernels.softmax import softmax_forward
 
@@ -58,6 +59,15 @@ def test_the_main_loop_is_the_shortest_with_most_products() -> None:
     assert cycles["product"] == 2 * 64  # two warp groups, 64 clocks each
     assert cycles["exp2"] == 16  # 8 warps of 32 over 16 lanes
     assert cycles["issue"] == 14
+
+
+def test_around_the_main_loop_is_all_else() -> None:
+    mix = around(LISTING, main_loop(LISTING))
+    assert {name: n for name, n in mix.counts.items() if n} == {
+        "load": 1, "product": 1, "alu": 3, "convert": 1, "store": 1, "fma": 1, "control": 2,
+    }  # fmt: skip
+    assert mix.loaded_bytes == 16 * 32
+    assert mix.cycles(num_warps=8)["alu"] == 12
 
 
 def test_without_a_loop_all_the_code_counts() -> None:
@@ -121,6 +131,20 @@ def test_what_is_compiled_once_is_one_kernel_of_one_target_and_launch(
     calls += [(dataclasses.replace(launch, config=wider), "sm_90"), (launch, "sm_90")]
     found = [ahead_of_time.compile_launch(call, TARGETS[target]) for call, target in calls]
     assert found == [1, 1, 2, 3, 4]
+
+
+def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> None:
+    x, scale = torch.empty(8192, 512, device="meta").bfloat16(), torch.empty((), device="meta")
+    with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
+        row_and_column_lse(x, x, scale, 0)
+    tiles, passes = 32 * 64, 8  # of 256 x 128 scores, 64 dimensions at a time
+    given = {"cycles": {"product": 830.0, "issue": 100.0}, "around": {"issue": 4000.0}}
+    compiled = Compiled(255, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, loops=True, **given)
+    alone = predict(launches[0], compiled)
+    assert alone.units == pytest.approx(tiles / 132 * (1000 * passes + 4000) / 1.755e3)
+    assert alone.limit == "products then issue"
+    two = predict(launches[0], dataclasses.replace(compiled, programs=2))
+    assert two.units == pytest.approx(tiles / 132 * 1000 * passes / 1.755e3)
 
 
 @pytest.mark.parametrize("case", ["softmax masked softmax", "relative bias B=128 H=8 S=128 d=128"])

@@ -90,6 +90,23 @@ def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
+def contrastive(rows: int, dims: int, itemsize: int) -> Costs:
+    """Loss over all pairs of two batches of ``rows`` embeddings.
+
+    One product forward, three backward: the scores again, and the gradients of both sides. Forward
+    reads both sides; backward reads them and writes their gradients, and reads what is kept of each
+    row and column, 4 bytes.
+    """
+    product, side, kept = 2 * rows * rows * dims, rows * dims * itemsize, 2 * rows * 4
+    forward = Cost(product, 2 * side)
+    backward = Cost(3 * product, 4 * side + kept)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "both": forward + backward + Cost(0, kept),
+    }
+
+
 def attention(
     batch: int, heads: int, length: int, dim: int, itemsize: int, *, keys: int | None = None,
     real_keys: int | None = None, pairs: int | None = None, mask_bytes: int = 0,

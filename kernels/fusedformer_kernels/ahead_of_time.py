@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from fusedformer_kernels.configs import Target
 from fusedformer_kernels.launch import Launch
-from fusedformer_kernels.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.machine_code import around, main_loop, programs_per_multiprocessor
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -47,10 +47,11 @@ class Compiled:
     tma_loads: int
     exp2: int  # MUFU.EX2
     compile_seconds: float
-    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next four
+    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next five
     loop: Mapping[str, int] = field(default_factory=dict)  # warp instructions of the main loop
     cycles: Mapping[str, float] = field(default_factory=dict)  # of an SM's units for one pass of it
     loaded_bytes: int = 0  # from global memory in one pass, by all warps
+    around: Mapping[str, float] = field(default_factory=dict)  # cycles of all but that pass
     loops: bool = False  # whether there is one; if not, the above are of all the code
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,6 +144,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
             "loaded_bytes": mix.loaded_bytes * hopper_warps,
+            "around": around(code, mix).cycles(hopper_warps),
         }  # fmt: skip
     return Compiled(
         registers=registers,

@@ -173,7 +173,7 @@ def attention_arguments(
         "BLOCK_DV": configs.padded_dim(value_dim),
         # The scale can wait for the exponential where nothing is added and order is kept.
         "SCALED": added or terms.scale <= 0,
-        "PRECISION": _dot_precision(query),
+        "PRECISION": configs.dot_precision(query.dtype),
     }
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
@@ -193,10 +193,3 @@ def broadcast_strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]
         return (0,) * rank
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return tuple(0 if size == 1 else stride for size, stride in sizes)
-
-
-def _dot_precision(tensor: torch.Tensor) -> str:
-    """Precision of float32 products: torch's own setting for matrix products."""
-    if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusedformer_kernels import contrastive
 from fusedformer_kernels.activation import (
     ACTIVATIONS,
     bias_activation_backward,
@@ -35,7 +36,8 @@ CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
     "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
-    "attention d=64 averaged weights", "embedding_layer_norm 768",
+    "attention d=64 averaged weights", "embedding_layer_norm 768", "contrastive",
+    "sigmoid contrastive",
 }  # fmt: skip
 
 
@@ -160,6 +162,29 @@ def _merge(dtype: torch.dtype) -> None:
     merge_states_backward(o, lse, o, lse, o, lse)
 
 
+def _contrastive(rows: int, dtype: torch.dtype, *, sigmoid: bool = False) -> None:
+    """Forward, in two strips where there are ``rows``, and backward in one."""
+    scale = _empty(dtype=torch.float32)
+    grads: list[torch.Tensor | None]
+    lse: list[torch.Tensor | None]
+
+    def vector(x: torch.Tensor) -> torch.Tensor:
+        return _empty(x.shape[0], dtype=torch.float32)
+
+    x = _empty(rows, 512, dtype=dtype)
+    strip = x[: contrastive.BACKWARD_ROWS]
+    if sigmoid:
+        contrastive.softplus_sums(strip, x, scale, scale, 0)
+        grads, lse = [vector(strip), None, None], [None, None]
+    else:
+        contrastive.row_and_column_lse(x, x, scale, 0)
+        grads = [vector(strip), vector(x), vector(strip)]
+        lse = [vector(strip), vector(x)]
+    bias = scale if sigmoid else None
+    for _ in contrastive.score_gradients(strip, x, scale, bias, 0, grads, lse, bias):
+        pass
+
+
 def compile_cases() -> list[CompileCase]:
     """Every shipped variant: kernels × dtypes × flags × the sizes at which configs change."""
     full = torch.float32
@@ -270,4 +295,11 @@ def compile_cases() -> list[CompileCase]:
         )
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     add("merge states", HALF, lambda: _merge(HALF))
+    for name, sigmoid in (("contrastive", False), ("sigmoid contrastive", True)):
+        for rows, more in ((16384, ""), (1024, " small")):
+            call = partial(_contrastive, rows, HALF, sigmoid=sigmoid)
+            add(f"{name}{more}", HALF, call, matrix=True, extra=sigmoid and rows == 1024)
+        call = partial(_contrastive, 1024, full, sigmoid=sigmoid)
+        add(name, full, call, extra=sigmoid)
+        add(f"{name} tf32", full, call, matrix=True, tf32=True, extra=sigmoid)
     return cases

@@ -142,6 +142,43 @@ def row_programs(row_blocks: int, target: Target) -> int:
     return max(1, min(row_blocks, 2 * target.multiprocessors))
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of float32 products: torch's own setting for matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class PairConfig(TileConfig):
+    """A tile of scores of all pairs, by a loop over block_k dimensions."""
+
+    block_k: int = 64
+
+
+def pair_tile(operands: str, n_rows: int, n_columns: int, target: Target) -> PairConfig:
+    """Tile of the contrastive losses; ``operands`` as in :class:`AttentionKind`.
+
+    On sm_90 the large one reads least out of L2; it has no register to spare, and an SM to itself.
+    Small problems get more, smaller tiles, so that no SM is idle.
+    """
+    large = _large_pair_tile(operands, target)
+    tiles = ceil_div(n_rows, large.block_m) * ceil_div(n_columns, large.block_n)
+    if operands == "half" and target.backend == "cuda" and tiles < target.multiprocessors:
+        return chosen(("pairs", operands, "small"), target, PairConfig(4, 3, 128, 64, 64))
+    return chosen(("pairs", operands, "large"), target, large)
+
+
+def _large_pair_tile(operands: str, target: Target) -> PairConfig:
+    if operands == "ieee":
+        return PairConfig(8, 1, 64, 64, 16)
+    block_k = 64 if operands == "half" else 32
+    if target.backend == "hip":
+        return PairConfig(8, 1, 128, 128, block_k)
+    if target.arch == 90 and operands == "half":
+        return PairConfig(8, 4, 256, 128, block_k)
+    roomy = target.shared_memory > 128 * 1024
+    return PairConfig(8, 3 if roomy else 2, 128, 128, block_k)
+
+
 @dataclass(frozen=True)
 class AttentionConfig(LaunchConfig):
     """Tile of block_m queries by block_n keys."""

@@ -89,6 +89,13 @@ def main_loop(code: str) -> Mix:
     return max(mixes, key=lambda m: sum(m.counts.values()))
 
 
+def around(code: str, loop: Mix) -> Mix:
+    """The mix of all the code but one pass of ``loop``, each branch as if it were taken."""
+    found = _count(code.splitlines(), False)
+    counts = {name: n - loop.counts.get(name, 0) for name, n in found.counts.items()}
+    return Mix(counts, 0, found.loaded_bytes - loop.loaded_bytes, False)
+
+
 def _count(lines: list[str], in_loop: bool) -> Mix:
     counts = dict.fromkeys(CLASSES, 0)
     flops = loaded = 0

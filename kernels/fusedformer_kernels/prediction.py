@@ -62,6 +62,7 @@ def predict(
     """
     gpu = gpu or Gpu()
     passes = _passes(launch, compiled, pairs)
+    a_program = ceil(launch.arguments.get("n_dims", 0) / launch.arguments.get("BLOCK_K", 1))
     cycles = dict(compiled.cycles)
     product = cycles.pop("product", 0.0) / gpu.product_share
     busiest = max(cycles, key=lambda name: cycles[name])
@@ -71,6 +72,11 @@ def predict(
         name = "products" if product > cycles[busiest] else busiest
         busiest = "products then softmax" if serial > clocks else name
         clocks = max(clocks, serial)
+    if a_program:  # a loop of products alone, and then the work on their tile
+        busiest = max(compiled.around, key=lambda name: compiled.around[name])
+        loop, tile = product * a_program, compiled.around[busiest]
+        clocks = max(loop, tile, (loop + tile) / max(compiled.programs, 1)) / a_program
+        busiest = f"products then {busiest}"
     resident = min(compiled.programs, ceil(prod(launch.grid) / gpu.multiprocessors))
     # A grid leaves its last wave partly idle; that of short programs is evened out by then.
     share = passes / gpu.multiprocessors
@@ -95,6 +101,8 @@ def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
     programs = prod(launch.grid)
     if not compiled.loops:
         return programs
+    if "n_dims" in given:
+        return programs * ceil(given["n_dims"] / given["BLOCK_K"])
     scores = given.get("s")
     if scores is not None:
         over_queries = "NEEDS_K" in given

@@ -149,6 +149,18 @@ def embedding_backward_case(needs: list[bool]) -> tuple[Any, ...]:
     return torch.randn(5, 6), *given, *statistics, None, None, 0.0, needs, torch.float16
 
 
+def pairs_case(sigmoid: bool, backend: str) -> tuple[Any, ...]:
+    return leaf(3, 8), leaf(4, 8), leaf(), *([leaf()] if sigmoid else []), 1, backend
+
+
+def pairs_backward_case(sigmoid: bool, needs: list[bool], backend: str) -> tuple[Any, ...]:
+    a, b, scale = torch.randn(3, 8), torch.randn(4, 8), torch.tensor(2.0)
+    if sigmoid:
+        return torch.randn(3), None, None, a, b, scale, scale, None, None, 1, needs, backend
+    grads = torch.randn(3), torch.randn(4), torch.randn(3)
+    return *grads, a, b, scale, None, torch.randn(3), torch.randn(4), 1, needs, backend
+
+
 CASES: dict[str, tuple[str, Any]] = {
     "softmax": ("softmax", lambda: softmax_case(False, False)),
     "log_softmax, mask": ("softmax", lambda: softmax_case(True, True)),
@@ -224,6 +236,21 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "embedding backward, frozen tables": (
         "embedding_norm_backward", lambda: embedding_backward_case([False, True, True]),
+    ),
+    "row and column log-sum-exp": ("row_and_column_lse", lambda: pairs_case(False, "triton")),
+    "row and column log-sum-exp, ATen": (
+        "row_and_column_lse", lambda: pairs_case(False, "torch"),
+    ),
+    "softplus sums": ("softplus_sums", lambda: pairs_case(True, "triton")),
+    "softplus sums, ATen": ("softplus_sums", lambda: pairs_case(True, "torch")),
+    "pairs backward": (
+        "pairs_backward", lambda: pairs_backward_case(False, [True, True, True, False], "triton"),
+    ),
+    "pairs backward, sigmoid, frozen": (
+        "pairs_backward", lambda: pairs_backward_case(True, [False, True, False, True], "triton"),
+    ),
+    "pairs backward, ATen": (
+        "pairs_backward", lambda: pairs_backward_case(True, [True, False, True, True], "torch"),
     ),
     "merge": ("merge_attention_states", states),
     "merge backward": (

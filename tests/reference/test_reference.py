@@ -309,3 +309,40 @@ class TestAttention:
             ),
             rand(1, 2, 3, 4), rand(1, 1, 4, 4), rand(1, 1, 4, 2), rand(3, 4),
         )  # fmt: skip
+
+
+class TestContrastive:
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize(("columns", "offset"), [(5, 0), (8, 2)])
+    def test_softmax_form_is_cross_entropy_both_ways(
+        self, columns: int, offset: int, reduction: str
+    ) -> None:
+        a, b, scale = rand(5, 4), rand(columns, 4), rand()
+        logits, labels = scale * a @ b.T, torch.arange(5) + offset
+        torchs = (
+            F.cross_entropy(logits, labels, reduction=reduction)
+            + F.cross_entropy(logits.T[labels], torch.arange(5), reduction=reduction)
+        ) / 2
+        given: Any = {"label_offset": offset, "reduction": reduction}
+        agree(reference.contrastive_loss(a, b, scale, **given), torchs, [a, b, scale])
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize(("columns", "offset"), [(5, 0), (8, 2)])
+    def test_sigmoid_form_is_binary_cross_entropy(
+        self, columns: int, offset: int, reduction: str
+    ) -> None:
+        a, b, scale, bias = rand(5, 4), rand(columns, 4), rand(), rand()
+        targets = torch.eye(columns, dtype=torch.float64)[offset : offset + 5]
+        logits = scale * a @ b.T + bias
+        torchs = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        torchs = torchs / (5 if reduction == "mean" else 1)
+        given: Any = {"label_offset": offset, "reduction": reduction}
+        ours = reference.sigmoid_contrastive_loss(a, b, scale, bias, **given)
+        agree(ours, torchs, [a, b, scale, bias])
+
+    def test_gradients_by_differences(self) -> None:
+        gradcheck(
+            lambda a, b, s: reference.contrastive_loss(a, b, s, label_offset=1),
+            rand(2, 3), rand(4, 3), rand(),
+        )  # fmt: skip
+        gradcheck(reference.sigmoid_contrastive_loss, rand(2, 3), rand(4, 3), rand(), rand())

@@ -16,6 +16,9 @@ from fusedformer.functional._attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.functional._contrastive import REDUCTIONS as REDUCTIONS
+from fusedformer.functional._contrastive import Reduction as Reduction
+from fusedformer.functional._contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (
     dropout_add,
@@ -31,6 +34,7 @@ from fusedformer.functional._softmax import log_softmax, softmax
 
 __all__ = [
     "bias_activation",
+    "contrastive_loss",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -42,6 +46,7 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
+    "sigmoid_contrastive_loss",
     "softmax",
     "unpack",
     "varlen_attention",

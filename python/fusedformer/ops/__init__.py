@@ -8,6 +8,7 @@ from fusedformer.ops.attention import (
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.norm import (
@@ -24,6 +25,7 @@ from fusedformer.ops.softmax import softmax
 __all__ = [
     "FeedForward",
     "bias_activation",
+    "contrastive_loss",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -39,6 +41,7 @@ __all__ = [
     "seeds_drawn_at_once",
     "self_attention",
     "shared_by_layers",
+    "sigmoid_contrastive_loss",
     "softmax",
     "varlen_attention",
 ]

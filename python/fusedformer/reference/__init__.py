@@ -12,6 +12,7 @@ from fusedformer.reference.attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.reference.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.reference.embedding import embedding_layer_norm
 from fusedformer.reference.norm import (
     dropout_add,
@@ -26,6 +27,7 @@ from fusedformer.reference.softmax import log_softmax, softmax
 __all__ = [
     "attention_weights",
     "bias_activation",
+    "contrastive_loss",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -37,6 +39,7 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
+    "sigmoid_contrastive_loss",
     "softmax",
     "unpack",
     "varlen_attention",

@@ -1,0 +1,99 @@
+"""Contrastive losses of CLIP and SigLIP over all pairs of a batch, with learned scale and bias."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as torch_F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import counting
+from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
+from harness.providers import compiled, present
+
+DIMS = 512  # of CLIP's base models
+BATCHES = {"full": (8192, 16384), "cpu": (512,), "tiny": (64,)}
+SCALE, BIAS = 1 / 0.07, -10.0  # where training starts
+KINDS = ("softmax", "sigmoid")
+
+
+def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
+    """Both losses of each batch."""
+    return [_case(kind, rows, dtype) for kind in KINDS for rows in BATCHES[sizes.name]]
+
+
+def _case(kind: str, rows: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device) -> Inputs:
+        drawn = torch.randn(2, rows, DIMS, device=device)
+        a, b = torch_F.normalize(drawn, dim=-1).to(dtype)
+        inputs = {"a": a, "b": b, "logit_scale": torch.tensor(SCALE, device=device)}
+        if kind == "sigmoid":
+            inputs["logit_bias"] = torch.tensor(BIAS, device=device)
+        return {name: value.detach().requires_grad_() for name, value in inputs.items()}
+
+    return Case(
+        "contrastive", f"{kind} {rows}x{DIMS}", dtype, make,
+        counting.contrastive(rows, DIMS, dtype.itemsize), {"kind": kind},
+        headline=rows == 8192 or rows < 1024,
+    )
+
+
+def fused(case: Case) -> Program:
+    """The library's op."""
+    from fusedformer import functional as F
+
+    losses = {"softmax": F.contrastive_loss, "sigmoid": F.sigmoid_contrastive_loss}
+    return Program(losses[case.options["kind"]])
+
+
+def eager(case: Case) -> Program:
+    """torch's, with all scores in memory, as training code has it."""
+
+    def softmax(a: Tensor, b: Tensor, logit_scale: Tensor) -> Tensor:
+        logits = (logit_scale * (a @ b.T)).to(_wide(a))
+        labels = torch.arange(a.shape[0], device=a.device)
+        return (torch_F.cross_entropy(logits, labels) + torch_F.cross_entropy(logits.T, labels)) / 2
+
+    def sigmoid(a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        logits = (logit_scale * (a @ b.T) + logit_bias).to(_wide(a))
+        signs = 2 * torch.eye(a.shape[0], device=a.device) - 1
+        return -torch_F.logsigmoid(signs * logits).sum(1).mean()
+
+    return Program({"softmax": softmax, "sigmoid": sigmoid}[case.options["kind"]])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def truth(case: Case, device: torch.device) -> Program:
+    """The library's definition."""
+    from fusedformer import reference
+
+    losses = {
+        "softmax": reference.contrastive_loss, "sigmoid": reference.sigmoid_contrastive_loss
+    }  # fmt: skip
+    return Program(losses[case.options["kind"]])
+
+
+def providers(device: torch.device, compile: str) -> dict[str, Provider]:
+    """Who computes it, those that are here."""
+    found: dict[str, Any] = {
+        "fusedformer": fused,
+        REFERENCE: eager,
+        "torch.compile": lambda case: compiled(eager(case)),
+    }
+    return present(found, device, compile)
+
+
+SUITE = Suite("contrastive", cases, providers, truth)
+
+
+def test_contrastive(benchmark: Any, contest: Any) -> None:
+    """One provider of one case in one direction; see conftest.py."""
+    contest(benchmark)
