@@ -16,6 +16,7 @@ from fusedformer.functional._attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.functional._cross_entropy import cross_entropy, linear_cross_entropy
 from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (
     dropout_add,
@@ -31,11 +32,13 @@ from fusedformer.functional._softmax import log_softmax, softmax
 
 __all__ = [
     "bias_activation",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention_states",
     "pack",

@@ -4,6 +4,7 @@ Each subclass of a class of ``torch.nn`` has its constructor, state_dict, initia
 and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.
 """
 
+from fusedformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention
 from fusedformer.nn.positional_encoding import (
@@ -21,8 +22,10 @@ from fusedformer.nn.transformer_encoder import TransformerEncoder
 from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
 __all__ = [
+    "CrossEntropyLoss",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",

@@ -8,8 +8,10 @@ from fusedformer.ops.attention import (
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
+from fusedformer.ops.linear_cross_entropy import linear_cross_entropy
 from fusedformer.ops.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -24,6 +26,7 @@ from fusedformer.ops.softmax import softmax
 __all__ = [
     "FeedForward",
     "bias_activation",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -32,6 +35,7 @@ __all__ = [
     "gather_rows",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "merge_attention_states",
     "relative_position_bias",
     "rms_norm",

@@ -12,6 +12,7 @@ from fusedformer.reference.attention import (
     scaled_dot_product_attention,
     varlen_attention,
 )
+from fusedformer.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from fusedformer.reference.embedding import embedding_layer_norm
 from fusedformer.reference.norm import (
     dropout_add,
@@ -26,11 +27,13 @@ from fusedformer.reference.softmax import log_softmax, softmax
 __all__ = [
     "attention_weights",
     "bias_activation",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention_states",
     "pack",

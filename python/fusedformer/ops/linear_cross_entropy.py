@@ -1,0 +1,400 @@
+"""Cross entropy of a product of which only a part is in memory at once.
+
+Products are torch's; between them stands the loss of a chunk of logits, which becomes their
+gradient in place. Two ways to the gradients:
+
+- *in the forward*, by chunks of rows: logits, loss and both products of their gradient, while the
+  chunk is there. Three products. The weight's gradient is added up in at least float32.
+- *in the backward*, by blocks of classes, whose logits are computed again: four products. For
+  ``reduction="none"``, where the rows' factors come with the backward; for float16, which has no
+  room for gradients that a loss scale has not yet multiplied; and in bfloat16 where a float32
+  sum of the weight's size would be much of what is saved (:func:`gradients_in_forward`).
+
+Peak memory beyond inputs and results, with N rows that count, C classes, D features, s bytes an
+element: a chunk of logits, at most N C s / 4 (all of them, if N <= D in half precision), and in
+half precision 4 C D for the float32 sum, or 4 N D for that of the input's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import _checks
+from fusedformer._backend import chosen_backend
+from fusedformer.ops import cross_entropy_aten
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import is_transformed, no_double_backward
+from fusedformer.ops.cross_entropy import cross_entropy, loss_dtype, sum_of, total_weight
+from fusedformer.ops.product import add_product, product
+
+# Bytes of logits that are there at once, at most. The CPU's allocator keeps blocks of up to 32 MiB;
+# on larger ones each chunk would wait for the system to map pages.
+_BYTES = {"cpu": 2**25, "cuda": 2**30}
+# A sum of C x D float32 is read and written with each chunk: more rows make that matter less.
+_MOST_ROWS, _FEWEST = 2048, 64
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    static_shapes: bool,
+) -> Tensor:
+    """See :func:`fusedformer.functional.linear_cross_entropy`."""
+    triton = chosen_backend(input) == "triton"
+    if triton:
+        _checks.check_kernel_dtype("linear_cross_entropy", "input", input)
+    rows = input.reshape(-1, input.shape[-1])
+    if target.is_floating_point() or (not triton and is_transformed()):
+        targets = target.reshape(rows.shape[0], *target.shape[input.dim() - 1 :])
+        loss = cross_entropy(
+            F.linear(rows, linear_weight, linear_bias), targets, weight, ignore_index, reduction,
+            label_smoothing,
+        )
+        return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
+    kind = input.device.type
+    narrow = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
+    found = _linear_cross_entropy(
+        rows, linear_weight, target.flatten(), linear_bias, weight,
+        torch.get_autocast_dtype(kind) if narrow else input.dtype, loss_dtype(input), reduction,
+        ignore_index, label_smoothing, static_shapes, triton,
+        [torch.is_grad_enabled() and t is not None and t.requires_grad
+         for t in (input, linear_weight, linear_bias)],
+    )  # fmt: skip
+    loss = found[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def gradients_in_forward(rows: int, features: int, dtype: torch.dtype, reduction: str) -> bool:
+    """Whether the forward computes the gradients: a pure function of these.
+
+    In bfloat16 not where a float32 sum of C x D would be more than a quarter of the logits, unless
+    the rows are so few that one chunk does and no sum is needed.
+    """
+    if reduction == "none" or dtype == torch.float16:
+        return False
+    return dtype != torch.bfloat16 or rows <= features or rows >= 4 * features
+
+
+def rows_at_once(rows: int, classes: int, features: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a chunk: a quarter, within bounds. A pure function of these."""
+    if dtype.itemsize == 2 and rows <= features:
+        return max(rows, 1)
+    bound = _BYTES.get(device, 2**30) // (classes * dtype.itemsize)
+    return max(min(-(-rows // 4), bound, _MOST_ROWS), _FEWEST)
+
+
+def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
+    """Classes of a block: a quarter, within bounds, a multiple of 64. A pure function of these."""
+    bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
+    return max(min(-(-classes // 4), bound) // 64 * 64, 64)
+
+
+class _Loss(NamedTuple):
+    """What the loss of a row depends on besides its logits and target, and who computes it."""
+
+    weight: Tensor | None
+    weight_total: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    triton: bool
+
+    def of_rows(
+        self, logits: Tensor, target: Tensor, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(losses, statistics); logits become their gradient if there is a ``factor``."""
+        if not self.triton:
+            return cross_entropy_aten.cross_entropy_rows_aten(logits, target, *self[:4], factor)
+        from fusedformer_kernels.cross_entropy import cross_entropy_rows
+
+        return cross_entropy_rows(logits, target, *self[:4], factor)
+
+    def gradient_(
+        self, logits: Tensor, target: Tensor, statistics: Tensor, factor: Tensor, first_class: int,
+        n_classes: int,
+    ) -> None:
+        """Logits of a block of classes become their gradient."""
+        given = (logits, target, self.weight, self.weight_total, statistics, factor,
+                 self.ignore_index, self.label_smoothing)  # fmt: skip
+        where = {"first_class": first_class, "n_classes": n_classes}
+        if self.triton:
+            from fusedformer_kernels.cross_entropy import cross_entropy_gradient
+
+            cross_entropy_gradient(*given, **where, out=logits)
+        else:
+            cross_entropy_aten.cross_entropy_gradient_aten(*given, **where)
+
+
+def _rows_that_count(target: Tensor, ignore_index: int, static_shapes: bool) -> Tensor | None:
+    """Their numbers, or None for all; on a GPU this waits for it, but never while it is captured."""
+    if static_shapes or (target.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    return None if rows.shape[0] == target.shape[0] else rows
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_SETTINGS = (
+    "ScalarType dtype, ScalarType loss_dtype, str reduction, int ignore_index, "
+    "float label_smoothing, bool static_shapes, bool triton, bool[] needs"
+)
+
+
+@registered(
+    "linear_cross_entropy",
+    schema="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
+    f"Tensor? weight, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    static_shapes: bool,
+    triton: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """(loss, statistics of the rows, divisor of a mean, three gradients if they are wanted now).
+
+    Products are computed in ``dtype``.
+    """
+    (rows_in_all, features), classes = input.shape, linear_weight.shape[0]
+    loss = _Loss(
+        weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
+    rows = _rows_that_count(target, ignore_index, static_shapes)
+    count = rows_in_all if rows is None else rows.shape[0]
+    now = any(needs) and gradients_in_forward(rows_in_all, features, dtype, reduction)
+    step = rows_at_once(count, classes, features, dtype, input.device.type)
+    wide = _wide(dtype)
+    total = total_weight(target, weight, ignore_index).to(wide) if reduction == "mean" else None
+    factor = None
+    if now:
+        factor = input.new_ones((), dtype=wide) if total is None else total.reciprocal()
+    matrix = linear_weight.to(dtype)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    losses = input.new_zeros(rows_in_all, dtype=wide)
+    statistics = input.new_zeros((2, rows_in_all), dtype=wide)
+    input_grad = torch.zeros_like(input) if now and needs[0] else None
+    weight_grad = bias_grad = None
+    if now and needs[1]:
+        summed = dtype if count <= step else wide
+        weight_grad = torch.zeros(linear_weight.shape, dtype=summed, device=input.device)
+    if now and needs[2]:
+        bias_grad = input.new_zeros(classes, dtype=wide)
+
+    def compute(chunk: slice | Tensor) -> None:  # what it makes is gone when the next begins
+        x = input[chunk].to(dtype)
+        logits = product(x, matrix, bias)
+        losses[chunk], statistics[:, chunk] = loss.of_rows(logits, target[chunk], factor)
+        if input_grad is not None:
+            input_grad[chunk] = (logits @ matrix).to(input.dtype)
+        if weight_grad is not None:
+            add_product(weight_grad, logits.t(), x)
+        if bias_grad is not None:
+            bias_grad.add_(logits.sum(0, dtype=wide))
+
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        compute(part if rows is None else rows[part])
+    if reduction != "none":
+        losses = losses.sum() if total is None else losses.sum() / total
+    return (
+        losses.to(loss_dtype), statistics, total, input_grad,
+        None if weight_grad is None else weight_grad.to(linear_weight.dtype),
+        None if bias_grad is None or linear_bias is None else bias_grad.to(linear_bias.dtype),
+    )
+
+
+@_linear_cross_entropy.register_fake
+def _linear_cross_entropy_fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    static_shapes: bool,
+    triton: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    (rows, features), wide = input.shape, _wide(dtype)
+    now = any(needs) and gradients_in_forward(rows, features, dtype, reduction)
+    grads = [
+        nothing(input) if t is None or not (now and need) else t.new_empty(t.shape)
+        for t, need in zip((input, linear_weight, linear_bias), needs, strict=True)
+    ]
+    return (
+        input.new_empty(rows if reduction == "none" else (), dtype=loss_dtype),
+        input.new_empty((2, rows), dtype=wide),
+        input.new_empty((), dtype=wide) if reduction == "mean" else nothing(input),
+        *grads,
+    )
+
+
+@registered(
+    "linear_cross_entropy_backward",
+    schema="(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
+    f"Tensor? weight, Tensor statistics, Tensor? total, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _linear_cross_entropy_backward(
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    statistics: Tensor,
+    total: Tensor | None,
+    dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    static_shapes: bool,
+    triton: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias, by blocks of classes."""
+    classes, wide = linear_weight.shape[0], _wide(dtype)
+    loss = _Loss(
+        weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
+    rows = _rows_that_count(target, ignore_index, static_shapes)
+    chosen: slice | Tensor = slice(None) if rows is None else rows
+    x, targets = input[chosen].to(dtype), target[chosen]
+    statistics = statistics[:, chosen]
+    factor = grad.to(wide) if total is None else grad.to(wide) / total
+    if factor.dim():
+        factor = factor[chosen]
+    found = torch.zeros(x.shape, dtype=wide, device=x.device) if needs[0] else None
+    weight_grad = torch.empty_like(linear_weight) if needs[1] else None
+    bias_grad = None
+    if needs[2] and linear_bias is not None:
+        bias_grad = torch.empty_like(linear_bias)
+    step = classes_at_once(x.shape[0], classes, dtype, input.device.type)
+
+    def compute(first: int) -> None:
+        block = slice(first, min(first + step, classes))
+        matrix = linear_weight[block].to(dtype)
+        bias = None if linear_bias is None else linear_bias[block].to(dtype)
+        logits = product(x, matrix, bias)
+        loss.gradient_(logits, targets, statistics, factor, first, classes)
+        if found is not None:
+            add_product(found, logits, matrix)
+        if weight_grad is not None:
+            weight_grad[block] = logits.t() @ x
+        if bias_grad is not None:
+            bias_grad[block] = logits.sum(0, dtype=wide)
+
+    for first in range(0, classes, step):
+        compute(first)
+    input_grad = None
+    if found is not None:
+        input_grad = found.to(input.dtype)
+        if rows is not None:
+            input_grad = torch.zeros_like(input).index_copy_(0, rows, input_grad)
+    return input_grad, weight_grad, bias_grad
+
+
+@_linear_cross_entropy_backward.register_fake
+def _linear_cross_entropy_backward_fake(
+    grad: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor,
+    linear_bias: Tensor | None, *settings: Any,
+) -> tuple[Tensor, ...]:
+    needs = settings[-1]
+    like = input, linear_weight, linear_bias
+    return tuple(
+        nothing(input) if t is None or not need else torch.empty_like(t)
+        for t, need in zip(like, needs, strict=True)
+    )
+
+
+@registered(
+    "linear_cross_entropy_scaled",
+    schema="(Tensor grad, Tensor? input_grad, Tensor? weight_grad, Tensor? bias_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _scaled(grad: Tensor, *computed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward computed, times that of the loss."""
+    return tuple(None if t is None else t * grad for t in computed)
+
+
+@_scaled.register_fake
+def _scaled_fake(grad: Tensor, *computed: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(nothing(grad) if t is None else torch.empty_like(t) for t in computed)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    tensors, ctx.settings = inputs[:5], inputs[5:]
+    _, statistics, total, *grads = output
+    dtype, _, ctx.reduction, *_, ctx.triton, needs = ctx.settings
+    (rows, features) = inputs[0].shape
+    ctx.now = any(needs) and gradients_in_forward(rows, features, dtype, ctx.reduction)
+    # The torch backend can be differentiated again, from the inputs themselves.
+    kept = (None,) * 5 if ctx.now and ctx.triton else tensors
+    ctx.save_for_backward(*kept, statistics, total, *(grads if ctx.now else (None,) * 3))
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, statistics, total, input_grad, weight_grad, bias_grad = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:2]) + [ctx.needs_input_grad[3]]
+    if not ctx.triton and torch.is_grad_enabled():
+        found = _differentiable_gradients(ctx, grad, tensors, needs)
+    elif ctx.now:
+        found = _scaled(grad, input_grad, weight_grad, bias_grad)
+    else:
+        found = _linear_cross_entropy_backward(
+            grad, *tensors, statistics, total if ctx.reduction == "mean" else None,
+            *ctx.settings[:-1], needs,
+        )
+    first, second, third = (
+        t if need else None for t, need in zip(found, needs, strict=True)
+    )
+    return first, second, None, third, *(None,) * 9
+
+
+def _differentiable_gradients(
+    ctx: Any, grad: Tensor, tensors: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients that have a graph of their own, from all logits at once."""
+    input, linear_weight, target, linear_bias, weight = tensors
+    dtype, loss_dtype, reduction, ignore_index, label_smoothing, *_ = ctx.settings
+    inputs = input, linear_weight, linear_bias
+    with torch.enable_grad():
+        logits = F.linear(*(None if t is None else t.to(dtype) for t in inputs))
+        loss = F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(loss.to(loss_dtype), wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+_linear_cross_entropy_backward.register_autograd(no_double_backward("linear_cross_entropy"))
+_scaled.register_autograd(no_double_backward("linear_cross_entropy"))
