@@ -39,8 +39,9 @@ def cross_entropy(
         label_smoothing: in [0, 1]: how much of each target is spread over all classes.
 
     Returns:
-        The loss, in the dtype of ``input``, under autocast in float32; shaped as a class target for
-        ``reduction="none"``, else ``[]``. It is computed in at least float32 and rounded once.
+        The loss, in the dtype of ``input`` (of ``target`` if it holds probabilities and is wider),
+        under autocast in float32; for ``reduction="none"`` one for each row, else ``[]``. It is
+        computed in at least float32 and rounded once.
 
     Raises:
         TypeError: ``input`` is not floating-point, ``target`` neither int64 nor floating-point.
@@ -153,7 +154,7 @@ def linear_cross_entropy(
 def _check_target(
     function: str, target: Tensor, positions: tuple[int, ...], logits: tuple[int, ...]
 ) -> None:
-    probabilities = target.is_floating_point()
+    probabilities = target.dtype in _checks.FLOATING_DTYPES
     if not probabilities and target.dtype != torch.int64:
         raise TypeError(
             f"{function}(): expected 'target' to hold classes (int64) or probabilities "
@@ -166,6 +167,8 @@ def _check_target(
 def _check_settings(
     function: str, weight: Tensor | None, classes: int, reduction: str, label_smoothing: float
 ) -> None:
+    if not classes:
+        raise ValueError(f"{function}(): expected at least 1 class, but got 0")
     _checks.check_parameter(function, "weight", weight, (classes,), "one for each class")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -183,6 +186,8 @@ def _check_range(function: str, target: Tensor, classes: int, ignore_index: int)
         return
     # On a GPU, looking would wait for it; a compiler has no values to look at.
     if target.device.type != "cpu" or not target.numel() or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():  # nor has a mapped function
         return
     low, high = (int(bound) for bound in torch.aminmax(target))
     if low >= 0 and high < classes:

@@ -25,6 +25,8 @@ def cross_entropy(
 ) -> Tensor:
     """See :func:`fusedformer.functional.cross_entropy`."""
     if chosen_backend(input) == "torch":
+        if weight is not None and not torch.is_autocast_enabled(input.device.type):
+            weight = weight.to(input.dtype)
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
@@ -33,7 +35,7 @@ def cross_entropy(
     dtype = loss_dtype(input)
     if target.is_floating_point():
         losses = _losses_of_probabilities(input, target, weight, label_smoothing)
-        return _reduced(losses, reduction).to(dtype)
+        return _reduced(losses, reduction).to(torch.promote_types(dtype, target.dtype))
     logits = input.movedim(class_dim(input), -1)
     loss: Tensor = _cross_entropy(
         logits, target.flatten(), weight, ignore_index, label_smoothing, reduction, dtype
@@ -179,6 +181,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     _, statistics, total = output
     ctx.save_for_backward(input, target, weight, statistics, total)
     ctx.mark_non_differentiable(*(t for t in (statistics, total) if t is not None))
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STATE = 4  # numbers of a row that go from one block of its classes to the next
+
 
 def cross_entropy_rows_aten(
     x: Tensor,
@@ -18,39 +20,60 @@ def cross_entropy_rows_aten(
     ignore_index: int,
     label_smoothing: float,
     factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(losses, statistics) of rows ``x`` ``[N, C]``, which is overwritten.
+    *,
+    first_class: int,
+    n_classes: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """(losses, statistics) of rows ``x`` ``[N, c]``, which is overwritten.
 
     Arguments are those of ``fusedformer_kernels.cross_entropy.cross_entropy_rows``; ``x`` holds the
-    gradient afterwards if ``factor`` is given, else nothing of use.
+    gradient afterwards if ``factor`` is given, else nothing of use. ``state`` is ``[STATE, N]``:
+    largest logit, sum of exponentials, weighted sum of logits less the largest, target's logit.
     """
-    classes = x.shape[1]
+    last = first_class + x.shape[1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     kept = target != ignore_index
-    index = torch.where(kept, target, 0)[:, None]
-    top = wide.amax(1, keepdim=True)
-    at_target = wide.gather(1, index).sub_(top).squeeze(1)
-    wide.sub_(top)
-    smooth = 0.0
+    here = (target >= first_class) & (target < last)
+    index = torch.where(here, target - first_class, 0)[:, None]
+    at_target = wide.gather(1, index).squeeze(1)
+    top = wide.amax(1)
+    if first_class:
+        before, total, linear, found = state
+        top = torch.maximum(before, top)
+        at_target = torch.where(here, at_target, found)
+    base = torch.where(top == -torch.inf, 0.0, top)  # a later block may hold the first finite one
+    wide.sub_(base[:, None])
     if label_smoothing:
-        smooth = wide.sum(1) if weight is None else wide @ weight.to(wide.dtype)
-    total = wide.exp_().sum(1)
-    log_total = total.log()
-    row_weight = 1.0 if weight is None else weight.to(wide.dtype)[index.squeeze(1)]
-    losses = (1.0 - label_smoothing) * row_weight * (log_total - at_target)
+        part = None if weight is None else weight[first_class:last].to(wide.dtype)
+        smooth = wide.sum(1) if part is None else wide @ part
+        if first_class:
+            seen = first_class if weight is None else weight[:first_class].sum(dtype=wide.dtype)
+            smooth += linear + (before - base) * seen
+    else:
+        smooth = torch.zeros_like(top)
+    sums = wide.exp_().sum(1)
+    if first_class:
+        sums += total * (before - base).exp()
+    if last < n_classes:
+        torch.stack((top, sums, smooth, at_target), out=state)
+        return None
+    log_total = sums.log()
+    row_weight = 1.0 if weight is None else weight.to(wide.dtype)[torch.where(kept, target, 0)]
+    losses = (1.0 - label_smoothing) * row_weight * (log_total - (at_target - top))
     if label_smoothing:
-        all_weights = classes if weight_total is None else weight_total
-        losses += label_smoothing / classes * (all_weights * log_total - smooth)
+        all_weights = n_classes if weight_total is None else weight_total
+        losses += label_smoothing / n_classes * (all_weights * log_total - smooth)
     losses = torch.where(kept, losses, 0.0)
     if factor is not None:
         of_all, of_target, everywhere = _factors(
-            factor, kept, row_weight, weight_total, label_smoothing, classes
+            factor, kept, row_weight, weight_total, label_smoothing, n_classes
         )
-        wide.mul_((of_all / total)[:, None])
+        wide.mul_((of_all / sums)[:, None])
         _subtract(wide, index, of_target, everywhere, weight, label_smoothing)
         if wide is not x:
             x.copy_(wide)
-    return losses, torch.stack((top.squeeze(1), log_total))
+    return losses, torch.stack((top, log_total))
 
 
 def cross_entropy_gradient_aten(

@@ -11,12 +11,14 @@ gradient in place. Two ways to the gradients:
   sum of the weight's size would be much of what is saved (:func:`gradients_in_forward`).
 
 Peak memory beyond inputs and results, with N rows that count, C classes, D features, s bytes an
-element: a chunk of logits, at most N C s / 4 (all of them, if N <= D in half precision), and in
-half precision 4 C D for the float32 sum, or 4 N D for that of the input's gradient.
+element: a chunk of logits, at most N C s / 4 (on the CPU N C s / 8, and in half precision twice
+that in float32; all of them if N <= D in half precision), and in half precision 4 C D for the
+float32 sum, or 4 N D for that of the input's gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer.ops import cross_entropy_aten
-from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
 from fusedformer.ops.cross_entropy import cross_entropy, loss_dtype, sum_of, total_weight
 from fusedformer.ops.product import add_product, product
@@ -86,21 +88,30 @@ def gradients_in_forward(rows: int, features: int, dtype: torch.dtype, reduction
 
 
 def rows_at_once(rows: int, classes: int, features: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk: a quarter, within bounds. A pure function of these."""
+    """Rows of a chunk: a quarter (CPU: an eighth), within bounds. A pure function of these."""
     if dtype.itemsize == 2 and rows <= features:
         return max(rows, 1)
     bound = _BYTES.get(device, 2**30) // (classes * dtype.itemsize)
-    return max(min(-(-rows // 4), bound, _MOST_ROWS), _FEWEST)
+    return max(min(-(-rows // _share(device)), bound, _MOST_ROWS), _FEWEST)
 
 
 def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
-    """Classes of a block: a quarter, within bounds, a multiple of 64. A pure function of these."""
+    """Classes of a block, a multiple of 64: as many as rows of a chunk. A pure function of these."""
     bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
-    return max(min(-(-classes // 4), bound) // 64 * 64, 64)
+    return max(min(-(-classes // _share(device)), bound) // 64 * 64, 64)
+
+
+def _share(device: str) -> int:
+    """One over the share of all logits that are there at once; ATen needs room for steps."""
+    return 8 if device == "cpu" else 4
 
 
 class _Loss(NamedTuple):
-    """What the loss of a row depends on besides its logits and target, and who computes it."""
+    """What the loss of a row depends on besides its logits and target, and who computes it.
+
+    The kernels get logits in memory of their own, with aligned rows, which all chunks share; on
+    the CPU the product that is fastest brings its own.
+    """
 
     weight: Tensor | None
     weight_total: Tensor | None
@@ -108,15 +119,48 @@ class _Loss(NamedTuple):
     label_smoothing: float
     triton: bool
 
-    def of_rows(
-        self, logits: Tensor, target: Tensor, factor: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(losses, statistics); logits become their gradient if there is a ``factor``."""
+    def memory(self, rows: int, columns: int, like: Tensor) -> Tensor | None:
+        """For :meth:`logits` of up to so many rows and columns."""
         if not self.triton:
-            return cross_entropy_aten.cross_entropy_rows_aten(logits, target, *self[:4], factor)
+            return None
+        from fusedformer_kernels.cross_entropy import padded_rows
+
+        return padded_rows(rows, columns, like)
+
+    def logits(self, x: Tensor, matrix: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:
+        """``x @ matrix.T + bias``, in ``memory`` if there is some."""
+        if memory is None:
+            return product(x, matrix, bias)
+        out = memory[: x.shape[0], : matrix.shape[0]]
+        if bias is None:
+            return torch.mm(x, matrix.t(), out=out)
+        return torch.addmm(bias, x, matrix.t(), out=out)
+
+    def of_rows(
+        self, logits: Tensor, target: Tensor, factor: Tensor | None, first_class: int = 0,
+        n_classes: int | None = None, state: Tensor | None = None,
+    ) -> Any:
+        """(losses, statistics), after the last block of classes; before it None.
+
+        Logits become their gradient if there is a ``factor``.
+        """
+        given = logits, target, *self[:4], factor
+        where: dict[str, Any] = {
+            "first_class": first_class, "n_classes": n_classes or logits.shape[1], "state": state,
+        }  # fmt: skip
+        if not self.triton:
+            return cross_entropy_aten.cross_entropy_rows_aten(*given, **where)
         from fusedformer_kernels.cross_entropy import cross_entropy_rows
 
-        return cross_entropy_rows(logits, target, *self[:4], factor)
+        return cross_entropy_rows(*given, **where, padded=True)
+
+    def state(self, rows: int, like: Tensor) -> Tensor:
+        """What :meth:`of_rows` carries from block to block."""
+        if not self.triton:
+            return like.new_empty((cross_entropy_aten.STATE, rows), dtype=_wide(like.dtype))
+        from fusedformer_kernels.cross_entropy import STATE
+
+        return like.new_empty((STATE, rows), dtype=torch.float32)
 
     def gradient_(
         self, logits: Tensor, target: Tensor, statistics: Tensor, factor: Tensor, first_class: int,
@@ -129,7 +173,7 @@ class _Loss(NamedTuple):
         if self.triton:
             from fusedformer_kernels.cross_entropy import cross_entropy_gradient
 
-            cross_entropy_gradient(*given, **where, out=logits)
+            cross_entropy_gradient(*given, **where, in_place=True)
         else:
             cross_entropy_aten.cross_entropy_gradient_aten(*given, **where)
 
@@ -176,34 +220,61 @@ def _linear_cross_entropy(
 
     Products are computed in ``dtype``.
     """
-    (rows_in_all, features), classes = input.shape, linear_weight.shape[0]
-    loss = _Loss(
-        weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton
-    )
+    (every, features), wide = input.shape, _wide(dtype)
+    loss = _Loss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
     rows = _rows_that_count(target, ignore_index, static_shapes)
-    count = rows_in_all if rows is None else rows.shape[0]
-    now = any(needs) and gradients_in_forward(rows_in_all, features, dtype, reduction)
-    step = rows_at_once(count, classes, features, dtype, input.device.type)
-    wide = _wide(dtype)
     total = total_weight(target, weight, ignore_index).to(wide) if reduction == "mean" else None
-    factor = None
-    if now:
-        factor = input.new_ones((), dtype=wide) if total is None else total.reciprocal()
+    losses = input.new_zeros(every, dtype=wide)
+    statistics = input.new_zeros((2, every), dtype=wide)
+    now = any(needs) and gradients_in_forward(every, features, dtype, reduction)
+    grads: list[Tensor | None] = [None] * 3
+    if any(needs) and not now:
+        # As the backward will compute the logits: from others it would not get the same bits.
+        chosen: slice | Tensor = slice(None) if rows is None else rows
+        x, targets = input[chosen].to(dtype), target[chosen]
+        state = loss.state(x.shape[0], x)
+
+        def see(block: slice, matrix: Tensor, logits: Tensor) -> None:
+            found = loss.of_rows(
+                logits, targets, None, block.start, linear_weight.shape[0], state
+            )
+            if found is not None:
+                losses[chosen], statistics[:, chosen] = found
+
+        _each_block(loss, x, linear_weight, linear_bias, see)
+    else:
+        factor = None
+        if now:
+            factor = input.new_ones((), dtype=wide) if total is None else total.reciprocal()
+        tensors = input, linear_weight, linear_bias
+        wanted = [now and need for need in needs]
+        grads = _by_rows(loss, tensors, target, rows, factor, wanted, losses, statistics, dtype)
+    if reduction != "none":
+        losses = losses.sum() if total is None else losses.sum() / total
+    return losses.to(loss_dtype), statistics, total, *grads
+
+
+def _by_rows(
+    loss: _Loss, tensors: tuple[Tensor, Tensor, Tensor | None], target: Tensor,
+    rows: Tensor | None, factor: Tensor | None, wanted: list[bool], losses: Tensor,
+    statistics: Tensor, dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """Fill ``losses`` and ``statistics`` by chunks of rows; the gradients that are wanted."""
+    input, linear_weight, linear_bias = tensors
+    (every, features), classes, wide = input.shape, linear_weight.shape[0], _wide(dtype)
+    count = every if rows is None else rows.shape[0]
+    step = rows_at_once(count, classes, features, dtype, input.device.type)
     matrix = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
-    losses = input.new_zeros(rows_in_all, dtype=wide)
-    statistics = input.new_zeros((2, rows_in_all), dtype=wide)
-    input_grad = torch.zeros_like(input) if now and needs[0] else None
-    weight_grad = bias_grad = None
-    if now and needs[1]:
-        summed = dtype if count <= step else wide
-        weight_grad = torch.zeros(linear_weight.shape, dtype=summed, device=input.device)
-    if now and needs[2]:
-        bias_grad = input.new_zeros(classes, dtype=wide)
+    summed = dtype if count <= step else wide
+    input_grad = torch.zeros_like(input) if wanted[0] else None
+    weight_grad = linear_weight.new_zeros(matrix.shape, dtype=summed) if wanted[1] else None
+    bias_grad = linear_weight.new_zeros(classes, dtype=wide) if wanted[2] else None
+    memory = loss.memory(min(step, count), classes, matrix)
 
     def compute(chunk: slice | Tensor) -> None:  # what it makes is gone when the next begins
         x = input[chunk].to(dtype)
-        logits = product(x, matrix, bias)
+        logits = loss.logits(x, matrix, bias, memory)
         losses[chunk], statistics[:, chunk] = loss.of_rows(logits, target[chunk], factor)
         if input_grad is not None:
             input_grad[chunk] = (logits @ matrix).to(input.dtype)
@@ -215,13 +286,27 @@ def _linear_cross_entropy(
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         compute(part if rows is None else rows[part])
-    if reduction != "none":
-        losses = losses.sum() if total is None else losses.sum() / total
-    return (
-        losses.to(loss_dtype), statistics, total, input_grad,
+    del memory  # before the sum gets its second form
+    return [
+        input_grad,
         None if weight_grad is None else weight_grad.to(linear_weight.dtype),
         None if bias_grad is None or linear_bias is None else bias_grad.to(linear_bias.dtype),
-    )
+    ]
+
+
+def _each_block(
+    loss: _Loss, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
+    use: Callable[[slice, Tensor, Tensor], None],
+) -> None:
+    """``use(classes, their rows of the weight, their logits)`` for all blocks of classes."""
+    classes = linear_weight.shape[0]
+    step = classes_at_once(x.shape[0], classes, x.dtype, x.device.type)
+    memory = loss.memory(x.shape[0], min(step, classes), x)
+    for first in range(0, classes, step):
+        block = slice(first, min(first + step, classes))
+        matrix = linear_weight[block].to(x.dtype)
+        bias = None if linear_bias is None else linear_bias[block].to(x.dtype)
+        use(block, matrix, loss.logits(x, matrix, bias, memory))
 
 
 @_linear_cross_entropy.register_fake
@@ -278,14 +363,12 @@ def _linear_cross_entropy_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias, by blocks of classes."""
-    classes, wide = linear_weight.shape[0], _wide(dtype)
-    loss = _Loss(
-        weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton
-    )
+    wide = _wide(dtype)
+    loss = _Loss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
     rows = _rows_that_count(target, ignore_index, static_shapes)
     chosen: slice | Tensor = slice(None) if rows is None else rows
     x, targets = input[chosen].to(dtype), target[chosen]
-    statistics = statistics[:, chosen]
+    statistics = statistics[:, chosen].contiguous()
     factor = grad.to(wide) if total is None else grad.to(wide) / total
     if factor.dim():
         factor = factor[chosen]
@@ -294,13 +377,9 @@ def _linear_cross_entropy_backward(
     bias_grad = None
     if needs[2] and linear_bias is not None:
         bias_grad = torch.empty_like(linear_bias)
-    step = classes_at_once(x.shape[0], classes, dtype, input.device.type)
 
-    def compute(first: int) -> None:
-        block = slice(first, min(first + step, classes))
-        matrix = linear_weight[block].to(dtype)
-        bias = None if linear_bias is None else linear_bias[block].to(dtype)
-        logits = product(x, matrix, bias)
+    def use(block: slice, matrix: Tensor, logits: Tensor) -> None:
+        first, classes = block.start, linear_weight.shape[0]
         loss.gradient_(logits, targets, statistics, factor, first, classes)
         if found is not None:
             add_product(found, logits, matrix)
@@ -309,8 +388,7 @@ def _linear_cross_entropy_backward(
         if bias_grad is not None:
             bias_grad[block] = logits.sum(0, dtype=wide)
 
-    for first in range(0, classes, step):
-        compute(first)
+    _each_block(loss, x, linear_weight, linear_bias, use)
     input_grad = None
     if found is not None:
         input_grad = found.to(input.dtype)
@@ -357,6 +435,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     kept = (None,) * 5 if ctx.now and ctx.triton else tensors
     ctx.save_for_backward(*kept, statistics, total, *(grads if ctx.now else (None,) * 3))
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+    ctx.set_materialize_grads(False)  # zeros of the size of all gradients
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -364,7 +443,11 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     needs = list(ctx.needs_input_grad[:2]) + [ctx.needs_input_grad[3]]
     if not ctx.triton and torch.is_grad_enabled():
         found = _differentiable_gradients(ctx, grad, tensors, needs)
+    elif ctx.now and saved_may_be_overwritten():
+        found = [None if t is None else t.mul_(grad) for t in (input_grad, weight_grad, bias_grad)]
     elif ctx.now:
+        if torch.is_grad_enabled() and not grad.requires_grad:
+            grad = grad.detach().requires_grad_()  # a double backward then meets the refusal
         found = _scaled(grad, input_grad, weight_grad, bias_grad)
     else:
         found = _linear_cross_entropy_backward(
@@ -386,9 +469,8 @@ def _differentiable_gradients(
     inputs = input, linear_weight, linear_bias
     with torch.enable_grad():
         logits = F.linear(*(None if t is None else t.to(dtype) for t in inputs))
-        loss = F.cross_entropy(
-            logits, target, weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
+        loss = cross_entropy(
+            logits, target, weight, ignore_index, reduction, label_smoothing
         )
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(loss.to(loss_dtype), wanted, grad, create_graph=True))
