@@ -128,7 +128,7 @@ def linear_cross_entropy(
     classes = linear_weight.shape[0]
     of = "one for each row of 'linear_weight'"
     _checks.check_parameter(function, "linear_bias", linear_bias, (classes,), of)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _checks.autocasts(input.device)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype and not autocast:
             raise TypeError(

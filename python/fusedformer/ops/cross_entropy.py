@@ -25,7 +25,7 @@ def cross_entropy(
 ) -> Tensor:
     """See :func:`fusedformer.functional.cross_entropy`."""
     if chosen_backend(input) == "torch":
-        if weight is not None and not torch.is_autocast_enabled(input.device.type):
+        if weight is not None and not _checks.autocasts(input.device):
             weight = weight.to(input.dtype)
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
@@ -50,7 +50,7 @@ def class_dim(input: Tensor) -> int:
 
 def loss_dtype(input: Tensor) -> torch.dtype:
     """Of a loss of logits like ``input``: theirs, and under autocast float32, as torch has it."""
-    return torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
+    return torch.float32 if _checks.autocasts(input.device) else input.dtype
 
 
 def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

@@ -63,11 +63,10 @@ def linear_cross_entropy(
             label_smoothing,
         )
         return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
-    kind = input.device.type
-    narrow = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
+    narrow = _checks.autocasts(input.device) and input.dtype != torch.float64
     found = _linear_cross_entropy(
         rows, linear_weight, target.flatten(), linear_bias, weight,
-        torch.get_autocast_dtype(kind) if narrow else input.dtype, loss_dtype(input), reduction,
+        torch.get_autocast_dtype(input.device.type) if narrow else input.dtype, loss_dtype(input), reduction,
         ignore_index, label_smoothing, static_shapes, triton,
         [torch.is_grad_enabled() and t is not None and t.requires_grad
          for t in (input, linear_weight, linear_bias)],
