@@ -41,7 +41,8 @@ from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = {
-    "softmax", "norm", "activation", "embedding", "attention", "encoder", "huggingface", "host",
+    "softmax", "norm", "activation", "embedding", "losses", "attention", "encoder", "huggingface",
+    "host",
 }  # fmt: skip
 
 
@@ -260,6 +261,10 @@ BY_HAND = {
     "attention with a bias": (
         counting.attention(128, 12, 128, 64, 2, bias_bytes=12 * 2**15)["backward"], 47.2),
     "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
+    "cross entropy": (counting.cross_entropy(8192, 50257, 2)["forward"], 191.5),  # 823.4 MB
+    # 3 products of 2 * 8192 * 50257 * 768 = 632.4 GFLOP
+    "projection and loss": (
+        counting.linear_cross_entropy(8192, 8192, 50257, 768, 2)["both"], 2401.4),
 }
 
 

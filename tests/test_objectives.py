@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -91,8 +92,7 @@ def each_sequence(
     **settings: Any,
 ) -> Tensor:
     """By slices of every sequence of its own; the same as a mean over all that is left."""
-    ends = cu_seqlens.tolist()
-    pairs = list(zip(ends[:-1], ends[1:], strict=True))
+    pairs = list(itertools.pairwise(cu_seqlens.tolist()))
     hidden = torch.cat([input[a : b - 1] for a, b in pairs if b > a])
     target = torch.cat([labels[a + 1 : b] for a, b in pairs if b > a])
     return reference.linear_cross_entropy(

@@ -75,7 +75,7 @@ def _gradient(x, classes, in_row, target, top, log_total, total, at_target, ever
               WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
     """Gradient of a tile of logits [BLOCK_M, BLOCK_N] of these ``classes`` [1, BLOCK_N]."""
     dx = tl.exp2(((x - top) - log_total) * LOG2_E) * total
-    dx -= tl.where(classes == target, at_target, 0.0)
+    dx -= tl.where(classes == target.to(tl.int32), at_target, 0.0)
     if SMOOTHED:
         if WEIGHTED:
             weights = tl.load(weight_ptr + classes, mask=in_row, other=0.0).to(tl.float32)
@@ -94,7 +94,7 @@ def _cross_entropy_rows(
     RESUMES: tl.constexpr, ENDS: tl.constexpr, GRADIENT: tl.constexpr,
 ):
     rows = row_numbers(n_rows, BLOCK_M)  # [BLOCK_M]
-    columns = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # [1, BLOCK_N]
+    columns = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]; compared in 32 bits: half the work
     row_valid = (rows < n_rows)[:, None]
     offsets = rows.to(tl.int64)[:, None]
     x_rows = x_ptr + row_offsets(rows, size_1, size_2, stride_x0, stride_x1, stride_x2)[:, None]
@@ -124,7 +124,7 @@ def _cross_entropy_rows(
         tile = columns + start
         in_row = tile < n_columns
         readable = (tile < n_readable) & row_valid
-        x = tl.load(x_rows + tile * stride_x, mask=readable, other=float("-inf"))
+        x = tl.load(x_rows + tile.to(tl.int64) * stride_x, mask=readable, other=float("-inf"))
         x = tl.where(in_row, x.to(tl.float32), float("-inf"))  # [BLOCK_M, BLOCK_N]
         top, total = online_sum(top, total, x)
         if SMOOTHED:
@@ -160,13 +160,13 @@ def _cross_entropy_rows(
                 tile = columns + start
                 in_row = tile < n_columns
                 valid = (tile < n_readable) & row_valid
-                x = tl.load(x_rows + tile * stride_x, mask=valid, other=0.0)
+                x = tl.load(x_rows + tile.to(tl.int64) * stride_x, mask=valid, other=0.0)
                 x = tl.where(in_row, x.to(tl.float32), 0.0)
                 dx = _gradient(
                     x, tile, in_row, target, top, log_total, of_all, at_target, everywhere,
                     weight_ptr, WEIGHTED, SMOOTHED,
                 )  # [BLOCK_M, BLOCK_N]
-                store(x_rows + tile * stride_x, dx, valid)
+                store(x_rows + tile.to(tl.int64) * stride_x, dx, valid)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _cross_entropy_gradient(
     # int64 where ``n_rows`` is, since that division is slow.
     first_row = ((tl.program_id(0) + n_rows * 0) // blocks) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    columns = (tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+    columns = (tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     row_valid = (rows < n_rows)[:, None]
     in_row = columns < n_columns
     target, kept, known, weight = _load_targets(
@@ -195,7 +195,7 @@ def _cross_entropy_gradient(
     log_total = tl.load(statistics_ptr + n_rows + offsets, mask=row_valid, other=0.0)
     x_rows = x_ptr + row_offsets(rows, size_1, size_2, stride_x0, stride_x1, stride_x2)[:, None]
     valid = (columns < n_readable) & row_valid
-    x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0)
+    x = tl.load(x_rows + columns.to(tl.int64) * stride_x, mask=valid, other=0.0)
     x = tl.where(in_row, x.to(tl.float32), 0.0)
     dx = _gradient(
         x, columns + first_class, in_row, target, top, log_total, of_all, at_target, everywhere,
@@ -217,7 +217,7 @@ def cross_entropy_rows(
     n_classes: int | None = None,
     state: torch.Tensor | None = None,
     padded: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses, statistics) of the rows of ``x`` ``[..., c]``, float32 ``[N]`` and ``[2, N]``.
 
     Args:
@@ -227,17 +227,15 @@ def cross_entropy_rows(
         ignore_index, label_smoothing: see above.
         factor: of the gradient: float32, of each row ``[N]`` or of all of them ``[]``.
         first_class, n_classes: the block of classes that ``x`` holds, all of them unless given. To
-            be called with all blocks in order; the result is that of the last, before it None.
+            be called with all blocks in order; only the last writes the result.
         state: float32 ``[STATE, N]``, for what goes from block to block.
         padded: whether ``x`` are rows and columns of :func:`padded_rows`.
     """
     n_rows, n_columns = target.shape[0], x.shape[-1]
     n_classes = n_columns if n_classes is None else n_classes
     ends = first_class + n_columns == n_classes
-    losses = statistics = None
-    if ends:
-        losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-        statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+    losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
     if n_rows:
         (view,), _ = collapsed([x])
         config = _tile(n_columns, x.device)
@@ -251,7 +249,7 @@ def cross_entropy_rows(
             SMOOTHED=label_smoothing > 0.0, RESUMES=first_class > 0, ENDS=ends,
             GRADIENT=factor is not None,
         )
-    return None if losses is None or statistics is None else (losses, statistics)
+    return losses, statistics
 
 
 def cross_entropy_gradient(

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedformer import backend
 from fusedformer import functional as F
 
+
 def by_token(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     """The loss of each token with class 1, as wide as the input."""
 

@@ -42,8 +42,6 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     ``reduction="none"``.
     """
 
-    __constants__ = ["num_classes", "reduction", "ignore_index", "label_smoothing"]
-
     def __init__(
         self,
         in_features: int,

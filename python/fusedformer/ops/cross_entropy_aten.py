@@ -23,9 +23,9 @@ def cross_entropy_rows_aten(
     *,
     first_class: int,
     n_classes: int,
-    state: Tensor,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(losses, statistics) of rows ``x`` ``[N, c]``, which is overwritten.
+    """(losses, statistics) of rows ``x`` ``[N, c]``, which is overwritten; None before the last.
 
     Arguments are those of ``fusedformer_kernels.cross_entropy.cross_entropy_rows``; ``x`` holds the
     gradient afterwards if ``factor`` is given, else nothing of use. ``state`` is ``[STATE, N]``:
@@ -38,7 +38,7 @@ def cross_entropy_rows_aten(
     index = torch.where(here, target - first_class, 0)[:, None]
     at_target = wide.gather(1, index).squeeze(1)
     top = wide.amax(1)
-    if first_class:
+    if state is not None and first_class:
         before, total, linear, found = state
         top = torch.maximum(before, top)
         at_target = torch.where(here, at_target, found)
@@ -55,7 +55,7 @@ def cross_entropy_rows_aten(
     sums = wide.exp_().sum(1)
     if first_class:
         sums += total * (before - base).exp()
-    if last < n_classes:
+    if state is not None and last < n_classes:
         torch.stack((top, sums, smooth, at_target), out=state)
         return None
     log_total = sums.log()

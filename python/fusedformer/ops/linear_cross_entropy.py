@@ -37,7 +37,7 @@ from fusedformer.ops.product import add_product, product
 # on larger ones each chunk would wait for the system to map pages.
 _BYTES = {"cpu": 2**25, "cuda": 2**30}
 # A sum of C x D float32 is read and written with each chunk: more rows make that matter less.
-_MOST_ROWS, _FEWEST = 2048, 64
+_MOST_ROWS, _FEWEST = 2048, 128
 
 
 def linear_cross_entropy(
@@ -63,11 +63,12 @@ def linear_cross_entropy(
             label_smoothing,
         )
         return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
-    narrow = _checks.autocasts(input.device) and input.dtype != torch.float64
+    dtype = input.dtype
+    if _checks.autocasts(input.device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
     found = _linear_cross_entropy(
-        rows, linear_weight, target.flatten(), linear_bias, weight,
-        torch.get_autocast_dtype(input.device.type) if narrow else input.dtype, loss_dtype(input), reduction,
-        ignore_index, label_smoothing, static_shapes, triton,
+        rows, linear_weight, target.flatten(), linear_bias, weight, dtype, loss_dtype(input),
+        reduction, ignore_index, label_smoothing, static_shapes, triton,
         [torch.is_grad_enabled() and t is not None and t.requires_grad
          for t in (input, linear_weight, linear_bias)],
     )  # fmt: skip
@@ -95,7 +96,7 @@ def rows_at_once(rows: int, classes: int, features: int, dtype: torch.dtype, dev
 
 
 def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
-    """Classes of a block, a multiple of 64: as many as rows of a chunk. A pure function of these."""
+    """Classes of a block, a multiple of 64, by the same bounds. A pure function of these."""
     bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
     return max(min(-(-classes // _share(device)), bound) // 64 * 64, 64)
 
@@ -126,7 +127,9 @@ class _Loss(NamedTuple):
 
         return padded_rows(rows, columns, like)
 
-    def logits(self, x: Tensor, matrix: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:
+    def logits(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None, memory: Tensor | None
+    ) -> Tensor:
         """``x @ matrix.T + bias``, in ``memory`` if there is some."""
         if memory is None:
             return product(x, matrix, bias)
@@ -139,7 +142,7 @@ class _Loss(NamedTuple):
         self, logits: Tensor, target: Tensor, factor: Tensor | None, first_class: int = 0,
         n_classes: int | None = None, state: Tensor | None = None,
     ) -> Any:
-        """(losses, statistics), after the last block of classes; before it None.
+        """(losses, statistics), of use after the last block of classes.
 
         Logits become their gradient if there is a ``factor``.
         """
@@ -168,7 +171,7 @@ class _Loss(NamedTuple):
         """Logits of a block of classes become their gradient."""
         given = (logits, target, self.weight, self.weight_total, statistics, factor,
                  self.ignore_index, self.label_smoothing)  # fmt: skip
-        where = {"first_class": first_class, "n_classes": n_classes}
+        where: dict[str, Any] = {"first_class": first_class, "n_classes": n_classes}
         if self.triton:
             from fusedformer_kernels.cross_entropy import cross_entropy_gradient
 
@@ -178,7 +181,7 @@ class _Loss(NamedTuple):
 
 
 def _rows_that_count(target: Tensor, ignore_index: int, static_shapes: bool) -> Tensor | None:
-    """Their numbers, or None for all; on a GPU this waits for it, but never while it is captured."""
+    """Their numbers, or None for all; this waits for a GPU, but never while it is captured."""
     if static_shapes or (target.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     rows = (target != ignore_index).nonzero().squeeze(1)
@@ -234,10 +237,8 @@ def _linear_cross_entropy(
         state = loss.state(x.shape[0], x)
 
         def see(block: slice, matrix: Tensor, logits: Tensor) -> None:
-            found = loss.of_rows(
-                logits, targets, None, block.start, linear_weight.shape[0], state
-            )
-            if found is not None:
+            found = loss.of_rows(logits, targets, None, block.start, linear_weight.shape[0], state)
+            if block.stop == linear_weight.shape[0]:
                 losses[chosen], statistics[:, chosen] = found
 
         _each_block(loss, x, linear_weight, linear_bias, see)
@@ -247,7 +248,12 @@ def _linear_cross_entropy(
             factor = input.new_ones((), dtype=wide) if total is None else total.reciprocal()
         tensors = input, linear_weight, linear_bias
         wanted = [now and need for need in needs]
-        grads = _by_rows(loss, tensors, target, rows, factor, wanted, losses, statistics, dtype)
+        summed = _by_rows(loss, tensors, target, rows, factor, wanted, losses, statistics, dtype)
+        # Not before the memory of the logits is free again.
+        for i, tensor in enumerate(tensors):
+            found = summed[i]
+            if tensor is not None and found is not None:
+                grads[i] = found.to(tensor.dtype)
     if reduction != "none":
         losses = losses.sum() if total is None else losses.sum() / total
     return losses.to(loss_dtype), statistics, total, *grads
@@ -257,15 +263,15 @@ def _by_rows(
     loss: _Loss, tensors: tuple[Tensor, Tensor, Tensor | None], target: Tensor,
     rows: Tensor | None, factor: Tensor | None, wanted: list[bool], losses: Tensor,
     statistics: Tensor, dtype: torch.dtype,
-) -> list[Tensor | None]:
-    """Fill ``losses`` and ``statistics`` by chunks of rows; the gradients that are wanted."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Fill ``losses`` and ``statistics`` by chunks of rows; the gradients, as they are summed."""
     input, linear_weight, linear_bias = tensors
     (every, features), classes, wide = input.shape, linear_weight.shape[0], _wide(dtype)
     count = every if rows is None else rows.shape[0]
     step = rows_at_once(count, classes, features, dtype, input.device.type)
     matrix = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
-    summed = dtype if count <= step else wide
+    summed = dtype if count <= step and linear_weight.dtype == dtype else wide
     input_grad = torch.zeros_like(input) if wanted[0] else None
     weight_grad = linear_weight.new_zeros(matrix.shape, dtype=summed) if wanted[1] else None
     bias_grad = linear_weight.new_zeros(classes, dtype=wide) if wanted[2] else None
@@ -285,12 +291,7 @@ def _by_rows(
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         compute(part if rows is None else rows[part])
-    del memory  # before the sum gets its second form
-    return [
-        input_grad,
-        None if weight_grad is None else weight_grad.to(linear_weight.dtype),
-        None if bias_grad is None or linear_bias is None else bias_grad.to(linear_bias.dtype),
-    ]
+    return input_grad, weight_grad, bias_grad
 
 
 def _each_block(
@@ -439,7 +440,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, statistics, total, input_grad, weight_grad, bias_grad = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2]) + [ctx.needs_input_grad[3]]
+    needs = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]]
     if not ctx.triton and torch.is_grad_enabled():
         found = _differentiable_gradients(ctx, grad, tensors, needs)
     elif ctx.now and saved_may_be_overwritten():
@@ -464,10 +465,12 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients that have a graph of their own, from all logits at once."""
     input, linear_weight, target, linear_bias, weight = tensors
+    assert input is not None and linear_weight is not None and target is not None
     dtype, loss_dtype, reduction, ignore_index, label_smoothing, *_ = ctx.settings
     inputs = input, linear_weight, linear_bias
     with torch.enable_grad():
-        logits = F.linear(*(None if t is None else t.to(dtype) for t in inputs))
+        bias = None if linear_bias is None else linear_bias.to(dtype)
+        logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias)
         loss = cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing
         )
