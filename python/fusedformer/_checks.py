@@ -115,11 +115,6 @@ def check_probability(function: str, name: str, value: float) -> None:
         raise ValueError(f"{function}(): expected '{name}' to be in [0, 1], but got {value}")
 
 
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of ``device``."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
 def check_same_device(function: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise ``ValueError`` unless all given tensors, which must be tensors, live on one device."""
     for name, tensor in tensors.items():

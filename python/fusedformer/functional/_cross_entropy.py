@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fusedformer import _checks, ops
+from fusedformer._autocast import autocast_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -64,7 +65,10 @@ def cross_entropy(
     _check_settings(function, weight, classes, reduction, label_smoothing)
     _checks.check_same_device(function, {"input": input, "target": target, "weight": weight})
     _check_range(function, target, classes, ignore_index)
-    return ops.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    return ops.cross_entropy(
+        input, target, weight, ignore_index, reduction, label_smoothing,
+        autocast_dtype("cross_entropy", input) or input.dtype,
+    )
 
 
 def linear_cross_entropy(
@@ -128,9 +132,9 @@ def linear_cross_entropy(
     classes = linear_weight.shape[0]
     of = "one for each row of 'linear_weight'"
     _checks.check_parameter(function, "linear_bias", linear_bias, (classes,), of)
-    autocast = _checks.autocasts(input.device)
+    dtype = autocast_dtype("linear", input)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if tensor is not None and tensor.dtype != input.dtype and not autocast:
+        if tensor is not None and tensor.dtype != input.dtype and dtype is None:
             raise TypeError(
                 f"{function}(): expected '{name}' to have the dtype of 'input', {input.dtype}, "
                 f"but got {tensor.dtype}"
@@ -147,7 +151,7 @@ def linear_cross_entropy(
     _check_range(function, target, classes, ignored)
     return ops.linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignored, label_smoothing,
-        static_shapes,
+        static_shapes, dtype or input.dtype, autocast_dtype("cross_entropy", input) or input.dtype,
     )
 
 

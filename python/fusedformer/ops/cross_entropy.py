@@ -22,17 +22,17 @@ def cross_entropy(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.cross_entropy`."""
+    """See :func:`fusedformer.functional.cross_entropy`; the loss is of ``dtype``."""
     if chosen_backend(input) == "torch":
-        if weight is not None and not _checks.autocasts(input.device):
+        if weight is not None and dtype == input.dtype:
             weight = weight.to(input.dtype)
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
         )
     _checks.check_kernel_dtype("cross_entropy", "input", input)
-    dtype = loss_dtype(input)
     if target.is_floating_point():
         losses = _losses_of_probabilities(input, target, weight, label_smoothing)
         return _reduced(losses, reduction).to(torch.promote_types(dtype, target.dtype))
@@ -46,11 +46,6 @@ def cross_entropy(
 def class_dim(input: Tensor) -> int:
     """The dimension of the classes, as torch has it."""
     return 0 if input.dim() == 1 else 1
-
-
-def loss_dtype(input: Tensor) -> torch.dtype:
-    """Of a loss of logits like ``input``: theirs, and under autocast float32, as torch has it."""
-    return torch.float32 if _checks.autocasts(input.device) else input.dtype
 
 
 def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

@@ -18,6 +18,7 @@ float32 sum, or 4 N D for that of the input's gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer._autocast import autocast_off
 from fusedformer._backend import chosen_backend
 from fusedformer.ops import cross_entropy_aten
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
-from fusedformer.ops.cross_entropy import cross_entropy, loss_dtype, sum_of, total_weight
+from fusedformer.ops.cross_entropy import cross_entropy, sum_of, total_weight
 from fusedformer.ops.product import add_product, product
 
 # Bytes of logits that are there at once, at most. The CPU's allocator keeps blocks of up to 32 MiB;
@@ -50,8 +52,10 @@ def linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     static_shapes: bool,
+    dtype: torch.dtype,
+    loss_dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.linear_cross_entropy`."""
+    """See :func:`fusedformer.functional.linear_cross_entropy`; products in ``dtype``."""
     triton = chosen_backend(input) == "triton"
     if triton:
         _checks.check_kernel_dtype("linear_cross_entropy", "input", input)
@@ -60,14 +64,11 @@ def linear_cross_entropy(
         targets = target.reshape(rows.shape[0], *target.shape[input.dim() - 1 :])
         loss = cross_entropy(
             F.linear(rows, linear_weight, linear_bias), targets, weight, ignore_index, reduction,
-            label_smoothing,
+            label_smoothing, loss_dtype,
         )
         return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
-    dtype = input.dtype
-    if _checks.autocasts(input.device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
     found = _linear_cross_entropy(
-        rows, linear_weight, target.flatten(), linear_bias, weight, dtype, loss_dtype(input),
+        rows, linear_weight, target.flatten(), linear_bias, weight, dtype, loss_dtype,
         reduction, ignore_index, label_smoothing, static_shapes, triton,
         [torch.is_grad_enabled() and t is not None and t.requires_grad
          for t in (input, linear_weight, linear_bias)],
@@ -198,11 +199,23 @@ _SETTINGS = (
 )
 
 
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The dtypes are decided on before an op is called."""
+
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        with autocast_off(args[0]):
+            return run(*args)
+
+    return call
+
+
 @registered(
     "linear_cross_entropy",
     schema="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     f"Tensor? weight, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def _linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -344,6 +357,7 @@ def _linear_cross_entropy_fake(
     schema="(Tensor grad, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
     f"Tensor? weight, Tensor statistics, Tensor? total, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def _linear_cross_entropy_backward(
     grad: Tensor,
     input: Tensor,
@@ -470,12 +484,12 @@ def _differentiable_gradients(
     inputs = input, linear_weight, linear_bias
     with torch.enable_grad():
         bias = None if linear_bias is None else linear_bias.to(dtype)
-        logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias)
+        logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias).to(loss_dtype)
         loss = cross_entropy(
-            logits, target, weight, ignore_index, reduction, label_smoothing
+            logits, target, weight, ignore_index, reduction, label_smoothing, loss_dtype
         )
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(loss.to(loss_dtype), wanted, grad, create_graph=True))
+        found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
