@@ -95,8 +95,8 @@ FUNCTIONS: dict[str, Pair] = {
         lambda g: TF.layer_norm(TF.embedding(g.ids(), g(3, D)), (D,), g.weight, g.weight),
     ),
     "cross_entropy": (
-        lambda g: F.cross_entropy(g.x[0], g.ids()[0], label_smoothing=0.1),
-        lambda g: TF.cross_entropy(g.x[0], g.ids()[0], label_smoothing=0.1),
+        lambda g: F.cross_entropy(g.x.flatten(0, 1), g.ids().flatten(), label_smoothing=0.1),
+        lambda g: TF.cross_entropy(g.x.flatten(0, 1), g.ids().flatten(), label_smoothing=0.1),
     ),
     "linear_cross_entropy": (
         lambda g: F.linear_cross_entropy(g.x, g(7, D), g.ids(), reduction="none"),

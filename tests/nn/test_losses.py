@@ -36,6 +36,8 @@ def test_linear_cross_entropy_loss_holds_the_projection(device: str) -> None:
         settings["weight"].to(device), ignore_index=2, label_smoothing=0.1, reduction="none"
     )(module.linear(x), target)
     torch.testing.assert_close(module(x, target), want)
+    with pytest.raises(ValueError, match=r"'out_features' to be \(\), but got \(2,\)"):
+        nn.LinearCrossEntropyLoss(4, 9, out_features=(2,))
     if hasattr(torch.nn, "LinearCrossEntropyLoss"):
         torch.manual_seed(3)
         theirs = torch.nn.LinearCrossEntropyLoss(4, 9, **settings)

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from fusedformer import functional
 
+_WeightedLoss = torch.nn.modules.loss._WeightedLoss
+# Torch has the class from 2.13 on; before that what it is made of.
+_Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
+
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Cross entropy of logits, as :func:`fusedformer.functional.cross_entropy`.
@@ -25,18 +29,23 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
     """A projection to classes and its loss, by :func:`fusedformer.functional.linear_cross_entropy`.
 
-    Names, order and state_dict (``linear.weight``, ``linear.bias``, ``weight``) are those of the
-    class that ``torch.nn`` has from 2.13 on; it has no ``out_features`` and no ``options``.
+    A subclass of :class:`torch.nn.LinearCrossEntropyLoss`, where torch has that, with its arguments
+    and state_dict (``linear.weight``, ``linear.bias``, ``weight``).
 
     Args:
         in_features: features of what is projected.
         num_classes: rows of ``linear.weight``.
+        out_features: ``()``; there is one dimension of classes.
         bias: whether there is a ``linear.bias``.
         device, dtype: of the parameters.
         reduction, weight, ignore_index, label_smoothing, static_shapes: of the functional form.
+        options: torch's choice of chunks. It is kept and changes nothing, as chunks always are.
+
+    Raises:
+        ValueError: ``out_features`` is not empty.
 
     Shape: input ``[*, in_features]``, target ``[*]``; the loss is ``[]``, or ``[*]`` for
     ``reduction="none"``.
@@ -47,6 +56,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         in_features: int,
         num_classes: int,
         *,
+        out_features: tuple[int, ...] = (),
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -54,10 +64,18 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: Any = None,
         static_shapes: bool = False,
     ) -> None:
-        super().__init__(weight=weight, reduction=reduction)
+        if out_features:
+            raise ValueError(
+                "LinearCrossEntropyLoss(): expected 'out_features' to be (), "
+                f"but got {out_features}"
+            )
+        _WeightedLoss.__init__(self, weight=weight, reduction=reduction)
         self.num_classes = num_classes
+        self.out_features = out_features
+        self.options = options
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.static_shapes = static_shapes
