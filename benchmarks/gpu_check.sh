@@ -6,15 +6,14 @@
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; tests;
-# bench, which is softmax, norm, activation, embedding, contrastive, encoder, graphs, huggingface,
-# host and attention; tune, which writes a table of configs, and retime, bench's kernels with that
-# table; memory, a part
-# of the tests under compute-sanitizer where that is installed; compile, the compile report. Each has
-# a process and a time limit of its own, so one that dies takes no other along. A stage that is
-# complete is listed in OUTDIR/stages.done and skipped the next time: what there was no time for is
-# done by the same command with the same OUTDIR. OUTDIR stays flat: environment.txt tests.log
-# tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log memory.log compile.log
-# compile.json summary.txt stages.done
+# bench, which is softmax, norm, activation, embedding, losses, contrastive, encoder, graphs,
+# huggingface, host and attention; tune, which writes a table of configs, and retime, bench's kernels
+# with that table; memory, a part of the tests under compute-sanitizer where that is installed;
+# compile, the compile report. Each has a process and a time limit of its own, so one that dies takes
+# no other along. A stage that is complete is listed in OUTDIR/stages.done and skipped the next time:
+# what there was no time for is done by the same command with the same OUTDIR. OUTDIR stays flat:
+# environment.txt tests.log tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log
+# memory.log compile.log compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
 # FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
@@ -38,7 +37,7 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment tests bench tune retime memory compile}
-suites="softmax norm activation embedding contrastive attention encoder graphs huggingface host"
+suites="softmax norm activation embedding losses contrastive attention encoder graphs huggingface host"
 stages=${stages/bench/$suites}
 export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
@@ -125,6 +124,7 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench activation 30
     bench embedding 30
     bench contrastive 30
+    bench losses 60
     bench encoder 90 --compile none
     bench graphs 90
     bench huggingface 60 --compile none

@@ -24,7 +24,7 @@ from harness.records import ResultFile, clocks, new_document
 from harness.runner import Options, run_suite
 from table import markdown
 
-SUITES = ("softmax", "norm", "activation", "embedding", "contrastive", "attention",
+SUITES = ("softmax", "norm", "activation", "embedding", "losses", "contrastive", "attention",
           "encoder", "graphs", "huggingface", "host")
 
 

@@ -61,6 +61,13 @@ def good(function: str) -> dict[str, Any]:
     arguments["sigmoid_contrastive_loss"] = dict(
         a=t(2, 8), b=t(3, 8), logit_scale=t(1), logit_bias=t()
     )
+    arguments["cross_entropy"] = dict(
+        input=t(2, 5, 3), target=t(2, 3, dtype=INT), weight=t(5), label_smoothing=0.1
+    )
+    arguments["linear_cross_entropy"] = dict(
+        input=t(2, 3, 4), linear_weight=t(5, 4), target=t(2, 3, dtype=INT), linear_bias=t(5),
+        weight=t(5), label_smoothing=0.1,
+    )  # fmt: skip
     starts = torch.tensor([0, 2, 5], device=DEVICE)
     arguments["varlen_attention"] = dict(
         query=t(5, 4, 8), key=t(5, 4, 8), value=t(5, 4, 3), cu_seqlens_q=starts,
@@ -346,6 +353,39 @@ def embeddings() -> Iterator[Row]:
         yield "embedding_layer_norm", changes, error, message
 
 
+def losses() -> Iterator[Row]:
+    rows: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"input": t()}, ValueError, "'input' to have at least 1 dimension"),
+        ({"target": t(2, 3, dtype=torch.int32)}, TypeError, r"\(int64\) or .*int32"),
+        ({"target": t(2, 3) > 0}, TypeError, "'target' to hold classes .*bool"),
+        ({"target": t(3, 2, dtype=INT)}, ValueError, r"'target' to have shape \(2, 3\) .a class"),
+        ({"target": t(2, 3)}, ValueError, "'target' to have shape .*a probability for each logit"),
+        ({"weight": t(4)}, ValueError, r"'weight' to have shape \(5,\)"),
+        ({"weight": t(5).requires_grad_()}, ValueError, "'weight' not to require a gradient"),
+        ({"reduction": "max"}, ValueError, "'reduction' to be one of .* but got 'max'"),
+        ({"label_smoothing": 1.5}, ValueError, r"'label_smoothing' to be in \[0, 1\].*1.5"),
+        ({"label_smoothing": "0"}, TypeError, "'label_smoothing' to be a number"),
+    ]
+    if DEVICE == "cpu":
+        wrong = -t(2, 3, dtype=INT)
+        rows += [
+            ({"target": 5 * t(2, 3, dtype=INT)}, IndexError, "'target' .* 0 to 4.* but got 5"),
+            ({"target": wrong}, IndexError, "'target' .*ignore_index=-100, but got -1"),
+        ]
+    for function in ("cross_entropy", "linear_cross_entropy"):
+        for changes, error, message in rows:
+            yield function, changes, error, message
+    yield "cross_entropy", {"input": t(2, 0, 3), "weight": None}, ValueError, "at least 1 class"
+    function = "linear_cross_entropy"
+    for weight in (t(5, 3), t(4), t(1, 5, 4)):
+        message = r"'linear_weight' to have shape \[C, 4\]"
+        yield function, {"linear_weight": weight}, ValueError, message
+    yield function, {"linear_bias": t(4)}, ValueError, r"'linear_bias' to have shape \(5,\)"
+    for name in ("linear_weight", "linear_bias"):
+        changed = {name: good(function)[name].half()}
+        yield function, changed, TypeError, f"'{name}' to have the dtype of 'input'.*float16"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -376,8 +416,7 @@ def named(row: Row) -> Any:
 
 SOURCES: tuple[Callable[[], Iterator[Row]], ...] = (
     not_tensors, dtypes_and_devices, probabilities, softmaxes, norms, fused_steps, attention,
-    attention_terms, packed, around_attention, packings, contrastive,
-    embeddings,
+    attention_terms, packed, around_attention, packings, contrastive, embeddings, losses,
 )  # fmt: skip
 TABLE = [named(row) for source in SOURCES for row in source()]
 

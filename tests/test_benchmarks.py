@@ -42,7 +42,7 @@ from harness.runner import Options, check_all, run_suite  # noqa: E402
 
 CPU = torch.device("cpu")
 SUITES = {
-    "softmax", "norm", "activation", "embedding", "contrastive", "attention", "encoder",
+    "softmax", "norm", "activation", "embedding", "losses", "contrastive", "attention", "encoder",
     "graphs", "huggingface", "host",
 }  # fmt: skip
 
@@ -265,6 +265,10 @@ BY_HAND = {
     "contrastive forward": (counting.contrastive(8192, 512, 2)["forward"], 87.0),
     "contrastive": (counting.contrastive(8192, 512, 2)["both"], 347.9),
     "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
+    "cross entropy": (counting.cross_entropy(8192, 50257, 2)["forward"], 191.5),  # 823.4 MB
+    # 3 products of 2 * 8192 * 50257 * 768 = 632.4 GFLOP
+    "projection and loss": (
+        counting.linear_cross_entropy(8192, 8192, 50257, 768, 2)["both"], 2401.4),
 }
 
 

@@ -14,7 +14,10 @@ import fusedformer_kernels
 from fusedformer import functional, nn, reference
 
 FUNCTIONS = functional.__all__
-TORCH_NAMES = ["layer_norm", "log_softmax", "rms_norm", "scaled_dot_product_attention", "softmax"]
+TORCH_NAMES = [
+    "cross_entropy", "layer_norm", "log_softmax", "rms_norm", "scaled_dot_product_attention",
+    "softmax",
+]  # fmt: skip
 
 
 def test_the_version_is_one_and_well_formed() -> None:

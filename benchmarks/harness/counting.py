@@ -82,6 +82,29 @@ def embedding(rows: int, columns: int, tables: Sequence[int], itemsize: int) -> 
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
+def cross_entropy(rows: int, classes: int, itemsize: int) -> Costs:
+    """Forward reads the logits and a class a row. Backward reads them again, writes dx."""
+    n, ids = rows * classes, 8 * rows
+    forward = Cost(4 * n, n * itemsize + ids)  # max, subtract, exp, sum
+    backward = Cost(3 * n, 2 * n * itemsize + ids)  # subtract, exp, multiply
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def linear_cross_entropy(
+    rows: int, counted: int, classes: int, features: int, itemsize: int
+) -> Costs:
+    """The projection of the rows that count, one product; a training step has two more.
+
+    Forward reads those rows, all of the weight and the targets; a step also writes the gradients
+    of both, of the rows all. The logits need not be moved.
+    """
+    product = 2 * counted * classes * features
+    weight = classes * features * itemsize
+    forward = Cost(product, counted * features * itemsize + weight + 8 * rows)
+    both = Cost(3 * product, forward.bytes + rows * features * itemsize + weight)
+    return {"forward": forward, "both": both}
+
+
 def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
     """Forward reads x, writes y. Backward reads dy and x, writes dx and the bias gradient."""
     n = rows * columns

@@ -24,6 +24,12 @@ from fusedformer_kernels.attention_backward import attention_backward
 from fusedformer_kernels.attention_forward import attention_forward
 from fusedformer_kernels.attention_merge import merge_states, merge_states_backward
 from fusedformer_kernels.attention_weights import attention_weights, attention_weights_backward
+from fusedformer_kernels.cross_entropy import (
+    STATE,
+    cross_entropy_gradient,
+    cross_entropy_rows,
+    padded_rows,
+)
 from fusedformer_kernels.dropout import dropout_mask
 from fusedformer_kernels.embedding import Tables, embedding_backward, embedding_forward
 from fusedformer_kernels.norm import norm_backward, norm_forward
@@ -36,8 +42,8 @@ CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
     "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
-    "attention d=64 averaged weights", "embedding_layer_norm 768", "contrastive",
-    "sigmoid contrastive",
+    "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
+    "contrastive", "sigmoid contrastive",
 }  # fmt: skip
 
 
@@ -104,6 +110,38 @@ def _embedding(columns: int, dtype: torch.dtype, p: float) -> None:
     seed = _seed() if p else None
     y, mean, rstd = embedding_forward(tables, parameter, parameter, seed, p, 1e-5)
     embedding_backward(y, tables, mean, rstd, parameter, seed, p, True, True, True, dtype)
+
+
+def _cross_entropy(columns: int, dtype: torch.dtype, smoothing: float = 0.0) -> None:
+    """Of given logits; with smoothing class weights too, and both by blocks of the classes."""
+    x, target = _empty(4096, columns, dtype=dtype), _empty(4096, dtype=torch.int64)
+    weight = _empty(columns, dtype=torch.float32) if smoothing else None
+    total = _empty(dtype=torch.float32) if smoothing else None
+    statistics, grad = _empty(2, 4096, dtype=torch.float32), _empty(4096, dtype=torch.float32)
+    given = target, weight, total
+    if smoothing:
+        state, half = _empty(STATE, 4096, dtype=torch.float32), columns // 2
+        for first, last in ((0, half), (half, columns)):
+            block = x[:, first:last]
+            cross_entropy_rows(
+                block, *given, -100, smoothing, first_class=first, n_classes=columns, state=state
+            )
+    else:
+        cross_entropy_rows(x, *given, -100, smoothing)
+    cross_entropy_gradient(
+        x, *given, statistics, grad, -100, smoothing, first_class=0, n_classes=columns
+    )
+
+
+def _cross_entropy_in_place(columns: int, dtype: torch.dtype) -> None:
+    """As linear_cross_entropy calls it: in memory with aligned rows, one factor for all."""
+    x, target = padded_rows(2048, columns, _empty(1, dtype=dtype)), _empty(2048, dtype=torch.int64)
+    factor, statistics = _empty(dtype=torch.float32), _empty(2, 2048, dtype=torch.float32)
+    cross_entropy_rows(x, target, None, None, -100, 0.0, factor, padded=True)
+    cross_entropy_gradient(
+        x, target, None, None, statistics, factor, -100, 0.0, first_class=columns,
+        n_classes=2 * columns, in_place=True,
+    )
 
 
 def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.0) -> None:
@@ -215,6 +253,11 @@ def compile_cases() -> list[CompileCase]:
             if dtype == HALF or columns == 768:
                 call = partial(_embedding, columns, dtype, 0.1)
                 add(f"embedding_layer_norm {columns}", dtype, call)
+        for columns in (10, 1000, 50257):
+            if dtype == HALF or columns == 50257:
+                call = partial(_cross_entropy, columns, dtype)
+                add(f"cross_entropy {columns}", dtype, call)
+        add("cross_entropy 50257 in place", dtype, partial(_cross_entropy_in_place, 50257, dtype))
         for activation in ACTIVATIONS:
             add(
                 f"bias_{activation}", dtype,
@@ -232,6 +275,8 @@ def compile_cases() -> list[CompileCase]:
     for name, form in (("autocast", {"mixed": True}), ("inference", {"inference": True})):
         call = partial(_norm, 768, HALF, "layer", True, 0.0, **form)
         add(f"dropout_add_layer_norm 768 {name}", HALF, call)
+    call = partial(_cross_entropy, 50257, HALF, 0.1)
+    add("cross_entropy 50257 smoothed, weighted", HALF, call)
     add("bias_gelu dropout", HALF, lambda: _activation(3072, HALF, "gelu", 0.1))
     add("dropout mask", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, False))
     add("dropout mask, attention", HALF, lambda: dropout_mask(_seed(), 0.1, 2, 64, 64, True))

@@ -69,6 +69,17 @@ def softplus(x):
 
 
 @triton.jit
+def online_sum(top, total, scores):
+    """(largest score, sum of exp(score - largest)) of rows [BLOCK_M, 1], with one tile more."""
+    new_top = tl.maximum(top, tl.max(scores, 1)[:, None])
+    # -inf so far is no error yet: a later tile may hold the first finite score.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    total = total * tl.exp2((top - base) * LOG2_E)
+    total += tl.sum(tl.exp2((scores - base) * LOG2_E), 1)[:, None]
+    return new_top, total
+
+
+@triton.jit
 def row_numbers(n_rows, BLOCK_M: tl.constexpr):
     """Rows of this program [BLOCK_M]: int64 where ``n_rows`` is, since that division is slow."""
     return (tl.program_id(0) + n_rows * 0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -16,7 +16,14 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import LN_2, LOG2_E, row_numbers, row_offsets, store
+from fusedformer_kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    online_sum,
+    row_numbers,
+    row_offsets,
+    store,
+)
 from fusedformer_kernels.strided import collapsed
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
@@ -88,12 +95,7 @@ def _softmax_forward(
                 x_rows, mask_rows, tile, row_index, in_row, in_row & row_valid, stride_x,
                 stride_m, scale, MASK, IS_CAUSAL, SCALED,
             )  # [BLOCK_M, BLOCK_N]
-            new_top = tl.maximum(top, tl.max(s, 1)[:, None])
-            # -inf so far is no error yet: a later tile may hold the first finite score.
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2((top - base) * LOG2_E)
-            total += tl.sum(tl.exp2((s - base) * LOG2_E), 1)[:, None]
-            top = new_top
+            top, total = online_sum(top, total, s)
         if MASK != 0 or IS_CAUSAL:
             top = tl.where(top == float("-inf"), 0.0, top)
             total = tl.where(total == 0.0, 1.0, total)

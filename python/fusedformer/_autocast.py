@@ -6,6 +6,7 @@ the composition that it replaces; float64 is left as it is.
 | | CUDA and ROCm | CPU |
 | --- | --- | --- |
 | linear, scaled_dot_product_attention | autocast's dtype | autocast's dtype |
+| cross_entropy | float32 | float32 |
 | layer_norm, softmax, log_softmax; rms_norm from torch 2.12 on | float32 | as without autocast |
 | embedding, dropout, gelu, relu, silu, sums | as without autocast | as without autocast |
 
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 Op = Literal[
-    "linear", "scaled_dot_product_attention", "layer_norm", "rms_norm", "softmax", "log_softmax"
+    "linear", "scaled_dot_product_attention", "layer_norm", "rms_norm", "softmax", "log_softmax",
+    "cross_entropy",
 ]
 _NARROW = ("linear", "scaled_dot_product_attention")
 _OVERLOADS: dict[Op, str] = {
     "linear": "linear", "scaled_dot_product_attention": "scaled_dot_product_attention",
     "layer_norm": "layer_norm", "rms_norm": "rms_norm", "softmax": "softmax.int",
-    "log_softmax": "log_softmax.int",
+    "log_softmax": "log_softmax.int", "cross_entropy": "nll_loss",
 }  # fmt: skip
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 # What has a rule in the torch that is installed.

@@ -94,6 +94,16 @@ FUNCTIONS: dict[str, Pair] = {
         lambda g: F.embedding_layer_norm(g.ids(), g(3, D), g.weight, g.weight),
         lambda g: TF.layer_norm(TF.embedding(g.ids(), g(3, D)), (D,), g.weight, g.weight),
     ),
+    "cross_entropy": (
+        lambda g: F.cross_entropy(g.x.flatten(0, 1), g.ids().flatten(), label_smoothing=0.1),
+        lambda g: TF.cross_entropy(g.x.flatten(0, 1), g.ids().flatten(), label_smoothing=0.1),
+    ),
+    "linear_cross_entropy": (
+        lambda g: F.linear_cross_entropy(g.x, g(7, D), g.ids(), reduction="none"),
+        lambda g: TF.cross_entropy(
+            TF.linear(g.x, g(7, D)).flatten(0, 1), g.ids().flatten(), reduction="none"
+        ),
+    ),
     "attention": (
         lambda g: F.scaled_dot_product_attention(g.q, g.q, g.q),
         lambda g: TF.scaled_dot_product_attention(g.q, g.q, g.q),

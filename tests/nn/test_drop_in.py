@@ -30,6 +30,7 @@ MAKES: dict[str, Make] = {
     "LayerNorm without bias": lambda library: library.LayerNorm(5, bias=False),
     "LayerNorm without parameters": lambda library: library.LayerNorm(5, elementwise_affine=False),
     "RMSNorm": lambda library: library.RMSNorm(5),
+    "CrossEntropyLoss": lambda library: library.CrossEntropyLoss(torch.ones(3), ignore_index=2),
     "MultiheadAttention": lambda library: library.MultiheadAttention(8, 2, 0.1),
     "MultiheadAttention kdim": lambda library: library.MultiheadAttention(8, 2, kdim=3, vdim=5),
     "MultiheadAttention appended": lambda library: library.MultiheadAttention(
@@ -172,11 +173,13 @@ def test_hooks_on_the_module_fire(make: Make) -> None:
     seen = []
     ours.register_forward_pre_hook(lambda module, args: seen.append("before"))
     ours.register_forward_hook(lambda module, args, output: seen.append("after"))
-    x = torch.randn(2, 3, 5) if ours.__class__.__name__.endswith(("max", "Norm")) else None
+    x = torch.randn(2, 3, 5) if ours.__class__.__name__.endswith(("max", "Norm", "Loss")) else None
     if x is None:
         width = next(p for p in ours.parameters() if p.dim() > 1).shape[-1]
         x = torch.randn(2, 3, width, dtype=next(ours.parameters()).dtype)
     kwargs: dict[str, Any] = {}
+    if isinstance(ours, torch.nn.CrossEntropyLoss):
+        kwargs = {"target": torch.zeros(2, 5, dtype=torch.int64)}
     if isinstance(ours, torch.nn.MultiheadAttention):
         kwargs = {"key": torch.randn(2, 3, ours.kdim), "value": torch.randn(2, 3, ours.vdim)}
         x = torch.randn(2, 3, 8)

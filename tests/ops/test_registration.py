@@ -161,6 +161,38 @@ def pairs_backward_case(sigmoid: bool, needs: list[bool], backend: str) -> tuple
     return *grads, a, b, scale, None, torch.randn(3), torch.randn(4), 1, needs, backend
 
 
+def classes() -> Tensor:
+    return torch.tensor([0, 3, -100, 2])
+
+
+def cross_entropy_case(reduction: str) -> tuple[Any, ...]:
+    return leaf(4, 6), classes(), torch.rand(6), -100, 0.1, reduction, torch.float32
+
+
+def cross_entropy_backward_case(reduction: str) -> tuple[Any, ...]:
+    grad, total = torch.randn(4 if reduction == "none" else ()), torch.tensor(3.0)
+    divisor = total if reduction == "mean" else None
+    return grad, torch.randn(4, 6), classes(), None, torch.rand(2, 4), divisor, -100, 0.0
+
+
+def projection_settings(reduction: str, needs: list[bool], triton: bool) -> tuple[Any, ...]:
+    single = torch.float32
+    return single, single, reduction, -100, 0.1, False, triton, needs
+
+
+def projection_case(reduction: str, *, triton: bool = True) -> tuple[Any, ...]:
+    tensors = leaf(4, 3), leaf(6, 3), classes(), leaf(6), torch.rand(6)
+    return *tensors, *projection_settings(reduction, [True] * 3, triton)
+
+
+def projection_backward_case(reduction: str, needs: list[bool]) -> tuple[Any, ...]:
+    case = detached(projection_case(reduction))
+    loss, statistics, total, *_ = torch.ops.fusedformer.linear_cross_entropy(*case)
+    divisor = total if reduction == "mean" else None
+    settings = projection_settings(reduction, needs, True)
+    return torch.randn_like(loss), *case[:5], statistics, divisor, *settings
+
+
 CASES: dict[str, tuple[str, Any]] = {
     "softmax": ("softmax", lambda: softmax_case(False, False)),
     "log_softmax, mask": ("softmax", lambda: softmax_case(True, True)),
@@ -251,6 +283,29 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "pairs backward, ATen": (
         "pairs_backward", lambda: pairs_backward_case(True, [True, False, True, True], "torch"),
+    ),
+    "cross entropy": ("cross_entropy", lambda: cross_entropy_case("none")),
+    "cross entropy, mean": ("cross_entropy", lambda: cross_entropy_case("mean")),
+    "cross entropy backward": (
+        "cross_entropy_backward", lambda: cross_entropy_backward_case("none"),
+    ),
+    "cross entropy backward, mean": (
+        "cross_entropy_backward", lambda: cross_entropy_backward_case("mean"),
+    ),
+    "projection": ("linear_cross_entropy", lambda: projection_case("mean")),
+    "projection, each row": ("linear_cross_entropy", lambda: projection_case("none")),
+    "projection ATen": ("linear_cross_entropy", lambda: projection_case("sum", triton=False)),
+    "projection backward": (
+        "linear_cross_entropy_backward",
+        lambda: projection_backward_case("none", [True, True, True]),
+    ),
+    "projection backward, frozen": (
+        "linear_cross_entropy_backward",
+        lambda: projection_backward_case("mean", [False, True, False]),
+    ),
+    "projection scaled": (
+        "linear_cross_entropy_scaled",
+        lambda: (torch.randn(()), torch.randn(4, 3), None, torch.randn(6)),
     ),
     "merge": ("merge_attention_states", states),
     "merge backward": (

@@ -19,6 +19,7 @@ from fusedformer.functional._attention import (
 from fusedformer.functional._contrastive import REDUCTIONS as REDUCTIONS
 from fusedformer.functional._contrastive import Reduction as Reduction
 from fusedformer.functional._contrastive import contrastive_loss, sigmoid_contrastive_loss
+from fusedformer.functional._cross_entropy import cross_entropy, linear_cross_entropy
 from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (
     dropout_add,
@@ -35,11 +36,13 @@ from fusedformer.functional._softmax import log_softmax, softmax
 __all__ = [
     "bias_activation",
     "contrastive_loss",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention_states",
     "pack",

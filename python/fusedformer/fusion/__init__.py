@@ -20,11 +20,12 @@ __all__ = ["FusionReport", "fuse", "unfuse"]
 def fuse(model: nn.Module, *, strict: bool = False) -> FusionReport:
     """Replace, in place, every module of ``model`` that this library has.
 
-    Of ``torch.nn``: Softmax, LogSoftmax, LayerNorm, RMSNorm, MultiheadAttention, and the layers and
-    stacks of encoder and decoder, whole; also subclasses that leave the computation alone. Of
-    Hugging Face's transformers: the attention of every ``PreTrainedModel`` that takes registered
-    implementations, and the layers and the encoder of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA,
-    DistilBERT and ALBERT, and the whole of ModernBERT, which then compute real tokens only.
+    Of ``torch.nn``: Softmax, LogSoftmax, LayerNorm, RMSNorm, CrossEntropyLoss, MultiheadAttention,
+    and the layers and stacks of encoder and decoder, whole; also subclasses that leave the
+    computation alone. Of Hugging Face's transformers: the attention of every ``PreTrainedModel``
+    that takes registered implementations, and the layers and the encoder of BERT, RoBERTa, XLM-R,
+    CamemBERT, ELECTRA, DistilBERT and ALBERT, and the whole of ModernBERT, which then compute real
+    tokens only.
 
     Calling it again changes nothing. Parameters are the same objects before and after; the
     state_dict does not change.

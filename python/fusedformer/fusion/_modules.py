@@ -16,6 +16,7 @@ _OURS: dict[type[Any], type[Any]] = {
     nn.LogSoftmax: fused.LogSoftmax,
     nn.LayerNorm: fused.LayerNorm,
     nn.RMSNorm: fused.RMSNorm,
+    nn.CrossEntropyLoss: fused.CrossEntropyLoss,
     nn.MultiheadAttention: fused.MultiheadAttention,
     nn.TransformerEncoderLayer: fused.TransformerEncoderLayer,
     nn.TransformerEncoder: fused.TransformerEncoder,

@@ -5,6 +5,7 @@ and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.
 """
 
 from fusedformer.nn.contrastive_loss import ContrastiveLoss, SigmoidContrastiveLoss
+from fusedformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention
 from fusedformer.nn.positional_encoding import (
@@ -23,8 +24,10 @@ from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
 __all__ = [
     "ContrastiveLoss",
+    "CrossEntropyLoss",
     "LayerNorm",
     "LearnedPositionalEncoding",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",

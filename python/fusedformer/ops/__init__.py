@@ -9,8 +9,10 @@ from fusedformer.ops.attention import (
     varlen_attention,
 )
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
+from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
+from fusedformer.ops.linear_cross_entropy import linear_cross_entropy
 from fusedformer.ops.norm import (
     dropout_add,
     dropout_add_layer_norm,
@@ -26,6 +28,7 @@ __all__ = [
     "FeedForward",
     "bias_activation",
     "contrastive_loss",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -34,6 +37,7 @@ __all__ = [
     "gather_rows",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "merge_attention_states",
     "relative_position_bias",
     "rms_norm",

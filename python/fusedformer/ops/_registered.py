@@ -107,6 +107,19 @@ def _is_eager() -> bool:
     )
 
 
+def saved_may_be_overwritten() -> bool:
+    """Whether a backward formula is the last to see what its forward saved, and nobody traces it.
+
+    If it were not the last, autograd would find the overwritten tensor out and raise.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not _is_eager()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
 def _for_dispatcher(implementation: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         found = implementation(*args)

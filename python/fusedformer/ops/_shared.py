@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
@@ -64,6 +65,11 @@ def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
     """The dtype in which kernels write the gradients of parameters, of those that there are."""
     found = {dtype for dtype in dtypes if dtype is not None}
     return found.pop() if len(found) == 1 else torch.float32
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 NO_DOUBLE_BACKWARD = (

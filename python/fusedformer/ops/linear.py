@@ -17,12 +17,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedformer._autocast import autocast_dtype, autocast_off, cast
 from fusedformer._backend import chosen_backend
 from fusedformer.ops._registered import plain_apply
-from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed
+from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed, is_transformed
 from fusedformer.ops.activation import (
     activate_aten,
     activation_gradient_in_place,
@@ -107,8 +106,7 @@ def feed_forward(
 
 def _how(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
     """Without autograd; as a node of it; or by calls that have theirs."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if torch.compiler.is_compiling() or transformed:
+    if torch.compiler.is_compiling() or is_transformed():
         return "composed"
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return "node" if wanted else "plain"

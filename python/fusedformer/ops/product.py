@@ -10,6 +10,8 @@ from fusedformer.ops.activation import activate_aten
 
 # Below so many multiplications a product takes less time than setting it up in oneDNN may.
 _WORTH_ONEDNN = 2**26
+# Elements of a slice of a product that is added to a wider sum: 32 MiB of float32.
+_SLICE = 2**23
 _POST_OPS = {
     "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -73,3 +75,17 @@ def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, accumulated in the dtype of ``total``, which may be wider than theirs."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    # In slices that a GPU's L2 cache holds: what is added need not go to memory first.
+    rows = max(_SLICE // b.shape[1], 1)
+    for start in range(0, a.shape[0], rows):
+        part = a[start : start + rows]
+        # Products of half precision with a wider result are CUDA's alone.
+        found = torch.mm(part, b, out_dtype=total.dtype) if a.is_cuda else part @ b
+        total[start : start + rows] += found

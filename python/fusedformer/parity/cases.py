@@ -49,7 +49,7 @@ def all_cases() -> list[Case]:
     """The grid: small enough for Triton's interpreter, each case another way through a kernel."""
     return [
         *_softmax_cases(), *_norm_cases(), *_activation_cases(), *_attention_cases(),
-        *_packing_cases(), *_embedding_cases(), *_contrastive_cases(),
+        *_packing_cases(), *_embedding_cases(), *_contrastive_cases(), *_cross_entropy_cases(),
     ]  # fmt: skip
 
 
@@ -464,3 +464,38 @@ def _contrastive_cases() -> Iterator[Case]:
         shifted = {"label_offset": 70, "reduction": "none"}
         yield Case(op, "more columns, shifted", pairs(67, 140, 130, 14.3, **scalars), shifted)
         yield Case(op, "CLIP's largest scale", pairs(129, 129, 64, 100.0, **scalars))
+
+
+# losses
+
+
+def _stock_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor, **settings: Any
+) -> Tensor:
+    return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **settings)
+
+
+def _cross_entropy_cases() -> Iterator[Case]:
+    def classes(generator: Generator, rows: int, count: int) -> dict[str, Tensor]:
+        target = torch.randint(count, (rows,), generator=generator)
+        return {"target": target.masked_fill(torch.arange(rows) % 5 == 1, -100)}
+
+    def logits(rows: int, count: int) -> Callable[[Generator], dict[str, Tensor]]:
+        tensors = _shapes(input=(rows, count))
+        return lambda generator: {**tensors(generator), **classes(generator, rows, count)}
+
+    def hidden(rows: int, count: int, width: int) -> Callable[[Generator], dict[str, Tensor]]:
+        tensors = _shapes(input=(rows, width), linear_weight=(count, width), linear_bias=(count,))
+        return lambda generator: {**tensors(generator), **classes(generator, rows, count)}
+
+    op = Op(
+        "cross_entropy", functional.cross_entropy, F.cross_entropy, reference.cross_entropy
+    )
+    yield Case(op, "prime row", logits(7, 127), quick=True)
+    yield Case(op, "one past a tile", logits(3, 4097), {"reduction": "none"})
+    yield Case(op, "label smoothing", logits(9, 50), {"label_smoothing": 0.1})
+    name = "linear_cross_entropy"
+    op = Op(name, getattr(functional, name), _stock_linear_cross_entropy, getattr(reference, name))
+    yield Case(op, "chunks of rows", hidden(150, 70, 16), quick=True)
+    yield Case(op, "blocks of classes", hidden(30, 200, 16), {"reduction": "none"}, quick=True)
+    yield Case(op, "label smoothing", hidden(11, 90, 24), {"label_smoothing": 0.1})

@@ -13,6 +13,7 @@ from fusedformer.reference.attention import (
     varlen_attention,
 )
 from fusedformer.reference.contrastive import contrastive_loss, sigmoid_contrastive_loss
+from fusedformer.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from fusedformer.reference.embedding import embedding_layer_norm
 from fusedformer.reference.norm import (
     dropout_add,
@@ -28,11 +29,13 @@ __all__ = [
     "attention_weights",
     "bias_activation",
     "contrastive_loss",
+    "cross_entropy",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention_states",
     "pack",
