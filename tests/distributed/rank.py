@@ -14,12 +14,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+# Some of them for what is run only: they are imported once, before the ranks are forked.
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.data import DataLoader  # noqa: F401  imported before the fork, for all ranks
 
 from fusedformer.testing import poisoned_memory
 

@@ -16,7 +16,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending
+from fusedformer.nn._modules import Pending, call_sharded, is_sharded
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
@@ -28,6 +28,7 @@ from fusedformer.nn._stacks import (
     is_batch_first,
     is_fused,
     only_causal,
+    opened,
     packing_of_padding,
     zeros_at_padding,
 )
@@ -210,10 +211,12 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """All layers and the norm; a sum that ends a layer is left to the norm that follows."""
         pending: Pending | None = None
         for layer in self.layers:
-            if not layer.norm_first:
-                x = x if pending is None else pending.added()
-                x, memory = layer._post_norm(x, memory, own, cross)
-                pending = None
+            if is_sharded(layer) or not layer.norm_first:
+                x, pending = opened(x, pending), None
+                if is_sharded(layer):  # the next layer must find no parameter of this one
+                    x, memory = call_sharded(layer, x, memory, own, cross)
+                else:
+                    x, memory = layer._post_norm(x, memory, own, cross)
                 continue
             if pending is None:
                 normed = layer.norm1(x)

@@ -18,6 +18,7 @@ from fusedformer.nn._modules import (
     check_activation,
     feed_forward_of,
     is_plain,
+    is_plain_or_sharded,
     product,
 )
 from fusedformer.nn.layer_norm import LayerNorm
@@ -132,9 +133,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             tgt_is_causal, memory_is_causal,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            if self.norm_first:
-                return self._pre_norm(tgt, self.norm1(tgt), memory, own, cross)[0].added()
-            return self._post_norm(tgt, memory, own, cross)[0]
+            return self._packed(tgt, memory, own, cross)[0]
 
     def _check(
         self,
@@ -159,14 +158,23 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         )
         return own, cross
 
-    def _post_norm(
+    def _packed(
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
-        """The layer of a batch, a sequence or packed rows, if :meth:`_can_pack`; and the memory.
+        """The layer of a batch, a sequence or packed rows, if its children are plain; the memory.
 
         The memory is handed on from layer to layer: its gradient then is what each layer's product
         accumulates on.
         """
+        if self.norm_first:
+            pending, memory = self._pre_norm(x, self.norm1(x), memory, own, cross)
+            return pending.added(), memory
+        return self._post_norm(x, memory, own, cross)
+
+    def _post_norm(
+        self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_packed` for norms that come last."""
         attention: Any = self.self_attn
         to_memory: Any = self.multihead_attn
         heads, x = attention._attend_to_itself(x, own, fork=True)
@@ -198,7 +206,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain(self, TransformerDecoderLayer) and self._children_are_plain()
+        return is_plain_or_sharded(self, TransformerDecoderLayer) and self._children_are_plain()
 
     def _compose(
         self,

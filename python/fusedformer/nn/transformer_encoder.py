@@ -19,7 +19,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending
+from fusedformer.nn._modules import Pending, call_sharded, is_sharded
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
@@ -31,6 +31,7 @@ from fusedformer.nn._stacks import (
     is_batch_first,
     is_fused,
     only_causal,
+    opened,
     packing_for,
     zeros_at_padding,
 )
@@ -261,9 +262,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
-            if not layer.norm_first:
-                x = x if pending is None else pending.added()
-                x, pending = layer._post_norm(x, masks, wanted), None
+            if is_sharded(layer):  # the next layer must find no parameter of this one
+                x, pending = call_sharded(layer, opened(x, pending), masks, wanted), None
+            elif not layer.norm_first:
+                x, pending = layer._post_norm(opened(x, pending), masks, wanted), None
             elif pending is None:
                 pending = layer._pre_norm(x, layer.norm1(x), masks, wanted)
             else:

@@ -19,6 +19,7 @@ from fusedformer.nn._modules import (
     check_activation,
     feed_forward_of,
     is_plain,
+    is_plain_or_sharded,
     product,
 )
 from fusedformer.nn.layer_norm import LayerNorm
@@ -137,17 +138,23 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             heads=heads, rows=length, keys=length,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            if self.norm_first:
-                return self._pre_norm(src, self.norm1(src), masks).added()
-            return self._post_norm(src, masks)
+            return self._packed(src, masks)
+
+    def _packed(
+        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
+    ) -> Tensor:
+        """The layer of a batch, a sequence or packed rows, if its children are plain.
+
+        Or, of packed ``x``, only ``rows`` of the result.
+        """
+        if self.norm_first:
+            return self._pre_norm(x, self.norm1(x), masks, rows).added()
+        return self._post_norm(x, masks, rows)
 
     def _post_norm(
         self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
     ) -> Tensor:
-        """The layer of a batch, a sequence or packed rows, if :meth:`_can_pack`.
-
-        Or, of packed ``x``, only ``rows`` of the result.
-        """
+        """:meth:`_packed` for norms that come last."""
         heads, x = self._heads(x, x, masks, rows, fork=True)
         x = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x).normed(self.norm1)
         inner, bias, x = feed_forward_of(self, x, fork=True)
@@ -177,7 +184,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain(self, TransformerEncoderLayer) and self._children_are_plain()
+        return is_plain_or_sharded(self, TransformerEncoderLayer) and self._children_are_plain()
 
     def _compose(
         self,
