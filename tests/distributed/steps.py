@@ -69,6 +69,16 @@ def part(inputs: Tensors, rank: int, size: int) -> Tensors:
     return {name: tensor.chunk(size)[rank] for name, tensor in inputs.items()}
 
 
+def unread(inputs: Tensors) -> Tensors:
+    """With NaN in the padding, which would show if it were computed and not packed away."""
+    inputs = dict(inputs)
+    for name in ("src", "tgt"):
+        padding = inputs.get(f"{name}_key_padding_mask")
+        if padding is not None:
+            inputs[name] = inputs[name].masked_fill(padding[..., None], torch.nan)
+    return inputs
+
+
 def step(
     model: torch.nn.Module,
     inputs: Tensors,
@@ -102,17 +112,9 @@ def single(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
     return step(model.to(dtype), inputs)
 
 
-def faults_of(case: Case, results: list[Tensors], *, parts: bool = True) -> list[str]:
-    """Where ranks are further from the truth than the criterion allows beside stock.
-
-    Args:
-        results: of :func:`step`, by rank.
-        parts: whether each rank has the output of its part of the batch; else each has all.
-    """
-    stock, truth = single(case), single(case, torch.float64)
-    if parts:
-        output = torch.cat([result["output"] for result in results])
-        results = [{**result, "output": output} for result in results]
+def faults_of(case: Case, results: list[Tensors], stock: Tensors) -> list[str]:
+    """Where ranks are further from the truth than the criterion allows beside stock."""
+    truth = single(case, torch.float64)
     faults = []
     for rank, result in enumerate(results):
         assert set(result) == set(stock), set(result) ^ set(stock)
@@ -121,15 +123,25 @@ def faults_of(case: Case, results: list[Tensors], *, parts: bool = True) -> list
     return faults
 
 
-def judge(case: Case, run: Callable[[Case], list[Tensors]], *, parts: bool = True) -> None:
-    """Raise if the results of ``run`` have faults, on three draws of weights and batch.
+def joined(results: list[Tensors]) -> list[Tensors]:
+    """Results of ranks that each have the output of their part of the batch: with all of it."""
+    output = torch.cat([result["output"] for result in results])
+    return [{**result, "output": output} for result in results]
+
+
+def judge(
+    case: Case,
+    run: Callable[[Case], list[Tensors]],
+    stock: Callable[[Case], Tensors] = single,
+) -> None:
+    """Raise if what ``run`` gives by rank has faults, on three draws of weights and batch.
 
     Of dozens of tensors, some of a few elements, stock is lucky in one now and then. Luck ends with
     the draw, a fault does not.
     """
     for seed in (1, 2, 3):
         case = case._replace(seed=seed)
-        faults = faults_of(case, run(case), parts=parts)
+        faults = faults_of(case, run(case), stock(case))
         if not faults:
             return
     raise AssertionError("\n".join(faults))

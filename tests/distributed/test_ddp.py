@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from steps import TINY, Case, Tensors, judge, part, step
+from steps import TINY, Case, Tensors, joined, judge, part, step, unread
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +26,7 @@ def trained(mesh: DeviceMesh, case: Case, name: Any, how: str, settings: Any) ->
         assert fusedformer.fuse(model)
     size = mesh.size()
     ddp = DistributedDataParallel(model, process_group=mesh.get_group(), **settings)
-    own = part(case.batch(), mesh.get_local_rank(), size)
+    own = part(unread(case.batch()), mesh.get_local_rank(), size)
     with backend(name):
         if how != "no_sync":
             return step(ddp, own, times=size)
@@ -54,4 +54,4 @@ def trained(mesh: DeviceMesh, case: Case, name: Any, how: str, settings: Any) ->
 def test_a_step(
     ranks: Ranks, size: int, case: Case, name: Any, how: str, settings: Any
 ) -> None:
-    judge(case, lambda drawn: ranks.run(trained, drawn, name, how, settings, size=size))
+    judge(case, lambda drawn: joined(ranks.run(trained, drawn, name, how, settings, size=size)))

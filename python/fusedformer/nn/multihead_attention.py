@@ -76,6 +76,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             batch_first, device, dtype,
         )
 
+    def reset_parameters(self) -> None:
+        """Initialize as the constructor does, after ``to_empty`` of a module on "meta", say.
+
+        The output projection has a method of its own, to be called before: ``Module.apply`` goes
+        through children first.
+        """
+        self._reset_parameters()
+
     def forward(
         self,
         query: Tensor,
