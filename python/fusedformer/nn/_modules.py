@@ -56,6 +56,11 @@ def is_sharded(module: object) -> bool:
     return hasattr(type(module), "set_reshard_after_forward")
 
 
+def must_be_called(layer: Any) -> bool:
+    """Whether the parameters of a layer are plain tensors only within its ``_packed``."""
+    return layer._is_parallel or is_sharded(layer)
+
+
 def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
     """:func:`is_plain`, or what :func:`is_sharded` and was so before: what must be called still."""
     if not is_sharded(module):
@@ -79,9 +84,9 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
                 yield hook
 
 
-def call_sharded(layer: Any, *args: Any) -> Any:
-    """``layer._packed(*args)`` of what :func:`is_sharded`, as one of its calls."""
-    if "_packed" not in layer.__dict__:
+def called(layer: Any, *args: Any) -> Any:
+    """``layer._packed(*args)`` of what :func:`must_be_called`, as one of its calls."""
+    if is_sharded(layer) and "_packed" not in layer.__dict__:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(layer, "_packed")
@@ -143,13 +148,17 @@ def feed_forward_of(
     layer: Any, x: Tensor, *, fork: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The block of a layer without its last dropout, the bias still to be added, and ``x``."""
+    return feed_forward(x, block_of(layer), fork=fork)
+
+
+def block_of(layer: Any) -> FeedForward:
+    """What :func:`feed_forward_of` computes."""
     name = fused_activation(layer.activation)
-    block = FeedForward(
+    return FeedForward(
         layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
         layer.activation if name is None else name,
         layer.dropout.p if layer.dropout.training else 0.0, layer.checkpoint_activation,
     )
-    return feed_forward(x, block, fork=fork)
 
 
 class Pending(NamedTuple):

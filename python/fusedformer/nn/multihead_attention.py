@@ -84,6 +84,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         self._reset_parameters()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the projection's three parts in one dimension, as torch has them, or in two."""
+        for name in ("in_proj_weight", "in_proj_bias"):
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and given is not None and given.numel() == own.numel():
+                state_dict[prefix + name] = given.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self,
         query: Tensor,
@@ -215,7 +223,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _split_projection(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Weights and biases of the query's projection, and of keys' and values' in one."""
-        sizes, bias = [self.embed_dim, 2 * self.embed_dim], self.in_proj_bias
+        width, bias = self.num_heads * self.head_dim, self.in_proj_bias
+        sizes = [width, 2 * width]
         biases = (None, None) if bias is None else torch.split(bias, sizes)
         return torch.split(self.in_proj_weight, sizes), biases
 

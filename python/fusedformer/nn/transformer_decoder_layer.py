@@ -61,6 +61,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     self_attn: nn.MultiheadAttention
     multihead_attn: nn.MultiheadAttention
     checkpoint_activation = False
+    _is_parallel = False
 
     def __init__(
         self,
@@ -175,13 +176,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
         """:meth:`_packed` for norms that come last."""
-        attention: Any = self.self_attn
-        to_memory: Any = self.multihead_attn
-        heads, x = attention._attend_to_itself(x, own, fork=True)
-        x = Pending(*product(heads, attention.out_proj), self.dropout1, x).normed(self.norm1)
-        heads, x, memory = to_memory._attend_to(x, memory, cross, fork=True)
-        x = Pending(*product(heads, to_memory.out_proj), self.dropout2, x).normed(self.norm2)
-        inner, bias, x = feed_forward_of(self, x, fork=True)
+        inner, bias, x = self._attend(x, own, fork=True)
+        x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
+        inner, bias, x, memory = self._attend_to_memory(x, memory, cross, fork=True)
+        x = Pending(inner, bias, self.dropout2, x).normed(self.norm2)
+        inner, bias, x = self._feed_forward(x, fork=True)
         return Pending(inner, bias, self.dropout3, x).normed(self.norm3), memory
 
     def _pre_norm(
@@ -193,16 +192,32 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         cross: AttentionMasks,
     ) -> tuple[Pending, Tensor]:
         """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
-        attention: Any = self.self_attn
-        to_memory: Any = self.multihead_attn
-        heads, _ = attention._attend_to_itself(normed, own, fork=False)
-        pending = Pending(*product(heads, attention.out_proj), self.dropout1, x)
-        normed, x = pending.normed_and_sum(self.norm2)
-        heads, _, memory = to_memory._attend_to(normed, memory, cross, fork=False)
-        pending = Pending(*product(heads, to_memory.out_proj), self.dropout2, x)
-        normed, x = pending.normed_and_sum(self.norm3)
-        inner, bias, _ = feed_forward_of(self, normed, fork=False)
+        inner, bias, _ = self._attend(normed, own, fork=False)
+        normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
+        inner, bias, _, memory = self._attend_to_memory(normed, memory, cross, fork=False)
+        normed, x = Pending(inner, bias, self.dropout2, x).normed_and_sum(self.norm3)
+        inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout3, x), memory
+
+    def _attend(
+        self, x: Tensor, masks: AttentionMasks, fork: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(attention of ``x`` to itself, the bias that is still to be added to it, ``x``)."""
+        attention: Any = self.self_attn
+        heads, x = attention._attend_to_itself(x, masks, fork=fork)
+        return *product(heads, attention.out_proj), x
+
+    def _attend_to_memory(
+        self, x: Tensor, memory: Tensor, masks: AttentionMasks, fork: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(attention of ``x`` to ``memory``, the bias still to be added, ``x``, ``memory``)."""
+        attention: Any = self.multihead_attn
+        heads, x, memory = attention._attend_to(x, memory, masks, fork=fork)
+        return *product(heads, attention.out_proj), x, memory
+
+    def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(the block of ``x``, the bias that is still to be added to it, ``x``)."""
+        return feed_forward_of(self, x, fork=fork)
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""

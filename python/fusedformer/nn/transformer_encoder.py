@@ -19,7 +19,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending, call_sharded, is_sharded
+from fusedformer.nn._modules import Pending, called, must_be_called
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
@@ -71,6 +71,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     """
 
     static_shapes = False
+    _always_packs = False  # without padding too
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         padding = src_key_padding_mask
         boolean = padding is None or padding.dtype == torch.bool
-        wanted = padding is not None or output_rows is not None
+        wanted = padding is not None or output_rows is not None or self._always_packs
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
         if plain and wanted and self.packs(src):
             check_sequences(function, self, {"src": src})
@@ -262,8 +263,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
-            if is_sharded(layer):  # the next layer must find no parameter of this one
-                x, pending = call_sharded(layer, opened(x, pending), masks, wanted), None
+            if must_be_called(layer):  # the next layer must find no parameter of this one
+                x, pending = called(layer, opened(x, pending), masks, wanted), None
             elif not layer.norm_first:
                 x, pending = layer._post_norm(opened(x, pending), masks, wanted), None
             elif pending is None:
