@@ -13,6 +13,7 @@ from fusedformer.testing import compare
 
 E, HIDDEN = 16, 24
 Tensors = dict[str, Tensor]
+_SEQUENCES = ("src", "tgt", "memory")
 
 
 class Case(NamedTuple):
@@ -21,6 +22,7 @@ class Case(NamedTuple):
     stack: str = "encoder"
     norm_first: bool = False
     padding: bool = True
+    mask: bool = False  # of every head, which is not packed
     layers: int = 2
     heads: int = 4
     lengths: tuple[int, ...] = (7, 2, 5, 4, 1, 6, 3, 7)
@@ -53,6 +55,10 @@ class Case(NamedTuple):
         inputs = {"src": x, "dy": dy}
         if self.stack == "decoder":
             inputs = {"tgt": x, "memory": torch.randn(n, 5, E, generator=generator), "dy": dy}
+        if self.mask:
+            shape = n * self.heads, longest, longest
+            mask = torch.randn(shape, generator=generator)
+            inputs["mask" if "src" in inputs else "tgt_mask"] = mask
         if self.padding:
             padding = torch.arange(longest) >= torch.tensor(self.lengths)[:, None]
             inputs["src_key_padding_mask" if "src" in inputs else "tgt_key_padding_mask"] = padding
@@ -70,11 +76,14 @@ def part(inputs: Tensors, rank: int, size: int) -> Tensors:
 
 
 def unread(inputs: Tensors) -> Tensors:
-    """With NaN in the padding, which would show if it were computed and not packed away."""
+    """With NaN in the padding, which would show if it were computed and not packed away.
+
+    Unless a mask says that it is not.
+    """
     inputs = dict(inputs)
     for name in ("src", "tgt"):
         padding = inputs.get(f"{name}_key_padding_mask")
-        if padding is not None:
+        if padding is not None and not {"mask", "tgt_mask"} & set(inputs):
             inputs[name] = inputs[name].masked_fill(padding[..., None], torch.nan)
     return inputs
 
@@ -85,22 +94,27 @@ def step(
     *,
     times: float = 1.0,
     whole: Callable[..., Any] = lambda tensor: tensor,
+    update: bool = True,
 ) -> Tensors:
-    """Output, gradients and the parameters after a step of AdamW.
+    """Output, gradients, those of sequences too, and the parameters after a step of AdamW.
 
     ``times`` is what the output's gradient is multiplied with: ranks whose gradients are averaged
     each give the sum of their own. ``whole`` makes a plain tensor of a parameter or gradient.
+    Without ``update`` gradients accumulate.
     """
-    arguments = dict(inputs)
+    arguments = {name: tensor.detach() for name, tensor in inputs.items()}
     dy = arguments.pop("dy")
+    sequences = {n: t.requires_grad_() for n, t in arguments.items() if n in _SEQUENCES}
     # With a small eps a step is the sign of a gradient, of one that is nothing but error too.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1.0)
     output = model(**arguments)
     output.backward(dy.to(output.dtype) * times)
     result = {"output": output.detach().masked_fill(dy == 0, 0.0)}
     named = [(n.removeprefix("module."), p) for n, p in model.named_parameters()]
+    result |= {f"grad of {n}": t.grad / times for n, t in sequences.items() if t.grad is not None}
     result |= {f"grad of {n}": whole(p.grad).clone() for n, p in named}
-    optimizer.step()
+    if update:
+        optimizer.step()
     return result | {n: whole(p.detach()).clone() for n, p in named}
 
 
@@ -125,8 +139,9 @@ def faults_of(case: Case, results: list[Tensors], stock: Tensors) -> list[str]:
 
 def joined(results: list[Tensors]) -> list[Tensors]:
     """Results of ranks that each have the output of their part of the batch: with all of it."""
-    output = torch.cat([result["output"] for result in results])
-    return [{**result, "output": output} for result in results]
+    names = [n for n in results[0] if n == "output" or n.removeprefix("grad of ") in _SEQUENCES]
+    of_all = {name: torch.cat([result[name] for result in results]) for name in names}
+    return [{**result, **of_all} for result in results]
 
 
 def judge(

@@ -20,7 +20,7 @@ from fusedformer.nn import (
     TransformerEncoderLayer,
 )
 from fusedformer.nn._masks import AttentionMasks
-from fusedformer.nn._modules import block_of
+from fusedformer.nn._modules import block_of, hooks_of
 
 Step = tuple[Tensor, Tensor | None, Tensor]
 
@@ -30,6 +30,16 @@ class _ParallelLayer:
 
     _is_parallel = True
     _region: Region
+
+    def _children_are_plain(self: Any) -> bool:
+        """They were when they were spread, and cannot be called since."""
+        for name, child in self.named_modules():
+            if child is not self and any(True for _ in hooks_of(child)):
+                raise RuntimeError(
+                    f"{type(self).__name__}: its children's weights are spread over ranks, so that "
+                    f"they cannot be called, but '{name}' has a hook; remove it"
+                )
+        return True
 
     def _feed_forward(self: Any, x: Tensor, fork: bool) -> Step:
         block = block_of(self)._replace(bias2=None)

@@ -143,7 +143,7 @@ def _reseeded(device: torch.device, rank: int) -> Iterator[None]:
         generator = torch.cuda.default_generators[device.index]
     torch.empty(1, device=device).uniform_(generator=generator)  # the next time is another
     state = generator.get_state()
-    generator.manual_seed(zlib.crc32(state.numpy().tobytes()) + (rank << 32))
+    generator.manual_seed(zlib.crc32(state.numpy().tobytes() + rank.to_bytes(4, "little")))
     try:
         yield
     finally:
