@@ -228,19 +228,22 @@ def not_to_be_spread(mesh: DeviceMesh, how: str) -> tuple[Tensor, Tensor]:
             got = drop(place(x, ROWS), None, place(seed, WHOLE), 0.5, "gelu")
             return got.full_tensor(), drop(x, None, seed, 0.5, "gelu")
         if how == "keys":
-            query, key = torch.randn(1, 4, 2, 4), torch.randn(1, 2, 3, 4)
+            query, key = torch.randn(1, 6, 2, 4), torch.randn(1, 3, 3, 4)
             given = place(query, HEADS), place(key, HEADS), place(key, HEADS)
             got = F.scaled_dot_product_attention(*given, enable_gqa=True)
             return got.full_tensor(), F.scaled_dot_product_attention(
                 query, key, key, enable_gqa=True
             )
-        x = torch.randn(4, 8)
-        return F.softmax(place(x, Shard(1)), -1).full_tensor(), F.softmax(x, -1)
+        x, causal = torch.randn(4, 4), how == "causal rows"
+        spread = place(x, Shard(0 if causal else 1))
+        F.softmax(spread, -1)  # which is not what is remembered for the next
+        got = F.softmax(spread, -1, is_causal=causal)
+        return got.full_tensor(), F.softmax(x, -1, is_causal=causal)
 
 
-@pytest.mark.parametrize("how", ["dropout", "keys", "softmax"])
+@pytest.mark.parametrize("how", ["dropout", "keys", "causal rows", "columns"])
 def test_what_cannot_be_spread_is_right(ranks: Ranks, how: str) -> None:
-    for got, want in ranks.run(not_to_be_spread, how, size=2 if how != "keys" else 4):
+    for got, want in ranks.run(not_to_be_spread, how, size=2):
         assert torch.equal(got, want)
 
 
