@@ -151,3 +151,29 @@ def fused_too_late(mesh: DeviceMesh) -> None:
 def test_fuse_comes_before(ranks: Ranks) -> None:
     with pytest.raises(RankError, match="ValueError: fuse\\(\\): 'model' is sharded by FSDP"):
         ranks.run(fused_too_late, size=2)
+
+
+def packed_bert(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=16,
+    )
+    model = transformers.BertModel(config).eval()
+    fusedformer.fuse(model)
+    ids, keep = torch.randint(0, 40, (2, 6)), (torch.arange(6) < torch.tensor([[6], [3]])).long()
+    with backend("torch"), torch.no_grad():
+        want = model(ids, attention_mask=keep).last_hidden_state
+        for layer in model.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return want, model(ids, attention_mask=keep).last_hidden_state
+
+
+def test_a_fused_hugging_face_bert_is_packed(ranks: Ranks) -> None:
+    """One rank has all that changes the modules, and is the only one that imports transformers."""
+    pytest.importorskip("transformers")
+    want, got = ranks.run(packed_bert, size=1)[0]
+    assert torch.equal(got, want)
+    assert not got[1, 3:].any()  # what is padded is 0, where it is not computed
+    assert got[1, :3].all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 from unittest.mock import patch
 
@@ -285,8 +286,6 @@ def refused(mesh: DeviceMesh, how: str) -> str:
 def test_what_cannot_be_spread_is_refused_and_left_as_it_was(
     ranks: Ranks, how: str, message: str
 ) -> None:
-    import re
-
     for answer in ranks.run(refused, how):
         assert re.match(message, answer), answer
 
@@ -299,29 +298,3 @@ def test_the_plan_of_a_model_and_of_none() -> None:
     assert plan["body.1"].sequence_parallel  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="Linear has none; fuse"):
         tensor_parallel_plan(nn.Linear(2, 2))
-
-
-def unequal(mesh: DeviceMesh) -> None:
-    model = parallel(PLAIN, mesh)
-    length = 5 + mesh.get_local_rank()
-    with backend("torch"):
-        model(torch.randn(2, length, 16))
-
-
-def dies(mesh: DeviceMesh) -> None:
-    import os
-
-    model = parallel(PLAIN, mesh)
-    if mesh.get_local_rank() == 1:
-        os._exit(3)
-    with backend("torch"):
-        model(torch.randn(2, 5, 16))
-
-
-@pytest.mark.parametrize("function", [unequal, dies])
-def test_a_rank_that_differs_or_dies_is_an_error_on_the_other(ranks: Ranks, function: Any) -> None:
-    with pytest.raises(RankError) as raised:
-        ranks.run(function, size=2, seconds=30, group_seconds=5)
-    errors = raised.value.errors
-    assert set(errors) == {0, 1}
-    assert not any("did not answer" in error for error in errors.values())
