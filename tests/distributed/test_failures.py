@@ -55,5 +55,5 @@ def test_it_is_an_error_and_no_hang(ranks: Ranks, function: Any, how: str) -> No
         ranks.run(function, how, size=2, seconds=40, group_seconds=5)
     errors = raised.value.errors
     assert set(errors) == {0, 1}
-    assert not any("did not answer" in error for error in errors.values())
+    assert not any("did not answer" in error for error in errors.values()), errors
     assert function is not dies or errors[1] == "died with exit code 3"

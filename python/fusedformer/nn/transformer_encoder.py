@@ -175,7 +175,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     def packs(self, src: Tensor) -> bool:
         """Whether :meth:`forward` packs padded batches on the device of ``src``.
 
-        The layers and the norm are this library's, without hooks or replaced children. Inside
+        The layers and the norm are this library's, without hooks or replaced children; layers may
+        be sharded by ``fully_shard``, children of layers and the norm not by themselves. Inside
         ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
         """
         return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes)
@@ -207,6 +208,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool = False,
     ) -> Tensor:
         """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
+
+        An encoder that ``fully_shard`` was applied to itself needs
+        ``torch.distributed.fsdp.register_fsdp_forward_method(encoder, "forward_packed")``.
 
         Args:
             input: ``[total, E]``, of :func:`functional.pack` with ``packing`` or made packed.
