@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from typing import Any
 from unittest.mock import patch
 
@@ -245,6 +246,59 @@ def test_the_whole_state_goes_to_one_process_and_back(ranks: Ranks) -> None:
     model.load_state_dict(saved)
     for name, tensor in PRE.weights().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def made_on_meta(mesh: DeviceMesh) -> Tensors:
+    model = DECODER.model(device="meta")
+    parallelize_module(model, mesh, tensor_parallel_plan(model))
+    model.to_empty(device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "DTensor random operators")
+        model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    return get_model_state_dict(model, options=FULL)
+
+
+def test_a_model_made_on_meta(ranks: Ranks) -> None:
+    """Memory of ``to_empty`` is NaN here."""
+    found, made = ranks.run(made_on_meta, size=2)[0], DECODER.model().state_dict()
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+        assert 0.7 <= (0.01 + tensor.abs().max()) / (0.01 + made[name].abs().max()) < 1.4, name
+
+
+def clipped(mesh: DeviceMesh, case: Case, rows: bool) -> tuple[Tensor, Tensors]:
+    model = parallel(case, mesh, rows)
+    inputs = case.batch()
+    dy = inputs.pop("dy")
+    with backend("torch"):
+        model(**inputs).backward(dy)
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return norm.full_tensor(), {n: whole(p.grad) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_gradients_are_clipped_by_the_norm_of_all(ranks: Ranks, rows: bool) -> None:
+    grads = {n: t for n, t in single(PRE).items() if n.startswith("grad of") and n[8:] != "src"}
+    want = torch.stack([grad.norm() for grad in grads.values()]).norm()
+    for norm, found in ranks.run(clipped, PRE, rows, size=2):
+        assert torch.allclose(norm, want, rtol=1e-4)
+        for name, grad in found.items():
+            assert torch.allclose(grad, grads[f"grad of {name}"] / want, atol=1e-5), name
+
+
+def whole_transformer(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    settings: Any = {"dim_feedforward": 24, "dropout": 0.0, "bias": False}
+    model = fusedformer.nn.Transformer(16, 4, 1, 1, **settings)
+    src, tgt = torch.randn(5, 2, 16), torch.randn(3, 2, 16)
+    with backend("torch"), torch.no_grad():
+        want = model(src, tgt)
+        plan = tensor_parallel_plan(model, sequence_parallel=True)
+        return want, parallelize_module(model, mesh, plan)(src, tgt)
+
+
+def test_a_transformer_without_biases(ranks: Ranks) -> None:
+    for want, got in ranks.run(whole_transformer, size=2):
+        assert torch.allclose(want, got, atol=1e-5)
 
 
 def refused(mesh: DeviceMesh, how: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         through children first.
         """
         self._reset_parameters()
+        weight = self.in_proj_weight
+        if weight is not None and weight.dim() == 3:  # parallel; initialized as in two dimensions
+            bound = math.sqrt(6.0 / (weight.shape[0] * weight.shape[1] + weight.shape[2]))
+            torch.nn.init.uniform_(weight, -bound, bound)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the projection's three parts in one dimension, as torch has them, or in two."""
