@@ -115,14 +115,15 @@ def collectives(mesh: DeviceMesh, case: Case, rows: bool) -> dict[str, int]:
 
 
 def test_what_is_communicated(ranks: Ranks) -> None:
-    """Of two layers of two blocks; the input needs no gradient."""
-    assert ranks.run(collectives, PLAIN, False, size=2)[0] == {
-        "reduce": 4 + 3, "gather": 0, "scatter": 0
-    }  # fmt: skip
-    # Sums of the gradients of what is replicated, and the output: one a layer, and one.
-    assert ranks.run(collectives, PLAIN, True, size=2)[0] == {
-        "reduce": 2, "gather": 4 + 4 + 1, "scatter": 4 + 3
-    }  # fmt: skip
+    """Of two layers of two blocks, padded or not; the input needs no gradient."""
+    for case in (PLAIN, PLAIN._replace(padding=False)):
+        assert ranks.run(collectives, case, False, size=2)[0] == {
+            "reduce": 4 + 3, "gather": 0, "scatter": 0
+        }  # fmt: skip
+        # Two a layer and the output; the gradients of what is replicated are one sum a layer.
+        assert ranks.run(collectives, case, True, size=2)[0] == {
+            "reduce": 2, "gather": 4 + 4 + 1, "scatter": 4 + 3
+        }  # fmt: skip
 
 
 def hooked(mesh: DeviceMesh, case: Case) -> None:
