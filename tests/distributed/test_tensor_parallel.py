@@ -249,6 +249,22 @@ def test_the_whole_state_goes_to_one_process_and_back(ranks: Ranks) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
+def unfused_too_late(mesh: DeviceMesh, how: str) -> None:
+    model: Any = PLAIN.model(nn)
+    fusedformer.fuse(model)
+    if how == "sharded":
+        fully_shard(model.layers[1], mesh=mesh)
+    else:
+        parallelize_module(model, mesh, tensor_parallel_plan(model))
+    fusedformer.unfuse(model)
+
+
+@pytest.mark.parametrize(("how", "path"), [("sharded", "layers.1"), ("parallel", "model")])
+def test_what_is_spread_is_not_unfused(ranks: Ranks, how: str, path: str) -> None:
+    with pytest.raises(RankError, match=rf"ValueError: unfuse\(\): '{path}' is spread over ranks"):
+        ranks.run(unfused_too_late, how, size=2)
+
+
 def made_on_meta(mesh: DeviceMesh) -> Tensors:
     model = DECODER.model(device="meta")
     parallelize_module(model, mesh, tensor_parallel_plan(model))
