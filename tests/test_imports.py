@@ -16,6 +16,10 @@ STANDARD = {*sys.stdlib_module_names, "torch"}
 # What each layer may import besides torch and the standard library, by the start of its name.
 ALLOWED = {
     "reference": ("fusedformer.reference",),
+    "distributed": (
+        "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
+        "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
+    ),
     "nn": (
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
         "fusedformer._autocast",
@@ -81,6 +85,7 @@ def test_a_layer_imports_only_what_is_below_it(layer: str) -> None:
         ("nn", "from fusedformer import ops"),
         ("nn", "def f():\n    import fusedformer_kernels.norm"),
         ("functional", "from fusedformer_kernels.norm import norm_forward"),
+        ("nn", "from fusedformer import distributed"),
         ("ops", "from fusedformer import functional"),
         ("reference", "from fusedformer import _checks"),
         ("reference", "import triton"),
@@ -136,6 +141,7 @@ def test_importing_loads_no_kernels_and_wakes_no_device() -> None:
         "new = set(sys.modules) - before\n"
         "late = {'triton', 'fusedformer_kernels'}\n"
         "assert not {name for name in new if name.split('.')[0] in late}, new\n"
+        "assert not [name for name in new if name.startswith('torch.distributed.')], new\n"
         "assert not torch.cuda.is_initialized()\n"
     )
 

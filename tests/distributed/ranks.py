@@ -18,7 +18,7 @@ import pytest
 
 SECONDS = 60.0  # to answer in
 GROUP_SECONDS = 30.0  # to take part in a collective
-GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
+GRACE_SECONDS = 20.0  # for the other ranks, once one has failed
 
 # A server imports torch once, without threads; the ranks are forked from it, again and again.
 _context = multiprocessing.get_context("forkserver")

@@ -6,5 +6,6 @@ They are not public: what each gives is stated where it is defined.
 from fusedformer.ops import FeedForward as FeedForward
 from fusedformer.ops import feed_forward as feed_forward
 from fusedformer.ops import linear as linear
+from fusedformer.ops import seeds_added_to as seeds_added_to
 from fusedformer.ops import seeds_drawn_at_once as seeds_drawn_at_once
 from fusedformer.ops import self_attention as self_attention

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fusedformer.fusion._classes import ATTENTION_BEFORE, BEFORE, Plan
-from fusedformer.fusion._modules import plan_module, refuse_wrapped
+from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
@@ -63,11 +63,13 @@ def unfuse(model: nn.Module) -> int:
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: ``model`` was sharded by FSDP or made tensor-parallel since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"unfuse(): expected 'model' to be a Module, but got {type(model).__name__}"
         )
+    refuse_spread(model)
     restored = 0
     for module in model.modules():
         attention: str | None = module.__dict__.pop(ATTENTION_BEFORE, None)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fusedformer import nn as fused
-from fusedformer.fusion._classes import Plan, combined, named
+from fusedformer.fusion._classes import BEFORE, Plan, combined, named
 from fusedformer.fusion._timm import REFUSES, TIMM
+from fusedformer.nn._modules import is_sharded
 
 _OURS: dict[type[Any], type[Any]] = {
     nn.Softmax: fused.Softmax,
@@ -70,4 +71,14 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(
                 f"fuse(): '{path or 'model'}' is sharded by FSDP, which gave it a class of its "
                 f"own; fuse the model before it is sharded"
+            )
+
+
+def refuse_spread(model: nn.Module) -> None:
+    """Raise for what was given another class since it was fused."""
+    for path, module in model.named_modules():
+        if BEFORE in module.__dict__ and (is_sharded(module) or "_region" in module.__dict__):
+            raise ValueError(
+                f"unfuse(): '{path or 'model'}' is spread over ranks, for which it was given a "
+                f"class of its own; unfuse the model before"
             )

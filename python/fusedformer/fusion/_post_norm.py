@@ -16,7 +16,14 @@ from fusedformer import functional
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
 from fusedformer.fusion._attention import attention, captured
 from fusedformer.nn import LayerNorm
-from fusedformer.nn._modules import Pending, fused_activation, is_plain, product
+from fusedformer.nn._modules import (
+    Pending,
+    fused_activation,
+    hooks_of,
+    is_plain,
+    is_sharded,
+    product,
+)
 from fusedformer.nn._stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
@@ -25,10 +32,13 @@ _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
 
 def _is_untouched(module: nn.Module) -> bool:
     """Whether no hooks but transformers' own, idle ones, and no other forward are on it."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return _is_sharded_at_most(module) and not is_sharded(module)
+
+
+def _is_sharded_at_most(module: nn.Module) -> bool:
+    """The same, but for ``fully_shard``, of a module that is called."""
     return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks
+        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks_of(module)
     )
 
 
@@ -221,7 +231,7 @@ def takes_rows(encoder: Any) -> bool:
     """Whether nothing in it wants the batch: what chunks sequences, or a hook on a layer."""
     layers = [layer for child in encoder.children() for layer in (child, *child.children())]
     chunked = any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers)
-    return not chunked and all(map(_is_untouched, layers))
+    return not chunked and all(map(_is_sharded_at_most, layers))
 
 
 def _p(dropout: nn.Dropout) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +18,8 @@ from fusedformer.functional._steps import FeedForward, feed_forward, linear
 from fusedformer.nn.layer_norm import LayerNorm
 
 M = TypeVar("M", bound=nn.Module)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def adopt(module: nn.Module, cls: type[M]) -> M:
@@ -44,6 +46,51 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
     return not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def is_sharded(module: object) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` was applied to ``module`` itself.
+
+    Its parameters are then whole only while it is called.
+    """
+    return hasattr(type(module), "set_reshard_after_forward")
+
+
+def must_be_called(layer: Any) -> bool:
+    """Whether the parameters of a layer are plain tensors only within its ``_packed``."""
+    return layer._is_parallel or is_sharded(layer)
+
+
+def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
+    """:func:`is_plain`, or what :func:`is_sharded` and was so before: what must be called still."""
+    if not is_sharded(module):
+        return is_plain(module, *types)
+    classes = type(module).__mro__[1:]  # fully_shard made a subclass of its own mixin and of this
+    before = next(one for one in classes if not one.__module__.startswith("torch.distributed."))
+    return (
+        getattr(before, "_made_of", (before,))[0] in types
+        and "forward" not in module.__dict__
+        and not list(hooks_of(module))
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The hooks of ``module``, but those by which :func:`is_sharded` makes parameters whole."""
+    for hooks in _HOOKS:
+        for hook in module.__dict__[hooks].values():
+            owner = type(getattr(hook, "__self__", None))
+            if not owner.__module__.startswith("torch.distributed.fsdp."):
+                yield hook
+
+
+def called(layer: Any, *args: Any) -> Any:
+    """``layer._packed(*args)`` of what :func:`must_be_called`, as one of its calls."""
+    if is_sharded(layer) and "_packed" not in layer.__dict__:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(layer, "_packed")
+    return layer._packed(*args)
 
 
 def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -101,13 +148,17 @@ def feed_forward_of(
     layer: Any, x: Tensor, *, fork: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The block of a layer without its last dropout, the bias still to be added, and ``x``."""
+    return feed_forward(x, block_of(layer), fork=fork)
+
+
+def block_of(layer: Any) -> FeedForward:
+    """What :func:`feed_forward_of` computes."""
     name = fused_activation(layer.activation)
-    block = FeedForward(
+    return FeedForward(
         layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
         layer.activation if name is None else name,
         layer.dropout.p if layer.dropout.training else 0.0, layer.checkpoint_activation,
     )
-    return feed_forward(x, block, fork=fork)
 
 
 class Pending(NamedTuple):

@@ -13,7 +13,7 @@ from fusedformer._backend import chosen_backend
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import packing_and_selection
 from fusedformer.nn._masks import check_sequence, padded_positions
-from fusedformer.nn._modules import Pending, is_plain
+from fusedformer.nn._modules import Pending, is_plain, is_sharded
 from fusedformer.nn.layer_norm import LayerNorm
 
 _CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of this
@@ -64,6 +64,11 @@ def heads_of(stack: Any) -> int:
     return stack.layers[0].self_attn.num_heads if len(stack.layers) else 1
 
 
+def opened(x: Tensor, pending: Pending | None) -> Tensor:
+    """What a layer starts from: ``x``, or the sum that the layer before left."""
+    return x if pending is None else pending.added()
+
+
 def closed(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
     """The end of a stack: the norm, if any, of ``x`` or of the sum that its last layer left."""
     if pending is not None:
@@ -73,11 +78,15 @@ def closed(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
 
 
 def check_sequences(function: str, stack: Any, sequences: Mapping[str, Tensor]) -> None:
-    """Raise unless they fit the parameters of the first layer, which :func:`is_fused`."""
+    """Raise unless they fit the parameters of the first layer, which :func:`is_fused`.
+
+    Those of a sharded layer get device and dtype when it is called.
+    """
     for layer in stack.layers[:1]:
         attention = layer.self_attn
         for name, x in sequences.items():
-            check_sequence(function, name, x, attention.embed_dim, attention.out_proj.weight)
+            weight = x if is_sharded(layer) else attention.out_proj.weight
+            check_sequence(function, name, x, attention.embed_dim, weight)
 
 
 def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -75,6 +76,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )
+
+    def reset_parameters(self) -> None:
+        """Initialize as the constructor does, after ``to_empty`` of a module on "meta", say.
+
+        The output projection has a method of its own, to be called before: ``Module.apply`` goes
+        through children first.
+        """
+        self._reset_parameters()
+        weight = self.in_proj_weight
+        if weight is not None and weight.dim() == 3:  # parallel; initialized as in two dimensions
+            bound = math.sqrt(6.0 / (weight.shape[0] * weight.shape[1] + weight.shape[2]))
+            torch.nn.init.uniform_(weight, -bound, bound)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the projection's three parts in one dimension, as torch has them, or in two."""
+        for name in ("in_proj_weight", "in_proj_bias"):
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and given is not None and given.numel() == own.numel():
+                state_dict[prefix + name] = given.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -207,7 +228,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _split_projection(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Weights and biases of the query's projection, and of keys' and values' in one."""
-        sizes, bias = [self.embed_dim, 2 * self.embed_dim], self.in_proj_bias
+        width, bias = self.num_heads * self.head_dim, self.in_proj_bias
+        sizes = [width, 2 * width]
         biases = (None, None) if bias is None else torch.split(bias, sizes)
         return torch.split(self.in_proj_weight, sizes), biases
 

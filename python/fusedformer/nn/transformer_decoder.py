@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending
+from fusedformer.nn._modules import Pending, called, must_be_called
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
@@ -28,6 +30,7 @@ from fusedformer.nn._stacks import (
     is_batch_first,
     is_fused,
     only_causal,
+    opened,
     packing_of_padding,
     zeros_at_padding,
 )
@@ -62,6 +65,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     """
 
     static_shapes = False
+    _always_packs = False  # without padding too
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         paddings = tgt_key_padding_mask, memory_key_padding_mask
         given = [mask for mask in paddings if mask is not None]
         if (
-            given
+            (given or self._always_packs)
             and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in given)
             and memory_mask is None
             and only_causal(tgt_mask, tgt_is_causal)
@@ -126,16 +130,12 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
                 tgt, memory, tgt_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
             )
             return self._forward_packed(tgt, memory, *paddings, tgt_is_causal)
-        output = tgt
-        for layer in self.layers:
-            output = layer(
-                output, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
-            )
-        if self.norm is not None:
-            output = self.norm(output)
+        output = self._forward_padded(
+            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
+        )
         return zeros_at_padding(self, output, tgt_key_padding_mask)
 
     def packs(self, tgt: Tensor) -> bool:
@@ -185,6 +185,11 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(tgt, memory, own, cross)
 
+    def _forward_padded(self, x: Tensor, memory: Tensor, **masks: Any) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory, **masks)
+        return x if self.norm is None else self.norm(x)
+
     def _forward_packed(
         self,
         tgt: Tensor,
@@ -210,10 +215,12 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """All layers and the norm; a sum that ends a layer is left to the norm that follows."""
         pending: Pending | None = None
         for layer in self.layers:
-            if not layer.norm_first:
-                x = x if pending is None else pending.added()
-                x, memory = layer._post_norm(x, memory, own, cross)
-                pending = None
+            if must_be_called(layer) or not layer.norm_first:
+                x, pending = opened(x, pending), None
+                if must_be_called(layer):  # the next layer must find no parameter of this one
+                    x, memory = called(layer, x, memory, own, cross)
+                else:
+                    x, memory = layer._post_norm(x, memory, own, cross)
                 continue
             if pending is None:
                 normed = layer.norm1(x)

@@ -18,6 +18,7 @@ from fusedformer.nn._modules import (
     check_activation,
     feed_forward_of,
     is_plain,
+    is_plain_or_sharded,
     product,
 )
 from fusedformer.nn.layer_norm import LayerNorm
@@ -60,6 +61,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     self_attn: nn.MultiheadAttention
     multihead_attn: nn.MultiheadAttention
     checkpoint_activation = False
+    _is_parallel = False
 
     def __init__(
         self,
@@ -132,9 +134,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             tgt_is_causal, memory_is_causal,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            if self.norm_first:
-                return self._pre_norm(tgt, self.norm1(tgt), memory, own, cross)[0].added()
-            return self._post_norm(tgt, memory, own, cross)[0]
+            return self._packed(tgt, memory, own, cross)[0]
 
     def _check(
         self,
@@ -159,21 +159,28 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         )
         return own, cross
 
-    def _post_norm(
+    def _packed(
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
-        """The layer of a batch, a sequence or packed rows, if :meth:`_can_pack`; and the memory.
+        """The layer of a batch, a sequence or packed rows, if its children are plain; the memory.
 
         The memory is handed on from layer to layer: its gradient then is what each layer's product
         accumulates on.
         """
-        attention: Any = self.self_attn
-        to_memory: Any = self.multihead_attn
-        heads, x = attention._attend_to_itself(x, own, fork=True)
-        x = Pending(*product(heads, attention.out_proj), self.dropout1, x).normed(self.norm1)
-        heads, x, memory = to_memory._attend_to(x, memory, cross, fork=True)
-        x = Pending(*product(heads, to_memory.out_proj), self.dropout2, x).normed(self.norm2)
-        inner, bias, x = feed_forward_of(self, x, fork=True)
+        if self.norm_first:
+            pending, memory = self._pre_norm(x, self.norm1(x), memory, own, cross)
+            return pending.added(), memory
+        return self._post_norm(x, memory, own, cross)
+
+    def _post_norm(
+        self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_packed` for norms that come last."""
+        inner, bias, x = self._attend(x, own, fork=True)
+        x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
+        inner, bias, x, memory = self._attend_to_memory(x, memory, cross, fork=True)
+        x = Pending(inner, bias, self.dropout2, x).normed(self.norm2)
+        inner, bias, x = self._feed_forward(x, fork=True)
         return Pending(inner, bias, self.dropout3, x).normed(self.norm3), memory
 
     def _pre_norm(
@@ -185,20 +192,36 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         cross: AttentionMasks,
     ) -> tuple[Pending, Tensor]:
         """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
-        attention: Any = self.self_attn
-        to_memory: Any = self.multihead_attn
-        heads, _ = attention._attend_to_itself(normed, own, fork=False)
-        pending = Pending(*product(heads, attention.out_proj), self.dropout1, x)
-        normed, x = pending.normed_and_sum(self.norm2)
-        heads, _, memory = to_memory._attend_to(normed, memory, cross, fork=False)
-        pending = Pending(*product(heads, to_memory.out_proj), self.dropout2, x)
-        normed, x = pending.normed_and_sum(self.norm3)
-        inner, bias, _ = feed_forward_of(self, normed, fork=False)
+        inner, bias, _ = self._attend(normed, own, fork=False)
+        normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
+        inner, bias, _, memory = self._attend_to_memory(normed, memory, cross, fork=False)
+        normed, x = Pending(inner, bias, self.dropout2, x).normed_and_sum(self.norm3)
+        inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout3, x), memory
+
+    def _attend(
+        self, x: Tensor, masks: AttentionMasks, fork: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(attention of ``x`` to itself, the bias that is still to be added to it, ``x``)."""
+        attention: Any = self.self_attn
+        heads, x = attention._attend_to_itself(x, masks, fork=fork)
+        return *product(heads, attention.out_proj), x
+
+    def _attend_to_memory(
+        self, x: Tensor, memory: Tensor, masks: AttentionMasks, fork: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(attention of ``x`` to ``memory``, the bias still to be added, ``x``, ``memory``)."""
+        attention: Any = self.multihead_attn
+        heads, x, memory = attention._attend_to(x, memory, masks, fork=fork)
+        return *product(heads, attention.out_proj), x, memory
+
+    def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(the block of ``x``, the bias that is still to be added to it, ``x``)."""
+        return feed_forward_of(self, x, fork=fork)
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain(self, TransformerDecoderLayer) and self._children_are_plain()
+        return is_plain_or_sharded(self, TransformerDecoderLayer) and self._children_are_plain()
 
     def _compose(
         self,

@@ -19,7 +19,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending
+from fusedformer.nn._modules import Pending, called, must_be_called
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
@@ -31,6 +31,7 @@ from fusedformer.nn._stacks import (
     is_batch_first,
     is_fused,
     only_causal,
+    opened,
     packing_for,
     zeros_at_padding,
 )
@@ -70,6 +71,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     """
 
     static_shapes = False
+    _always_packs = False  # without padding too
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         padding = src_key_padding_mask
         boolean = padding is None or padding.dtype == torch.bool
-        wanted = padding is not None or output_rows is not None
+        wanted = padding is not None or output_rows is not None or self._always_packs
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
         if plain and wanted and self.packs(src):
             check_sequences(function, self, {"src": src})
@@ -176,7 +178,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     def packs(self, src: Tensor) -> bool:
         """Whether :meth:`forward` packs padded batches on the device of ``src``.
 
-        The layers and the norm are this library's, without hooks or replaced children. Inside
+        The layers and the norm are this library's, without hooks or replaced children; layers may
+        be sharded by ``fully_shard``, children of layers and the norm not by themselves. Inside
         ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
         """
         return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes)
@@ -208,6 +211,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool = False,
     ) -> Tensor:
         """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
+
+        An encoder that ``fully_shard`` was applied to itself needs
+        ``torch.distributed.fsdp.register_fsdp_forward_method(encoder, "forward_packed")``.
 
         Args:
             input: ``[total, E]``, of :func:`functional.pack` with ``packing`` or made packed.
@@ -264,9 +270,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
-            if not layer.norm_first:
-                x = x if pending is None else pending.added()
-                x, pending = layer._post_norm(x, masks, wanted), None
+            if must_be_called(layer):  # the next layer must find no parameter of this one
+                x, pending = called(layer, opened(x, pending), masks, wanted), None
+            elif not layer.norm_first:
+                x, pending = layer._post_norm(opened(x, pending), masks, wanted), None
             elif pending is None:
                 pending = layer._pre_norm(x, layer.norm1(x), masks, wanted)
             else:

@@ -19,6 +19,7 @@ from fusedformer.nn._modules import (
     check_activation,
     feed_forward_of,
     is_plain,
+    is_plain_or_sharded,
     product,
 )
 from fusedformer.nn.layer_norm import LayerNorm
@@ -70,6 +71,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     self_attn: nn.MultiheadAttention
     checkpoint_activation = False
+    _is_parallel = False
 
     def __init__(
         self,
@@ -137,31 +139,47 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             heads=heads, rows=length, keys=length,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            if self.norm_first:
-                return self._pre_norm(src, self.norm1(src), masks).added()
-            return self._post_norm(src, masks)
+            return self._packed(src, masks)
+
+    def _packed(
+        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
+    ) -> Tensor:
+        """The layer of a batch, a sequence or packed rows, if its children are plain.
+
+        Or, of packed ``x``, only ``rows`` of the result.
+        """
+        if self.norm_first:
+            return self._pre_norm(x, self.norm1(x), masks, rows).added()
+        return self._post_norm(x, masks, rows)
 
     def _post_norm(
         self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
     ) -> Tensor:
-        """The layer of a batch, a sequence or packed rows, if :meth:`_can_pack`.
-
-        Or, of packed ``x``, only ``rows`` of the result.
-        """
-        heads, x = self._heads(x, x, masks, rows, fork=True)
-        x = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x).normed(self.norm1)
-        inner, bias, x = feed_forward_of(self, x, fork=True)
+        """:meth:`_packed` for norms that come last."""
+        inner, bias, x = self._attend(x, x, masks, rows, fork=True)
+        x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
+        inner, bias, x = self._feed_forward(x, fork=True)
         return Pending(inner, bias, self.dropout2, x).normed(self.norm2)
 
     def _pre_norm(
         self, x: Tensor, normed: Tensor, masks: AttentionMasks, rows: Selection | None = None
     ) -> Pending:
         """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
-        heads, x = self._heads(normed, x, masks, rows, fork=False)
-        pending = Pending(*product(heads, self.self_attn.out_proj), self.dropout1, x)
-        normed, x = pending.normed_and_sum(self.norm2)
-        inner, bias, _ = feed_forward_of(self, normed, fork=False)
+        inner, bias, x = self._attend(normed, x, masks, rows, fork=False)
+        normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
+        inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout2, x)
+
+    def _attend(
+        self, x: Tensor, residual: Tensor, masks: AttentionMasks, rows: Selection | None, fork: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(attention of ``x``, the bias that is still to be added to it, ``residual``)."""
+        heads, residual = self._heads(x, residual, masks, rows, fork)
+        return *product(heads, self.self_attn.out_proj), residual
+
+    def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(the block of ``x``, the bias that is still to be added to it, ``x``)."""
+        return feed_forward_of(self, x, fork=fork)
 
     def _heads(
         self, x: Tensor, residual: Tensor, masks: AttentionMasks, rows: Selection | None, fork: bool
@@ -177,7 +195,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain(self, TransformerEncoderLayer) and self._children_are_plain()
+        return is_plain_or_sharded(self, TransformerEncoderLayer) and self._children_are_plain()
 
     def _compose(
         self,

@@ -1,6 +1,6 @@
 """One file per op: registration with ``torch.library``, autograd, choice of backend."""
 
-from fusedformer.ops._shared import seeds_drawn_at_once
+from fusedformer.ops._shared import seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
     merge_attention_states,
@@ -42,6 +42,7 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
+    "seeds_added_to",
     "seeds_drawn_at_once",
     "self_attention",
     "shared_by_layers",

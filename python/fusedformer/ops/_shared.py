@@ -22,18 +22,21 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
         return None
     drawn, used = _seeds.drawn, _seeds.used
     if torch.compiler.is_compiling() or used >= _seeds.count:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        own = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return own + _seeds.added if _seeds.added else own
     # Every other one is left out: kernels are compiled for pointers to multiples of 16 bytes.
     if drawn is None or drawn.device != device:
         drawn = torch.randint(0, 2**63 - 1, (2 * _seeds.count,), dtype=torch.int64, device=device)
     _seeds.drawn, _seeds.used = drawn, used + 1
-    return drawn[2 * used : 2 * used + 1]
+    own = drawn[2 * used : 2 * used + 1]
+    return own + _seeds.added if _seeds.added else own
 
 
 class _Seeds(threading.local):
     count = 0
     used = 0
     drawn: Tensor | None = None
+    added = 0
 
 
 _seeds = _Seeds()
@@ -70,6 +73,16 @@ def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation looks on."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def seeds_added_to(number: int) -> Iterator[None]:
+    """Inside, seeds are others: those drawn, and ``number``; for ranks that draw the same."""
+    before, _seeds.added = _seeds.added, number
+    try:
+        yield
+    finally:
+        _seeds.added = before
 
 
 NO_DOUBLE_BACKWARD = (
