@@ -1,13 +1,17 @@
 """One file per op: registration with ``torch.library``, autograd, choice of backend."""
 
-from fusedformer.ops._shared import seeds_drawn_at_once
+from fusedformer.ops._shared import draw_seed, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
+    band,
+    check_for_kernels,
     merge_attention_states,
+    scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.attention_part import attention_part, attention_part_backward
 from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.norm import (
@@ -23,7 +27,12 @@ from fusedformer.ops.softmax import softmax
 
 __all__ = [
     "FeedForward",
+    "attention_part",
+    "attention_part_backward",
+    "band",
     "bias_activation",
+    "check_for_kernels",
+    "draw_seed",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -35,6 +44,7 @@ __all__ = [
     "merge_attention_states",
     "relative_position_bias",
     "rms_norm",
+    "scale_of",
     "scaled_dot_product_attention",
     "seeds_drawn_at_once",
     "self_attention",
