@@ -10,6 +10,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 import fusedformer
 from fusedformer import backend, nn
@@ -111,6 +112,50 @@ def test_a_training_step_is_that_of_one_process(
     assert not any(faults), "\n".join(filter(None, faults))
     for other in everyone[1:]:
         assert all(torch.equal(other[key], everyone[0][key]) for key in truth)
+
+
+def other_ways(mesh: DeviceMesh) -> list[bool]:
+    """Whether compiled and checkpointed encoders have the bits of the plain one."""
+    group = mesh.get_group()
+    stack = stock_stack(norm_first=True, layers=1)
+    fusedformer.fuse(stack)
+    context_parallel(stack, group)
+    x, dy = split_sequence(torch.randn(2, N, S, E), group, 2)
+
+    def differentiated(call: Any) -> list[Tensor]:
+        output = call(x)
+        return [output, *torch.autograd.grad(output, list(stack.parameters()), dy)]
+
+    def checkpointed(x: Tensor) -> Any:
+        return checkpoint(stack, x, use_reentrant=False)
+
+    compiled = torch.compile(stack, backend="eager")
+    with backend("torch"):
+        want, *others = (differentiated(call) for call in (stack, checkpointed, compiled))
+    return [all(map(torch.equal, want, found)) for found in others]
+
+
+def test_compiled_and_checkpointed_encoders_have_the_same_bits(ranks: Ranks) -> None:
+    assert ranks.run(other_ways, size=2) == [[True, True]] * 2
+
+
+def autocast(mesh: DeviceMesh, x: Tensor) -> Tensor:
+    group, stack = mesh.get_group(), stock_stack(norm_first=False, layers=1)
+    fusedformer.fuse(stack)
+    own = x if mesh.size() == 1 else split_sequence(x, group)
+    if mesh.size() > 1:
+        context_parallel(stack, group)
+    with backend("torch"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = stack(own)
+    return output if mesh.size() == 1 else join_sequence(output, group)
+
+
+def test_under_autocast_it_is_as_close_to_the_truth_as_one_process(ranks: Ranks) -> None:
+    x = torch.randn(N, S, E)
+    truth = stock_stack(norm_first=False, layers=1).double()(x.double()).detach()
+    found, stock = (ranks.run(autocast, x, size=size)[0] for size in (2, 1))
+    comparison = compare("output", found, stock, truth)
+    assert comparison.passed, comparison.fault
 
 
 def messages_of(calls: list[Any]) -> list[str]:

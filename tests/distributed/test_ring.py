@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedformer import backend, functional, reference
+from fusedformer import backend, functional, ops, reference
 from fusedformer.distributed import (
     join_sequence,
     ring_attention,
@@ -123,6 +123,28 @@ def twice(mesh: DeviceMesh, inputs: dict[str, Tensor]) -> bool:
 
 def test_the_same_bits_every_time(ranks: Ranks) -> None:
     assert all(ranks.run(twice, made()))
+
+
+def pairs(mesh: DeviceMesh, load_balance: bool) -> int:
+    """Pairs of query and key that this rank computes of 16 causal positions."""
+    computed = []
+    attend = ops.attention_part
+
+    def counted(query: Tensor, key: Tensor, *others: Any) -> Any:
+        computed.append(query.shape[2] * key.shape[2])
+        return attend(query, key, *others)
+
+    group, order = mesh.get_group(), {"load_balance": load_balance}
+    q, k, v = (split_sequence(torch.randn(1, 1, 16, 4), group, 2, **order) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch, backend("torch"):
+        patch.setattr(ops, "attention_part", counted)
+        ring_attention(q, k, v, group=group, is_causal=True, **order)
+    return sum(computed)
+
+
+def test_causal_parts_are_skipped_and_balanced(ranks: Ranks) -> None:
+    assert ranks.run(pairs, False) == [16, 32, 48, 64]
+    assert ranks.run(pairs, True) == [36, 36, 36, 36]
 
 
 # Packed rows.

@@ -28,6 +28,7 @@ from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
 Part = tuple[Span, Span, AttentionTerms]  # queries, keys, and what their scores depend on
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ring_attention(
     query: Tensor,
     key: Tensor,
@@ -50,7 +51,8 @@ def ring_attention(
 
     Every rank calls it with its part of the sequence (see :func:`split_sequence`) and gets the
     output for its queries, as if it had all keys. Gradients of keys and values are complete: what
-    the losses of all ranks together give. All ranks of the group must run the backward, too.
+    the losses of all ranks together give. All ranks of the group must run the backward, too. Inside
+    ``torch.compile`` it breaks the graph.
 
     Args:
         query: ``[batch, heads, L, E]``, where the whole sequence has ``L`` times as many queries as
@@ -107,6 +109,7 @@ def ring_attention(
     return (output, lse) if return_lse else output
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def ring_varlen_attention(
     query: Tensor,
     key: Tensor,
