@@ -20,6 +20,10 @@ ALLOWED = {
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
         "fusedformer._autocast",
     ),
+    "distributed": (
+        "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
+        "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
+    ),
     "functional": (
         "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
         "fusedformer._attention_checks", "fusedformer._autocast",
