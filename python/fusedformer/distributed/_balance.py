@@ -55,10 +55,11 @@ def balanced_batches(
     until = list(itertools.accumulate(lengths[i] for i in order))
     most = len(lengths) // num_replicas
     steps = -(-until[-1] // (num_replicas * max_tokens))
-    while True:  # ends with as many steps as leave each rank one sample: see _check
+    while True:
         found = _steps(lengths, order, until, steps, max_tokens, num_replicas, d_model)
         if found is not None:
             return found
+        assert steps < most  # with so many, ranks have one sample or two, which _check saw to fit
         steps = min(most, steps + -(-steps // 64))
 
 
