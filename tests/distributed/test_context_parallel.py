@@ -10,6 +10,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fusedformer
@@ -46,7 +47,9 @@ def made(padded: bool) -> dict[str, Tensor]:
     return {"src": torch.randn(N, S, E), "dy": dy, "padding": padding}
 
 
-def step(stack: torch.nn.Module, inputs: dict[str, Tensor], causal: bool, *sums: Any) -> Results:
+def step(
+    stack: torch.nn.Module, inputs: dict[str, Tensor], causal: bool, group: Any = None
+) -> Results:
     """Output, gradients, and what a step of the optimizer makes of the parameters."""
     optimizer = torch.optim.SGD(stack.parameters(), 0.1, weight_decay=0.1)
     src = inputs["src"].detach().requires_grad_()
@@ -56,12 +59,12 @@ def step(stack: torch.nn.Module, inputs: dict[str, Tensor], causal: bool, *sums:
         src, mask=mask, src_key_padding_mask=inputs["padding"], is_causal=causal
     )
     output.backward(inputs["dy"])
-    if sums:
-        sum_gradients(stack.parameters(), *sums)
+    if group is not None:
+        sum_gradients(stack.parameters(), group)
     optimizer.step()
     assert src.grad is not None
     found = {"output": output.detach(), "grad of src": src.grad}
-    for name, parameter in stack.named_parameters():
+    for name, parameter in getattr(stack, "module", stack).named_parameters():
         assert parameter.grad is not None
         found |= {f"grad of {name}": parameter.grad, f"new {name}": parameter.detach()}
     return found
@@ -76,8 +79,15 @@ def on_ranks(
     fusedformer.fuse(stack)
     context_parallel(stack, group, **order)
     own = {k: split_sequence(t, group, **order) for k, t in inputs.items()}
+    stack = copy.deepcopy(stack)
     with backend(name):
-        found = step(copy.deepcopy(stack), own, causal, group)
+        if settings.get("ddp"):
+            own["dy"] *= mesh.size()
+            stack = DistributedDataParallel(stack, process_group=group)
+            found = step(stack, own, causal)
+            found["grad of src"] /= mesh.size()
+        else:
+            found = step(stack, own, causal, group)
     for key in ("output", "grad of src"):
         found[key] = join_sequence(found[key], group, **order)
     return found
@@ -89,6 +99,7 @@ def on_ranks(
         ("torch", 2, False, {"is_causal": False, "load_balance": False, "layers": 2}),
         ("torch", 4, False, {"is_causal": True, "load_balance": True, "layers": 2}),
         ("torch", 4, True, {"is_causal": False, "load_balance": False, "layers": 2}),
+        ("torch", 2, True, {"is_causal": True, "load_balance": True, "layers": 1, "ddp": True}),
         ("triton", 2, True, {"is_causal": True, "load_balance": False, "layers": 1}),
     ],
     ids=lambda value: str(value),

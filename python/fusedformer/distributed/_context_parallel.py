@@ -30,7 +30,8 @@ def context_parallel(
     gets its part of the output. Products, norms and activations work on the rank's own rows;
     attention is :func:`ring_attention`. Every rank's backward starts from the loss of its own rows;
     :func:`sum_gradients` then adds up the gradients of the parameters, and every rank takes the
-    same step. Positions are to be added before the sequence is split.
+    same step; ``DistributedDataParallel`` takes their mean, so multiply the loss by the number of
+    ranks there. Positions are to be added before the sequence is split.
 
     ``src_key_padding_mask`` (boolean) is that of the rank's part. A causal mask is given as for one
     process, of the size of the part, with ``is_causal=True`` where the module asks for it; it then

@@ -12,7 +12,7 @@ Source: Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,17 @@ from fusedformer.distributed._agreement import agree
 from fusedformer.distributed._sequence import Span, spans_of
 from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Part = tuple[Span, Span, AttentionTerms]  # queries, keys, and what their scores depend on
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _not_compiled(function: Function) -> Function:
+    """``torch.compiler.disable``, typed: what is sent and received is not traced."""
+    called: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return called
+
+
+@_not_compiled
 def ring_attention(
     query: Tensor,
     key: Tensor,
@@ -109,7 +116,7 @@ def ring_attention(
     return (output, lse) if return_lse else output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_not_compiled
 def ring_varlen_attention(
     query: Tensor,
     key: Tensor,
