@@ -189,10 +189,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(f"{path}.part", path)
 
 
-def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Train; the losses of all steps."""
-    args = options(argv)
-    device = join_processes(args.device, args.timeout)
+def train(args: argparse.Namespace, device: torch.device) -> list[float]:
+    """The losses of all steps."""
     torch.manual_seed(args.seed)
     data = Docstrings(args.passages, args.words, args.seed)
     model = MaskedWords(args.words, args.width, args.layers, args.dropout).to(device)
@@ -226,6 +224,14 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             })  # fmt: skip
     if first and losses:
         print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
+    return losses
+
+
+def main(argv: Sequence[str] | None = None) -> list[float]:
+    """Join the other processes, train, leave; the losses of all steps."""
+    args = options(argv)
+    losses = train(args, join_processes(args.device, args.timeout))
+    # Not before the model is gone: the end of DDP's own hold on the group can wait for ever.
     dist.destroy_process_group()
     return losses
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from fusedformer import backend
+from fusedformer.distributed import LengthBalancedSampler
 from fusedformer.testing import compare
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,19 +49,31 @@ def example() -> Any:
     return module
 
 
-def train(example: Any, *arguments: object, dtype: torch.dtype = torch.float32) -> list[float]:
+def train(example: Any, *arguments: object) -> list[float]:
     """The losses of one process."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with backend("torch"):
-            losses: list[float] = example.main([*SMALL, *map(str, arguments)])
-    finally:
-        torch.set_default_dtype(before)
+    with backend("torch"):
+        losses: list[float] = example.main([*SMALL, *map(str, arguments)])
     return losses
 
 
-def test_two_processes_train_as_one_and_end_when_one_dies(example: Any, tmp_path: Path) -> None:
+class Whole:
+    """The batches of two processes as one."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings |= {"num_replicas": 2}
+        self.samplers = [LengthBalancedSampler(*args, **settings | {"rank": r}) for r in (0, 1)]
+
+    def set_epoch(self, *where: int) -> None:
+        for sampler in self.samplers:
+            sampler.set_epoch(*where)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (first + second for first, second in zip(*self.samplers, strict=True))
+
+
+def test_two_processes_train_as_one_and_end_when_one_dies(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script, checkpoint = tmp_path / "dies.py", tmp_path / "checkpoint"
     script.write_text(DIES)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -76,15 +90,19 @@ def test_two_processes_train_as_one_and_end_when_one_dies(example: Any, tmp_path
     assert result.returncode != 0
     assert "exitcode  : 7" in result.stderr, result.stderr
 
-    losses = torch.load(checkpoint)["losses"][:3]
     assert "step    3  epoch 2  loss" in result.stdout
-    settings = "--dropout", 0, "--accumulate", 2, "--steps", 3
+    spread = torch.load(checkpoint)["losses"][:3]
+    settings = "--dropout", 0, "--steps", 3
+    accumulated = train(example, *settings, "--accumulate", 2)
+    monkeypatch.setattr(example, "LengthBalancedSampler", Whole)
     stock = train(example, *settings)
-    truth = train(example, *settings, dtype=torch.float64)
-    tensors = torch.tensor(losses), torch.tensor(stock), torch.tensor(truth, dtype=torch.float64)
-    comparison = compare("losses", *tensors)
-    assert comparison.passed, comparison.fault
+    model = example.MaskedWords
+    monkeypatch.setattr(example, "MaskedWords", lambda *sizes: model(*sizes).double())
+    truth = torch.tensor(train(example, *settings), dtype=torch.float64)
     assert truth[2] < truth[0]
+    for name, losses in (("of two processes", spread), ("of two batches in turn", accumulated)):
+        comparison = compare(f"losses {name}", torch.tensor(losses), torch.tensor(stock), truth)
+        assert comparison.passed, comparison.fault
 
 
 def test_it_goes_on_from_a_checkpoint_with_the_same_bits(example: Any, tmp_path: Path) -> None:
