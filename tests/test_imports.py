@@ -23,6 +23,7 @@ ALLOWED = {
     "distributed": (
         "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
         "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
+        "fusedformer._autocast",
     ),
     "functional": (
         "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",

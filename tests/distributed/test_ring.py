@@ -116,6 +116,21 @@ def test_fewer_keys_than_queries_fewer_heads_and_half_precision(ranks: Ranks) ->
     check(ranks, 4, "torch", inputs, {"enable_gqa": True, "window": (9, -1)})
 
 
+def autocast(mesh: DeviceMesh, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return on_ranks(mesh, "torch", inputs, {"is_causal": True})
+
+
+def test_autocast_casts_as_on_one_process(ranks: Ranks) -> None:
+    inputs, settings = made(), {"is_causal": True}
+    with backend("torch"), torch.autocast("cpu", torch.bfloat16):
+        stock = results(functional.scaled_dot_product_attention, inputs, settings)
+    truth = results(definition, {k: t.double() for k, t in inputs.items()}, settings)
+    found = ranks.run(autocast, inputs, size=2)[0]
+    assert found[0].dtype == torch.bfloat16
+    judge(found, stock, truth)
+
+
 def twice(mesh: DeviceMesh, inputs: dict[str, Tensor]) -> bool:
     first, second = (on_ranks(mesh, "torch", inputs, {"is_causal": True}) for _ in range(2))
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedformer import _attention_checks, ops
+from fusedformer._autocast import autocast_dtype, autocast_off, cast
 from fusedformer._backend import chosen_backend
 from fusedformer.distributed._agreement import agree
 from fusedformer.distributed._sequence import Span, spans_of
@@ -92,6 +93,7 @@ def ring_attention(
         RuntimeError: from ``torch.distributed``, if a rank died or the group's timeout passed.
     """
     function = "ring_attention"
+    query, key, value = _autocast(query, key, value)
     options = _options(is_causal, window, dropout_p, scale, enable_gqa, softcap)
     options |= {"key_mask": key_mask, "key_lengths": key_lengths, "return_weights": False}
 
@@ -157,6 +159,7 @@ def ring_varlen_attention(
         TypeError, ValueError, RuntimeError: as :func:`ring_attention`.
     """
     function = "ring_varlen_attention"
+    query, key, value = _autocast(query, key, value)
     ranks = dist.get_world_size(group)
     options = _options(is_causal, None, dropout_p, scale, enable_gqa, softcap)
 
@@ -292,7 +295,7 @@ class _RingAttention(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros((*query.shape[:3], value.shape[3]), dtype=wide)
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query):
             for step, (k, v, *mask) in ring.walk(_travelling(key, value, terms)):
                 given = _with_mask(terms, mask)
                 for queries, keys, own in ring.parts(step, query, key, given):
@@ -321,7 +324,7 @@ class _RingAttention(torch.autograd.Function):
 
         dq = zeros(query, needs[0])
         arriving: Callable[[], list[Tensor]] | None = None
-        with torch.autocast(query.device.type, enabled=False):
+        with autocast_off(query):
             for step, (k, v, *mask) in ring.walk(_travelling(key, value, terms)):
                 sums = [dq, zeros(k, needs[1]), zeros(v, needs[2])]
                 given = _with_mask(terms, mask)
@@ -352,6 +355,12 @@ def _attend(
         query, key, value, ring, terms
     )
     return found
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value as ``scaled_dot_product_attention`` would cast them."""
+    dtype = autocast_dtype("scaled_dot_product_attention", tensors[0])
+    return tensors if dtype is None else tuple(cast(dtype, tensor) for tensor in tensors)
 
 
 def _travelling(key: Tensor, value: Tensor, terms: AttentionTerms) -> list[Tensor]:
