@@ -16,13 +16,13 @@ STANDARD = {*sys.stdlib_module_names, "torch"}
 # What each layer may import besides torch and the standard library, by the start of its name.
 ALLOWED = {
     "reference": ("fusedformer.reference",),
-    "nn": (
-        "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
-        "fusedformer._autocast",
-    ),
     "distributed": (
         "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
         "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
+        "fusedformer._autocast",
+    ),
+    "nn": (
+        "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
         "fusedformer._autocast",
     ),
     "functional": (
