@@ -19,6 +19,7 @@ ALLOWED = {
     "distributed": (
         "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
         "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
+        "fusedformer._autocast",
     ),
     "nn": (
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",

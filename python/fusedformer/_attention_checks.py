@@ -17,12 +17,17 @@ WEIGHTS = (False, "per_head", "averaged")
 
 
 @_checks.remembered
-def check_attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Mapping[str, Any],
+    function: str = "scaled_dot_product_attention",
+) -> None:
     """Raise unless the arguments of ``scaled_dot_product_attention`` fit together.
 
     ``options`` are its arguments after ``value``, by name.
     """
-    function = "scaled_dot_product_attention"
     named = {"query": query, "key": key, "value": value}
     _check_inputs(function, named, min_dims=2)
     for name, tensor in named.items():
@@ -36,7 +41,7 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[
             f"{function}(): expected 'key' and 'value' to have the same sequence length, "
             f"but got {key.shape[-2]} and {value.shape[-2]}"
         )
-    batch = attention_batch_shape(query, key, value, options["enable_gqa"])
+    batch = attention_batch_shape(query, key, value, options["enable_gqa"], function)
     has_heads = len(batch) > 1 or options["enable_gqa"]
     sequences = math.prod(batch[:-1] if has_heads else batch)
     heads = batch[-1] if has_heads else 1
@@ -80,17 +85,47 @@ def check_varlen(
 
     What is in ``cu_seqlens`` is looked at on the CPU only: elsewhere it would synchronize.
     """
+    function, sides = "varlen_attention", ("_q", "_k")
     starts = cu_seqlens_q, cu_seqlens_k
-    _check_varlen(query, key, value, *starts, max_seqlen_q, max_seqlen_k, options)
+    _check_varlen(
+        function, sides, query, key, value, *starts, max_seqlen_q, max_seqlen_k, options
+    )
     for side, tensor, tokens, longest in (
-        ("q", cu_seqlens_q, query, max_seqlen_q), ("k", cu_seqlens_k, key, max_seqlen_k)
+        ("_q", cu_seqlens_q, query, max_seqlen_q), ("_k", cu_seqlens_k, key, max_seqlen_k)
     ):  # fmt: skip
         if tensor.device.type == "cpu" and _checks.has_values(tensor):
-            _check_starts("varlen_attention", side, tensor, tokens.shape[0], longest)
+            _check_starts(function, side, tensor, tokens.shape[0], longest)
+
+
+def check_spread_rows(
+    function: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: Mapping[str, Any],
+    ranks: int,
+) -> None:
+    """Raise unless packed rows, of which each of so many ranks has as many, fit together.
+
+    ``cu_seqlens`` is that of the rows of all ranks, of queries and keys alike.
+    """
+    starts, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    _check_varlen(function, ("", ""), query, key, value, *starts, *longest, options)
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"{function}(): expected 'query' and 'key' to have the same number of tokens, "
+            f"but got {query.shape[0]} and {key.shape[0]}"
+        )
+    if cu_seqlens.device.type == "cpu" and _checks.has_values(cu_seqlens):
+        _check_starts(function, "", cu_seqlens, ranks * query.shape[0], max_seqlen)
 
 
 @_checks.remembered
 def _check_varlen(
+    function: str,
+    sides: tuple[str, str],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -100,7 +135,6 @@ def _check_varlen(
     max_seqlen_k: int,
     options: Mapping[str, Any],
 ) -> None:
-    function = "varlen_attention"
     named = {"query": query, "key": key, "value": value}
     _check_inputs(function, named, min_dims=3)
     for name, tensor in named.items():
@@ -120,15 +154,15 @@ def _check_varlen(
         query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), options["enable_gqa"],
         function,
     )
-    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    for name, size in longest.items():
+    for side, size in zip(sides, (max_seqlen_q, max_seqlen_k), strict=True):
+        name = f"max_seqlen{side}"
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(
                 f"{function}(): expected '{name}' to be an int, but got {type(size).__name__}"
             )
         if size < 0:
             raise ValueError(f"{function}(): expected '{name}' not to be negative, but got {size}")
-    starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    starts = dict(zip((f"cu_seqlens{s}" for s in sides), (cu_seqlens_q, cu_seqlens_k), strict=True))
     for name, tensor in starts.items():
         _checks.check_tensor(function, name, tensor)
         if tensor.dtype not in (torch.int32, torch.int64):
@@ -151,12 +185,12 @@ def _check_starts(function: str, side: str, starts: Tensor, tokens: int, longest
     lengths = [end - start for start, end in itertools.pairwise(values)]
     if values[0] != 0 or values[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(
-            f"{function}(): expected 'cu_seqlens_{side}' to rise from 0 to the number of "
+            f"{function}(): expected 'cu_seqlens{side}' to rise from 0 to the number of "
             f"tokens, {tokens}, but got {_short(values)}"
         )
     if max(lengths, default=0) > longest:
         raise ValueError(
-            f"{function}(): expected 'max_seqlen_{side}' to be at least the longest sequence, "
+            f"{function}(): expected 'max_seqlen{side}' to be at least the longest sequence, "
             f"{max(lengths)}, but got {longest}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
     """
+
+    # What attends in place of functional.scaled_dot_product_attention, where the sequence is spread
+    # over processes: fusedformer.distributed.context_parallel sets it.
+    ring: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -166,13 +171,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if appended:
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
 
-        dropout_p = self.dropout if self.training else 0.0
-        result = functional.scaled_dot_product_attention(
-            q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask,
-            return_weights=return_weights,
-        )
+        result = self._attention(q, k, v, masks, return_weights=return_weights)
         output, weights = result if return_weights else (result, None)
         return self._merge_heads(output, query.dim()), weights
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks, **asked: Any
+    ) -> Any:
+        """Of heads ``[batch, heads, length, head_dim]`` of a batch."""
+        attend = self.ring or functional.scaled_dot_product_attention
+        dropout_p = self.dropout if self.training else 0.0
+        return attend(
+            query, key, value, masks.attn_mask, dropout_p, masks.is_causal,
+            key_mask=masks.key_mask, **asked,
+        )
 
     def _can_pack(self) -> bool:
         """Whether self-attention is one projection, and nothing is appended to the keys."""
@@ -192,8 +204,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             qkv = qkv[None]
         elif sequence_first:
             qkv = qkv.transpose(0, 1)
-        dropout_p = self.dropout if self.training else 0.0
-        heads = self_attention(qkv, dropout_p, **masks._asdict())
+        if self.ring is None:
+            dropout_p = self.dropout if self.training else 0.0
+            heads = self_attention(qkv, dropout_p, **masks._asdict())
+        else:
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+            heads = self._attention(q, k, v, masks).transpose(1, 2)
         if x.dim() == 2:
             heads = heads.squeeze(0)
         elif sequence_first:
@@ -211,18 +227,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         (weight_q, weight_kv), (bias_q, bias_kv) = self._split_projection()
         query, x = linear(x, weight_q, bias_q, fork=fork)
         pair, memory = linear(memory, weight_kv, bias_kv, fork=True)
-        dropout_p = self.dropout if self.training else 0.0
         if masks.cu_seqlens_q is None or masks.cu_seqlens_k is None:
             q, k, v = (self._split_heads(part) for part in (query, *pair.chunk(2, -1)))
-            heads = functional.scaled_dot_product_attention(
-                q, k, v, masks.attn_mask, dropout_p, masks.is_causal, key_mask=masks.key_mask
-            )
+            heads = self._attention(q, k, v, masks)
             return self._merge_heads(heads, x.dim()), x, memory
         key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
         output: Tensor = functional.varlen_attention(
             torch.unflatten(query, -1, (self.num_heads, -1)), key, value, masks.cu_seqlens_q,
-            masks.cu_seqlens_k, masks.max_seqlen_q, masks.max_seqlen_k, dropout_p,
-            is_causal=masks.is_causal,
+            masks.cu_seqlens_k, masks.max_seqlen_q, masks.max_seqlen_k,
+            self.dropout if self.training else 0.0, is_causal=masks.is_causal,
         )
         return output.flatten(1), x, memory
 

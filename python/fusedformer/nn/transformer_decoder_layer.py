@@ -221,7 +221,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain_or_sharded(self, TransformerDecoderLayer) and self._children_are_plain()
+        attentions: Any = self.self_attn, self.multihead_attn
+        plain = is_plain_or_sharded(self, TransformerDecoderLayer) and self._children_are_plain()
+        return plain and all(attention.ring is None for attention in attentions)
 
     def _compose(
         self,

@@ -195,7 +195,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _can_pack(self) -> bool:
         """Whether rows by themselves are all that this layer looks at besides attention."""
-        return is_plain_or_sharded(self, TransformerEncoderLayer) and self._children_are_plain()
+        attention: Any = self.self_attn
+        plain = is_plain_or_sharded(self, TransformerEncoderLayer) and self._children_are_plain()
+        return plain and attention.ring is None
 
     def _compose(
         self,

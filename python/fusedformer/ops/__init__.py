@@ -1,13 +1,17 @@
 """One file per op: registration with ``torch.library``, autograd, choice of backend."""
 
-from fusedformer.ops._shared import seeds_added_to, seeds_drawn_at_once
+from fusedformer.ops._shared import draw_seed, seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
+    band,
+    check_for_kernels,
     merge_attention_states,
+    scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.attention_part import attention_part, attention_part_backward
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
@@ -26,9 +30,14 @@ from fusedformer.ops.softmax import softmax
 
 __all__ = [
     "FeedForward",
+    "attention_part",
+    "attention_part_backward",
+    "band",
     "bias_activation",
+    "check_for_kernels",
     "contrastive_loss",
     "cross_entropy",
+    "draw_seed",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
@@ -41,6 +50,7 @@ __all__ = [
     "merge_attention_states",
     "relative_position_bias",
     "rms_norm",
+    "scale_of",
     "scaled_dot_product_attention",
     "seeds_added_to",
     "seeds_drawn_at_once",

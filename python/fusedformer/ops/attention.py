@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
     q = _as_4d(query, batch, None)
     k = _as_4d(key, batch, heads_of)
     v = _as_4d(value, batch, heads_of)
-    left, right = _band(window, is_causal)
+    left, right = band(window, is_causal)
     terms = AttentionTerms(
         mask=None if attn_mask is None else _mask_4d(attn_mask, batch, query, key),
         key_mask=key_mask,
@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
         left=left,
         right=right,
         align_end=causal_alignment == "bottom_right",
-        scale=_scale(scale, query),
+        scale=scale_of(scale, query),
         softcap=softcap,
     )
     average, dtype = return_weights == "averaged", weights_dtype or query.dtype
@@ -76,7 +76,7 @@ def scaled_dot_product_attention(
         else:
             output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
     else:
-        _check_for_kernels("scaled_dot_product_attention", query, value)
+        check_for_kernels("scaled_dot_product_attention", query, value)
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
         output, lse = registered.attention(q, k, v, *terms)
         if return_weights:
@@ -115,7 +115,7 @@ def varlen_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.varlen_attention`."""
-    left, right = _band(window, is_causal)
+    left, right = band(window, is_causal)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     terms = AttentionTerms(
@@ -129,7 +129,7 @@ def varlen_attention(
         left=left,
         right=right,
         align_end=causal_alignment == "bottom_right",
-        scale=_scale(scale, query),
+        scale=scale_of(scale, query),
         softcap=softcap,
         max_queries=max_seqlen_q,
         max_keys=max_seqlen_k,
@@ -139,7 +139,7 @@ def varlen_attention(
     if chosen_backend(query) == "torch":
         output, lse = _packed_aten(q, k, v, terms, return_lse)
     else:
-        _check_for_kernels("varlen_attention", query, value)
+        check_for_kernels("varlen_attention", query, value)
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
         output, lse = registered.attention(q, k, v, *terms)
     output = output[0].transpose(0, 1)
@@ -165,13 +165,13 @@ def self_attention(
     """
     terms = AttentionTerms(
         mask=attn_mask, key_mask=key_mask, starts_q=cu_seqlens_q, starts_k=cu_seqlens_k,
-        p=dropout_p, right=0 if is_causal else None, scale=_scale(None, qkv),
+        p=dropout_p, right=0 if is_causal else None, scale=scale_of(None, qkv),
         max_queries=max_seqlen_q, max_keys=max_seqlen_k,
     )
     if chosen_backend(qkv) == "torch":
         attend = attention_aten if cu_seqlens_q is None else _packed_aten
         return attend(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)
-    _check_for_kernels("scaled_dot_product_attention", qkv, qkv)
+    check_for_kernels("scaled_dot_product_attention", qkv, qkv)
     terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
     if attn_mask is not None and attn_mask.requires_grad:
         output, _ = registered.attention(*registered.heads_of(qkv), *terms)
@@ -203,11 +203,12 @@ def _packed_aten(
     return output, lse if return_lse else None
 
 
-def _scale(scale: float | None, query: Tensor) -> float:
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores, of what may be None."""
     return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
 
 
-def _band(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+def band(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
     """(left, right) reach of the visible keys, None if unbounded; causality is right = 0."""
     left, right = (-1, -1) if window is None else window
     if is_causal:
@@ -242,7 +243,7 @@ def _mask_4d(mask: Tensor, batch: tuple[int, ...], query: Tensor, key: Tensor) -
     return _as_4d(padded.expand(*batch, query.shape[-2], key.shape[-2]), batch, None)
 
 
-def _check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:
+def check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:
     _checks.check_kernel_dtype(function, "query", query)
     sizes: dict[str, Any] = {"query": query.shape[-1], "value": value.shape[-1]}
     for name, size in sizes.items():

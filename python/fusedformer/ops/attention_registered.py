@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.attention_aten import attention_aten
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
 
 _TERMS = (
     "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "
@@ -56,9 +56,8 @@ def _term_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], terms: tuple[Any, ...]) -> None:
     """Save ``tensors`` and the terms, whose tensors come first."""
-    n_tensors = 8
-    ctx.save_for_backward(*tensors, *terms[:n_tensors])
-    ctx.n_saved, ctx.numbers = len(tensors), terms[n_tensors:]
+    ctx.save_for_backward(*tensors, *terms[:N_TENSORS])
+    ctx.n_saved, ctx.numbers = len(tensors), terms[N_TENSORS:]
 
 
 def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -374,7 +373,7 @@ merge_attention_states_backward.register_autograd(no_double_backward("merge_atte
 # The torch backend on packed sequences, whose lengths it reads: one op, so that it can be traced.
 
 
-def _seeded_aten(given: list[Any], return_lse: bool) -> list[Tensor]:
+def seeded_aten(given: list[Any], return_lse: bool) -> list[Tensor]:
     """[output], or [output, log-sum-exp], of tensors and terms."""
     query, key, value, *others = given
     terms = AttentionTerms(*others)
@@ -396,7 +395,7 @@ def packed_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None) of the packed form."""
-    output, *lse = _seeded_aten([query, key, value, *terms], return_lse)
+    output, *lse = seeded_aten([query, key, value, *terms], return_lse)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, lse[0].contiguous() if lse else None
 
@@ -439,7 +438,7 @@ def packed_attention_aten_backward(
         with torch.cuda.stream(stream):
             for leaf in leaves:
                 leaf.requires_grad_()
-            outputs = _seeded_aten(given, lse_grad is not None)
+            outputs = seeded_aten(given, lse_grad is not None)
             pairs = zip(outputs, (grad, lse_grad), strict=False)
             known = [(output, grad) for output, grad in pairs if grad is not None]
             outputs, grads = (list(each) for each in zip(*known, strict=True))

@@ -32,3 +32,6 @@ class AttentionTerms(NamedTuple):
     softcap: float | None = None  # scaled scores become softcap * tanh(score / softcap), then terms
     max_queries: int = 0  # longest sequence of the packed form
     max_keys: int = 0
+
+
+N_TENSORS = 8  # fields that are tensors or None; they come first

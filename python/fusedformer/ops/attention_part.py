@@ -1,0 +1,64 @@
+"""Attention over a part of the keys, where the other parts are somewhere else.
+
+No autograd: who calls these knows where the parts are. The forward gives output and log-sum-exp of
+one part, to be merged; the backward takes those that all parts gave together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedformer._backend import Backend, chosen_backend
+from fusedformer.ops import attention_registered as registered
+from fusedformer.ops.attention_terms import AttentionTerms
+
+
+def attention_part(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of queries and some keys, in the forms of :class:`AttentionTerms`."""
+    if chosen_backend(query) == "triton":
+        part: tuple[Tensor, Tensor] = registered.attention(query, key, value, *terms)
+        return part
+    output, lse = registered.seeded_aten([query, key, value, *terms], return_lse=True)
+    return output, lse
+
+
+def attention_part_backward(
+    backend: Backend,
+    grad: Tensor,
+    lse_grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    terms: AttentionTerms,
+) -> list[Tensor | None]:
+    """What this part adds to the gradients of query, key and value; None where not needed.
+
+    ``output``, ``lse`` and their gradients are those of all parts together; ``terms`` as in the
+    forward, which ran on ``backend``.
+    """
+    if backend == "triton":
+        needs_all = [*needs, False, False, False]
+        grads = registered.attention_backward(
+            grad, lse_grad, query, key, value, output, lse.contiguous(), needs_all, *terms
+        )
+        return [g if need else None for g, need in zip(grads[:3], needs, strict=True)]
+    leaves = [t.detach().requires_grad_(n) for t, n in zip((query, key, value), needs, strict=True)]
+    with torch.enable_grad():
+        own, own_lse = registered.seeded_aten([*leaves, *terms], return_lse=True)
+    # With the share of this part w = exp(own_lse - lse), the merged output is the sum of w * own.
+    share = (own_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach()
+    apart = (grad.to(lse.dtype) * (own.detach().to(lse.dtype) - output)).sum(-1)
+    own_grads = (grad * share[..., None]).to(own.dtype), share * (lse_grad + apart)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            (own, own_lse), wanted, own_grads, allow_unused=True, materialize_grads=True
+        )
+    )
+    return [next(found) if need else None for need in needs]
