@@ -3,8 +3,8 @@
 Tensor parallelism by ``parallelize_module``: :func:`tensor_parallel_plan`,
 :class:`TransformerParallel`. Context parallelism, a sequence spread over ranks:
 :func:`ring_attention`, :func:`ring_varlen_attention`, :func:`context_parallel`,
-:func:`split_sequence`, :func:`join_sequence`, :func:`sum_gradients`. Batches of like cost for packed
-data-parallel training: :class:`LengthBalancedSampler`, :func:`balanced_batches`.
+:func:`split_sequence`, :func:`join_sequence`, :func:`sum_gradients`. Batches of like cost for
+packed data-parallel training: :class:`LengthBalancedSampler`, :func:`balanced_batches`.
 
 Importing this package teaches DTensor how the library's ops are sharded on the ``triton`` backend:
 over batch and heads, or rows, forward and backward, without communication.
