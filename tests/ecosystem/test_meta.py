@@ -82,6 +82,10 @@ def three() -> dict[str, Tensor]:
     return {name: randn(N, S, D) for name in ("query", "key", "value")}
 
 
+def classes() -> Tensor:
+    return torch.zeros(N, dtype=torch.int64)
+
+
 MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], dict[str, Tensor]]]] = {
     "TransformerEncoder": (encoder, lambda: {"src": randn(N, S, D)}),
     "TransformerEncoder, padding": (
@@ -118,6 +122,15 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], dict[str, T
     "RMSNorm": (lambda: nn.RMSNorm(D), lambda: {"x": randn(N, S, D)}),
     "Softmax": (lambda: nn.Softmax(-1), lambda: {"input": randn(N, S)}),
     "LogSoftmax": (lambda: nn.LogSoftmax(-1), lambda: {"input": randn(N, S)}),
+    "CrossEntropyLoss": (nn.CrossEntropyLoss, lambda: {"input": randn(N, S), "target": classes()}),
+    "LinearCrossEntropyLoss": (  # otherwise how many rows count decides shapes
+        lambda: nn.LinearCrossEntropyLoss(D, S, static_shapes=True),
+        lambda: {"input": randn(N, D), "target": classes()},
+    ),
+    "ContrastiveLoss": (nn.ContrastiveLoss, lambda: {"a": randn(N, D), "b": randn(N, D)}),
+    "SigmoidContrastiveLoss": (
+        nn.SigmoidContrastiveLoss, lambda: {"a": randn(N, D), "b": randn(N, D)},
+    ),
     "SinusoidalPositionalEncoding": (
         lambda: nn.SinusoidalPositionalEncoding(D), lambda: {"input": randn(N, S, D)},
     ),
