@@ -110,7 +110,7 @@ def test_a_planted_fault_is_found(
             first.activation = torch.nn.GELU("tanh")
     if fault == "mask dropped":
         forward = ours.encoder.forward
-        ours.encoder.forward = lambda src, **masks: forward(src)  # type: ignore[method-assign]
+        ours.encoder.forward = lambda src, *args, **masks: forward(src)  # type: ignore[method-assign]
     with backend("torch"):
         assert faults(ours, stock, inputs)
 

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import _checks, functional
-from fusedformer.functional._selection import check_output_rows
 from fusedformer.models._huggingface import (
     ACTIVATIONS,
-    HuggingFaceWeights,
     ModelConfig,
     Source,
     activation_of,
     both,
 )
+from fusedformer.models._text import TextModel, first_dtype
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.nn._modules import is_plain
 from fusedformer.objectives import IGNORED
@@ -89,15 +88,12 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
+        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Integers ``[B, L]`` to ``[B, L, d]``; or packed ``[total]``, positions given, to 2-D.
+        """Integers ``[*]`` of one shape to ``[*, d]``, in one kernel.
 
-        One kernel, unless a child is replaced or has hooks.
+        Unless a child is replaced or has hooks: then by calls of the children.
         """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        position_ids = position_ids.expand(input_ids.shape)
         plain = (nn.Embedding, LayerNorm, nn.Dropout)
         if all(is_plain(child, *plain) for child in self.children()):
             return functional.embedding_layer_norm(
@@ -132,7 +128,7 @@ class BertMaskedLMHead(nn.Module):
         return output
 
 
-class BertEncoderModel(HuggingFaceWeights):
+class BertEncoderModel(TextModel):
     """Token ids to the hidden states of BERT's last layer, with its heads where they are asked for.
 
     ``embeddings`` is a :class:`BertEmbeddings`, ``encoder`` a
@@ -229,55 +225,12 @@ class BertEncoderModel(HuggingFaceWeights):
             TypeError: ``input_ids`` are not integers.
             ValueError: wrong rank or shape; a sequence longer than ``max_position_embeddings``.
         """
-        function = "BertEncoderModel"
-        if input_ids.dim() != 2:
-            raise ValueError(
-                f"{function}(): expected 'input_ids' of shape [B, L], "
-                f"but got {tuple(input_ids.shape)}"
-            )
-        if input_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"{function}(): expected 'input_ids' to be int32 or int64, but got "
-                f"{input_ids.dtype}"
-            )
-        longest = self.config.max_position_embeddings
-        if position_ids is None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"{function}(): expected at most {longest} positions, "
-                f"but got input_ids of shape {tuple(input_ids.shape)}"
-            )
+        longest = None if position_ids is not None else self.config.max_position_embeddings
         alike = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        for name, tensor in alike.items():
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(
-                    f"{function}(): expected '{name}' to have the shape of 'input_ids', "
-                    f"{tuple(input_ids.shape)}, but got {tuple(tensor.shape)}"
-                )
-        whole = is_plain(self.encoder, TransformerEncoder)
-        whole = whole and is_plain(self.embeddings, BertEmbeddings)  # a hook may want the batch
-        packs = whole and self.encoder.packs(self.embeddings.word.weight)
-        if attention_mask is None or not packs:
-            padding = None if attention_mask is None else attention_mask == 0
-            hidden = self.embeddings(input_ids, token_type_ids, position_ids)
-            output: Tensor = self.encoder(
-                hidden, src_key_padding_mask=padding, output_rows=output_rows
-            )
-            return output
-        if output_rows is not None:
-            check_output_rows(function, output_rows, *input_ids.shape)
-        packing, selection = self.encoder.packing(attention_mask != 0, output_rows)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # Rows behind the last token, if any, take the first token's ids.
-        places = packing.indices.clamp(min=0)
-        ids = [
-            None if t is None else t.expand(input_ids.shape).flatten()[places]
-            for t in (input_ids, token_type_ids, position_ids)
-        ]
-        packed = self.encoder.forward_packed(self.embeddings(*ids), packing, selection)
-        if selection is not None:
-            return selection.result(packed)
-        return functional.unpack(packed, packing)
+        self._check(input_ids, longest, **alike)
+        return self._encode(
+            input_ids, attention_mask, position_ids, output_rows, token_type_ids
+        ).padded()
 
     def pooled(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """``tanh(pooler(hidden state of the first token))``, ``[B, d]``.
@@ -375,8 +328,7 @@ class BertEncoderModel(HuggingFaceWeights):
         """
         if not isinstance(config, BertConfig):
             config = BertConfig.from_huggingface(config)
-        dtype = next((t.dtype for t in state_dict.values() if t.is_floating_point()), None)
-        model = cls(config, dtype=dtype, heads=heads)
+        model = cls(config, dtype=first_dtype(state_dict), heads=heads)
         model.load_huggingface_state_dict(state_dict)
         return model.eval()
 

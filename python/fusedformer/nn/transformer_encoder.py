@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows
 from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import (
+    Attend,
     AttentionMasks,
     Names,
     check_attn_mask,
@@ -209,6 +211,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         selection: Selection | None = None,
         *,
         is_causal: bool = False,
+        attend: Sequence[Attend] | None = None,
     ) -> Tensor:
         """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
 
@@ -220,6 +223,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             packing: of the batch.
             selection: from :meth:`packing`; the last layer computes these rows alone.
             is_causal: tokens see themselves and those before them.
+            attend: for each layer what computes its heads ``[1, total, heads, dim]`` from its
+                projection ``[1, total, 3, heads, dim]``, the probability of dropout and the masks,
+                in place of attention: a cache, a learned prefix.
 
         Returns:
             ``[total, E]``, or the rows of ``selection``, on which ``selection.result`` is the
@@ -235,7 +241,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         check_sequences(function, self, {"input": input})
         masks = AttentionMasks.packed(packing, packing, is_causal)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
-            return self._run(input, masks, selection)
+            return self._run(input, masks, selection, attend)
 
     def _forward_padded(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -262,7 +268,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
         return nested
 
-    def _run(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        masks: AttentionMasks,
+        rows: Selection | None,
+        attend: Sequence[Attend] | None = None,
+    ) -> Tensor:
         """All layers and the norm of packed rows; the last layer computes only ``rows``.
 
         The sum at the end of a layer whose norms come first is left to the norm that follows.
@@ -270,6 +282,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
+            if attend is not None:
+                masks = masks._replace(attend=attend[index - 1])
             if must_be_called(layer):  # the next layer must find no parameter of this one
                 x, pending = called(layer, opened(x, pending), masks, wanted), None
             elif not layer.norm_first:
