@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedformer import _checks, functional
 from fusedformer.functional import Packing, Selection
@@ -37,7 +37,7 @@ class TextModel(HuggingFaceWeights):
 
     _is_causal: ClassVar[bool] = False
 
-    embeddings: nn.Module
+    embeddings: Any
     encoder: TransformerEncoder
 
     def _encode(
