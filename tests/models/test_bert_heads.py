@@ -9,7 +9,7 @@ import torch
 from tests.models.judge import faults_of, perturbed
 from torch import Tensor
 
-from fusedformer import backend
+from fusedformer import backend, nn
 from fusedformer.models import BertConfig, BertEncoderModel
 from fusedformer.objectives import mask_tokens
 
@@ -101,30 +101,32 @@ def test_losses_of_one_head_each(stock: Any) -> None:
         torch.testing.assert_close(ours.nsp(ours.pooled(**given)), theirs.seq_relationship_logits)
 
 
-def test_only_masked_positions_and_first_tokens_meet_the_last_feed_forward(stock: Any) -> None:
-    ours = ours_of(stock)
-    given = inputs()
+def test_only_masked_positions_and_first_tokens_meet_the_last_feed_forward(
+    stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
-    assert ours.mlm is not None
-    ours.mlm.dense.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[0]))
-    seen: list[Tensor] = []
+    norm = nn.LayerNorm.forward
+    layer = nn.TransformerEncoderLayer._post_norm
 
-    def record(self: Any, x: Tensor, *args: Any) -> Any:
-        seen.append(x)
-        return forward(self, x, *args)
+    def layer_of(self: Any, *args: Any) -> Tensor:
+        output = layer(self, *args)
+        rows.append(output.shape[0])
+        return output
 
-    kind: Any = type(ours.encoder)
-    forward = kind.forward_packed
-    kind.forward_packed = record
-    try:
-        with backend("torch"):
-            ours.loss(**given)
-    finally:
-        kind.forward_packed = forward
+    def norm_of(self: Any, x: Tensor) -> Tensor:
+        rows.append(x.shape[0])
+        return norm(self, x)
+
+    monkeypatch.setattr(nn.TransformerEncoderLayer, "_post_norm", layer_of)
+    monkeypatch.setattr(nn.LayerNorm, "forward", norm_of)
+    given = inputs()
+    with backend("torch"):
+        ours_of(stock).loss(**given)
     wanted = given["labels"] != -100
     wanted[:, 0] = True
-    assert rows == [int(wanted.sum())] and rows[0] < sum(LENGTHS)
-    assert [x.shape[0] for x in seen] == [sum(LENGTHS)]
+    count = int(wanted.sum())
+    # Two layers and the norm of the head.
+    assert rows == [sum(LENGTHS), count, count] and count < sum(LENGTHS)
 
 
 def test_weights_go_both_ways_bit_for_bit(stock: Any) -> None:
