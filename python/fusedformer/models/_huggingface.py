@@ -13,20 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.functional import Activation
+from fusedformer.nn import QuickGELU
 
 C = TypeVar("C", bound="ModelConfig")
 
 # Hugging Face's names of activations: those of ``bias_activation``.
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-    "silu": "silu",
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
 }  # fmt: skip
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     """What a layer of :mod:`fusedformer.nn` takes, and fuses, for Hugging Face's ``name``."""
     found: dict[Activation, Callable[[Tensor], Tensor]] = {
-        "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "relu": F.relu, "silu": F.silu,
+        "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "relu": F.relu,
+        "silu": F.silu,
     }  # fmt: skip
     return found[ACTIVATIONS[name]]
 
