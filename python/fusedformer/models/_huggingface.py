@@ -194,6 +194,7 @@ class HuggingFaceWeights(nn.Module):
         for name, tensor in tensors.items():
             if name in sources:
                 names, transposed = sources[name]
-                parts = (tensor.t() if transposed else tensor).chunk(len(names))
+                tensor = tensor.t() if transposed else tensor
+                parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
                 theirs.update(zip(map(self._full_name, names), parts, strict=True))
         return theirs

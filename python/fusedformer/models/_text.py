@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedformer import _checks, functional
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import check_output_rows
-from fusedformer.models._huggingface import HuggingFaceWeights
 from fusedformer.nn import TransformerEncoder
 from fusedformer.nn._masks import Attend
 from fusedformer.nn._modules import is_plain
@@ -32,7 +31,7 @@ class Encoded(NamedTuple):
         return functional.unpack(self.rows, self.packing)
 
 
-class TextModel(HuggingFaceWeights):
+class TextModel(nn.Module):
     """``embeddings``, which are called with packed ids, and ``encoder``."""
 
     _is_causal: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusedformer import _checks, functional
 from fusedformer.models._huggingface import (
     ACTIVATIONS,
+    HuggingFaceWeights,
     ModelConfig,
     Source,
     activation_of,
@@ -128,7 +129,7 @@ class BertMaskedLMHead(nn.Module):
         return output
 
 
-class BertEncoderModel(TextModel):
+class BertEncoderModel(TextModel, HuggingFaceWeights):
     """Token ids to the hidden states of BERT's last layer, with its heads where they are asked for.
 
     ``embeddings`` is a :class:`BertEmbeddings`, ``encoder`` a

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer.models._huggingface import ModelConfig, Source, activation_of, both
+from fusedformer.models._huggingface import (
+    HuggingFaceWeights,
+    ModelConfig,
+    Source,
+    activation_of,
+    both,
+)
 from fusedformer.models._text import Encoded, TextModel, first_dtype
 from fusedformer.models.generation import KeyValueCache, generate
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -73,7 +79,7 @@ class GPTEmbeddings(nn.Module):
         return output
 
 
-class GPTDecoderModel(TextModel):
+class GPTDecoderModel(TextModel, HuggingFaceWeights):
     """Token ids to the hidden states after GPT-2's last norm, its loss, and text that follows.
 
     ``embeddings`` is a :class:`GPTEmbeddings`, ``encoder`` a
