@@ -56,8 +56,8 @@ def loss_of_theirs(model: Any, seed: int) -> Tensor:
 
 
 def ours_of(stock: Any) -> BertEncoderModel:
-    heads = ("mlm", "nsp")
-    return BertEncoderModel.from_huggingface(stock.state_dict(), stock.config.to_dict(), heads=heads)
+    config = stock.config.to_dict()
+    return BertEncoderModel.from_huggingface(stock.state_dict(), config, heads=["mlm", "nsp"])
 
 
 @pytest.mark.parametrize(("name", "layers"), [("torch", 2), ("triton", 1)])

@@ -20,6 +20,7 @@ from fusedformer.models._huggingface import (
     both,
 )
 from fusedformer.models._text import TextModel, first_dtype
+from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.nn._modules import is_plain
 from fusedformer.objectives import IGNORED
@@ -89,14 +90,19 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        prompt: Tensor | None = None,
     ) -> Tensor:
         """Integers ``[*]`` of one shape to ``[*, d]``, in one kernel.
 
-        Unless a child is replaced or has hooks: then by calls of the children.
+        By calls of the children if one is replaced or has hooks, or if there is a prompt, whose
+        vectors are those of ids beyond the table's.
         """
         plain = (nn.Embedding, LayerNorm, nn.Dropout)
-        if all(is_plain(child, *plain) for child in self.children()):
+        if prompt is None and all(is_plain(child, *plain) for child in self.children()):
             return functional.embedding_layer_norm(
                 input_ids, self.word.weight, self.norm.weight, self.norm.bias, self.norm.eps,
                 position_ids=position_ids, position_weight=self.position.weight,
@@ -105,7 +111,7 @@ class BertEmbeddings(nn.Module):
             )
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        total = self.word(input_ids) + self.token_type(token_type_ids)
+        total = embedded(self.word, input_ids, prompt) + self.token_type(token_type_ids)
         output: Tensor = self.dropout(self.norm(total + self.position(position_ids)))
         return output
 
@@ -143,6 +149,8 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
 
     Source: Devlin et al., BERT, arXiv:1810.04805.
     """
+
+    embeddings: BertEmbeddings
 
     _prefix = "bert."
     _not_ours = ("pooler.", "cls.", "classifier.", "qa_outputs.")
@@ -337,6 +345,11 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         decoder = "cls.predictions.decoder"
         tied = {f"{decoder}.weight": "embeddings.word.weight", f"{decoder}.bias": "mlm.bias"}
         return {} if self.mlm is None else tied
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The embeddings of tokens."""
+        return self.embeddings.word
 
     def _full_name(self, name: str) -> str:
         # A bare BertModel has no prefix; the models around it have it, but not on their heads.

@@ -19,6 +19,7 @@ from fusedformer.models._huggingface import (
     both,
 )
 from fusedformer.models._text import TextModel, first_dtype
+from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 
 _LAYER_NAMES = {
@@ -103,9 +104,12 @@ class CLIPTextEmbeddings(nn.Module):
         self.token = nn.Embedding(config.vocab_size, config.hidden_size, **to)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size, **to)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Integers ``[*]`` of one shape to ``[*, d]``."""
-        return cast(Tensor, self.token(input_ids) + self.position(position_ids))
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, prompt: Tensor | None = None
+    ) -> Tensor:
+        """Integers ``[*]`` of one shape to ``[*, d]``; ids beyond the table's are the prompt's."""
+        words = embedded(self.token, input_ids, prompt)
+        return words + cast(Tensor, self.position(position_ids))
 
 
 class CLIPImageEmbeddings(nn.Module):
@@ -159,6 +163,8 @@ class CLIPTextTower(TextModel):
             keep &= attention_mask != 0
         return self._encode(input_ids, keep, position_ids, last).padded()[:, 0]
 
+    pooled = forward
+
     def _ends(self, input_ids: Tensor) -> Tensor:
         """Where the first token that ends a text is; the first token of all if there is none."""
         # Old configurations have 2 there, whatever it is: it is the largest id of a text then.
@@ -189,6 +195,8 @@ class CLIPImageTower(nn.Module):
         first = torch.zeros(len(pixel_values), 1, dtype=torch.int64, device=pixel_values.device)
         hidden = self.encoder(self.embeddings(pixel_values), output_rows=first)[:, 0]
         return cast(Tensor, self.norm(hidden))
+
+    pooled = forward
 
 
 class CLIPModel(HuggingFaceWeights):
@@ -316,9 +324,13 @@ class CLIPModel(HuggingFaceWeights):
         sources |= both("text.encoder.norm", "text_model.final_layer_norm")
         sources |= both("image.embeddings.norm", "vision_model.pre_layrnorm")
         sources |= both("image.norm", "vision_model.post_layernorm")
-        towers = {"text": ("text_model", self.text), "image": ("vision_model", self.image)}
-        for own, (their, tower) in towers.items():
-            for index in range(tower.config.num_hidden_layers):
+        text, image = self.config.text_config, self.config.vision_config
+        towers = (
+            ("text", "text_model", text.num_hidden_layers),
+            ("image", "vision_model", image.num_hidden_layers),
+        )
+        for own, their, layers in towers:
+            for index in range(layers):
                 ours, theirs = f"{own}.encoder.layers.{index}", f"{their}.encoder.layers.{index}"
                 for kind in ("weight", "bias"):
                     sources[f"{ours}.self_attn.in_proj_{kind}"] = Source(

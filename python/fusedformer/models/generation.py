@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from fusedformer import _checks, functional
+from fusedformer.functional import Packing
 from fusedformer.functional._steps import self_attention
+from fusedformer.models.prompts import PrefixTuning
 from fusedformer.nn import TransformerEncoder
 from fusedformer.nn._masks import Attend, AttentionMasks
 from fusedformer.nn._stacks import check_is_fused
@@ -24,7 +26,7 @@ class KeyValueCache:
     Attributes:
         keys, values: ``[layers, B, heads, room + 1, head_dim]``; the last position takes what
             belongs to no sequence.
-        lengths: int32 ``[B]``, on the device: positions in use.
+        lengths: int32 ``[B]``, on the device: positions in use, those of a learned prefix included.
     """
 
     def __init__(
@@ -43,17 +45,28 @@ class KeyValueCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._most = 0  # what the host knows of lengths: a bound
+        self._prefix = 0  # of them, how many have no token
 
     @staticmethod
-    def of(encoder: TransformerEncoder, batch: int, room: int) -> KeyValueCache:
-        """An empty one for ``encoder``, in the dtype of its products."""
+    def of(
+        encoder: TransformerEncoder, batch: int, room: int, prefix: PrefixTuning | None = None
+    ) -> KeyValueCache:
+        """One for ``encoder``, in the dtype of its products: empty, but for a learned prefix."""
         attention: Any = encoder.layers[0].self_attn
         weight = attention.out_proj.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         heads, dim = attention.num_heads, attention.head_dim
-        return KeyValueCache(len(encoder.layers), batch, heads, room, dim, weight.device, dtype)
+        more = 0 if prefix is None else prefix.length
+        layers = len(encoder.layers)
+        cache = KeyValueCache(layers, batch, heads, more + room, dim, weight.device, dtype)
+        if prefix is not None:
+            cache.keys[:, :, :, :more] = prefix.key.detach()[:, None]
+            cache.values[:, :, :, :more] = prefix.value.detach()[:, None]
+            cache.lengths.fill_(more)
+            cache._most = cache._prefix = more
+        return cache
 
     @property
     def room(self) -> int:
@@ -61,35 +74,40 @@ class KeyValueCache:
         return self.keys.shape[3] - 1
 
     def positions(self, count: int) -> Tensor:
-        """``[B, count]``: those of the next tokens."""
+        """``[B, count]``: those of the next tokens, which a prefix has no part in."""
+        return self._places(count) - self._prefix
+
+    def _places(self, count: int) -> Tensor:
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
-    def filling(self, keep: Tensor, longest: int) -> list[Attend]:
-        """For ``forward_packed``: self-attention that also stores the keys and values of prompts.
+    def filling(self, packing: Packing, attend: Sequence[Attend] | None = None) -> list[Attend]:
+        """For ``forward_packed``: attention that also stores the keys and values of prompts.
 
         Args:
-            keep: boolean ``[B, L]``, True = real token; the packing is that of these tokens.
-            longest: number of tokens of the longest prompt.
+            packing: of the prompts.
+            attend: for each layer what takes the place of self-attention.
         """
-        counts, self._most = keep.sum(1), longest
-        self.lengths.copy_(counts)
-        ends = counts.cumsum(0)
+        ends = packing.cu_seqlens[1:]
+        firsts = self._prefix - packing.cu_seqlens[:-1]  # from a packed row to its place
+        self.lengths += packing.cu_seqlens.diff()
+        self._most += packing.max_seqlen
 
-        def attend(layer: int) -> Attend:
+        def filling(layer: int) -> Attend:
+            attention = self_attention_of if attend is None else attend[layer]
+
             def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
                 rows = torch.arange(qkv.shape[1], device=qkv.device)
                 sequences = torch.searchsorted(ends, rows, right=True)
                 tail = sequences >= ends.shape[0]  # rows behind the last token
                 sequences = sequences.clamp(max=ends.shape[0] - 1)
-                places = rows - (ends - counts)[sequences]
-                places = places.masked_fill(tail, self.room)
+                places = (rows + firsts[sequences]).masked_fill(tail, self.room)
                 for store, part in ((self.keys, qkv[0, :, 1]), (self.values, qkv[0, :, 2])):
                     store[layer][sequences, :, places] = part
-                return self_attention(qkv, dropout_p, **masks.settings())
+                return attention(qkv, dropout_p, masks)
 
             return fill
 
-        return [attend(layer) for layer in range(self.keys.shape[0])]
+        return [filling(layer) for layer in range(self.keys.shape[0])]
 
     def run(self, encoder: TransformerEncoder, hidden: Tensor) -> Tensor:
         """The encoder on the next tokens' ``[B, T, d]``, which are appended, without autograd."""
@@ -100,7 +118,7 @@ class KeyValueCache:
                 f"KeyValueCache.run(): expected at most {self.room - self._most} tokens, for which "
                 f"there is room, but got {count}"
             )
-        places = self.positions(count)
+        places = self._places(count)
         sequences = torch.arange(batch, device=hidden.device)[:, None]
         lengths = self.lengths + count
 
@@ -122,6 +140,11 @@ class KeyValueCache:
         self.lengths.copy_(lengths)
         self._most += count
         return output
+
+
+def self_attention_of(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
+    """What attention is where nothing takes its place."""
+    return self_attention(qkv, dropout_p, **masks.settings())
 
 
 def next_token(

@@ -20,6 +20,7 @@ from fusedformer.models._huggingface import (
 )
 from fusedformer.models._text import Encoded, TextModel, first_dtype
 from fusedformer.models.generation import KeyValueCache, generate
+from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.objectives import IGNORED, causal_lm_loss
 
@@ -73,9 +74,12 @@ class GPTEmbeddings(nn.Module):
         self.position = nn.Embedding(config.n_positions, config.n_embd, **to)
         self.dropout = nn.Dropout(config.embd_pdrop)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Integers ``[*]`` of one shape to ``[*, d]``."""
-        output: Tensor = self.dropout(self.token(input_ids) + self.position(position_ids))
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, prompt: Tensor | None = None
+    ) -> Tensor:
+        """Integers ``[*]`` of one shape to ``[*, d]``; ids beyond the table's are the prompt's."""
+        words = embedded(self.token, input_ids, prompt)
+        output: Tensor = self.dropout(words + self.position(position_ids))
         return output
 
 
@@ -166,6 +170,20 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         """
         return self._hidden(input_ids, attention_mask, position_ids, output_rows).padded()
 
+    def pooled(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``[B, d]`` of last real tokens, which the last layer computes alone.
+
+        Arguments and errors are those of :meth:`forward`.
+        """
+        last = self._last(input_ids, attention_mask)
+        hidden: Tensor = self(input_ids, attention_mask, position_ids, output_rows=last)
+        return hidden[:, 0]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[*, vocab_size]`` of hidden states ``[*, d]``."""
         return F.linear(hidden, self.embeddings.token.weight)
@@ -196,8 +214,8 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         """
         labels = input_ids.long() if labels is None else labels
         self._check(input_ids, None, labels=labels)
-        rows, packing, _ = self._hidden(input_ids, attention_mask, position_ids, None)
-        places = packing.indices
+        rows, packing, _, count = self._hidden(input_ids, attention_mask, position_ids, None)
+        labels, places = F.pad(labels, (count, 0), value=IGNORED), packing.indices
         packed = labels.flatten()[places.clamp(min=0)].masked_fill(places < 0, IGNORED)
         return causal_lm_loss(
             rows, self.embeddings.token.weight, packed, cu_seqlens=packing.cu_seqlens, **settings
@@ -218,19 +236,17 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         self._check(input_ids, None, attention_mask=attention_mask)
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         keep = keep != 0
-        shortest, longest = _least_and_most(keep.sum(1))
-        if not shortest:
+        shortest, longest = _least_and_most(keep.sum(1) + self._prompted)
+        if shortest <= self._prompted:
             raise ValueError("prefill(): expected a real token in each sequence of 'input_ids'")
         if longest + room > self.config.n_positions:
             raise ValueError(
                 f"prefill(): expected at most {self.config.n_positions} positions, but got "
-                f"prompts of up to {longest} tokens and room for {room} more"
+                f"prompts of up to {longest} and room for {room} more"
             )
-        columns = torch.arange(keep.shape[1], device=keep.device)
-        last = torch.where(keep, columns, -1).amax(1, keepdim=True)
-        cache = KeyValueCache.of(self.encoder, keep.shape[0], longest + room)
-        attend = cache.filling(keep, longest)
-        encoded = self._encode(input_ids, attention_mask, None, last, attend=attend)
+        last = self._last(input_ids, attention_mask)
+        cache = KeyValueCache.of(self.encoder, keep.shape[0], longest + room, self.prefix)
+        encoded = self._encode(input_ids, attention_mask, None, last, cache=cache)
         return encoded.padded()[:, 0], cache
 
     def decode(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
@@ -244,6 +260,14 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         """
         hidden = self.embeddings(input_ids, cache.positions(input_ids.shape[1]))
         return cache.run(self.encoder, hidden)
+
+    def _last(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """``[B, 1]``: the columns of last real tokens, -1 where there is none."""
+        self._check(input_ids, None, attention_mask=attention_mask)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if attention_mask is not None:
+            columns = columns.masked_fill(attention_mask == 0, -1)
+        return columns.amax(1, keepdim=True)
 
     def _hidden(
         self,
