@@ -100,6 +100,10 @@ def test_losses_of_one_head_each(stock: Any) -> None:
         one = ours.loss(labels=labels[0], **given)
         other = ours.loss(next_sentence_label=labels[1], **given)
         torch.testing.assert_close(one + other, both)
+        ours.encoder.static_shapes = True
+        static = ours.loss(labels=labels[0], next_sentence_label=labels[1], **given)
+        torch.testing.assert_close(static, both)
+        ours.encoder.static_shapes = False
         theirs = stock(**given)
         logits = ours.masked_lm_logits(ours(**given))[MASK]
         torch.testing.assert_close(logits, theirs.prediction_logits[MASK])

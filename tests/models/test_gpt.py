@@ -121,6 +121,19 @@ def test_a_planted_fault_is_found(stock: Any, fault: str) -> None:
     assert faults_of(ours, loss, stock, loss_of_theirs)
 
 
+def test_loss_and_decoding_compile_without_a_graph_break(stock: Any) -> None:
+    ours = ours_of(stock)
+    ids, token = ids_of(1), torch.ones(3, 1, dtype=torch.int64)
+    with backend("torch"), torch.no_grad():
+        caches = [ours.prefill(ids, RIGHT, 2)[1] for _ in range(2)]
+        calls: list[Any] = [lambda cache: ours.loss(ids, attention_mask=RIGHT),
+                            lambda cache: ours.decode(token, cache)]  # fmt: skip
+        for call in calls:
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(caches[0]), call(caches[1]))
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+
+
 def test_a_hooked_encoder_computes_the_same_padded(stock: Any) -> None:
     ours = ours_of(stock)
     ids, columns = ids_of(1), torch.tensor([[8], [0], [5]])

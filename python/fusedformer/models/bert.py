@@ -268,7 +268,9 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         """The sum of BERT's two losses, or the one whose labels are given.
 
         Of the last layer, feed-forward included, only the tokens with a label and the first ones,
-        if next sentences are to be told, are computed; no logits of all tokens are in memory.
+        if next sentences are to be told, are computed; no logits of all tokens are in memory. How
+        many they are must not matter with the encoder's ``static_shapes`` and inside
+        ``torch.compile``: there all tokens are computed.
 
         Args:
             input_ids, inputs: as for :meth:`forward`.
@@ -295,20 +297,24 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
             logits = self._head("nsp", self.nsp)(self.pooled(input_ids, **inputs))
             return functional.cross_entropy(logits, next_sentence_label)
         head = self._head("mlm", self.mlm)
-        wanted = labels != IGNORED
-        if next_sentence_label is not None:
-            wanted[:, 0] = True
-        hidden = self(input_ids, **inputs, output_rows=wanted)
-        flat = wanted.flatten()
-        targets = labels.flatten()[torch.nonzero_static(flat, size=hidden.shape[0]).flatten()]
+        if self.encoder.static_shapes or torch.compiler.is_compiling():
+            hidden, targets = self(input_ids, **inputs).flatten(0, 1), labels.flatten()
+            firsts = torch.arange(input_ids.shape[0], device=hidden.device) * input_ids.shape[1]
+        else:
+            wanted = labels != IGNORED
+            if next_sentence_label is not None:
+                wanted[:, 0] = True
+            hidden, flat = self(input_ids, **inputs, output_rows=wanted), wanted.flatten()
+            places = torch.nonzero_static(flat, size=hidden.shape[0]).flatten()
+            targets = labels.flatten()[places]
+            firsts = flat.cumsum(0)[:: input_ids.shape[1]] - 1
         loss = functional.linear_cross_entropy(
             head(hidden), self.embeddings.word.weight, targets, linear_bias=head.bias,
-            static_shapes=True,  # hardly a row is without a label
+            static_shapes=True,  # of the rows that are there hardly one is without a label
         )
         if next_sentence_label is None:
             return loss
-        first = flat.cumsum(0)[:: input_ids.shape[1]] - 1
-        logits = self._head("nsp", self.nsp)(self._pool(hidden[first]))
+        logits = self._head("nsp", self.nsp)(self._pool(hidden[firsts]))
         return loss + functional.cross_entropy(logits, next_sentence_label)
 
     def _pool(self, first: Tensor) -> Tensor:
