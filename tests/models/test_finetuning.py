@@ -33,6 +33,10 @@ BERT = BertConfig(
 GPT = GPTConfig(
     vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=48, eos_token_id=None
 )
+TINY_IMAGES = CLIPVisionConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
+    patch_size=4,
+)  # fmt: skip
 LENGTHS = (7, 1, 4)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 LEFT = MASK.flip(1)
@@ -155,13 +159,8 @@ def test_gpt_pools_its_last_token(keep: Tensor) -> None:
 
 
 def test_towers_of_clip_can_be_classified() -> None:
-    sizes: Any = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                      intermediate_size=24)  # fmt: skip
-    config = CLIPConfig(
-        CLIPTextConfig(**sizes, vocab_size=61, eos_token_id=60),
-        CLIPVisionConfig(**sizes, image_size=8, patch_size=4), 12,
-    )  # fmt: skip
-    image = CLIPModel(config).image
+    text = CLIPTextConfig(vocab_size=61, eos_token_id=60, num_hidden_layers=1)
+    image = CLIPModel(CLIPConfig(text, TINY_IMAGES, 12)).image
     classifier = SequenceClassifier(image, 5)
     assert not any("embeddings" in name for name in freeze(image, layers=1))
     with backend("torch"):
@@ -237,6 +236,22 @@ def test_a_prompt_moves_tokens_and_rows_of_bert() -> None:
         torch.testing.assert_close(picked, hidden.take_along_dim(columns[..., None], 1))
         with pytest.raises(ValueError, match="behind a prompt of 3"):
             ours(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_a_prompt_of_clips_text_tower() -> None:
+    """The token that ends a text is found and pooled behind the prompt."""
+    config = CLIPTextConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=12, eos_token_id=60,
+    )  # fmt: skip
+    tower = perturbed(CLIPModel(CLIPConfig(config, TINY_IMAGES, 12)).text.eval(), 0.3)
+    ids = ids_of(1).clamp(max=59)
+    ids[range(3), [n - 1 for n in LENGTHS]] = 60
+    start = torch.tensor([5, 6, 7])
+    with backend("torch"), torch.no_grad():
+        joined = tower(torch.cat([start.expand(3, -1), ids], 1))
+        prompt_tuning(tower, P, start_ids=start)
+        torch.testing.assert_close(tower(ids), joined)
 
 
 # Prefixes

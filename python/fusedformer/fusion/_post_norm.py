@@ -247,8 +247,6 @@ def _activation_name(activation: Any) -> Any:
         return "gelu_tanh"
     if kind in ("SiLUActivation", "SiLU"):
         return "silu"
-    if kind == "QuickGELUActivation":
-        return "quick_gelu"
     return fused_activation(activation)
 
 

@@ -96,11 +96,11 @@ class KeyValueCache:
             attention = self_attention_of if attend is None else attend[layer]
 
             def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-                rows = torch.arange(qkv.shape[1], device=qkv.device)
+                rows = torch.arange(qkv.shape[1], dtype=ends.dtype, device=qkv.device)
                 sequences = torch.searchsorted(ends, rows, right=True)
                 tail = sequences >= ends.shape[0]  # rows behind the last token
                 sequences = sequences.clamp(max=ends.shape[0] - 1)
-                places = (rows + firsts[sequences]).masked_fill(tail, self.room)
+                places = (rows + firsts[sequences]).masked_fill(tail, self.room).long()
                 for store, part in ((self.keys, qkv[0, :, 1]), (self.values, qkv[0, :, 2])):
                     store[layer][sequences, :, places] = part
                 return attention(qkv, dropout_p, masks)
