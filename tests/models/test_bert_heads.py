@@ -67,6 +67,12 @@ def test_loss_and_all_gradients_are_those_of_transformers(name: Any, layers: int
     assert found == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    stock = stock_of(2).to(dtype)
+    assert faults_of(ours_of(stock), loss_of_ours, stock, loss_of_theirs) == []
+
+
 @pytest.mark.parametrize("fault", ["a label lost", "first tokens shifted", "another activation"])
 def test_a_planted_fault_is_found(
     stock: Any, fault: str, monkeypatch: pytest.MonkeyPatch

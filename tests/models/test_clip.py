@@ -55,7 +55,7 @@ def ours_of(stock: Any) -> CLIPModel:
 
 
 def loss_of_ours(model: Any, seed: int) -> Tensor:
-    loss: Tensor = model.loss(**inputs(seed))
+    loss: Tensor = model.loss(**inputs(seed, model.logit_scale.dtype))
     return loss
 
 
@@ -88,6 +88,12 @@ def test_logits_and_all_gradients_are_those_of_transformers(stock: Any, masked: 
 def test_loss_and_all_gradients_are_those_of_transformers(name: Any, layers: int) -> None:
     stock = stock_of(layers)
     assert faults_of(ours_of(stock), loss_of_ours, stock, loss_of_theirs, name) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    stock = stock_of(2).to(dtype)
+    assert faults_of(ours_of(stock), loss_of_ours, stock, loss_of_theirs) == []
 
 
 @pytest.mark.parametrize("fault", ["exact GELU", "not causal", "another end", "no first norm"])

@@ -51,8 +51,12 @@ def theirs(model: Any, ids: Tensor, keep: Tensor, labels: Tensor | None = None) 
 SIDES = {"no padding": None, "right": RIGHT, "left": RIGHT.flip(1)}
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_logits_and_all_gradients_are_those_of_transformers(stock: Any, side: str) -> None:
+@pytest.mark.parametrize(
+    ("side", "dtype"),
+    [*((side, torch.float32) for side in SIDES), ("right", torch.bfloat16), ("left", torch.float16)],
+)
+def test_logits_and_all_gradients_are_those_of_transformers(side: str, dtype: torch.dtype) -> None:
+    stock = stock_of(2).to(dtype)
     keep = SIDES[side]
     real = torch.ones_like(RIGHT) if keep is None else keep
 
