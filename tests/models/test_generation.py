@@ -59,6 +59,19 @@ def test_cached_tokens_are_those_computed_from_scratch(keep: Tensor) -> None:
     assert len(wanted.unique()) > 6, "the model repeats itself, so that this shows nothing"
 
 
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_rows_behind_the_last_token_are_no_keys(static_shapes: bool) -> None:
+    """Large batches are packed into a multiple of 16 rows, statically into as many as there are."""
+    model = model_of()
+    ids = prompts(LEFT).repeat(70, 1)
+    with backend("torch"):
+        wanted = model.generate(prompts(LEFT), LEFT, max_new_tokens=4)
+        model.encoder.static_shapes = static_shapes
+        found = model.generate(ids, LEFT.repeat(70, 1), max_new_tokens=4)
+    assert sum(LENGTHS) * 70 % 16 and ids.numel() >= 1024
+    assert torch.equal(found, wanted.repeat(70, 1))
+
+
 def test_kernels_give_the_same_tokens(device: str) -> None:
     config = GPTConfig(**{**vars(CONFIG), "n_layer": 1, "n_head": 2})
     model = model_of(config).to(device)

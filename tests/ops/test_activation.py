@@ -14,7 +14,6 @@ from fusedformer.functional import ACTIVATIONS
 from fusedformer.testing import assert_parity
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -237,6 +237,13 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         longest = None if position_ids is not None else self.config.max_position_embeddings
         alike = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         self._check(input_ids, longest, **alike)
+        if attention_mask is None and self.prompt is None and self.prefix is None:
+            if position_ids is None:
+                position_ids = self._positions(input_ids, None)
+            positions = position_ids.expand(input_ids.shape)
+            hidden = self.embeddings(input_ids, positions, token_type_ids)
+            output: Tensor = self.encoder(hidden, output_rows=output_rows)
+            return output
         return self._encode(
             input_ids, attention_mask, position_ids, output_rows, token_type_ids
         ).padded()

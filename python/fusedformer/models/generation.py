@@ -44,14 +44,24 @@ class KeyValueCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._most = 0  # what the host knows of lengths: a bound
+        self._most = 0  # what the host knows of lengths: a bound, once it is filled
         self._prefix = 0  # of them, how many have no token
 
     @staticmethod
     def of(
-        encoder: TransformerEncoder, batch: int, room: int, prefix: PrefixTuning | None = None
+        encoder: TransformerEncoder,
+        batch: int,
+        longest: int,
+        room: int,
+        prefix: PrefixTuning | None = None,
     ) -> KeyValueCache:
-        """One for ``encoder``, in the dtype of its products: empty, but for a learned prefix."""
+        """One for ``encoder``, in the dtype of its products: empty, but for a learned prefix.
+
+        Args:
+            batch: number of sequences.
+            longest: number of tokens of the longest prompt.
+            room: number of tokens behind it.
+        """
         attention: Any = encoder.layers[0].self_attn
         weight = attention.out_proj.weight
         kind = weight.device.type
@@ -59,13 +69,13 @@ class KeyValueCache:
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         heads, dim = attention.num_heads, attention.head_dim
         more = 0 if prefix is None else prefix.length
-        layers = len(encoder.layers)
-        cache = KeyValueCache(layers, batch, heads, more + room, dim, weight.device, dtype)
+        sizes = len(encoder.layers), batch, heads, more + longest + room, dim
+        cache = KeyValueCache(*sizes, weight.device, dtype)
+        cache._most, cache._prefix = more + longest, more
         if prefix is not None:
             cache.keys[:, :, :, :more] = prefix.key.detach()[:, None]
             cache.values[:, :, :, :more] = prefix.value.detach()[:, None]
             cache.lengths.fill_(more)
-            cache._most = cache._prefix = more
         return cache
 
     @property
@@ -87,20 +97,18 @@ class KeyValueCache:
             packing: of the prompts.
             attend: for each layer what takes the place of self-attention.
         """
-        ends = packing.cu_seqlens[1:]
-        firsts = self._prefix - packing.cu_seqlens[:-1]  # from a packed row to its place
+        starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
+        rows = torch.arange(packing.total, dtype=ends.dtype, device=ends.device)
+        sequences = torch.searchsorted(ends, rows, right=True)
+        tail = sequences >= ends.shape[0]  # rows behind the last token
+        sequences = sequences.clamp(max=ends.shape[0] - 1)
+        places = (self._prefix + rows - starts[sequences]).masked_fill(tail, self.room).long()
         self.lengths += packing.cu_seqlens.diff()
-        self._most += packing.max_seqlen
 
         def filling(layer: int) -> Attend:
             attention = self_attention_of if attend is None else attend[layer]
 
             def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-                rows = torch.arange(qkv.shape[1], dtype=ends.dtype, device=qkv.device)
-                sequences = torch.searchsorted(ends, rows, right=True)
-                tail = sequences >= ends.shape[0]  # rows behind the last token
-                sequences = sequences.clamp(max=ends.shape[0] - 1)
-                places = (rows + firsts[sequences]).masked_fill(tail, self.room).long()
                 for store, part in ((self.keys, qkv[0, :, 1]), (self.values, qkv[0, :, 2])):
                     store[layer][sequences, :, places] = part
                 return attention(qkv, dropout_p, masks)

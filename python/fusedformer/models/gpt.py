@@ -221,6 +221,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
             rows, self.embeddings.token.weight, packed, cu_seqlens=packing.cu_seqlens, **settings
         )
 
+    @torch.no_grad()
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None, room: int
     ) -> tuple[Tensor, KeyValueCache]:
@@ -245,10 +246,11 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
                 f"prompts of up to {longest} and room for {room} more"
             )
         last = self._last(input_ids, attention_mask)
-        cache = KeyValueCache.of(self.encoder, keep.shape[0], longest + room, self.prefix)
+        cache = KeyValueCache.of(self.encoder, keep.shape[0], longest, room, self.prefix)
         encoded = self._encode(input_ids, attention_mask, None, last, cache=cache)
         return encoded.padded()[:, 0], cache
 
+    @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Hidden states ``[B, T, d]`` of the next tokens ``[B, T]``, which go into the cache.
 
