@@ -93,7 +93,7 @@ class TextModel(nn.Module):
         ids = [None if t is None else t.expand(shape) for t in (input_ids, position_ids, *others)]
         whole = is_plain(self.encoder, TransformerEncoder)
         whole = whole and is_plain(self.embeddings, type(self.embeddings))  # a hook may want it
-        attend = None if self.prefix is None else self.prefix.attends()
+        attend = None if self.prefix is None else self.prefix.attention()
         if cache is not None:
             attend = cache.filling(packing, attend)
         if attend is None and not (whole and self.encoder.packs(self._example())):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,12 +90,12 @@ class KeyValueCache:
     def _places(self, count: int) -> Tensor:
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
-    def filling(self, packing: Packing, attend: Sequence[Attend] | None = None) -> list[Attend]:
+    def filling(self, packing: Packing, attend: Attend | None = None) -> Attend:
         """For ``forward_packed``: attention that also stores the keys and values of prompts.
 
         Args:
             packing: of the prompts.
-            attend: for each layer what takes the place of self-attention.
+            attend: takes the place of self-attention.
         """
         starts, ends = packing.cu_seqlens[:-1], packing.cu_seqlens[1:]
         rows = torch.arange(packing.total, dtype=ends.dtype, device=ends.device)
@@ -105,17 +105,13 @@ class KeyValueCache:
         places = (self._prefix + rows - starts[sequences]).masked_fill(tail, self.room).long()
         self.lengths += packing.cu_seqlens.diff()
 
-        def filling(layer: int) -> Attend:
-            attention = self_attention_of if attend is None else attend[layer]
+        def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
+            self._store(masks.layer, sequences, places, *qkv[0].unbind(1)[1:])
+            if attend is None:
+                return self_attention(qkv, dropout_p, **masks.settings())
+            return attend(qkv, dropout_p, masks)
 
-            def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-                for store, part in ((self.keys, qkv[0, :, 1]), (self.values, qkv[0, :, 2])):
-                    store[layer][sequences, :, places] = part
-                return attention(qkv, dropout_p, masks)
-
-            return fill
-
-        return [filling(layer) for layer in range(self.keys.shape[0])]
+        return fill
 
     def run(self, encoder: TransformerEncoder, hidden: Tensor) -> Tensor:
         """The encoder on the next tokens' ``[B, T, d]``, which are appended, without autograd."""
@@ -130,29 +126,27 @@ class KeyValueCache:
         sequences = torch.arange(batch, device=hidden.device)[:, None]
         lengths = self.lengths + count
 
-        def attend(layer: int) -> Attend:
-            def append(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-                query, key, value = qkv.unbind(2)
-                self.keys[layer][sequences, :, places] = key
-                self.values[layer][sequences, :, places] = value
-                heads = functional.scaled_dot_product_attention(
-                    query.transpose(1, 2), self.keys[layer], self.values[layer],
-                    is_causal=count > 1, key_lengths=lengths, causal_alignment="bottom_right",
-                )
-                return heads.transpose(1, 2)
+        def append(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
+            query, key, value = qkv.unbind(2)
+            self._store(masks.layer, sequences, places, key, value)
+            heads = functional.scaled_dot_product_attention(
+                query.transpose(1, 2), self.keys[masks.layer], self.values[masks.layer],
+                is_causal=count > 1, key_lengths=lengths, causal_alignment="bottom_right",
+            )
+            return heads.transpose(1, 2)
 
-            return append
-
-        attends = [attend(layer) for layer in range(self.keys.shape[0])]
-        output = encoder._run(hidden, AttentionMasks(None, None, False), None, attends)
+        masks = AttentionMasks(None, None, False, attend=append)
+        output = encoder._run(hidden, masks, None)
         self.lengths.copy_(lengths)
         self._most += count
         return output
 
-
-def self_attention_of(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-    """What attention is where nothing takes its place."""
-    return self_attention(qkv, dropout_p, **masks.settings())
+    def _store(
+        self, layer: int, sequences: Tensor, places: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Put ``[*, heads, head_dim]`` where ``sequences`` and ``places`` ``[*]`` say."""
+        self.keys[layer][sequences, :, places] = key
+        self.values[layer][sequences, :, places] = value
 
 
 def next_token(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,26 +63,29 @@ class PrefixTuning(nn.Module):
         """Number of keys of a layer and head."""
         return self.key.shape[2]
 
-    def attends(self) -> list[Attend]:
-        """For each layer attention of packed rows, for ``TransformerEncoder.forward_packed``."""
-        return list(map(_attend_to, self.key.unbind(), self.value.unbind()))
+    def attention(self) -> Attend:
+        """Attention of packed rows, for ``TransformerEncoder.forward_packed``."""
+        return functools.partial(_attend_to, self.key.unbind(), self.value.unbind())
 
 
-def _attend_to(prefix_key: Tensor, prefix_value: Tensor) -> Attend:
-    def attend(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
-        query, key, value = qkv.squeeze(0).unbind(1)
-        assert masks.cu_seqlens_q is not None and masks.cu_seqlens_k is not None
-        own, own_lse = functional.varlen_attention(
-            query, key, value, masks.cu_seqlens_q, masks.cu_seqlens_k, masks.max_seqlen_q,
-            masks.max_seqlen_k, dropout_p, masks.is_causal, return_lse=True,
-        )
-        # Whose sequence a row is of does not matter to the prefix: all are one sequence.
-        found, lse = functional.scaled_dot_product_attention(
-            query.transpose(0, 1)[None], prefix_key[None].to(query.dtype),
-            prefix_value[None].to(query.dtype), dropout_p=dropout_p, return_lse=True,
-        )
-        own = own.transpose(0, 1)[None]
-        merged, _ = functional.merge_attention_states(own, own_lse[None], found, lse)
-        return merged.transpose(1, 2)
-
-    return attend
+def _attend_to(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    qkv: Tensor,
+    dropout_p: float,
+    masks: AttentionMasks,
+) -> Tensor:
+    query, key, value = qkv.squeeze(0).unbind(1)
+    assert masks.cu_seqlens_q is not None and masks.cu_seqlens_k is not None
+    own, own_lse = functional.varlen_attention(
+        query, key, value, masks.cu_seqlens_q, masks.cu_seqlens_k, masks.max_seqlen_q,
+        masks.max_seqlen_k, dropout_p, masks.is_causal, return_lse=True,
+    )
+    # Whose sequence a row is of does not matter to the prefix: all are one sequence.
+    found, lse = functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys[masks.layer][None].to(query.dtype),
+        values[masks.layer][None].to(query.dtype), dropout_p=dropout_p, return_lse=True,
+    )
+    own = own.transpose(0, 1)[None]
+    merged, _ = functional.merge_attention_states(own, own_lse[None], found, lse)
+    return merged.transpose(1, 2)

@@ -41,11 +41,12 @@ class AttentionMasks(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     attend: Attend | None = None  # takes the place of self-attention
+    layer: int = 0  # of an encoder, which ``attend`` is told
 
     def settings(self) -> dict[str, Any]:
         """By their names, what attention is to be called with."""
         settings = self._asdict()
-        del settings["attend"]
+        del settings["attend"], settings["layer"]
         return settings
 
     @staticmethod
@@ -62,8 +63,8 @@ class AttentionMasks(NamedTuple):
         )
 
 
-# From a projection [batch, length, 3, heads, head_dim], the probability of dropout and the masks to
-# heads [batch, length, heads, head_dim]. Packed rows are a batch of 1.
+# From a projection [batch, length, 3, heads, head_dim], the probability of dropout and the masks,
+# which name the layer, to heads [batch, length, heads, head_dim]. Packed rows are a batch of 1.
 Attend = Callable[[Tensor, float, AttentionMasks], Tensor]
 
 

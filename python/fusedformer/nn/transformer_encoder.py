@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -211,7 +210,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         selection: Selection | None = None,
         *,
         is_causal: bool = False,
-        attend: Sequence[Attend] | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
 
@@ -223,9 +222,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             packing: of the batch.
             selection: from :meth:`packing`; the last layer computes these rows alone.
             is_causal: tokens see themselves and those before them.
-            attend: for each layer what computes its heads ``[1, total, heads, dim]`` from its
+            attend: what computes the heads ``[1, total, heads, dim]`` of a layer from its
                 projection ``[1, total, 3, heads, dim]``, the probability of dropout and the masks,
-                in place of attention: a cache, a learned prefix.
+                whose ``layer`` it is, in place of attention: a cache, a learned prefix.
 
         Returns:
             ``[total, E]``, or the rows of ``selection``, on which ``selection.result`` is the
@@ -239,9 +238,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         check_rank(function, "input", input)
         check_rows(function, "input", input, packing)
         check_sequences(function, self, {"input": input})
-        masks = AttentionMasks.packed(packing, packing, is_causal)
+        masks = AttentionMasks.packed(packing, packing, is_causal)._replace(attend=attend)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
-            return self._run(input, masks, selection, attend)
+            return self._run(input, masks, selection)
 
     def _forward_padded(
         self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -268,13 +267,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
         return nested
 
-    def _run(
-        self,
-        x: Tensor,
-        masks: AttentionMasks,
-        rows: Selection | None,
-        attend: Sequence[Attend] | None = None,
-    ) -> Tensor:
+    def _run(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
         """All layers and the norm of packed rows; the last layer computes only ``rows``.
 
         The sum at the end of a layer whose norms come first is left to the norm that follows.
@@ -282,8 +275,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
-            if attend is not None:
-                masks = masks._replace(attend=attend[index - 1])
+            if masks.attend is not None:
+                masks = masks._replace(layer=index - 1)
             if must_be_called(layer):  # the next layer must find no parameter of this one
                 x, pending = called(layer, opened(x, pending), masks, wanted), None
             elif not layer.norm_first:
