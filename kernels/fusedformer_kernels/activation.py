@@ -19,10 +19,11 @@ from fusedformer_kernels.primitives import LOG2_E, dropout_keep, dropout_scale, 
 from fusedformer_kernels.reduction import sum_partials
 from fusedformer_kernels.strided import rows_of
 
-ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
+_QUICK = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -63,8 +64,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 2:
         # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
         y = x * _sigmoid((x + x * x * x * _GELU_CUBIC) * (2.0 * _SQRT_2_OVER_PI))
-    else:
+    elif ACTIVATION == 3:
         y = x * _sigmoid(x)
+    else:
+        y = x * _sigmoid(x * _QUICK)
     return y
 
 
@@ -83,8 +86,9 @@ def _activation_derivative(x, ACTIVATION: tl.constexpr):
         # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
         d = s + x * s * _sigmoid(-inner) * slope
     else:
-        s = _sigmoid(x)
-        d = s + x * s * _sigmoid(-x)
+        steeper = x if ACTIVATION == 3 else x * _QUICK
+        s = _sigmoid(steeper)
+        d = s + steeper * s * _sigmoid(-steeper)
     return d
 
 

@@ -264,7 +264,7 @@ def on_one_projection(
     mesh: DeviceMesh, place: Placement
 ) -> tuple[list[Tensor], list[Tensor], int]:
     qkv, dy = torch.randn(2, 3, 3, 2, 4), torch.randn(2, 3, 2, 4)
-    masks = AttentionMasks(None, None, True)._asdict()
+    masks = AttentionMasks(None, None, True).settings()
     with backend("triton"):
         leaf = qkv.clone().requires_grad_()
         output = self_attention(leaf, 0.0, **masks)

@@ -110,7 +110,7 @@ def test_a_planted_fault_is_found(
             first.activation = torch.nn.GELU("tanh")
     if fault == "mask dropped":
         forward = ours.encoder.forward
-        ours.encoder.forward = lambda src, **masks: forward(src)  # type: ignore[method-assign]
+        ours.encoder.forward = lambda src, *args, **masks: forward(src)  # type: ignore[method-assign]
     with backend("torch"):
         assert faults(ours, stock, inputs)
 
@@ -193,7 +193,7 @@ def test_bad_input(given: dict[str, Any], error: type[Exception]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"hidden_size": 25}, {"vocab_size": 0}, {"hidden_dropout_prob": 1.1}, {"hidden_act": "silu"}],
+    [{"hidden_size": 25}, {"vocab_size": 0}, {"hidden_dropout_prob": 1.1}, {"hidden_act": "mish"}],
     ids=lambda change: next(iter(change)),
 )
 def test_bad_config(change: dict[str, Any]) -> None:

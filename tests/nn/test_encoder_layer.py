@@ -240,7 +240,8 @@ def test_a_plain_layer_calls_no_child_but_the_first_norm(
     [
         (F.relu, "relu"), (torch.relu, "relu"), (torch.nn.ReLU(), "relu"), (F.gelu, "gelu"),
         (torch.nn.GELU(), "gelu"), (torch.nn.GELU(approximate="tanh"), "gelu_tanh"),
-        (F.silu, "silu"), (torch.nn.SiLU(), "silu"), (torch.tanh, None), (torch.nn.ReLU6(), None),
+        (F.silu, "silu"), (torch.nn.SiLU(), "silu"), (nn.QuickGELU(), "quick_gelu"),
+        (torch.tanh, None), (torch.nn.ReLU6(), None),
     ],
 )  # fmt: skip
 def test_recognized_activations(activation: Any, name: str | None) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fusedformer import functional as F
 from fusedformer import reference
+from fusedformer.functional import ACTIVATIONS
 from fusedformer.testing import assert_parity
-
-ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

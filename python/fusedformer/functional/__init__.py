@@ -8,6 +8,7 @@ Supported dtypes: float32, float16 and bfloat16 on the triton backend, any float
 the torch backend. Statistics and accumulation are float32 (float64 for float64 input).
 """
 
+from fusedformer.functional._activation import ACTIVATIONS as ACTIVATIONS
 from fusedformer.functional._activation import Activation as Activation
 from fusedformer.functional._activation import bias_activation
 from fusedformer.functional._attention import (

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
 def bias_activation(
@@ -25,7 +25,8 @@ def bias_activation(
     Args:
         input: ``[..., d]``, the output of a product without its bias.
         bias: ``[d]``, or None. Its gradient comes from the same kernel as that of ``input``.
-        activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        activation: ``"gelu"`` (exact, by erf), ``"gelu_tanh"``, ``"quick_gelu"``
+            (``x * sigmoid(1.702 * x)``), ``"relu"`` or ``"silu"``.
         p: probability that an element is dropped, in [0, 1].
         training: no dropout if False.
 

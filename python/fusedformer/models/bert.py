@@ -1,19 +1,31 @@
-"""BERT's encoder: embeddings, then a post-norm stack, and its weights in Hugging Face's layout."""
+"""BERT: embeddings, a post-norm stack, and the heads that it is trained with."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer import functional
-from fusedformer.functional._selection import check_output_rows
+from fusedformer import _checks, functional
+from fusedformer.models._huggingface import (
+    ACTIVATIONS,
+    HuggingFaceWeights,
+    ModelConfig,
+    Source,
+    activation_of,
+    both,
+)
+from fusedformer.models._text import TextModel, first_dtype
+from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.nn._modules import is_plain
+from fusedformer.objectives import IGNORED
+
+Head = Literal["pooler", "mlm", "nsp"]
 
 # Ours: Hugging Face's. Names of modules, each with a weight and, where it has one, a bias.
 _EMBEDDING_NAMES = {
@@ -30,18 +42,24 @@ _LAYER_NAMES = {
     "norm2": "output.LayerNorm",
 }
 _PROJECTIONS = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
-_NOT_OURS = ("pooler.", "cls.", "classifier.", "qa_outputs.")
-_POSITION_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_HEAD_NAMES = {
+    "pooler": "pooler.dense",
+    "mlm.dense": "cls.predictions.transform.dense",
+    "mlm.norm": "cls.predictions.transform.LayerNorm",
+    "nsp": "cls.seq_relationship",
+}
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(ModelConfig):
     """Sizes and settings of a BERT encoder, by Hugging Face's names; the defaults are BERT-base's.
 
     Raises:
         ValueError: a size that is not positive, heads that do not divide the width, a dropout
-            outside [0, 1].
+            outside [0, 1], an unknown activation.
     """
+
+    _fixed: ClassVar[dict[str, Any]] = {"position_embedding_type": "absolute", "is_decoder": False}
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -56,46 +74,6 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            lowest = 0 if field.name == "pad_token_id" else 1
-            if field.type == "int" and value < lowest:
-                raise ValueError(
-                    f"BertConfig(): expected '{field.name}' to be at least {lowest}, "
-                    f"but got {value}"
-                )
-            if field.name.endswith("dropout_prob") and not 0.0 <= value <= 1.0:
-                raise ValueError(
-                    f"BertConfig(): expected '{field.name}' to be in [0, 1], but got {value}"
-                )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"BertConfig(): expected 'num_attention_heads' to divide hidden_size="
-                f"{self.hidden_size}, but got {self.num_attention_heads}"
-            )
-        if self.hidden_act not in ("gelu", "relu"):
-            raise ValueError(
-                f"BertConfig(): expected 'hidden_act' to be 'gelu' or 'relu', "
-                f"but got {self.hidden_act!r}"
-            )
-
-    @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> BertConfig:
-        """From the content of a ``config.json``, or a configuration's ``to_dict()``.
-
-        Raises:
-            ValueError: a setting that this encoder does not have (relative positions, a decoder).
-        """
-        for name, expected in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-            if config.get(name, expected) != expected:
-                raise ValueError(
-                    f"BertConfig.from_huggingface(): expected {name}={expected!r}, "
-                    f"but got {config[name]!r}"
-                )
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: config[name] for name in sorted(known & config.keys())})
 
 
 class BertEmbeddings(nn.Module):
@@ -112,17 +90,19 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        prompt: Tensor | None = None,
     ) -> Tensor:
-        """Integers ``[B, L]`` to ``[B, L, d]``; or packed ``[total]``, positions given, to 2-D.
+        """Integers ``[*]`` of one shape to ``[*, d]``, in one kernel.
 
-        One kernel, unless a child is replaced or has hooks.
+        By calls of the children if one is replaced or has hooks, or if there is a prompt, whose
+        vectors are those of ids beyond the table's.
         """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        position_ids = position_ids.expand(input_ids.shape)
         plain = (nn.Embedding, LayerNorm, nn.Dropout)
-        if all(is_plain(child, *plain) for child in self.children()):
+        if prompt is None and all(is_plain(child, *plain) for child in self.children()):
             return functional.embedding_layer_norm(
                 input_ids, self.word.weight, self.norm.weight, self.norm.bias, self.norm.eps,
                 position_ids=position_ids, position_weight=self.position.weight,
@@ -131,13 +111,32 @@ class BertEmbeddings(nn.Module):
             )
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        total = self.word(input_ids) + self.token_type(token_type_ids)
+        total = embedded(self.word, input_ids, prompt) + self.token_type(token_type_ids)
         output: Tensor = self.dropout(self.norm(total + self.position(position_ids)))
         return output
 
 
-class BertEncoderModel(nn.Module):
-    """Token ids to the hidden states of BERT's last layer.
+class BertMaskedLMHead(nn.Module):
+    """``norm(activation(dense(hidden)))``, and the bias of the projection to the vocabulary."""
+
+    def __init__(self, config: BertConfig, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = config.hidden_size
+        self.dense = nn.Linear(width, width, **to)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.norm = LayerNorm(width, config.layer_norm_eps, **to)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size, **to))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What is projected by the word embeddings, ``[*, d]`` of hidden states ``[*, d]``."""
+        inner = functional.bias_activation(self.dense(hidden), None, self.activation)
+        output: Tensor = self.norm(inner)
+        return output
+
+
+class BertEncoderModel(TextModel, HuggingFaceWeights):
+    """Token ids to the hidden states of BERT's last layer, with its heads where they are asked for.
 
     ``embeddings`` is a :class:`BertEmbeddings`, ``encoder`` a
     :class:`fusedformer.nn.TransformerEncoder` of post-norm layers.
@@ -145,14 +144,33 @@ class BertEncoderModel(nn.Module):
     Args:
         config: sizes and settings.
         device, dtype: of the parameters.
+        heads: any of ``"pooler"``, ``"mlm"`` (masked language modelling, its decoder tied to the
+            word embeddings) and ``"nsp"`` (next sentence, which brings the pooler with it).
 
     Source: Devlin et al., BERT, arXiv:1810.04805.
     """
 
+    embeddings: BertEmbeddings
+
+    _prefix = "bert."
+    _not_ours = ("pooler.", "cls.", "classifier.", "qa_outputs.")
+    _no_weights = r"embeddings\.(position_ids|token_type_ids)"
+
     def __init__(
-        self, config: BertConfig, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        config: BertConfig,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: Collection[Head] = (),
     ) -> None:
         super().__init__()
+        unknown = set(heads) - {"pooler", "mlm", "nsp"}
+        if isinstance(heads, str) or unknown:
+            raise ValueError(
+                f"BertEncoderModel(): expected 'heads' to be a collection of 'pooler', 'mlm' and "
+                f"'nsp', but got {heads!r}"
+            )
         self.config = config
         self.embeddings = BertEmbeddings(config, device, dtype)
         layer = TransformerEncoderLayer(
@@ -160,7 +178,7 @@ class BertEncoderModel(nn.Module):
             config.num_attention_heads,
             config.intermediate_size,
             config.hidden_dropout_prob,
-            config.hidden_act,
+            activation_of(config.hidden_act),
             config.layer_norm_eps,
             batch_first=True,
             device=device,
@@ -170,6 +188,12 @@ class BertEncoderModel(nn.Module):
         layer.self_attn.dropout = config.attention_probs_dropout_prob
         layer.dropout.p = 0.0
         self.encoder = TransformerEncoder(layer, config.num_hidden_layers)
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = config.hidden_size
+        pools = "pooler" in heads or "nsp" in heads
+        self.pooler = nn.Linear(width, width, **to) if pools else None
+        self.mlm = BertMaskedLMHead(config, device, dtype) if "mlm" in heads else None
+        self.nsp = nn.Linear(width, 2, **to) if "nsp" in heads else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -210,144 +234,153 @@ class BertEncoderModel(nn.Module):
             TypeError: ``input_ids`` are not integers.
             ValueError: wrong rank or shape; a sequence longer than ``max_position_embeddings``.
         """
-        function = "BertEncoderModel"
-        if input_ids.dim() != 2:
-            raise ValueError(
-                f"{function}(): expected 'input_ids' of shape [B, L], "
-                f"but got {tuple(input_ids.shape)}"
-            )
-        if input_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"{function}(): expected 'input_ids' to be int32 or int64, but got "
-                f"{input_ids.dtype}"
-            )
-        longest = self.config.max_position_embeddings
-        if position_ids is None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"{function}(): expected at most {longest} positions, "
-                f"but got input_ids of shape {tuple(input_ids.shape)}"
-            )
+        longest = None if position_ids is not None else self.config.max_position_embeddings
         alike = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        for name, tensor in alike.items():
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(
-                    f"{function}(): expected '{name}' to have the shape of 'input_ids', "
-                    f"{tuple(input_ids.shape)}, but got {tuple(tensor.shape)}"
-                )
-        whole = is_plain(self.encoder, TransformerEncoder)
-        whole = whole and is_plain(self.embeddings, BertEmbeddings)  # a hook may want the batch
-        packs = whole and self.encoder.packs(self.embeddings.word.weight)
-        if attention_mask is None or not packs:
-            padding = None if attention_mask is None else attention_mask == 0
-            hidden = self.embeddings(input_ids, token_type_ids, position_ids)
-            output: Tensor = self.encoder(
-                hidden, src_key_padding_mask=padding, output_rows=output_rows
-            )
+        self._check(input_ids, longest, **alike)
+        if attention_mask is None and self.prompt is None and self.prefix is None:
+            if position_ids is None:
+                position_ids = self._positions(input_ids, None)
+            positions = position_ids.expand(input_ids.shape)
+            hidden = self.embeddings(input_ids, positions, token_type_ids)
+            output: Tensor = self.encoder(hidden, output_rows=output_rows)
             return output
-        if output_rows is not None:
-            check_output_rows(function, output_rows, *input_ids.shape)
-        packing, selection = self.encoder.packing(attention_mask != 0, output_rows)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # Rows behind the last token, if any, take the first token's ids.
-        places = packing.indices.clamp(min=0)
-        ids = [
-            None if t is None else t.expand(input_ids.shape).flatten()[places]
-            for t in (input_ids, token_type_ids, position_ids)
-        ]
-        packed = self.encoder.forward_packed(self.embeddings(*ids), packing, selection)
-        if selection is not None:
-            return selection.result(packed)
-        return functional.unpack(packed, packing)
+        return self._encode(
+            input_ids, attention_mask, position_ids, output_rows, token_type_ids
+        ).padded()
+
+    def pooled(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """``tanh(pooler(hidden state of the first token))``, ``[B, d]``.
+
+        Args:
+            input_ids, inputs: as for :meth:`forward`; the last layer computes first tokens alone.
+
+        Raises:
+            ValueError: the model has no pooler; what :meth:`forward` raises.
+        """
+        first = torch.zeros(input_ids.shape[0], 1, dtype=torch.int64, device=input_ids.device)
+        return self._pool(self(input_ids, **inputs, output_rows=first)[:, 0])
+
+    def masked_lm_logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[*, vocab_size]`` of hidden states ``[*, d]``, by the head ``"mlm"``."""
+        head = self._head("mlm", self.mlm)
+        return F.linear(head(hidden), self.embeddings.word.weight, head.bias)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The sum of BERT's two losses, or the one whose labels are given.
+
+        Of the last layer, feed-forward included, only the tokens with a label and the first ones,
+        if next sentences are to be told, are computed; no logits of all tokens are in memory. How
+        many they are must not matter with the encoder's ``static_shapes`` and inside
+        ``torch.compile``: there all tokens are computed.
+
+        Args:
+            input_ids, inputs: as for :meth:`forward`.
+            labels: int64 ``[B, L]``, -100 where nothing was masked (see
+                :func:`fusedformer.objectives.mask_tokens`).
+            next_sentence_label: int64 ``[B]``: 0 if the second sentence follows the first, else 1.
+
+        Returns:
+            A scalar; the mean over masked tokens and the mean over sequences.
+
+        Raises:
+            ValueError: no labels, labels of another shape, no head for them; what :meth:`forward`
+                raises.
+        """
+        function = "BertEncoderModel.loss"
+        batch_and_length = tuple(input_ids.shape)
+        _checks.check_shape(function, "labels", labels, batch_and_length, "that of 'input_ids'")
+        of = "one for each sequence"
+        shape = batch_and_length[:1]
+        _checks.check_shape(function, "next_sentence_label", next_sentence_label, shape, of)
+        if labels is None:
+            if next_sentence_label is None:
+                raise ValueError(f"{function}(): expected 'labels' or 'next_sentence_label'")
+            logits = self._head("nsp", self.nsp)(self.pooled(input_ids, **inputs))
+            return functional.cross_entropy(logits, next_sentence_label)
+        head = self._head("mlm", self.mlm)
+        if self.encoder.static_shapes or torch.compiler.is_compiling():
+            hidden, targets = self(input_ids, **inputs).flatten(0, 1), labels.flatten()
+            firsts = torch.arange(input_ids.shape[0], device=hidden.device) * input_ids.shape[1]
+        else:
+            wanted = labels != IGNORED
+            if next_sentence_label is not None:
+                wanted[:, 0] = True
+            hidden, flat = self(input_ids, **inputs, output_rows=wanted), wanted.flatten()
+            places = torch.nonzero_static(flat, size=hidden.shape[0]).flatten()
+            targets = labels.flatten()[places]
+            firsts = flat.cumsum(0)[:: input_ids.shape[1]] - 1
+        loss = functional.linear_cross_entropy(
+            head(hidden), self.embeddings.word.weight, targets, linear_bias=head.bias,
+            static_shapes=True,  # of the rows that are there hardly one is without a label
+        )
+        if next_sentence_label is None:
+            return loss
+        logits = self._head("nsp", self.nsp)(self._pool(hidden[firsts]))
+        return loss + functional.cross_entropy(logits, next_sentence_label)
+
+    def _pool(self, first: Tensor) -> Tensor:
+        return torch.tanh(self._head("pooler", self.pooler)(first))
+
+    def _head(self, name: Head, head: Any) -> Any:
+        if head is None:
+            raise ValueError(f"BertEncoderModel: made without the head {name!r}; see 'heads'")
+        return head
 
     @classmethod
     def from_huggingface(
-        cls, state_dict: Mapping[str, Tensor], config: BertConfig | Mapping[str, Any]
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: BertConfig | Mapping[str, Any],
+        *,
+        heads: Collection[Head] = (),
     ) -> BertEncoderModel:
-        """A model in eval mode with the weights of a Hugging Face ``BertModel``, in their dtype.
+        """A model in eval mode with the weights of one of Hugging Face's, in their dtype.
 
         Args:
-            state_dict: as for :meth:`load_huggingface_state_dict`.
+            state_dict: as for :meth:`load_huggingface_state_dict`; of ``BertModel``,
+                ``BertForMaskedLM``, ``BertForPreTraining`` and the like.
             config: ours, or the content of a ``config.json``.
+            heads: those to have; their weights must be in ``state_dict``.
         """
         if not isinstance(config, BertConfig):
             config = BertConfig.from_huggingface(config)
-        dtype = next((t.dtype for t in state_dict.values() if t.is_floating_point()), None)
-        model = cls(config, dtype=dtype)
+        model = cls(config, dtype=first_dtype(state_dict), heads=heads)
         model.load_huggingface_state_dict(state_dict)
         return model.eval()
 
-    def load_huggingface_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Copy the weights of a Hugging Face ``BertModel`` into this model.
+    def _tied(self) -> dict[str, str]:
+        decoder = "cls.predictions.decoder"
+        tied = {f"{decoder}.weight": "embeddings.word.weight", f"{decoder}.bias": "mlm.bias"}
+        return {} if self.mlm is None else tied
 
-        Args:
-            state_dict: by Hugging Face's names, with or without a leading ``bert.``.
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The embeddings of tokens."""
+        return self.embeddings.word
 
-        Returns:
-            The names in ``state_dict`` of parts that this model does not have: pooler and heads.
+    def _full_name(self, name: str) -> str:
+        # A bare BertModel has no prefix; the models around it have it, but not on their heads.
+        bare = self.mlm is None and self.nsp is None
+        return name if bare or name.startswith("cls.") else self._prefix + name
 
-        Raises:
-            KeyError: a weight is missing.
-            ValueError: an unknown name, or a weight of another shape; nothing was copied then.
-        """
-        prefix = "bert." if any(name.startswith("bert.") for name in state_dict) else ""
-        given = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-        ours: dict[str, Tensor] = {}
-        used: set[str] = set()
-        all_sources = self._sources()
-        for name, sources in all_sources.items():
-            missing = [source for source in sources if source not in given]
-            if missing:
-                raise KeyError(f"load_huggingface_state_dict(): missing {', '.join(missing)}")
-            parts = [given[source] for source in sources]
-            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-            used.update(sources)
-        left = [name for name in given if name not in used and name not in _POSITION_BUFFERS]
-        unknown = [name for name in left if not name.startswith(_NOT_OURS)]
-        wrong = [
-            f"{' + '.join(all_sources[name])} of shape {tuple(ours[name].shape)}, expected "
-            f"{tuple(tensor.shape)}"
-            for name, tensor in self.state_dict().items()
-            if tensor.shape != ours[name].shape
-        ]
-        if unknown or wrong:
-            problems = [f"unknown {name}" for name in unknown] + wrong
-            raise ValueError(f"load_huggingface_state_dict(): {'; '.join(problems)}")
-        self.load_state_dict(ours)
-        return left
-
-    def to_huggingface_state_dict(self) -> dict[str, Tensor]:
-        """The weights by the names and in the shapes of a Hugging Face ``BertModel``.
-
-        Views of this model's own tensors, without pooler: load them with ``strict=False``, or
-        into a ``BertModel`` with ``add_pooling_layer=False``.
-        """
-        return self.to_huggingface_layout(self.state_dict())
-
-    def to_huggingface_layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by the names of this model's parameters, such as gradients, by Hugging Face's.
-
-        Views of the given tensors.
-        """
-        sources = self._sources()
-        theirs: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            parts = tensor.chunk(len(sources[name]))
-            theirs.update(zip(sources[name], parts, strict=True))
-        return theirs
-
-    def _sources(self) -> dict[str, list[str]]:
-        """For each of our parameters the names of Hugging Face's, concatenated along rows."""
-        modules = dict(_EMBEDDING_NAMES)
-        sources: dict[str, list[str]] = {}
+    def _sources(self) -> dict[str, Source]:
+        sources: dict[str, Source] = {}
+        for ours, theirs in _EMBEDDING_NAMES.items():
+            sources |= both(ours, theirs)
         for index in range(self.config.num_hidden_layers):
             ours, theirs = f"encoder.layers.{index}", f"encoder.layer.{index}"
-            modules |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _LAYER_NAMES.items()}
             for kind in ("weight", "bias"):
-                sources[f"{ours}.self_attn.in_proj_{kind}"] = [
-                    f"{theirs}.{projection}.{kind}" for projection in _PROJECTIONS
-                ]
-        for ours, theirs in modules.items():
-            kinds = ("weight",) if theirs.endswith("_embeddings") else ("weight", "bias")
-            sources |= {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in kinds}
-        return sources
+                names = tuple(f"{theirs}.{projection}.{kind}" for projection in _PROJECTIONS)
+                sources[f"{ours}.self_attn.in_proj_{kind}"] = Source(names)
+            for own, their in _LAYER_NAMES.items():
+                sources |= both(f"{ours}.{own}", f"{theirs}.{their}")
+        for ours, theirs in _HEAD_NAMES.items():
+            sources |= both(ours, theirs)
+        sources["mlm.bias"] = Source(("cls.predictions.bias",))
+        return {name: sources[name] for name in self.state_dict() if name in sources}

@@ -12,6 +12,7 @@ from fusedformer.nn.positional_encoding import (
     LearnedPositionalEncoding,
     SinusoidalPositionalEncoding,
 )
+from fusedformer.nn.quick_gelu import QuickGELU
 from fusedformer.nn.rms_norm import RMSNorm
 from fusedformer.nn.scaled_dot_product_attention import ScaledDotProductAttention
 from fusedformer.nn.softmax import LogSoftmax, Softmax
@@ -30,6 +31,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
+    "QuickGELU",
     "RMSNorm",
     "ScaledDotProductAttention",
     "SigmoidContrastiveLoss",

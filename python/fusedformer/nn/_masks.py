@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,14 @@ class AttentionMasks(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    attend: Attend | None = None  # takes the place of self-attention
+    layer: int = 0  # of an encoder, which ``attend`` is told
 
+    def settings(self) -> dict[str, Any]:
+        """By their names, what attention is to be called with."""
+        settings = self._asdict()
+        del settings["attend"], settings["layer"]
+        return settings
 
     @staticmethod
     def packed(queries: Packing, keys: Packing, is_causal: bool) -> AttentionMasks:
@@ -53,6 +61,11 @@ class AttentionMasks(NamedTuple):
         return AttentionMasks(
             None, None, is_causal, starts_q, starts_k, queries.max_seqlen, keys.max_seqlen
         )
+
+
+# From a projection [batch, length, 3, heads, head_dim], the probability of dropout and the masks,
+# which name the layer, to heads [batch, length, heads, head_dim]. Packed rows are a batch of 1.
+Attend = Callable[[Tensor, float, AttentionMasks], Tensor]
 
 
 def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fusedformer._backend import chosen_backend
 from fusedformer.functional import Activation
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
 from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.quick_gelu import QuickGELU
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -113,6 +114,8 @@ def fused_activation(activation: Any) -> Activation | None:
         return "gelu"
     if is_plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if is_plain(activation, QuickGELU):
+        return "quick_gelu"
     return None
 
 

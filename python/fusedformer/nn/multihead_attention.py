@@ -204,9 +204,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             qkv = qkv[None]
         elif sequence_first:
             qkv = qkv.transpose(0, 1)
-        if self.ring is None:
-            dropout_p = self.dropout if self.training else 0.0
-            heads = self_attention(qkv, dropout_p, **masks._asdict())
+        dropout_p = self.dropout if self.training else 0.0
+        if masks.attend is not None:
+            heads = masks.attend(qkv, dropout_p, masks)
+        elif self.ring is None:
+            heads = self_attention(qkv, dropout_p, **masks.settings())
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
             heads = self._attention(q, k, v, masks).transpose(1, 2)

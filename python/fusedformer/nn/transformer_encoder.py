@@ -12,6 +12,7 @@ from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows
 from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import (
+    Attend,
     AttentionMasks,
     Names,
     check_attn_mask,
@@ -209,6 +210,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         selection: Selection | None = None,
         *,
         is_causal: bool = False,
+        attend: Attend | None = None,
     ) -> Tensor:
         """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
 
@@ -220,6 +222,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             packing: of the batch.
             selection: from :meth:`packing`; the last layer computes these rows alone.
             is_causal: tokens see themselves and those before them.
+            attend: what computes the heads ``[1, total, heads, dim]`` of a layer from its
+                projection ``[1, total, 3, heads, dim]``, the probability of dropout and the masks,
+                whose ``layer`` it is, in place of attention: a cache, a learned prefix.
 
         Returns:
             ``[total, E]``, or the rows of ``selection``, on which ``selection.result`` is the
@@ -233,7 +238,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         check_rank(function, "input", input)
         check_rows(function, "input", input, packing)
         check_sequences(function, self, {"input": input})
-        masks = AttentionMasks.packed(packing, packing, is_causal)
+        masks = AttentionMasks.packed(packing, packing, is_causal)._replace(attend=attend)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(input, masks, selection)
 
@@ -270,6 +275,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
+            if masks.attend is not None:
+                masks = masks._replace(layer=index - 1)
             if must_be_called(layer):  # the next layer must find no parameter of this one
                 x, pending = called(layer, opened(x, pending), masks, wanted), None
             elif not layer.norm_first:

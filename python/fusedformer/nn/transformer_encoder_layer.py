@@ -187,7 +187,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """(merged heads of ``x``, ``residual``), of ``rows`` if they are given."""
         attention = self.self_attn
         assert isinstance(attention, MultiheadAttention)
-        if rows is not None and not masks.is_causal:
+        if rows is not None and not masks.is_causal and masks.attend is None:
             return attention._attend_from(x, rows, masks), rows.take(residual)
         heads, x = attention._attend_to_itself(x, masks, fork=fork and rows is None)
         residual = x if fork else residual

@@ -14,6 +14,8 @@ from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 
+QUICK = 1.702
+
 
 def bias_activation(
     input: Tensor, bias: Tensor | None, activation: str, p: float, *, seed: Tensor | None = None
@@ -49,6 +51,8 @@ def activate_aten(x: Tensor, activation: str) -> Tensor:
         return torch.relu(x)
     if activation == "silu":
         return F.silu(x)
+    if activation == "quick_gelu":
+        return F.silu(x * QUICK) / QUICK
     return F.gelu(x, approximate=_form(activation))
 
 
@@ -57,8 +61,9 @@ def activation_gradient_in_place(grad: Tensor, x: Tensor, activation: str) -> Te
     aten = torch.ops.aten
     if activation == "relu":
         found = aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-    elif activation == "silu":
-        found = aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    elif activation in ("silu", "quick_gelu"):
+        steeper = x if activation == "silu" else x * QUICK
+        found = aten.silu_backward.grad_input(grad, steeper, grad_input=grad)
     else:
         form = _form(activation)
         found = aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)

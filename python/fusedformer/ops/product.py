@@ -33,9 +33,9 @@ def product_activation(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """``activation(x @ weight.T + bias)``; not differentiable. oneDNN applies it on the way."""
-    if _prefers_onednn(x, weight, bias):
+    if activation in _POST_OPS and _prefers_onednn(x, weight, bias):
         return _onednn(x, weight, bias, *_POST_OPS[activation])
-    return activate_aten(F.linear(x, weight, bias), activation)
+    return activate_aten(product(x, weight, bias), activation)
 
 
 def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:

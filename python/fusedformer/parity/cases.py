@@ -194,6 +194,8 @@ def _stock_activation(input: Tensor, bias: Tensor, activation: str) -> Tensor:
     x = input + bias
     if activation.startswith("gelu"):
         return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     return F.relu(x) if activation == "relu" else F.silu(x)
 
 
@@ -201,7 +203,7 @@ def _activation_cases() -> Iterator[Case]:
     op = Op(
         "bias_activation", functional.bias_activation, _stock_activation, reference.bias_activation
     )
-    for activation in ("gelu", "gelu_tanh", "relu", "silu"):
+    for activation in functional.ACTIVATIONS:
         shapes = _shapes(input=(13, 130), bias=(130,))
         yield Case(op, activation, shapes, {"activation": activation}, activation == "gelu")
 

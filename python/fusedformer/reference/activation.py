@@ -23,7 +23,7 @@ def bias_activation(
     Args:
         input: ``[..., d]``.
         bias: ``[d]``, or None.
-        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"`` or ``"silu"``.
         p: probability with which ``keep`` was drawn.
         keep: boolean, the shape of ``input``; None for no dropout.
 
@@ -35,6 +35,8 @@ def bias_activation(
         y = torch.relu(x)
     elif activation == "silu":
         y = x * torch.sigmoid(x)
+    elif activation == "quick_gelu":
+        y = x * torch.sigmoid(1.702 * x)
     elif activation == "gelu":  # x times the normal distribution's cumulative function
         y = x * 0.5 * torch.erfc(-x / math.sqrt(2.0))
     elif activation == "gelu_tanh":

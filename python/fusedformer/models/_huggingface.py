@@ -1,0 +1,200 @@
+"""Configurations and weights by Hugging Face's names, both ways, for the models of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedformer.functional import Activation
+from fusedformer.nn import QuickGELU
+
+C = TypeVar("C", bound="ModelConfig")
+
+# Hugging Face's names of activations: those of ``bias_activation``.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
+}  # fmt: skip
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """What a layer of :mod:`fusedformer.nn` takes, and fuses, for Hugging Face's ``name``."""
+    found: dict[Activation, Callable[[Tensor], Tensor]] = {
+        "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "relu": F.relu,
+        "silu": F.silu,
+    }  # fmt: skip
+    return found[ACTIVATIONS[name]]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the configurations share: their checks, and where they come from.
+
+    A field of a size is an ``int`` and at least 1, one named ``..._token_id`` at least 0, one of a
+    dropout (``...dropout...``, ``...pdrop``) is in [0, 1].
+    """
+
+    # Settings that have one value here.
+    _fixed: ClassVar[dict[str, Any]] = {}
+    # Names of the width, of the heads that divide it, and of the activation.
+    _names: ClassVar[tuple[str, str, str]] = (
+        "hidden_size", "num_attention_heads", "hidden_act",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        function = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            lowest = 0 if field.name.endswith("_token_id") else 1
+            if str(field.type).startswith("int") and value is not None and value < lowest:
+                raise ValueError(
+                    f"{function}(): expected '{field.name}' to be at least {lowest}, "
+                    f"but got {value}"
+                )
+            if re.search("dropout|pdrop", field.name) and not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"{function}(): expected '{field.name}' to be in [0, 1], but got {value}"
+                )
+        width, heads, activation = (getattr(self, name) for name in self._names)
+        if width % heads:
+            raise ValueError(
+                f"{function}(): expected '{self._names[1]}' to divide {self._names[0]}={width}, "
+                f"but got {heads}"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{function}(): expected '{self._names[2]}' to be one of {tuple(ACTIVATIONS)}, "
+                f"but got {activation!r}"
+            )
+
+    @classmethod
+    def from_huggingface(cls: type[C], config: Mapping[str, Any]) -> C:
+        """From the content of a ``config.json``, or a configuration's ``to_dict()``.
+
+        Raises:
+            ValueError: a setting that this model does not have.
+        """
+        for name, expected in cls._fixed.items():
+            if config.get(name, expected) != expected:
+                raise ValueError(
+                    f"{cls.__name__}.from_huggingface(): expected {name}={expected!r}, "
+                    f"but got {config[name]!r}"
+                )
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: config[name] for name in sorted(known & config.keys())})
+
+
+class Source(NamedTuple):
+    """What Hugging Face has for one of our parameters."""
+
+    names: tuple[str, ...]  # whose tensors are joined along rows
+    transposed: bool = False  # [in, out], as its Conv1D keeps weights
+
+
+def both(ours: str, theirs: str, transposed: bool = False) -> dict[str, Source]:
+    """The sources of a module's weight and bias."""
+    return {
+        f"{ours}.weight": Source((f"{theirs}.weight",), transposed),
+        f"{ours}.bias": Source((f"{theirs}.bias",)),
+    }
+
+
+class HuggingFaceWeights(nn.Module):
+    """A model whose weights transformers has by other names."""
+
+    # Stands before names in some of their state dicts.
+    _prefix: ClassVar[str] = ""
+    # How names begin of parts that this model may lack.
+    _not_ours: ClassVar[tuple[str, ...]] = ()
+    # Whole names of what is no weight: buffers of positions and masks.
+    _no_weights: ClassVar[str] = "$"
+    def _sources(self) -> dict[str, Source]:
+        """By the name of each of our parameters; without prefix."""
+        raise NotImplementedError
+
+    def _tied(self) -> dict[str, str]:
+        """Their names of what is one of our parameters once more."""
+        return {}
+
+    def _full_name(self, name: str) -> str:
+        """One of their names as the model of theirs that has all of our parts has it."""
+        return self._prefix + name
+
+    def load_huggingface_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Copy the weights of the model of transformers that has these parts, or more.
+
+        Args:
+            state_dict: by Hugging Face's names, with or without the leading name of the base model.
+
+        Returns:
+            The names in ``state_dict`` of parts that this model does not have.
+
+        Raises:
+            KeyError: a weight is missing.
+            ValueError: an unknown name, a weight of another shape, or an output layer that is not
+                tied; nothing was copied then.
+        """
+        function, prefix = "load_huggingface_state_dict", self._prefix
+        given = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        ours: dict[str, Tensor] = {}
+        used: set[str] = set()
+        sources = self._sources()
+        for name, source in sources.items():
+            missing = [one for one in source.names if one not in given]
+            if missing:
+                raise KeyError(f"{function}(): missing {', '.join(missing)}")
+            parts = [given[one] for one in source.names]
+            joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+            ours[name] = joined.t() if source.transposed else joined
+            used.update(source.names)
+        problems = []
+        for name, own in self._tied().items():
+            if name in given:
+                used.add(name)
+                if not torch.equal(given[name], ours[own]):
+                    problems.append(f"{name} is not tied to {' + '.join(sources[own].names)}")
+        left = [n for n in given if n not in used and not re.fullmatch(self._no_weights, n)]
+        problems += [f"unknown {name}" for name in left if not name.startswith(self._not_ours)]
+        problems += [
+            f"{' + '.join(sources[name].names)} of shape {tuple(ours[name].shape)}, expected "
+            f"{tuple(tensor.shape)}"
+            for name, tensor in self.state_dict().items()
+            if name in ours and tensor.shape != ours[name].shape
+        ]
+        if problems:
+            raise ValueError(f"{function}(): {'; '.join(problems)}")
+        self.load_state_dict(ours, strict=False)
+        return left
+
+    def to_huggingface_state_dict(self) -> dict[str, Tensor]:
+        """The weights by the names and in the shapes of the model of transformers.
+
+        Views of this model's own tensors, tied ones by both of their names. Parts that this model
+        lacks are not there: load it with ``strict=False`` into a model that has them.
+        """
+        own = self.state_dict()
+        theirs = self.to_huggingface_layout(own)
+        return theirs | {name: own[parameter] for name, parameter in self._tied().items()}
+
+    def to_huggingface_layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the names of this model's parameters, such as gradients, by Hugging Face's.
+
+        Views of the given tensors. Learned prompts and prefixes, which transformers' models lack,
+        are left out.
+        """
+        sources = self._sources()
+        theirs: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name in sources:
+                names, transposed = sources[name]
+                tensor = tensor.t() if transposed else tensor
+                parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
+                theirs.update(zip(map(self._full_name, names), parts, strict=True))
+        return theirs
