@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedformer
 from fusedformer import _attention_checks, backend, graphed, nn
 from fusedformer import functional as F
-from fusedformer.functional import _embedding
+from fusedformer.functional import _cross_entropy, _embedding
 from fusedformer.models import BertConfig, BertEncoderModel
 from fusedformer.parity.cases import Case, all_cases
 from fusedformer.testing import compare
@@ -112,8 +113,11 @@ def no_host_reads() -> Iterator[None]:
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that are looked at on the CPU alone are not."""
+    """Values that are looked at on the CPU alone, or not during a capture, are not."""
     monkeypatch.setattr(_embedding, "_check_range", lambda *args: None)
+    monkeypatch.setattr(_cross_entropy, "_check_range", lambda *args: None)
+    loss = sys.modules["fusedformer.ops.linear_cross_entropy"]
+    monkeypatch.setattr(loss, "_rows_that_count", lambda *args: None)
     monkeypatch.setattr(_attention_checks, "_check_starts", lambda *args: None)
 
 
@@ -183,7 +187,7 @@ def test_no_encoder_with_static_shapes_reads_on_the_host(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusedformer.functional._selection.check_output_rows", lambda *a: None)
-    monkeypatch.setattr("fusedformer.models.bert.check_output_rows", lambda *a: None)
+    monkeypatch.setattr("fusedformer.models._text.check_output_rows", lambda *a: None)
     module, given = MODELS[name](), arguments(name)
     with backend("triton"):
         with no_host_reads(), NoDataDependence():

@@ -120,6 +120,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], dict[str, T
     ),
     "LayerNorm": (lambda: nn.LayerNorm(D), lambda: {"input": randn(N, S, D)}),
     "RMSNorm": (lambda: nn.RMSNorm(D), lambda: {"x": randn(N, S, D)}),
+    "QuickGELU": (nn.QuickGELU, lambda: {"input": randn(N, S)}),
     "Softmax": (lambda: nn.Softmax(-1), lambda: {"input": randn(N, S)}),
     "LogSoftmax": (lambda: nn.LogSoftmax(-1), lambda: {"input": randn(N, S)}),
     "CrossEntropyLoss": (nn.CrossEntropyLoss, lambda: {"input": randn(N, S), "target": classes()}),

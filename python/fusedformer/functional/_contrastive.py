@@ -85,10 +85,15 @@ def sigmoid_contrastive_loss(
     j = i + label_offset, and -1 for all others. ``"mean"`` divides by the rows, not by the pairs.
 
     Args:
+        a, b, logit_scale, label_offset, reduction, group: as for :func:`contrastive_loss`.
         logit_bias: added to the scaled products; a number, or a tensor of one element, which may
             require a gradient.
 
-    All else is as in :func:`contrastive_loss`, with these errors for ``logit_bias`` too.
+    Returns:
+        float32, float64 for float64 input.
+
+    Raises:
+        TypeError, ValueError: as :func:`contrastive_loss`, for ``logit_bias`` too.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343.
     """

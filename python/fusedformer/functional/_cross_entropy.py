@@ -188,8 +188,8 @@ def _check_settings(
 def _check_range(function: str, target: Tensor, classes: int, ignore_index: int) -> None:
     if target.is_floating_point():
         return
-    # On a GPU, looking would wait for it; a compiler has no values to look at.
-    if target.device.type != "cpu" or not target.numel() or torch.compiler.is_compiling():
+    # On a GPU, looking would wait for it.
+    if target.device.type != "cpu" or not target.numel() or not _checks.has_values(target):
         return
     if torch._C._are_functorch_transforms_active():  # nor has a mapped function
         return
