@@ -17,7 +17,7 @@ from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import LOG2_E, dropout_keep, dropout_scale, store
 from fusedformer_kernels.reduction import sum_partials
-from fusedformer_kernels.strided import rows_of
+from fusedformer_kernels.strided import contiguous_like, rows_of
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -156,7 +156,7 @@ def bias_activation_forward(
     activation: str,
 ) -> torch.Tensor:
     """``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = contiguous_like(x)
     if y.numel() == 0:
         return y
     n_columns = x.shape[-1]
@@ -183,7 +183,7 @@ def bias_activation_backward(
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx, dbias in the dtype of ``bias`` if asked for) from the gradient of the output."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = contiguous_like(x)
     wants_bias = needs_bias and bias is not None
     if dx.numel() == 0:
         return dx, torch.zeros_like(bias) if needs_bias and bias is not None else None

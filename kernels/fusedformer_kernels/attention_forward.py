@@ -164,10 +164,10 @@ def attention_forward(
 
     def new(*leading: int, dtype: torch.dtype) -> torch.Tensor:
         sizes = (*leading, batch, n_rows, heads, value_dim)
-        return torch.empty(sizes, dtype=dtype, device=query.device).transpose(-3, -2)
+        return query.new_empty(sizes, dtype=dtype).transpose(-3, -2)
 
     output = new(dtype=query.dtype)
-    lse = torch.empty((batch, heads, n_rows), dtype=torch.float32, device=query.device)
+    lse = query.new_empty(batch, heads, n_rows, dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
     arguments = attention_arguments(query, key, value_dim, terms)

@@ -24,7 +24,7 @@ from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import dropout_keep, dropout_scale, store
 from fusedformer_kernels.reduction import sum_partials
-from fusedformer_kernels.strided import rows_of
+from fusedformer_kernels.strided import contiguous_like, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
 _LAYER = tl.constexpr(1)
@@ -361,11 +361,11 @@ def norm_forward(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = z = mean = rstd = None
     if kind != "none":
-        y = torch.empty(x.shape, dtype=norm_dtype or dtype, device=x.device)
+        y = contiguous_like(x, norm_dtype or dtype)
     if residual is not None and wants_sum:
-        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+        z = contiguous_like(x, dtype)
     if kind != "none" and wants_statistics:
-        rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+        rstd = x.new_empty(n_rows, dtype=torch.float32)
         mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel() > 0:
         x_rows = rows_of(x, n_columns)
@@ -417,10 +417,10 @@ def norm_backward(
         kind = "none"
     mean = mean if kind == "layer" else None
     rstd = None if kind == "none" else rstd
-    dz = torch.empty(z.shape, dtype=z.dtype, device=device)
+    dz = contiguous_like(z)
     dx = None
     if seed is not None or input_dtype != z.dtype:
-        dx = torch.empty(z.shape, dtype=input_dtype, device=device)
+        dx = contiguous_like(z, input_dtype)
     wanted = [needs_weight, needs_bias, needs_input_bias]
     if z.numel() == 0:
         sums = torch.zeros((sum(wanted), n_columns), dtype=parameter_dtype, device=device)

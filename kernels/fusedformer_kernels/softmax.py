@@ -24,7 +24,7 @@ from fusedformer_kernels.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.strided import collapsed
+from fusedformer_kernels.strided import collapsed, contiguous_like
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 
@@ -186,7 +186,7 @@ def softmax_forward(
 
     ``mask`` has the shape of ``x`` (strides may be 0); boolean keeps, floating-point is added.
     """
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = contiguous_like(x, dtype)
     if y.numel() == 0:
         return y
     tensors = [x] if mask is None else [x, mask]
@@ -217,7 +217,7 @@ def softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> torch.Tensor:
     """Gradient of ``x``, contiguous in ``dtype``, of ``y = softmax(scale * x + mask)``."""
-    dx = torch.empty(y.shape, dtype=dtype, device=y.device)
+    dx = contiguous_like(y, dtype)
     if dx.numel() == 0:
         return dx
     (dy_view, y_view), _ = collapsed([dy, y])

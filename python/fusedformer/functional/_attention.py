@@ -139,6 +139,8 @@ def _autocast(
 
 def _of_one_rank(*tensors: Tensor) -> list[Tensor]:
     """With dimensions of size 1 in front, as broadcasting adds them; what is wrong stays wrong."""
+    if len({t.dim() for t in tensors if isinstance(t, Tensor)}) == 1:
+        return list(tensors)
     if any(not isinstance(t, Tensor) or t.is_nested or t.dim() < 2 for t in tensors):
         return list(tensors)
     rank = max(t.dim() for t in tensors)

@@ -223,6 +223,8 @@ def _slopes_2d(slopes: Tensor | None) -> Tensor | None:
 def _as_4d(tensor: Tensor, batch: tuple[int, ...], heads: int | None) -> Tensor:
     """``[batch, heads, sequence, dim]`` with broadcast batch dimensions, a view where possible."""
     leading = batch if heads is None else (*batch[:-1], heads)
+    if len(leading) == 2 and tensor.shape[:-2] == leading:
+        return tensor
     expanded = tensor.expand(*leading, *tensor.shape[-2:])
     if len(leading) == 2:
         return expanded

@@ -38,7 +38,12 @@ def softmax(
         mask = None if mask is None else mask.reshape(1)
         return _softmax(input.reshape(1), mask, scale, is_causal, dtype, log).reshape(())
     if mask is not None:
-        mask = mask.expand(input.shape).movedim(dim, -1)
+        mask = mask.expand(input.shape)
+    if dim in (-1, input.dim() - 1):
+        result: Tensor = _softmax(input, mask, scale, is_causal, dtype, log)
+        return result
+    if mask is not None:
+        mask = mask.movedim(dim, -1)
     return _softmax(input.movedim(dim, -1), mask, scale, is_causal, dtype, log).movedim(-1, dim)
 
 
