@@ -87,6 +87,22 @@ def test_vmap(op: str, name: Any, device: str) -> None:
     assert torch.allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_a_gradient_outside_of_vmap(name: Any, device: str) -> None:
+    """What is mapped hides that a gradient will be asked for, and is kept all the same."""
+    x, residual, dy = torch.randn(3, 3, 4, 16, device=device).unbind()
+
+    def gradients(mapped: bool) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        each = lambda x, residual: F.dropout_add_layer_norm(F.rms_norm(x, (16,)), residual, (16,))
+        call = torch.func.vmap(each) if mapped else each
+        return torch.autograd.grad(call(*leaves), leaves, dy)
+
+    with backend(name):
+        pairs = zip(gradients(True), gradients(False), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_double_backward(op: str, device: str) -> None:
     x = torch.randn(1, 2, 5, 8, device=device, requires_grad=True)

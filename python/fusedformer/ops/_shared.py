@@ -56,7 +56,12 @@ def seeds_drawn_at_once(count: int) -> Iterator[None]:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow, for which something is to be kept."""
+    """Whether a backward may follow, for which something is to be kept.
+
+    Within ``vmap`` tensors hide that those behind them require a gradient.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
