@@ -210,3 +210,16 @@ def test_a_dry_run_ranks_by_what_the_machine_code_promises(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "norm_forward 256: 2 of 3 candidates to try"
     assert [line.split()[1] for line in lines[1:]] == ["15.0", "10.0", "20.0"]
+
+
+def test_the_precision_of_products_by_either_of_torchs_settings() -> None:
+    """The older one cannot be read once the newer one was set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            matmul.fp32_precision = setting
+            assert configs.dot_precision(torch.float32) == setting
+            assert configs.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before

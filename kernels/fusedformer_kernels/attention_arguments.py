@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedformer_kernels import configs
+from fusedformer_kernels.strided import in_line
 
 
 class AttentionTerms(NamedTuple):
@@ -145,7 +146,7 @@ def attention_arguments(
         key_mask=None if terms.key_mask is None else terms.key_mask.view(torch.uint8),
         key_mask_batch=key_mask_batch,
         key_mask_column=key_mask_column,
-        key_lengths=terms.key_lengths,
+        key_lengths=in_line(terms.key_lengths),
         slopes=slopes,
         slopes_batch=slopes_batch,
         slopes_head=slopes_head,
@@ -158,8 +159,8 @@ def attention_arguments(
         align_end=1 if terms.align_end else None,
         seed=terms.seed,
         p=float(terms.p),
-        starts_q=terms.starts_q,
-        starts_k=terms.starts_k,
+        starts_q=in_line(terms.starts_q),
+        starts_k=in_line(terms.starts_k),
         heads=query.shape[1],
         group=query.shape[1] // key.shape[1],
         n_queries=query.shape[2],

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.strided import in_line
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
 # for all layers, forward and backward. Its entry "by_graph" says whether ``starts`` was made while
@@ -86,8 +87,9 @@ def work_list(
     capacity = min(tokens // block + sequences, sequences * configs.ceil_div(longest, block))
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
     launch(
-        _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), starts, other_starts, work,
-        sequences, capacity, LENGTH=block, LAST_FIRST=last_first, CHUNK=256,
+        _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), in_line(starts),
+        in_line(other_starts), work, sequences, capacity, LENGTH=block, LAST_FIRST=last_first,
+        CHUNK=256,
     )
     if shared is not None:
         shared[key] = work

@@ -144,7 +144,9 @@ def row_programs(row_blocks: int, target: Target) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of float32 products: torch's own setting for matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Read by the name that torch's newer settings do not forbid.
+    narrow = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if narrow else "ieee"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from fusedformer_kernels.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.strided import collapsed
+from fusedformer_kernels.strided import collapsed, in_line
 
 # Columns of a tile; a row of fewer shares its program with others.
 TILE = 4096
@@ -222,7 +222,7 @@ def cross_entropy_rows(
 
     Args:
         x: any strides; the gradient replaces it if ``factor`` is given, then ``[N, C]``.
-        target: int64 ``[N]``, contiguous.
+        target: int64 ``[N]``.
         weight, weight_total: ``[C]``, and its sum in float32, or None.
         ignore_index, label_smoothing: see above.
         factor: of the gradient: float32, of each row ``[N]`` or of all of them ``[]``.
@@ -238,6 +238,7 @@ def cross_entropy_rows(
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
     if n_rows:
         (view,), _ = collapsed([x])
+        target, weight = target.contiguous(), in_line(weight)
         config = _tile(n_columns, x.device)
         launch(
             _cross_entropy_rows, (configs.ceil_div(n_rows, config.block_m),), config,
@@ -276,6 +277,7 @@ def cross_entropy_gradient(
     if not n_rows:
         return dx
     (view,), _ = collapsed([x])
+    target, weight = target.contiguous(), in_line(weight)
     config = _tile(n_columns, x.device)
     blocks = configs.ceil_div(n_rows, config.block_m)
     blocks *= configs.ceil_div(n_columns, config.block_n)

@@ -23,7 +23,7 @@ from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.norm import _store_input_grads, _store_partials
 from fusedformer_kernels.primitives import dropout_keep, dropout_scale, store
-from fusedformer_kernels.reduction import sum_partials
+from fusedformer_kernels.reduction import sums_of_partials
 from fusedformer_kernels.strided import rows_of
 
 LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
@@ -218,7 +218,7 @@ def embedding_backward(
     dz = tokens.new_empty(n_rows, n_columns) if needs_tables else None
     wanted = needs_weight, needs_bias
     if not n_rows * n_columns:
-        sums = torch.zeros((sum(wanted), n_columns), dtype=parameter_dtype, device=device)
+        sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
     else:
         target = configs.target_of(device)
         config = _config(n_columns, device)
@@ -234,7 +234,7 @@ def embedding_backward(
             HAS_WEIGHT=weight is not None, DROPOUT=seed is not None, NEEDS_TABLES=needs_tables,
             NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
         )
-        sums = sum_partials(partials, parameter_dtype).view(-1, n_columns)
+        sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
     rows = iter(sums)
     dweight, dbias = (next(rows) if want else None for want in wanted)
     return dz, dweight, dbias

@@ -71,13 +71,13 @@ def _launch(
 ) -> None:
     key = (id(kernel), config, device, *kinds, *constants, *constants.values())
     known = _compiled.get(key)
-    hook = triton.knobs.runtime.launch_enter_hook
-    if known is None or getattr(hook, "calls", hook):  # profilers are told by Triton's own way
+    if known is None or _is_watched():
         compiled = kernel[grid](*args, **constants, **config.options())
-        if _IS_KNOWN and type(compiled) is CompiledKernel:
-            _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+        if _IS_KNOWN and type(compiled) is CompiledKernel and not _is_instrumented():
+            run = compiled.run, compiled.function, compiled.packed_metadata
+            _compiled[key] = *run, (kernel, compiled)  # which live as long as this
         return
-    run, function, metadata = known
+    run, function, metadata, _ = known
     width, height, depth = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(device.index or 0)
     # The order of constants does not matter: the compiled kernel has them, and looks at none.
@@ -88,19 +88,35 @@ def _launch(
 
 
 # How to enqueue a compiled kernel, by all that decides which one a launch needs.
-_compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 # Versions whose specialization _append_kinds follows; AMD's looks at the sizes of buffers too.
 _IS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and (
     torch.version.hip is None
 )
 
 
+def _is_watched() -> bool:
+    """Whether a profiler is to be told of launches, as Triton's own way to a kernel does."""
+    runtime = triton.knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _is_instrumented() -> bool:
+    """Whether what is compiled now is for now: measured, checked or changed on the way."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    return bool(
+        _is_watched() or runtime.debug or runtime.add_stages_inspection_hook
+        or compilation.instrumentation_mode
+    )  # fmt: skip
+
+
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @functools.lru_cache(4096)
-def _kinds_of_numbers(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Kinds of a tuple without tensors, in which a number is either never a float or always."""
+def _kinds_of_numbers(values: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
+    """Kinds of a tuple without tensors; its types tell 1 from 1.0 and True, which are equal."""
     kinds: list[Any] = []
     _append_kinds(values, kinds)
     return tuple(kinds)
@@ -132,8 +148,8 @@ def _append_kinds(args: tuple[Any, ...], kinds: list[Any]) -> Any:
             append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
         elif not isinstance(value, tuple):
             append((kind, value))
-        elif _NUMBERS.issuperset(map(type, value)):
-            append(_kinds_of_numbers(value))
+        elif _NUMBERS.issuperset(types := tuple(map(type, value))):
+            append(_kinds_of_numbers(value, types))
         else:
             append(len(value))
             device = _append_kinds(value, kinds) or device

@@ -23,8 +23,8 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import dropout_keep, dropout_scale, store
-from fusedformer_kernels.reduction import sum_partials
-from fusedformer_kernels.strided import contiguous_like, rows_of
+from fusedformer_kernels.reduction import sums_of_partials
+from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
 _LAYER = tl.constexpr(1)
@@ -423,7 +423,7 @@ def norm_backward(
         dx = contiguous_like(z, input_dtype)
     wanted = [needs_weight, needs_bias, needs_input_bias]
     if z.numel() == 0:
-        sums = torch.zeros((sum(wanted), n_columns), dtype=parameter_dtype, device=device)
+        sums = [z.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
         return dz, dx, *_distribute(sums, wanted, shape)
     target = configs.target_of(device)
     longest = configs.NORM_BACKWARD_ONE_PASS
@@ -472,20 +472,20 @@ def norm_backward(
                 n_columns, stride_dy, z_rows.stride(0), partials.shape[1],
                 BLOCK_M=block_m, BLOCK_N=block_n, KIND=KINDS[kind], **needs,
             )
-    sums = partials
+    sums = []
     if any(wanted):
-        sums = sum_partials(partials, parameter_dtype).view(-1, n_columns)
+        sums = sums_of_partials(partials, sum(wanted), parameter_dtype)
     return dz, dx, *_distribute(sums, wanted, shape)
 
 
 def _distribute(
-    sums: torch.Tensor, wanted: list[bool], shape: torch.Size
+    sums: list[torch.Tensor], wanted: list[bool], shape: torch.Size
 ) -> list[torch.Tensor | None]:
     rows = iter(sums)
     return [next(rows).view(shape) if want else None for want in wanted]
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
-        return parameter
-    return parameter.reshape(-1)
+    if parameter is None or parameter.dim() == 1:
+        return in_line(parameter)
+    return in_line(parameter.reshape(-1))

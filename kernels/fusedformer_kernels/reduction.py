@@ -17,26 +17,43 @@ from fusedformer_kernels.primitives import store
 
 @triton.jit
 def _sum_partials(
-    partials_ptr, sums_ptr, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partials_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_columns, n_sums,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    blocks = tl.cdiv(n_columns, BLOCK_N)
+    which = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
+    partials_ptr += which * n_columns
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, n_rows, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
         valid = (rows < n_rows)[:, None] & in_row[None, :]
-        offsets = (rows * n_columns)[:, None] + columns[None, :]
+        offsets = (rows * n_columns * n_sums)[:, None] + columns[None, :]
         total += tl.load(partials_ptr + offsets, mask=valid, other=0.0)
-    store(sums_ptr + columns, tl.sum(total, 0), in_row)
+    sums = tl.sum(total, 0)  # [BLOCK_N]
+    store(first_ptr + columns, sums, in_row & (which == 0))
+    if second_ptr is not None:
+        store(second_ptr + columns, sums, in_row & (which == 1))
+    if third_ptr is not None:
+        store(third_ptr + columns, sums, in_row & (which == 2))
 
 
 def sum_partials(partials: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Column sums of float32 ``[rows, columns]``, contiguous, as ``[columns]`` of ``dtype``."""
-    n_rows, n_columns = partials.shape
-    sums = torch.empty(n_columns, dtype=dtype, device=partials.device)
+    return sums_of_partials(partials, 1, dtype)[0]
+
+
+def sums_of_partials(
+    partials: torch.Tensor, count: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The same of up to three neighbouring parts of the columns: tensors that share no memory."""
+    n_rows, n_columns = partials.shape[0], partials.shape[1] // count
+    sums = [partials.new_empty(n_columns, dtype=dtype) for _ in range(count)]
     if n_columns:
         launch(
-            _sum_partials, (configs.ceil_div(n_columns, 128),), configs.LaunchConfig(4, 2),
-            partials, sums, n_rows, n_columns, BLOCK_M=16, BLOCK_N=128,
+            _sum_partials, (configs.ceil_div(n_columns, 128) * count,), configs.LaunchConfig(4, 2),
+            partials, *sums, *[None] * (3 - count), n_rows, n_columns, count, BLOCK_M=16,
+            BLOCK_N=128,
         )
     return sums

@@ -41,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def worked_out_once(config: F) -> F:
     """A function that gives a config, called once for the same arguments unless one is forced."""
-    cached = functools.cache(config)
+    cached = functools.lru_cache(1024)(config)
     _caches.append(cached)
 
     @functools.wraps(config)

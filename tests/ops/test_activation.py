@@ -102,3 +102,9 @@ def test_backward_is_one_kernel_and_the_sum_of_its_partials(device: str) -> None
         y.backward(torch.randn_like(y))
     names = [launch.name for launch in launches]
     assert names == ["_bias_activation_backward", "_sum_partials"]
+
+
+def test_biases_that_are_not_contiguous(device: str) -> None:
+    for bias in (torch.randn(32, device=device)[::2], torch.randn(1, device=device).expand(16)):
+        given = {"input": grad(5, 16, device=device), "bias": bias.requires_grad_()}
+        check("bias_activation", torch.float32, activation="relu", **given)

@@ -141,3 +141,13 @@ def test_dtypes_are_those_of_torch(device: str) -> None:
         assert F.cross_entropy(half, target).dtype == torch.float32
     with pytest.warns(UserWarning, match="reduction='sum'"):
         assert F.cross_entropy(half, target, None, False).dtype == torch.bfloat16
+
+
+def test_strided_targets_and_weights(device: str) -> None:
+    target = classes(14, of=9, device=device)[::2]
+    weight = torch.rand(18, device=device)[::2]
+    for given in ({"weight": weight}, {"weight": weight[:1].expand(9)}, {}):
+        logits = grad(7, 9, device=device)
+        check("cross_entropy", torch.float32, input=logits, target=target, **given)
+        judged = dict(input=grad(7, 5, device=device), linear_weight=grad(9, 5, device=device))
+        check("linear_cross_entropy", torch.float32, target=target, **judged, **given)

@@ -102,6 +102,12 @@ def test_strided_tables_and_ids(device: str) -> None:
     check(torch.float32, {**given, "input": ids[:, ::2]})
 
 
+def test_strided_parameters_of_the_norm(device: str) -> None:
+    given = inputs(device, 16, 3, 7)
+    every_other = {n: grad(32, device=device).detach()[::2] for n in ("norm_weight", "norm_bias")}
+    check(torch.float32, given | {n: t.requires_grad_() for n, t in every_other.items()})
+
+
 def test_dropout(device: str) -> None:
     """The mask that the seed says, forward and backward."""
     from fusedformer_kernels.dropout import dropout_mask

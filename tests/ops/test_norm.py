@@ -215,3 +215,34 @@ def test_determinism(device: str) -> None:
     dy = torch.randn_like(y)
     runs = [torch.autograd.grad(y, (x, weight), dy, retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+PARAMETERS = {
+    "every other": lambda: torch.randn(32)[::2],
+    "expanded": lambda: torch.randn(1).expand(16),
+}
+
+
+@pytest.mark.parametrize("layout", PARAMETERS)
+@pytest.mark.parametrize("name", ["dropout_add_layer_norm", "dropout_add_rms_norm"])
+def test_parameters_that_are_not_contiguous(name: str, layout: str, device: str) -> None:
+    names = ["weight", "input_bias", *(["bias"] if "layer" in name else [])]
+    parameters = {n: PARAMETERS[layout]().to(device).requires_grad_() for n in names}
+    x, residual = grad(5, 16, device=device), grad(5, 16, device=device)
+    check(
+        name, torch.float32, input=x, residual=residual, normalized_shape=(16,), only=first,
+        **parameters,
+    )
+
+
+def test_gradients_of_parameters_are_tensors_of_their_own(device: str) -> None:
+    """One may be changed in place or freed, whatever holds the other."""
+    x, weight, bias = grad(6, 32, device=device), grad(32, device=device), grad(32, device=device)
+    y = F.layer_norm(x, (32,), weight, bias)
+    _, first, second = torch.autograd.grad(y, (x, weight, bias), torch.randn_like(y))
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    scale = torch.ones(32, device=device, requires_grad=True)
+    kept = (second * scale).sum()
+    first.add_(1.0)
+    kept.backward()
+    assert torch.equal(scale.grad, second)

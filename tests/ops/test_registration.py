@@ -41,15 +41,16 @@ def norm_case(
 
 
 def norm_backward_case(
-    kind: str, p: float = 0.0, dtype: torch.dtype = torch.float32
+    kind: str, p: float = 0.0, dtype: torch.dtype = torch.float32, narrow: bool = False
 ) -> tuple[Any, ...]:
     grad = None if kind == "none" else torch.randn(4, 6)
+    normed = torch.randn(4, 6, dtype=torch.bfloat16 if narrow else torch.float32)
     mean = torch.randn(4) if kind == "layer" else torch.empty(0)
     rstd = torch.empty(0) if kind == "none" else torch.rand(4)
     weight = None if kind == "none" else torch.randn(6)
     drawn = seed() if p else None
     wants = (kind != "none", kind == "layer", True, dtype, torch.float32)
-    return grad, torch.randn(4, 6), torch.randn(4, 6), mean, rstd, weight, drawn, p, kind, 1, *wants
+    return grad, torch.randn(4, 6), normed, mean, rstd, weight, drawn, p, kind, 1, *wants
 
 
 def activation_case(bias: bool, p: float = 0.0) -> tuple[Any, ...]:
@@ -209,6 +210,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "rms norm backward, dropout": ("norm_backward", lambda: norm_backward_case("rms", 0.5)),
     "rms norm backward, autocast": (
         "norm_backward", lambda: norm_backward_case("rms", dtype=torch.bfloat16),
+    ),
+    "rms norm backward, wider gradient": (
+        "norm_backward", lambda: norm_backward_case("rms", dtype=torch.bfloat16, narrow=True),
     ),
     "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
     "activation": ("bias_activation", lambda: activation_case(False)),

@@ -232,3 +232,17 @@ def test_no_recompilation_by_length_and_no_graph_break(device: str) -> None:
             strict=True,
         )  # fmt: skip
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_starts_and_lengths_that_are_every_other_element(device: str) -> None:
+    """As views of a table of batches are."""
+    starts = starts_of([3, 4], device)
+    apart = torch.stack((starts, torch.full_like(starts, 99)), 1)[:, 0]
+    q, k, v = torch.randn(3, 7, 2, 8, device=device)
+    got = F.varlen_attention(q, k, v, apart, apart, 4, 4)
+    assert torch.equal(got, F.varlen_attention(q, k, v, starts, starts, 4, 4))
+    q, k, v = torch.randn(3, 2, 2, 6, 8, device=device)
+    lengths = torch.tensor([3, 99, 5, 99], device=device)[::2]
+    got = F.scaled_dot_product_attention(q, k, v, key_lengths=lengths)
+    want = F.scaled_dot_product_attention(q, k, v, key_lengths=lengths.contiguous())
+    assert torch.equal(got, want)

@@ -60,8 +60,8 @@ class Op:
         return run(*args)
 
     def register_fake(self, fake: Function) -> Function:
-        """Shapes, dtypes and strides of the results; a decorator."""
-        torch.library.register_fake(self.name)(fake)
+        """Shapes, dtypes and strides of the results, None for those left out; a decorator."""
+        torch.library.register_fake(self.name)(_for_dispatcher(fake))
         return fake
 
     def register_autograd(
@@ -91,8 +91,8 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Op]:
     """Register a function under ``fusedformer::name``; a decorator.
 
-    It may return None for what it was not asked to compute where the schema says Tensor, and views
-    of one buffer: the dispatcher, which allows neither, gets empty tensors and copies.
+    It may return None for what it was not asked to compute where the schema says Tensor: the
+    dispatcher, which does not allow that, gets an empty tensor.
     """
     return lambda implementation: Op(name, implementation, schema)
 
@@ -121,22 +121,13 @@ def saved_may_be_overwritten() -> bool:
 
 
 def _for_dispatcher(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        found = implementation(*args)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found = implementation(*args, **kwargs)
         if isinstance(found, Tensor):
             return found
-        like = next(value for value in args if isinstance(value, Tensor))
-        memory: set[int] = set()
-        results = []
-        for output in found:
-            if output is None:
-                output = nothing(like)
-            elif output.numel():
-                start = output.untyped_storage().data_ptr()
-                output = output.clone() if start in memory else output
-                memory.add(start)
-            results.append(output)
-        return tuple(results)
+        given = (*args, *kwargs.values())
+        like = next(value for value in given if isinstance(value, Tensor))
+        return tuple(nothing(like) if output is None else output for output in found)
 
     return run
 

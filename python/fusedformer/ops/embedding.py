@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
-from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 from fusedformer.ops.norm import layer_norm_aten
@@ -62,6 +62,9 @@ def embedding_layer_norm(
         for t in (weight, position_weight, token_type_weight)
     )  # fmt: skip
     weight, position_weight, token_type_weight = tables  # type: ignore[assignment]
+    norm_weight, norm_bias = (
+        None if t is None else t.contiguous() for t in (norm_weight, norm_bias)
+    )
     output, _, _ = _embedding_norm(
         input_ids, weight, position_ids, position_weight, token_type_ids, token_type_weight,
         norm_weight, norm_bias, draw_seed(p, weight.device), p, eps,
@@ -138,14 +141,14 @@ def _embedding_norm_backward(
 @_embedding_norm_backward.register_fake
 def _embedding_norm_backward_fake(
     grad: Tensor, ids: Tensor, tokens: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     needs, dtype = others[-2:]
     width = tokens.shape[1]
 
-    def parameter_grad(wanted: bool) -> Tensor:
-        return tokens.new_empty(width, dtype=dtype) if wanted else nothing(tokens)
+    def parameter_grad(wanted: bool) -> Tensor | None:
+        return tokens.new_empty(width, dtype=dtype) if wanted else None
 
-    rows = tokens.new_empty(ids.shape[0], width) if needs[0] else nothing(tokens)
+    rows = tokens.new_empty(ids.shape[0], width) if needs[0] else None
     return rows, parameter_grad(needs[1]), parameter_grad(needs[2])
 
 

@@ -297,16 +297,16 @@ def _norm_backward_fake(
     needs_input_bias_grad: bool,
     input_dtype: torch.dtype,
     parameter_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     shape = normed.shape[-dims:]
     differs = seed is not None or input_dtype != normed.dtype
 
-    def parameter_grad(wanted: bool) -> Tensor:
-        return normed.new_empty(shape, dtype=parameter_dtype) if wanted else nothing(normed)
+    def parameter_grad(wanted: bool) -> Tensor | None:
+        return normed.new_empty(shape, dtype=parameter_dtype) if wanted else None
 
     return (
         normed.new_empty(normed.shape),
-        normed.new_empty(normed.shape, dtype=input_dtype) if differs else nothing(normed),
+        normed.new_empty(normed.shape, dtype=input_dtype) if differs else None,
         parameter_grad(needs_weight_grad),
         parameter_grad(needs_bias_grad),
         parameter_grad(needs_input_bias_grad),

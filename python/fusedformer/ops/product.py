@@ -51,7 +51,7 @@ def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
         return found
     if addend is None:
         return x @ weight
-    if not addend.is_contiguous():
+    if not addend.is_contiguous() or not addend.numel():
         return addend + x @ weight
     addend.view(-1, weight.shape[1]).addmm_(x.flatten(0, -2), weight)
     return addend
