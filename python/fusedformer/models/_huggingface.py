@@ -16,6 +16,7 @@ from fusedformer.functional import Activation
 from fusedformer.nn import QuickGELU
 
 C = TypeVar("C", bound="ModelConfig")
+W = TypeVar("W", bound="HuggingFaceWeights")
 
 # Hugging Face's names of activations: those of ``bias_activation``.
 ACTIVATIONS: dict[str, Activation] = {
@@ -115,6 +116,28 @@ class HuggingFaceWeights(nn.Module):
     _not_ours: ClassVar[tuple[str, ...]] = ()
     # Whole names of what is no weight: buffers of positions and masks.
     _no_weights: ClassVar[str] = "$"
+    # The class of the configuration that the constructor takes.
+    _config: ClassVar[Any]
+
+    @classmethod
+    def from_huggingface(
+        cls: type[W], state_dict: Mapping[str, Tensor], config: Any, **settings: Any
+    ) -> W:
+        """A model in eval mode with the weights of Hugging Face's, in their dtype.
+
+        Args:
+            state_dict: as for :meth:`load_huggingface_state_dict`.
+            config: ours, or the content of a ``config.json``.
+            settings: other arguments of the constructor, as BERT's ``heads``, whose weights must
+                be in ``state_dict``.
+        """
+        if not isinstance(config, cls._config):
+            config = cls._config.from_huggingface(config)
+        dtypes = (t.dtype for t in state_dict.values() if t.is_floating_point())
+        model = cls(config, dtype=next(dtypes, None), **settings)
+        model.load_huggingface_state_dict(state_dict)
+        return model.eval()
+
     def _sources(self) -> dict[str, Source]:
         """By the name of each of our parameters; without prefix."""
         raise NotImplementedError

@@ -172,8 +172,3 @@ def _behind(ids: Tensor, count: int, first: int) -> Tensor:
     """``[*, count + L]``: ``ids`` behind ``count`` others from ``first`` on."""
     others = torch.arange(first, first + count, dtype=ids.dtype, device=ids.device)
     return torch.cat((others.expand(*ids.shape[:-1], count), ids), -1)
-
-
-def first_dtype(state_dict: Any) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor of a state dict."""
-    return next((t.dtype for t in state_dict.values() if t.is_floating_point()), None)

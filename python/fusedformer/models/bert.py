@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from fusedformer.models._huggingface import (
     activation_of,
     both,
 )
-from fusedformer.models._text import TextModel, first_dtype
+from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.nn._modules import is_plain
@@ -152,6 +152,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
 
     embeddings: BertEmbeddings
 
+    _config = BertConfig
     _prefix = "bert."
     _not_ours = ("pooler.", "cls.", "classifier.", "qa_outputs.")
     _no_weights = r"embeddings\.(position_ids|token_type_ids)"
@@ -331,28 +332,6 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         if head is None:
             raise ValueError(f"BertEncoderModel: made without the head {name!r}; see 'heads'")
         return head
-
-    @classmethod
-    def from_huggingface(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        config: BertConfig | Mapping[str, Any],
-        *,
-        heads: Collection[Head] = (),
-    ) -> BertEncoderModel:
-        """A model in eval mode with the weights of one of Hugging Face's, in their dtype.
-
-        Args:
-            state_dict: as for :meth:`load_huggingface_state_dict`; of ``BertModel``,
-                ``BertForMaskedLM``, ``BertForPreTraining`` and the like.
-            config: ours, or the content of a ``config.json``.
-            heads: those to have; their weights must be in ``state_dict``.
-        """
-        if not isinstance(config, BertConfig):
-            config = BertConfig.from_huggingface(config)
-        model = cls(config, dtype=first_dtype(state_dict), heads=heads)
-        model.load_huggingface_state_dict(state_dict)
-        return model.eval()
 
     def _tied(self) -> dict[str, str]:
         decoder = "cls.predictions.decoder"

@@ -18,7 +18,7 @@ from fusedformer.models._huggingface import (
     activation_of,
     both,
 )
-from fusedformer.models._text import TextModel, first_dtype
+from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 
@@ -212,6 +212,7 @@ class CLIPModel(HuggingFaceWeights):
     arXiv:2103.00020.
     """
 
+    _config = CLIPConfig
     _no_weights = r"(text|vision)_model\.embeddings\.position_ids"
 
     def __init__(
@@ -292,22 +293,6 @@ class CLIPModel(HuggingFaceWeights):
         texts = self.text_features(input_ids, attention_mask=attention_mask)
         images = self.image_features(pixel_values)
         return functional.contrastive_loss(texts, images, self.logit_scale.exp(), **settings)
-
-    @classmethod
-    def from_huggingface(
-        cls, state_dict: Mapping[str, Tensor], config: CLIPConfig | Mapping[str, Any]
-    ) -> CLIPModel:
-        """A model in eval mode with the weights of Hugging Face's ``CLIPModel``, in their dtype.
-
-        Args:
-            state_dict: as for :meth:`load_huggingface_state_dict`.
-            config: ours, or the content of a ``config.json``.
-        """
-        if not isinstance(config, CLIPConfig):
-            config = CLIPConfig.from_huggingface(config)
-        model = cls(config, dtype=first_dtype(state_dict))
-        model.load_huggingface_state_dict(state_dict)
-        return model.eval()
 
     def _sources(self) -> dict[str, Source]:
         names = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from fusedformer.models._huggingface import (
     activation_of,
     both,
 )
-from fusedformer.models._text import Encoded, TextModel, first_dtype
+from fusedformer.models._text import Encoded, TextModel
 from fusedformer.models.generation import KeyValueCache, generate
 from fusedformer.models.prompts import embedded
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -102,6 +101,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
     embeddings: GPTEmbeddings
 
     _is_causal = True
+    _config = GPTConfig
     _prefix = "transformer."
     _not_ours = ("score.", "multiple_choice_head.", "classifier.")
     _no_weights = r"h\.\d+\.attn\.(bias|masked_bias)"
@@ -286,22 +286,6 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         if keep is None:
             return super()._positions(input_ids, keep)
         return (keep.cumsum(1) - 1).clamp(min=0)
-
-    @classmethod
-    def from_huggingface(
-        cls, state_dict: Mapping[str, Tensor], config: GPTConfig | Mapping[str, Any]
-    ) -> GPTDecoderModel:
-        """A model in eval mode with the weights of a ``GPT2LMHeadModel`` or ``GPT2Model``.
-
-        Args:
-            state_dict: as for :meth:`load_huggingface_state_dict`.
-            config: ours, or the content of a ``config.json``.
-        """
-        if not isinstance(config, GPTConfig):
-            config = GPTConfig.from_huggingface(config)
-        model = cls(config, dtype=first_dtype(state_dict))
-        model.load_huggingface_state_dict(state_dict)
-        return model.eval()
 
     def _tied(self) -> dict[str, str]:
         return {"lm_head.weight": "embeddings.token.weight"}
