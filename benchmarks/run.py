@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=SUITES, help="these only (default: all)")
+    parser.add_argument("--suite", nargs="+", action="extend", choices=SUITES,
+                        help="these only (default: all)")
     parser.add_argument("--quick", action="store_true", help="headline cases, fewer samples")
     parser.add_argument("--compile", choices=("none", "headline", "all"), default="none",
                         help="time torch.compile and FlexAttention too, in which cases")
