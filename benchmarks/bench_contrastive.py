@@ -30,7 +30,6 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
 def _case(kind: str, rows: int, dtype: torch.dtype) -> Case:
     def make(device: torch.device) -> Inputs:
         drawn = torch.randn(2, rows, DIMS, device=device)
-        drawn[1] += drawn[0]  # of unrelated pairs the gradient of logit_scale is rounding alone
         a, b = torch_F.normalize(drawn, dim=-1).to(dtype)
         inputs = {"a": a, "b": b, "logit_scale": torch.tensor(SCALE, device=device)}
         if kind == "sigmoid":
@@ -49,7 +48,7 @@ def fused(case: Case) -> Program:
     from fusedformer import functional as F
 
     losses = {"softmax": F.contrastive_loss, "sigmoid": F.sigmoid_contrastive_loss}
-    return Program(losses[case.options["kind"]])
+    return Program(losses[case.options["kind"]], merged=_without_scalars)
 
 
 def eager(case: Case) -> Program:
@@ -65,7 +64,13 @@ def eager(case: Case) -> Program:
         signs = 2 * torch.eye(a.shape[0], device=a.device) - 1
         return -torch_F.logsigmoid(signs * logits).sum(1).mean()
 
-    return Program({"softmax": softmax, "sigmoid": sigmoid}[case.options["kind"]])
+    kinds = {"softmax": softmax, "sigmoid": sigmoid}
+    return Program(kinds[case.options["kind"]], merged=_without_scalars)
+
+
+def _without_scalars(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of one number that terms cancel to, which provider errs less is luck: the tests judge it."""
+    return {name: g for name, g in gradients.items() if g.dim()}
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -79,7 +84,7 @@ def truth(case: Case, device: torch.device) -> Program:
     losses = {
         "softmax": reference.contrastive_loss, "sigmoid": reference.sigmoid_contrastive_loss
     }  # fmt: skip
-    return Program(losses[case.options["kind"]])
+    return Program(losses[case.options["kind"]], merged=_without_scalars)
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
