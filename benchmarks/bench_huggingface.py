@@ -170,10 +170,10 @@ def _program(case: Case, model: nn.Module, device: torch.device) -> Program:
         return output if keep is None else output.masked_fill(keep[:, :, None] == 0, 0.0)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    return Program(forward, model, optimizer, checked, merged=_without_key_biases)
+    return Program(forward, model, optimizer, checked, merged=without_key_biases)
 
 
-def _without_key_biases(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_key_biases(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Softmax cancels a key's bias: its gradient is 0, and what is computed is rounding alone."""
     biases = "key.bias", "k_proj.bias"
     return {name: g for name, g in gradients.items() if not name.endswith(biases)}

@@ -25,7 +25,7 @@ from harness.runner import Options, run_suite
 from table import markdown
 
 SUITES = ("softmax", "norm", "activation", "embedding", "losses", "contrastive", "attention",
-          "encoder", "graphs", "huggingface", "host")
+          "encoder", "graphs", "huggingface", "pretraining", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:

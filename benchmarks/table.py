@@ -2,7 +2,8 @@
 
 One table for each suite and direction; a row for each case, a column for each provider with its
 median time, how many times as fast the library is, and for the library the share of the floor: the
-time that the counted bytes or FLOPs need at the ceilings measured in the same run.
+time that the counted bytes or FLOPs need at the ceilings measured in the same run. Where a case
+counts tokens, their rate and the peak of memory stand beside each time.
 """
 
 from __future__ import annotations
@@ -75,9 +76,13 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
         return ""
     if record["status"] != "timed":
         return record["status"]
-    time = _time(record["median_us"])
+    rate = rates(record, ceilings)
+    time = _scaled(record["median_us"], "µs", "ms", "s")
+    if rate.tokens_s is not None:
+        time += f", {_scaled(rate.tokens_s, 'tokens/s', 'k tokens/s')}"
+        if record["peak_memory_bytes"] is not None:
+            time += f", {_scaled(record['peak_memory_bytes'], 'B', 'kB', 'MB', 'GB')}"
     if record is ours:
-        rate = rates(record, ceilings)
         speed = f"{rate.tflop_s:.3g} TFLOP/s" if rate.bound == "flops" else f"{rate.gb_s:.0f} GB/s"
         return f"{time}, {speed}, {rate.percent:.0f}%"
     if ours is None or ours["status"] != "timed":
@@ -85,13 +90,13 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
     return f"{time} ({record['median_us'] / ours['median_us']:.2f}x)"
 
 
-def _time(microseconds: float) -> str:
-    """Three significant digits, in the unit that needs no exponent."""
-    for unit in ("µs", "ms"):
-        if microseconds < 999.5:
-            return f"{microseconds:.3g} {unit}"
-        microseconds /= 1e3
-    return f"{microseconds:.3g} s"
+def _scaled(value: float, *units: str) -> str:
+    """Three significant digits, in the unit that needs no exponent; each is 1000 of the last."""
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1e3
+    return f"{value:.3g} {units[-1]}"
 
 
 def main() -> int:

@@ -55,7 +55,8 @@ class Case:
     ``make(device)`` draws the inputs from torch's generator; those that require a gradient get one
     in the backward. ``part`` picks of each input, output and gradient what is compared with the
     truth, where all of it would not fit (attention: some heads of one sequence). ``before`` are
-    checks that the parity criterion cannot make, such as a dropout's.
+    checks that the parity criterion cannot make, such as a dropout's. ``tokens`` are the real ones
+    of a call, where their rate is what is asked for.
     """
 
     suite: str
@@ -67,6 +68,7 @@ class Case:
     headline: bool = False
     part: Part = whole
     before: Callable[[Program, Inputs], None] | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

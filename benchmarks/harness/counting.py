@@ -187,6 +187,30 @@ def encoder(
     return {"forward": forward, "step": step}
 
 
+def masked_lm(
+    lengths: Sequence[int], labelled: Sequence[int], layers: int, width: int, heads: int,
+    feedforward: int, classes: int, itemsize: int,
+) -> Costs:
+    """An encoder and the loss over its tied embeddings, of so many tokens with a label a sequence.
+
+    Only of those the last layer has to compute more than keys and values, and the head anything.
+    The lookup of embeddings isn't counted, nor is the optimizer.
+    """
+    tokens, counted = sum(lengths), sum(labelled)
+    below = encoder(lengths, layers - 1, width, heads, feedforward, itemsize)
+    # Queries, what follows attention, and the head's own layer.
+    keys, others = 2 * width * width, 3 * width * width + 2 * width * feedforward
+    products = 2 * (tokens * keys + counted * others)
+    pairs = heads * sum(n * length for n, length in zip(labelled, lengths, strict=True))
+    scores = attention(1, 1, 1, width // heads, itemsize, pairs=pairs)["forward"].flops
+    weights = (keys + others) * itemsize
+    loss = linear_cross_entropy(counted, counted, classes, width, itemsize)
+    return {
+        "forward": below["forward"] + Cost(products + scores, weights) + loss["forward"],
+        "step": below["step"] + Cost(3 * products + scores * 7 // 2, 3 * weights) + loss["both"],
+    }
+
+
 def _pairs(length: int, window: int | None) -> int:
     """Of queries and keys of one sequence that are at most ``window`` apart."""
     if window is None or window >= length:

@@ -37,6 +37,7 @@ _RECORD = {
     "bytes": int, "flops": int, "peak_memory_bytes": (int, type(None)), "error_ratio": _NUMBER,
     "method": str, "samples_us": list,
 }
+_LATER = {"tokens": (int, type(None))}  # fields that older files lack
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Record:
     error_ratio: float | None = None
     method: str = ""
     samples_us: list[float] = field(default_factory=list)
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,19 @@ class Rates:
     """What a timed record amounts to, at the ceilings measured in the same run.
 
     ``percent``, the floor's share of the median, can pass 100 where the inputs fit in a cache, or
-    in another dtype than that of the measured product.
+    in another dtype than that of the measured product. ``tokens_s`` is None where none are counted.
     """
 
     gb_s: float
     tflop_s: float
     percent: float
     bound: str  # "bytes" or "flops", the larger of the two floors
+    tokens_s: float | None
 
 
 def rates(record: dict[str, Any], ceilings: dict[str, Any]) -> Rates:
     """The rates of a timed record."""
-    median = record["median_us"]
+    median, tokens = record["median_us"], record.get("tokens")
     moving, computing = Cost(record["flops"], record["bytes"]).times_us(
         ceilings["copy_gb_s"], ceilings["matmul_tflop_s"]
     )
@@ -87,6 +90,7 @@ def rates(record: dict[str, Any], ceilings: dict[str, Any]) -> Rates:
         record["flops"] / median / 1e6,
         100.0 * max(moving, computing) / median,
         "flops" if computing > moving else "bytes",
+        None if tokens is None else 1e6 * tokens / median,
     )
 
 
@@ -102,7 +106,7 @@ def problems(document: Any) -> list[str]:
             found.append(f"ceilings: {name} is missing or not positive")
     for index, record in enumerate(document["records"]):
         where = f"records[{index}]"
-        wrong = _mistyped(record, _RECORD, where)
+        wrong = _mistyped({**dict.fromkeys(_LATER), **record}, _RECORD | _LATER, where)
         found += wrong
         if wrong:
             continue

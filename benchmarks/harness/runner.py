@@ -115,7 +115,7 @@ def _time_direction(
         c.name: Record(
             case.suite, case.name, direction, str(case.dtype).removeprefix("torch."), c.name,
             cost.bytes, cost.flops, c.verdicts[direction].status, c.verdicts[direction].reason,
-            case.headline, error_ratio=c.verdicts[direction].error_ratio,
+            case.headline, error_ratio=c.verdicts[direction].error_ratio, tokens=case.tokens,
         )
         for c in contenders
     }
@@ -167,9 +167,10 @@ def summary_lines(records: list[Record], ceilings: dict[str, Any]) -> list[str]:
             lines.append(f"{head}{r.status}: {r.reason.splitlines()[0][:90]}")
             continue
         rate = rates(vars(r), ceilings)
+        tokens = "" if rate.tokens_s is None else f" {rate.tokens_s:10.0f} tokens/s"
         lines.append(
             f"{head}{r.median_us:11.1f} us {rate.gb_s:8.1f} GB/s {rate.tflop_s:8.3f} TFLOP/s"
-            f" {rate.percent:6.1f}% of the {rate.bound} floor"
+            f" {rate.percent:6.1f}% of the {rate.bound} floor{tokens}"
         )
     return lines
 
