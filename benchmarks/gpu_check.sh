@@ -7,17 +7,18 @@
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; tests;
 # bench, which is softmax, norm, activation, embedding, losses, contrastive, encoder, graphs,
-# huggingface, host and attention; tune, which writes a table of configs, and retime, bench's kernels
-# with that table; memory, a part of the tests under compute-sanitizer where that is installed;
-# compile, the compile report. Each has a process and a time limit of its own, so one that dies takes
-# no other along. A stage that is complete is listed in OUTDIR/stages.done and skipped the next time:
-# what there was no time for is done by the same command with the same OUTDIR. OUTDIR stays flat:
-# environment.txt tests.log tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log
-# memory.log compile.log compile.json summary.txt stages.done
+# huggingface, host, attention and pretraining; tune, which writes a table of configs, and retime,
+# bench's kernels with that table; memory, a part of the tests under compute-sanitizer where that is
+# installed; compile, the compile report. Each has a process and a time limit of its own, so one
+# that dies takes no other along. A stage that is complete is listed in OUTDIR/stages.done and
+# skipped the next time: what there was no time for is done by the same command with the same
+# OUTDIR. OUTDIR stays flat: environment.txt tests.log tests.xml bench.log bench.json bench.html tuned.json
+# retimed.json tune.log memory.log compile.log compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
 # FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
-# takes minutes for them. Exit status: 0 all well, 1 a stage failed, 2 no GPU or wrong usage.
+# takes minutes for them, but for pretraining, whose goal names it. Exit status: 0 all well,
+# 1 a stage failed, 2 no GPU or wrong usage.
 set -u -o pipefail
 
 usage() {
@@ -37,7 +38,8 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment tests bench tune retime memory compile}
-suites="softmax norm activation embedding losses contrastive attention encoder graphs huggingface host"
+suites="softmax norm activation embedding losses contrastive attention encoder graphs \
+huggingface host pretraining"
 stages=${stages/bench/$suites}
 export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
@@ -130,6 +132,7 @@ print(said("nvidia-smi") or "no nvidia-smi")
     bench huggingface 60 --compile none
     bench host 20
     bench attention 200
+    bench pretraining 240 # most of it for torch.compile: eval, gradients, training
     stage tune 420 tune.log "$python" -m fusedformer tune --out "$out/tuned.json" \
         --budget LIMIT $tune_args
     stage retime 120 bench.log "$python" benchmarks/run.py --out "$out/retimed.json" \

@@ -43,7 +43,7 @@ from harness.runner import Options, check_all, run_suite  # noqa: E402
 CPU = torch.device("cpu")
 SUITES = {
     "softmax", "norm", "activation", "embedding", "losses", "contrastive", "attention", "encoder",
-    "graphs", "huggingface", "host",
+    "graphs", "huggingface", "pretraining", "host",
 }  # fmt: skip
 
 
@@ -214,6 +214,7 @@ BREAKAGES = {
         status="unsupported", median_us=None, p20_us=None, p80_us=None),
     "passing without time": lambda d: d["records"][0].update(median_us=None),
     "percentiles out of order": lambda d: d["records"][0].update(p20_us=1e9),
+    "tokens that are no number": lambda d: d["records"][0].update(tokens="many"),
     "unknown status": lambda d: d["records"][0].update(status="fine"),
 }
 
@@ -238,6 +239,30 @@ def test_table_names_the_place_and_compares_with_the_library() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| 4x8 "))
     assert "250 µs (2.50x)" in row
     assert "%" in row  # the library's share of the floor
+
+
+def test_files_from_before_tokens_were_counted_meet_the_schema() -> None:
+    document = _valid_document()
+    for record in document["records"]:
+        del record["tokens"]
+    assert records.problems(document) == []
+    assert "tokens/s" not in table.markdown(document)
+
+
+def test_tokens_a_second_and_peak_memory_stand_beside_each_time() -> None:
+    case = dataclasses.replace(_square_case(), tokens=600)
+    suite = _square_suite({table.OURS: torch.square}, [case])
+    results = _results()
+    run_suite(suite, [case], results, _options())
+    for record in results.document["records"]:
+        assert record["tokens"] == 600
+        ours = record["provider"] == table.OURS
+        record["median_us"] = 2e5 if ours else 1e6
+        record["peak_memory_bytes"] = 12_340_000 if ours else None
+    text = table.markdown(results.document)
+    row = next(line for line in text.splitlines() if line.startswith("| 4x8 "))
+    assert "| 1 s, 600 tokens/s (5.00x) |" in row
+    assert "| 200 ms, 3 k tokens/s, 12.3 MB, " in row
 
 
 # Floors that were worked out by hand for an H200: 4300 GB/s, 790 TFLOP/s, 16,384 tokens, bf16.
@@ -269,6 +294,10 @@ BY_HAND = {
     # 3 products of 2 * 8192 * 50257 * 768 = 632.4 GFLOP
     "projection and loss": (
         counting.linear_cross_entropy(8192, 8192, 50257, 768, 2)["both"], 2401.4),
+    # GFLOP: 11 layers 7653.6 + 992.1 of attention, the last one's keys and values 116.0, its other
+    # products and the head's of 32 * 77 rows 95.9, its attention 13.6, the projection 346.5
+    "masked language modelling, a step": (
+        counting.masked_lm([512] * 32, [77] * 32, 12, 768, 12, 3072, 30522, 2)["step"], 11668.1),
 }
 
 
@@ -585,3 +614,12 @@ def test_flops_of_windows_and_gated_feed_forwards() -> None:
     assert flops() - flops(windows=[2, 2]) == 2 * 4 * 4 * (64 + 25 - seen)
     assert flops(windows=[None, 100]) == flops()
     assert flops(gated=True) - flops() == 2 * 13 * 2 * 4 * 6
+
+
+def test_flops_with_all_tokens_labelled_are_those_of_an_encoder_and_a_head() -> None:
+    shape = (3, 8, 2, 12)
+    found = counting.masked_lm([7, 4], [7, 4], *shape, 50, 4)
+    whole = counting.encoder([7, 4], *shape, 4)
+    head = 2 * 11 * 8 * 8 + 2 * 11 * 8 * 50
+    assert found["forward"].flops == whole["forward"].flops + head
+    assert found["step"].flops == whole["step"].flops + 3 * head
