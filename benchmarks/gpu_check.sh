@@ -12,8 +12,8 @@
 # installed; compile, the compile report. Each has a process and a time limit of its own, so one
 # that dies takes no other along. A stage that is complete is listed in OUTDIR/stages.done and
 # skipped the next time: what there was no time for is done by the same command with the same
-# OUTDIR. OUTDIR stays flat: environment.txt tests.log tests.xml bench.log bench.json bench.html tuned.json
-# retimed.json tune.log memory.log compile.log compile.json summary.txt stages.done
+# OUTDIR. OUTDIR stays flat: environment.txt tests.log tests.xml bench.log bench.json bench.html
+# tuned.json retimed.json tune.log memory.log compile.log compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
 # FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
