@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
-REPORT = ["transformers>=5.0", "safetensors", "tokenizers", "matplotlib", "rich"]
+REPORT = ["transformers>=5.0", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 DEV = [*REPORT, *TEST, "ruff", "mypy", "build"]
 

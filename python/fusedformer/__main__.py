@@ -9,12 +9,15 @@ import sys
 from fusedformer._version import __version__
 
 COMMANDS = {
+    "pretrain": "BERT, GPT or CLIP on text that is here, beside the same model of torch's modules",
     "report": "stock against fused on a pretrained encoder and real text",
     "parity": "every op, or a fused model, against float64, beside stock PyTorch",
     "bench": "the library's speed beside its peers' (in a checkout)",
     "tune": "tile configs for the GPU that is here",
     "compile-report": "every kernel compiled for GPUs that need not be here",
 }
+
+TRAINING = ("pretrain",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     words = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(words[:1])  # what follows belongs to the command
-    module = importlib.import_module("fusedformer." + arguments.command.replace("-", "_"))
+    name = arguments.command.replace("-", "_")
+    package = "fusedformer.training." if name in TRAINING else "fusedformer."
+    module = importlib.import_module(package + name)
     status: int = module.main(words[1:])
     return status
 

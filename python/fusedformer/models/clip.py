@@ -35,6 +35,9 @@ _LAYER_NAMES = {
 class CLIPTextConfig(ModelConfig):
     """Sizes and settings of the text tower, by Hugging Face's names; defaults of ViT-B/32.
 
+    As in transformers, an ``eos_token_id`` of 2 stands for the largest id of a text: OpenAI's first
+    configurations say 2, whatever the tokenizer has.
+
     Raises:
         ValueError: a size that is not positive, heads that do not divide the width, a dropout
             outside [0, 1], an unknown activation.

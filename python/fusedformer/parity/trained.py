@@ -165,7 +165,7 @@ def training(
     generator = torch.Generator().manual_seed(seed)
     runs = {"baseline": copy.deepcopy(baseline), "candidate": copy.deepcopy(candidate)}
     for i in range(1, nudges + 1):
-        runs[f"nudged {i}"] = _nudged(copy.deepcopy(baseline), generator)
+        runs[f"nudged {i}"] = nudged(copy.deepcopy(baseline), generator)
     optimizers = {
         name: make([p for p in model.parameters() if p.requires_grad])
         for name, model in runs.items()
@@ -180,17 +180,17 @@ def training(
                 value = loss_of(model, batch)
                 value.backward()
             losses[name].append(value.item())
-        _add_gaps(gradients, runs, lambda p: p.grad)
+        add_gaps(gradients, runs, lambda p: p.grad)
         for one in optimizers.values():
             one.step()
             one.zero_grad()
-        _add_gaps(weights, runs, lambda p: p.detach())
+        add_gaps(weights, runs, lambda p: p.detach())
     eps = max(torch.finfo(p.dtype).eps for p in baseline.parameters())
     return TrainingReport(losses, gradients, weights, eps)
 
 
-def _nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """``model`` with each element of each parameter at a neighbour of its value."""
+def nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """``model`` itself, with each element of each parameter at a neighbour of its value."""
     with torch.no_grad():
         for parameter in model.parameters():
             up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
@@ -199,7 +199,7 @@ def _nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model
 
 
-def _add_gaps(
+def add_gaps(
     gaps: Gaps, runs: dict[str, nn.Module], of: Callable[[nn.Parameter], Tensor | None]
 ) -> None:
     """Relative distances of what ``of`` picks from the baseline's, over all parameters."""

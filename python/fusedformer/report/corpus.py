@@ -22,10 +22,25 @@ _CHOICE = 4  # docstrings read for each that is wanted: parsing the whole librar
 
 @dataclass(frozen=True)
 class Passage:
-    """One docstring, and whose it is: ``textwrap.dedent``."""
+    """One docstring, and whose it is: ``textwrap.dedent``; of a function how it is called, too."""
 
     name: str
     text: str
+    signature: str = ""  # dedent(text)
+
+
+def all_docstrings(root: Path | None = None) -> list[Passage]:
+    """Every docstring of at least five words once, in the order of files.
+
+    Args:
+        root: folder of ``.py`` files; the standard library if None. Folders of tests are left out.
+    """
+    modules = _modules(_standard_library() if root is None else root)
+    unique: dict[str, Passage] = {}
+    for parts in sorted(modules):
+        for passage in _docstrings(modules[parts], parts):
+            unique.setdefault(passage.text, passage)
+    return list(unique.values())
 
 
 def stdlib_passages(count: int, root: Path | None = None) -> list[Passage]:
@@ -41,12 +56,11 @@ def stdlib_passages(count: int, root: Path | None = None) -> list[Passage]:
     Raises:
         RuntimeError: the folder has fewer docstrings of at least five words.
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    modules = {path.relative_to(root).with_suffix("").parts: path for path in root.rglob("*.py")}
-    chosen = (parts for parts in modules if not _LEFT_OUT.intersection(parts))
+    root = _standard_library() if root is None else root
+    modules = _modules(root)
     unique: dict[str, Passage] = {}
-    for parts in sorted(chosen, key=lambda parts: _hash("/".join(parts))):
-        for passage in _docstrings(modules[parts], ".".join(parts).removesuffix(".__init__")):
+    for parts in sorted(modules, key=lambda parts: _hash("/".join(parts))):
+        for passage in _docstrings(modules[parts], parts):
             unique.setdefault(passage.text, passage)
         if len(unique) >= _CHOICE * count:
             break
@@ -55,23 +69,39 @@ def stdlib_passages(count: int, root: Path | None = None) -> list[Passage]:
     return sorted(unique.values(), key=lambda passage: _hash(passage.text))[:count]
 
 
+def _standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _modules(root: Path) -> dict[tuple[str, ...], Path]:
+    """Files by the parts of their modules' names."""
+    files = {path.relative_to(root).with_suffix("").parts: path for path in root.rglob("*.py")}
+    return {parts: path for parts, path in files.items() if not _LEFT_OUT.intersection(parts)}
+
+
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _docstrings(path: Path, module: str) -> Iterator[Passage]:
+def _docstrings(path: Path, parts: tuple[str, ...]) -> Iterator[Passage]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escape sequences in other people's files
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    nodes: list[tuple[str, ast.AST]] = [(module, tree)]
+    nodes: list[tuple[str, ast.AST]] = [(".".join(parts).removesuffix(".__init__"), tree)]
     while nodes:
         name, node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node) or "")
             if len(text.split()) >= _SHORTEST_WORDS:
-                yield Passage(name, text)
+                yield Passage(name, text, _signature(node))
             for child in node.body:
                 nodes.append((f"{name}.{getattr(child, 'name', '')}", child))
+
+
+def _signature(node: ast.AST) -> str:
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return ""
+    return f"{node.name}({ast.unparse(node.args)})"

@@ -1,0 +1,162 @@
+"""Pretrain a small model on text that is here: ``python -m fusedformer pretrain``.
+
+BERT's objectives, GPT's, or CLIP's on pairs of a function's signature and its docstring. The folder
+of the run has the checkpoint, from which ``--resume`` goes on with the same bits, ``metrics.json``,
+``loss.svg``, and the model as transformers loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedformer.training import settings as options
+from fusedformer.training.settings import Settings
+from fusedformer.training.text import MissingExtra, require_extras
+
+CHECKPOINT = "checkpoint.pt"
+_EVALUATIONS = 10  # in a run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0, 1 if stock's loss curve is another one, 2 for wrong usage, 130 if stopped."""
+    given = options.parsed(_parser(), argv)
+    try:
+        require_extras()
+        return _pretrain(given)
+    except (MissingExtra, ValueError) as error:
+        print(f"fusedformer pretrain: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusedformer pretrain",
+        description="Pretrain a small BERT, GPT or text-to-text CLIP on text that is here.",
+    )
+    options.add_options(parser)
+    options.common_options(parser, "pretrained")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS",
+                        help="steps from one checkpoint to the next (default: 100)")  # fmt: skip
+    return parser
+
+
+def _pretrain(given: argparse.Namespace) -> int:
+    # Only now: these need the extras.
+    from rich.console import Console
+
+    from fusedformer.training import results, terminal
+    from fusedformer.training.trainer import OURS, Trainer
+
+    if given.save_every < 1:
+        raise ValueError(f"expected --save-every to be positive, but got {given.save_every}")
+    console, device = Console(), results.device_of(given.device)
+    path = given.out / CHECKPOINT
+    state = _state(path, given, device)
+    settings = (
+        Settings(**state["settings"]) if state else options.new(options.given_settings(given))
+    )
+    task, source, tokenizer = load_task(settings, state)
+    console.print(
+        f"{source['passages']} passages, {source['held_out']} held out: {source['source']}",
+        highlight=False,
+    )
+    baselines = task.baselines()
+    for name, value in baselines.items():
+        console.print(f"{name}: {value:.4g}", highlight=False)
+    trainer = Trainer(task, device)
+    if state:
+        trainer.load(state)
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        trainer.save(path, tokenizer=tokenizer, text=source)
+
+    every = -(-settings.steps // _EVALUATIONS)
+    with terminal.progress(
+        console, settings.objective, settings.steps, trainer.steps_done
+    ) as advance:
+        try:
+            while trainer.steps_done < settings.steps:
+                loss = trainer.step()
+                done = trainer.steps_done
+                said = f"loss {loss:.3f}  {task.chance} {baselines[task.chance]:.3f}"
+                for name, run in trainer.runs.items():
+                    if name != OURS:
+                        said += f"  {name} {run.losses[-1]:.3f}"
+                said += f"  {trainer.tokens[-1] / trainer.runs[OURS].seconds[-1]:.0f} tokens/s"
+                advance(said)
+                if done % every == 0 or done == settings.steps:
+                    trainer.evaluate()
+                if done % given.save_every == 0 or done == settings.steps:
+                    save()
+        except KeyboardInterrupt:
+            save()
+            print(
+                f"stopped after step {trainer.steps_done}; go on with\n    python -m fusedformer "
+                f"pretrain --out {given.out} --resume",
+                file=sys.stderr,
+            )
+            return 130
+    trainer.model.eval()
+    found = results.figures(trainer, source, baselines, task.examples(trainer.model))
+    files = [path, *results.write(given.out, found, task.chance)]
+    files += results.export(given.out, trainer.model, task)
+    terminal.print_table(
+        console, settings.objective, ("", "value"), results.rows(found, task.chance)
+    )
+    for example in found["examples"]:
+        console.print(example, highlight=False, markup=False)
+    report = trainer.report()
+    if report is not None:
+        console.print(str(report).split("\n\n")[-1], highlight=False, markup=False)
+    console.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    return 0 if report is None or report.passed else 1
+
+
+def _state(path: Path, given: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
+    """Of the run to go on with, if there is to be one."""
+    if not given.resume:
+        if path.exists():
+            raise ValueError(
+                f"{path} is there already: go on with it by --resume, or name another --out"
+            )
+        return None
+    from fusedformer.training.trainer import read_checkpoint
+
+    state = read_checkpoint(path, device)
+    options.resumed(state["settings"], options.given_settings(given))
+    return state
+
+
+def load_task(
+    settings: Settings, state: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any], str]:
+    """(task, what its text is, the tokenizer as JSON), the tokenizer of a checkpoint's ``state``.
+
+    Raises:
+        ValueError: the text is not that of the checkpoint.
+    """
+    from tokenizers import Tokenizer
+
+    from fusedformer.training.tasks import TASKS
+    from fusedformer.training.text import read_corpus, train_tokenizer
+
+    corpus = read_corpus(Path(settings.text) if settings.text else None)
+    source = {
+        "source": corpus.source, "passages": len(corpus.train) + len(corpus.held_out),
+        "held_out": len(corpus.held_out), "digest": corpus.digest,
+    }  # fmt: skip
+    if state is None:
+        tokenizer = train_tokenizer((p.text for p in corpus.train), settings.vocab_size)
+    else:
+        if state["text"]["digest"] != corpus.digest:
+            raise ValueError(f"the text has changed since the run began: {corpus.source}")
+        tokenizer = Tokenizer.from_str(state["tokenizer"])
+    return TASKS[settings.objective](settings, corpus, tokenizer), source, tokenizer.to_str()

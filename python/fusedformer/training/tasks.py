@@ -1,0 +1,381 @@
+"""The objectives of pretraining: batches, models, and what a loss is to be compared with."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from fusedformer.distributed import LengthBalancedSampler
+from fusedformer.models import BertConfig, BertEncoderModel, GPTConfig, GPTDecoderModel
+from fusedformer.objectives import IGNORED, mask_tokens
+from fusedformer.training import stock
+from fusedformer.training.pairs import PairEncoder, tfidf_retrieval
+from fusedformer.training.settings import Settings
+from fusedformer.training.text import (
+    CLS,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL_TOKENS,
+    Corpus,
+    encode,
+    unigram_loss,
+)
+
+Batch = dict[str, Tensor]
+
+_SHORTEST = 5  # tokens: what is left of a passage that was cut is dropped if it has fewer
+_SHOWN = 3
+
+
+class Task(ABC):
+    """An objective on a corpus. All that is drawn is by the generator that is given.
+
+    Attributes:
+        chance: what ``baselines`` has that the training loss must fall below.
+    """
+
+    chance: str
+
+    def __init__(self, settings: Settings, corpus: Corpus, tokenizer: Any) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.read(corpus)
+
+    @abstractmethod
+    def read(self, corpus: Corpus) -> None:
+        """Samples of both parts of the corpus."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """This library's, whose ``loss`` takes a batch as keyword arguments."""
+
+    @abstractmethod
+    def stock_model(self) -> nn.Module:
+        """torch's: it loads the ``state_dict`` of ``model``, and has such a ``loss`` too."""
+
+    @abstractmethod
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The samples of each step of an epoch."""
+
+    @abstractmethod
+    def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
+        """What ``loss`` takes."""
+
+    @abstractmethod
+    def baselines(self) -> dict[str, float]:
+        """What can be had without a model."""
+
+    @abstractmethod
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Of held-out text: ``"loss"``, as in training, and other figures."""
+
+    @abstractmethod
+    def examples(self, model: Any) -> list[str]:
+        """A few lines that show what the model does."""
+
+
+class _Windows(Task):
+    """Tasks on passages, the long ones cut; batches of about as many tokens."""
+
+    special: int  # tokens of a sample besides those of the passage
+
+    def read(self, corpus: Corpus) -> None:
+        longest = self.settings.length - self.special
+        parts = [encode(self.tokenizer, [p.text for p in part]) for part in
+                 (corpus.train, corpus.held_out)]  # fmt: skip
+        self.windows, self.held_out = ([w for ids in part for w in _cut(ids, longest)]
+                                       for part in parts)  # fmt: skip
+        self._sampler = self._sampled(self.windows, shuffle=True)
+
+    def _sampled(self, windows: list[list[int]], shuffle: bool) -> LengthBalancedSampler:
+        lengths = [len(window) + self.special for window in windows]
+        given = self.settings
+        return LengthBalancedSampler(
+            lengths, given.batch_tokens, num_replicas=1, rank=0, shuffle=shuffle, seed=given.seed,
+            d_model=given.width,
+        )
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        self._sampler.set_epoch(epoch)
+        return list(self._sampler)
+
+    def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
+        return self.batch_of(self.windows, samples, generator)
+
+    @abstractmethod
+    def batch_of(
+        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
+    ) -> Batch:
+        """What ``loss`` takes of some of ``windows``."""
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The same each time."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for samples in self._sampled(self.held_out, shuffle=False):
+            yield self.batch_of(self.held_out, samples, generator)
+
+    def unigram(self) -> float:
+        """The loss of knowing how often each token is."""
+        return unigram_loss(self.windows, self.held_out, self.vocab_size)
+
+
+class MaskedAndNext(_Windows):
+    """BERT's: masked tokens, and whether the second half belongs to the first."""
+
+    chance = "unigram + coin"
+    special = 3
+
+    def read(self, corpus: Corpus) -> None:
+        tokens = (self.tokenizer.id_to_token(i) for i in range(self.vocab_size))
+        self._begins_word = [token.startswith("Ġ") for token in tokens]
+        super().read(corpus)
+
+    def config(self) -> BertConfig:
+        """Sizes of the model."""
+        given = self.settings
+        return BertConfig(
+            self.vocab_size, given.width, given.layers, given.heads, 4 * given.width,
+            hidden_dropout_prob=given.dropout, attention_probs_dropout_prob=given.dropout,
+            max_position_embeddings=given.length, pad_token_id=PAD,
+        )
+
+    def model(self) -> BertEncoderModel:
+        return BertEncoderModel(self.config(), heads=["mlm", "nsp"])
+
+    def stock_model(self) -> nn.Module:
+        return stock.StockBert(self.config())
+
+    def batch_of(
+        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
+    ) -> Batch:
+        count = len(samples)
+        changed = torch.rand(count, generator=generator) < 0.5
+        shift = torch.randint(1, max(2, len(windows)), (count,), generator=generator)
+        rows, types = [], []
+        for i, change, by in zip(samples, changed.tolist(), shift.tolist(), strict=True):
+            first = windows[i]
+            second = windows[(i + by) % len(windows)] if change else first
+            one = [CLS, *first[: self._middle(first)], SEP]
+            two = [*second[self._middle(second) :], SEP]
+            # Halves of two windows may have a few tokens more than one window.
+            two = two[: self.settings.length - len(one)]
+            rows.append(one + two)
+            types.append([0] * len(one) + [1] * len(two))
+        ids, mask = padded(rows)
+        special = ids < len(SPECIAL_TOKENS)
+        masked, labels = mask_tokens(ids, MASK, self.vocab_size, special, generator=generator)
+        return {
+            "input_ids": masked, "labels": labels, "next_sentence_label": changed.long(),
+            "attention_mask": mask, "token_type_ids": padded(types)[0],
+        }  # fmt: skip
+
+    def _middle(self, window: list[int]) -> int:
+        """Where the word nearest to the middle begins."""
+        half = len(window) // 2
+        starts = [i for i in range(1, len(window)) if self._begins_word[window[i]]]
+        return min(starts, key=lambda i: abs(i - half), default=half)
+
+    def baselines(self) -> dict[str, float]:
+        unigram = self.unigram()
+        return {"unigram": unigram, "coin": math.log(2), self.chance: unigram + math.log(2)}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        sums = torch.zeros(5, dtype=torch.float64)  # loss, masked; loss, right; sequences
+        for batch in self.held_out_batches():
+            batch = moved(batch, model)
+            labels, follows = batch.pop("labels"), batch.pop("next_sentence_label")
+            masked, count = int((labels != IGNORED).sum()), len(follows)
+            logits = model.nsp(model.pooled(**batch)).float()
+            right = (logits.argmax(1) == follows).sum()
+            apart = F.cross_entropy(logits, follows)
+            loss = model.loss(labels=labels, **batch) if masked else apart.new_zeros(())
+            sums += torch.tensor([float(loss) * masked, masked, float(apart) * count, right, count])
+        loss, masked, apart, right, count = sums.tolist()
+        mlm, nsp = loss / masked, apart / count
+        return {"loss": mlm + nsp, "mlm": mlm, "nsp": nsp, "nsp accuracy": right / count}
+
+    @torch.no_grad()
+    def examples(self, model: Any) -> list[str]:
+        found = []
+        for window in [w for w in self.held_out if 12 <= len(w) <= 40][:_SHOWN]:
+            ids = torch.tensor([[CLS, *window, SEP]])
+            place = 1 + self._middle(window)
+            word = self.tokenizer.decode([window[place - 1]])
+            ids[0, place] = MASK
+            hidden = model(ids.to(next(model.parameters()).device))
+            best = model.masked_lm_logits(hidden[0, place]).topk(3).indices.tolist()
+            before, after = (self.tokenizer.decode(w)
+                             for w in (window[: place - 1], window[place:]))  # fmt: skip
+            guesses = ", ".join(repr(self.tokenizer.decode([i])) for i in best)
+            found.append(f"{before} [MASK]{after}\n    was {word!r}; most likely: {guesses}")
+        return found
+
+
+class Causal(_Windows):
+    """GPT's: each token from those before it."""
+
+    chance = "unigram"
+    special = 2
+
+    def config(self) -> GPTConfig:
+        """Sizes of the model."""
+        given = self.settings
+        return GPTConfig(
+            self.vocab_size, given.length, given.width, given.layers, given.heads,
+            resid_pdrop=given.dropout, embd_pdrop=given.dropout, attn_pdrop=given.dropout,
+            eos_token_id=SEP,
+        )
+
+    def model(self) -> GPTDecoderModel:
+        return GPTDecoderModel(self.config())
+
+    def stock_model(self) -> nn.Module:
+        return stock.StockGPT(self.config())
+
+    def batch_of(
+        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
+    ) -> Batch:
+        ids, mask = padded([[CLS, *windows[i], SEP] for i in samples])
+        return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+    def baselines(self) -> dict[str, float]:
+        return {self.chance: self.unigram()}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        total, count = 0.0, 0
+        for batch in self.held_out_batches():
+            predicted = int(batch["attention_mask"][:, 1:].sum())
+            total += float(model.loss(**moved(batch, model))) * predicted
+            count += predicted
+        return {"loss": total / count}
+
+    def examples(self, model: Any) -> list[str]:
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(self.settings.seed)
+        found = []
+        for start in ("Return the", "Raise", "This module")[:_SHOWN]:
+            ids = torch.tensor([[CLS, *encode(self.tokenizer, [start])[0]]], device=device)
+            room = min(30, self.settings.length - ids.shape[1])
+            if room < 1:
+                continue
+            new = model.generate(
+                ids, max_new_tokens=room, temperature=0.7, top_p=0.9, generator=generator
+            )
+            found.append(start + " |" + self.tokenizer.decode(new[0].tolist()))
+        return found
+
+
+class Contrastive(Task):
+    """CLIP's loss on how a function is called, and its docstring."""
+
+    chance = "uniform"
+
+    def read(self, corpus: Corpus) -> None:
+        self.pairs, self.held_out = ([(p.signature, p.text) for p in part if p.signature]
+                                     for part in (corpus.train, corpus.held_out))  # fmt: skip
+        if len(self.pairs) < self.settings.pairs or len(self.held_out) < 2:
+            raise ValueError(
+                f"expected functions with docstrings, {self.settings.pairs} to train on (--pairs) "
+                f"and 2 held out, but found {len(self.pairs)} and {len(self.held_out)} in "
+                f"{corpus.source}"
+            )
+        self._ids = [self._encoded(part) for part in (self.pairs, self.held_out)]
+
+    def _encoded(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        longest = self.settings.length - 2
+        sides = (encode(self.tokenizer, side) for side in zip(*pairs, strict=True))
+        cut = ([[CLS, *ids[:longest], SEP] for ids in side] for side in sides)
+        return list(zip(*cut, strict=True))
+
+    def model(self) -> nn.Module:
+        return PairEncoder(self.settings, self.vocab_size)
+
+    def stock_model(self) -> nn.Module:
+        return PairEncoder(self.settings, self.vocab_size, of_torch=True)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
+        order = torch.randperm(len(self.pairs), generator=generator)
+        size = self.settings.pairs  # what is left over comes in another epoch
+        found: list[list[int]] = order[: len(order) // size * size].view(-1, size).tolist()
+        return found
+
+    def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
+        return _paired([self._ids[0][i] for i in samples])
+
+    def baselines(self) -> dict[str, float]:
+        counted = {f"TF-IDF {n}": v for n, v in tfidf_retrieval(self.held_out).items()}
+        chance = {f"uniform top-{n}": n / len(self.held_out) for n in (1, 5)}
+        return {self.chance: math.log(self.settings.pairs)} | chance | counted
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        a, b = self._features(model)
+        size = min(self.settings.pairs, len(a))
+        parts = [slice(i, i + size) for i in range(0, len(a) - size + 1, size)]
+        losses = [float(model.contrast(a[part], b[part])) for part in parts]
+        ranks = (a @ b.t()).argsort(1, descending=True)
+        places = (ranks == torch.arange(len(a), device=a.device)[:, None]).int().argmax(1)
+        hits = {f"top-{n}": float((places < n).double().mean()) for n in (1, 5)}
+        return {"loss": sum(losses) / len(losses)} | hits
+
+    @torch.no_grad()
+    def examples(self, model: Any) -> list[str]:
+        a, b = self._features(model)
+        best = (a @ b.t()).argmax(1).tolist()
+        found = []
+        for i in range(0, len(best), max(1, len(best) // _SHOWN))[:_SHOWN]:
+            verdict = "its own" if best[i] == i else "another's"
+            found.append(f"{self.held_out[i][0]}\n    nearest, {verdict}: "
+                         f"{self.held_out[best[i]][1][:90]}")  # fmt: skip
+        return found
+
+    def _features(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Those of held-out calls and docstrings."""
+        found = []
+        size = self.settings.pairs
+        for start in range(0, len(self._ids[1]), size):
+            batch = moved(_paired(self._ids[1][start : start + size]), model)
+            found.append(model.features(**batch).float().chunk(2))
+        a, b = zip(*found, strict=True)
+        return torch.cat(a), torch.cat(b)
+
+
+TASKS: dict[str, type[Task]] = {
+    "mlm+nsp": MaskedAndNext, "causal": Causal, "contrastive": Contrastive
+}  # fmt: skip
+
+
+def _cut(ids: list[int], longest: int) -> list[list[int]]:
+    parts = [ids[i : i + longest] for i in range(0, len(ids), longest)]
+    return [part for part in parts if len(part) >= _SHORTEST] or parts[:1]
+
+
+def _paired(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """All first sides, then all second ones."""
+    ids, mask = padded([side for sides in zip(*pairs, strict=True) for side in sides])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(``[B, L]``, 1 where a row has something), zeros behind."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def moved(batch: Batch, model: nn.Module) -> Batch:
+    """To the device of ``model``."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

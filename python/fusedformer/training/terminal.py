@@ -1,0 +1,60 @@
+"""Progress of a training, and tables, in the terminal; lines where it is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_LINES = 20  # where there is no bar
+
+
+@contextmanager
+def progress(
+    console: Console, name: str, steps: int, done: int = 0
+) -> Iterator[Callable[[str], None]]:
+    """A bar of ``steps``, of which some are done; the function says that one more is, and how."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=console,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(name, total=steps, completed=done, said="")
+    start, reached = time.perf_counter(), done
+
+    def advance(said: str) -> None:
+        nonlocal reached
+        reached += 1
+        bar.update(task, advance=1, said=said)
+        every = max(1, steps // _LINES)
+        if not console.is_terminal and (reached % every == 0 or reached == steps):
+            console.print(
+                f"{name} {reached}/{steps}  {said}  {time.perf_counter() - start:.0f} s",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+    with bar:
+        yield advance
+
+
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """All but the first column flush right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
