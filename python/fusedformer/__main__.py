@@ -10,6 +10,8 @@ from fusedformer._version import __version__
 
 COMMANDS = {
     "pretrain": "BERT, GPT or CLIP on text that is here, beside the same model of torch's modules",
+    "finetune": "a pretrained model learns to tell packages apart: whole, frozen, by a prefix",
+    "fewshot": "a small decoder learns to do what examples in its prompt say",
     "report": "stock against fused on a pretrained encoder and real text",
     "parity": "every op, or a fused model, against float64, beside stock PyTorch",
     "bench": "the library's speed beside its peers' (in a checkout)",
@@ -17,7 +19,7 @@ COMMANDS = {
     "compile-report": "every kernel compiled for GPUs that need not be here",
 }
 
-TRAINING = ("pretrain",)
+TRAINING = ("pretrain", "finetune", "fewshot")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,19 +1,22 @@
-"""Figures in one style, as SVG in data URIs, so that a page needs nothing besides itself."""
+"""Figures in one style: files, or SVG in data URIs, so that a page needs nothing besides itself."""
 
 from __future__ import annotations
 
 import base64
 import io
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["plt", "source", "styled"]
+__all__ = ["drawn", "plt", "source", "styled"]
 
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -38,6 +41,16 @@ def styled() -> AbstractContextManager[None]:
     """A context in which figures are drawn in the style."""
     context: AbstractContextManager[None] = plt.rc_context(_STYLE)
     return context
+
+
+@contextmanager
+def drawn(path: Path, height: float = 3.6) -> Iterator[Axes]:
+    """The axes of a figure that is then saved, as its ending says; an SVG has no date."""
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.2, height), layout="constrained")
+        yield axis
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
 
 
 def source(figure: Figure) -> str:

@@ -106,7 +106,8 @@ def _pretrain(given: argparse.Namespace) -> int:
             return 130
     trainer.model.eval()
     found = results.figures(trainer, source, baselines, task.examples(trainer.model))
-    files = [path, *results.write(given.out, found, task.chance)]
+    files = [path, results.write_figures(given.out, found), given.out / "loss.svg"]
+    results.draw(found, task.chance, files[-1])
     files += results.export(given.out, trainer.model, task)
     terminal.print_table(
         console, settings.objective, ("", "value"), results.rows(found, task.chance)

@@ -50,20 +50,19 @@ def figures(
     }
 
 
-def write(folder: Path, found: dict[str, Any], chance: str) -> list[Path]:
-    """``metrics.json`` and ``loss.svg`` in ``folder``."""
-    files = [folder / "metrics.json", folder / "loss.svg"]
-    files[0].write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, chance, files[1])
-    return files
+def write_figures(folder: Path, found: dict[str, Any]) -> Path:
+    """``metrics.json`` in ``folder``, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.json"
+    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return path
 
 
 def draw(found: dict[str, Any], chance: str, path: Path) -> None:
     """Loss by step, smoothed, of ours and of stock; held-out text; what can be had without."""
-    from fusedformer._figures import plt, styled
+    from fusedformer._figures import drawn
 
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    with drawn(path) as axis:
         for name in (STOCK, OURS):
             losses = found["losses"].get(name)
             if losses:
@@ -72,19 +71,15 @@ def draw(found: dict[str, Any], chance: str, path: Path) -> None:
                     range(1, len(losses) + 1), smoothed(losses), color=_COLOURS[name], label=name,
                     linewidth=5.0 if name == STOCK else 1.6,
                 )  # fmt: skip
-        held_out = found["evaluations"]
-        axis.plot(
-            [one["step"] for one in held_out], [one["loss"] for one in held_out], "o",
-            color="#0f172a", markersize=4, label="held-out text",
-        )  # fmt: skip
+        steps, values = zip(*((one["step"], one["loss"]) for one in found["evaluations"]),
+                            strict=True)  # fmt: skip
+        axis.plot(steps, values, "o", color="#0f172a", markersize=4, label="held-out text")
         value = found["baselines"][chance]
         axis.axhline(value, color="#dc2626", linestyle="--", linewidth=1.2, label=chance)
         axis.set_title(found["settings"]["objective"])
         axis.set_xlabel("step")
         axis.set_ylabel("loss, nats")
         axis.legend()
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,13 @@ class Task(ABC):
 
     def __init__(self, settings: Settings, corpus: Corpus, tokenizer: Any) -> None:
         self.settings = settings
+        self.corpus = corpus
         self.tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.read(corpus)
+        self.read()
 
     @abstractmethod
-    def read(self, corpus: Corpus) -> None:
+    def read(self) -> None:
         """Samples of both parts of the corpus."""
 
     @abstractmethod
@@ -60,6 +61,10 @@ class Task(ABC):
     @abstractmethod
     def stock_model(self) -> nn.Module:
         """torch's: it loads the ``state_dict`` of ``model``, and has such a ``loss`` too."""
+
+    @abstractmethod
+    def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
+        """The part of ``model`` that has ``pooled``, with its weights of a checkpoint."""
 
     @abstractmethod
     def batches(self, epoch: int) -> list[list[int]]:
@@ -87,12 +92,13 @@ class _Windows(Task):
 
     special: int  # tokens of a sample besides those of the passage
 
-    def read(self, corpus: Corpus) -> None:
+    def read(self) -> None:
         longest = self.settings.length - self.special
-        parts = [encode(self.tokenizer, [p.text for p in part]) for part in
-                 (corpus.train, corpus.held_out)]  # fmt: skip
-        self.windows, self.held_out = ([w for ids in part for w in _cut(ids, longest)]
-                                       for part in parts)  # fmt: skip
+        parts = self.corpus.train, self.corpus.held_out
+        encoded = (encode(self.tokenizer, [p.text for p in part]) for part in parts)
+        self.windows, self.held_out = (
+            [window for ids in part for window in _cut(ids, longest)] for part in encoded
+        )
         self._sampler = self._sampled(self.windows, shuffle=True)
 
     def _sampled(self, windows: list[list[int]], shuffle: bool) -> LengthBalancedSampler:
@@ -133,10 +139,10 @@ class MaskedAndNext(_Windows):
     chance = "unigram + coin"
     special = 3
 
-    def read(self, corpus: Corpus) -> None:
+    def read(self) -> None:
         tokens = (self.tokenizer.id_to_token(i) for i in range(self.vocab_size))
         self._begins_word = [token.startswith("Ġ") for token in tokens]
-        super().read(corpus)
+        super().read()
 
     def config(self) -> BertConfig:
         """Sizes of the model."""
@@ -152,6 +158,10 @@ class MaskedAndNext(_Windows):
 
     def stock_model(self) -> nn.Module:
         return stock.StockBert(self.config())
+
+    def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
+        model = BertEncoderModel(self.config(), heads=["pooler"])
+        return _loaded(model, weights)
 
     def batch_of(
         self, windows: list[list[int]], samples: Sequence[int], generator: Generator
@@ -241,6 +251,9 @@ class Causal(_Windows):
     def stock_model(self) -> nn.Module:
         return stock.StockGPT(self.config())
 
+    def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
+        return _loaded(self.model(), weights)
+
     def batch_of(
         self, windows: list[list[int]], samples: Sequence[int], generator: Generator
     ) -> Batch:
@@ -280,14 +293,16 @@ class Contrastive(Task):
 
     chance = "uniform"
 
-    def read(self, corpus: Corpus) -> None:
-        self.pairs, self.held_out = ([(p.signature, p.text) for p in part if p.signature]
-                                     for part in (corpus.train, corpus.held_out))  # fmt: skip
+    def read(self) -> None:
+        parts = self.corpus.train, self.corpus.held_out
+        self.pairs, self.held_out = (
+            [(p.signature, p.text) for p in part if p.signature] for part in parts
+        )
         if len(self.pairs) < self.settings.pairs or len(self.held_out) < 2:
             raise ValueError(
                 f"expected functions with docstrings, {self.settings.pairs} to train on (--pairs) "
                 f"and 2 held out, but found {len(self.pairs)} and {len(self.held_out)} in "
-                f"{corpus.source}"
+                f"{self.corpus.source}"
             )
         self._ids = [self._encoded(part) for part in (self.pairs, self.held_out)]
 
@@ -302,6 +317,9 @@ class Contrastive(Task):
 
     def stock_model(self) -> nn.Module:
         return PairEncoder(self.settings, self.vocab_size, of_torch=True)
+
+    def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
+        return _loaded(self.model(), weights).tower
 
     def batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
@@ -354,6 +372,14 @@ class Contrastive(Task):
 TASKS: dict[str, type[Task]] = {
     "mlm+nsp": MaskedAndNext, "causal": Causal, "contrastive": Contrastive
 }  # fmt: skip
+
+
+def _loaded(model: Any, weights: Mapping[str, Tensor] | None) -> Any:
+    """With those of ``weights`` that it has a place for, which must be all of its own."""
+    if weights is not None:
+        own = model.state_dict()
+        model.load_state_dict({name: weights[name] for name in own})
+    return model
 
 
 def _cut(ids: list[int], longest: int) -> list[list[int]]:
