@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Steps that take minutes on two cores.
-STEPS = {"mlm+nsp": 2000, "causal": 1000, "contrastive": 600}
-_BY_OBJECTIVE = ", ".join(map(str, STEPS.values()))
+# Steps, which take minutes on two cores, and the largest learning rate.
+DEFAULTS = {"mlm+nsp": (2500, 3e-3), "causal": (1000, 1e-3), "contrastive": (400, 1e-3)}
+STEPS, RATES = (", ".join(map(str, column)) for column in zip(*DEFAULTS.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Settings:
     """
 
     objective: str = dataclasses.field(
-        default="mlm+nsp", metadata={"choices": tuple(STEPS), "help": "what is learned"}
+        default="mlm+nsp", metadata={"choices": tuple(DEFAULTS), "help": "what is learned"}
     )
     text: str | None = dataclasses.field(
         default=None,
@@ -34,8 +34,8 @@ class Settings:
         },
     )
     steps: int = dataclasses.field(
-        default=2000,
-        metadata={"help": f"of the optimizer, in all (default: by objective, {_BY_OBJECTIVE})"},
+        default=2500,
+        metadata={"help": f"of the optimizer, in all (default: by objective, {STEPS})"},
     )
     batch_tokens: int = dataclasses.field(
         default=4096, metadata={"help": "tokens of a batch, at most (not contrastive)"}
@@ -50,7 +50,11 @@ class Settings:
     heads: int = dataclasses.field(default=4, metadata={"help": "of attention"})
     dropout: float = dataclasses.field(default=0.0, metadata={"help": "of all kinds"})
     lr: float = dataclasses.field(
-        default=1e-3, metadata={"help": "largest learning rate: after a tenth of the steps"}
+        default=3e-3,
+        metadata={
+            "help": "largest learning rate, reached after a tenth of the steps "
+            f"(default: by objective, {RATES})"
+        },
     )
     seed: int = dataclasses.field(default=0, metadata={"help": "of all that is drawn"})
     amp: bool = dataclasses.field(
@@ -125,7 +129,7 @@ def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
 def new(given: dict[str, Any]) -> Settings:
     """Those of a run that begins."""
     objective = given.get("objective", Settings.objective)
-    return Settings(**{"steps": STEPS.get(objective, Settings.steps)} | given)
+    return Settings(**dict(zip(("steps", "lr"), DEFAULTS[objective], strict=True)) | given)
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:

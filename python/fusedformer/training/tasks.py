@@ -15,7 +15,7 @@ from fusedformer.distributed import LengthBalancedSampler
 from fusedformer.models import BertConfig, BertEncoderModel, GPTConfig, GPTDecoderModel
 from fusedformer.objectives import IGNORED, mask_tokens
 from fusedformer.training import stock
-from fusedformer.training.pairs import PairEncoder, tfidf_retrieval
+from fusedformer.training.pairs import PairEncoder, tfidf_retrieval, words
 from fusedformer.training.settings import Settings
 from fusedformer.training.text import (
     CLS,
@@ -32,6 +32,8 @@ Batch = dict[str, Tensor]
 
 _SHORTEST = 5  # tokens: what is left of a passage that was cut is dropped if it has fewer
 _SHOWN = 3
+_DROPPED = 0.2  # of the tokens of a pair, anew each time: pairs are few
+_ALIKE = 50  # windows of like lengths, of which another half is taken
 
 
 class Task(ABC):
@@ -168,15 +170,19 @@ class MaskedAndNext(_Windows):
     ) -> Batch:
         count = len(samples)
         changed = torch.rand(count, generator=generator) < 0.5
-        shift = torch.randint(1, max(2, len(windows)), (count,), generator=generator)
+        # Of a window about as long: else two lengths would tell what does not belong together.
+        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
+        place = {i: rank for rank, i in enumerate(order)}
+        shift = torch.randint(1, min(_ALIKE, len(windows)), (count,), generator=generator)
         rows, types = [], []
         for i, change, by in zip(samples, changed.tolist(), shift.tolist(), strict=True):
             first = windows[i]
-            second = windows[(i + by) % len(windows)] if change else first
+            other = order[(place[i] + by) % len(windows)]
+            second = windows[other] if change else first
             one = [CLS, *first[: self._middle(first)], SEP]
-            two = [*second[self._middle(second) :], SEP]
             # Halves of two windows may have a few tokens more than one window.
-            two = two[: self.settings.length - len(one)]
+            room = self.settings.length - len(one) - 1
+            two = [*second[self._middle(second) :][:room], SEP]
             rows.append(one + two)
             types.append([0] * len(one) + [1] * len(two))
         ids, mask = padded(rows)
@@ -296,7 +302,7 @@ class Contrastive(Task):
     def read(self) -> None:
         parts = self.corpus.train, self.corpus.held_out
         self.pairs, self.held_out = (
-            [(p.signature, p.text) for p in part if p.signature] for part in parts
+            [(_spoken(p.signature), p.text.lower()) for p in part if p.signature] for part in parts
         )
         if len(self.pairs) < self.settings.pairs or len(self.held_out) < 2:
             raise ValueError(
@@ -329,7 +335,8 @@ class Contrastive(Task):
         return found
 
     def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
-        return _paired([self._ids[0][i] for i in samples])
+        sides = _sides([self._ids[0][i] for i in samples])
+        return _masked([_thinned(side, generator) for side in sides])
 
     def baselines(self) -> dict[str, float]:
         counted = {f"TF-IDF {n}": v for n, v in tfidf_retrieval(self.held_out).items()}
@@ -363,7 +370,7 @@ class Contrastive(Task):
         found = []
         size = self.settings.pairs
         for start in range(0, len(self._ids[1]), size):
-            batch = moved(_paired(self._ids[1][start : start + size]), model)
+            batch = moved(_masked(_sides(self._ids[1][start : start + size])), model)
             found.append(model.features(**batch).float().chunk(2))
         a, b = zip(*found, strict=True)
         return torch.cat(a), torch.cat(b)
@@ -387,9 +394,25 @@ def _cut(ids: list[int], longest: int) -> list[list[int]]:
     return [part for part in parts if len(part) >= _SHORTEST] or parts[:1]
 
 
-def _paired(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+def _spoken(signature: str) -> str:
+    """Its words, so that the tokens of names are those of English."""
+    return " " + " ".join(words(signature))
+
+
+def _sides(pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
     """All first sides, then all second ones."""
-    ids, mask = padded([side for sides in zip(*pairs, strict=True) for side in sides])
+    return [side for sides in zip(*pairs, strict=True) for side in sides]
+
+
+def _thinned(ids: list[int], generator: Generator) -> list[int]:
+    """Without some tokens, but for the first and the last."""
+    kept = (torch.rand(len(ids), generator=generator) >= _DROPPED).tolist()
+    kept[0] = kept[-1] = True
+    return [token for token, keep in zip(ids, kept, strict=True) if keep]
+
+
+def _masked(rows: Sequence[Sequence[int]]) -> Batch:
+    ids, mask = padded(rows)
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -94,7 +94,7 @@ def _paragraphs(root: Path) -> list[Passage]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A ``tokenizers.Tokenizer``: byte-level byte-pair encoding, which can write any text back.
 
-    Ids 0 to 3 are ``[PAD]``, ``[CLS]``, ``[MASK]`` and ``[SEP]``; no text has them.
+    Ids 0 to 3 are ``[PAD]``, ``[CLS]``, ``[MASK]`` and ``[SEP]``.
 
     Args:
         texts: to count pairs in.
@@ -125,6 +125,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, without special tokens."""
+    tokenizer.encode_special_tokens = True  # a text that has "[MASK]" has no mask
     return [one.ids for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 

@@ -1,0 +1,140 @@
+"""Batches are what their objectives say; models of torch's modules compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+
+from fusedformer import nn
+from fusedformer.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext
+from fusedformer.training.text import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
+from fusedformer.training.trainer import OURS, STOCK, Trainer
+
+Make = Callable[..., Trainer]
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_bert_gets_halves_that_belong_together_or_not(trainer: Make) -> None:
+    task = trainer().task
+    assert isinstance(task, MaskedAndNext)
+    samples = list(range(200))
+    batch = task.batch(samples, generator())
+    labels, ids = batch["labels"], batch["input_ids"]
+    original = torch.where(labels == -100, ids, labels)
+    assert ids.shape[1] <= task.settings.length
+    real = batch["attention_mask"] != 0
+    assert bool((original[~real] == PAD).all()) and bool((original[real] != PAD).all())
+    changed = batch["next_sentence_label"]
+    assert 60 < int(changed.sum()) < 140
+    for i in samples:
+        row = original[i][real[i]].tolist()
+        assert row[0] == CLS and row[-1] == SEP and row.count(SEP) == 2
+        middle = row.index(SEP) + 1
+        assert batch["token_type_ids"][i].tolist() == [
+            int(middle <= place < len(row)) for place in range(ids.shape[1])
+        ]
+        whole = row[1 : middle - 1] + row[middle:-1]
+        assert (whole == task.windows[i]) == (not changed[i])
+    lengths = batch["token_type_ids"].sum(1) / batch["attention_mask"].sum(1)
+    apart = [float(lengths[changed == kind].mean()) for kind in (0, 1)]
+    assert abs(apart[0] - apart[1]) < 0.03
+    share = float((labels != -100)[original >= len(SPECIAL_TOKENS)].double().mean())
+    assert 0.12 < share < 0.18
+    assert not bool(((labels != -100) & (original < len(SPECIAL_TOKENS))).any())
+    assert 0.7 < float((ids[labels != -100] == MASK).double().mean()) < 0.9
+    again = task.batch(samples, generator())
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(task.batch(samples, generator(2))["labels"], labels)
+
+
+def test_every_window_comes_once_an_epoch_in_another_order(trainer: Make) -> None:
+    for objective in ("mlm+nsp", "causal"):
+        task = trainer(objective=objective).task
+        assert isinstance(task, MaskedAndNext | Causal)
+        first, second = task.batches(0), task.batches(1)
+        every = list(range(len(task.windows)))
+        assert sorted(chain(*first)) == sorted(chain(*second)) == every
+        assert first != second and first == task.batches(0)
+        longest = max(sum(len(task.windows[i]) + task.special for i in b) for b in first)
+        assert longest <= task.settings.batch_tokens
+
+
+def test_a_call_and_its_docstring_make_a_pair(trainer: Make) -> None:
+    task = trainer(objective="contrastive").task
+    assert isinstance(task, Contrastive)
+    batch = task.batch([3, 1], generator())
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
+    rows = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    texts = [task.tokenizer.decode(row[1:-1]) for row in rows]
+    wanted = [task.pairs[i][side] for side in (0, 1) for i in (3, 1)]
+    for text, whole in zip(texts, wanted, strict=True):  # a part of it, in order
+        left = iter(whole)
+        assert all(letter in left for letter in text)
+    assert sum(map(len, texts)) > 0.5 * sum(len(whole) for whole in wanted)
+    assert texts != wanted
+    assert all(row[0] == CLS and row[-1] == SEP for row in rows)
+    order = [*chain(*task.batches(0))]
+    assert len(set(order)) == len(order) and len(order) > len(task.pairs) - task.settings.pairs
+
+
+@pytest.mark.parametrize("objective", TASKS)
+def test_stock_trains_alike_and_a_model_that_is_another_does_not(
+    trainer: Make, objective: str
+) -> None:
+    made = trainer(objective=objective, stock=True)
+    assert made.runs[OURS].model.state_dict().keys() == made.runs[STOCK].model.state_dict().keys()
+    for _ in range(5):
+        made.step()
+    report = made.report()
+    assert report is not None and report.passed, str(report)
+    assert made.runs[OURS].losses[-1] < made.runs[OURS].losses[0]
+    other = trainer(objective=objective, stock=True)
+    norm = next(m for m in other.model.modules() if isinstance(m, nn.LayerNorm))
+    norm.eps = 1e-3
+    for _ in range(5):
+        other.step()
+    report = other.report()
+    assert report is not None and not report.passed
+
+
+@pytest.mark.parametrize("objective", TASKS)
+def test_what_is_held_out_is_judged_alike_each_time_and_changes_nothing(
+    trainer: Make, objective: str
+) -> None:
+    made = trainer(objective=objective, dropout=0.1)
+    before = torch.get_rng_state()
+    assert made.evaluate() == made.evaluate()
+    assert torch.equal(before, torch.get_rng_state())
+    assert made.model.training
+    found = made.evaluations[0]
+    chance = made.task.baselines()[made.task.chance]
+    if objective == "contrastive":
+        assert 0.0 <= found["top-1"] <= found["top-5"] <= 1.0
+    else:  # a new model knows less than the counts
+        assert chance < found["loss"] < 1.5 * chance
+    if objective == "mlm+nsp":
+        assert found["loss"] == pytest.approx(found["mlm"] + found["nsp"])
+
+
+def test_the_causal_loss_is_the_mean_over_held_out_tokens(trainer: Make) -> None:
+    made = trainer(objective="causal", layers=1)
+    task, model = made.task, made.model
+    assert isinstance(task, Causal)
+    total, count = 0.0, 0
+    for window in task.held_out:
+        ids = torch.tensor([[CLS, *window, SEP]])
+        logits = model.logits(model(ids))[0, :-1].detach()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    assert made.evaluate()["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_text_without_functions_has_no_pairs(trainer: Make) -> None:
+    with pytest.raises(ValueError, match=r"9999 to train on \(--pairs\)"):
+        trainer(objective="contrastive", pairs=9999)
