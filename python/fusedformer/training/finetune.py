@@ -27,7 +27,7 @@ from fusedformer.training.text import CLS, SEP, MissingExtra, encode, require_ex
 
 BATCH = 32
 # Largest learning rates, by what is trained.
-RATES = {"full": 5e-4, "frozen": 5e-3, "prefix": 1e-2, "scratch": 5e-4}
+RATES = {"full": 1e-3, "frozen": 5e-3, "prefix": 3e-2, "scratch": 1e-3}
 METHODS = {
     "full": "all weights",
     "frozen": "embeddings and layers frozen",
