@@ -48,13 +48,14 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     text: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    number = signal.SIGTERM if objective == "causal" else signal.SIGINT
     given = dict(objective=objective, steps=7, dropout=0.1, layers=1)
     assert run(tmp_path / "whole", text, "--save-every=2", **given) == 0
     step = Trainer.step
 
     def stopped(self: Trainer) -> float:
-        if self.steps_done == 3:
-            raise KeyboardInterrupt
+        if self.steps_done == 2:  # in the midst of the third
+            signal.raise_signal(number)
         return step(self)
 
     with monkeypatch.context() as patch:
@@ -65,6 +66,33 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     assert f"--out {tmp_path / 'part'} --resume" in said
     assert pretrain.main([f"--out={tmp_path / 'part'}", "--resume"]) == 0
     same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_the_second_signal_ends_a_run_at_once_and_leaves_its_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    step = Trainer.step
+
+    def stopped(self: Trainer) -> float:
+        if self.steps_done == 3:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(tmp_path, text, "--save-every=2", layers=1) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(read_checkpoint(tmp_path / pretrain.CHECKPOINT, CPU)["tokens"]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_is_not_finite_is_an_error(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, text, lr=1e30, layers=1) == 2
+    assert "try a smaller --lr" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_extras()
         return _fewshot(given)
-    except (MissingExtra, ValueError) as error:
+    except (MissingExtra, OSError, ValueError) as error:
         print(f"fusedformer fewshot: {error}", file=sys.stderr)
         return 2
 

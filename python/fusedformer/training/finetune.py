@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_extras()
         return _finetune(given)
-    except (MissingExtra, ValueError) as error:
+    except (MissingExtra, OSError, ValueError) as error:
         print(f"fusedformer finetune: {error}", file=sys.stderr)
         return 2
 

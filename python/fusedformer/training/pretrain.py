@@ -1,15 +1,20 @@
 """Pretrain a small model on text that is here: ``python -m fusedformer pretrain``.
 
 BERT's objectives, GPT's, or CLIP's on pairs of a function's signature and its docstring. The folder
-of the run has the checkpoint, from which ``--resume`` goes on with the same bits, ``metrics.json``,
-``loss.svg``, and the model as transformers loads it.
+of the run has the checkpoint, from which ``--resume`` goes on, ``metrics.json``, ``loss.svg``, and
+the model as transformers loads it. On the same machine, with as many threads, a run that was
+stopped or killed ends with the bits of one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_extras()
         return _pretrain(given)
-    except (MissingExtra, ValueError) as error:
+    except (MissingExtra, OSError, ValueError) as error:
         print(f"fusedformer pretrain: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fusedformer pretrain: interrupted", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Signals that ask to stop, as they come, so that none ends a step half way; two do."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        wanted = ()
+    before = {number: signal.signal(number, note) for number in wanted}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +88,7 @@ def _pretrain(given: argparse.Namespace) -> int:
     console, device = Console(), results.device_of(given.device)
     path = given.out / CHECKPOINT
     state = _state(path, given, device)
+    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
     settings = (
         Settings(**state["settings"]) if state else options.new(options.given_settings(given))
     )
@@ -73,37 +103,36 @@ def _pretrain(given: argparse.Namespace) -> int:
     trainer = Trainer(task, device)
     if state:
         trainer.load(state)
-    given.out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         trainer.save(path, tokenizer=tokenizer, text=source)
 
     every = -(-settings.steps // _EVALUATIONS)
-    with terminal.progress(
-        console, settings.objective, settings.steps, trainer.steps_done
-    ) as advance:
-        try:
-            while trainer.steps_done < settings.steps:
-                loss = trainer.step()
-                done = trainer.steps_done
-                said = f"loss {loss:.3f}  {task.chance} {baselines[task.chance]:.3f}"
-                for name, run in trainer.runs.items():
-                    if name != OURS:
-                        said += f"  {name} {run.losses[-1]:.3f}"
-                said += f"  {trainer.tokens[-1] / trainer.runs[OURS].seconds[-1]:.0f} tokens/s"
-                advance(said)
-                if done % every == 0 or done == settings.steps:
-                    trainer.evaluate()
-                if done % given.save_every == 0 or done == settings.steps:
-                    save()
-        except KeyboardInterrupt:
+    bar = terminal.progress(console, settings.objective, settings.steps, trainer.steps_done)
+    with bar as advance, stop_requests() as stop:
+        while trainer.steps_done < settings.steps and not stop:
+            loss = trainer.step()
+            done = trainer.steps_done
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} after step {done}: try a smaller --lr")
+            said = f"loss {loss:.3f}  {task.chance} {baselines[task.chance]:.3f}"
+            for name, run in trainer.runs.items():
+                if name != OURS:
+                    said += f"  {name} {run.losses[-1]:.3f}"
+            advance(f"{said}  {trainer.tokens[-1] / trainer.runs[OURS].seconds[-1]:.0f} tokens/s")
+            if done % every == 0 or done == settings.steps:
+                trainer.evaluate()
+            if done % given.save_every == 0 or done == settings.steps:
+                save()
+        if trainer.steps_done < settings.steps:
             save()
-            print(
-                f"stopped after step {trainer.steps_done}; go on with\n    python -m fusedformer "
-                f"pretrain --out {given.out} --resume",
-                file=sys.stderr,
-            )
-            return 130
+    if trainer.steps_done < settings.steps:
+        print(
+            f"stopped after step {trainer.steps_done}; go on with\n    python -m fusedformer "
+            f"pretrain --out {given.out} --resume",
+            file=sys.stderr,
+        )
+        return 130
     trainer.model.eval()
     found = results.figures(trainer, source, baselines, task.examples(trainer.model))
     files = [path, results.write_figures(given.out, found), given.out / "loss.svg"]

@@ -216,7 +216,7 @@ class MaskedAndNext(_Windows):
             loss = model.loss(labels=labels, **batch) if masked else apart.new_zeros(())
             sums += torch.tensor([float(loss) * masked, masked, float(apart) * count, right, count])
         loss, masked, apart, right, count = sums.tolist()
-        mlm, nsp = loss / masked, apart / count
+        mlm, nsp = loss / max(1.0, masked), apart / count
         return {"loss": mlm + nsp, "mlm": mlm, "nsp": nsp, "nsp accuracy": right / count}
 
     @torch.no_grad()

@@ -73,6 +73,8 @@ def read_corpus(root: Path | None = None) -> Corpus:
         )
     passages = [Passage(p.name, " ".join(p.text.split()), p.signature) for p in passages]
     held = [hashlib.sha256(passage.text.encode()).digest()[0] < 26 for passage in passages]
+    if all(held) or not any(held):
+        raise ValueError(f"expected more text: of {len(held)} passages {sum(held)} are held out")
     return Corpus(
         source,
         [p for p, is_held in zip(passages, held, strict=True) if not is_held],
