@@ -28,6 +28,9 @@ def test_prompts_follow_an_assignment_that_is_drawn() -> None:
         assert all(meant[kind[word]] == one for word, one in zip(words, given, strict=True))
         drawn.add(tuple(sorted(meant.items())))
     assert len(drawn) > 4
+    for part in (task.unseen, task.seen):  # no letter is likelier for a kind
+        for column in part.T:
+            assert len(set(column.bincount().tolist())) == 1
     unseen = {tuple(order) for order in task.unseen.tolist()}
     assert not unseen & {tuple(order) for order in task.seen.tolist()}
 
@@ -55,3 +58,5 @@ def test_the_command_trains_and_judges(
     assert "-> " in capsys.readouterr().out
     assert fewshot.main(["--steps=0"]) == 2
     assert "--steps to be positive, but got 0" in capsys.readouterr().err
+    assert fewshot.main(["--width=30", f"--out={tmp_path}"]) == 2
+    assert "--width to be a multiple of 4, but got 30" in capsys.readouterr().err

@@ -12,9 +12,10 @@ import torch
 from tests.training.conftest import PACKAGES, words
 
 from fusedformer.training import finetune, pretrain
+from fusedformer.training.finetune import Labelled
 from fusedformer.training.settings import Settings
 from fusedformer.training.text import CLS, SEP
-from fusedformer.training.trainer import read_checkpoint
+from fusedformer.training.trainer import OURS, read_checkpoint
 
 
 @pytest.fixture(scope="module", params=["mlm+nsp", "causal", "contrastive"])
@@ -51,7 +52,7 @@ def test_the_table(
 
 
 def test_the_test_is_on_what_pretraining_has_not_seen(pretrained: Path) -> None:
-    state = read_checkpoint(pretrained / pretrain.CHECKPOINT, torch.device("cpu"))
+    state = read_checkpoint(pretrained / pretrain.CHECKPOINT)
     task, _, _ = pretrain.load_task(Settings(**state["settings"]), state)
     train, test = finetune.labelled(task, 2)
     seen = {passage.text for passage in task.corpus.train}
@@ -66,6 +67,28 @@ def test_the_test_is_on_what_pretraining_has_not_seen(pretrained: Path) -> None:
     most = Counter(train.labels).most_common(1)[0][0]
     share = sum(label == most for label in test.labels) / len(test.labels)
     assert finetune.majority(train, test) == share
+
+
+def test_pretrained_weights_are_used_and_frozen_ones_stay(pretrained: Path) -> None:
+    state = read_checkpoint(pretrained / pretrain.CHECKPOINT)
+    task, _, _ = pretrain.load_task(Settings(**state["settings"]), state)
+    weights = state["runs"][OURS]["model"]
+    train, test = finetune.labelled(task, 2)
+    for method in ("full", "frozen", "prefix"):
+        model = task.encoder_for_classes(weights)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for name, tensor in before.items():
+            whole = name if name in weights else f"tower.{name}"
+            assert torch.equal(tensor, weights[whole])
+        classifier = finetune.prepare(method, model, 2, 4)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        few = Labelled(train.names, train.texts[:40], train.ids[:40], train.labels[:40])
+        finetune.fit(classifier, few, test, 1, 1e-2, 0, torch.device("cpu"), lambda said: None)
+        for name, tensor in model.state_dict().items():
+            if name in before:
+                assert torch.equal(tensor, before[name]) == (name not in trained), name
+    other = task.encoder_for_classes(None).state_dict()
+    assert any(not torch.equal(other[name], before[name]) for name in other)
 
 
 def test_wrong_usage_says_what_to_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -16,11 +17,10 @@ import torch
 import transformers
 from tests.training.conftest import words
 
-from fusedformer.training import pretrain, settings, text
+from fusedformer.training import pretrain, settings
 from fusedformer.training.tasks import TASKS
 from fusedformer.training.trainer import OURS, Trainer, read_checkpoint
 
-CPU = torch.device("cpu")
 SECONDS = 120  # after which a process hangs
 
 
@@ -30,8 +30,8 @@ def run(folder: Path, source: Path, *more: str, **given: Any) -> int:
 
 def same(first: Path, second: Path) -> None:
     """Weights, optimizers, losses and evaluations, bit by bit."""
-    one, two = (read_checkpoint(folder / pretrain.CHECKPOINT, CPU) for folder in (first, second))
-    for name in ("tokens", "evaluations", "reached", "settings", "tokenizer"):
+    one, two = (read_checkpoint(folder / pretrain.CHECKPOINT) for folder in (first, second))
+    for name in ("tokens", "evaluations", "reached", "settings", "tokenizer", "gaps"):
         assert one[name] == two[name]
     for name, state in one["runs"].items():
         other = two["runs"][name]
@@ -49,18 +49,21 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     number = signal.SIGTERM if objective == "causal" else signal.SIGINT
-    given = dict(objective=objective, steps=7, dropout=0.1, layers=1)
-    assert run(tmp_path / "whole", text, "--save-every=2", **given) == 0
-    step = Trainer.step
+    given: dict[str, Any] = dict(objective=objective, steps=7, layers=1)
+    more = ["--stock"] if objective == "causal" else ["--dropout=0.1"]
+    assert run(tmp_path / "whole", text, "--save-every=2", *more, **given) == 0
+    step, steps = torch.optim.AdamW.step, 0
 
-    def stopped(self: Trainer) -> float:
-        if self.steps_done == 2:  # in the midst of the third
+    def stopped(self: torch.optim.AdamW) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == (7 if "--stock" in more else 3):  # half way through the third, of three models
             signal.raise_signal(number)
-        return step(self)
+        step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopped)
-        assert run(tmp_path / "part", text, **given) == 130
+        patch.setattr(torch.optim.AdamW, "step", stopped)
+        assert run(tmp_path / "part", text, *more, **given) == 130
     said = capsys.readouterr().err
     assert "stopped after step 3" in said
     assert f"--out {tmp_path / 'part'} --resume" in said
@@ -84,7 +87,7 @@ def test_the_second_signal_ends_a_run_at_once_and_leaves_its_checkpoint(
     before = signal.getsignal(signal.SIGINT)
     assert run(tmp_path, text, "--save-every=2", layers=1) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert len(read_checkpoint(tmp_path / pretrain.CHECKPOINT, CPU)["tokens"]) == 2
+    assert len(read_checkpoint(tmp_path / pretrain.CHECKPOINT)["tokens"]) == 2
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -111,7 +114,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(SECONDS) == -signal.SIGKILL
-    done = len(read_checkpoint(killed / pretrain.CHECKPOINT, CPU)["tokens"])
+    done = len(read_checkpoint(killed / pretrain.CHECKPOINT)["tokens"])
     assert 0 < done < 40
     whole = tmp_path / "whole"
     resume = [sys.executable, "-m", "fusedformer", "pretrain", f"--out={killed}", "--resume"]
@@ -167,7 +170,7 @@ def test_transformers_loads_what_was_trained(
     text: Path, tmp_path: Path, objective: str, loader: Any
 ) -> None:
     assert run(tmp_path, text, objective=objective) == 0
-    state = read_checkpoint(tmp_path / pretrain.CHECKPOINT, CPU)
+    state = read_checkpoint(tmp_path / pretrain.CHECKPOINT)
     task, _, _ = pretrain.load_task(settings.Settings(**state["settings"]), state)
     ours: Any = task.model()
     ours.load_state_dict(state["runs"][OURS]["model"])
@@ -197,6 +200,14 @@ def test_wrong_usage_says_what_to_do(
     assert "--steps to be positive, but got 0" in refused(out, steps=0)
     assert "--lr to be positive" in refused(out, lr=0.0)
     assert "expected a folder of text" in refused(out, "--text=nowhere")
+    assert "--vocab-size to be at least 260" in refused(out, vocab_size=100)
+    assert "--lr to be positive" in refused(out, lr=float("nan"))
+    assert "--device to be cuda or cpu, but got abacus" in refused(out, "--device=abacus")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / pretrain.CHECKPOINT).write_bytes(b"no checkpoint")
+    damaged = f"--out={tmp_path / 'damaged'}"
+    assert "to be a checkpoint" in refused(damaged, "--resume")
+    assert "File exists" in refused(f"--out={tmp_path / 'damaged' / pretrain.CHECKPOINT}")
     assert "--save-every to be positive" in refused(out, "--save-every=0")
     source = tmp_path / "source"
     source.mkdir()
@@ -213,7 +224,9 @@ def test_wrong_usage_says_what_to_do(
 def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(text, "EXTRAS", ("rich", "no_such_package"))
+    find = importlib.util.find_spec
+    lacking = lambda name, *rest: None if name == "tokenizers" else find(name, *rest)
+    monkeypatch.setattr(importlib.util, "find_spec", lacking)
     assert pretrain.main([]) == 2
     said = capsys.readouterr().err
-    assert "no_such_package" in said and "pip install 'fusedformer[report]'" in said
+    assert "this needs tokenizers" in said and "pip install 'fusedformer[report]'" in said

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fusedformer import nn
-from fusedformer.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext
+from fusedformer.training.pairs import tfidf_retrieval, words
+from fusedformer.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext, padded
 from fusedformer.training.text import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
 from fusedformer.training.trainer import OURS, STOCK, Trainer
 
@@ -41,9 +42,12 @@ def test_bert_gets_halves_that_belong_together_or_not(trainer: Make) -> None:
         ]
         whole = row[1 : middle - 1] + row[middle:-1]
         assert (whole == task.windows[i]) == (not changed[i])
-    lengths = batch["token_type_ids"].sum(1) / batch["attention_mask"].sum(1)
-    apart = [float(lengths[changed == kind].mean()) for kind in (0, 1)]
-    assert abs(apart[0] - apart[1]) < 0.03
+    second = batch["token_type_ids"].sum(1)
+    apart = 2 * second - batch["attention_mask"].sum(1)  # lengths do not tell what belongs
+    for feature in (apart, apart.abs(), second):
+        for bound in range(int(feature.min()), int(feature.max()) + 1):
+            right = float(((feature > bound) == changed).double().mean())
+            assert 0.36 < right < 0.64
     share = float((labels != -100)[original >= len(SPECIAL_TOKENS)].double().mean())
     assert 0.12 < share < 0.18
     assert not bool(((labels != -100) & (original < len(SPECIAL_TOKENS))).any())
@@ -72,7 +76,9 @@ def test_a_call_and_its_docstring_make_a_pair(trainer: Make) -> None:
     ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1)
     rows = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
     texts = [task.tokenizer.decode(row[1:-1]) for row in rows]
-    wanted = [task.pairs[i][side] for side in (0, 1) for i in (3, 1)]
+    passages = [task.pairs[i] for i in (3, 1)]
+    wanted = [" " + " ".join(words(p.signature)) for p in passages]
+    wanted += [p.text.lower() for p in passages]
     for text, whole in zip(texts, wanted, strict=True):  # a part of it, in order
         left = iter(whole)
         assert all(letter in left for letter in text)
@@ -136,5 +142,36 @@ def test_the_causal_loss_is_the_mean_over_held_out_tokens(trainer: Make) -> None
 
 
 def test_text_without_functions_has_no_pairs(trainer: Make) -> None:
-    with pytest.raises(ValueError, match=r"9999 to train on \(--pairs\)"):
+    with pytest.raises(ValueError, match=r"9999 \(--pairs\) to train on and as many held out"):
         trainer(objective="contrastive", pairs=9999)
+
+
+def test_the_contrastive_hits_by_a_plain_loop(trainer: Make) -> None:
+    made = trainer(objective="contrastive")
+    task = made.task
+    assert isinstance(task, Contrastive)
+    found = made.evaluate()
+    places = []
+    features = [
+        made.model.eval().features(**_padded(pair)).detach().double() for pair in task._ids[1]
+    ]
+    second = torch.stack([pair[1] for pair in features])
+    for i, pair in enumerate(features):
+        scores = second @ pair[0]
+        places.append(int((scores > scores[i]).sum()))
+    for n in (1, 5):
+        assert found[f"top-{n}"] == sum(place < n for place in places) / len(places)
+
+
+def _padded(pair: tuple[list[int], list[int]]) -> dict[str, torch.Tensor]:
+    ids, mask = padded(pair)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_tfidf_finds_what_shares_rare_words() -> None:
+    pairs = [
+        ("getLineNumber(self)", "The line number."), ("close_file(self)", "Shut the file."),
+        ("walk(top)", "Nothing in common with the call."),
+    ]  # fmt: skip
+    found = tfidf_retrieval(pairs)
+    assert found["top-1"] == pytest.approx(2 / 3) and found["top-5"] == 1.0

@@ -58,6 +58,20 @@ def test_too_little_text_is_an_error(tmp_path: Path) -> None:
         read_corpus(tmp_path / "nowhere")
 
 
+def test_odd_files_are_left_out(tmp_path: Path) -> None:
+    lines = "\n\n".join(f"Line number {i} of this text." for i in range(60))
+    (tmp_path / "a.txt").write_text(lines)
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / ".#lock.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "deep.py").write_text("x = " + "+".join(["1"] * 30_000))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "b.txt").write_text(lines.replace("this", "that"))
+    (tmp_path / "half.py").write_text('"""Half of a pair: \\ud800 and more."""')
+    corpus = read_corpus(tmp_path)
+    assert len(corpus.train) + len(corpus.held_out) == 61
+    assert len(corpus.digest) == 64
+
+
 def test_the_tokenizer_writes_any_text_back() -> None:
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 300)
     text = "The naïve mat — 数, [MASK] and all"

@@ -35,7 +35,7 @@ def all_docstrings(root: Path | None = None) -> list[Passage]:
     Args:
         root: folder of ``.py`` files; the standard library if None. Folders of tests are left out.
     """
-    modules = _modules(_standard_library() if root is None else root)
+    modules = files_under(_standard_library() if root is None else root, ".py")
     unique: dict[str, Passage] = {}
     for parts in sorted(modules):
         for passage in _docstrings(modules[parts], parts):
@@ -57,7 +57,7 @@ def stdlib_passages(count: int, root: Path | None = None) -> list[Passage]:
         RuntimeError: the folder has fewer docstrings of at least five words.
     """
     root = _standard_library() if root is None else root
-    modules = _modules(root)
+    modules = files_under(root, ".py")
     unique: dict[str, Passage] = {}
     for parts in sorted(modules, key=lambda parts: _hash("/".join(parts))):
         for passage in _docstrings(modules[parts], parts):
@@ -73,9 +73,10 @@ def _standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _modules(root: Path) -> dict[tuple[str, ...], Path]:
-    """Files by the parts of their modules' names."""
-    files = {path.relative_to(root).with_suffix("").parts: path for path in root.rglob("*.py")}
+def files_under(root: Path, ending: str) -> dict[tuple[str, ...], Path]:
+    """Files by the parts of their names without ending, as modules have them; none of tests."""
+    found = (path for path in root.rglob("*" + ending) if path.is_file())
+    files = {path.relative_to(root).with_suffix("").parts: path for path in found}
     return {parts: path for parts, path in files.items() if not _LEFT_OUT.intersection(parts)}
 
 
@@ -88,13 +89,14 @@ def _docstrings(path: Path, parts: tuple[str, ...]) -> Iterator[Passage]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escape sequences in other people's files
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of the parser
         return
     nodes: list[tuple[str, ast.AST]] = [(".".join(parts).removesuffix(".__init__"), tree)]
     while nodes:
         name, node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node) or "")
+            text = text.encode(errors="replace").decode()  # no halves of pairs of surrogates
             if len(text.split()) >= _SHORTEST_WORDS:
                 yield Passage(name, text, _signature(node))
             for child in node.body:

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import math
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.models import GPTConfig, GPTDecoderModel
-from fusedformer.training import settings as options
-from fusedformer.training.text import MissingExtra, require_extras
+from fusedformer.training import commands
 
 KINDS = {
     "animals": "cat dog owl bee cow hen ant fox pig bat elk yak",
@@ -32,8 +30,8 @@ KINDS = {
 }
 LETTERS = "ABCD"
 SHOTS = (0, 1, 2, 4, 8, 16)
-HELD_OUT = 6  # of the 24 assignments of letters to kinds
-_BATCH, _RATE = 64, 3e-3
+HELD_OUT = 2  # of the 6 Latin squares of assignments: in each, a kind has every letter once
+_BATCH, _RATE, _HEADS = 64, 3e-3, 4
 _PROMPTS = 2000  # that each accuracy is of
 
 
@@ -43,11 +41,17 @@ class Task:
     def __init__(self, seed: int) -> None:
         self.words = [(kind, word) for kind in KINDS for word in KINDS[kind].split()]
         self.tokens = ["", *LETTERS, *(word for _, word in self.words)]
-        orders = list(itertools.permutations(range(len(LETTERS))))
-        random.Random(seed).shuffle(orders)
+        count = len(LETTERS)
+        squares = [
+            [[(letter + by) % count for letter in (0, *rest)] for by in range(count)]
+            for rest in itertools.permutations(range(1, count))
+        ]
+        random.Random(seed).shuffle(squares)
         kinds = list(KINDS)
         self.kind = torch.tensor([kinds.index(kind) for kind, _ in self.words])
-        self.unseen, self.seen = (torch.tensor(o) for o in (orders[:HELD_OUT], orders[HELD_OUT:]))
+        self.unseen, self.seen = (
+            torch.tensor(part).flatten(0, 1) for part in (squares[:HELD_OUT], squares[HELD_OUT:])
+        )
 
     def prompts(
         self, count: int, shots: int, assignments: Tensor, generator: torch.Generator
@@ -99,13 +103,7 @@ def _covering(others: int, own: int, each: int, shots: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for wrong usage."""
-    given = options.parsed(_parser(), argv)
-    try:
-        require_extras()
-        return _fewshot(given)
-    except (MissingExtra, OSError, ValueError) as error:
-        print(f"fusedformer fewshot: {error}", file=sys.stderr)
-        return 2
+    return commands.run(_parser(), _fewshot, argv, ("matplotlib", "rich"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=64, help="of the decoder (default: 64)")
     parser.add_argument("--layers", type=int, default=2, help="of the decoder (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
-    options.common_options(parser, "fewshot")
+    commands.common_options(parser, "fewshot")
     return parser
 
 
@@ -130,11 +128,16 @@ def _fewshot(given: argparse.Namespace) -> int:
 
     if given.steps < 1:
         raise ValueError(f"expected --steps to be positive, but got {given.steps}")
-    console, device = Console(), results.device_of(given.device)
+    if given.width < 1 or given.width % _HEADS:
+        raise ValueError(f"expected --width to be a multiple of {_HEADS}, but got {given.width}")
+    if given.layers < 1:
+        raise ValueError(f"expected --layers to be positive, but got {given.layers}")
+    console, device = Console(), commands.device_of(given.device)
+    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
     task = Task(given.seed)
     torch.manual_seed(given.seed)
     config = GPTConfig(
-        len(task.tokens), 2 * max(SHOTS) + 3, given.width, given.layers, 4, resid_pdrop=0.0,
+        len(task.tokens), 2 * max(SHOTS) + 3, given.width, given.layers, _HEADS, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=None,
     )  # fmt: skip
     model = GPTDecoderModel(config).to(device)
@@ -157,8 +160,8 @@ def _fewshot(given: argparse.Namespace) -> int:
     draw(rows, files[1])
     terminal.print_table(console, "accuracy by number of examples in the prompt", HEAD,
                          list(map(cells, rows)))  # fmt: skip
-    console.print(example, highlight=False)
-    console.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    terminal.say(console, example)
+    terminal.say(console, "wrote " + ", ".join(map(str, files)))
     return 0
 
 

@@ -1,8 +1,9 @@
 """Fine-tune a pretrained model to say which package a docstring is of: ``... finetune``.
 
 All of it, its head alone, or a learned prefix; beside the same model from scratch, the package that
-is most frequent, and logistic regression on TF-IDF. The text is that of the pretraining run, which
-has not seen the docstrings that accuracies are of.
+is most frequent, and logistic regression on TF-IDF, which reads all of a docstring where models
+read as many tokens as they have positions. The text is that of the pretraining run, which has not
+seen the docstrings that accuracies are of.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fusedformer import finetuning
+from fusedformer.training import commands
 from fusedformer.training import settings as options
-from fusedformer.training.text import CLS, SEP, MissingExtra, encode, require_extras
+from fusedformer.training.text import CLS, SEP, encode
 
 BATCH = 32
 # Largest learning rates, by what is trained.
@@ -48,13 +49,7 @@ class Labelled:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for wrong usage."""
-    given = options.parsed(_parser(), argv)
-    try:
-        require_extras()
-        return _finetune(given)
-    except (MissingExtra, OSError, ValueError) as error:
-        print(f"fusedformer finetune: {error}", file=sys.stderr)
-        return 2
+    return commands.run(_parser(), _finetune, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix-length", type=int, default=16,
                         help="learned keys and values of each layer (default: 16)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
-    options.common_options(parser, "finetuned")
+    commands.common_options(parser, "finetuned")
     return parser
 
 
@@ -90,15 +85,17 @@ def _finetune(given: argparse.Namespace) -> int:
                 f"expected {options.option(name)} to be at least {least}, "
                 f"but got {getattr(given, name)}"
             )
-    console, device = Console(), results.device_of(given.device)
-    state = read_checkpoint(given.pretrained / CHECKPOINT, device)
+    console, device = Console(), commands.device_of(given.device)
+    state = read_checkpoint(given.pretrained / CHECKPOINT)
+    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
     settings = options.Settings(**state["settings"])
     task, source, _ = load_task(settings, state)
     train, test = labelled(task, given.classes)
-    console.print(
+    terminal.say(
+        console,
         f"{len(train.ids)} docstrings of {given.classes} packages to train on, {len(test.ids)} to "
-        f"test: {', '.join(train.names)}", highlight=False,
-    )  # fmt: skip
+        f"test: {', '.join(train.names)}",
+    )
     counted = {"majority class": majority, "TF-IDF, logistic regression": tfidf}
     rows: list[dict[str, Any]] = [
         {"method": name, **with_error(of(train, test), test)} for name, of in counted.items()
@@ -127,7 +124,7 @@ def _finetune(given: argparse.Namespace) -> int:
     draw(found, files[1])
     terminal.print_table(console, f"accuracy on {len(test.ids)} held-out docstrings", HEAD,
                          list(map(cells, rows)))  # fmt: skip
-    console.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    terminal.say(console, "wrote " + ", ".join(map(str, files)))
     return 0
 
 
@@ -144,7 +141,7 @@ def labelled(task: Any, classes: int) -> tuple[Labelled, Labelled]:
     found = []
     for part in (task.corpus.train, task.corpus.held_out):
         chosen = [p for p in part if package(p) in names]
-        ids = encode(task.tokenizer, [p.text for p in chosen])
+        ids = encode(task.tokenizer, [task.text(p) for p in chosen])
         found.append(
             Labelled(
                 names, [p.text for p in chosen], [[CLS, *one[:longest], SEP] for one in ids],

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import signal
 import sys
 import threading
@@ -18,11 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fusedformer.training import commands
 from fusedformer.training import settings as options
 from fusedformer.training.settings import Settings
-from fusedformer.training.text import MissingExtra, require_extras
 
 CHECKPOINT = "checkpoint.pt"
 _EVALUATIONS = 10  # in a run
@@ -30,16 +27,7 @@ _EVALUATIONS = 10  # in a run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 1 if stock's loss curve is another one, 2 for wrong usage, 130 if stopped."""
-    given = options.parsed(_parser(), argv)
-    try:
-        require_extras()
-        return _pretrain(given)
-    except (MissingExtra, OSError, ValueError) as error:
-        print(f"fusedformer pretrain: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fusedformer pretrain: interrupted", file=sys.stderr)
-        return 130
+    return commands.run(_parser(), _pretrain, argv)
 
 
 @contextlib.contextmanager
@@ -52,9 +40,9 @@ def stop_requests() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    wanted = (signal.SIGINT, signal.SIGTERM)
+    wanted = [signal.SIGINT, signal.SIGTERM]
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        wanted = ()
+        wanted = []
     before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield came
@@ -69,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain a small BERT, GPT or text-to-text CLIP on text that is here.",
     )
     options.add_options(parser)
-    options.common_options(parser, "pretrained")
+    commands.common_options(parser, "pretrained")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS",
                         help="steps from one checkpoint to the next (default: 100)")  # fmt: skip
@@ -85,21 +73,20 @@ def _pretrain(given: argparse.Namespace) -> int:
 
     if given.save_every < 1:
         raise ValueError(f"expected --save-every to be positive, but got {given.save_every}")
-    console, device = Console(), results.device_of(given.device)
+    console, device = Console(), commands.device_of(given.device)
     path = given.out / CHECKPOINT
-    state = _state(path, given, device)
+    state = _state(path, given)
     given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
-    settings = (
-        Settings(**state["settings"]) if state else options.new(options.given_settings(given))
-    )
+    named = options.given_settings(given)
+    settings = options.resumed(state["settings"], named) if state else options.new(named)
     task, source, tokenizer = load_task(settings, state)
-    console.print(
+    terminal.say(
+        console,
         f"{source['passages']} passages, {source['held_out']} held out: {source['source']}",
-        highlight=False,
     )
     baselines = task.baselines()
     for name, value in baselines.items():
-        console.print(f"{name}: {value:.4g}", highlight=False)
+        terminal.say(console, f"{name}: {value:.4g}")
     trainer = Trainer(task, device)
     if state:
         trainer.load(state)
@@ -113,8 +100,6 @@ def _pretrain(given: argparse.Namespace) -> int:
         while trainer.steps_done < settings.steps and not stop:
             loss = trainer.step()
             done = trainer.steps_done
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} after step {done}: try a smaller --lr")
             said = f"loss {loss:.3f}  {task.chance} {baselines[task.chance]:.3f}"
             for name, run in trainer.runs.items():
                 if name != OURS:
@@ -122,6 +107,7 @@ def _pretrain(given: argparse.Namespace) -> int:
             advance(f"{said}  {trainer.tokens[-1] / trainer.runs[OURS].seconds[-1]:.0f} tokens/s")
             if done % every == 0 or done == settings.steps:
                 trainer.evaluate()
+            trainer.check_finite()
             if done % given.save_every == 0 or done == settings.steps:
                 save()
         if trainer.steps_done < settings.steps:
@@ -142,15 +128,15 @@ def _pretrain(given: argparse.Namespace) -> int:
         console, settings.objective, ("", "value"), results.rows(found, task.chance)
     )
     for example in found["examples"]:
-        console.print(example, highlight=False, markup=False)
+        terminal.say(console, example)
     report = trainer.report()
     if report is not None:
-        console.print(str(report).split("\n\n")[-1], highlight=False, markup=False)
-    console.print("wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+        terminal.say(console, str(report).split("\n\n")[-1])
+    terminal.say(console, "wrote " + ", ".join(map(str, files)))
     return 0 if report is None or report.passed else 1
 
 
-def _state(path: Path, given: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
+def _state(path: Path, given: argparse.Namespace) -> dict[str, Any] | None:
     """Of the run to go on with, if there is to be one."""
     if not given.resume:
         if path.exists():
@@ -160,9 +146,7 @@ def _state(path: Path, given: argparse.Namespace, device: torch.device) -> dict[
         return None
     from fusedformer.training.trainer import read_checkpoint
 
-    state = read_checkpoint(path, device)
-    options.resumed(state["settings"], options.given_settings(given))
-    return state
+    return read_checkpoint(path)
 
 
 def load_task(
@@ -179,14 +163,18 @@ def load_task(
     from fusedformer.training.text import read_corpus, train_tokenizer
 
     corpus = read_corpus(Path(settings.text) if settings.text else None)
+    kind = TASKS[settings.objective]
     source = {
         "source": corpus.source, "passages": len(corpus.train) + len(corpus.held_out),
         "held_out": len(corpus.held_out), "digest": corpus.digest,
     }  # fmt: skip
     if state is None:
-        tokenizer = train_tokenizer((p.text for p in corpus.train), settings.vocab_size)
+        tokenizer = train_tokenizer(map(kind.text, corpus.train), settings.vocab_size)
     else:
         if state["text"]["digest"] != corpus.digest:
-            raise ValueError(f"the text has changed since the run began: {corpus.source}")
+            raise ValueError(
+                f"the text has changed since the run began: {corpus.source}; bring it back, or "
+                f"begin a run with another --out"
+            )
         tokenizer = Tokenizer.from_str(state["tokenizer"])
-    return TASKS[settings.objective](settings, corpus, tokenizer), source, tokenizer.to_str()
+    return kind(settings, corpus, tokenizer), source, tokenizer.to_str()

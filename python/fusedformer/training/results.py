@@ -128,8 +128,3 @@ def rows(found: dict[str, Any], chance: str) -> list[list[str]]:
         ratio = "" if name == OURS else f" ({times['median'] / ours:.2f}x)"
         body.append([f"ms a step, {name}", f"{times['median']:.1f}{ratio}"])
     return body
-
-
-def device_of(name: str | None) -> torch.device:
-    """The one that is asked for, or a GPU where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from fusedformer.training.text import LEAST_VOCABULARY
 
 # Steps, which take minutes on two cores, and the largest learning rate.
 DEFAULTS = {"mlm+nsp": (2500, 3e-3), "causal": (1000, 1e-3), "contrastive": (400, 1e-3)}
@@ -84,8 +84,13 @@ class Settings:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"expected --dropout to be in [0, 1), but got {self.dropout}")
-        if self.lr <= 0.0:
+        if not self.lr > 0.0:
             raise ValueError(f"expected --lr to be positive, but got {self.lr}")
+        if self.vocab_size < LEAST_VOCABULARY:
+            raise ValueError(
+                f"expected --vocab-size to be at least {LEAST_VOCABULARY}, bytes and special "
+                f"tokens, but got {self.vocab_size}"
+            )
         if self.length < 8:
             raise ValueError(f"expected --length to be at least 8, but got {self.length}")
         if self.batch_tokens < 2 * self.length:
@@ -143,18 +148,3 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
         found = ", ".join(f"{option(n)} {given[n]} (the run has {saved[n]})" for n in other)
         raise ValueError(f"a run goes on as it was begun, but got {found}")
     return Settings(**saved)
-
-
-def common_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Where results go, and what computes them."""
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
-                        help=f"for all that a run writes (default: {out})")  # fmt: skip
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-
-
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; ``--text`` as an absolute path, so that a run can go on from elsewhere."""
-    found = parser.parse_args(argv)
-    if getattr(found, "text", None) is not None:
-        found.text = str(Path(found.text).resolve())
-    return found

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from fusedformer.distributed import LengthBalancedSampler
 from fusedformer.models import BertConfig, BertEncoderModel, GPTConfig, GPTDecoderModel
 from fusedformer.objectives import IGNORED, mask_tokens
+from fusedformer.report.corpus import Passage
 from fusedformer.training import stock
 from fusedformer.training.pairs import PairEncoder, tfidf_retrieval, words
 from fusedformer.training.settings import Settings
@@ -33,7 +34,7 @@ Batch = dict[str, Tensor]
 _SHORTEST = 5  # tokens: what is left of a passage that was cut is dropped if it has fewer
 _SHOWN = 3
 _DROPPED = 0.2  # of the tokens of a pair, anew each time: pairs are few
-_ALIKE = 50  # windows of like lengths, of which another half is taken
+_ALIKE = 8  # ranks by length, either way, among which another second half is found
 
 
 class Task(ABC):
@@ -44,6 +45,11 @@ class Task(ABC):
     """
 
     chance: str
+
+    @staticmethod
+    def text(passage: Passage) -> str:
+        """What is learned of it."""
+        return passage.text
 
     def __init__(self, settings: Settings, corpus: Corpus, tokenizer: Any) -> None:
         self.settings = settings
@@ -82,7 +88,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Of held-out text: ``"loss"``, as in training, and other figures."""
+        """Of held-out text as it is: ``"loss"`` and other figures."""
 
     @abstractmethod
     def examples(self, model: Any) -> list[str]:
@@ -97,14 +103,23 @@ class _Windows(Task):
     def read(self) -> None:
         longest = self.settings.length - self.special
         parts = self.corpus.train, self.corpus.held_out
-        encoded = (encode(self.tokenizer, [p.text for p in part]) for part in parts)
+        encoded = (encode(self.tokenizer, list(map(self.text, part))) for part in parts)
         self.windows, self.held_out = (
             [window for ids in part for window in _cut(ids, longest)] for part in encoded
         )
-        self._sampler = self._sampled(self.windows, shuffle=True)
+        if min(len(self.windows), len(self.held_out)) < 2:
+            raise ValueError(
+                f"expected more text, by --text: {len(self.windows)} pieces of at most {longest} "
+                f"tokens to train on, and {len(self.held_out)} held out"
+            )
+        self._sampler = self._sampled(shuffle=True)
 
-    def _sampled(self, windows: list[list[int]], shuffle: bool) -> LengthBalancedSampler:
-        lengths = [len(window) + self.special for window in windows]
+    def _part(self, held_out: bool) -> list[list[int]]:
+        return self.held_out if held_out else self.windows
+
+    def _sampled(self, shuffle: bool) -> LengthBalancedSampler:
+        """Of what is trained on, in other orders each epoch; or of what is held out."""
+        lengths = [len(window) + self.special for window in self._part(not shuffle)]
         given = self.settings
         return LengthBalancedSampler(
             lengths, given.batch_tokens, num_replicas=1, rank=0, shuffle=shuffle, seed=given.seed,
@@ -116,23 +131,24 @@ class _Windows(Task):
         return list(self._sampler)
 
     def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
-        return self.batch_of(self.windows, samples, generator)
+        return self.batch_of(False, samples, generator)
 
     @abstractmethod
-    def batch_of(
-        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
-    ) -> Batch:
-        """What ``loss`` takes of some of ``windows``."""
+    def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
+        """What ``loss`` takes of some windows of a part."""
 
     def held_out_batches(self) -> Iterator[Batch]:
         """The same each time."""
         generator = torch.Generator().manual_seed(self.settings.seed)
-        for samples in self._sampled(self.held_out, shuffle=False):
-            yield self.batch_of(self.held_out, samples, generator)
+        for samples in self._sampled(shuffle=False):
+            yield self.batch_of(True, samples, generator)
 
-    def unigram(self) -> float:
-        """The loss of knowing how often each token is."""
-        return unigram_loss(self.windows, self.held_out, self.vocab_size)
+    def unigram(self, *others: int) -> float:
+        """The loss of knowing how often each token is, and that ``others`` end each window."""
+        train, held_out = (
+            [[*window, *others] for window in part] for part in (self.windows, self.held_out)
+        )
+        return unigram_loss(train, held_out, self.vocab_size)
 
 
 class MaskedAndNext(_Windows):
@@ -145,6 +161,15 @@ class MaskedAndNext(_Windows):
         tokens = (self.tokenizer.id_to_token(i) for i in range(self.vocab_size))
         self._begins_word = [token.startswith("Ġ") for token in tokens]
         super().read()
+        # A half that does not belong is of about the same length: else lengths would tell.
+        self._orders = [self._by_half(self._part(held_out)) for held_out in (False, True)]
+
+    def _by_half(self, windows: list[list[int]]) -> tuple[list[int], dict[int, int]]:
+        """(windows by the length of their second half, the rank of each)."""
+        order = sorted(
+            range(len(windows)), key=lambda i: len(windows[i]) - self._middle(windows[i])
+        )
+        return order, {window: rank for rank, window in enumerate(order)}
 
     def config(self) -> BertConfig:
         """Sizes of the model."""
@@ -165,20 +190,16 @@ class MaskedAndNext(_Windows):
         model = BertEncoderModel(self.config(), heads=["pooler"])
         return _loaded(model, weights)
 
-    def batch_of(
-        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
-    ) -> Batch:
+    def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
+        windows, (order, ranks) = self._part(held_out), self._orders[held_out]
         count = len(samples)
         changed = torch.rand(count, generator=generator) < 0.5
-        # Of a window about as long: else two lengths would tell what does not belong together.
-        order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
-        place = {i: rank for rank, i in enumerate(order)}
-        shift = torch.randint(1, min(_ALIKE, len(windows)), (count,), generator=generator)
+        drawn = torch.rand(count, generator=generator)
         rows, types = [], []
-        for i, change, by in zip(samples, changed.tolist(), shift.tolist(), strict=True):
-            first = windows[i]
-            other = order[(place[i] + by) % len(windows)]
-            second = windows[other] if change else first
+        for i, change, share in zip(samples, changed.tolist(), drawn.tolist(), strict=True):
+            first, rank = windows[i], ranks[i]
+            near = [*order[max(0, rank - _ALIKE) : rank], *order[rank + 1 : rank + 1 + _ALIKE]]
+            second = windows[near[int(share * len(near))]] if change else first
             one = [CLS, *first[: self._middle(first)], SEP]
             # Halves of two windows may have a few tokens more than one window.
             room = self.settings.length - len(one) - 1
@@ -260,14 +281,12 @@ class Causal(_Windows):
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
         return _loaded(self.model(), weights)
 
-    def batch_of(
-        self, windows: list[list[int]], samples: Sequence[int], generator: Generator
-    ) -> Batch:
-        ids, mask = padded([[CLS, *windows[i], SEP] for i in samples])
+    def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
+        ids, mask = padded([[CLS, *self._part(held_out)[i], SEP] for i in samples])
         return {"input_ids": ids, "labels": ids, "attention_mask": mask}
 
     def baselines(self) -> dict[str, float]:
-        return {self.chance: self.unigram()}
+        return {self.chance: self.unigram(SEP)}
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -282,7 +301,7 @@ class Causal(_Windows):
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(self.settings.seed)
         found = []
-        for start in ("Return the", "Raise", "This module")[:_SHOWN]:
+        for start in ("Return the", "Raise", "This module"):
             ids = torch.tensor([[CLS, *encode(self.tokenizer, [start])[0]]], device=device)
             room = min(30, self.settings.length - ids.shape[1])
             if room < 1:
@@ -299,23 +318,28 @@ class Contrastive(Task):
 
     chance = "uniform"
 
+    @staticmethod
+    def text(passage: Passage) -> str:
+        return passage.text.lower()
+
     def read(self) -> None:
         parts = self.corpus.train, self.corpus.held_out
         self.pairs, self.held_out = (
-            [(_spoken(p.signature), p.text.lower()) for p in part if p.signature] for part in parts
+            [passage for passage in part if passage.signature] for part in parts
         )
-        if len(self.pairs) < self.settings.pairs or len(self.held_out) < 2:
+        if min(len(self.pairs), len(self.held_out)) < self.settings.pairs:
             raise ValueError(
-                f"expected functions with docstrings, {self.settings.pairs} to train on (--pairs) "
-                f"and 2 held out, but found {len(self.pairs)} and {len(self.held_out)} in "
+                f"expected functions with docstrings, {self.settings.pairs} (--pairs) to train on "
+                f"and as many held out, but found {len(self.pairs)} and {len(self.held_out)} in "
                 f"{self.corpus.source}"
             )
         self._ids = [self._encoded(part) for part in (self.pairs, self.held_out)]
 
-    def _encoded(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _encoded(self, passages: list[Passage]) -> list[tuple[list[int], list[int]]]:
         longest = self.settings.length - 2
-        sides = (encode(self.tokenizer, side) for side in zip(*pairs, strict=True))
-        cut = ([[CLS, *ids[:longest], SEP] for ids in side] for side in sides)
+        sides = [_spoken(p.signature) for p in passages], [self.text(p) for p in passages]
+        encoded = (encode(self.tokenizer, side) for side in sides)
+        cut = ([[CLS, *ids[:longest], SEP] for ids in side] for side in encoded)
         return list(zip(*cut, strict=True))
 
     def model(self) -> nn.Module:
@@ -339,14 +363,15 @@ class Contrastive(Task):
         return _masked([_thinned(side, generator) for side in sides])
 
     def baselines(self) -> dict[str, float]:
-        counted = {f"TF-IDF {n}": v for n, v in tfidf_retrieval(self.held_out).items()}
+        pairs = [(p.signature, p.text) for p in self.held_out]
+        counted = {f"TF-IDF {n}": v for n, v in tfidf_retrieval(pairs).items()}
         chance = {f"uniform top-{n}": n / len(self.held_out) for n in (1, 5)}
         return {self.chance: math.log(self.settings.pairs)} | chance | counted
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
         a, b = self._features(model)
-        size = min(self.settings.pairs, len(a))
+        size = self.settings.pairs
         parts = [slice(i, i + size) for i in range(0, len(a) - size + 1, size)]
         losses = [float(model.contrast(a[part], b[part])) for part in parts]
         ranks = (a @ b.t()).argsort(1, descending=True)
@@ -361,8 +386,8 @@ class Contrastive(Task):
         found = []
         for i in range(0, len(best), max(1, len(best) // _SHOWN))[:_SHOWN]:
             verdict = "its own" if best[i] == i else "another's"
-            found.append(f"{self.held_out[i][0]}\n    nearest, {verdict}: "
-                         f"{self.held_out[best[i]][1][:90]}")  # fmt: skip
+            found.append(f"{self.held_out[i].signature}\n    nearest, {verdict}: "
+                         f"{self.held_out[best[i]].text[:90]}")  # fmt: skip
         return found
 
     def _features(self, model: Any) -> tuple[Tensor, Tensor]:
@@ -391,7 +416,7 @@ def _loaded(model: Any, weights: Mapping[str, Tensor] | None) -> Any:
 
 def _cut(ids: list[int], longest: int) -> list[list[int]]:
     parts = [ids[i : i + longest] for i in range(0, len(ids), longest)]
-    return [part for part in parts if len(part) >= _SHORTEST] or parts[:1]
+    return [part for part in parts if len(part) >= _SHORTEST]
 
 
 def _spoken(signature: str) -> str:

@@ -39,13 +39,16 @@ def progress(
         bar.update(task, advance=1, said=said)
         every = max(1, steps // _LINES)
         if not console.is_terminal and (reached % every == 0 or reached == steps):
-            console.print(
-                f"{name} {reached}/{steps}  {said}  {time.perf_counter() - start:.0f} s",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            took = time.perf_counter() - start
+            say(console, f"{name} {reached}/{steps}  {said}  {took:.0f} s")
 
     with bar:
         yield advance
+
+
+def say(console: Console, line: str) -> None:
+    """As it is: brackets in it are no markup, and nothing is cut."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import re
 from collections import Counter
@@ -12,27 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedformer.report.corpus import Passage, all_docstrings
+from fusedformer.report.corpus import Passage, all_docstrings, files_under
 
-EXTRAS = ("matplotlib", "rich", "sklearn", "tokenizers")
 PAD, CLS, MASK, SEP = range(4)
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[MASK]", "[SEP]")
 _PROSE = (".md", ".rst", ".txt")
 _SHORTEST_WORDS = 5
-_FEWEST = 20  # passages: fewer have nothing to hold out
-
-
-class MissingExtra(RuntimeError):
-    """Something that the commands need is not installed."""
-
-
-def require_extras() -> None:
-    """Raise :class:`MissingExtra`, with the command that helps, unless all is installed."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtra(
-            f"this needs {', '.join(missing)}; install with\n    pip install 'fusedformer[report]'"
-        )
+_FEWEST = 20  # passages
+LEAST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -69,12 +55,15 @@ def read_corpus(root: Path | None = None) -> Corpus:
     if len(passages) < _FEWEST:
         raise ValueError(
             f"expected at least {_FEWEST} docstrings or paragraphs of {_SHORTEST_WORDS} words or "
-            f"more in .py, {', '.join(_PROSE)} files under {source}, but found {len(passages)}"
+            f"more in .py, {', '.join(_PROSE)} files under {source}, but found {len(passages)} "
+            f"(a paragraph ends at an empty line)"
         )
     passages = [Passage(p.name, " ".join(p.text.split()), p.signature) for p in passages]
     held = [hashlib.sha256(passage.text.encode()).digest()[0] < 26 for passage in passages]
     if all(held) or not any(held):
-        raise ValueError(f"expected more text: of {len(held)} passages {sum(held)} are held out")
+        raise ValueError(
+            f"expected more text, by --text: of {len(held)} passages {sum(held)} are held out"
+        )
     return Corpus(
         source,
         [p for p, is_held in zip(passages, held, strict=True) if not is_held],
@@ -85,11 +74,11 @@ def read_corpus(root: Path | None = None) -> Corpus:
 def _paragraphs(root: Path) -> list[Passage]:
     """Each paragraph of at least five words once."""
     unique: dict[str, Passage] = {}
-    for path in sorted(p for p in root.rglob("*") if p.suffix in _PROSE and p.is_file()):
-        name = ".".join(path.relative_to(root).with_suffix("").parts)
-        for text in re.split(r"\n\s*\n", path.read_text(errors="replace")):
+    files = {p: parts for end in _PROSE for parts, p in files_under(root, end).items()}
+    for path, parts in sorted(files.items()):
+        for text in re.split(r"\n\s*\n", path.read_text("utf-8", errors="replace")):
             if len(text.split()) >= _SHORTEST_WORDS:
-                unique.setdefault(text, Passage(name, text))
+                unique.setdefault(text, Passage(".".join(parts), text))
     return list(unique.values())
 
 
@@ -110,16 +99,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"expected a vocabulary of at least {least}, but got {vocab_size}")
+    if vocab_size < LEAST_VOCABULARY:
+        raise ValueError(
+            f"expected a vocabulary of at least {LEAST_VOCABULARY}, but got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet,
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -115,7 +116,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(hash((self.settings.seed, number)))
         batch = moved(self.task.batch(samples, generator), self.model)
         for run in self.runs.values():
-            torch.manual_seed(hash((self.settings.seed, number)))  # of dropout
+            torch.manual_seed(hash((self.settings.seed, number, 1)))
             with self._timed(run), self._autocast():
                 loss = run.model.loss(**batch)  # type: ignore[operator]
                 loss.backward()
@@ -166,6 +167,17 @@ class Trainer:
         self.evaluations.append(found)
         return found
 
+    def check_finite(self) -> None:
+        """Raise ValueError if the last step or evaluation was not."""
+        last = {f"loss of {name}": run.losses[-1] for name, run in self.runs.items()}
+        if self.evaluations:
+            last["held-out loss"] = self.evaluations[-1]["loss"]
+        for name, value in last.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the {name} is {value} after step {self.steps_done}: try a smaller --lr"
+                )
+
     def report(self) -> TrainingReport | None:
         """Our loss curve beside stock's; None without stock."""
         if not self.settings.stock:
@@ -212,13 +224,19 @@ def schedule(step: int, steps: int) -> float:
     return 1.0 - 0.9 * (step - warmup) / max(1, steps - warmup)
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """What :meth:`Trainer.save` wrote.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What :meth:`Trainer.save` wrote, on the CPU.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is something else.
     """
     if not path.exists():
         raise ValueError(f"expected a checkpoint, but there is no {path}")
-    state: dict[str, Any] = torch.load(path, map_location=device)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu")
+        complete = state.keys() >= {"settings", "runs", "tokens", "text", "tokenizer"}
+    except Exception as error:  # what is damaged raises all kinds
+        raise ValueError(f"expected {path} to be a checkpoint: {error!r}") from None
+    if not complete:
+        raise ValueError(f"expected {path} to be a checkpoint of 'pretrain', but it is not")
     return state
