@@ -36,13 +36,13 @@ class Bars:
 
 def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
     """Tables of errors, times and memory, and ops; then what passed."""
-    table = _table("Errors against float64", "", "fusedformer", "stock", "ratio", "")
+    table = new_table("Errors against float64", "", "fusedformer", "stock", "ratio", "")
     for dtype, one in result["dtypes"].items():
         for name, ours, stock, ratio, passed in rows.error_rows(one):
             table.add_row(f"{dtype} {name}", ours, stock, ratio, _mark(passed))
     console.print(table)
 
-    table = _table("Time and peak memory of a batch", "", "fusedformer", "stock", "stock / ours")
+    table = new_table("Time and peak memory of a batch", "", "fusedformer", "stock", "stock / ours")
     for dtype, one in result["dtypes"].items():
         for kind, name in rows.DIRECTIONS.items():
             table.add_row(f"{dtype} {name}, time", *rows.speed_cells(one[kind]))
@@ -50,14 +50,15 @@ def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
     console.print(table)
 
     dtypes, summary = rows.op_summary(result["ops"])
-    table = _table("Ops: tensors that pass (largest error as a share of its limit)", "", *dtypes)
+    table = new_table("Ops: tensors that pass (largest error as a share of its limit)", "", *dtypes)
     for row in summary:
         table.add_row(*row)
     console.print(table)
     if "skipped" in result["benchmarks"]:
         console.print(f"Op timings: {result['benchmarks']['skipped']}")
     else:
-        table = _table("Op timings", "op", "case", "", "fusedformer", "fastest peer", "peer / ours")
+        columns = "op", "case", "", "fusedformer", "fastest peer", "peer / ours"
+        table = new_table("Op timings", *columns)
         for cells in rows.timing_rows(result["benchmarks"]):
             table.add_row(*cells)
         console.print(table)
@@ -66,7 +67,8 @@ def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
         console.print(f"{_mark(check.passed)} {check.name}: {check.detail}", highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """Without rows; all but the first column flush right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")

@@ -169,23 +169,17 @@ def train(
     model: GPTDecoderModel, task: Task, steps: int, seed: int, device: torch.device, advance: Any
 ) -> list[float]:
     """The losses of training on prompts with the letters of seen assignments."""
-    from fusedformer.training.trainer import schedule
+    from fusedformer.training.trainer import adamw, descend, set_rate
 
-    optimizer = torch.optim.AdamW(model.parameters(), _RATE, betas=(0.9, 0.98))
+    optimizer = adamw(model.parameters(), _RATE)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(steps):
         ids, letters = task.prompts(_BATCH, max(SHOTS), task.seen, generator)
         ids = torch.cat((ids, letters[:, None]), 1).to(device)
         labels = ids.masked_fill((ids < 1) | (ids > len(LETTERS)), -100)  # words are not learned
-        for group in optimizer.param_groups:
-            group["lr"] = _RATE * schedule(step, steps)
-        loss = model.loss(ids, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        set_rate(optimizer, _RATE, step, steps)
+        losses.append(descend(optimizer, model.loss(ids, labels)))
         advance(f"loss {losses[-1]:.3f}")
     return losses
 
@@ -196,12 +190,11 @@ def accuracies(
     """Share of prompts that go on with the right letter, and where the examples' are random."""
     generator = torch.Generator().manual_seed(shots)
     ids, letters = task.prompts(_PROMPTS, shots, task.unseen, generator)
-    random = ids.clone()
-    drawn = torch.randint(1, 1 + len(LETTERS), (_PROMPTS, shots), generator=generator)
-    random[:, 2::2] = drawn
+    lettered = ids.clone()
+    lettered[:, 2::2] = torch.randint(1, 1 + len(LETTERS), (_PROMPTS, shots), generator=generator)
     answered = {
         name: model.generate(prompts.to(device), max_new_tokens=1)[:, 0].cpu()
-        for name, prompts in (("accuracy", ids), ("random", random))
+        for name, prompts in (("accuracy", ids), ("random", lettered))
     }
     return {name: float((found == letters).double().mean()) for name, found in answered.items()}
 

@@ -178,10 +178,10 @@ def fit(
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train, and say what came of it: accuracy by epoch, times, how many numbers were trained."""
-    from fusedformer.training.trainer import schedule
+    from fusedformer.training.trainer import adamw, descend, set_rate
 
     parameters = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98))
+    optimizer, steps = adamw(parameters, rate), epochs * -(-len(train.ids) // BATCH)
     generator = torch.Generator().manual_seed(seed)
     accuracies: list[float] = []
     losses: list[float] = []
@@ -191,15 +191,9 @@ def fit(
         order = torch.randperm(len(train.ids), generator=generator).tolist()
         for first in range(0, len(order), BATCH):
             ids, mask, labels = _batch(train, order[first : first + BATCH], device)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * schedule(len(losses), epochs * -(-len(train.ids) // BATCH))
+            set_rate(optimizer, rate, len(losses), steps)
             start = time.perf_counter()
-            loss = classifier.loss(labels, ids, attention_mask=mask)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())  # which waits for the device
+            losses.append(descend(optimizer, classifier.loss(labels, ids, attention_mask=mask)))
             seconds.append(time.perf_counter() - start)
             said = f"  accuracy {accuracies[-1]:.3f}" if accuracies else ""
             advance(f"loss {losses[-1]:.3f}{said}")

@@ -51,8 +51,7 @@ def figures(
 
 
 def write_figures(folder: Path, found: dict[str, Any]) -> Path:
-    """``metrics.json`` in ``folder``, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """``metrics.json`` in ``folder``."""
     path = folder / "metrics.json"
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return path

@@ -11,6 +11,7 @@ from fusedformer.training.text import LEAST_VOCABULARY
 
 # Steps, which take minutes on two cores, and the largest learning rate.
 DEFAULTS = {"mlm+nsp": (2500, 3e-3), "causal": (1000, 1e-3), "contrastive": (400, 1e-3)}
+_FIRST = "mlm+nsp"
 STEPS, RATES = (", ".join(map(str, column)) for column in zip(*DEFAULTS.values(), strict=True))
 
 
@@ -23,7 +24,7 @@ class Settings:
     """
 
     objective: str = dataclasses.field(
-        default="mlm+nsp", metadata={"choices": tuple(DEFAULTS), "help": "what is learned"}
+        default=_FIRST, metadata={"choices": tuple(DEFAULTS), "help": "what is learned"}
     )
     text: str | None = dataclasses.field(
         default=None,
@@ -34,7 +35,7 @@ class Settings:
         },
     )
     steps: int = dataclasses.field(
-        default=2500,
+        default=DEFAULTS[_FIRST][0],
         metadata={"help": f"of the optimizer, in all (default: by objective, {STEPS})"},
     )
     batch_tokens: int = dataclasses.field(
@@ -50,7 +51,7 @@ class Settings:
     heads: int = dataclasses.field(default=4, metadata={"help": "of attention"})
     dropout: float = dataclasses.field(default=0.0, metadata={"help": "of all kinds"})
     lr: float = dataclasses.field(
-        default=3e-3,
+        default=DEFAULTS[_FIRST][1],
         metadata={
             "help": "largest learning rate, reached after a tenth of the steps "
             f"(default: by objective, {RATES})"

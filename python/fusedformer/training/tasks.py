@@ -161,15 +161,17 @@ class MaskedAndNext(_Windows):
         tokens = (self.tokenizer.id_to_token(i) for i in range(self.vocab_size))
         self._begins_word = [token.startswith("Ġ") for token in tokens]
         super().read()
+        parts = self.windows, self.held_out
+        self._halves = [[self._halved(window) for window in part] for part in parts]
         # A half that does not belong is of about the same length: else lengths would tell.
-        self._orders = [self._by_half(self._part(held_out)) for held_out in (False, True)]
+        self._orders = [
+            sorted(range(len(halves)), key=lambda i: len(halves[i][1])) for halves in self._halves
+        ]
+        self._ranks = [{i: rank for rank, i in enumerate(order)} for order in self._orders]
 
-    def _by_half(self, windows: list[list[int]]) -> tuple[list[int], dict[int, int]]:
-        """(windows by the length of their second half, the rank of each)."""
-        order = sorted(
-            range(len(windows)), key=lambda i: len(windows[i]) - self._middle(windows[i])
-        )
-        return order, {window: rank for rank, window in enumerate(order)}
+    def _halved(self, window: list[int]) -> tuple[list[int], list[int]]:
+        middle = self._middle(window)
+        return window[:middle], window[middle:]
 
     def config(self) -> BertConfig:
         """Sizes of the model."""
@@ -191,19 +193,20 @@ class MaskedAndNext(_Windows):
         return _loaded(model, weights)
 
     def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
-        windows, (order, ranks) = self._part(held_out), self._orders[held_out]
+        halves, order = self._halves[held_out], self._orders[held_out]
+        ranks = self._ranks[held_out]
         count = len(samples)
         changed = torch.rand(count, generator=generator) < 0.5
         drawn = torch.rand(count, generator=generator)
         rows, types = [], []
         for i, change, share in zip(samples, changed.tolist(), drawn.tolist(), strict=True):
-            first, rank = windows[i], ranks[i]
+            rank = ranks[i]
             near = [*order[max(0, rank - _ALIKE) : rank], *order[rank + 1 : rank + 1 + _ALIKE]]
-            second = windows[near[int(share * len(near))]] if change else first
-            one = [CLS, *first[: self._middle(first)], SEP]
+            other = near[int(share * len(near))] if change else i
+            one = [CLS, *halves[i][0], SEP]
             # Halves of two windows may have a few tokens more than one window.
             room = self.settings.length - len(one) - 1
-            two = [*second[self._middle(second) :][:room], SEP]
+            two = [*halves[other][1][:room], SEP]
             rows.append(one + two)
             types.append([0] * len(one) + [1] * len(two))
         ids, mask = padded(rows)

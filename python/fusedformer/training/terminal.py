@@ -15,7 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+
+from fusedformer.report.terminal import new_table
 
 _LINES = 20  # where there is no bar
 
@@ -55,9 +56,7 @@ def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     """All but the first column flush right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+    table = new_table(title, *columns)
     for row in rows:
         table.add_row(*row)
     console.print(table)

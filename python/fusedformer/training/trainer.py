@@ -7,13 +7,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusedformer.parity.trained import Gaps, TrainingReport, add_gaps, nudged
 from fusedformer.training.tasks import Task, moved
@@ -92,9 +92,7 @@ class Trainer:
         self._epoch, self._done, self._batches = 0, 0, task.batches(0)
 
     def _run(self, model: nn.Module) -> Run:
-        rate = self.settings.lr
-        optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98))
-        return Run(model.train(), optimizer)
+        return Run(model.train(), adamw(model.parameters(), self.settings.lr))
 
     @property
     def steps_done(self) -> int:
@@ -120,12 +118,11 @@ class Trainer:
             with self._timed(run), self._autocast():
                 loss = run.model.loss(**batch)  # type: ignore[operator]
                 loss.backward()
-                nn.utils.clip_grad_norm_(run.model.parameters(), _LARGEST_NORM)
+                clip(run.optimizer)
             run.losses.append(loss.item())
         self._compare("gradients", lambda p: p.grad)
         for run in self.runs.values():
-            for group in run.optimizer.param_groups:
-                group["lr"] = self.settings.lr * schedule(number, self.settings.steps)
+            set_rate(run.optimizer, self.settings.lr, number, self.settings.steps)
             with self._timed(run, again=True):
                 run.optimizer.step()
             run.optimizer.zero_grad()
@@ -216,12 +213,35 @@ class Trainer:
         self._batches = self.task.batches(self._epoch)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the largest rate: up to it in a tenth of the steps, then down to a tenth of it."""
+def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
+    """The optimizer of all that is trained here."""
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, largest: float, step: int, steps: int) -> None:
+    """Up to the largest rate in a tenth of the steps, then down to a tenth of it."""
     warmup = max(1, round(_WARMUP * steps))
     if step < warmup:
-        return (step + 1) / warmup
-    return 1.0 - 0.9 * (step - warmup) / max(1, steps - warmup)
+        share = (step + 1) / warmup
+    else:
+        share = 1.0 - 0.9 * (step - warmup) / max(1, steps - warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = largest * share
+
+
+def clip(optimizer: torch.optim.Optimizer) -> None:
+    """Bound the norm of the gradients of all that ``optimizer`` trains."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, _LARGEST_NORM)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """A step down ``loss``, whose value it returns, after waiting for the device."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    clip(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
