@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import LOG2_E, dropout_keep, dropout_scale, store
+from fusedformer_kernels.primitives import COUNTS, LOG2_E, dropout_keep, dropout_scale, fma, store
 from fusedformer_kernels.reduction import sum_partials
 from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
 
@@ -28,7 +28,14 @@ _QUICK = tl.constexpr(1.702)
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
+def _gelu_inner(x):
+    """Twice the argument of the hyperbolic tangent in GELU's approximation by it."""
+    factor = fma(x * x, 2.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
+    return x * factor
 
 
 @triton.jit
@@ -39,14 +46,14 @@ def _normal(x):
     (Abramowitz and Stegun 7.1.26), coefficients fitted to a relative error of 8e-7 up to z = 9.5.
     With an erf the instructions would take longer than the memory, and tails would be lost.
     """
-    root = tl.rsqrt(1.0 + tl.abs(x) * 0.26162950903902255)
+    root = tl.rsqrt(fma(tl.abs(x), 0.26162950903902255, 1.0))
     t = root * root  # two instructions, where a division takes six
-    polynomial = 0.4356647131944229 - 0.1425530377800048 * t
-    polynomial = polynomial * t - 0.1864377562303831
-    polynomial = polynomial * t + 0.3174094638588889
-    polynomial = polynomial * t + 0.15265454163156952
-    polynomial = polynomial * t + 0.21488294877666625
-    polynomial = polynomial * t + 0.2083798570294469
+    polynomial = fma(t, -0.1425530377800048, 0.4356647131944229)
+    polynomial = fma(polynomial, t, -0.1864377562303831)
+    polynomial = fma(polynomial, t, 0.3174094638588889)
+    polynomial = fma(polynomial, t, 0.15265454163156952)
+    polynomial = fma(polynomial, t, 0.21488294877666625)
+    polynomial = fma(polynomial, t, 0.2083798570294469)
     bell = tl.exp2(x * x * (-0.5 * LOG2_E))
     tail = (0.5 * polynomial) * (t * bell)
     return tl.where(x < 0.0, tail, 1.0 - tail), bell
@@ -63,7 +70,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         y = x * cumulative
     elif ACTIVATION == 2:
         # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
-        y = x * _sigmoid((x + x * x * x * _GELU_CUBIC) * (2.0 * _SQRT_2_OVER_PI))
+        y = x * _sigmoid(_gelu_inner(x))
     elif ACTIVATION == 3:
         y = x * _sigmoid(x)
     else:
@@ -78,21 +85,21 @@ def _activation_derivative(x, ACTIVATION: tl.constexpr):
         d = tl.where(x > 0.0, 1.0, 0.0)
     elif ACTIVATION == 1:
         cumulative, bell = _normal(x)
-        d = cumulative + x * (bell * _INV_SQRT_2PI)
+        d = fma(x, bell * _INV_SQRT_2PI, cumulative)
     elif ACTIVATION == 2:
-        inner = (x + x * x * x * _GELU_CUBIC) * (2.0 * _SQRT_2_OVER_PI)
+        inner = _gelu_inner(x)
         s = _sigmoid(inner)
-        slope = (x * x * (3.0 * _GELU_CUBIC) + 1.0) * (2.0 * _SQRT_2_OVER_PI)
+        slope = fma(x * x, 6.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
         # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
-        d = s + x * s * _sigmoid(-inner) * slope
+        d = fma(x * s, _sigmoid(-inner) * slope, s)
     else:
         steeper = x if ACTIVATION == 3 else x * _QUICK
         s = _sigmoid(steeper)
-        d = s + steeper * s * _sigmoid(-steeper)
+        d = fma(steeper * s, _sigmoid(-steeper), s)
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _bias_activation_forward(
     x_ptr, bias_ptr, seed_ptr, y_ptr, p, n_rows, n_columns, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -115,7 +122,7 @@ def _bias_activation_forward(
     store(y_ptr + (rows * n_columns)[:, None] + columns[None, :], y, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _bias_activation_backward(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
     stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,

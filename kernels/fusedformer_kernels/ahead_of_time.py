@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedformer_kernels.configs import Target
+from fusedformer_kernels.descriptors import wrong_descriptors
 from fusedformer_kernels.launch import Launch
 from fusedformer_kernels.machine_code import around, main_loop, programs_per_multiprocessor
 
@@ -53,6 +54,7 @@ class Compiled:
     loaded_bytes: int = 0  # from global memory in one pass, by all warps
     around: Mapping[str, float] = field(default_factory=dict)  # cycles of all but that pass
     loops: bool = False  # whether there is one; if not, the above are of all the code
+    wrong_descriptors: tuple[str, ...] = ()  # products of sm_90 that may read the wrong memory
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,25 +66,28 @@ def ast_source(launch: Launch) -> ASTSource:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
 
-    def describe(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
+    def describe(value: Any, path: tuple[int, ...], is_constant: bool, is_count: bool) -> Any:
         if isinstance(value, tuple) and not is_constant:
-            parts = [describe(part, (*path, i), False) for i, part in enumerate(value)]
+            parts = [describe(part, (*path, i), False, is_count) for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if is_constant or value is None or (isinstance(value, int) and value == 1):
+        is_one = isinstance(value, int) and value == 1 and not is_count
+        if is_constant or value is None or is_one:
             constants[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + _TYPE_NAMES[value.dtype]
         if isinstance(value, int):
-            if value % 16 == 0:
+            if value % 16 == 0 and not is_count:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if -(2**31) <= value < 2**31 else "i64"
         return "fp32"
 
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        signature[parameter.name] = describe(value, (index,), parameter.is_constexpr)
+        signature[parameter.name] = describe(
+            value, (index,), parameter.is_constexpr, parameter.do_not_specialize
+        )
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
@@ -145,6 +150,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
             "loaded_bytes": mix.loaded_bytes * hopper_warps,
             "around": around(code, mix).cycles(hopper_warps),
+            "wrong_descriptors": tuple(wrong_descriptors(code)),
         }  # fmt: skip
     return Compiled(
         registers=registers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +34,16 @@ class AttentionTerms(NamedTuple):
     max_keys: int = 0
 
 
+class Sizes(NamedTuple):
+    """How many there are, as kernels get them: see ``primitives.COUNTS``."""
+
+    heads: Any
+    queries: Any  # of the padded form
+    keys: Any
+    in_sixteens: Any  # 1: keys are in units of 16, which lets masks be read by wider loads
+    radius: Any  # of the table
+
+
 class Scores(NamedTuple):
     """The terms as kernels get them. What a call lacks is None, and costs no instruction.
 
@@ -56,7 +67,6 @@ class Scores(NamedTuple):
     table: Any
     table_head: Any
     table_column: Any
-    radius: Any  # of the table
     left: Any
     right: Any
     align_end: Any  # 1 or None
@@ -64,10 +74,7 @@ class Scores(NamedTuple):
     p: Any
     starts_q: Any
     starts_k: Any
-    heads: Any
     group: Any  # query heads that share a key head
-    n_queries: Any  # of the padded form
-    n_keys: Any
 
 
 class Layout(NamedTuple):
@@ -101,6 +108,7 @@ class AttentionArguments:
     """What all kernels of one attention call are launched with."""
 
     scores: Scores
+    sizes: Sizes
     kind: configs.AttentionKind
     sequences: int
     max_queries: int
@@ -153,7 +161,6 @@ def attention_arguments(
         table=table,
         table_head=table_head,
         table_column=table_column,
-        radius=0 if table is None else table.shape[1] // 2,
         left=terms.left,
         right=terms.right,
         align_end=1 if terms.align_end else None,
@@ -161,31 +168,61 @@ def attention_arguments(
         p=float(terms.p),
         starts_q=in_line(terms.starts_q),
         starts_k=in_line(terms.starts_k),
-        heads=query.shape[1],
         group=query.shape[1] // key.shape[1],
-        n_queries=query.shape[2],
-        n_keys=key.shape[2],
     )
-    added = additive or slopes is not None or table is not None or softcap is not None
+    radius = 0 if table is None else table.shape[1] // 2
+    n_keys = key.shape[2]
+    in_sixteens = None if n_keys % 16 else 1
+    sizes = Sizes(
+        query.shape[1], query.shape[2], n_keys // 16 if in_sixteens else n_keys, in_sixteens, radius
+    )
+    block_d = configs.padded_dim(query.shape[3])
     constants: dict[str, Any] = {
         "HEAD_DIM": query.shape[3],
         "VALUE_DIM": value_dim,
-        "BLOCK_D": configs.padded_dim(query.shape[3]),
-        "BLOCK_DV": configs.padded_dim(value_dim),
-        # The scale can wait for the exponential where nothing is added and order is kept.
-        "SCALED": added or terms.scale <= 0,
+        "BLOCK_D": block_d,
+        # Tiles of keys and of narrower values would have different swizzles at one address, and
+        # ptxas then confuses their descriptors (descriptors.py).
+        "BLOCK_DV": max(configs.padded_dim(value_dim), min(block_d, 64)),
+        "SCALED": scores_are_scaled(query.dtype, terms),
         "PRECISION": configs.dot_precision(query.dtype),
     }
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
         operands=constants["PRECISION"] if query.dtype == torch.float32 else "half",
-        heavy=added or mask is not None or terms.seed is not None or terms.left is not None,
+        heavy=(
+            adds_to_scores(terms) or terms.scale <= 0 or mask is not None
+            or terms.seed is not None or terms.left is not None
+        ),
         causal=terms.right is not None,
     )
     return AttentionArguments(
-        scores, kind, sequences, terms.max_queries if packed else query.shape[2],
+        scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],
         terms.max_keys if packed else key.shape[2], constants,
     )
+
+
+def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:
+    """Whether kernels scale scores before the exponential: see :mod:`attention_tiles`.
+
+    The scale can wait for it where nothing is added and order is kept. It then is rounded once with
+    the top, so that the largest weight is 1 to within half of 2^-24 times the top: enough where
+    weights are cast to half precision.
+    """
+    return dtype == torch.float32 or terms.scale <= 0 or adds_to_scores(terms)
+
+
+def adds_to_scores(terms: AttentionTerms) -> bool:
+    """Whether scores are more than scaled products."""
+    additive = terms.mask is not None and terms.mask.dtype != torch.bool
+    return additive or any(t is not None for t in (terms.slopes, terms.table, terms.softcap))
+
+
+def statistics_of(lse: torch.Tensor, dtype: torch.dtype, terms: AttentionTerms) -> torch.Tensor:
+    """Statistics [2, ...] of rows of which a natural log-sum-exp is all that there is."""
+    top = lse if scores_are_scaled(dtype, terms) else lse * math.log2(math.e)
+    minus_top = (-top).masked_fill(lse == -torch.inf, -torch.inf)
+    return torch.stack((minus_top, torch.ones_like(minus_top)))
 
 
 def broadcast_strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]:

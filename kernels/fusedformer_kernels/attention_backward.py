@@ -1,11 +1,11 @@
 """Scaled dot-product attention, backward: gradients of query, key, value and of the terms.
 
-    p = exp(s - lse);  dv = dropout(p)^T do;  dp = dropout'(do v^T);  delta = rowsum(do * o) - dlse
-    ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
+    p = exp(s - top) / sum;  dv = dropout(p)^T do;  dp = dropout'(do v^T)
+    delta = rowsum(do * o) - dlse;  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
 
 Three kernels, none with atomics, so the same inputs give the same bits. One computes delta per
 query. One owns a block of keys (of all query heads that share it) and walks the queries: dk, dv.
-One owns a block of queries and walks the keys: dq. Scores are recomputed from q, k and lse, seven
+One owns a block of queries and walks the keys: dq. Scores are recomputed from q and k, seven
 products in all. For the gradient of the attention weights themselves (attention_weights.py), dp is
 a given tensor and delta 0. Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
@@ -29,9 +29,10 @@ from fusedformer_kernels.attention_position_gradient import attention_position_g
 from fusedformer_kernels.attention_schedule import work_list
 from fusedformer_kernels.attention_tiles import (
     Given,
-    exponent_scale,
+    exponentials,
     given_gradient,
     key_tiles_of_rows,
+    keys_of,
     load_row_terms,
     load_tile,
     matrix_of,
@@ -44,10 +45,19 @@ from fusedformer_kernels.attention_tiles import (
     which_block,
 )
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import cast, dot, dropout_keep_tile, dropout_scale, store
+from fusedformer_kernels.primitives import (
+    COUNTS,
+    cast,
+    dot,
+    dropout_keep_tile,
+    dropout_scale,
+    fma,
+    negative,
+    store,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_delta(
     grad_ptr, o_ptr, lse_grad_ptr, delta_ptr, n_heads, n_rows, grad_layout, o_layout,
     lse_grad_strides, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -77,8 +87,8 @@ def _attention_delta(
 
 @triton.jit
 def _walk_queries(
-    k, v, dk, dv, q_base, grad_base, lse_base, delta_base, first, last, tiles, columns,
-    first_column, given, s, place, exp_scale, q_layout, grad_layout, HEAD_DIM: tl.constexpr,
+    k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, last, tiles, columns,
+    first_column, given, s, sizes, place, q_layout, grad_layout, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr,
@@ -94,13 +104,15 @@ def _walk_queries(
         q = load_tile(
             q_base, start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
         )  # [BLOCK_M, BLOCK_D]
-        lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+        terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
+        minus_top, inverse, delta = terms
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         scores, capped = score_tile(
             dot(k, tl.trans(q), zeros, PRECISION), rows[None, :], columns[:, None], partial, s,
-            place, CHECKED, SCALED,
+            sizes, place, CHECKED, SCALED,
         )
-        weights = tl.exp2(scores * exp_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        weights = exponentials(scores, minus_top[None, :], s, SCALED)  # [BLOCK_N, BLOCK_M]
+        weights *= inverse[None, :]
         if s.seed is not None:
             keep = dropout_keep_tile(
                 place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
@@ -122,31 +134,34 @@ def _walk_queries(
             else:
                 dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
             if s.seed is not None:
-                dweights = tl.where(keep, dweights * dropout_scale(s.p), 0.0)
-            dscores = weights * (dweights - delta[None, :])
+                remainder = negative(delta)[None, :]
+                kept = fma(dweights, dropout_scale(s.p), remainder)
+                dscores = weights * tl.where(keep, kept, remainder)
+            else:
+                dscores = weights * (dweights - delta[None, :])
             if s.softcap is not None:
-                dscores *= 1.0 - capped * capped
+                dscores *= fma(negative(capped), capped, 1.0)
             dk = dot(cast(dscores, q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_backward_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dk_ptr, dv_ptr, work_ptr, tiles, s,
-    q_layout, k_layout, v_layout, grad_layout, dk_layout, dv_layout, lse_rows,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dk_ptr, dv_ptr, work_ptr,
+    tiles, s, sizes, q_layout, k_layout, v_layout, grad_layout, dk_layout, dv_layout, lse_rows,
+    plane, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     sequence, key_head, block = which_block(
-        work_ptr, s.heads // s.group, tl.cdiv(s.n_keys, BLOCK_N), False
+        work_ptr, sizes.heads // s.group, tl.cdiv(keys_of(sizes), BLOCK_N), False
     )
     if work_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the inner one)
         if sequence < 0:
             return
     first_column = block * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    place = place_of(s, sequence, key_head * s.group)
+    place = place_of(s, sizes, sequence, key_head * s.group)
     k = load_tile(
         matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start), first_column,
         place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
@@ -157,7 +172,6 @@ def _attention_backward_keys(
             matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
             first_column, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
         )  # [BLOCK_N, BLOCK_DV]
-    exp_scale = exponent_scale(s, SCALED)
 
     # Queries that see any of these keys: [first, last); from `full` on they see all.
     first = place.n_queries * 0
@@ -177,29 +191,29 @@ def _attention_backward_keys(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, s.group):
-        place = place_of(s, sequence, key_head * s.group + member)
+        place = place_of(s, sizes, sequence, key_head * s.group + member)
         q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
         grad_base = None
         if given.pointer is None:
             grad_base = matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start)
-        lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+        row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         delta_base = None
         if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, s, place, lse_rows)
+            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         listed = None
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
             full = last * 0
         if s.right is not None and not ONE_LOOP:
             dk, dv = _walk_queries(
-                k, v, dk, dv, q_base, grad_base, lse_base, delta_base, first, full, listed,
-                columns, first_column, given, s, place, exp_scale, q_layout, grad_layout,
+                k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, full, listed,
+                columns, first_column, given, s, sizes, place, q_layout, grad_layout,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, SCALED, PRECISION,
                 NEEDS_K, NEEDS_V, False,
             )
         dk, dv = _walk_queries(
-            k, v, dk, dv, q_base, grad_base, lse_base, delta_base, full, last, listed, columns,
-            first_column, given, s, place, exp_scale, q_layout, grad_layout, HEAD_DIM,
+            k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, full, last, listed,
+            columns, first_column, given, s, sizes, place, q_layout, grad_layout, HEAD_DIM,
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
             NEEDS_V, True,
         )
@@ -221,8 +235,8 @@ def _attention_backward_keys(
 
 @triton.jit
 def _walk_keys(
-    q, grad, dq, row_sum, lse, delta, k_base, v_base, first, last, tiles, first_row, given, s,
-    place, exp_scale, k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    q, grad, dq, row_sum, terms, k_base, v_base, first, last, tiles, first_row, given, s, sizes,
+    place, k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
@@ -239,8 +253,8 @@ def _walk_keys(
                 v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
             )  # [BLOCK_N, BLOCK_DV]
         dscores, dproduct, _ = score_gradients(
-            q, grad, k, v, lse, delta, first_row, start, partial, given, s, place, exp_scale,
-            BLOCK_N, CHECKED, SCALED, PRECISION,
+            q, grad, k, v, terms, first_row, start, partial, given, s, sizes, place, BLOCK_N,
+            CHECKED, SCALED, PRECISION,
         )
         if given.pointer is not None:
             row_sum += tl.sum(dscores, 1)
@@ -248,21 +262,21 @@ def _walk_keys(
     return dq, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_backward_queries(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dq_ptr, dlse_ptr, work_ptr, tiles,
-    s, q_layout, k_layout, v_layout, grad_layout, dq_layout, lse_rows,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dq_ptr, dlse_ptr, work_ptr,
+    tiles, s, sizes, q_layout, k_layout, v_layout, grad_layout, dq_layout, lse_rows, plane,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     sequence, head, block = which_block(
-        work_ptr, s.heads, tl.cdiv(s.n_queries, BLOCK_M), s.right is not None
+        work_ptr, sizes.heads, tl.cdiv(sizes.queries, BLOCK_M), s.right is not None
     )
     if work_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the inner one)
         if sequence < 0:
             return
-    place = place_of(s, sequence, head)
+    place = place_of(s, sizes, sequence, head)
     k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -278,14 +292,13 @@ def _attention_backward_queries(
             matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start), first_row,
             place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
         )  # [BLOCK_M, BLOCK_DV]
-    lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+    row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
     delta_base = None
     if delta_ptr is not None:
-        delta_base = row_pointer(delta_ptr, s, place, lse_rows)
-    lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+    terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    exp_scale = exponent_scale(s, SCALED)
 
     first, full, last = key_tiles_of_rows(s, place, first_row, BLOCK_M, BLOCK_N)
     listed = None
@@ -296,13 +309,13 @@ def _attention_backward_queries(
         full = first
     else:
         dq, row_sum = _walk_keys(
-            q, grad, dq, row_sum, lse, delta, k_base, v_base, first, full, listed, first_row,
-            given, s, place, exp_scale, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D,
+            q, grad, dq, row_sum, terms, k_base, v_base, first, full, listed, first_row,
+            given, s, sizes, place, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D,
             BLOCK_DV, BLOCK_N, False, SCALED, PRECISION, True,
         )
     dq, row_sum = _walk_keys(
-        q, grad, dq, row_sum, lse, delta, k_base, v_base, full, last, listed, first_row, given, s,
-        place, exp_scale, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        q, grad, dq, row_sum, terms, k_base, v_base, full, last, listed, first_row, given, s, sizes,
+        place, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         True, SCALED, PRECISION, ONE_LOOP,
     )
     dims = tl.arange(0, BLOCK_D)
@@ -312,7 +325,7 @@ def _attention_backward_queries(
     valid = row_valid[:, None] & (dims < HEAD_DIM)[None, :]
     store(dq_rows[:, None] + dims[None, :], dq * s.scale, valid)
     if dlse_ptr is not None:
-        tl.store(row_pointer(dlse_ptr, s, place, lse_rows) + rows, -row_sum, mask=row_valid)
+        tl.store(row_pointer(dlse_ptr, sizes, place, lse_rows) + rows, -row_sum, mask=row_valid)
 
 
 def attention_backward(
@@ -322,21 +335,22 @@ def attention_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
+    statistics: torch.Tensor,
     terms: AttentionTerms,
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (query, key, value, mask, slopes, table), None where ``needs`` says False.
 
-    ``grad`` and ``lse_grad`` are those of the output and of the log-sum-exp; either may be None.
-    The first three are written to ``into`` if given: views of one gradient, say.
+    ``statistics`` are those of the forward, of all keys; ``grad`` and ``lse_grad`` those of the
+    output and of the log-sum-exp, either of which may be None. The first three gradients are
+    written to ``into`` if given: views of one gradient, say.
     """
     batch, heads, n_rows, _ = query.shape
     if grad is None:
         grad = torch.zeros_like(output)
-    delta = torch.empty_like(lse)
-    if lse.numel():
+    delta = torch.empty_like(statistics[0])
+    if delta.numel():
         launch(
             _attention_delta, (configs.ceil_div(n_rows, 64) * batch * heads,),
             configs.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
@@ -345,7 +359,7 @@ def attention_backward(
             VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]), BLOCK_M=64,
         )
     gradients = score_gradients_of(
-        query, key, value, grad, lse, delta, lse_grad, Given(), terms, needs, into
+        query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs, into
     )
     return gradients[:-1]
 
@@ -355,7 +369,7 @@ def score_gradients_of(
     key: torch.Tensor,
     value: torch.Tensor | None,
     grad: torch.Tensor | None,
-    lse: torch.Tensor,
+    statistics: torch.Tensor,
     delta: torch.Tensor | None,
     lse_grad: torch.Tensor | None,
     given: Given,
@@ -382,19 +396,20 @@ def score_gradients_of(
         dq = empty_like(query) if needs_q or given.pointer is not None else None
         dk = empty_like(key) if needs_k else None
         dv = empty_like(value) if needs_v and value is not None else None
-    dlse = torch.empty_like(lse) if given.pointer is not None else None
+    dlse = torch.empty_like(statistics[0]) if given.pointer is not None else None
     value_dim = query.shape[3] if value is None else value.shape[3]
     arguments = attention_arguments(query, key, value_dim, terms)
-    if lse.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
+    if statistics.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
         wanted = zip((mask, slopes, table), needs[3:], strict=True)
         zeros = [None if t is None or not need else torch.zeros_like(t) for t, need in wanted]
         first = [None if g is None else g.zero_() for g in (dq, dk, dv)]
         return *first, *zeros, None if dlse is None else dlse.zero_()
     target = configs.target_of(query.device)
     config = configs.attention_backward_config(arguments.kind, target)
-    tensors = (query, key, value, grad, lse, delta, given)
+    tensors = (query, key, value, grad, statistics, delta, given)
     layouts = tuple(layout_of(t) for t in (query, key, value, grad))
     n_rows = query.shape[2]
+    plane = statistics[0].numel()
     one_loop = config.one_loop or arguments.one_loop
     passes = [(needs_k, dv is not None)]
     if config.split_keys:
@@ -406,8 +421,8 @@ def score_gradients_of(
             if pass_k or pass_v:
                 launch(
                     _attention_backward_keys, (blocks * key.shape[1],), config, *tensors, dk, dv,
-                    work, tiles, arguments.scores, *layouts,
-                    layout_of(dk), layout_of(dv), n_rows,
+                    work, tiles, arguments.scores, arguments.sizes, *layouts, layout_of(dk),
+                    layout_of(dv), n_rows, plane,
                     BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_K=pass_k,
                     NEEDS_V=pass_v, ONE_LOOP=one_loop, **arguments.constants,
                 )
@@ -417,9 +432,9 @@ def score_gradients_of(
         work, blocks = _work(arguments, terms, n_rows, block_m, of_keys=False)
         launch(
             _attention_backward_queries, (blocks * query.shape[1],), config, *tensors, dq, dlse,
-            work, mask_tiles(arguments, block_m, block_n), arguments.scores, *layouts,
-            layout_of(dq), n_rows, BLOCK_M=block_m, BLOCK_N=block_n, ONE_LOOP=one_loop,
-            **arguments.constants,
+            work, mask_tiles(arguments, block_m, block_n), arguments.scores, arguments.sizes,
+            *layouts, layout_of(dq), n_rows, plane, BLOCK_M=block_m, BLOCK_N=block_n,
+            ONE_LOOP=one_loop, **arguments.constants,
         )
     dmask, dslopes, dtable = None, None, None
     if needs_mask and mask is not None:

@@ -6,8 +6,8 @@ One program computes BLOCK_M queries of one head: it holds them in registers and
 in tiles of BLOCK_N with the online softmax, so that no [queries, keys] matrix is ever in memory.
 Tiles that need no bounds or causal test run in a loop of their own; those that window, causality
 or a boolean mask hide do not run at all. Reads q once and k, v once per block of queries; writes o
-and one float32 per query. Few queries split the keys among programs (attention_merge.py).
-Source: Dao, FlashAttention-2, arXiv:2307.08691.
+and two float32 per query for the backward, and lse if asked for. Few queries split the keys among
+programs (attention_merge.py). Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from fusedformer_kernels.attention_mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention_merge import merge_splits
 from fusedformer_kernels.attention_schedule import work_list
 from fusedformer_kernels.attention_tiles import (
-    exponent_scale,
     key_tiles_of_rows,
     load_tile,
+    log_sum_exp,
     matrix_of,
     online_softmax_update,
     place_of,
     row_pointer,
     row_stride,
     score_tile,
+    store_row_statistics,
     tile_of,
     which_block,
 )
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import (
-    LN_2,
+    COUNTS,
     cast,
     dot,
     dropout_keep_tile,
@@ -51,7 +52,7 @@ from fusedformer_kernels.primitives import (
 
 @triton.jit
 def _attend(
-    q, acc, top, total, k_base, v_base, first, last, tiles, first_row, s, place, exp_scale,
+    q, acc, top, total, k_base, v_base, first, last, tiles, first_row, s, sizes, place,
     k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
@@ -68,9 +69,9 @@ def _attend(
         scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         scores = dot(q, tl.trans(k), scores, PRECISION)  # [BLOCK_M, BLOCK_N]
         scores, _ = score_tile(
-            scores, rows[:, None], columns[None, :], partial, s, place, CHECKED, SCALED
+            scores, rows[:, None], columns[None, :], partial, s, sizes, place, CHECKED, SCALED
         )
-        weights, rescale, top, total = online_softmax_update(scores, top, total, exp_scale)
+        weights, rescale, top, total = online_softmax_update(scores, top, total, s, SCALED)
         if s.seed is not None:
             keep = dropout_keep_tile(
                 place.dropout_key, place.dropout_offset, first_row, start, s.p, q.shape[0], BLOCK_N
@@ -83,20 +84,20 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, work_ptr, tiles, s, q_layout, k_layout, v_layout,
-    o_layout, lse_rows, split_keys, o_split, lse_split, HEAD_DIM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, statistics_ptr, work_ptr, tiles, s, sizes, q_layout,
+    k_layout, v_layout, o_layout, lse_rows, plane, split_keys, o_split, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     sequence, head, block = which_block(
-        work_ptr, s.heads, tl.cdiv(s.n_queries, BLOCK_M), s.right is not None
+        work_ptr, sizes.heads, tl.cdiv(sizes.queries, BLOCK_M), s.right is not None
     )
     if work_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the inner one)
         if sequence < 0:
             return
-    place = place_of(s, sequence, head)
+    place = place_of(s, sizes, sequence, head)
     k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
     v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
     first_row = block * BLOCK_M
@@ -108,7 +109,6 @@ def _attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    exp_scale = exponent_scale(s, SCALED)
 
     first, full, last = key_tiles_of_rows(s, place, first_row, BLOCK_M, BLOCK_N)
     if split_keys is not None:
@@ -123,28 +123,33 @@ def _attention_forward(
         full = first
     else:
         acc, top, total = _attend(
-            q, acc, top, total, k_base, v_base, first, full, listed, first_row, s, place, exp_scale,
+            q, acc, top, total, k_base, v_base, first, full, listed, first_row, s, sizes, place,
             k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False, SCALED,
             PRECISION, True,
         )
     acc, top, total = _attend(
-        q, acc, top, total, k_base, v_base, full, last, listed, first_row, s, place, exp_scale,
+        q, acc, top, total, k_base, v_base, full, last, listed, first_row, s, sizes, place,
         k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True, SCALED,
         PRECISION, ONE_LOOP,
     )
     # A query with no visible key: total 0, output 0, log-sum-exp -inf.
-    visible = total != 0.0  # true for NaN, which stays one
-    total = tl.where(visible, total, 1.0)
-    o = acc / total[:, None]
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    o = acc * inverse[:, None]
     if s.seed is not None:
         o *= dropout_scale(s.p)
-    lse = tl.where(visible, (top * exp_scale + tl.log2(total)) * LN_2, float("-inf"))
-    if split_keys is not None:
+    row_valid = rows < place.n_queries
+    statistics = row_pointer(statistics_ptr, sizes, place, lse_rows)
+    if split_keys is not None:  # attention_merge.py goes on with the sum itself
         part = tl.program_id(1).to(tl.int64)
         o_ptr += part * o_split
-        lse_ptr += part * lse_split
-    row_valid = rows < place.n_queries
-    tl.store(row_pointer(lse_ptr, s, place, lse_rows) + rows, lse, mask=row_valid)
+        statistics += part * 2 * plane
+        tl.store(statistics + rows, top, mask=row_valid)
+        tl.store(statistics + plane + rows, total, mask=row_valid)
+    else:
+        store_row_statistics(statistics, plane, rows, row_valid, top, total)
+        if lse_ptr is not None:
+            lse_rows_ptr = row_pointer(lse_ptr, sizes, place, lse_rows) + rows
+            tl.store(lse_rows_ptr, log_sum_exp(top, total, SCALED), mask=row_valid)
     dims = tl.arange(0, BLOCK_DV)
     o_base = matrix_of(o_ptr, o_layout, place.batch, place.head, place.q_start)
     o_rows = o_base + rows * row_stride(o_layout)
@@ -152,12 +157,18 @@ def _attention_forward(
 
 
 def attention_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: AttentionTerms
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output [B, H, L, Ev], log-sum-exp float32 [B, H, L]) of 4-D strided tensors.
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    terms: AttentionTerms,
+    *,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(output [B, H, L, Ev], log-sum-exp float32 [B, H, L] if asked for, statistics [2, B, H, L]).
 
-    The output lies in memory as [B, L, H, Ev]. ``key`` and ``value`` may have fewer heads. Packed
-    tensors have B = 1 and all sequences' rows as L.
+    Of 4-D strided tensors. The statistics are for the backward and the weights, in the units of
+    :mod:`attention_tiles`. The output lies in memory as [B, L, H, Ev]. ``key`` and ``value`` may
+    have fewer heads. Packed tensors have B = 1 and all sequences' rows as L.
     """
     batch, heads, n_rows, _ = query.shape
     value_dim = value.shape[3]
@@ -167,12 +178,15 @@ def attention_forward(
         return query.new_empty(sizes, dtype=dtype).transpose(-3, -2)
 
     output = new(dtype=query.dtype)
-    lse = query.new_empty(batch, heads, n_rows, dtype=torch.float32)
-    if lse.numel() == 0:
-        return output, lse
+    lse = query.new_empty(batch, heads, n_rows, dtype=torch.float32) if return_lse else None
+    statistics = query.new_empty(2, batch, heads, n_rows, dtype=torch.float32)
+    if statistics.numel() == 0:
+        return output, lse, statistics
     arguments = attention_arguments(query, key, value_dim, terms)
     if arguments.sequences == 0 or arguments.max_queries == 0:
-        return output.zero_(), lse.fill_(-torch.inf)
+        statistics[0] = -torch.inf
+        statistics[1] = 1.0
+        return output.zero_(), None if lse is None else lse.fill_(-torch.inf), statistics
     config = configs.attention_forward_config(
         arguments.kind, configs.target_of(query.device), arguments.max_queries,
         arguments.max_keys,
@@ -180,10 +194,10 @@ def attention_forward(
     splits = 1
     if config.keys_per_split and not arguments.lists_tiles:
         splits = max(1, configs.ceil_div(arguments.max_keys, config.keys_per_split))
-    o_parts, lse_parts = output, lse
+    o_parts, statistics_parts = output, statistics
     if splits > 1:
         o_parts = new(splits, dtype=torch.float32)
-        lse_parts = torch.empty((splits, *lse.shape), dtype=torch.float32, device=lse.device)
+        statistics_parts = statistics.new_empty(splits, *statistics.shape)
     work = None
     blocks = configs.ceil_div(arguments.max_queries, config.block_m) * arguments.sequences
     if terms.starts_q is not None and terms.starts_k is not None:
@@ -194,13 +208,14 @@ def attention_forward(
         blocks = work.shape[0]
     launch(
         _attention_forward, (blocks * heads, splits), config,
-        query, key, value, o_parts, lse_parts, work,
-        mask_tiles(arguments, config.block_m, config.block_n), arguments.scores, layout_of(query),
-        layout_of(key), layout_of(value), layout_of(o_parts), n_rows,
-        config.keys_per_split if splits > 1 else None, o_parts.stride(0), lse_parts.stride(0),
+        query, key, value, o_parts, lse, statistics_parts, work,
+        mask_tiles(arguments, config.block_m, config.block_n), arguments.scores, arguments.sizes,
+        layout_of(query), layout_of(key), layout_of(value), layout_of(o_parts), n_rows,
+        batch * heads * n_rows, config.keys_per_split if splits > 1 else None, o_parts.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ONE_LOOP=config.one_loop or arguments.one_loop or splits > 1, **arguments.constants,
     )
     if splits > 1:
-        merge_splits(o_parts, lse_parts, output, lse)
-    return output, lse
+        scaled = bool(arguments.constants["SCALED"])
+        merge_splits(o_parts, statistics_parts, output, lse, statistics, scaled)
+    return output, lse, statistics

@@ -24,14 +24,14 @@ from fusedformer_kernels.attention_tiles import (
     score_gradients,
 )
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import store
+from fusedformer_kernels.primitives import COUNTS, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_mask_gradient(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, dmask_ptr, s, q_layout, k_layout,
-    v_layout, grad_layout, lse_rows, n_queries, n_keys, mask_heads, mask_rows, mask_columns,
-    shared_batch, shared_heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dmask_ptr, s, sizes, q_layout,
+    k_layout, v_layout, grad_layout, lse_rows, plane, n_queries, n_keys, mask_heads, mask_rows,
+    mask_columns, shared_batch, shared_heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
@@ -50,13 +50,13 @@ def _attention_mask_gradient(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for member in range(0, shared_batch * shared_heads):
         sequence = mask_plane // mask_heads + member // shared_heads
-        place = place_of(s, sequence, mask_plane % mask_heads + member % shared_heads)
+        place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
         q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
         k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
-        lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+        row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         delta_base = None
         if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, s, place, lse_rows)
+            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
             rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
             q = load_tile(
@@ -68,7 +68,7 @@ def _attention_mask_gradient(
                     matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
                     row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
                 )  # [BLOCK_M, BLOCK_DV]
-            lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+            terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
             for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
                 k = load_tile(
                     k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
@@ -80,8 +80,8 @@ def _attention_mask_gradient(
                         start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
                     )  # [BLOCK_N, BLOCK_DV]
                 dscores, _, _ = score_gradients(
-                    q, grad, k, v, lse, delta, row_start, start, True, given, s, place, 1.0,
-                    BLOCK_N, True, SCALED, PRECISION,
+                    q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N,
+                    True, SCALED, PRECISION,
                 )
                 total += dscores
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -118,8 +118,9 @@ def attention_mask_gradient(
     n_queries, n_keys = arguments.max_queries, arguments.max_keys
     launch(
         _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config, *tensors, dmask,
-        arguments.scores, *layouts, tensors[0].shape[2], n_queries, n_keys, mask_heads, mask_rows,
-        mask_columns, arguments.sequences // mask_batch, arguments.scores.heads // mask_heads,
+        arguments.scores, arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
+        n_queries, n_keys, mask_heads, mask_rows, mask_columns, arguments.sequences // mask_batch,
+        arguments.sizes.heads // mask_heads,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **arguments.constants,
         SHARED_ROWS=mask_rows < n_queries, SHARED_COLUMNS=mask_columns < n_keys,
     )

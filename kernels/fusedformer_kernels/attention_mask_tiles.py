@@ -17,6 +17,7 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.attention_arguments import AttentionArguments, broadcast_strides
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.primitives import COUNTS
 
 
 class MaskTiles(NamedTuple):
@@ -41,7 +42,7 @@ def tiles_of(tiles, sequence, head, block):
     return tiles.entries + index * tiles.length, tl.load(tiles.counts + index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _list_mask_tiles(
     mask_ptr, entries_ptr, counts_ptr, heads, n_blocks, n_tiles, n_rows, n_columns, left, right,
     mask_strides, BLOCK: tl.constexpr, TILE: tl.constexpr, OF_COLUMNS: tl.constexpr,

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels import configs
+from fusedformer_kernels.attention_tiles import log_sum_exp, power, store_row_statistics
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import row_offsets, store
+from fusedformer_kernels.primitives import COUNTS, fma, row_offsets, store
 from fusedformer_kernels.strided import collapsed
 
 
@@ -34,12 +35,16 @@ def _logarithm(top, total):
     return tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_splits(
-    parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, splits, n_rows, heads, length, part_stride,
-    lse_stride, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    parts_ptr, statistics_parts_ptr, o_ptr, lse_ptr, statistics_ptr, splits, n_rows, heads, length,
+    part_stride, plane, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Rows are numbered as they lie in memory, [batch, length, heads]; lse is [batch, heads, L]."""
+    """Rows are numbered as they lie in memory, [batch, length, heads]; lse is [batch, heads, L].
+
+    ``statistics_parts`` [splits, 2, batch, heads, L] are the top and the sum of each part.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = rows < n_rows
     dims = tl.arange(0, BLOCK_DV)
@@ -53,38 +58,48 @@ def _merge_splits(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for part in range(0, splits):
         index = tl.cast(part, tl.int64)
-        lse = tl.load(
-            lse_parts_ptr + index * lse_stride + lse_rows, mask=row_valid, other=float("-inf")
-        )
+        own = statistics_parts_ptr + index * 2 * plane + lse_rows
+        own_top = tl.load(own, mask=row_valid, other=float("-inf"))
+        own_total = tl.load(own + plane, mask=row_valid, other=0.0)
         o = tl.load(parts_ptr + index * part_stride + offsets, mask=valid, other=0.0)
-        new_top = tl.maximum(top, lse)
-        rescale = _shifted(top, new_top)
-        weight = _shifted(lse, new_top)
-        acc = acc * rescale[:, None] + o * weight[:, None]
-        total = total * rescale + weight
+        new_top = tl.maximum(top, own_top)
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        rescale = power(top - finite, SCALED)
+        weight = power(own_top - finite, SCALED) * own_total
+        acc = fma(acc, rescale[:, None], o * weight[:, None])
+        total = fma(total, rescale, weight)
         top = new_top
-    store(o_ptr + offsets, acc / tl.where(total == 0.0, 1.0, total)[:, None], valid)
-    tl.store(lse_ptr + lse_rows, _logarithm(top, total), mask=row_valid)
+    store(o_ptr + offsets, acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], valid)
+    store_row_statistics(statistics_ptr, plane, lse_rows, row_valid, top, total)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + lse_rows, log_sum_exp(top, total, SCALED), mask=row_valid)
 
 
 def merge_splits(
-    parts: torch.Tensor, lse_parts: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
+    parts: torch.Tensor,
+    statistics_parts: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    statistics: torch.Tensor,
+    scaled: bool,
 ) -> None:
-    """Fill ``output`` [B, H, L, Ev] and ``lse`` [B, H, L] from float32 parts [splits, ...].
+    """Fill ``output`` [B, H, L, Ev], ``lse`` [B, H, L] and ``statistics`` [2, B, H, L].
 
-    Each part of the output lies in memory as ``output`` does, [B, L, H, Ev].
+    From float32 parts [splits, ...]; each of the output lies in memory as ``output`` does, [B, L,
+    H, Ev]; those of the statistics are tops, in units that ``scaled`` tells, and sums.
     """
     batch, heads, length, dim = output.shape
     rows = batch * heads * length
     block = 16
     launch(
         _merge_splits, (configs.ceil_div(rows, block),), configs.LaunchConfig(4, 2), parts,
-        lse_parts, output, lse, parts.shape[0], rows, heads, length, parts.stride(0),
-        lse_parts.stride(0), VALUE_DIM=dim, BLOCK_DV=configs.padded_dim(dim), BLOCK_M=block,
+        statistics_parts, output, lse, statistics, parts.shape[0], rows, heads, length,
+        parts.stride(0), rows, VALUE_DIM=dim, BLOCK_DV=configs.padded_dim(dim), BLOCK_M=block,
+        SCALED=scaled,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_states(
     o1_ptr, lse1_ptr, o2_ptr, lse2_ptr, o_ptr, lse_ptr, n_rows, size_1, size_2, o1_strides,
     lse1_strides, o2_strides, lse2_strides, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -122,7 +137,7 @@ def _load_state(
     return o, tl.load(lse_ptr + offsets, mask=row_valid, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_states_backward(
     grad_ptr, lse_grad_ptr, o1_ptr, lse1_ptr, o2_ptr, lse2_ptr, do1_ptr, dlse1_ptr, do2_ptr,
     dlse2_ptr, n_rows, size_1, size_2, grad_strides, lse_grad_strides, o1_strides, lse1_strides,

@@ -29,6 +29,7 @@ from fusedformer_kernels.attention_tiles import (
     score_gradients,
 )
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.primitives import COUNTS
 from fusedformer_kernels.reduction import sum_partials
 
 
@@ -42,26 +43,26 @@ def diagonal_sums(tile, first, BLOCK: tl.constexpr):
     return tl.sum(tl.where(inside, shifted, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _attention_position_gradients(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, given, lse_grad_ptr, dslope_ptr,
-    dtable_ptr, s, q_layout, k_layout, v_layout, grad_layout, lse_grad_strides, lse_rows, shares,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, lse_grad_ptr, dslope_ptr,
+    dtable_ptr, s, sizes, q_layout, k_layout, v_layout, grad_layout, lse_grad_strides, lse_rows,
+    plane, shares,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """``dslope`` [sequences, shares, heads], ``dtable`` [..., heads, 2 * radius + 1] of zeros."""
     pid = tl.program_id(0)
     share = pid % shares
-    plane = pid // shares
-    sequence, head = plane // s.heads, plane % s.heads
-    place = place_of(s, sequence, head)
+    sequence, head = pid // shares // sizes.heads, pid // shares % sizes.heads
+    place = place_of(s, sizes, sequence, head)
     q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
     k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
-    lse_base = row_pointer(lse_ptr, s, place, lse_rows)
+    row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
     delta_base = None
     if delta_ptr is not None:
-        delta_base = row_pointer(delta_ptr, s, place, lse_rows)
-    partial_row = (sequence * shares + share).to(tl.int64) * s.heads + head
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+    partial_row = (sequence * shares + share).to(tl.int64) * sizes.heads + head
     slope_sum = tl.zeros([BLOCK], tl.float32)
     below = tl.zeros([BLOCK], tl.float32)  # at or beyond the table's two ends
     above = tl.zeros([BLOCK], tl.float32)
@@ -77,10 +78,10 @@ def _attention_position_gradients(
                 matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
                 first_row, place.n_queries, grad_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
             )  # [BLOCK, BLOCK_DV]
-        lse, delta = load_row_terms(lse_base, delta_base, rows, place.n_queries)
+        terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
         far = tl.zeros([BLOCK], tl.float32)  # rowsum(ds * distance)
         excess = tl.zeros([BLOCK], tl.float32)  # rowsum(ds) less what it should be
-        mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * distance)
+        mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * distance), before it is normalized
         if lse_grad_ptr is not None:
             offsets = place.batch * lse_grad_strides[0] + place.head * lse_grad_strides[1]
             offsets += (place.q_start + rows) * lse_grad_strides[2]
@@ -99,8 +100,8 @@ def _attention_position_gradients(
                     start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
                 )  # [BLOCK, BLOCK_DV]
             dscores, _product, weights = score_gradients(
-                q, grad, k, v, lse, delta, first_row, start, True, given, s, place, 1.0, BLOCK,
-                True, SCALED, PRECISION,
+                q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
+                SCALED, PRECISION,
             )
             if dslope_ptr is not None:
                 columns = start + tl.arange(0, BLOCK)
@@ -109,30 +110,31 @@ def _attention_position_gradients(
                 excess += tl.sum(dscores, 1)
                 mean += tl.sum(weights * distance, 1)
             if dtable_ptr is not None:
-                row = dtable_ptr + partial_row * (2 * s.radius + 1) + s.radius
+                row = dtable_ptr + partial_row * (2 * sizes.radius + 1) + sizes.radius
                 for half in tl.static_range(2):
                     diagonal = half * BLOCK + (1 - BLOCK)
                     sums = diagonal_sums(dscores, diagonal, BLOCK)
                     distance = start - first_row - place.offset + diagonal + tl.arange(0, BLOCK)
-                    below += tl.where(distance <= -s.radius, sums, 0.0)
-                    above += tl.where((distance >= s.radius) & (distance > -s.radius), sums, 0.0)
-                    within = (distance > -s.radius) & (distance < s.radius)
+                    below += tl.where(distance <= -sizes.radius, sums, 0.0)
+                    inner = distance > -sizes.radius
+                    above += tl.where((distance >= sizes.radius) & inner, sums, 0.0)
+                    within = inner & (distance < sizes.radius)
                     # Another thread may have written what this one reads.
                     tl.debug_barrier()
                     sums += tl.load(row + distance, mask=within, other=0.0)
                     tl.debug_barrier()
                     tl.store(row + distance, sums, mask=within)
         if given.pointer is None:
-            far -= mean * excess
+            far -= mean * terms[1] * excess
         slope_sum -= far
     if dslope_ptr is not None:
         tl.store(dslope_ptr + partial_row, tl.sum(slope_sum, 0))
     if dtable_ptr is not None:
-        row = dtable_ptr + partial_row * (2 * s.radius + 1)
-        if s.radius == 0:  # one entry is both ends
+        row = dtable_ptr + partial_row * (2 * sizes.radius + 1)
+        if sizes.radius == 0:  # one entry is both ends
             below += above
         else:
-            tl.store(row + 2 * s.radius, tl.sum(above, 0))
+            tl.store(row + 2 * sizes.radius, tl.sum(above, 0))
         tl.store(row, tl.sum(below, 0))
 
 
@@ -154,7 +156,7 @@ def attention_position_gradients(
         dslopes, _ = attention_position_gradients(slopes, None, *rest)
         return dslopes, attention_position_gradients(None, table, *rest)[1]
     config = configs.attention_mask_gradient_config(arguments.kind, target)
-    sequences, heads = arguments.sequences, arguments.scores.heads
+    sequences, heads = arguments.sequences, arguments.sizes.heads
     blocks = configs.ceil_div(arguments.max_queries, config.block_m)
     shares = min(blocks, configs.ceil_div(2 * target.multiprocessors, sequences * heads))
     device = tensors[0].device
@@ -166,8 +168,9 @@ def attention_position_gradients(
         dtable = torch.zeros((*sizes, table.shape[1]), dtype=torch.float32, device=device)
     launch(
         _attention_position_gradients, (sequences * shares * heads,), config, *tensors, lse_grad,
-        dslopes, dtable, arguments.scores, *layouts,
-        (0, 0, 0) if lse_grad is None else lse_grad.stride(), tensors[0].shape[2], shares,
+        dslopes, dtable, arguments.scores, arguments.sizes, *layouts,
+        (0, 0, 0) if lse_grad is None else lse_grad.stride(), tensors[0].shape[2],
+        tensors[4][0].numel(), shares,
         BLOCK=config.block_m, **arguments.constants,
     )
     if dslopes is not None and slopes is not None:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.primitives import COUNTS
 from fusedformer_kernels.strided import in_line
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
@@ -22,7 +23,7 @@ from fusedformer_kernels.strided import in_line
 SHARED = "fusedformer_work_lists"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _list_work(
     starts_ptr, others_ptr, work_ptr, n_sequences, capacity, LENGTH: tl.constexpr,
     LAST_FIRST: tl.constexpr, CHUNK: tl.constexpr,

@@ -1,4 +1,14 @@
-"""Device functions that the attention kernels share: where a program works, and one tile."""
+"""Device functions that the attention kernels share: where a program works, and one tile.
+
+The softmax of a row is kept as two numbers, so that the backward and the weights find the very
+weights of the forward again: ``minus_top``, the largest score negated, and ``inverse``, one by the
+sum of ``exp(score + minus_top)``. One log-sum-exp would round its sum away where scores are large:
+at -1e9 all of it.
+Scores are raw products of half precision where nothing is added to them (SCALED is False); then the
+scale enters in the exponent, by one fused multiply-add, and the top is in base 2. Else they are the
+scores of the definition, and the top is one of them: nothing that could overflow is multiplied, and
+the largest exponent is exactly 0.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +18,14 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.primitives import (
+    LN_2,
     LOG2_E,
     dot,
     dropout_keep_tile,
     dropout_key,
     dropout_scale,
+    fma,
+    negative,
     tanh,
 )
 
@@ -33,7 +46,7 @@ class Place(NamedTuple):
     dropout_offset: Any
     mask: Any  # pointers to this sequence and head, where there are such terms
     key_mask: Any
-    slope: Any  # in base 2
+    slope: Any
     table: Any  # at distance 0
 
 
@@ -71,14 +84,14 @@ def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def place_of(s, sequence, head):
+def place_of(s, sizes, sequence, head):
     """Where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
     wide = head.to(tl.int64)
     q_start = batch * 0
     k_start = batch * 0
-    stored_queries = tl.cast(s.n_queries, tl.int32)
-    stored_keys = tl.cast(s.n_keys, tl.int32)
+    stored_queries = tl.cast(sizes.queries, tl.int32)
+    stored_keys = tl.cast(keys_of(sizes), tl.int32)
     index = batch
     if s.starts_q is not None:
         q_start = tl.load(s.starts_q + sequence).to(tl.int64)
@@ -105,15 +118,24 @@ def place_of(s, sequence, head):
         key_mask = s.key_mask + batch * s.key_mask_batch
     if s.slopes is not None:
         slope = tl.load(s.slopes + batch * s.slopes_batch + wide * s.slopes_head)
-        slope = slope.to(tl.float32) * LOG2_E
+        slope = slope.to(tl.float32)
     if s.table is not None:
-        table = s.table + wide * s.table_head + s.radius * s.table_column
+        table = s.table + wide * s.table_head + sizes.radius * s.table_column
     if s.seed is not None:
-        key, key_offset = dropout_key(tl.load(s.seed), sequence * s.heads + head)
+        key, key_offset = dropout_key(tl.load(s.seed), sequence * sizes.heads + head)
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
         offset, key, key_offset, mask, key_mask, slope, table,
     )
+
+
+@triton.jit
+def keys_of(sizes):
+    """How many keys the padded form has."""
+    keys = sizes.keys
+    if sizes.in_sixteens is not None:
+        keys = keys * 16
+    return keys
 
 
 @triton.jit
@@ -188,10 +210,20 @@ def tile_of(tiles, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _with_bias(scores, factor, bias):
+    """``scores * factor + bias``; no factor is 1."""
+    if factor is None:
+        scores += bias
+    else:
+        scores = fma(scores, factor, bias)
+    return scores
+
+
+@triton.jit
 def score_tile(
-    product, rows, columns, partial, s, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
+    product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
 ):
-    """Scores with hidden elements at -inf, in base 2 if SCALED, else as they came; and the tanh.
+    """Scores with hidden elements at -inf, raw products unless SCALED; and the tanh.
 
     ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
     [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
@@ -199,26 +231,36 @@ def score_tile(
     """
     scores = product
     capped = product
-    if s.softcap is not None:
-        capped = tanh(product * (s.scale / s.softcap))
-        scores = capped * (s.softcap * LOG2_E)
-    elif SCALED:
-        scores = product * (s.scale * LOG2_E)
+    factor = None  # that the scores are still to be multiplied by
+    if SCALED:
+        factor = s.scale
+        if s.softcap is not None:
+            capped = tanh(product * (s.scale / s.softcap))
+            scores = capped
+            factor = s.softcap
     distances = columns - rows - place.offset
     if s.slopes is not None:
-        scores -= tl.abs(distances).to(tl.float32) * place.slope
+        bias = tl.abs(distances).to(tl.float32) * negative(place.slope)
+        scores = _with_bias(scores, factor, bias)
+        factor = None
     if s.table is not None:
-        nearest = tl.minimum(tl.maximum(distances, -s.radius), s.radius)
-        scores += tl.load(place.table + nearest * s.table_column).to(tl.float32) * LOG2_E
+        nearest = tl.minimum(tl.maximum(distances, -sizes.radius), sizes.radius)
+        bias = tl.load(place.table + nearest * s.table_column).to(tl.float32)
+        scores = _with_bias(scores, factor, bias)
+        factor = None
     if s.mask is not None:
         valid = (rows < place.n_queries) & (columns < place.n_keys)
         valid = valid & partial
         pointers = place.mask + rows.to(tl.int64) * s.mask_row
         pointers += columns.to(tl.int64) * s.mask_column
-        if s.mask.dtype.element_ty == tl.uint8:
-            scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
-        else:
-            scores += tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+        if s.mask.dtype.element_ty != tl.uint8:
+            bias = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+            scores = _with_bias(scores, factor, bias)
+            factor = None
+    if factor is not None:
+        scores *= factor
+    if s.mask is not None and s.mask.dtype.element_ty == tl.uint8:
+        scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
     if s.key_mask is not None:
         pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_column
         keep = tl.load(pointers, mask=columns < place.n_keys, other=0)
@@ -233,45 +275,81 @@ def score_tile(
 
 
 @triton.jit
-def online_softmax_update(scores, top, total, exp_scale):
-    """One step of the online softmax over a tile [BLOCK_M, BLOCK_N] in base 2.
-
-    ``top`` and ``total`` [BLOCK_M] are the running maximum of raw scores and the running sum of
-    ``exp2(exp_scale * (score - top))``. Returns (weights, rescaling of what was summed before,
-    top, total). The scale enters in one fused multiply-add an element. Source: arXiv:1805.02867.
-    """
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row with no visible key yet keeps -inf as its top, and is shifted by 0: no NaN.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) * exp_scale
-    weights = tl.exp2(scores * exp_scale - shift[:, None])
-    rescale = tl.exp2(top * exp_scale - shift)
-    return weights, rescale, new_top, total * rescale + tl.sum(weights, 1)
-
-
-@triton.jit
-def exponent_scale(s, SCALED: tl.constexpr):
-    """What :func:`score_tile`'s scores are still to be multiplied by."""
-    factor = s.scale * LOG2_E
+def exponentials(scores, minus_top, s, SCALED: tl.constexpr):
+    """``exp(score + minus_top)``, of what :func:`score_tile` gives; ``minus_top`` broadcasts."""
     if SCALED:
-        factor = 1.0
-    return factor
+        return tl.exp2((scores + minus_top) * LOG2_E)
+    return tl.exp2(fma(scores, s.scale * LOG2_E, minus_top))
 
 
 @triton.jit
-def row_pointer(pointer, s, place, lse_rows):
+def online_softmax_update(scores, top, total, s, SCALED: tl.constexpr):
+    """One step of the online softmax over a tile [BLOCK_M, BLOCK_N].
+
+    ``top`` and ``total`` [BLOCK_M] are the largest score so far and the sum of the weights.
+    Returns (weights, rescaling of what was summed before, top, total). Source: arXiv:1805.02867.
+    """
+    tile_top = tl.max(scores, 1)
+    if not SCALED:
+        tile_top *= s.scale * LOG2_E
+    new_top = tl.maximum(top, tile_top)
+    # A row with no visible key yet keeps -inf, and is shifted by 0: no NaN.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = exponentials(scores, negative(finite)[:, None], s, SCALED)
+    rescale = power(top - finite, SCALED)
+    return weights, rescale, new_top, fma(total, rescale, tl.sum(weights, 1))
+
+
+@triton.jit
+def power(difference, SCALED: tl.constexpr):
+    """``exp`` of the difference of two tops."""
+    if SCALED:
+        difference *= LOG2_E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def log_sum_exp(top, total, SCALED: tl.constexpr):
+    """The natural one, -inf where ``total`` is 0."""
+    logarithm = tl.log2(tl.where(total == 0.0, 1.0, total))
+    if SCALED:
+        lse = fma(logarithm, LN_2, top)
+    else:
+        lse = (top + logarithm) * LN_2
+    return tl.where(total == 0.0, float("-inf"), lse)
+
+
+@triton.jit
+def row_pointer(pointer, sizes, place, lse_rows):
     """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]."""
-    return pointer + (place.batch * s.heads + place.head) * lse_rows + place.q_start
+    return pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
 
 
 @triton.jit
-def load_row_terms(lse_base, delta_base, rows, n_queries):
-    """(base-2 lse, delta) of queries [BLOCK_M]; +inf where nothing is visible, so weights are 0."""
+def store_row_statistics(pointer, plane, rows, row_valid, top, total):
+    """Store (minus_top, inverse) of rows; what :func:`load_row_terms` reads."""
+    visible = total != 0.0  # true for NaN, which stays one
+    # Exponentials are 0 where nothing is visible.
+    tl.store(pointer + rows, tl.where(visible, -top, float("-inf")), mask=row_valid)
+    tl.store(pointer + plane + rows, 1.0 / tl.where(visible, total, 1.0), mask=row_valid)
+
+
+@triton.jit
+def load_row_terms(statistics_base, plane, delta_base, rows, n_queries, SCALED: tl.constexpr):
+    """(minus_top, inverse, delta) of queries [BLOCK_M]; weights are 0 beyond the last query.
+
+    Statistics are [2, ...]: ``plane`` elements lie between the first two.
+    """
     row_valid = rows < n_queries
-    lse = tl.load(lse_base + rows, mask=row_valid, other=float("-inf"))
-    delta = tl.zeros_like(lse)
+    # Raw products of absent queries are 0, and so are their weights by an inverse of 0 alone; a
+    # bias may be so large that its exponential times 0 is NaN.
+    absent = float("-inf") if SCALED else 0.0
+    minus_top = tl.load(statistics_base + rows, mask=row_valid, other=absent)
+    inverse = tl.load(statistics_base + plane + rows, mask=row_valid, other=0.0)
+    delta = tl.zeros_like(minus_top)
     if delta_base is not None:
         delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), delta
+    return minus_top, inverse, delta
 
 
 @triton.jit
@@ -286,19 +364,22 @@ def given_gradient(given, rows, columns, place):
 
 @triton.jit
 def score_gradients(
-    q, grad, k, v, lse, delta, first_row, first_column, partial, given, s, place, exp_scale,
+    q, grad, k, v, terms, first_row, first_column, partial, given, s, sizes, place,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of one tile [BLOCK_M, BLOCK_N] the gradients of the capped scores and of q k^T * scale, and
-    the weights."""
+    the weights, not yet multiplied by ``inverse``. ``terms`` are those of load_row_terms."""
+    minus_top, inverse, delta = terms
     rows = first_row + tl.arange(0, q.shape[0])
     columns = first_column + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     scores, capped = score_tile(
-        dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, place,
-        CHECKED, SCALED,
+        dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, sizes,
+        place, CHECKED, SCALED,
     )
-    weights = tl.exp2(scores * exp_scale - lse[:, None])
+    weights = exponentials(scores, minus_top[:, None], s, SCALED)
+    inverse = inverse[:, None]
+    remainder = negative(inverse * delta[:, None])
     if given.pointer is not None:
         dweights = given_gradient(given, rows[:, None], columns[None, :], place)
     else:
@@ -308,9 +389,14 @@ def score_gradients(
             place.dropout_key, place.dropout_offset, first_row, first_column, s.p, q.shape[0],
             BLOCK_N,
         )
-        dweights = tl.where(keep, dweights * dropout_scale(s.p), 0.0)
-    dscores = weights * (dweights - delta[:, None])
+        dscores = weights * tl.where(
+            keep, fma(dweights, inverse * dropout_scale(s.p), remainder), remainder
+        )
+    elif q.dtype == tl.float32:
+        dscores = weights * inverse * (dweights - delta[:, None])
+    else:  # the same, by an instruction less
+        dscores = weights * fma(dweights, inverse, remainder)
     dproduct = dscores
     if s.softcap is not None:
-        dproduct = dscores * (1.0 - capped * capped)
+        dproduct = dscores * fma(negative(capped), capped, 1.0)
     return dscores, dproduct, weights

@@ -43,7 +43,8 @@ CORE = CORE_FLOAT32 | {
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
     "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
-    "contrastive", "sigmoid contrastive",
+    "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
+    "attention d=128 value dim 32", "attention d=64 causal, one token",
 }  # fmt: skip
 
 
@@ -159,11 +160,12 @@ def _attention(
     mask: str = "",
     key_heads: int = 16,
     queries: int = 2048,
+    keys: int = 2048,
     packed: bool = False,
     weights: str = "",
     **terms: Any,
 ) -> None:
-    length, heads, batch = 2048, 16, 4
+    length, heads, batch = keys, 16, 4
     # [batch, length, 3, heads, dim]: views of an interleaved projection, read in place.
     dims = head_dim, head_dim, value_dim or head_dim
     sizes = (queries, heads), (length, key_heads), (length, key_heads)
@@ -184,14 +186,15 @@ def _attention(
     given = AttentionTerms(mask=masks[mask], scale=0.125, **terms)
     learned = [mask == "additive", given.slopes is not None, given.table is not None]
     if weights:
-        lse = _empty(batch, heads, queries, dtype=torch.float32)
+        statistics = _empty(2, batch, heads, queries, dtype=torch.float32)
         average = weights == "averaged"
-        result = attention_weights(q, k, lse, given, average)
-        attention_weights_backward(result, q, k, lse, given, average, [True, True, True, *learned])
+        result = attention_weights(q, k, statistics, given, average)
+        needs = [True, True, True, *learned]
+        attention_weights_backward(result, q, k, statistics, given, average, needs)
         return
-    output, lse = attention_forward(q, k, v, given)
+    output, _, statistics = attention_forward(q, k, v, given)
     needs = [True, True, True, *learned]
-    attention_backward(output, None, q, k, v, output, lse, given, needs)
+    attention_backward(output, None, q, k, v, output, statistics, given, needs)
 
 
 def _merge(dtype: torch.dtype) -> None:
@@ -316,6 +319,8 @@ def compile_cases() -> list[CompileCase]:
         "grouped heads": {"key_heads": 4},
         "few queries": {"queries": 8},
         "value dim 128": {"value_dim": 128},
+        "value dim 16": {"value_dim": 16},
+        "causal, one token": {"queries": 1, "keys": 1, "right": 0},
         "weights": {"weights": "per head"},
         "averaged weights": {"weights": "averaged"},
     }
@@ -329,6 +334,11 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=64 {name}", HALF,
             partial(_attention, 64, HALF, **flags), matrix=True,
         )
+    # Values narrower than keys: tiles of two swizzles, which ptxas confuses (descriptors.py).
+    for dim, value_dim in ((64, 32), (32, 16), (128, 32), (128, 16), (256, 16)):
+        call = partial(_attention, dim, HALF, value_dim=value_dim)
+        name = f"attention d={dim} value dim {value_dim}"
+        add(name, HALF, call, matrix=True, extra=(dim, value_dim) in ((128, 16), (256, 16)))
     # At 256 the plain config has no register to spare: what it serves besides is compiled too.
     for name in ("key mask", "causal key mask", "dropout"):
         call = partial(_attention, 256, HALF, **variants[name])

@@ -81,7 +81,10 @@ class LaunchConfig:
     num_stages: int = 2
 
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Options of the compiler. Multiply-adds are fused where ``primitives.fma`` says so."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

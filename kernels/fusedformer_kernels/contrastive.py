@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import LN_2, LOG2_E, dot, softplus, store
+from fusedformer_kernels.primitives import COUNTS, LN_2, LOG2_E, dot, fma, softplus, store
 from fusedformer_kernels.reduction import sum_partials
 
 FORWARD_ROWS = 8192
@@ -91,7 +91,7 @@ def _exp(x):
     return tl.exp2(x * LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _score_parts(
     a_ptr, b_ptr, scale_ptr, row_parts_ptr, column_parts_ptr, matched_ptr, n_rows, n_columns,
     n_dims, offset, stride_a, stride_b, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,11 +108,6 @@ def _score_parts(
     row_valid, column_valid = rows < n_rows, columns < n_columns
     if (first_row + BLOCK_M > n_rows) | (first_column + BLOCK_N > n_columns):
         s = tl.where(row_valid[:, None] & column_valid[None, :], s, float("-inf"))
-    if _has_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N):
-        matched = _matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)
-        here = (rows + offset >= first_column) & (rows + offset < first_column + BLOCK_N)
-        found = tl.sum(tl.where(matched, s, 0.0), 1)
-        tl.store(matched_ptr + rows, found, mask=row_valid & here)
     top = tl.where(row_valid, tl.max(s, 1), 0.0)
     total = tl.where(row_valid, tl.sum(_exp(s - top[:, None]), 1), 1.0)
     row_parts = row_parts_ptr + (first_column // BLOCK_N).to(tl.int64) * n_rows
@@ -121,9 +116,14 @@ def _score_parts(
     total = tl.where(column_valid, tl.sum(_exp(s - top[None, :]), 0), 1.0)
     column_parts = column_parts_ptr + (first_row // BLOCK_M).to(tl.int64) * n_columns
     tl.store(column_parts + columns, top + tl.log2(total) * LN_2, mask=column_valid)
+    if _has_matched(first_row, first_column, offset, BLOCK_M, BLOCK_N):
+        matched = _matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)
+        here = (rows + offset >= first_column) & (rows + offset < first_column + BLOCK_N)
+        found = tl.sum(tl.where(matched, s, 0.0), 1)
+        tl.store(matched_ptr + rows, found, mask=row_valid & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_parts(
     parts_ptr, lse_ptr, n_parts, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
@@ -148,7 +148,7 @@ def _merge_parts(
     tl.store(lse_ptr + columns, top + tl.log2(total) * LN_2, mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _softplus_parts(
     a_ptr, b_ptr, scale_ptr, bias_ptr, row_parts_ptr, n_rows, n_columns, n_dims, offset,
     stride_a, stride_b, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -171,7 +171,7 @@ def _softplus_parts(
     tl.store(row_parts + rows, tl.sum(losses, 1), mask=rows < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _score_gradients(
     a_ptr, b_ptr, scale_ptr, bias_ptr, row_grad_ptr, column_grad_ptr, matched_grad_ptr, row_ptr,
     column_ptr, ds_ptr, bias_grads_ptr, n_rows, n_columns, n_dims, offset, stride_a,
@@ -200,7 +200,7 @@ def _score_gradients(
         row = tl.load(row_ptr + rows, mask=row_valid, other=0.0)[:, None]
         column = tl.load(column_ptr + columns, mask=column_valid, other=0.0)[None, :]
         column_grad = tl.load(column_grad_ptr + columns, mask=column_valid, other=0.0)[None, :]
-        ds = row_grad * _exp(s - row) + column_grad * _exp(s - column)
+        ds = fma(column_grad, _exp(s - column), row_grad * _exp(s - row))
         if has_matched:
             matched_grad = tl.load(matched_grad_ptr + rows, mask=row_valid, other=0.0)[:, None]
             matched = _matched(first_row, first_column, offset, BLOCK_M, BLOCK_N)

@@ -25,8 +25,11 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import (
+    COUNTS,
     LN_2,
     LOG2_E,
+    fma,
+    negative,
     online_sum,
     row_numbers,
     row_offsets,
@@ -74,18 +77,18 @@ def _row_factors(factor_ptr, factor_stride, weight_total_ptr, rows, kept, known,
 def _gradient(x, classes, in_row, target, top, log_total, total, at_target, everywhere, weight_ptr,
               WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
     """Gradient of a tile of logits [BLOCK_M, BLOCK_N] of these ``classes`` [1, BLOCK_N]."""
-    dx = tl.exp2(((x - top) - log_total) * LOG2_E) * total
-    dx -= tl.where(classes == target.to(tl.int32), at_target, 0.0)
+    wanted = tl.where(classes == target.to(tl.int32), negative(at_target), 0.0)
     if SMOOTHED:
         if WEIGHTED:
             weights = tl.load(weight_ptr + classes, mask=in_row, other=0.0).to(tl.float32)
-            dx -= everywhere * weights
+            wanted = fma(negative(everywhere), weights, wanted)
         else:
-            dx -= everywhere
+            wanted -= everywhere
+    dx = fma(tl.exp2(((x - top) - log_total) * LOG2_E), total, wanted)
     return tl.where(total == 0.0, 0.0, dx)  # of an ignored row, which may hold anything
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cross_entropy_rows(
     x_ptr, target_ptr, weight_ptr, weight_total_ptr, factor_ptr, state_ptr, losses_ptr,
     statistics_ptr, factor_stride, smoothing, ignore_index, n_rows, n_columns, n_readable,
@@ -169,7 +172,7 @@ def _cross_entropy_rows(
                 store(x_rows + tile.to(tl.int64) * stride_x, dx, valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _cross_entropy_gradient(
     x_ptr, target_ptr, weight_ptr, weight_total_ptr, factor_ptr, statistics_ptr, dx_ptr,
     factor_stride, smoothing, ignore_index, n_rows, n_columns, n_readable, first_class, n_classes,

@@ -8,10 +8,10 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import dropout_keep, dropout_keep_tile, dropout_key
+from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_keep_tile, dropout_key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _dropout_mask(
     seed_ptr, keep_ptr, p, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OF_ATTENTION: tl.constexpr,

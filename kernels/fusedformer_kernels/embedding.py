@@ -21,8 +21,8 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.norm import _store_input_grads, _store_partials
-from fusedformer_kernels.primitives import dropout_keep, dropout_scale, store
+from fusedformer_kernels.norm import _store_input_grads, _store_partials, affine
+from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
 from fusedformer_kernels.reduction import sums_of_partials
 from fusedformer_kernels.strided import rows_of
 
@@ -83,7 +83,7 @@ def _load_embedded(
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _embedding_forward(
     tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr, n_positions,
     stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, weight_ptr, bias_ptr,
@@ -104,11 +104,9 @@ def _embedding_forward(
     mean = tl.sum(z, 1) / n_columns
     centered = tl.where(in_row[None, :], z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
-    y = centered * rstd[:, None]
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    y = affine(
+        centered * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, HAS_WEIGHT, HAS_BIAS
+    )
     if DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
         y = tl.where(keep, y * dropout_scale(p), 0.0)
@@ -118,7 +116,7 @@ def _embedding_forward(
     tl.store(rstd_ptr + rows, rstd, mask=row_valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _embedding_backward(
     dy_ptr, tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
     n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, mean_ptr,
@@ -163,7 +161,7 @@ def _embedding_backward(
                 rows, 0, n_columns, row_valid, 0, BLOCK_N, 1, False, False,
             )
         if NEEDS_WEIGHT:
-            dweight += dy * normed
+            dweight = fma(dy, normed, dweight)
         if NEEDS_BIAS:
             dbias += dy
     _store_partials(

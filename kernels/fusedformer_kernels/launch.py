@@ -52,7 +52,7 @@ def launch(
             _replacement(record)
             return
     kinds: list[Any] = []
-    device = _append_kinds(args, kinds)
+    device = _append_kinds(args, kinds, _counts_of(kernel))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _launch(kernel, grid, config, device, kinds, args, constants)
@@ -114,6 +114,13 @@ def _is_instrumented() -> bool:
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
+@functools.cache
+def _counts_of(kernel: Any) -> frozenset[int]:
+    """Positions of the parameters that Triton does not specialize a kernel on."""
+    parameters = getattr(kernel, "params", ())  # none under the interpreter
+    return frozenset(i for i, p in enumerate(parameters) if p.do_not_specialize)
+
+
 @functools.lru_cache(4096)
 def _kinds_of_numbers(values: tuple[Any, ...], types: tuple[type, ...]) -> tuple[Any, ...]:
     """Kinds of a tuple without tensors; its types tell 1 from 1.0 and True, which are equal."""
@@ -122,17 +129,26 @@ def _kinds_of_numbers(values: tuple[Any, ...], types: tuple[type, ...]) -> tuple
     return tuple(kinds)
 
 
-def _append_kinds(args: tuple[Any, ...], kinds: list[Any]) -> Any:
+def _width(value: int) -> int:
+    """Bits of the integer type that a number is passed as; 65 for the unsigned one of 64."""
+    return 32 if -(2**31) <= value < 2**31 else 64 + (value.bit_length() > 63)
+
+
+def _append_kinds(
+    args: tuple[Any, ...], kinds: list[Any], counts: frozenset[int] = frozenset()
+) -> Any:
     """Append what Triton compiles a kernel anew for; the device of the last tensor.
 
     That is a tensor's dtype and whether it is aligned, whether an integer is 1 or a multiple of
-    16 and how wide it is, and a constant's value.
+    16 and how wide it is, and a constant's value; of an integer among ``counts`` its width alone.
     """
     device = None
     append = kinds.append
-    for value in args:
+    for index, value in enumerate(args):
         kind = type(value)
-        if kind is int:
+        if index in counts and value is not None:
+            append(_width(value) if kind is int else tuple(map(_width, value)))
+        elif kind is int:
             if value == 1:
                 append(1)
             elif -(2**31) <= value < 2**31:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import dropout_keep, dropout_scale, store
+from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, negative, store
 from fusedformer_kernels.reduction import sums_of_partials
 from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
 
@@ -56,6 +56,26 @@ def _load_sum(
 
 
 @triton.jit
+def affine(
+    normed, weight_ptr, bias_ptr, columns, in_row, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """``normed * weight + bias`` of a tile [BLOCK_M, BLOCK_N]."""
+    y = normed
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            y = fma(y, weight, bias)
+        else:
+            y *= weight
+    elif HAS_BIAS:
+        y += bias
+    return y
+
+
+@triton.jit
 def _store_normed(
     y_ptr, z, mean, rstd, weight_ptr, bias_ptr, rows, first_column, n_columns, row_valid,
     BLOCK_N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -63,16 +83,15 @@ def _store_normed(
     """Write the norm of the tile ``z`` [BLOCK_M, BLOCK_N] from statistics [BLOCK_M]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     in_row = columns < n_columns
-    y = (z - mean[:, None]) * rstd[:, None]
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    y = affine(
+        (z - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, HAS_WEIGHT,
+        HAS_BIAS,
+    )
     offsets = (rows * n_columns)[:, None] + columns[None, :]
     store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _norm_forward(
     x_ptr, residual_ptr, input_bias_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr, mean_ptr,
     rstd_ptr, p, eps, n_rows, n_columns, stride_x, stride_residual,
@@ -182,7 +201,8 @@ def _store_input_grads(
     """Write dz, and dx where it differs; return dx as float32 [BLOCK_M, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     valid = row_valid[:, None] & (columns < n_columns)[None, :]
-    dz = (weighted - normed * mean_product[:, None] - mean_weighted[:, None]) * rstd[:, None]
+    dz = fma(normed, negative(mean_product)[:, None], weighted - mean_weighted[:, None])
+    dz *= rstd[:, None]
     if HAS_SUM_GRAD:
         offsets = (rows * stride_sum_grad)[:, None] + columns[None, :]
         dz += tl.load(sum_grad_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -214,7 +234,7 @@ def _store_partials(
         tl.store(partials_ptr + columns, tl.sum(dinput_bias, 0), mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _norm_backward(
     dy_ptr, sum_grad_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, seed_ptr, dz_ptr, dx_ptr,
     partials_ptr, p, n_rows, n_columns, stride_dy, stride_sum_grad, stride_z, n_partial,
@@ -249,7 +269,7 @@ def _norm_backward(
             HAS_SUM_GRAD, DROPOUT,
         )
         if NEEDS_WEIGHT:
-            dweight += dy * normed
+            dweight = fma(dy, normed, dweight)
         if NEEDS_BIAS:
             dbias += dy
         if NEEDS_INPUT_BIAS:
@@ -260,7 +280,7 @@ def _norm_backward(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _norm_backward_long_rows(
     dy_ptr, sum_grad_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, seed_ptr, dz_ptr, dx_ptr, p,
     n_rows, n_columns, stride_dy, stride_sum_grad, stride_z,
@@ -302,7 +322,7 @@ def _norm_backward_long_rows(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _norm_backward_long_columns(
     dy_ptr, z_ptr, mean_ptr, rstd_ptr, dx_ptr, partials_ptr, n_rows, n_columns, stride_dy,
     stride_z, n_partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
@@ -323,7 +343,7 @@ def _norm_backward_long_columns(
                 dy_ptr, z_ptr, mean, rstd, rows, columns, n_columns, row_valid, stride_dy,
                 stride_z, KIND,
             )  # [BLOCK_M, BLOCK_N]
-            dweight += dy * normed
+            dweight = fma(dy, normed, dweight)
             dbias += dy
         if NEEDS_INPUT_BIAS:
             offsets = (rows * n_columns)[:, None] + columns[None, :]

@@ -13,6 +13,14 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# Parameters that say how many there are. Triton would compile a kernel anew for the values 1 and
+# multiples of 16; ptxas does not survive each of those forms, and tests do not see each.
+COUNTS = (
+    "sizes", "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "n_positions",
+    "n_tokens", "n_types", "capacity", "heads", "length", "lse_rows", "plane", "planes",
+    "shared_batch", "shared_heads", "shares", "split_keys", "splits",
+)  # fmt: skip
+
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
@@ -23,6 +31,24 @@ def cast(x, DTYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
         return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def fma(a, b, c):
+    """``a * b + c`` of float32, rounded once.
+
+    The compiler fuses nothing by itself (``LaunchConfig.options``), so that a kernel computes the
+    same bits in every form of it, by every version, and in the interpreter.
+    """
+    if INTERPRET:  # whose own rounds twice
+        return (tl.cast(a, tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def negative(x):
+    """``-x``, which costs nothing in a sum or product; Triton's own is the difference 0 - x."""
+    return x * -1.0
 
 
 @triton.jit
@@ -46,10 +72,10 @@ def tanh(x):
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)
     quotient = (1.0 - e) / (1.0 + e)
     square = x * x
-    series = square * 0.021869488536155203 - 0.05396825396825397
-    series = series * square + 0.13333333333333333
-    series = series * square - 0.3333333333333333
-    series = x + x * (series * square)
+    series = fma(square, 0.021869488536155203, -0.05396825396825397)
+    series = fma(series, square, 0.13333333333333333)
+    series = fma(series, square, -0.3333333333333333)
+    series = fma(x, series * square, x)
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -quotient, quotient))
 
 
@@ -57,15 +83,15 @@ def tanh(x):
 def softplus(x):
     """``log(1 + exp(x))`` of float32, to 2e-7 of itself: a polynomial where log1p would stand."""
     e = tl.exp2(tl.abs(x) * -1.4426950408889634)
-    ratio = e * 0.005232676863670349 - 0.02950516901910305
-    ratio = ratio * e + 0.07822583615779877
-    ratio = ratio * e - 0.13663235306739807
-    ratio = ratio * e + 0.19106002151966095
-    ratio = ratio * e - 0.2484298050403595
-    ratio = ratio * e + 0.3331909775733948
-    ratio = ratio * e - 0.4999949336051941
-    ratio = ratio * e + 0.9999999403953552  # log1p(e) / e on [0, 1]
-    return tl.maximum(x, 0.0) + ratio * e
+    ratio = fma(e, 0.005232676863670349, -0.02950516901910305)
+    ratio = fma(ratio, e, 0.07822583615779877)
+    ratio = fma(ratio, e, -0.13663235306739807)
+    ratio = fma(ratio, e, 0.19106002151966095)
+    ratio = fma(ratio, e, -0.2484298050403595)
+    ratio = fma(ratio, e, 0.3331909775733948)
+    ratio = fma(ratio, e, -0.4999949336051941)
+    ratio = fma(ratio, e, 0.9999999403953552)  # log1p(e) / e on [0, 1]
+    return fma(ratio, e, tl.maximum(x, 0.0))
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import store
+from fusedformer_kernels.primitives import COUNTS, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sum_partials(
     partials_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_columns, n_sums,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -14,9 +14,10 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
+from fusedformer_kernels.primitives import COUNTS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gather_rows(
     x_ptr, index_ptr, y_ptr, n_rows, n_columns, stride_row, stride_column, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

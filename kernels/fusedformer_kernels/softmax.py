@@ -17,6 +17,7 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import (
+    COUNTS,
     LN_2,
     LOG2_E,
     online_sum,
@@ -52,7 +53,7 @@ def _load_scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _softmax_forward(
     x_ptr, mask_ptr, y_ptr, scale, n_rows, n_columns, size_1, size_2,
     stride_x0, stride_x1, stride_x2, stride_x, stride_m0, stride_m1, stride_m2, stride_m,
@@ -135,7 +136,7 @@ def _score_gradient(y, dy, total, MASKED: tl.constexpr, LOG: tl.constexpr):
     return ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _softmax_backward(
     dy_ptr, y_ptr, dx_ptr, scale, n_rows, n_columns, size_1, size_2,
     stride_dy0, stride_dy1, stride_dy2, stride_dy, stride_y0, stride_y1, stride_y2, stride_y,

@@ -3,7 +3,8 @@
 For each shipped variant and target: registers, shared memory, spills, tensor-core instructions,
 waits, TMA loads and compile time, and on sm_90 how many programs an SM holds; and which of them
 fall short of what the library promises: all compile and fit in shared memory, nothing spills on
-sm_90, matrix kernels use the tensor cores (HGMMA on sm_90).
+sm_90, matrix kernels use the tensor cores (HGMMA on sm_90), and each of these gets the descriptors
+of its tiles.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def _faults(facts: dict[str, Any], target: str, expected: str) -> tuple[str, ...
     faults = []
     if facts["spills"] and target == "sm_90":
         faults.append(f"{facts['spills']} spill instructions")
+    if facts["wrong_descriptors"]:
+        count, first = len(facts["wrong_descriptors"]), facts["wrong_descriptors"][0]
+        faults.append(f"{count} products may read the wrong memory, as {first}")
     if expected and facts["tensor_core"] != expected:
         faults.append(f"no {expected}, but {facts['tensor_core'] or 'none'}")
     return tuple(faults)

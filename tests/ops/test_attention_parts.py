@@ -384,9 +384,9 @@ def test_memory_grows_linearly(name: str, queries: str, device: str) -> None:
         learned = [terms.mask is not None, terms.slopes is not None, terms.table is not None]
 
         def both(tensors: Any = tensors, terms: Any = terms, learned: Any = learned) -> None:
-            output, lse = attention_forward(*tensors, terms)
+            output, _, statistics = attention_forward(*tensors, terms)
             needs = [True, True, True, *learned]
-            attention_backward(output, None, *tensors, output, lse, terms, needs)
+            attention_backward(output, None, *tensors, output, statistics, terms, needs)
 
         used.append(allocated(both))
     inputs = 3 * 2 * 16384 * 16 * 4

@@ -69,7 +69,7 @@ def attention_case(*, packed: bool = False, **terms: Any) -> tuple[Any, ...]:
         leaves = leaf(1, 2, 7, 8), leaf(1, 1, 7, 8), leaf(1, 1, 7, 4)
     else:
         leaves = leaf(2, 2, 5, 8), leaf(2, 1, 7, 8), leaf(2, 1, 7, 4)
-    return (*leaves, *AttentionTerms(**{"scale": 0.5, **terms}))
+    return (*leaves, True, *AttentionTerms(**{"scale": 0.5, **terms}))
 
 
 def self_attention_case(**terms: Any) -> tuple[Any, ...]:
@@ -80,8 +80,8 @@ def self_attention_case(**terms: Any) -> tuple[Any, ...]:
 
 def self_attention_backward_case(**terms: Any) -> tuple[Any, ...]:
     qkv, *others = detached(self_attention_case(**terms))
-    output, lse = torch.ops.fusedformer.self_attention(qkv, *others)
-    return torch.randn_like(output), torch.randn_like(lse), qkv, output, lse, *others
+    output, statistics = torch.ops.fusedformer.self_attention(qkv, *others)
+    return torch.randn_like(output), qkv, output, statistics, *others
 
 
 def keys() -> dict[str, Any]:
@@ -100,20 +100,20 @@ def detached(case: tuple[Any, ...]) -> list[Any]:
 
 
 def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
-    query, key, value, *others = detached(attention_case(**terms))
-    output, lse = torch.ops.fusedformer.attention(query, key, value, *others)
+    query, key, value, _, *others = detached(attention_case(**terms))
+    output, lse, statistics = torch.ops.fusedformer.attention(query, key, value, True, *others)
     grads = torch.randn_like(output), torch.randn_like(lse)
-    return (*grads, query, key, value, output, lse, needs, *others)
+    return (*grads, query, key, value, output, statistics, needs, *others)
 
 
 def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
-    query, key, value, *others = attention_case(packed=True, **terms)
+    query, key, value, _, *others = attention_case(packed=True, **terms)
     return query, key, value, return_lse, *others
 
 
 def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> tuple[Any, ...]:
     shape = dict(table=leaf(2, 5), seed=seed(), p=0.3)
-    query, key, value, *others = detached(attention_case(packed=True, **shape))
+    query, key, value, _, *others = detached(attention_case(packed=True, **shape))
     lse_grad = torch.randn(1, 2, 7) if with_lse else None
     return torch.randn(1, 2, 7, 4), lse_grad, query, key, value, needs, *others
 
@@ -121,14 +121,14 @@ def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> t
 def weights_case(
     average: bool, dtype: torch.dtype = torch.float32, **terms: Any
 ) -> tuple[Any, ...]:
-    query, key, _, *others = attention_case(**terms)
-    lse = torch.randn(2, 2, 5).add(3).requires_grad_()
-    return query, key, lse, average, dtype, *others
+    query, key, _, _, *others = attention_case(**terms)
+    lse, statistics = torch.randn(2, 2, 5).requires_grad_(), torch.rand(2, 2, 2, 5) + 0.5
+    return query, key, lse, statistics, average, dtype, *others
 
 
 def weights_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
-    query, key, lse, average, _, *others = detached(weights_case(True, **terms))
-    return torch.randn(2, 1, 5, 7), query, key, lse, average, needs, *others
+    query, key, _, statistics, average, _, *others = detached(weights_case(True, **terms))
+    return torch.randn(2, 1, 5, 7), query, key, statistics, average, needs, *others
 
 
 def states() -> tuple[Tensor, ...]:
@@ -239,7 +239,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "self attention": ("self_attention", self_attention_case),
     "self attention, packed": (
         "self_attention",
-        lambda: (leaf(1, 7, 3, 2, 8), *attention_case(packed=True, seed=seed(), p=0.5)[3:]),
+        lambda: (leaf(1, 7, 3, 2, 8), *attention_case(packed=True, seed=seed(), p=0.5)[4:]),
     ),
     "self attention backward": ("self_attention_backward", self_attention_backward_case),
     "packed ATen": ("packed_attention_aten", lambda: packed_aten_case(False, seed=seed(), p=0.3)),

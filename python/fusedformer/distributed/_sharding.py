@@ -139,29 +139,32 @@ def _rows_and_columns(op: Any) -> Iterator[tuple[int, Placement, Placement]]:
 @_rule("attention")
 def _attention(op: Any) -> Iterator[Way]:
     for dim, terms, _ in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
-        yield [Shard(dim)] * 2, {**terms, **_all(Shard(dim), "query", "key", "value")}
+        lse = _if(op.return_lse, Shard(dim))
+        outputs = [Shard(dim), lse, Shard(dim + 1)]
+        yield outputs, {**terms, **_all(Shard(dim), "query", "key", "value")}
 
 
 @_rule("attention_backward")
 def _attention_backward(op: Any) -> Iterator[Way]:
-    names = "grad", "lse_grad", "query", "key", "value", "output", "lse"
+    names = "grad", "lse_grad", "query", "key", "value", "output"
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         outputs = _wanted(op, [*[Shard(dim)] * 3, *learned])
-        yield outputs, {**terms, **_all(Shard(dim), *names)}
+        inputs = {**terms, **_all(Shard(dim), *names), "statistics": Shard(dim + 1)}
+        yield outputs, inputs
 
 
 @_rule("self_attention")
 def _self_attention(op: Any) -> Iterator[Way]:
     heads = op.qkv.shape[3]
     for dim, terms, _ in _batch_and_heads(op, heads, heads):
-        yield [Shard(dim)] * 2, {**terms, "qkv": Shard(3 if dim else 0)}
+        yield [Shard(dim), Shard(dim + 1)], {**terms, "qkv": Shard(3 if dim else 0)}
 
 
 @_rule("self_attention_backward")
 def _self_attention_backward(op: Any) -> Iterator[Way]:
     heads = op.qkv.shape[3]
     for dim, terms, _ in _batch_and_heads(op, heads, heads):
-        inputs = {**terms, **_all(Shard(dim), "grad", "lse_grad", "output", "lse")}
+        inputs = {**terms, **_all(Shard(dim), "grad", "output"), "statistics": Shard(dim + 1)}
         projected = Shard(3 if dim else 0)
         yield [projected], {**inputs, "qkv": projected}
 
@@ -170,7 +173,8 @@ def _self_attention_backward(op: Any) -> Iterator[Way]:
 def _attention_weights(op: Any) -> Iterator[Way]:
     for dim, terms, _ in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):  # the mean is over all heads
-            yield [Shard(dim)], {**terms, **_all(Shard(dim), "query", "key", "lse")}
+            inputs = {**_all(Shard(dim), "query", "key", "lse"), "statistics": Shard(dim + 1)}
+            yield [Shard(dim)], {**terms, **inputs}
 
 
 @_rule("attention_weights_backward")
@@ -178,7 +182,8 @@ def _attention_weights_backward(op: Any) -> Iterator[Way]:
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):
             outputs = _wanted(op, [*[Shard(dim)] * 3, *learned])
-            yield outputs, {**terms, **_all(Shard(dim), "grad", "query", "key", "lse")}
+            inputs = {**_all(Shard(dim), "grad", "query", "key"), "statistics": Shard(dim + 1)}
+            yield outputs, {**terms, **inputs}
 
 
 @_rule("merge_attention_states")

@@ -78,9 +78,10 @@ def scaled_dot_product_attention(
     else:
         check_for_kernels("scaled_dot_product_attention", query, value)
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
-        output, lse = registered.attention(q, k, v, *terms)
+        wants_lse = return_lse or bool(return_weights)
+        output, lse, statistics = registered.attention(q, k, v, wants_lse, *terms)
         if return_weights:
-            weights = registered.attention_weights(q, k, lse, average, dtype, *terms)
+            weights = registered.attention_weights(q, k, lse, statistics, average, dtype, *terms)
     results = [output.reshape(*batch, *output.shape[-2:])]
     if return_lse and lse is not None:
         results.append(lse.reshape(*batch, lse.shape[-1]))
@@ -141,7 +142,7 @@ def varlen_attention(
     else:
         check_for_kernels("varlen_attention", query, value)
         terms = terms._replace(seed=draw_seed(dropout_p, query.device))
-        output, lse = registered.attention(q, k, v, *terms)
+        output, lse, _ = registered.attention(q, k, v, return_lse, *terms)
     output = output[0].transpose(0, 1)
     return (output, lse[0]) if return_lse and lse is not None else output
 
@@ -174,7 +175,7 @@ def self_attention(
     check_for_kernels("scaled_dot_product_attention", qkv, qkv)
     terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
     if attn_mask is not None and attn_mask.requires_grad:
-        output, _ = registered.attention(*registered.heads_of(qkv), *terms)
+        output, *_ = registered.attention(*registered.heads_of(qkv), False, *terms)
     else:
         output, _ = registered.self_attention(qkv, *terms)
     merged: Tensor = output.transpose(1, 2)

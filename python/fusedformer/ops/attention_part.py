@@ -19,8 +19,8 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of queries and some keys, in the forms of :class:`AttentionTerms`."""
     if chosen_backend(query) == "triton":
-        part: tuple[Tensor, Tensor] = registered.attention(query, key, value, *terms)
-        return part
+        part, part_lse, _ = registered.attention(query, key, value, True, *terms)
+        return part, part_lse
     output, lse = registered.seeded_aten([query, key, value, *terms], return_lse=True)
     return output, lse
 
@@ -43,9 +43,13 @@ def attention_part_backward(
     forward, which ran on ``backend``.
     """
     if backend == "triton":
+        from fusedformer_kernels.attention_arguments import AttentionTerms as KernelTerms
+        from fusedformer_kernels.attention_arguments import statistics_of
+
         needs_all = [*needs, False, False, False]
+        statistics = statistics_of(lse, query.dtype, KernelTerms(*terms))
         grads = registered.attention_backward(
-            grad, lse_grad, query, key, value, output, lse.contiguous(), needs_all, *terms
+            grad, lse_grad, query, key, value, output, statistics, needs_all, *terms
         )
         return [g if need else None for g, need in zip(grads[:3], needs, strict=True)]
     leaves = [t.detach().requires_grad_(n) for t, n in zip((query, key, value), needs, strict=True)]

@@ -70,28 +70,35 @@ def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
 
 @registered(
     "attention",
-    schema=f"(Tensor query, Tensor key, Tensor value, {_TERMS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {_TERMS}) "
+    "-> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
-def attention(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp)."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output, log-sum-exp or None, statistics ``[2, B, H, L]`` of each query's softmax)."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_forward import attention_forward
 
-    return attention_forward(query, key, value, AttentionTerms(*terms))
+    return attention_forward(query, key, value, AttentionTerms(*terms), return_lse=return_lse)
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     # [batch, length, heads, dim] in memory: merging the heads again is then a view.
     output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(batch, heads, length, dtype=torch.float32)
+    statistics = query.new_empty(2, batch, heads, length, dtype=torch.float32)
+    lse = statistics.new_empty(batch, heads, length) if return_lse else nothing(query)
+    return output, lse, statistics
 
 
 @registered(
     "attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
-    f"Tensor output, Tensor lse, bool[] needs, {_TERMS}) "
+    f"Tensor output, Tensor statistics, bool[] needs, {_TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_backward(
@@ -101,7 +108,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
@@ -109,7 +116,8 @@ def attention_backward(
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_backward import attention_backward as launch
 
-    return launch(grad, lse_grad, query, key, value, output, lse, AttentionTerms(*terms), needs)
+    given = query, key, value, output, statistics
+    return launch(grad, lse_grad, *given, AttentionTerms(*terms), needs)
 
 
 @attention_backward.register_fake
@@ -120,7 +128,7 @@ def _(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor, ...]:
@@ -128,21 +136,24 @@ def _(
     return (*(_like(t, need) for t, need in inputs), *_learned_like(terms, needs[3:], query))
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, (*inputs[:3], *output), inputs[3:])
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result, lse, statistics = output
+    _save(ctx, (*inputs[:3], result, statistics), inputs[4:])
     ctx.set_materialize_grads(False)
+    absent = [] if inputs[3] or lse is None else [lse]
+    ctx.mark_non_differentiable(statistics, *absent)
 
 
 def _attention_autograd(
-    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
+    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     if grad is None and lse_grad is None:
-        return (None,) * (3 + _N_TERMS)
+        return (None,) * (4 + _N_TERMS)
     tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 3)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 4)
     grads = attention_backward(grad, lse_grad, *tensors, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, *_term_gradients(grads[3:], learned))
 
 
 attention.register_autograd(_attention_autograd, setup_context=_attention_setup)
@@ -163,33 +174,27 @@ def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"(Tensor qkv, {_TERMS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
+    """(output, statistics) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_forward import attention_forward
 
-    query, key, value = heads_of(qkv)
-    return attention_forward(query, key, value, AttentionTerms(*terms))
+    output, _, statistics = attention_forward(*heads_of(qkv), AttentionTerms(*terms))
+    return output, statistics
 
 
 @self_attention.register_fake
 def _(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, dim = qkv.shape
     output = qkv.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return output, qkv.new_empty(batch, heads, length, dtype=torch.float32)
+    return output, qkv.new_empty(2, batch, heads, length, dtype=torch.float32)
 
 
 @registered(
     "self_attention_backward",
-    schema="(Tensor? grad, Tensor? lse_grad, Tensor qkv, Tensor output, Tensor lse, "
-    f"{_TERMS}) -> Tensor",
+    schema=f"(Tensor grad, Tensor qkv, Tensor output, Tensor statistics, {_TERMS}) -> Tensor",
 )  # fmt: skip
 def self_attention_backward(
-    grad: Tensor | None,
-    lse_grad: Tensor | None,
-    qkv: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *terms: Any,
+    grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
 ) -> Tensor:
     """Gradient of qkv, laid out as it is."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
@@ -197,21 +202,14 @@ def self_attention_backward(
 
     found = torch.empty_like(qkv)
     launch(
-        grad, lse_grad, *heads_of(qkv), output, lse, AttentionTerms(*terms),
+        grad, None, *heads_of(qkv), output, statistics, AttentionTerms(*terms),
         [True] * 3 + [False] * 3, heads_of(found),
     )
     return found
 
 
 @self_attention_backward.register_fake
-def _(
-    grad: Tensor | None,
-    lse_grad: Tensor | None,
-    qkv: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *terms: Any,
-) -> Tensor:
+def _(grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any) -> Tensor:
     return torch.empty_like(qkv)
 
 
@@ -220,15 +218,16 @@ def _self_attention_setup(
 ) -> None:
     _save(ctx, (inputs[0], *output), inputs[1:])
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _self_attention_autograd(
-    ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
+    ctx: Any, grad: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    if grad is None and lse_grad is None:
+    if grad is None:
         return (None,) * (1 + _N_TERMS)
     tensors, terms = _saved(ctx)
-    return self_attention_backward(grad, lse_grad, *tensors, *terms), *(None,) * _N_TERMS
+    return self_attention_backward(grad, *tensors, *terms), *(None,) * _N_TERMS
 
 
 self_attention.register_autograd(_self_attention_autograd, setup_context=_self_attention_setup)
@@ -240,22 +239,38 @@ self_attention_backward.register_autograd(no_double_backward("attention"))
 
 @registered(
     "attention_weights",
-    schema="(Tensor query, Tensor key, Tensor lse, bool average, ScalarType dtype, "
-    f"{_TERMS}) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor lse, Tensor statistics, bool average, "
+    f"ScalarType dtype, {_TERMS}) -> Tensor",
 )  # fmt: skip
 def attention_weights(
-    query: Tensor, key: Tensor, lse: Tensor, average: bool, dtype: torch.dtype, *terms: Any
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    average: bool,
+    dtype: torch.dtype,
+    *terms: Any,
 ) -> Tensor:
-    """Weights after dropout [B, H, L, S] in ``dtype``, or their mean over heads [B, 1, L, S]."""
+    """Weights after dropout [B, H, L, S] in ``dtype``, or their mean over heads [B, 1, L, S].
+
+    They are computed from the statistics. The log-sum-exp is there for its gradient, by which what
+    a weight takes from the others of its row reaches the attention's backward.
+    """
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_weights import attention_weights as launch
 
-    return launch(query, key, lse, AttentionTerms(*terms), average, dtype)
+    return launch(query, key, statistics, AttentionTerms(*terms), average, dtype)
 
 
 @attention_weights.register_fake
 def _(
-    query: Tensor, key: Tensor, lse: Tensor, average: bool, dtype: torch.dtype, *terms: Any
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    average: bool,
+    dtype: torch.dtype,
+    *terms: Any,
 ) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, 1 if average else heads, length, key.shape[2], dtype=dtype)
@@ -263,14 +278,14 @@ def _(
 
 @registered(
     "attention_weights_backward",
-    schema="(Tensor grad, Tensor query, Tensor key, Tensor lse, bool average, bool[] needs, "
-    f"{_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor statistics, bool average, "
+    f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_weights_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     average: bool,
     needs: list[bool],
     *terms: Any,
@@ -279,7 +294,7 @@ def attention_weights_backward(
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_weights import attention_weights_backward as launch
 
-    return launch(grad, query, key, lse, AttentionTerms(*terms), average, needs)
+    return launch(grad, query, key, statistics, AttentionTerms(*terms), average, needs)
 
 
 @attention_weights_backward.register_fake
@@ -287,27 +302,27 @@ def _(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     average: bool,
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor, ...]:
-    dlse = lse.new_empty(lse.shape) if needs[2] else nothing(query)
+    dlse = statistics.new_empty(statistics.shape[1:]) if needs[2] else nothing(query)
     learned = _learned_like(terms, needs[3:], query)
     return _like(query, needs[0]), _like(key, needs[1]), dlse, *learned
 
 
 def _weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs[:3], inputs[5:])
-    ctx.average = inputs[3]
+    query, key, _, statistics, ctx.average = inputs[:5]
+    _save(ctx, (query, key, statistics), inputs[6:])
 
 
 def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 5)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 6)
     grads = attention_weights_backward(grad, *tensors, ctx.average, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, None, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, None, None, *_term_gradients(grads[3:], learned))
 
 
 attention_weights.register_autograd(_weights_autograd, setup_context=_weights_setup)

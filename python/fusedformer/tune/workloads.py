@@ -129,10 +129,10 @@ def _attention_backward(
 ) -> Call:
     q, k, v = _heads(size, device, dtype)
     terms = _terms(device, heavy, causal)
-    output, lse = attention_forward(q, k, v, terms)
+    output, _, statistics = attention_forward(q, k, v, terms)
     grad = _made(tuple(output.shape), device, dtype, 1)
     needs = [True, True, True, False, False, False]
-    return lambda: tuple(attention_backward(grad, None, q, k, v, output, lse, terms, needs))
+    return lambda: tuple(attention_backward(grad, None, q, k, v, output, statistics, terms, needs))
 
 
 def _rows() -> Iterator[Workload]:
