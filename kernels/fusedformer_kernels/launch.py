@@ -129,8 +129,10 @@ def _kinds_of_numbers(values: tuple[Any, ...], types: tuple[type, ...]) -> tuple
     return tuple(kinds)
 
 
-def _width(value: int) -> int:
+def _width(value: int | None) -> int | None:
     """Bits of the integer type that a number is passed as; 65 for the unsigned one of 64."""
+    if value is None:
+        return None
     return 32 if -(2**31) <= value < 2**31 else 64 + (value.bit_length() > 63)
 
 

@@ -61,8 +61,11 @@ def store(pointers, x, mask):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` with float32 accumulation; PRECISION is that of float32 operands."""
     if INTERPRET:
-        # The interpreter multiplies the raw bits of bfloat16.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        # The interpreter multiplies the raw bits of bfloat16. And its sums depend on the shapes of
+        # tiles, where compiled code adds products in one order, whichever operand comes first: the
+        # backward finds the very scores of the forward again. So here they are rounded once.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return product.to(tl.float32) + acc
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

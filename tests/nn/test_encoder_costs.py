@@ -129,7 +129,8 @@ def test_what_a_layer_keeps_for_the_backward(
         for n in (2, 3)
     ]
     activations = 8 * E + (F if checkpoint_activation else 2 * F)
-    statistics = 4 * (2 * 2 + H)  # float32 mean and rstd of two norms, log-sum-exp of each head
+    # float32 mean and rstd of two norms, top and sum of each head
+    statistics = 4 * (2 * 2 + 2 * H)
     wanted = TOKENS * (activations * dtype.itemsize + statistics)
     assert totals[1] - totals[0] == wanted
 

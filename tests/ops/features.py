@@ -232,7 +232,11 @@ class Call:
             if name in self.inputs and self.inputs[name].numel() <= 16
         }
         found = self.judged(seed=0)
-        faults = [c.fault for c in found if c.fault and c.name not in few]
+        faults = {c.name: c.fault for c in found if c.fault and c.name not in few}
+        for seed in (1, 2):  # of hundreds of cases stock is lucky in one: a fault outlives a draw
+            if faults:
+                again = {c.name for c in self.judged(seed) if c.fault}
+                faults = {name: fault for name, fault in faults.items() if name in again}
         assert not faults, faults
         for name in {c.name for c in found if c.fault}:
             # The largest of so few errors is luck, ours as stock's: more draws for both.

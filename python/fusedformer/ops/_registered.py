@@ -37,7 +37,7 @@ class Op:
         self._differentiable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_eager():
+        if torch.compiler.is_compiling() or not is_eager():
             return self._overload(*args)
         wanted = False
         for value in args:
@@ -97,7 +97,7 @@ def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., 
     return lambda implementation: Op(name, implementation, schema)
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """Whether nothing looks on between a call and its kernels."""
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -115,7 +115,7 @@ def saved_may_be_overwritten() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or not _is_eager()
+        or not is_eager()
         or torch._C._autograd._get_current_graph_task_keep_graph()
     )
 

@@ -72,7 +72,9 @@ def scaled_dot_product_attention(
     weights: Tensor | None = None
     if chosen_backend(query) == "torch":
         if return_weights:
-            output, lse, weights = attention_weights_aten(q, k, v, terms, average, dtype)
+            output, lse, weights = attention_weights_aten(
+                q, k, v, terms, average, dtype, return_lse=return_lse
+            )
         else:
             output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
     else:

@@ -12,8 +12,12 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
+from fusedformer import _checks
 from fusedformer._autocast import autocast_off
+from fusedformer.ops._registered import is_eager, plain_apply
+from fusedformer.ops.attention_chunks import ChunkedAttention, sees_nothing
 from fusedformer.ops.attention_terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten
 
@@ -35,9 +39,11 @@ def attention_weights_aten(
     terms: AttentionTerms,
     average: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, log-sum-exp, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
-    output, lse, weights = _explicit(query, key, value, terms)
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output, log-sum-exp or None, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
+    output, lse, weights = _explicit(query, key, value, terms, return_lse)
     weights = weights.mean(1, keepdim=True) if average else weights
     return output, lse, weights.to(dtype)
 
@@ -60,25 +66,60 @@ def _padded(
     # Positions times slopes lose their digits in half precision, which one mask would have to be.
     half = query.dtype in (torch.float16, torch.bfloat16)
     by_position = terms.slopes is not None or terms.table is not None
-    if terms.softcap is not None or (half and by_position):
-        return _explicit(query, key, value, terms)[:2]
-    lse = _scores(query, key, terms)[1] if return_lse else None
+    if terms.softcap is not None or return_lse or (half and by_position):
+        return _explicit(query, key, value, terms, return_lse)[:2]
+    keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
+    mask = keep
+    if added is not None:
+        mask = added if keep is None else added.masked_fill(~keep, -torch.inf)
+    if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
+        return _dropped(query, key, value, terms), None
+    if not terms.p and query.numel() and key.numel() and _needs_chunks(query, key, value, mask):
+        if mask is not None and (mask.requires_grad or not _is_plain(query, key, value, mask)):
+            return _explicit(query, key, value, terms, return_lse)[:2]
+        if _is_plain(query, key, value):
+            key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
+            given = query, key, value, mask, terms.scale, is_causal
+            return plain_apply(ChunkedAttention)(*given), None
     sign = 1
     if terms.scale < 0:
         # ATen's CPU kernel masks with -inf before it scales, and a negative factor makes NaN of it.
         sign = -1
-    keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
-    mask = keep
-    if added is not None:
-        mask = (added if keep is None else added.masked_fill(~keep, -torch.inf)).to(query.dtype)
-    if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
-        return _dropped(query, key, value, terms), lse
-    arguments = (query * sign if sign < 0 else query, key, value, mask, terms.p, is_causal)
+    cast = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+    arguments = (query * sign if sign < 0 else query, key, value, cast, terms.p, is_causal)
     scale = sign * terms.scale
     if query.shape[1] != key.shape[1]:  # decided here: ATen takes no symbol for enable_gqa
-        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=True), lse
-    output = F.scaled_dot_product_attention(*arguments, scale=scale)
-    return output, lse
+        output = F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=True)
+    else:
+        output = F.scaled_dot_product_attention(*arguments, scale=scale)
+    return output if mask is None else _without_unseen(output, mask), None
+
+
+def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether one log-sum-exp a query, as ATen's kernels keep it, is not enough."""
+    added = mask is not None and mask.dtype != torch.bool
+    if mask is not None and added and mask.dtype != query.dtype:
+        return True
+    tensors = (t for t in (query, key, value, mask) if t is not None)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return False
+    return added or (query.dtype == torch.float32 and query.device.type == "cpu")
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether this is an eager call on torch's own tensors, which have values."""
+    kinds = (Tensor, Parameter, type(None))
+    return is_eager() and all(
+        type(t) in kinds and (t is None or _checks.has_values(t)) for t in tensors
+    )
+
+
+def _without_unseen(output: Tensor, mask: Tensor) -> Tensor:
+    """``output`` with zeros for queries that see no key: cuDNN gives them something else."""
+    nothing = sees_nothing(mask)
+    if _checks.has_values(nothing) and not nothing.is_cuda and not nothing.any():
+        return output
+    return output.masked_fill(nothing, 0.0)
 
 
 def _dropped(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
@@ -99,21 +140,30 @@ def _shared_by_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _explicit(
-    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, log-sum-exp, weights after dropout), by way of the scores."""
-    scores, lse = _scores(query, key, terms)
-    removed = scores == -torch.inf
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    weights = dropout_aten(weights.masked_fill(removed, 0.0), terms.p)
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output, log-sum-exp if asked for, weights after dropout), by way of the scores."""
+    scores = _scores(query, key, terms)
+    hidden = scores == -torch.inf
+    unseen = hidden.all(-1, keepdim=True)
+    finite = scores.masked_fill(unseen, 0.0)
+    lse = None
+    if return_lse and not scores.shape[-1]:
+        lse = scores.logsumexp(-1)
+    elif return_lse:
+        # Not ATen's, whose gradient is by the result: exp(score - lse), where lse is rounded.
+        top = finite.detach().amax(-1, keepdim=True)
+        lse = (finite - top).exp().sum(-1, keepdim=True).log() + top
+        lse = lse.masked_fill(unseen, -torch.inf)[..., 0]
+    weights = dropout_aten(finite.softmax(-1).masked_fill(hidden, 0.0), terms.p)
     wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
     with autocast_off(query):
         output = weights @ wide
     return output.to(query.dtype), lse, weights
 
 
-def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> tuple[Tensor, Tensor]:
-    """(scores ``[B, H, L, S]`` with -inf where hidden, log-sum-exp), at least float32."""
+def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
+    """Scores ``[B, H, L, S]`` with -inf where hidden, at least float32."""
     wide = torch.promote_types(query.dtype, torch.float32)
     key = _shared_by_heads(key.to(wide), query.shape[1])
     with autocast_off(query):  # which would round the scores
@@ -123,11 +173,7 @@ def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> tuple[Tensor, 
     keep, added, _ = _masks(query, key, terms, may_be_causal=False)
     if added is not None:
         scores = scores + added
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -torch.inf)
-    removed = (scores == -torch.inf).all(-1)
-    lse = scores.masked_fill(removed[..., None], 0.0).logsumexp(-1)
-    return scores, lse.masked_fill(removed, -torch.inf)
+    return scores if keep is None else scores.masked_fill(~keep, -torch.inf)
 
 
 def _masks(

@@ -1,0 +1,178 @@
+"""Attention on CPU tensors with a backward that normalizes by maxima and sums of its own.
+
+ATen's flash kernels keep one log-sum-exp a query. In float32 it is rounded to 2^-24 of itself, so
+that gradients lose digits as scores grow, and where all keys of a query have a finite mask of -1e9
+its weights sum to the number of keys. Here the backward takes the softmax of the scores again, some
+heads and queries at a time: memory stays linear in the length.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedformer._autocast import autocast_off
+
+# Scores in a chunk: what stays in a core's cache from one product to the next.
+CHUNK = 1 << 19
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Output ``[B, H, L, Ev]`` of padded attention without dropout; keys have the heads of queries.
+
+    ``mask`` is boolean (True = keep) or added, has no gradient, and broadcasts to ``[B, H, L, S]``.
+    Scores are at least float32. With an added mask of another dtype than the queries the forward is
+    computed in chunks too: cast to theirs, the mask might not be finite any more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale, ctx.is_causal = scale, is_causal
+        if mask is None or mask.dtype in (torch.bool, query.dtype):
+            return F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=is_causal, scale=scale
+            )
+        q, k, v = (_planes(t) for t in (query, key, value))
+        output = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        with autocast_off(query):
+            for chunk in _chunks(query.shape[0], q, k, mask, scale, is_causal):
+                output[chunk.rows] = chunk.weights @ v[chunk.keys]
+        return output.view(*query.shape[:3], -1).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
+        given = mask, ctx.scale, ctx.is_causal
+        if torch._C._are_functorch_transforms_active():
+            return *_batched_gradients(grad, query, key, value, *given), None, None, None
+        q, k, v, dy = (_planes(t) for t in (query, key, value, grad))
+        # Causal chunks of the first queries leave out keys that later ones add to.
+        new = torch.zeros_like if ctx.is_causal else torch.empty_like
+        dq = torch.empty_like(q) if needs_q else None
+        dk, dv = new(k) if needs_k else None, new(v) if needs_v else None
+        with autocast_off(query):
+            for chunk in _chunks(query.shape[0], q, k, *given):
+                own, kept = dy[chunk.rows], min(chunk.rows[1].start, 1)
+                if dv is not None:
+                    dv[chunk.keys].baddbmm_(chunk.weights.transpose(1, 2), own, beta=kept)
+                if dq is None and dk is None:
+                    continue
+                dweights = torch.bmm(own, v[chunk.keys].transpose(1, 2))
+                dscores = torch.ops.aten._softmax_backward_data(
+                    dweights, chunk.weights, -1, dweights.dtype
+                )
+                if dq is not None:
+                    dq[chunk.rows].baddbmm_(dscores, k[chunk.keys], beta=0, alpha=ctx.scale)
+                if dk is not None:
+                    dk[chunk.keys].baddbmm_(
+                        dscores.transpose(1, 2), q[chunk.rows], beta=kept, alpha=ctx.scale
+                    )
+        found = zip((dq, dk, dv), (query, key, value), strict=True)
+        grads = (None if g is None else g.view(t.shape).to(t.dtype) for g, t in found)
+        return *grads, None, None, None
+
+
+class _Chunk(NamedTuple):
+    """Some queries of some planes ``[sequence and head]``."""
+
+    rows: tuple[slice, slice]  # of queries and outputs
+    keys: tuple[slice, slice]  # that any of them sees
+    weights: Tensor  # [planes, queries, keys]
+
+
+def _planes(tensor: Tensor) -> Tensor:
+    """``[B * H, n, d]``, contiguous and at least float32."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(wide).contiguous().flatten(0, 1)
+
+
+def _chunks(
+    batch: int,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Iterator[_Chunk]:
+    """All of the scores, part by part; ``query`` and ``key`` are planes of ``batch`` sequences."""
+    heads, n_queries, n_keys = query.shape[0] // batch, query.shape[1], key.shape[1]
+    length = max(1, min(n_queries, CHUNK // n_keys))
+    some = max(1, CHUNK // (length * n_keys))
+    nothing = query.new_empty(1)  # ignored, as beta is 0
+    for b, h in itertools.product(_slices(batch, some // heads), _slices(heads, some)):
+        plane = slice(b.start * heads + h.start, (b.stop - 1) * heads + h.stop)
+        for rows in _slices(n_queries, length):
+            keys = slice(0, min(rows.stop, n_keys) if is_causal else n_keys)
+            turned = key[plane, keys].transpose(1, 2)
+            scores = torch.baddbmm(nothing, query[plane, rows], turned, beta=0, alpha=scale)
+            own_mask = None
+            if is_causal:
+                shape = 1, 1, rows.stop - rows.start, keys.stop
+                own_mask = scores.new_ones(shape, dtype=torch.bool).tril_(rows.start)
+            elif mask is not None:
+                place = zip(mask.shape, (b, h, rows, keys), strict=True)
+                own_mask = mask[tuple(part if n > 1 else slice(None) for n, part in place)]
+            weights = _weights(scores.view(b.stop - b.start, -1, *scores.shape[1:]), own_mask)
+            yield _Chunk((plane, rows), (plane, keys), weights.flatten(0, 1))
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    return (slice(i, min(i + size, length)) for i in range(0, length, size))
+
+
+def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of ``scores`` ``[b, h, l, s]``, in their memory; 0 where nothing is seen."""
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores += mask
+    weights, nothing = scores.softmax(-1), sees_nothing(mask)
+    return weights.masked_fill_(nothing, 0.0) if nothing.any() else weights
+
+
+def sees_nothing(mask: Tensor) -> Tensor:
+    """Which queries ``[..., L, 1]`` a mask shows no key."""
+    hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    return hidden.all(-1, keepdim=True)
+
+
+def _batched_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a batch of gradients (torch.vmap), in one chunk and without writing in place."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k, v, dy = (t.to(wide) for t in (query, key, value, grad))
+    if is_causal:
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None]
+    weights = _weights((q @ k.transpose(-2, -1)) * scale, mask)
+    dweights = dy @ v.transpose(-2, -1)
+    dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
+    found = dscores @ k, dscores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ dy
+    dq, dk, dv = (g.to(t.dtype) for g, t in zip(found, (query, key, value), strict=True))
+    return dq, dk, dv
