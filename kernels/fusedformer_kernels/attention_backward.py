@@ -61,8 +61,13 @@ from fusedformer_kernels.primitives import (
 def _attention_delta(
     grad_ptr, o_ptr, lse_grad_ptr, delta_ptr, n_heads, n_rows, grad_layout, o_layout,
     lse_grad_strides, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """delta [BLOCK_M] = rowsum(do * o) - dlse, the term that every score's gradient shares."""
+    """delta [BLOCK_M] = rowsum(do * o) - dlse, the term that every score's gradient shares.
+
+    In float32 it is the diagonal of a product, which adds in the order of do v^T: where a query is
+    sure of one key, delta is exactly what that key's weight gets, and its score no gradient.
+    """
     blocks = tl.cdiv(n_rows, BLOCK_M)
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = plane // n_heads, plane % n_heads
@@ -77,7 +82,12 @@ def _attention_delta(
         matrix_of(o_ptr, o_layout, batch, head, 0), first_row, n_rows, o_layout, BLOCK_M,
         VALUE_DIM, BLOCK_DV, False,
     )  # [BLOCK_M, BLOCK_DV]
-    delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
+    if grad.dtype == tl.float32:
+        zeros = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+        own = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+        delta = tl.sum(tl.where(own, dot(grad, tl.trans(o), zeros, PRECISION), 0.0), 1)
+    else:
+        delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if lse_grad_ptr is not None:
         offsets = batch * lse_grad_strides[0] + head * lse_grad_strides[1]
         offsets += rows.to(tl.int64) * lse_grad_strides[2]
@@ -351,12 +361,14 @@ def attention_backward(
         grad = torch.zeros_like(output)
     delta = torch.empty_like(statistics[0])
     if delta.numel():
+        block = 16 if grad.dtype == torch.float32 else 64
         launch(
-            _attention_delta, (configs.ceil_div(n_rows, 64) * batch * heads,),
+            _attention_delta, (configs.ceil_div(n_rows, block) * batch * heads,),
             configs.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
             layout_of(grad), layout_of(output),
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
-            VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]), BLOCK_M=64,
+            VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]),
+            BLOCK_M=block, PRECISION=configs.dot_precision(grad.dtype),
         )
     gradients = score_gradients_of(
         query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs, into
