@@ -133,8 +133,7 @@ def _attention_forward(
         PRECISION, ONE_LOOP,
     )
     # A query with no visible key: total 0, output 0, log-sum-exp -inf.
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    o = acc * inverse[:, None]
+    o = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if s.seed is not None:
         o *= dropout_scale(s.p)
     row_valid = rows < place.n_queries

@@ -69,7 +69,7 @@ def _merge_splits(
         acc = fma(acc, rescale[:, None], o * weight[:, None])
         total = fma(total, rescale, weight)
         top = new_top
-    store(o_ptr + offsets, acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], valid)
+    store(o_ptr + offsets, acc / tl.where(total == 0.0, 1.0, total)[:, None], valid)
     store_row_statistics(statistics_ptr, plane, lse_rows, row_valid, top, total)
     if lse_ptr is not None:
         tl.store(lse_ptr + lse_rows, log_sum_exp(top, total, SCALED), mask=row_valid)
