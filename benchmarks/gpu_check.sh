@@ -5,15 +5,16 @@
 #   STAGES="tests norm attention" benchmarks/gpu_check.sh OUTDIR     some stages only
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
-# Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; tests;
-# bench, which is softmax, norm, activation, embedding, losses, contrastive, encoder, graphs,
-# huggingface, host, attention and pretraining; tune, which writes a table of configs, and retime,
-# bench's kernels with that table; memory, a part of the tests under compute-sanitizer where that is
-# installed; compile, the compile report. Each has a process and a time limit of its own, so one
-# that dies takes no other along. A stage that is complete is listed in OUTDIR/stages.done and
-# skipped the next time: what there was no time for is done by the same command with the same
-# OUTDIR. OUTDIR stays flat: environment.txt tests.log tests.xml bench.log bench.json bench.html
-# tuned.json retimed.json tune.log memory.log compile.log compile.json summary.txt stages.done
+# Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; confirm,
+# the tests of what was wrong on a GPU and is mended; tests; bench, which is softmax, norm,
+# activation, embedding, losses, contrastive, encoder, graphs, huggingface, host, attention and
+# pretraining; tune, which writes a table of configs, and retime, bench's kernels with that table;
+# memory, a part of the tests under compute-sanitizer where that is installed; compile, the compile
+# report. Each has a process and a time limit of its own, so one that dies takes no other along. A
+# stage that is complete is listed in OUTDIR/stages.done and skipped the next time: what there was
+# no time for is done by the same command with the same OUTDIR. OUTDIR stays flat: environment.txt
+# confirm.log tests.log tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log
+# memory.log compile.log compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
 # FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
@@ -37,7 +38,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
 unset TRITON_INTERPRET # the kernels themselves are timed, never their interpretation on CPU
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-stages=${STAGES:-environment tests bench tune retime memory compile}
+stages=${STAGES:-environment confirm tests bench tune retime memory compile}
 suites="softmax norm activation embedding losses contrastive attention encoder graphs \
 huggingface host pretraining"
 stages=${stages/bench/$suites}
@@ -46,13 +47,18 @@ if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
     export OMP_NUM_THREADS=1
     test_args=${TEST_ARGS:-tests/test_benchmarks.py --collect-only}
+    confirm_args=--collect-only
     bench_args="--device cpu --sizes tiny --quick"
     tune_args="--dry-run --case ^softmax_forward.32768$"
     compile_args="--target sm_90 --case ^pack$"
 elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     test_args=${TEST_ARGS:-tests}
+    confirm_args=
     # Compiling many small kernels and running them briefly: side by side where that is possible.
-    ! "$python" -c 'import xdist' 2>/dev/null || test_args="$test_args -n 8"
+    if "$python" -c 'import xdist' 2>/dev/null; then
+        test_args="$test_args -n 8"
+        confirm_args="-n 8"
+    fi
     bench_args=${BENCH_ARGS---compile headline --seconds 0.05}
     tune_args=${TUNE_ARGS-}
     compile_args=
@@ -115,6 +121,13 @@ print(said("nvidia-smi") or "no nvidia-smi")
 # shellcheck disable=SC2086  # the arguments are several words
 {
     stage environment 30 environment.txt "$python" -c "$describe"
+    # Values narrower than keys, one causal token, fused multiply-adds, queries without keys, and
+    # large or finitely masked scores.
+    stage confirm 120 confirm.log "$python" -m pytest -q -p no:cacheprovider $confirm_args \
+        tests/ops/test_any_logit.py tests/ops/test_attention.py tests/ops/test_varlen_attention.py \
+        tests/ops/test_contrastive.py tests/ops/test_activation.py tests/ops/test_embedding.py \
+        tests/ops/test_linear_cross_entropy.py tests/ops/test_attention_features.py \
+        tests/kernels tests/test_descriptors.py
     stage tests 210 tests.log "$python" -m pytest -q -p no:cacheprovider \
         "--junitxml=$out/tests.xml" $test_args
     bench() {

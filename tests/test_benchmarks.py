@@ -488,7 +488,7 @@ def test_absent_peers_are_named() -> None:
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-STAGES = "environment tests bench tune memory compile"
+STAGES = "environment confirm tests bench tune memory compile"
 
 
 def _gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:

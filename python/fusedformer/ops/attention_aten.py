@@ -75,12 +75,12 @@ def _padded(
     if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
         return _dropped(query, key, value, terms), None
     if not terms.p and query.numel() and key.numel() and _needs_chunks(query, key, value, mask):
-        if mask is not None and (mask.requires_grad or not _is_plain(query, key, value, mask)):
-            return _explicit(query, key, value, terms, return_lse)[:2]
-        if _is_plain(query, key, value):
+        if _is_plain(query, key, value, mask) and (mask is None or not mask.requires_grad):
             key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
             given = query, key, value, mask, terms.scale, is_causal
             return plain_apply(ChunkedAttention)(*given), None
+        if mask is not None and mask.dtype != torch.bool:
+            return _explicit(query, key, value, terms, return_lse)[:2]
     sign = 1
     if terms.scale < 0:
         # ATen's CPU kernel masks with -inf before it scales, and a negative factor makes NaN of it.
@@ -108,9 +108,10 @@ def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether this is an eager call on torch's own tensors, which have values."""
-    kinds = (Tensor, Parameter, type(None))
-    return is_eager() and all(
-        type(t) in kinds and (t is None or _checks.has_values(t)) for t in tensors
+    if torch.compiler.is_compiling() or not is_eager():
+        return False
+    return all(
+        t is None or (type(t) in (Tensor, Parameter) and _checks.has_values(t)) for t in tensors
     )
 
 
