@@ -218,11 +218,25 @@ def adds_to_scores(terms: AttentionTerms) -> bool:
     return additive or any(t is not None for t in (terms.slopes, terms.table, terms.softcap))
 
 
+def lse_of(
+    statistics: torch.Tensor, dtype: torch.dtype, terms: AttentionTerms
+) -> torch.Tensor:
+    """The natural log-sum-exp in float64, which holds both statistics [2, ...] of a query."""
+    minus_top, inverse = statistics.double()
+    unit = 1.0 if scores_are_scaled(dtype, terms) else math.log(2.0)
+    return torch.where(minus_top == -torch.inf, -torch.inf, -minus_top * unit - inverse.log())
+
+
 def statistics_of(lse: torch.Tensor, dtype: torch.dtype, terms: AttentionTerms) -> torch.Tensor:
-    """Statistics [2, ...] of rows of which a natural log-sum-exp is all that there is."""
-    top = lse if scores_are_scaled(dtype, terms) else lse * math.log2(math.e)
-    minus_top = (-top).masked_fill(lse == -torch.inf, -torch.inf)
-    return torch.stack((minus_top, torch.ones_like(minus_top)))
+    """The float32 statistics [2, ...] of queries from what :func:`lse_of` gives."""
+    unit = 1.0 if scores_are_scaled(dtype, terms) else math.log(2.0)
+    unseen = lse == -torch.inf
+    top = (lse / unit).float()
+    inverse = (top.double() * unit - lse).exp().float()
+    statistics = torch.stack((-top, inverse))
+    return torch.stack(
+        (statistics[0].masked_fill(unseen, -torch.inf), statistics[1].masked_fill(unseen, 1.0))
+    )
 
 
 def broadcast_strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]:

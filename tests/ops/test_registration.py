@@ -106,6 +106,16 @@ def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
     return (*grads, query, key, value, output, statistics, needs, *others)
 
 
+def chunked_case(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    shapes = (2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 4)
+    leaves = (leaf(*shape).detach().to(dtype).requires_grad_() for shape in shapes)
+    return *leaves, mask, 0.5, mask is None
+
+
+def chunked_backward_case() -> tuple[Any, ...]:
+    return torch.randn(2, 2, 5, 4), *detached(chunked_case(None)), [True, False, True]
+
+
 def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
     query, key, value, _, *others = attention_case(packed=True, **terms)
     return query, key, value, return_lse, *others
@@ -242,6 +252,12 @@ CASES: dict[str, tuple[str, Any]] = {
         lambda: (leaf(1, 7, 3, 2, 8), *attention_case(packed=True, seed=seed(), p=0.5)[4:]),
     ),
     "self attention backward": ("self_attention_backward", self_attention_backward_case),
+    "chunked attention": ("chunked_attention", lambda: chunked_case(torch.rand(2, 1, 5, 7) > 0.3)),
+    "chunked attention, causal": ("chunked_attention", lambda: chunked_case(None)),
+    "chunked attention, added mask": (
+        "chunked_attention", lambda: chunked_case(torch.randn(5, 7)[None, None], torch.bfloat16),
+    ),
+    "chunked attention backward": ("chunked_attention_backward", chunked_backward_case),
     "packed ATen": ("packed_attention_aten", lambda: packed_aten_case(False, seed=seed(), p=0.3)),
     "packed ATen, log-sum-exp, learned": (
         "packed_attention_aten", lambda: packed_aten_case(True, table=leaf(2, 5), softcap=2.0),

@@ -294,7 +294,7 @@ class _RingAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros((*query.shape[:3], value.shape[3]), dtype=wide)
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)
         with autocast_off(query):
             for step, (k, v, *mask) in ring.walk(_travelling(key, value, terms)):
                 given = _with_mask(terms, mask)
@@ -302,7 +302,7 @@ class _RingAttention(torch.autograd.Function):
                     part, part_lse = ops.attention_part(
                         queries.of(query), keys.of(k), keys.of(v), own
                     )
-                    merged, merged_lse = ops.merge_attention_states(
+                    merged, merged_lse = ops.merge_parts(
                         queries.of(output), queries.of(lse), part.to(wide), part_lse
                     )
                     queries.of(output).copy_(merged)
@@ -310,7 +310,7 @@ class _RingAttention(torch.autograd.Function):
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, lse, *terms[:N_TENSORS])
         ctx.numbers, ctx.ring, ctx.backend = terms[N_TENSORS:], ring, chosen_backend(query)
-        return output, lse
+        return output, lse.to(wide)
 
     @staticmethod
     @once_differentiable
@@ -320,7 +320,8 @@ class _RingAttention(torch.autograd.Function):
         ring, needs = ctx.ring, list(ctx.needs_input_grad[:3])
 
         def zeros(tensor: Tensor, needed: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=lse.dtype) if needed else None
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            return torch.zeros_like(tensor, dtype=wide) if needed else None
 
         dq = zeros(query, needs[0])
         arriving: Callable[[], list[Tensor]] | None = None

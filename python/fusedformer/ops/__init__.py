@@ -11,7 +11,7 @@ from fusedformer.ops.attention import (
     self_attention,
     varlen_attention,
 )
-from fusedformer.ops.attention_part import attention_part, attention_part_backward
+from fusedformer.ops.attention_part import attention_part, attention_part_backward, merge_parts
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
@@ -48,6 +48,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "merge_attention_states",
+    "merge_parts",
     "relative_position_bias",
     "rms_norm",
     "scale_of",

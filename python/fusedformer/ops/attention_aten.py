@@ -16,20 +16,28 @@ from torch.nn import Parameter
 
 from fusedformer import _checks
 from fusedformer._autocast import autocast_off
-from fusedformer.ops._registered import is_eager, plain_apply
-from fusedformer.ops.attention_chunks import ChunkedAttention, sees_nothing
+from fusedformer.ops._registered import is_eager
+from fusedformer.ops.attention_chunks import chunked_attention, sees_nothing
 from fusedformer.ops.attention_terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten
 
 
 def attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, *, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, *, return_lse: bool,
+    wide_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`."""
+    """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`.
+
+    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum.
+    """
     if terms.starts_q is not None and terms.starts_k is not None:
         lengths = terms.starts_q.diff().tolist(), terms.starts_k.diff().tolist()
-        return _packed(query, key, value, terms, *lengths, return_lse)
-    return _padded(query, key, value, terms, return_lse)
+        output, lse = _packed(query, key, value, terms, *lengths, return_lse)
+    else:
+        output, lse = _padded(query, key, value, terms, return_lse)
+    if lse is not None and not wide_lse:
+        lse = lse.to(torch.promote_types(query.dtype, torch.float32))
+    return output, lse
 
 
 def attention_weights_aten(
@@ -45,6 +53,8 @@ def attention_weights_aten(
     """(output, log-sum-exp or None, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
     output, lse, weights = _explicit(query, key, value, terms, return_lse)
     weights = weights.mean(1, keepdim=True) if average else weights
+    if lse is not None:
+        lse = lse.to(torch.promote_types(query.dtype, torch.float32))
     return output, lse, weights.to(dtype)
 
 
@@ -56,6 +66,7 @@ def merge_attention_states_aten(
     first, second = (lse.masked_fill(nothing, 0.0) for lse in (lse1, lse2))
     lse = torch.logaddexp(first, second)
     weights = torch.stack((first, second)).sub(lse).exp().masked_fill(nothing, 0.0)[..., None]
+    weights = weights.to(torch.promote_types(output1.dtype, torch.float32))
     output = output1 * weights[0] + output2 * weights[1]
     return output.to(output1.dtype), lse.masked_fill(nothing, -torch.inf)
 
@@ -77,8 +88,8 @@ def _padded(
     if not terms.p and query.numel() and key.numel() and _needs_chunks(query, key, value, mask):
         if _is_plain(query, key, value, mask) and (mask is None or not mask.requires_grad):
             key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
-            given = query, key, value, mask, terms.scale, is_causal
-            return plain_apply(ChunkedAttention)(*given), None
+            output: Tensor = chunked_attention(query, key, value, mask, terms.scale, is_causal)
+            return output, None
         if mask is not None and mask.dtype != torch.bool:
             return _explicit(query, key, value, terms, return_lse)[:2]
     sign = 1
@@ -107,10 +118,10 @@ def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether this is an eager call on torch's own tensors, which have values."""
-    if torch.compiler.is_compiling() or not is_eager():
-        return False
-    return all(
+    """Whether this is an eager or a compiled call on torch's own tensors, no meta or fake ones."""
+    if torch.compiler.is_compiling():
+        return all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+    return is_eager() and all(
         t is None or (type(t) in (Tensor, Parameter) and _checks.has_values(t)) for t in tensors
     )
 
@@ -143,18 +154,18 @@ def _shared_by_heads(tensor: Tensor, heads: int) -> Tensor:
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(output, log-sum-exp if asked for, weights after dropout), by way of the scores."""
+    """(output, log-sum-exp in float64 if asked for, weights after dropout), by way of scores."""
     scores = _scores(query, key, terms)
     hidden = scores == -torch.inf
     unseen = hidden.all(-1, keepdim=True)
     finite = scores.masked_fill(unseen, 0.0)
     lse = None
     if return_lse and not scores.shape[-1]:
-        lse = scores.logsumexp(-1)
+        lse = scores.logsumexp(-1).double()
     elif return_lse:
         # Not ATen's, whose gradient is by the result: exp(score - lse), where lse is rounded.
         top = finite.detach().amax(-1, keepdim=True)
-        lse = (finite - top).exp().sum(-1, keepdim=True).log() + top
+        lse = (finite - top).exp().sum(-1, keepdim=True).double().log() + top
         lse = lse.masked_fill(unseen, -torch.inf)[..., 0]
     weights = dropout_aten(finite.softmax(-1).masked_fill(hidden, 0.0), terms.p)
     wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
@@ -270,7 +281,7 @@ def _packed(
             if lse is not None:
                 lses[member] = lse[row]
     if not outputs:
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = torch.float64
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         empty = empty + 0.0 * (query.sum() + key.sum() + value.sum())  # a gradient, if an empty one
         return empty, empty.new_zeros(query.shape[:3], dtype=wide)

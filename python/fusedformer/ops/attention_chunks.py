@@ -15,78 +15,113 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedformer._autocast import autocast_off
+from fusedformer.ops._registered import nothing, registered
+from fusedformer.ops._shared import no_double_backward
 
 # Scores in a chunk: what stays in a core's cache from one product to the next.
 CHUNK = 1 << 19
 
 
-class ChunkedAttention(torch.autograd.Function):
+_SETTINGS = "Tensor? mask, float scale, bool is_causal"
+
+
+@registered("chunked_attention", f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> Tensor")
+def chunked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> Tensor:
     """Output ``[B, H, L, Ev]`` of padded attention without dropout; keys have the heads of queries.
 
     ``mask`` is boolean (True = keep) or added, has no gradient, and broadcasts to ``[B, H, L, S]``.
     Scores are at least float32. With an added mask of another dtype than the queries the forward is
     computed in chunks too: cast to theirs, the mask might not be finite any more.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        is_causal: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale, ctx.is_causal = scale, is_causal
-        if mask is None or mask.dtype in (torch.bool, query.dtype):
-            return F.scaled_dot_product_attention(
-                query, key, value, mask, is_causal=is_causal, scale=scale
-            )
+    if mask is None or mask.dtype in (torch.bool, query.dtype):
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale
+        )
+    else:
         q, k, v = (_planes(t) for t in (query, key, value))
-        output = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        found = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         with autocast_off(query):
             for chunk in _chunks(query.shape[0], q, k, mask, scale, is_causal):
-                output[chunk.rows] = chunk.weights @ v[chunk.keys]
-        return output.view(*query.shape[:3], -1).to(query.dtype)
+                found[chunk.rows] = chunk.weights @ v[chunk.keys]
+        output = found.view(*query.shape[:3], -1).to(query.dtype)
+    # [B, L, H, Ev] in memory: merging the heads is then a view.
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
-        given = mask, ctx.scale, ctx.is_causal
-        if torch._C._are_functorch_transforms_active():
-            return *_batched_gradients(grad, query, key, value, *given), None, None, None
-        q, k, v, dy = (_planes(t) for t in (query, key, value, grad))
-        # Causal chunks of the first queries leave out keys that later ones add to.
-        new = torch.zeros_like if ctx.is_causal else torch.empty_like
-        dq = torch.empty_like(q) if needs_q else None
-        dk, dv = new(k) if needs_k else None, new(v) if needs_v else None
-        with autocast_off(query):
-            for chunk in _chunks(query.shape[0], q, k, *given):
-                own, kept = dy[chunk.rows], min(chunk.rows[1].start, 1)
-                if dv is not None:
-                    dv[chunk.keys].baddbmm_(chunk.weights.transpose(1, 2), own, beta=kept)
-                if dq is None and dk is None:
-                    continue
-                dweights = torch.bmm(own, v[chunk.keys].transpose(1, 2))
-                dscores = torch.ops.aten._softmax_backward_data(
-                    dweights, chunk.weights, -1, dweights.dtype
+
+@chunked_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+
+
+@registered(
+    "chunked_attention_backward",
+    f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_SETTINGS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _chunked_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, contiguous; None where ``needs`` says False."""
+    q, k, v, dy = (_planes(t) for t in (query, key, value, grad))
+    # Causal chunks of the first queries leave out keys that later ones add to.
+    new = torch.zeros_like if is_causal else torch.empty_like
+    dq = torch.empty_like(q) if needs[0] else None
+    dk, dv = new(k) if needs[1] else None, new(v) if needs[2] else None
+    with autocast_off(query):
+        for chunk in _chunks(query.shape[0], q, k, mask, scale, is_causal):
+            own, kept = dy[chunk.rows], min(chunk.rows[1].start, 1)
+            if dv is not None:
+                dv[chunk.keys].baddbmm_(chunk.weights.transpose(1, 2), own, beta=kept)
+            if dq is None and dk is None:
+                continue
+            dweights = torch.bmm(own, v[chunk.keys].transpose(1, 2))
+            dscores = torch.ops.aten._softmax_backward_data(
+                dweights, chunk.weights, -1, dweights.dtype
+            )
+            if dq is not None:
+                dq[chunk.rows].baddbmm_(dscores, k[chunk.keys], beta=0, alpha=scale)
+            if dk is not None:
+                dk[chunk.keys].baddbmm_(
+                    dscores.transpose(1, 2), q[chunk.rows], beta=kept, alpha=scale
                 )
-                if dq is not None:
-                    dq[chunk.rows].baddbmm_(dscores, k[chunk.keys], beta=0, alpha=ctx.scale)
-                if dk is not None:
-                    dk[chunk.keys].baddbmm_(
-                        dscores.transpose(1, 2), q[chunk.rows], beta=kept, alpha=ctx.scale
-                    )
-        found = zip((dq, dk, dv), (query, key, value), strict=True)
-        grads = (None if g is None else g.view(t.shape).to(t.dtype) for g, t in found)
-        return *grads, None, None, None
+    found = zip((dq, dk, dv), (query, key, value), strict=True)
+    return tuple(None if g is None else g.view(t.shape).to(t.dtype) for g, t in found)
+
+
+@_chunked_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Any, ...]:
+    wanted = zip((query, key, value), settings[-1], strict=True)
+    return tuple(t.new_empty(t.shape) if need else nothing(t) for t, need in wanted)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+    if torch._C._are_functorch_transforms_active():
+        found = _batched_gradients(grad, *tensors, *ctx.settings)
+    else:
+        found = _chunked_backward(grad, *tensors, *ctx.settings, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
+
+
+chunked_attention.register_autograd(_autograd, setup_context=_setup)
+_chunked_backward.register_autograd(no_double_backward("attention"))
 
 
 class _Chunk(NamedTuple):

@@ -1,7 +1,8 @@
 """Attention over a part of the keys, where the other parts are somewhere else.
 
 No autograd: who calls these knows where the parts are. The forward gives output and log-sum-exp of
-one part, to be merged; the backward takes those that all parts gave together.
+one part, to be merged; the backward takes those that all parts gave together. The log-sum-exps are
+float64: in float32 they would forget the sums of queries whose scores are large.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusedformer._backend import Backend, chosen_backend
 from fusedformer.ops import attention_registered as registered
+from fusedformer.ops.attention_aten import merge_attention_states_aten
 from fusedformer.ops.attention_terms import AttentionTerms
 
 
@@ -19,10 +21,21 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of queries and some keys, in the forms of :class:`AttentionTerms`."""
     if chosen_backend(query) == "triton":
-        part, part_lse, _ = registered.attention(query, key, value, True, *terms)
-        return part, part_lse
-    output, lse = registered.seeded_aten([query, key, value, *terms], return_lse=True)
+        from fusedformer_kernels.attention_arguments import AttentionTerms as KernelTerms
+        from fusedformer_kernels.attention_arguments import lse_of
+
+        part, _, statistics = registered.attention(query, key, value, False, *terms)
+        return part, lse_of(statistics, query.dtype, KernelTerms(*terms))
+    given = [query, key, value, *terms]
+    output, lse = registered.seeded_aten(given, return_lse=True, wide_lse=True)
     return output, lse
+
+
+def merge_parts(
+    output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of two parts of the keys together."""
+    return merge_attention_states_aten(output1, lse1, output2, lse2)
 
 
 def attention_part_backward(
@@ -54,11 +67,12 @@ def attention_part_backward(
         return [g if need else None for g, need in zip(grads[:3], needs, strict=True)]
     leaves = [t.detach().requires_grad_(n) for t, n in zip((query, key, value), needs, strict=True)]
     with torch.enable_grad():
-        own, own_lse = registered.seeded_aten([*leaves, *terms], return_lse=True)
+        own, own_lse = registered.seeded_aten([*leaves, *terms], return_lse=True, wide_lse=True)
     # With the share of this part w = exp(own_lse - lse), the merged output is the sum of w * own.
-    share = (own_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach()
-    apart = (grad.to(lse.dtype) * (own.detach().to(lse.dtype) - output)).sum(-1)
-    own_grads = (grad * share[..., None]).to(own.dtype), share * (lse_grad + apart)
+    wide = torch.promote_types(own.dtype, torch.float32)
+    share = (own_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach().to(wide)
+    apart = (grad.to(wide) * (own.detach().to(wide) - output)).sum(-1)
+    own_grads = (grad * share[..., None]).to(own.dtype), (share * (lse_grad + apart)).to(lse.dtype)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(
         torch.autograd.grad(

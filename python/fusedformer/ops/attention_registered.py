@@ -388,16 +388,17 @@ merge_attention_states_backward.register_autograd(no_double_backward("merge_atte
 # The torch backend on packed sequences, whose lengths it reads: one op, so that it can be traced.
 
 
-def seeded_aten(given: list[Any], return_lse: bool) -> list[Tensor]:
-    """[output], or [output, log-sum-exp], of tensors and terms."""
+def seeded_aten(given: list[Any], return_lse: bool, wide_lse: bool = False) -> list[Tensor]:
+    """[output], or [output, log-sum-exp], of tensors and terms; as :func:`attention_aten`."""
+    how = {"return_lse": return_lse, "wide_lse": wide_lse}
     query, key, value, *others = given
     terms = AttentionTerms(*others)
     if terms.seed is None:
-        found = attention_aten(query, key, value, terms, return_lse=return_lse)
+        found = attention_aten(query, key, value, terms, **how)
     else:
         with torch.random.fork_rng([query.device] if query.is_cuda else []):
             torch.manual_seed(int(terms.seed))
-            found = attention_aten(query, key, value, terms, return_lse=return_lse)
+            found = attention_aten(query, key, value, terms, **how)
     return [t for t in found[: 1 + return_lse] if t is not None]
 
 
