@@ -191,8 +191,8 @@ def attention_arguments(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
         operands=constants["PRECISION"] if query.dtype == torch.float32 else "half",
         heavy=(
-            adds_to_scores(terms) or terms.scale <= 0 or mask is not None
-            or terms.seed is not None or terms.left is not None
+            _must_be_scaled(terms) or mask is not None or terms.seed is not None
+            or terms.left is not None
         ),
         causal=terms.right is not None,
     )
@@ -209,13 +209,14 @@ def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:
     the top, so that the largest weight is 1 to within half of 2^-24 times the top: enough where
     weights are cast to half precision.
     """
-    return dtype == torch.float32 or terms.scale <= 0 or adds_to_scores(terms)
+    return dtype == torch.float32 or _must_be_scaled(terms)
 
 
-def adds_to_scores(terms: AttentionTerms) -> bool:
-    """Whether scores are more than scaled products."""
+def _must_be_scaled(terms: AttentionTerms) -> bool:
+    """Whether something is added to scores, or the scale does not keep their order."""
     additive = terms.mask is not None and terms.mask.dtype != torch.bool
-    return additive or any(t is not None for t in (terms.slopes, terms.table, terms.softcap))
+    others = terms.slopes, terms.table, terms.softcap
+    return additive or terms.scale <= 0 or any(term is not None for term in others)
 
 
 def lse_of(
@@ -233,10 +234,8 @@ def statistics_of(lse: torch.Tensor, dtype: torch.dtype, terms: AttentionTerms) 
     unseen = lse == -torch.inf
     top = (lse / unit).float()
     inverse = (top.double() * unit - lse).exp().float()
-    statistics = torch.stack((-top, inverse))
-    return torch.stack(
-        (statistics[0].masked_fill(unseen, -torch.inf), statistics[1].masked_fill(unseen, 1.0))
-    )
+    minus_top = torch.where(unseen, -torch.inf, -top)
+    return torch.stack((minus_top, inverse.masked_fill(unseen, 1.0)))
 
 
 def broadcast_strides(tensor: torch.Tensor | None, rank: int) -> tuple[int, ...]:

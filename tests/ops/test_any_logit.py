@@ -14,7 +14,7 @@ import torch.nn.functional as stock
 from tests.ops.judge import check, first
 from torch import Tensor
 
-from fusedformer import backend, nn
+from fusedformer import backend, nn, reference
 from fusedformer import functional as F
 from fusedformer.testing import Comparison, compare, copied
 
@@ -280,6 +280,33 @@ def test_a_query_without_keys_gets_zero_whatever_the_kernel_gives(
             rows = output if "key_lengths" in masks else output[:, :, 4]
             assert not rows.any()
             assert output[:, :, 0].any() or "key_lengths" in masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("masks", ["causal", "boolean", "none"])
+@pytest.mark.parametrize("lse", [False, True], ids=["", "lse"])
+def test_a_scale_that_is_not_positive(
+    lse: bool, masks: str, scale: float, dtype: torch.dtype, device: str
+) -> None:
+    """Judged by the definition on both backends; ATen's kernel makes NaN of it where it masks."""
+    inputs = {n: t.detach().to(dtype).requires_grad_() for n, t in qkv(1.0, device, 20).items()}
+    keep = torch.rand(20, 20, device=device) > 0.3
+    keep[:, 0] = True
+    settings: dict[str, Any] = {"scale": scale, "is_causal": masks == "causal"}
+    settings["attn_mask"] = keep if masks == "boolean" else None
+    dy = torch.randn(1, 2, 20, 64, device=device)
+    wide = {n: copied(t, torch.float64) for n, t in inputs.items()}
+    want = reference.scaled_dot_product_attention(**wide, **settings)[0]
+    wanted = [want, *torch.autograd.grad(want, tuple(wide.values()), dy.double())]
+    for name in ("triton", "torch"):
+        with backend(name):  # type: ignore[arg-type]
+            output = F.scaled_dot_product_attention(**inputs, **settings, return_lse=lse)
+        output = output[0] if lse else output
+        found = [output, *torch.autograd.grad(output, tuple(inputs.values()), dy.to(dtype))]
+        for ours, truth in zip(found, wanted, strict=True):
+            limit = 16 * torch.finfo(dtype).eps * float(truth.abs().max())
+            assert (ours - truth).abs().max() <= limit, name
 
 
 def test_the_first_output_alone(device: str) -> None:

@@ -74,6 +74,10 @@ def merge_attention_states_aten(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    if terms.scale <= 0:
+        # ATen's CPU kernel masks with -inf before it scales, and makes NaN of it by such a factor.
+        query = query * (-1.0 if terms.scale < 0 else 0.0)
+        terms = terms._replace(scale=-terms.scale or 1.0)
     # Positions times slopes lose their digits in half precision, which one mask would have to be.
     half = query.dtype in (torch.float16, torch.bfloat16)
     by_position = terms.slopes is not None or terms.table is not None
@@ -92,17 +96,12 @@ def _padded(
             return output, None
         if mask is not None and mask.dtype != torch.bool:
             return _explicit(query, key, value, terms, return_lse)[:2]
-    sign = 1
-    if terms.scale < 0:
-        # ATen's CPU kernel masks with -inf before it scales, and a negative factor makes NaN of it.
-        sign = -1
     cast = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
-    arguments = (query * sign if sign < 0 else query, key, value, cast, terms.p, is_causal)
-    scale = sign * terms.scale
+    arguments = (query, key, value, cast, terms.p, is_causal)
     if query.shape[1] != key.shape[1]:  # decided here: ATen takes no symbol for enable_gqa
-        output = F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=True)
+        output = F.scaled_dot_product_attention(*arguments, scale=terms.scale, enable_gqa=True)
     else:
-        output = F.scaled_dot_product_attention(*arguments, scale=scale)
+        output = F.scaled_dot_product_attention(*arguments, scale=terms.scale)
     return output if mask is None else _without_unseen(output, mask), None
 
 
