@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Dropout
 
 from fusedformer import functional, nn
+from fusedformer.nn._modules import is_plain
 
 
 class Attention:
@@ -17,6 +19,9 @@ class Attention:
         self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """As the class that it is put before."""
+        if not self.fused_attn or not is_plain(self.attn_drop, Dropout):  # weights are looked at
+            own: Tensor = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+            return own
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         p = self.attn_drop.p if self.training else 0.0
