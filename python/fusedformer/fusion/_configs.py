@@ -27,11 +27,13 @@ from fusedformer.fusion._attention import attention, attention_mask, attention_m
 NAME, NAME_4D = NAMES = "fusedformer", "fusedformer_4d_masks"
 _KEPT = "_fusedformer_configs"  # where a module keeps its originals
 _NAMED = "_attn_implementation_internal"
-
 # When this module is imported, and so before a pickled model is used in another process.
 for _name, _masks in ((NAME, attention_mask), (NAME_4D, attention_mask_4d)):
     AttentionInterface.register(_name, attention)
     AttentionMaskInterface.register(_name, _masks)
+
+
+_attends: dict[Any, bool] = {}
 
 
 class Exchanged(NamedTuple):
@@ -47,10 +49,12 @@ def named(config: Any) -> Any:
     return getattr(config, _NAMED, None)
 
 
-@functools.cache
 def attends(cls: Any) -> bool:
     """Whether modules of a class look attention up by the name in their configuration."""
-    return any("ALL_ATTENTION_FUNCTIONS" in code.__code__.co_names for code in _functions_of(cls))
+    if cls not in _attends:  # a dictionary, through which compiled calls can look
+        names = (name for code in _functions_of(cls) for name in code.__code__.co_names)
+        _attends[cls] = "ALL_ATTENTION_FUNCTIONS" in names
+    return _attends[cls]
 
 
 @functools.cache

@@ -56,8 +56,8 @@ class PackedModel:
             or given.get("cu_seq_lens_q") is not None
             or captured()
             or any(given.get(n, getattr(self.config, n, False)) for n in asked)
-            or needs_batch(self)
             or not can_pack(tokens, self.static_shapes)
+            or needs_batch(self)
         )
 
     def _packed(
@@ -84,25 +84,27 @@ class PackedModel:
 def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
     """From each row's first real token to its last: windows count the positions between too.
 
+    With static shapes, whole rows: then nothing says where their tokens end.
+
     Returns:
         Their packing, and a mask of keys ``[sequences, 1, 1, longest]`` unless each of these
         positions is known to be real.
     """
+    batch, length = keep.shape
+    if static_shapes:
+        return packing_of(torch.ones_like(keep), False, [length] * batch), keep[:, None, None]
     real = keep.int()
     begins = real.argmax(1)
-    ends = torch.where(keep.any(1), keep.shape[1] - real.flip(1).argmax(1), begins)
-    columns = torch.arange(keep.shape[1], device=keep.device)
+    ends = torch.where(keep.any(1), length - real.flip(1).argmax(1), begins)
+    columns = torch.arange(length, device=keep.device)
     spans = (columns >= begins[:, None]) & (columns < ends[:, None])
-    if static_shapes:
-        packing = packing_of(spans, True)
-    else:
-        counts = torch.stack((spans.sum(1), real.sum(1))).tolist()
-        packing = packing_of(spans, False, counts[0])
-        if counts[0] == counts[1]:
-            return packing, None
-    within = (begins[:, None] + columns[: packing.max_seqlen]).clamp(max=keep.shape[1] - 1)
-    keys = F.pad(keep.gather(1, within), (0, 0, 0, 2 * packing.has_tail), value=True)
-    return packing, keys[:, None, None]
+    counts = torch.stack((spans.sum(1), real.sum(1))).tolist()
+    packing = packing_of(spans, False, counts[0])
+    if counts[0] == counts[1]:
+        return packing, None
+    within = begins[:, None] + torch.arange(packing.max_seqlen, device=keep.device)
+    keys = keep.gather(1, within.clamp(max=length - 1))
+    return packing, F.pad(keys, (0, 0, 0, 2 * packing.has_tail), value=True)[:, None, None]
 
 
 MODELS = {"modernbert.modeling_modernbert.ModernBertModel"}

@@ -202,8 +202,8 @@ class PackedEncoder:
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
-            or needs_batch(self)
             or not can_pack(hidden_states, self.static_shapes)
+            or needs_batch(self)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)

@@ -114,7 +114,10 @@ def packing_of(
     keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None
 ) -> Packing:
     """The packing of ``keep`` ``[N, S]``, True = real; with its lengths where they are known."""
-    return Packing.of(keep, lengths, **_pack_settings(keep, static_shapes))
+    settings = _pack_settings(keep, static_shapes)
+    if lengths is not None:  # then nothing has to be looked up
+        settings["static_shapes"] = False
+    return Packing.of(keep, lengths, **settings)
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
