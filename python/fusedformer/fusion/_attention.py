@@ -26,7 +26,7 @@ def captured() -> dict[str, Any]:
     if collector is None:
         return {}
     if torch.compiler.is_compiling():  # which cannot follow a ContextVar: transformers has another
-        return collector.global_var or {}
+        return getattr(collector, "global_var", None) or {}
     return collector.get() or {}
 
 
