@@ -194,10 +194,16 @@ def test_a_model_within_one_that_takes_no_attention_is_fused() -> None:
 # -- masks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [MASK, LEFT, HOLE], ids=["right", "left", "hole"])
-def test_causality_is_the_masks(mask: Tensor) -> None:
-    """Of text towers whose attention says that it is not causal."""
-    config = T.Aimv2TextConfig(**TEXT, **TOKENS)
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "mask", [MASK, LEFT, HOLE, torch.ones_like(MASK)], ids=["right", "left", "hole", "none"]
+)
+def test_causality_is_the_masks(mask: Tensor, before: str) -> None:
+    """Of text towers whose attention says that it is not causal.
+
+    But without padding, where stock goes by what attention says with ``sdpa``.
+    """
+    config = T.Aimv2TextConfig(**TEXT, **TOKENS, attn_implementation=before)
     model = perturbed(T.Aimv2TextModel(config)).eval()
     inputs = {**inputs_of("bert"), "attention_mask": mask.long()}
     with torch.no_grad():

@@ -13,6 +13,7 @@ from transformers.masking_utils import (
 )
 
 from fusedformer import functional
+from fusedformer._checks import has_values
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -80,10 +81,13 @@ def attention(
         raise ValueError("fusedformer: attention sinks ('s_aux') are not supported; unfuse(model)")
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    says_causal = is_causal
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = key_mask = None
     if not packed:
         mask, key_mask, is_causal = _understood(attention_mask, is_causal)
+        if is_causal and attention_mask is not None and not says_causal:
+            is_causal = not _sdpa_forgets(module, attention_mask)
     is_causal = is_causal and query.shape[2] > 1
     window = None
     if sliding_window is not None and packed:  # elsewhere the mask has it
@@ -130,6 +134,17 @@ def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
     if mask is None or keys is None or mask.dim() != 4 or len(keys) != len(starts) - 1:
         return None
     return mask
+
+
+def _sdpa_forgets(module: nn.Module, mask: Tensor) -> bool:
+    """Whether a module that says it is not causal would have got no causal mask before.
+
+    For ``sdpa`` transformers leaves the mask away if nothing is padding, see
+    ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
+    """
+    kept = module.__dict__.get("_fusedformer_configs", {}).get("config")
+    before = None if kept is None else kept.original._attn_implementation
+    return before == "sdpa" and has_values(mask) and bool(mask.all())
 
 
 def _understood(

@@ -25,7 +25,7 @@ from fusedformer.fusion._attention import attention, attention_mask, attention_m
 
 # The second is for models that read a mask of four dimensions.
 NAME, NAME_4D = NAMES = "fusedformer", "fusedformer_4d_masks"
-_KEPT = "_fusedformer_configs"  # where a module keeps its originals
+_KEPT = "_fusedformer_configs"  # where a module keeps its originals; ``_attention`` reads it
 _NAMED = "_attn_implementation_internal"
 # When this module is imported, and so before a pickled model is used in another process.
 for _name, _masks in ((NAME, attention_mask), (NAME_4D, attention_mask_4d)):
