@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -283,17 +283,56 @@ def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def padded(inputs: dict[str, Tensor], side: str) -> dict[str, Tensor]:
-    """The same inputs with padding ``right``, ``left``, or in the ``middle`` of rows."""
-    mask = torch.zeros(len(LENGTHS), LENGTH, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        if side == "middle":
-            mask[row, : length // 2] = 1
-            mask[row, LENGTH - (length - length // 2) :] = 1
-        else:
-            places = slice(None, length) if side == "right" else slice(LENGTH - length, None)
-            mask[row, places] = 1
-    return {**inputs, "attention_mask": mask}
+def padded(inputs: dict[str, Any], side: str) -> dict[str, Any]:
+    """The same rows, shorter, with padding to their ``right``, ``left``, or in the ``middle``."""
+    rows, length = inputs["input_ids"].shape
+    mask = torch.zeros(rows, length, dtype=torch.long)
+    for row, cut in enumerate(length - LENGTH + n for n in LENGTHS):
+        end = length if side == "left" else cut if side == "right" else length - 3
+        mask[row, end - cut if side == "left" else 0 : end] = 1
+        if side == "middle":  # three real tokens behind the hole
+            mask[row, cut - 3 : length - 3], mask[row, length - 3 :] = 0, 1
+    found = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            found[name] = value[:, -1:].expand_as(value).clone()
+            for row in range(rows):
+                real = mask[row].bool()
+                found[name][row, real] = value[row, : int(real.sum())]
+    return {**found, "attention_mask": mask}
+
+
+def runnable(model_type: str, recipe: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+    """The model, and inputs that its forward takes, with as many tokens as it has features."""
+    model = small_model(model_type, VARIANTS[recipe[0]])
+    inputs = inputs_of(model, recipe[1])
+    for _ in range(4):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+            return model, inputs
+        except ValueError as error:
+            told = re.search(r"tokens:? (\d+),? features:? (\d+)", str(error))
+            if told is None or "input_ids" not in inputs:
+                raise
+            inputs = _with_features(model, inputs, int(told[1]), int(told[2]))
+    raise LookupError("its features can't be placed")
+
+
+def _with_features(model: Any, inputs: dict[str, Any], tokens: int, features: int) -> Any:
+    rows = inputs["input_ids"].shape[0]
+    if tokens:
+        raise LookupError("its features can't be placed")
+    each = features // rows
+    config = model.config
+    token = next(
+        getattr(config, n) for n in ("image_token_id", "image_token_index", "audio_token_id",
+                                     "audio_token_index") if hasattr(config, n)
+    )  # fmt: skip
+    if not 0 < each < 200:
+        raise LookupError(f"{each} features a row")
+    ids = torch.cat([torch.full((rows, each), token), inputs["input_ids"]], 1)
+    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _ids(config: Any, shape: Any, draw: torch.Generator) -> Tensor:
