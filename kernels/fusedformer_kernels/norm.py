@@ -23,7 +23,7 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, negative, store
-from fusedformer_kernels.reduction import sums_of_partials
+from fusedformer_kernels.reduction import row_mean, sums_of_partials
 from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
@@ -114,7 +114,7 @@ def _norm_forward(
             store(z_ptr + offsets, z, row_valid[:, None] & in_row)
         if KIND != 0:
             if KIND == _LAYER:
-                mean = tl.sum(z, 1) / n_columns
+                mean = row_mean(z, in_row, n_columns)
             centered = tl.where(in_row, z - mean[:, None], 0.0)
             rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
             _store_normed(
@@ -137,11 +137,11 @@ def _norm_forward(
             if KIND == _LAYER:
                 # Chan, Golub and LeVeque's update: means and squared deviations of two parts.
                 count = tl.minimum(n_columns - start, BLOCK_N).to(tl.float32)
-                part = tl.sum(z, 1) / count
+                part = row_mean(z, in_row, count)
                 deviation = tl.where(in_row, z - part[:, None], 0.0)
                 shift = part - mean
                 share = count / (start + count)
-                squares += tl.sum(deviation * deviation, 1) + shift * shift * (start * share)
+                squares += tl.sum(deviation * deviation, 1) + shift * (start * share) * shift
                 mean += shift * share
             else:
                 squares += tl.sum(z * z, 1)

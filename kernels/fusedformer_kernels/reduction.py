@@ -1,7 +1,8 @@
-"""Second stage of reductions over rows: partial sums are added in a fixed order, without atomics.
+"""The mean of a row, and the second stage of reductions over rows.
 
-One program adds up BLOCK_N columns of all partial rows; the number of rows is bounded by
-``configs.row_programs``, so this stage reads little.
+In that stage partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N
+columns of all partial rows; the number of rows is bounded by ``configs.row_programs``, so this
+stage reads little.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS, store
+
+
+@triton.jit
+def row_mean(x, in_row, count):
+    """Mean of ``count`` columns of rows [BLOCK_M, BLOCK_N] that are 0 outside ``in_row``.
+
+    Of equal values it is that value to the bit. Their sum is rounded, and the quotient off by
+    several ulps; what is missing is small and its mean accurate.
+    """
+    mean = tl.sum(x, 1) / count
+    return mean + tl.sum(tl.where(in_row, x - mean[:, None], 0.0), 1) / count
 
 
 @triton.jit(do_not_specialize=COUNTS)
