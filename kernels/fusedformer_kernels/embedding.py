@@ -21,9 +21,9 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.norm import _store_input_grads, _store_partials, affine
+from fusedformer_kernels.norm import _store_input_grads, affine
 from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
-from fusedformer_kernels.reduction import row_mean, sums_of_partials
+from fusedformer_kernels.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.strided import rows_of
 
 LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
@@ -164,7 +164,7 @@ def _embedding_backward(
             dweight = fma(dy, normed, dweight)
         if NEEDS_BIAS:
             dbias += dy
-    _store_partials(
+    store_partials(
         partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias, dbias,
         NEEDS_WEIGHT, NEEDS_BIAS, False,
     )

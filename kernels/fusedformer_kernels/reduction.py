@@ -27,6 +27,23 @@ def row_mean(x, in_row, count):
     return mean + tl.sum(tl.where(in_row, x - mean[:, None], 0.0), 1) / count
 
 
+@triton.jit
+def store_partials(
+    partials_ptr, columns, n_columns, dweight, dbias, dinput_bias,
+    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
+):
+    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], a row for each asked for."""
+    in_row = columns < n_columns
+    if NEEDS_WEIGHT:
+        tl.store(partials_ptr + columns, tl.sum(dweight, 0), mask=in_row)
+        partials_ptr += n_columns
+    if NEEDS_BIAS:
+        tl.store(partials_ptr + columns, tl.sum(dbias, 0), mask=in_row)
+        partials_ptr += n_columns
+    if NEEDS_INPUT_BIAS:
+        tl.store(partials_ptr + columns, tl.sum(dinput_bias, 0), mask=in_row)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _sum_partials(
     partials_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_columns, n_sums,

@@ -221,6 +221,21 @@ def test_rows_of_one_value(width: int, value: float, device: str) -> None:
         torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("width", [64, 16400])
+def test_rows_of_one_value_whose_sum_is_rounded(width: int, device: str) -> None:
+    """The backward's mean is that of the bfloat16 sum which it reads."""
+    x = torch.full((2, width), 1000.0, device=device, dtype=torch.bfloat16, requires_grad=True)
+    residual, weight = torch.full_like(x, 0.3), grad(width, device=device)
+    y = F.dropout_add_layer_norm(x, residual, (width,), weight)
+    assert not y.any()
+    dy = torch.randn_like(y)
+    gradient, weight_gradient = torch.autograd.grad(y, (x, weight), dy)
+    weighted = (dy * weight).double()
+    truth = (weighted - weighted.mean(1, keepdim=True)) / 1e-5**0.5
+    torch.testing.assert_close(gradient.double(), truth, rtol=0.01, atol=0.01)
+    assert not weight_gradient.any()
+
+
 def test_result_does_not_depend_on_the_batch(device: str) -> None:
     x, weight = torch.randn(37, 300, device=device), torch.randn(300, device=device)
     together = F.layer_norm(x, (300,), weight)
