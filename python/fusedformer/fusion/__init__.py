@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fusedformer.fusion._classes import ATTENTION_BEFORE, BEFORE, Plan
+from fusedformer.fusion._classes import ATTENTION_BEFORE, BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
 
@@ -77,7 +77,7 @@ def unfuse(model: nn.Module) -> int:
             module.set_attn_implementation(attention)  # type: ignore[operator]
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
-            module.__class__ = before
+            change_class(module, before)
         restored += (attention is not None) + (before is not None)
     return restored
 

@@ -98,7 +98,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Take the projection's three parts in one dimension, as torch has them, or in two."""
         for name, dims in (("in_proj_weight", 2), ("in_proj_bias", 1)):
             own, given = self._parameters.get(name), state_dict.get(prefix + name)
-            if own is None or not torch.overrides.is_tensor_like(given):
+            if own is None or not isinstance(given, Tensor):
                 continue
             rows, *rest = own.shape[own.dim() - dims :]
             rows *= 3 if own.dim() > dims else 1
