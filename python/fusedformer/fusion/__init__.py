@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fusedformer.fusion._classes import BEFORE, Plan
+from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
 
@@ -81,7 +81,7 @@ def unfuse(model: nn.Module) -> int:
     for module in model.modules():
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
-            module.__class__ = before
+            change_class(module, before)
             restored += 1
     return restored
 

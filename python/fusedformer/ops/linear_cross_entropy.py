@@ -452,7 +452,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.set_materialize_grads(False)  # zeros of the size of all gradients
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
     *tensors, statistics, total, input_grad, weight_grad, bias_grad = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]]
     if not ctx.triton and torch.is_grad_enabled():
