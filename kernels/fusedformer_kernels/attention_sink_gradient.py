@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.attention_arguments import AttentionTerms, scores_are_scaled
-from fusedformer_kernels.attention_tiles import load_row_terms, power, sink_of
+from fusedformer_kernels.attention_tiles import load_row_terms, sink_of, taken_by_sink
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS
 from fusedformer_kernels.reduction import sum_partials
@@ -41,10 +41,8 @@ def _attention_sink_gradient(
     for block in range(share, n_sequences * blocks, shares):
         rows = block % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         base = ((block // blocks).to(tl.int64) * heads + head) * n_rows
-        minus_top, inverse, delta = load_row_terms(
-            statistics_ptr + base, plane, delta_ptr + base, rows, end, True
-        )
-        total += power(sink + minus_top, SCALED) * inverse * delta
+        terms = load_row_terms(statistics_ptr + base, plane, delta_ptr + base, rows, end, True)
+        total += taken_by_sink(sink, terms, SCALED)
     tl.store(partials_ptr + share * heads + head, -tl.sum(total, 0))
 
 

@@ -330,6 +330,16 @@ def with_sink(top, total, sink, SCALED: tl.constexpr):
 
 
 @triton.jit
+def taken_by_sink(sink, terms, SCALED: tl.constexpr):
+    """Weight of the sink times delta, of rows whose ``terms`` are those of load_row_terms.
+
+    The gradients of a row's scores add up to this more than that of its log-sum-exp.
+    """
+    minus_top, inverse, delta = terms
+    return power(sink + minus_top, SCALED) * inverse * delta
+
+
+@triton.jit
 def log_sum_exp(top, total, SCALED: tl.constexpr):
     """The natural one, -inf where ``total`` is 0."""
     logarithm = tl.log2(tl.where(total == 0.0, 1.0, total))
