@@ -63,7 +63,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"fuse(): expected 'model' to be a plain Module, but got a {type(model).__name__}; "
-            f"fuse it before it is scripted"
+            f"fused modules cannot be scripted: use torch.export, torch.jit.trace or torch.compile "
+            f"on the fused model"
         )
     for path, module in model.named_modules():
         names = {cls.__name__ for cls in type(module).__mro__}

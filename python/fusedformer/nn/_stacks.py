@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,9 +110,14 @@ def only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def packing_of(keep: Tensor, static_shapes: bool) -> Packing:
-    """The packing of ``keep`` ``[N, S]``, True = real."""
-    return Packing.of(keep, **_pack_settings(keep, static_shapes))
+def packing_of(
+    keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None
+) -> Packing:
+    """The packing of ``keep`` ``[N, S]``, True = real; with its lengths where they are known."""
+    settings = _pack_settings(keep, static_shapes)
+    if lengths is not None:  # then nothing has to be looked up
+        settings["static_shapes"] = False
+    return Packing.of(keep, lengths, **settings)
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:

@@ -1,0 +1,407 @@
+"""A small random model of any type that transformers has, by rules, and inputs for it.
+
+A type's default configuration is made small by the names of its numbers; where that does not build
+or run, the next of :data:`VARIANTS` is tried. Nothing is downloaded, and nothing large is built:
+a model is given up while it is made, at its first parameter above the limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+MOST_PARAMETERS = 3_000_000
+VOCABULARY, LENGTHS, LENGTH = 160, (11, 6, 8), 11
+
+
+class Variant(NamedTuple):
+    """The sizes that a configuration gets."""
+
+    width: int = 32
+    heads: int = 4
+    image: int = 32
+    patch: int = 8
+    same_head_dim: bool = False
+
+
+VARIANTS = (
+    Variant(), Variant(image=64, patch=16), Variant(64, image=64, patch=4),
+    Variant(image=64, patch=16, same_head_dim=True), Variant(64, 2), Variant(image=224, patch=16),
+)  # fmt: skip
+
+
+class TooLargeError(Exception):
+    """The configuration could not be made small."""
+
+
+# ---- configurations
+
+def _few(n: int) -> Any:
+    return lambda value, v: min(value, n)
+
+
+def _width(value: int, v: Variant) -> int:
+    return v.width
+
+
+# The first that matches decides; a rule gives None for what stays.
+RULES: tuple[tuple[str, Any], ...] = (
+    (r".*token_ids?|.*_token_index|.*_token|num_feat_extract_layers", lambda value, v: None),
+    (r"(.*_)?vocab_size.*|num_embeddings|codebook_size", lambda value, v: VOCABULARY),
+    (r"mamba_(n|num)_heads|n_mamba_heads|linear_num_(key|value)_heads|mamba_num_heads", _few(8)),
+    (r"(mamba_)?(d_head|head_?dim|headdim)|d_kv|dim_head|.*head_dim|.*attention_head_size",
+     lambda value, v: None if v.same_head_dim else v.width // v.heads),
+    (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_key_value_attention_heads).*",
+     lambda value, v: value if value < 3 else 2),
+    (r"(.*_)?(num_(attention_|self_attention_|cross_attention_)?heads|n_heads?|attention_heads"
+     r"|num_attn_heads|heads)(_.*)?", lambda value, v: min(value, v.heads)),
+    (r".*(intermediate|ffn|ff|mlp|feed_?forward)_?(size|dim|hidden_size|embed_dim).*|d_ff|n_inner"
+     r"|mlp_hidden.*|dim_feedforward.*|.*_dim_feedforward",
+     lambda value, v: v.width + v.width // 2),
+    (r"num_experts_per_tok|top_?k(_experts)?|moe_top_?k|moe_k|num_selected_experts", _few(2)),
+    (r"n_group|topk_group|num_expert_groups?", _few(1)),
+    (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts", _few(4)),
+    (r"(num_hidden_|num_|n_|encoder_|decoder_|.*_)?layers?|n_layer|(.*_)?depth|num_blocks"
+     r"|num_(encoder|decoder|hidden)_layers|.*num_(hidden_)?layers|num_self_attends_per_block",
+     _few(2)),
+    (r"max_(.*_)?(position_embeddings|positions|seq_len|sequence_length|seq_length)|n_positions"
+     r"|n_ctx|context_length|max_pos_emb|.*_max_position_embeddings|block_size",
+     lambda value, v: min(value, 64)),
+    (r"(.*_)?(image|img|input|crop)_size|pretrain_image_size", lambda value, v: v.image),
+    (r"(.*_)?patch_size", lambda value, v: min(value, v.patch)),
+    (r"num_mel_bins|n_mels|mel_dim|num_channels|in_channels|in_chans", lambda value, v: None),
+    (r"mamba_d_state|state_size|ssm_state_size|(mamba_)?d_state|qk_rope_head_dim|d_rel", _few(8)),
+    (r"(.*_)?lora_rank|time_step_rank|embedding_rank|adapter_rank", _few(16)),
+    (r"num_conv_pos_embeddings", _few(15)),
+    (r"num_conv_pos_embedding_groups|num_codevector_groups|num_groups|n_groups", _few(2)),
+    (r"index_topk|.*num_queries|num_query_tokens|num_latents|mem_len|.*chunk_size|chunk_length"
+     r"|num_detection_tokens|num_denoising|.*num_landmarks|segment_means_seq_len", _few(8)),
+    (r"(sliding|local|attention)_?(window|attention)(_size)?|local_radius|global_block_size",
+     _few(4)),
+    (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|hidden_dim|embedding_dim|emb_dim|dim|width"
+     r"|embedding_size|model_dim|embed_dims|embeddings_size|projection_dim|dim_model|lru_width"
+     r"|channels|latent_channels|base_channels|projection_size|output_size|d_embed|units"
+     r"|filters|pooler_output_size|inplanes|out_dim|out_features|hidden_channels|feature_size"
+     r"|visual_feat_dim|output_dim|classifier_proj_size|proj_codevector_dim|codevector_dim"
+     r"|features?_dim|latents|hidden_size_.*|num_pos_feats|transformer_width)(_.*)?", _width),
+)  # fmt: skip
+LISTS = (
+    (r".*depths?|.*layers_per_stage|blocks_per_stage|stage_num_blocks|num_layers|layers"
+     r"|stage_numb_of_layers|num_block_repeats|block_sizes", lambda value, v: min(value, 1)),
+    (r".*(hidden_sizes?|embed_dims?|channels?|conv_dim|tdnn_dim|dims?|widths?|embed_dim_per_stage"
+     r"|filters|channel_list|units)(_.*)?",
+     lambda value, v: value if value < 8 else max(8, value // 8)),
+)  # fmt: skip
+
+
+def small_config(config: Any, variant: Variant, special: dict[int, int]) -> Any:
+    """Of the same class as ``config``; ``special`` collects where token ids went."""
+    cls, changes = type(config), {}
+    defaults = {name: getattr(cls, name, None) for name in vars(config)}
+    in_lists = any(
+        isinstance(vars(config).get(n), (list, tuple)) for n in ("num_heads", "num_attention_heads")
+    )
+    for name, value in vars(config).items():
+        if name.startswith("_") or isinstance(value, bool) or value is None:
+            continue
+        if isinstance(value, PreTrainedConfig):
+            changes[name] = small_config(value, variant, special)
+        elif isinstance(value, int):
+            new = _small(RULES, name, value, variant)
+            if re.fullmatch(r".*(token_ids?|_token_index|_id|_index)", name):
+                new = special.setdefault(value, VOCABULARY - 1 - len(special) % 100) if (
+                    value >= VOCABULARY - 30) else None
+            if in_lists and name in ("embed_dim", "hidden_size"):
+                new = max(8, value // 8)
+            if new is not None and new != value:
+                changes[name] = new
+            elif value != defaults.get(name):
+                changes[name] = value
+        elif isinstance(value, (list, tuple)) and value and all(type(x) is int for x in value):
+            if defaults.get(name) is None and name in ("layer_types",):
+                continue
+            if re.fullmatch(r".*token_ids?", name):
+                changes[name] = [special.setdefault(x, VOCABULARY - 1 - len(special)) for x in value]
+                continue
+            if re.fullmatch(r"(.*_)?(image|img|input)_size|window_size|(.*_)?patch_size", name):
+                found = [_small(RULES, name, x, variant) for x in value]
+            else:
+                found = [_small(LISTS, name, x, variant) for x in value]
+            if None not in found:
+                changes[name] = type(value)(found)
+            elif defaults.get(name) is not None and value != defaults[name]:
+                changes[name] = value
+        elif isinstance(value, (str, float)) and value != defaults.get(name):
+            if name not in ("transformers_version", "model_type", "dtype"):
+                changes[name] = value
+    types = vars(config).get("layer_types")
+    layers = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in vars(config)),
+                  None)  # fmt: skip
+    if types and layers and isinstance(vars(config)[layers], int):
+        kinds = list(dict.fromkeys(types))
+        kinds = kinds * 2 if len(kinds) == 1 else kinds
+        changes[layers] = len(kinds)
+        for name, value in vars(config).items():
+            if isinstance(value, list) and len(value) == len(types):
+                changes[name] = value[: len(kinds)]
+        changes["layer_types"] = kinds
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(config, name, None)
+        if isinstance(rope, dict):
+            changes[name] = _small_rope(rope, variant, config)
+    changes.update(CHANGES.get(getattr(cls, "model_type", ""), {}))
+    return cls(**changes)
+
+
+def _small(rules: Any, name: str, value: int, variant: Variant) -> int | None:
+    for pattern, rule in rules:
+        if re.fullmatch(pattern, name):
+            return rule(value, variant)
+    return None
+
+
+def _small_rope(rope: Any, variant: Variant, config: Any) -> Any:
+    if isinstance(rope, dict):
+        found = {key: _small_rope(value, variant, config) for key, value in rope.items()}
+        if "rope_type" in rope and _speaks_of("mrope_section", config):
+            half = (variant.width // variant.heads) // 2
+            found["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        return found
+    return rope
+
+
+def _speaks_of(word: str, config: Any) -> bool:
+    return word in inspect.getsource(_modeling(type(config)))
+
+
+def _modeling(config: Any) -> Any:
+    """The module of models beside that of the configuration."""
+    return importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+
+
+# What the rules get wrong, by model type.
+CHANGES: dict[str, dict[str, Any]] = {}
+
+
+# ---- models
+
+def types() -> list[str]:
+    """All model types of the installed transformers."""
+    return sorted(CONFIG_MAPPING_NAMES)
+
+
+def model_class(model_type: str) -> Any:
+    """The base model of a type; else the first of its module that takes its configuration."""
+    config = CONFIG_MAPPING[model_type]
+    for mapping in (modeling_auto.MODEL_MAPPING, *_OTHER_MAPPINGS):
+        if config in mapping:
+            found = mapping[config]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    for cls in vars(_modeling(config)).values():
+        if (
+            inspect.isclass(cls) and issubclass(cls, PreTrainedModel)
+            and cls.__dict__.get("config_class", cls.__dict__.get("__annotations__", {}).get("config"))
+            in (config, config.__name__)
+            and not cls.__name__.endswith("PreTrainedModel")
+        ):  # fmt: skip
+            return cls
+    raise LookupError("no model class takes its configuration")
+
+
+_OTHER_MAPPINGS = [
+    value for name, value in vars(modeling_auto).items()
+    if re.fullmatch(r"MODEL_.*MAPPING", name) and name != "MODEL_MAPPING"
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > MOST_PARAMETERS:
+            raise TooLargeError(f"more than {MOST_PARAMETERS:,} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def small_model(model_type: str, variant: Variant = VARIANTS[0]) -> Any:
+    """In evaluation mode, with weights that make its outputs anything but constant."""
+    config = small_config(CONFIG_MAPPING[model_type](), variant, {})
+    torch.manual_seed(0)
+    with _limited():
+        model = model_class(model_type)(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 if parameter.dim() < 2 else (parameter.numel() / len(parameter)) ** -0.5
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+# ---- inputs
+
+def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
+    """For the model's forward, drawn by name; the last tokens of rows are padding."""
+    signature = inspect.signature(type(model).forward).parameters
+    draw = torch.Generator().manual_seed(1)
+    shape, config = (len(LENGTHS), LENGTH), model.config
+    found: dict[str, Tensor] = {}
+    main = model.main_input_name
+    wanted = {
+        name for name, p in signature.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name != "self"
+    } | {n for n in ((main,) if isinstance(main, str) else main) if n in signature}  # fmt: skip
+    if "input_ids" in signature:
+        wanted.add("input_ids")
+    if "pixel_values" in signature and kind == 0:
+        wanted.add("pixel_values")
+    for name in ("decoder_input_ids", "attention_mask", "bbox"):
+        if name in signature:
+            wanted.add(name)
+    wanted -= {"kwargs"}
+    for name in sorted(wanted):
+        found[name] = _drawn(name, config, shape, draw, kind)
+    if "attention_mask" in found and "input_ids" not in found and "inputs_embeds" not in found:
+        del found["attention_mask"]
+    return found
+
+
+def padded(inputs: dict[str, Any], side: str) -> dict[str, Any]:
+    """The same rows, shorter, with padding to their ``right``, ``left``, or in the ``middle``."""
+    rows, length = inputs["input_ids"].shape
+    mask = torch.zeros(rows, length, dtype=torch.long)
+    for row, cut in enumerate(length - LENGTH + n for n in LENGTHS):
+        end = length if side == "left" else cut if side == "right" else length - 3
+        mask[row, end - cut if side == "left" else 0 : end] = 1
+        if side == "middle":  # three real tokens behind the hole
+            mask[row, cut - 3 : length - 3], mask[row, length - 3 :] = 0, 1
+    found = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape:
+            found[name] = value[:, -1:].expand_as(value).clone()
+            for row in range(rows):
+                real = mask[row].bool()
+                found[name][row, real] = value[row, : int(real.sum())]
+    return {**found, "attention_mask": mask}
+
+
+def runnable(model_type: str, recipe: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+    """The model, and inputs that its forward takes, with as many tokens as it has features."""
+    model = small_model(model_type, VARIANTS[recipe[0]])
+    inputs = inputs_of(model, recipe[1])
+    for _ in range(4):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+            return model, inputs
+        except ValueError as error:
+            told = re.search(r"tokens:? (\d+),? features:? (\d+)", str(error))
+            if told is None or "input_ids" not in inputs:
+                raise
+            inputs = _with_features(model, inputs, int(told[1]), int(told[2]))
+    raise LookupError("its features can't be placed")
+
+
+def _with_features(model: Any, inputs: dict[str, Any], tokens: int, features: int) -> Any:
+    rows = inputs["input_ids"].shape[0]
+    if tokens:
+        raise LookupError("its features can't be placed")
+    each = features // rows
+    config = model.config
+    token = next(
+        getattr(config, n) for n in ("image_token_id", "image_token_index", "audio_token_id",
+                                     "audio_token_index") if hasattr(config, n)
+    )  # fmt: skip
+    if not 0 < each < 200:
+        raise LookupError(f"{each} features a row")
+    ids = torch.cat([torch.full((rows, each), token), inputs["input_ids"]], 1)
+    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _ids(config: Any, shape: Any, draw: torch.Generator) -> Tensor:
+    taken, sizes = set(), []
+
+    def walk(config: Any) -> None:
+        for name, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                walk(value)
+            elif re.fullmatch(r".*(token_ids?|token_index|_id|_index)", name):
+                taken.update([value] if isinstance(value, int) else value or [])
+            elif re.fullmatch(r"(.*_)?vocab_size", name) and isinstance(value, int):
+                sizes.append(value)
+
+    walk(config)
+    free = torch.tensor([i for i in range(3, min(sizes, default=30)) if i not in taken][:100])
+    return free[torch.randint(len(free), shape, generator=draw)]
+
+
+def _image_size(config: Any) -> int:
+    for name in ("image_size", "img_size", "input_size", "crop_size", "pretrain_image_size"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value if isinstance(value, int) else list(value)[0]
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            size = _image_size(value)
+            if size:
+                return size
+    return 0
+
+
+def _number(config: Any, names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if isinstance(vars(config).get(name), int):
+            return vars(config)[name]
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            found = _number(value, names, 0)
+            if found:
+                return found
+    return default
+
+
+def _drawn(name: str, config: Any, shape: Any, draw: torch.Generator, kind: int) -> Tensor:
+    rows = shape[0]
+    if name == "attention_mask":
+        return torch.ones(shape, dtype=torch.long)
+    if name in ("input_ids", "text_input_ids"):
+        return _ids(config, shape, draw)
+    if name == "decoder_input_ids":
+        return _ids(config, (rows, 6), draw)
+    if name == "bbox":
+        corner = torch.randint(0, 20, (*shape, 2), generator=draw)
+        return torch.cat([corner, corner + 5], -1)
+    if name in ("pixel_values", "pixel_values_videos"):
+        size = _image_size(config) or 64
+        channels = _number(config, ("num_channels", "in_channels", "in_chans"), 3)
+        frames = _number(config, ("num_frames", "frames_per_clip"), 0)
+        shape = (rows, frames, channels, size, size) if frames else (rows, channels, size, size)
+        return torch.randn(shape, generator=draw)
+    if name in ("input_values", "audio_values"):
+        return torch.randn(rows, 1600 * (1 + kind), generator=draw)
+    if name in ("input_features", "audio_features"):
+        bins = _number(config, ("num_mel_bins", "n_mels", "feature_size"), 80)
+        time = 2 * _number(config, ("max_source_positions",), 16)
+        shape = (rows, bins, time) if kind == 0 else (rows, time, bins)
+        return torch.randn(shape, generator=draw)
+    if name in ("inputs_embeds", "hidden_states", "encoder_hidden_states"):
+        width = _number(config, ("hidden_size", "d_model", "embed_dim"), 32)
+        return torch.randn(*shape, width, generator=draw)
+    raise LookupError(f"no rule for the argument {name!r}")
