@@ -309,11 +309,3 @@ def test_a_decoder_of_bert_is_left_to_itself_and_strict_says_so() -> None:
         assert [one.path for one in report.left] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
         ours = model(input_ids=ids, attention_mask=MASK.long()).logits
     assert torch.allclose(ours[MASK], stock[MASK], atol=1e-5)
-
-
-def test_sinks_are_refused() -> None:
-    from fusedformer.fusion._huggingface import attention
-
-    q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="s_aux"):
-        attention(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))

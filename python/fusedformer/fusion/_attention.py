@@ -75,15 +75,13 @@ def attention(
         sliding_window: of packed sequences, keys within this distance are seen, itself included;
             of others the mask says so.
         position_bias: added to the scores.
+        s_aux: the functional form's ``sinks``.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences, in a batch
             of 1.
 
     Raises:
-        ValueError: attention sinks (``s_aux``), which the kernels do not have; ``position_bias`` of
-            packed sequences.
+        ValueError: ``position_bias`` of packed sequences.
     """
-    if s_aux is not None:
-        raise ValueError("fusedformer: attention sinks ('s_aux') are not supported; unfuse(model)")
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
@@ -96,7 +94,7 @@ def attention(
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
-        "enable_gqa": key.shape[1] != query.shape[1], "window": window,
+        "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
         "causal_alignment": "bottom_right",
     }  # fmt: skip
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # which say it all

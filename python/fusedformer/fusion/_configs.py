@@ -20,15 +20,18 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import eager_mask
 
 from fusedformer.fusion._attention import attention, attention_mask, attention_mask_4d
 
-# The second is for models that read a mask of four dimensions.
-NAME, NAME_4D = NAMES = "fusedformer", "fusedformer_4d_masks"
+# The second is for models that read a mask of four dimensions, the third for those that know it as
+# what is added to scores alone.
+NAMES = "fusedformer", "fusedformer_4d_masks", "fusedformer_added_masks"
+NAME, NAME_4D, NAME_ADDED = NAMES
 _KEPT = "_fusedformer_configs"  # where a module keeps its originals; ``_attention`` reads it
 _NAMED = "_attn_implementation_internal"
 # When this module is imported, and so before a pickled model is used in another process.
-for _name, _masks in ((NAME, attention_mask), (NAME_4D, attention_mask_4d)):
+for _name, _masks in zip(NAMES, (attention_mask, attention_mask_4d, eager_mask), strict=True):
     AttentionInterface.register(_name, attention)
     AttentionMaskInterface.register(_name, _masks)
 

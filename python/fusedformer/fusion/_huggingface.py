@@ -19,6 +19,7 @@ from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._configs import (
     NAME,
     NAME_4D,
+    NAME_ADDED,
     NAMES,
     asks_for_name,
     attends,
@@ -133,7 +134,9 @@ def _name_for_masks(
 def _name_for(model: Any, places: list[Place]) -> str:
     """The name whose masks all of ``model`` can read."""
     itself = any(p.model is model and computes_attention(p.module) for p in places)
-    return NAME if getattr(model, "_supports_flash_attn", False) and not itself else NAME_4D
+    if getattr(model, "_supports_flash_attn", False) and not itself:
+        return NAME
+    return NAME_4D if getattr(model, "_supports_sdpa", False) else NAME_ADDED
 
 
 def _reads_padding(model: nn.Module) -> str:
