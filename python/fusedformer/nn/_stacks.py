@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
+from fusedformer._onlookers import is_traced_by_jit, stands_for_many
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import packing_and_selection
 from fusedformer.nn._masks import check_sequence, padded_positions
@@ -99,8 +100,14 @@ def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tens
     return output.masked_fill(padded[..., None], 0.0)
 
 
-def can_pack(x: Tensor, static_shapes: bool) -> bool:
-    """Whether batches on the device of ``x`` are packed; the torch backend cannot statically."""
+def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
+    """Whether batches on the device of ``x`` are packed; the torch backend cannot statically.
+
+    Nobody can by ``paddings`` that torch.vmap maps, each with numbers of tokens of its own; and
+    torch.jit.trace, whose sizes are tensors, gets the padded form.
+    """
+    if is_traced_by_jit() or stands_for_many(x, *paddings):
+        return False
     static = static_shapes or not _checks.has_values(x)
     return not static or chosen_backend(x) == "triton"
 
