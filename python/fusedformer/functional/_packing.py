@@ -150,6 +150,14 @@ def _packing(
     )
 
 
+def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
+    """Of a batch without padding; the sizes may be symbols of a compiler."""
+    positions = torch.arange(batch * length, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    starts = ops.shared_by_layers(starts)
+    return Packing(starts, length, positions, positions, batch, length, starts, starts, False)
+
+
 def _static_packing(keep: Tensor) -> Packing:
     flat, starts = keep.flatten(), _starts(keep.sum(1))
     rows = flat.shape[0]

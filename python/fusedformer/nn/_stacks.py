@@ -12,6 +12,7 @@ from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer._onlookers import is_traced_by_jit, stands_for_many
 from fusedformer.functional import Packing, Selection
+from fusedformer.functional._packing import whole_packing
 from fusedformer.functional._selection import packing_and_selection
 from fusedformer.nn._masks import check_sequence, padded_positions
 from fusedformer.nn._modules import Pending, is_plain, is_sharded
@@ -148,9 +149,7 @@ def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -
     """The packing of ``x`` ``[N, S, *]`` with boolean ``padding`` ``[N, S]``, True = masked."""
     if padding is not None:
         return packing_of(~padding, static_shapes)
-    batch, length = x.shape[:2]
-    keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    return Packing.of(keep, [length] * batch)
+    return whole_packing(x.shape[0], x.shape[1], x.device)
 
 
 def check_rows(function: str, name: str, rows: Tensor, packing: Packing) -> None:
