@@ -116,8 +116,9 @@ class Transformer(torch.nn.Transformer):
                     f"{function}(): expected the last dimension of '{name}' to be d_model="
                     f"{self.d_model}, but got shape {tuple(tensor.shape)}"
                 )
-        batches = [t.shape[0 if self.batch_first else 1] for t in (src, tgt) if t.dim() == 3]
-        if src.dim() != tgt.dim() or len(set(batches)) > 1:
+        batch = 0 if self.batch_first else 1
+        # Compared as sizes: the symbols of a compiler cannot be hashed.
+        if src.dim() != tgt.dim() or (src.dim() == 3 and src.shape[batch] != tgt.shape[batch]):
             raise ValueError(
                 f"{function}(): expected 'src' and 'tgt' to have the same batch, but got shapes "
                 f"{tuple(src.shape)} and {tuple(tgt.shape)} with batch_first={self.batch_first}"

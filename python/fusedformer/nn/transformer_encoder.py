@@ -157,7 +157,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         computed = self.compute_padding if compute_padding is None else compute_padding
         wanted = wanted and (padding is None or not computed)
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
-        if plain and wanted and self.packs(src):
+        if plain and wanted and self.packs(src, padding, output_rows):
             check_sequences(function, self, {"src": src})
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
@@ -186,14 +186,18 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return output[output_rows]
         return output.take_along_dim(output_rows[..., None], 1)
 
-    def packs(self, src: Tensor) -> bool:
+    def packs(self, src: Tensor, *masks: Tensor | None) -> bool:
         """Whether :meth:`forward` packs padded batches on the device of ``src``.
 
         The layers and the norm are this library's, without hooks or replaced children; layers may
-        be sharded by ``fully_shard``, children of layers and the norm not by themselves. Inside
-        ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
+        be sharded by ``fully_shard``, children of layers and the norm not by themselves. With
+        ``static_shapes``, and where tracers look on (``torch.compile``, ``torch.export``,
+        ``torch.jit.trace``, ``make_fx``), the torch backend does not pack. Nothing is packed where
+        ``torch.vmap`` maps over ``src`` or one of ``masks``, those of :meth:`forward`.
         """
-        return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes)
+        return is_fused(self, TransformerEncoderLayer) and can_pack(
+            src, self.static_shapes, *masks
+        )
 
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
