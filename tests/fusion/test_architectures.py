@@ -34,7 +34,8 @@ def test_fused_is_as_stock(name: str) -> None:
     """Outputs, gradients, weights, hooks, pickles, unfuse; at the level that is written down."""
     with deadline(SECONDS):
         found = examine(name, TYPES[name]["recipe"])
-    assert found.faults == [] or name in KNOWN
+    known = "output_attentions" if name in KNOWN else "nothing"
+    assert [fault for fault in found.faults if not fault.startswith(known)] == []
     assert found.level == TYPES[name]["level"]
 
 
