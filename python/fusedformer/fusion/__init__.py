@@ -14,6 +14,7 @@ from torch import nn
 from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
+from fusedformer.nn import TransformerEncoder
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
@@ -58,6 +59,10 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()
+    if pack is False:
+        for module in model.modules():
+            if isinstance(module, TransformerEncoder) and BEFORE in module.__dict__:
+                module.compute_padding = True
     return FusionReport(plan.replaced, plan.left)
 
 
@@ -82,6 +87,7 @@ def unfuse(model: nn.Module) -> int:
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
             change_class(module, before)
+            module.__dict__.pop("compute_padding", None)
             restored += 1
     return restored
 
