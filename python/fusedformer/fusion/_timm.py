@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedformer import functional, nn
+from fusedformer.nn._tracers import introduce
 
 
 class Attention:
@@ -38,6 +39,8 @@ def _refuses(module: Any) -> str:
     fast = getattr(module, "_fast_norm", False)
     return "timm's fast norm is on, which computes under autocast in its dtype" if fast else ""
 
+
+introduce([Attention])  # LayerNorm is known as the class that it is of
 
 # What computes a class of timm, and what says why it may not.
 TIMM: dict[str, type[Any]] = {
