@@ -1,8 +1,9 @@
-"""torch.jit.trace and make_fx: what is recorded holds for other lengths and masks, saved too."""
+"""Tracers: what jit.trace and make_fx record holds for other lengths; our modules are leaves."""
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +23,6 @@ Inputs = tuple[Tensor, ...]
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing checks on shapes, which stock causes too
         yield
@@ -163,3 +162,52 @@ def test_packing_by_an_examples_lengths_is_refused(name: Any) -> None:
         ):  # fmt: skip
             with pytest.raises(RuntimeError, match=r"Packing\.of.*static_shapes=True"):
                 trace()
+
+
+class OwnNorm(torch.nn.LayerNorm):
+    """A subclass, which fuse makes another subclass of."""
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(D, H, 24, batch_first=True)
+        self.norm = OwnNorm(D)
+        self.encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.attention = torch.nn.MultiheadAttention(D, H, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = self.encoder(self.norm(x), src_key_padding_mask=padding)
+        output: Tensor = self.attention(x, x, x, padding)[0]
+        return output
+
+
+def test_fused_modules_are_leaves_of_a_symbolic_trace() -> None:
+    net = Net().eval()
+    fusedformer.fuse(net, strict=True)
+    traced = torch.fx.symbolic_trace(net)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["norm", "encoder", "attention"]
+    for given in ((X, FIRST), (Y, SECOND)):
+        assert torch.equal(traced(*given), net(*given))
+
+
+def test_what_is_no_module_of_ours_is_traced_through() -> None:
+    class Twice(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return input * 2
+
+    found = torch.fx.symbolic_trace(torch.nn.Sequential(Twice(D), nn.LayerNorm(D)))
+    assert [n.op for n in found.graph.nodes if n.op.startswith("call")] == [
+        "call_function", "call_module"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [Net, lambda: OwnNorm(D), lambda: torch.nn.Softmax(-1)])
+def test_scripting_says_what_to_do(make: Callable[[], torch.nn.Module]) -> None:
+    net = make()
+    fusedformer.fuse(net)
+    with pytest.raises(TypeError, match=r"torch\.export, torch\.jit\.trace.*unfuse"):
+        torch.jit.script(net)
+    fusedformer.unfuse(net)
+    assert isinstance(torch.jit.script(net), torch.jit.ScriptModule)

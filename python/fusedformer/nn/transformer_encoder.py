@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer._jagged import check_jagged, jagged_like
 from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows
 from fusedformer.functional._steps import seeds_drawn_at_once
@@ -278,8 +279,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         masks = AttentionMasks(None, None, is_causal, starts, starts, longest, longest)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             output = self._run(values, masks, None)
-        nested: Tensor = torch.nested.nested_tensor_from_jagged(output, starts)
-        return nested
+        return jagged_like(output, src)
 
     def _run(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
         """All layers and the norm of packed rows; the last layer computes only ``rows``.
@@ -313,11 +313,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         output_rows: Tensor | None,
     ) -> None:
         function = "TransformerEncoder"
-        if src.layout != torch.jagged or src.dim() != 3 or not src.is_contiguous():
-            raise TypeError(
-                f"{function}(): expected a nested 'src' to be jagged and contiguous, [batch, "
-                f"jagged, width], but got {src.layout} with {src.dim()} dimensions"
-            )
+        check_jagged(function, "src", src, "batch, jagged, width")
         given = {"src_key_padding_mask": padding, "output_rows": output_rows}
         for name, tensor in given.items():
             if tensor is not None:
