@@ -408,3 +408,16 @@ def test_gradients_through_a_model_of_models() -> None:
     for name in names:
         scale = wanted[name].abs().max().item()
         assert torch.allclose(found[name], wanted[name], atol=1e-4 * scale + 1e-6), name
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_a_mask_of_the_users_says_all(rows: int) -> None:
+    """Four boolean dimensions undo a decoder's causality, as in stock; all True too."""
+    model, ids = llama(), inputs_of("bert")["input_ids"]
+    for keep in (MASK, torch.ones_like(MASK)):
+        mask = keep[:, None, None].expand(-1, -1, rows, -1)
+        with torch.no_grad():
+            wanted = model(input_ids=ids, attention_mask=mask)
+            fusedformer.fuse(model)
+            assert same(model(input_ids=ids, attention_mask=mask), wanted)
+            fusedformer.unfuse(model)

@@ -21,9 +21,10 @@ except ImportError:  # of an older transformers: then hooks are what tells
     _active_collector = None  # type: ignore[assignment]
 
 
-# The dtype of a mask of keys that stands for causality too. Models hand on masks of four dimensions
-# as they are, so that it cannot be told by their number.
-CAUSAL = torch.int8
+# The dtypes of masks of keys that this library made: all queries see them, or those behind. Models
+# hand on masks of four dimensions as they are, so that it cannot be told by their number; and a
+# boolean one may be the user's.
+FULL, CAUSAL = torch.uint8, torch.int8
 
 
 def captured() -> dict[str, Any]:
@@ -38,10 +39,10 @@ def captured() -> dict[str, Any]:
 
 def key_mask_of(mask: Any) -> Tensor | None:
     """``[batch, keys]``, True = real, of a mask that is the same for all queries and heads."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, FULL):
         return None
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return mask[:, 0, 0]
+        return mask[:, 0, 0].view(torch.bool)
     return mask if mask.dim() == 2 else None
 
 
@@ -149,10 +150,11 @@ def _understood(
     if given.dim() == 2:
         return None, given, says
     is_causal = given.dtype == CAUSAL
-    keys = key_mask_of(given.bool() if is_causal else given)
+    keys = given[:, 0, 0].view(torch.bool) if is_causal else key_mask_of(given)
     if keys is None:
         return given, None, False
-    if is_causal != says and _sdpa_forgets(module, keys):
+    ours = given.dtype != torch.bool
+    if ours and is_causal != says and _sdpa_forgets(module, keys):
         is_causal = says
     return None, keys, is_causal
 
@@ -183,8 +185,8 @@ def attention_mask(
     """The mask that :func:`attention` gets: as small as what was asked for allows.
 
     Returns:
-        None without padding; the padding ``[batch, 1, 1, keys]``, boolean where all queries see all
-        keys, of dtype ``CAUSAL`` where they see those before them; else boolean
+        None without padding; the padding ``[batch, 1, 1, keys]``, of dtype ``FULL`` where all
+        queries see all keys, ``CAUSAL`` where they see those before them; else boolean
         ``[batch, 1, queries, keys]``.
     """
     full = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
@@ -198,8 +200,7 @@ def attention_mask(
     if (full or aligned) and fits and kv_offset == 0:
         if attention_mask is None:
             return None
-        keys = attention_mask[:, None, None]
-        return keys if full else keys.to(CAUSAL)
+        return attention_mask.bool()[:, None, None].view(FULL if full else CAUSAL)
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
