@@ -14,6 +14,7 @@ from transformers.masking_utils import (
 
 from fusedformer import functional
 from fusedformer._checks import has_values
+from fusedformer._onlookers import is_traced_by_jit
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -42,8 +43,13 @@ def key_mask_of(mask: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, FULL):
         return None
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return mask[:, 0, 0].view(torch.bool)
+        return _seen_as(torch.bool, mask[:, 0, 0])
     return mask if mask.dim() == 2 else None
+
+
+def _seen_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
+    """``mask`` of zeros and ones, of a byte each, by another name; torch.jit.trace must copy."""
+    return mask.to(dtype) if is_traced_by_jit() else mask.view(dtype)
 
 
 def attention(
@@ -150,7 +156,7 @@ def _understood(
     if given.dim() == 2:
         return None, given, says
     is_causal = given.dtype == CAUSAL
-    keys = given[:, 0, 0].view(torch.bool) if is_causal else key_mask_of(given)
+    keys = _seen_as(torch.bool, given[:, 0, 0]) if is_causal else key_mask_of(given)
     if keys is None:
         return given, None, False
     ours = given.dtype != torch.bool
@@ -200,7 +206,7 @@ def attention_mask(
     if (full or aligned) and fits and kv_offset == 0:
         if attention_mask is None:
             return None
-        return attention_mask.bool()[:, None, None].view(FULL if full else CAUSAL)
+        return _seen_as(FULL if full else CAUSAL, attention_mask.bool()[:, None, None])
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
