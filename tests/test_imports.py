@@ -23,19 +23,23 @@ ALLOWED = {
     ),
     "nn": (
         "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
-        "fusedformer._autocast",
+        "fusedformer._autocast", "fusedformer._jagged", "fusedformer._onlookers",
     ),
     "functional": (
         "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
-        "fusedformer._attention_checks", "fusedformer._autocast",
+        "fusedformer._attention_checks", "fusedformer._autocast", "fusedformer._jagged",
+        "fusedformer._onlookers",
     ),
     "ops": (
         "fusedformer.ops", "fusedformer._checks", "fusedformer._attention_checks",
-        "fusedformer._backend", "fusedformer._autocast", "fusedformer_kernels",
+        "fusedformer._backend", "fusedformer._autocast", "fusedformer._onlookers",
+        "fusedformer_kernels",
     ),
-    "_attention_checks": ("fusedformer._checks",),
+    "_attention_checks": ("fusedformer._checks", "fusedformer._jagged"),
+    "_jagged": ("fusedformer._checks",),
     "_autocast": (),
-    "_checks": (),
+    "_checks": ("fusedformer._onlookers",),
+    "_onlookers": (),
     "_backend": (),
     "_version": (),
 }  # fmt: skip
