@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer._jagged import check_jagged, check_same_lengths
 
 ALIGNMENTS = ("top_left", "bottom_right")
 WEIGHTS = (False, "per_head", "averaged")
@@ -384,11 +385,13 @@ def check_nested(
     """Raise unless nested tensors can go through the packed form."""
     function = "scaled_dot_product_attention"
     for name, tensor in {"query": query, "key": key, "value": value}.items():
-        if tensor.layout != torch.jagged or tensor.dim() != 4:
-            raise TypeError(
-                f"{function}(): expected a nested '{name}' to be jagged, [batch, heads, jagged, "
-                f"dim], but got {tensor.layout} with {tensor.dim()} dimensions"
-            )
+        check_jagged(function, name, tensor, "batch, heads, jagged, dim")
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"{function}(): expected 'query' and 'key' to have the same batch, "
+            f"but got {query.shape[0]} and {key.shape[0]}"
+        )
+    check_same_lengths(function, ("key", "value"), key, value)
     if key_mask is not None:
         raise ValueError(f"{function}(): nested tensors have no padding, but got a 'key_mask'")
     if return_weights:

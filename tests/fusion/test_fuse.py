@@ -279,3 +279,21 @@ def test_compiled_after_it_was_fused() -> None:
     fusedformer.fuse(net)
     traced = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert torch.allclose(traced(src, padding)[~padding], real, atol=1e-5)
+
+
+@pytest.mark.parametrize("pack", [None, True, False])
+def test_padding_of_torchs_encoder_is_computed_if_asked(pack: bool | None) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(nn.TransformerEncoder(layer, 2)), torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 2 + [True] * 3])
+    wanted = model[0](x, src_key_padding_mask=padding)
+    fusedformer.fuse(model, pack=pack)
+    found = model[0](x, src_key_padding_mask=padding)
+    assert torch.allclose(found[~padding], wanted[~padding], atol=1e-5)
+    at_padding = wanted[padding] if pack is False else torch.zeros(3, 16)
+    assert torch.allclose(found[padding], at_padding, atol=1e-5)
+    before = set(model[0].__dict__)
+    fusedformer.unfuse(model)
+    assert before - set(model[0].__dict__) <= {"_fusedformer_before", "compute_padding"}
+    assert torch.equal(model[0](x, src_key_padding_mask=padding), wanted)

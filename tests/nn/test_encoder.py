@@ -20,6 +20,9 @@ ragged = torch.arange(S) >= torch.tensor([[S], [4], [1]])
 left = ragged.flip(1)
 jagged = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.jagged)
 strided = torch.nested.nested_tensor([torch.randn(S, D)], layout=torch.strided)
+with_holes = torch.nested.narrow(
+    torch.randn(2, S, D), 1, torch.tensor([1, 0]), torch.tensor([2, S]), layout=torch.jagged
+)
 holes = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
 
 
@@ -278,3 +281,18 @@ def test_bad_construction() -> None:
         nn.TransformerEncoder(3, 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="norm"):
         nn.TransformerEncoder(layer(nn), 1, norm=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("src", "message"),
+    [
+        (strided, r"as_nested_tensor\(list\(src\.unbind"),
+        (with_holes, r"without holes.*src\.contiguous\(\)"),
+        (jagged.transpose(1, 2), "at 2 is jagged"),
+    ],
+    ids=["strided", "holes", "jagged in width"],
+)
+def test_nested_tensors_that_are_refused(src: torch.Tensor, message: str) -> None:
+    with pytest.raises(TypeError, match=f"TransformerEncoder.*'src'.*{message}"):
+        encoder(nn, Case("", BATCH_FIRST))(src)
+    encoder(nn, Case("", BATCH_FIRST))(with_holes.contiguous())

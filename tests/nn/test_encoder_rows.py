@@ -143,6 +143,7 @@ def test_jagged_in_and_out(training: bool, causal: bool, name: Any, device: str)
         jagged = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
         output = stack(jagged, **settings)
     assert output.is_nested and output.layout == torch.jagged
+    assert output.to_padded_tensor(0.0).shape == (N, max(LENGTHS), D)
     assert torch.equal(output.values(), padded[~padding])
     dy = torch.randn_like(padded)
     wanted = torch.autograd.grad(padded, [leaf, *stack.parameters()], dy)

@@ -10,6 +10,7 @@ import torch
 from tests.ops.judge import grad
 from torch import Tensor
 
+from fusedformer import backend
 from fusedformer import functional as F
 
 LENGTHS = [80, 0, 67, 1, 33]
@@ -200,14 +201,75 @@ def test_jagged_in_and_out(device: str) -> None:
         assert torch.equal(got, want)
 
 
+def jagged(lengths: list[int]) -> Tensor:
+    """``[batch, heads, jagged, dim]``."""
+    parts = [torch.randn(length, 2, 4) for length in lengths]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_jagged_results_are_padded_as_their_query_is(name: Any) -> None:
+    """To the longest sequence, or to what the query was given as its most."""
+    query = jagged([3, 7, 5])
+    rows: Any = query.transpose(1, 2)
+    settings = {"min_seqlen": 0, "max_seqlen": 9}
+    wider = torch.nested.nested_tensor_from_jagged(rows.values(), rows.offsets(), **settings)
+    for given, length in ((query, 7), (wider.transpose(1, 2), 9)):
+        with backend(name):
+            output = F.scaled_dot_product_attention(given, given, given)
+        padded = output.transpose(1, 2).to_padded_tensor(7.5)
+        assert padded.shape == (3, length, 2, 4)
+        for own, whole in zip(query.unbind(), padded, strict=True):
+            want = torch.nn.functional.scaled_dot_product_attention(own, own, own)
+            assert torch.allclose(whole[: own.shape[1]], want.transpose(0, 1), atol=1e-6)
+            assert (whole[own.shape[1] :] == 7.5).all()
+
+
+def with_holes() -> Tensor:
+    starts, lengths = torch.tensor([1, 0]), torch.tensor([1, 3])
+    parts = torch.randn(2, 4, 2, 4)
+    return torch.nested.narrow(parts, 1, starts, lengths, layout=torch.jagged).transpose(1, 2)
+
+
+def test_a_narrowed_jagged_tensor_is_what_it_is_once_contiguous() -> None:
+    narrowed = with_holes().transpose(1, 2)
+    whole = narrowed.contiguous().transpose(1, 2)
+    output = F.scaled_dot_product_attention(whole, whole, whole)
+    for own, got in zip(narrowed.unbind(), output.unbind(), strict=True):
+        q = own.transpose(0, 1)
+        want = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_key_and_value_of_the_same_lengths_by_offsets_of_their_own() -> None:
+    query, key, value = jagged([4, 1]), jagged([2, 3]), jagged([2, 3])
+    output = F.scaled_dot_product_attention(query, key, value)
+    parts = zip(*(t.unbind() for t in (query, key, value)), strict=True)
+    for got, own in zip(output.unbind(), parts, strict=True):
+        want = torch.nn.functional.scaled_dot_product_attention(*own)
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+strided = torch.nested.nested_tensor([torch.randn(2, 3, 4)] * 2, layout=torch.strided)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"key_mask": torch.ones(2, 5) > 0}, ValueError, "no padding"),
         ({"return_weights": "averaged"}, ValueError, "return_weights=False"),
         ({"key": torch.ones(2, 2, 5, 4)}, TypeError, "all dense or all nested"),
+        ({"value": jagged([3, 2])}, ValueError, r"'key' and 'value'.*\[0, 2, 5\] and \[0, 3, 5\]"),
+        ({"key": with_holes()}, TypeError, r"'key'.*without holes.*key\.contiguous\(\)"),
+        ({"query": with_holes()}, TypeError, r"'query'.*query\.contiguous\(\)"),
+        ({"query": jagged([2, 1, 2])}, ValueError, "'query' and 'key'.*batch.*3 and 2"),
+        ({"value": jagged([2, 3]).transpose(1, 2)}, TypeError, "'value'.*at 1 is jagged"),
+        ({"value": strided}, TypeError, r"'value'.*as_nested_tensor\(list\(value\.unbind"),
     ],
-    ids=["key_mask", "return_weights", "mixed"],
+    ids=[
+        "key_mask", "return_weights", "mixed", "lengths of value", "holes in key",
+        "holes in query", "batch", "jagged in heads", "strided",
+    ],
 )
 def test_what_nested_tensors_cannot_be_asked_for(
     changes: dict[str, Any], error: type[Exception], message: str

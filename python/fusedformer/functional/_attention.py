@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedformer import _attention_checks, ops
 from fusedformer._autocast import autocast_dtype, cast
+from fusedformer._jagged import jagged_like
 
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -169,7 +170,7 @@ def _nested_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[s
             longest[i] = mask.shape[i]
     result = varlen_attention(q, k, v, starts, jagged[1].offsets(), *longest, **options)
     output = result[0] if options["return_lse"] else result
-    nested = torch.nested.nested_tensor_from_jagged(output, starts).transpose(1, 2)
+    nested = jagged_like(output, jagged[0]).transpose(1, 2)
     return (nested, result[1]) if options["return_lse"] else nested
 
 

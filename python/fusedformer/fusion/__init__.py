@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from fusedformer.fusion._classes import BEFORE, Plan
+from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
+from fusedformer.nn import TransformerEncoder
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
@@ -58,6 +59,10 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()
+    if pack is False:
+        for module in model.modules():
+            if isinstance(module, TransformerEncoder) and BEFORE in module.__dict__:
+                module.compute_padding = True
     return FusionReport(plan.replaced, plan.left)
 
 
@@ -81,7 +86,8 @@ def unfuse(model: nn.Module) -> int:
     for module in model.modules():
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
-            module.__class__ = before
+            change_class(module, before)
+            module.__dict__.pop("compute_padding", None)
             restored += 1
     return restored
 

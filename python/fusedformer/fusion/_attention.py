@@ -21,6 +21,11 @@ except ImportError:  # of an older transformers: then hooks are what tells
     _active_collector = None  # type: ignore[assignment]
 
 
+# The dtype of a mask of keys that stands for causality too. Models hand on masks of four dimensions
+# as they are, so that it cannot be told by their number.
+CAUSAL = torch.int8
+
+
 def captured() -> dict[str, Any]:
     """What the running model was asked to return besides, by name."""
     collector: Any = _active_collector
@@ -79,13 +84,10 @@ def attention(
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    says_causal = is_causal
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = key_mask = None
     if not packed:
-        mask, key_mask, is_causal = _understood(attention_mask, is_causal)
-        if is_causal and attention_mask is not None and not says_causal:
-            is_causal = not _sdpa_forgets(module, attention_mask)
+        mask, key_mask, is_causal = _understood(module, attention_mask, is_causal)
     is_causal = is_causal and query.shape[2] > 1
     window = None
     if sliding_window is not None and packed:  # elsewhere the mask has it
@@ -116,9 +118,10 @@ def attention(
         mask = bias
     elif mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
+    returned = "attentions" in captured() or kwargs.get("output_attentions")
     result: Any = functional.scaled_dot_product_attention(
         query, key, value, mask, key_mask=key_mask,
-        return_weights="per_head" if "attentions" in captured() else False, **settings,
+        return_weights="per_head" if returned else False, **settings,
     )
     output, weights = result if isinstance(result, tuple) else (result, None)
     # Autocast may have widened the weights; those models cast them back.
@@ -134,32 +137,35 @@ def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
     return mask
 
 
-def _sdpa_forgets(module: nn.Module, mask: Tensor) -> bool:
-    """Whether a module that says it is not causal would have got no causal mask before.
+def _understood(
+    module: nn.Module, given: Tensor | None, says: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """The mask of scores, the mask of keys, and causality, from a mask that layers were given.
+
+    ``says``, the module's word on causality, holds where the mask leaves it open.
+    """
+    if given is None:
+        return None, None, says
+    if given.dim() == 2:
+        return None, given, says
+    is_causal = given.dtype == CAUSAL
+    keys = key_mask_of(given.bool() if is_causal else given)
+    if keys is None:
+        return given, None, False
+    if is_causal != says and _sdpa_forgets(module, keys):
+        is_causal = says
+    return None, keys, is_causal
+
+
+def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
+    """Whether a module that contradicts its mask would have got none before it was fused.
 
     For ``sdpa`` transformers leaves the mask away if nothing is padding, see
     ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
     """
     kept = module.__dict__.get("_fusedformer_configs", {}).get("config")
     before = None if kept is None else kept.original._attn_implementation
-    return before == "sdpa" and has_values(mask) and bool(mask.all())
-
-
-def _understood(
-    given: Tensor | None, is_causal: bool
-) -> tuple[Tensor | None, Tensor | None, bool]:
-    """The mask of scores, the mask of keys, and causality, from a mask that layers were given.
-
-    ``is_causal``, which comes of the module, holds where the mask leaves it open.
-    """
-    if given is None:
-        return None, None, is_causal
-    if given.dim() == 3:
-        return None, given[:, 0], True
-    if given.dim() == 2:
-        return None, given, is_causal
-    keys = key_mask_of(given)
-    return (given, None, False) if keys is None else (None, keys, False)
+    return before == "sdpa" and has_values(keys) and bool(keys.all())
 
 
 def attention_mask(
@@ -177,8 +183,9 @@ def attention_mask(
     """The mask that :func:`attention` gets: as small as what was asked for allows.
 
     Returns:
-        None without padding; the padding ``[batch, 1, 1, keys]`` where all queries see all keys,
-        ``[batch, 1, keys]`` where they see those before them; else ``[batch, 1, queries, keys]``.
+        None without padding; the padding ``[batch, 1, 1, keys]``, boolean where all queries see all
+        keys, of dtype ``CAUSAL`` where they see those before them; else boolean
+        ``[batch, 1, queries, keys]``.
     """
     full = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     aligned = (
@@ -191,7 +198,8 @@ def attention_mask(
     if (full or aligned) and fits and kv_offset == 0:
         if attention_mask is None:
             return None
-        return attention_mask[:, None, None] if full else attention_mask[:, None]
+        keys = attention_mask[:, None, None]
+        return keys if full else keys.to(CAUSAL)
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,

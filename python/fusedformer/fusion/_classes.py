@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from fusedformer.fusion._report import Left, Replaced
 
@@ -27,6 +28,21 @@ def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
         _made[both] = types.new_class(theirs.__name__, both, {}, lambda ns: ns.update(members))
     made: type[Any] = _made[both]
     return made
+
+
+def change_class(module: Any, cls: type[Any]) -> None:
+    """Make ``module`` a ``cls``, below the class that torch gave it if it is parametrized.
+
+    That one holds the properties that compute parameters, and torch finds it and what it is to
+    restore at the top.
+    """
+    if is_parametrized(module):
+        members = {
+            name: value for name, value in vars(type(module)).items()
+            if name not in ("__dict__", "__weakref__")
+        }  # fmt: skip
+        cls = type(f"Parametrized{cls.__name__}", (cls,), members)
+    module.__class__ = cls
 
 
 def _reduce(module: Any, protocol: int) -> Any:
@@ -80,5 +96,5 @@ class Plan:
         for exchange in self._exchanges:
             exchange()
         for module, cls in self._classes:
-            module.__dict__.setdefault(BEFORE, type(module))
-            module.__class__ = cls
+            module.__dict__.setdefault(BEFORE, type_before_parametrizations(module))
+            change_class(module, cls)

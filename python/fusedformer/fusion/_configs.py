@@ -30,8 +30,9 @@ NAMES = "fusedformer", "fusedformer_4d_masks", "fusedformer_added_masks"
 NAME, NAME_4D, NAME_ADDED = NAMES
 _KEPT = "_fusedformer_configs"  # where a module keeps its originals; ``_attention`` reads it
 _NAMED = "_attn_implementation_internal"
+_MASKS: tuple[Any, ...] = (attention_mask, attention_mask_4d, eager_mask)
 # When this module is imported, and so before a pickled model is used in another process.
-for _name, _masks in zip(NAMES, (attention_mask, attention_mask_4d, eager_mask), strict=True):
+for _name, _masks in zip(NAMES, _MASKS, strict=True):
     AttentionInterface.register(_name, attention)
     AttentionMaskInterface.register(_name, _masks)
 

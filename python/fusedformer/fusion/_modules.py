@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fusedformer import nn as fused
 from fusedformer.fusion._classes import BEFORE, Plan, combined, named
@@ -31,7 +32,7 @@ _STEPS = ("_sa_block", "_mha_block", "_ff_block")
 
 def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     """Add to the plan what is to become of ``module``, if it is of a kind that there is."""
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     if isinstance(module, tuple(_OURS.values())) or hasattr(cls, "_made_of"):
         return
     base = next((known for known in cls.__mro__ if _ours(known) is not None), None)

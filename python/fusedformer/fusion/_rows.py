@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fusedformer.fusion._configs import NAMES, attends, named
 from fusedformer.nn._modules import hooks_of, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_looked_at: dict[Any, bool] = {}  # classes of which hooks and settings do not say all
 # Packages whose modules in a layer compute each token by itself, or attend as layers know it.
 _TOKENWISE = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "torchao.", "bitsandbytes.", "transformers.",
@@ -40,22 +41,43 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on all modules"
-    left = [(encoder, "")]
-    while left:
-        module, path = left.pop()
-        for name, child in module.__dict__["_modules"].items():
-            if child is None or name == "parametrizations":  # these compute weights
+    left = [encoder]
+    while left:  # in each call: so nothing is named before there is something to name
+        for child in left.pop().__dict__["_modules"].values():
+            if child is None or isinstance(child, ParametrizationList):  # these compute weights
                 continue
-            own, where = child.__dict__, f"{path}{name}"
-            cls: Any = type(child)
-            if not f"{cls.__module__}.".startswith(_TOKENWISE):
-                return f"'{where}' is a {cls.__name__}, which may need the batch"
-            if ("forward" in own or any(own[n] for n in _HOOKS)) and not is_sharded_at_most(child):
-                return f"'{where}' has a hook, or its forward was replaced"
-            if own.get("chunk_size_feed_forward"):
-                return f"'{where}' computes sequences in chunks"
-            if by_ours and attends(cls) and named(own.get("config")) not in NAMES:
-                return f"'{where}' attends by {named(own.get('config'))!r}"
-            left.append((child, f"{where}."))
+            own = child.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or "chunk_size_feed_forward" in own
+                or _is_looked_at(type(child))
+            ):
+                reason = _reason(child, by_ours)
+                if reason:
+                    path = next(n for n, one in encoder.named_modules() if one is child)
+                    return f"'{path}' {reason}"
+            left.append(child)
     return ""
 
+
+def _is_looked_at(cls: Any) -> bool:
+    if cls not in _looked_at:
+        _looked_at[cls] = attends(cls) or not f"{cls.__module__}.".startswith(_TOKENWISE)
+    return _looked_at[cls]
+
+
+def _reason(module: Any, by_ours: bool) -> str:
+    cls: Any = type(module)
+    if not f"{cls.__module__}.".startswith(_TOKENWISE):
+        return f"is a {cls.__name__}, which may need the batch"
+    if not is_sharded_at_most(module):
+        return "has a hook, or its forward was replaced"
+    if getattr(module, "chunk_size_feed_forward", 0):
+        return "computes sequences in chunks"
+    if by_ours and attends(cls) and named(module.config) not in NAMES:
+        return f"attends by {named(module.config)!r}"
+    return ""

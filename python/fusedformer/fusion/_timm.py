@@ -10,6 +10,7 @@ from torch.nn import Dropout
 
 from fusedformer import functional, nn
 from fusedformer.nn._modules import is_plain
+from fusedformer.nn._tracers import introduce
 
 
 class Attention:
@@ -48,6 +49,8 @@ def _refuses_norm(module: Any) -> str:
     fast = getattr(module, "_fast_norm", False)
     return "timm's fast norm is on, which computes under autocast in its dtype" if fast else ""
 
+
+introduce([Attention])  # LayerNorm is known as the class that it is of
 
 # What computes a class of timm, and what says why it may not.
 TIMM: dict[str, type[Any]] = {

@@ -4,6 +4,7 @@ Each subclass of a class of ``torch.nn`` has its constructor, state_dict, initia
 and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.
 """
 
+from fusedformer.nn._tracers import introduce
 from fusedformer.nn.contrastive_loss import ContrastiveLoss, SigmoidContrastiveLoss
 from fusedformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from fusedformer.nn.layer_norm import LayerNorm
@@ -44,3 +45,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+introduce(globals()[name] for name in __all__)

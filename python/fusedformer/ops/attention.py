@@ -203,7 +203,7 @@ def _packed_aten(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The torch backend on packed sequences; their lengths are data, which may not be there."""
-    if _checks.has_values(query):
+    if terms.starts_q is not None and _checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
     output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)
