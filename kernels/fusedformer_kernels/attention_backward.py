@@ -3,11 +3,12 @@
     p = exp(s - top) / sum;  dv = dropout(p)^T do;  dp = dropout'(do v^T)
     delta = rowsum(do * o) - dlse;  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
 
-Three kernels, none with atomics, so the same inputs give the same bits. One computes delta per
-query. One owns a block of keys (of all query heads that share it) and walks the queries: dk, dv.
-One owns a block of queries and walks the keys: dq. Scores are recomputed from q and k, seven
-products in all. For the gradient of the attention weights themselves (attention_weights.py), dp is
-a given tensor and delta 0. Source: Dao, FlashAttention-2, arXiv:2307.08691.
+Three kernels, none with atomics, so the same inputs give the same bits; what is learned of the
+terms has files of its own. One computes delta per query. One owns a block of keys (of all query
+heads that share it) and walks the queries: dk, dv. One owns a block of queries and walks the keys:
+dq. Scores are recomputed from q and k, seven products in all. For the gradient of the attention
+weights themselves (attention_weights.py), dp is a given tensor and delta 0. Source: Dao,
+FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations

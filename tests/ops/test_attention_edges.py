@@ -9,8 +9,8 @@ import torch
 from tests.ops.judge import check, first, grad
 from torch import Tensor
 
+from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer import reference
 from fusedformer.testing import assert_parity
 
 NAME = "scaled_dot_product_attention"
@@ -196,3 +196,16 @@ def test_gradient_of_the_log_sum_exp_alone(device: str) -> None:
     direct = torch.logsumexp(wide[0] @ wide[1].mT / 4, -1)
     for a, b in zip(ours, torch.autograd.grad(direct, wide, dlse.double()), strict=True):
         torch.testing.assert_close(a, b.float())
+
+
+def test_gradients_of_gradients_of_what_is_in_chunks() -> None:
+    """The torch backend, with an added mask, one of whose queries sees nothing."""
+    leaves = [torch.randn(1, 2, n, 4, dtype=torch.float64).requires_grad_() for n in (3, 4, 4)]
+    mask = torch.randn(3, 4, dtype=torch.float64)
+    mask[1] = -torch.inf
+
+    def call(*tensors: Tensor) -> Any:
+        with backend("torch"):
+            return F.scaled_dot_product_attention(*tensors, mask)
+
+    assert torch.autograd.gradgradcheck(call, leaves)
