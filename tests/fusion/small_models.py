@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 MOST_PARAMETERS = 3_000_000
-VOCABULARY, LENGTHS, LENGTH = 160, (11, 6, 8), 11
+VOCABULARY, LENGTHS, LENGTH = 256, (11, 6, 8), 11
 
 
 class Variant(NamedTuple):
@@ -37,7 +37,7 @@ class Variant(NamedTuple):
 
 VARIANTS = (
     Variant(), Variant(image=64, patch=16), Variant(64, image=64, patch=4),
-    Variant(image=64, patch=16, same_head_dim=True), Variant(64, 2), Variant(image=224, patch=16),
+    Variant(image=64, patch=16, same_head_dim=True), Variant(64, 2), Variant(image=128, patch=4),
 )  # fmt: skip
 
 
@@ -57,7 +57,15 @@ def _width(value: int, v: Variant) -> int:
 
 # The first that matches decides; a rule gives None for what stays.
 RULES: tuple[tuple[str, Any], ...] = (
-    (r".*token_ids?|.*_token_index|.*_token|num_feat_extract_layers", lambda value, v: None),
+    (r".*token_ids?|.*_token_index|.*_token|num_feat_extract_layers|query_dim|num_feature_levels"
+     r"|(num|in|input|audio|num_input|model_in)_channels|num_mel_bins|n_mels|mel_dim|in_chans"
+     r"|dim_bbox|.*_kernel_size|d_conv|.*_stride|.*_ratio",
+     lambda value, v: None),
+    (r"num_kv_shared_layers|hidden_size_per_layer_input", lambda value, v: 0),
+    (r"base_channels|num_filters|n_filters", _few(8)),
+    (r"upsample_initial_channel|.*_units", _few(32)),
+    (r"rotary_dim", lambda value, v: v.width // v.heads),
+    (r"window_size", lambda value, v: min(value, 4)),
     (r"(.*_)?vocab_size.*|num_embeddings|codebook_size", lambda value, v: VOCABULARY),
     (r"mamba_(n|num)_heads|n_mamba_heads|linear_num_(key|value)_heads|mamba_num_heads", _few(8)),
     (r"(mamba_)?(d_head|head_?dim|headdim)|d_kv|dim_head|.*head_dim|.*attention_head_size",
@@ -80,12 +88,11 @@ RULES: tuple[tuple[str, Any], ...] = (
      lambda value, v: min(value, 64)),
     (r"(.*_)?(image|img|input|crop)_size|pretrain_image_size", lambda value, v: v.image),
     (r"(.*_)?patch_size", lambda value, v: min(value, v.patch)),
-    (r"num_mel_bins|n_mels|mel_dim|num_channels|in_channels|in_chans", lambda value, v: None),
     (r"mamba_d_state|state_size|ssm_state_size|(mamba_)?d_state|qk_rope_head_dim|d_rel", _few(8)),
     (r"(.*_)?lora_rank|time_step_rank|embedding_rank|adapter_rank", _few(16)),
     (r"num_conv_pos_embeddings", _few(15)),
     (r"num_conv_pos_embedding_groups|num_codevector_groups|num_groups|n_groups", _few(2)),
-    (r"index_topk|.*num_queries|num_query_tokens|num_latents|mem_len|.*chunk_size|chunk_length"
+    (r"index_topk|.*num_queries|num_query_tokens|num_latents|mem_len|chunk_size"
      r"|num_detection_tokens|num_denoising|.*num_landmarks|segment_means_seq_len", _few(8)),
     (r"(sliding|local|attention)_?(window|attention)(_size)?|local_radius|global_block_size",
      _few(4)),
@@ -98,7 +105,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 LISTS = (
     (r".*depths?|.*layers_per_stage|blocks_per_stage|stage_num_blocks|num_layers|layers"
-     r"|stage_numb_of_layers|num_block_repeats|block_sizes", lambda value, v: min(value, 1)),
+     r"|stage_numb_of_layers|num_block_repeats|block_sizes", lambda value, v: min(value, 2)),
     (r".*(hidden_sizes?|embed_dims?|channels?|conv_dim|tdnn_dim|dims?|widths?|embed_dim_per_stage"
      r"|filters|channel_list|units)(_.*)?",
      lambda value, v: value if value < 8 else max(8, value // 8)),
@@ -145,6 +152,9 @@ def small_config(config: Any, variant: Variant, special: dict[int, int]) -> Any:
         elif isinstance(value, (str, float)) and value != defaults.get(name):
             if name not in ("transformers_version", "model_type", "dtype"):
                 changes[name] = value
+    kv, all_heads = (vars(config).get(f"num_{n}heads") for n in ("key_value_", "attention_"))
+    if kv is not None and kv == all_heads:
+        changes["num_key_value_heads"] = changes.get("num_attention_heads", all_heads)
     types = vars(config).get("layer_types")
     layers = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in vars(config)),
                   None)  # fmt: skip
@@ -174,6 +184,8 @@ def _small(rules: Any, name: str, value: int, variant: Variant) -> int | None:
 def _small_rope(rope: Any, variant: Variant, config: Any) -> Any:
     if isinstance(rope, dict):
         found = {key: _small_rope(value, variant, config) for key, value in rope.items()}
+        if "rope_theta" in rope:
+            found["rope_theta"] = rope["rope_theta"] or 1e4
         if "rope_type" in rope and _speaks_of("mrope_section", config):
             half = (variant.width // variant.heads) // 2
             found["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
@@ -191,7 +203,23 @@ def _modeling(config: Any) -> Any:
 
 
 # What the rules get wrong, by model type.
-CHANGES: dict[str, dict[str, Any]] = {}
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots1": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "dac": {"encoder_hidden_size": 8},
+    "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "mamba2": {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "hidden_size": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}  # fmt: skip
 
 
 # ---- models
@@ -250,7 +278,8 @@ def small_model(model_type: str, variant: Variant = VARIANTS[0]) -> Any:
         model = model_class(model_type)(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            spread = 0.1 if parameter.dim() < 2 else (parameter.numel() / len(parameter)) ** -0.5
+            fan = parameter.numel() // max(1, len(parameter)) if parameter.dim() > 1 else 100
+            spread = max(1, fan) ** -0.5
             parameter.add_(spread * torch.randn_like(parameter))
     return model
 
@@ -270,7 +299,7 @@ def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
     } | {n for n in ((main,) if isinstance(main, str) else main) if n in signature}  # fmt: skip
     if "input_ids" in signature:
         wanted.add("input_ids")
-    if "pixel_values" in signature and kind == 0:
+    if "pixel_values" in signature and kind != 1:
         wanted.add("pixel_values")
     for name in ("decoder_input_ids", "attention_mask", "bbox"):
         if name in signature:
@@ -278,9 +307,22 @@ def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
     wanted -= {"kwargs"}
     for name in sorted(wanted):
         found[name] = _drawn(name, config, shape, draw, kind)
+    if "grid_thw" in found:
+        _lay_out_patches(found, main, config, draw)
     if "attention_mask" in found and "input_ids" not in found and "inputs_embeds" not in found:
         del found["attention_mask"]
     return found
+
+
+def _lay_out_patches(found: dict[str, Any], main: str, config: Any, draw: Any) -> None:
+    """Images of two sizes as rows of patches, as vision towers take them."""
+    merge = _number(config, ("spatial_merge_size",), 2)
+    found["grid_thw"] = torch.tensor([[1, 2 * merge, 2 * merge], [1, 2 * merge, 4 * merge]])
+    patch = _number(config, ("patch_size",), 8)
+    each = _number(config, ("in_channels", "num_channels"), 3) * patch * patch
+    each *= _number(config, ("temporal_patch_size",), 1)
+    name = next(n for n in ("hidden_states", "pixel_values", main) if n in found)
+    found[name] = torch.randn(int(found["grid_thw"].prod(1).sum()), each, generator=draw)
 
 
 def padded(inputs: dict[str, Any], side: str) -> dict[str, Any]:
@@ -388,18 +430,29 @@ def _drawn(name: str, config: Any, shape: Any, draw: torch.Generator, kind: int)
     if name == "bbox":
         corner = torch.randint(0, 20, (*shape, 2), generator=draw)
         return torch.cat([corner, corner + 5], -1)
+    if name == "grid_thw":
+        return torch.ones(2, 3, dtype=torch.long)  # laid out with its patches
+    if name == "past_values":
+        length = _number(config, ("context_length",), 32)
+        return torch.randn(rows, length, _number(config, ("num_input_channels",), 1), generator=draw)
     if name in ("pixel_values", "pixel_values_videos"):
         size = _image_size(config) or 64
         channels = _number(config, ("num_channels", "in_channels", "in_chans"), 3)
         frames = _number(config, ("num_frames", "frames_per_clip"), 0)
+        frames = frames or kind // 2
         shape = (rows, frames, channels, size, size) if frames else (rows, channels, size, size)
         return torch.randn(shape, generator=draw)
     if name in ("input_values", "audio_values"):
-        return torch.randn(rows, 1600 * (1 + kind), generator=draw)
+        if kind == 1:
+            spectrum = _number(config, ("max_length",), 64), _number(config, ("num_mel_bins",), 80)
+            return torch.randn(rows, *spectrum, generator=draw)
+        shape = (rows, 1600) if kind == 0 else (rows, 1, 1600)
+        return torch.randn(shape, generator=draw)
     if name in ("input_features", "audio_features"):
-        bins = _number(config, ("num_mel_bins", "n_mels", "feature_size"), 80)
+        bins = _number(config, ("num_mel_bins", "n_mels", "feature_projection_input_dim",
+                                "input_feat_per_channel", "input_dim"), 80)  # fmt: skip
         time = 2 * _number(config, ("max_source_positions",), 16)
-        shape = (rows, bins, time) if kind == 0 else (rows, time, bins)
+        shape = [(rows, bins, time), (rows, time, bins), (rows, 1, time, bins)][kind]
         return torch.randn(shape, generator=draw)
     if name in ("inputs_embeds", "hidden_states", "encoder_hidden_states"):
         width = _number(config, ("hidden_size", "d_model", "embed_dim"), 32)
