@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test lint wheel compile-report versions clean
+.PHONY: report test lint wheel compile-report architectures versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
@@ -22,6 +22,9 @@ lint: $(READY)
 
 compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942
 	$(PY) -m fusedformer compile-report
+
+architectures: $(READY)  ## every model type of transformers, fused beside stock; writes the table
+	PYTHONPATH=python:kernels:. $(PY) -m tests.fusion.architecture_table
 
 versions: $(TRITONS:%=$(VENV)/triton-%/.ready)  ## each kernel for sm_90, by the other tritons
 	@set -e; for version in $(TRITONS); do \

@@ -28,7 +28,10 @@ except ImportError:  # a bare GPU machine may lack it; the tests that draw examp
     pass
 
 # Files that take longest, which go first, so that no worker begins one when the other is done.
-LONGEST = ("test_compile_report", "tests/distributed", "test_benchmarks", "test_compile.py")
+LONGEST = (
+    "test_compile_report", "tests/distributed", "test_architectures", "test_benchmarks",
+    "test_compile.py",
+)  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -84,7 +84,7 @@ def not_tensors() -> Iterator[Row]:
     for function in functional.__all__:
         names = [name for name, value in good(function).items() if isinstance(value, Tensor)]
         if function in ATTENTIONS:
-            names += ["attn_mask", "key_lengths", "alibi_slopes", "relative_bias"]
+            names += ["attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "sinks"]
         for name in names:
             yield function, {name: [1.0]}, TypeError, f"'{name}' must be Tensor, not list"
             sparse = t(2, 3).to_sparse()
@@ -246,6 +246,11 @@ def attention_terms() -> Iterator[Row]:
         ({"relative_bias": t(9)}, ValueError, "'relative_bias' to have shape"),
         ({"relative_bias": t(2, 9)}, ValueError, "'relative_bias' to have shape .* heads = 4"),
         ({"relative_bias": t(4, 9, dtype=INT)}, TypeError, "'relative_bias' .*int64"),
+        ({"sinks": t(3)}, ValueError, r"'sinks' to have shape \(4,\) \(heads\), but got \(3,\)"),
+        ({"sinks": t(1)}, ValueError, r"'sinks' to have shape \(4,\)"),
+        ({"sinks": t(2, 4)}, ValueError, r"'sinks' to have shape \(4,\)"),
+        ({"sinks": t(4, dtype=INT)}, TypeError, "'sinks' .*int64"),
+        ({"sinks": t(4, device="meta")}, ValueError, "one device.*'sinks' on meta"),
         ({"scale": "1"}, TypeError, "'scale' to be a number"),
         ({"key_lengths": t(3, dtype=INT)}, ValueError, r"'key_lengths' to have shape \(2,\)"),
     ]

@@ -1,4 +1,4 @@
-"""The README's Python runs as printed."""
+"""The Python of the README and of the pages in docs/ runs as printed."""
 
 import re
 import warnings
@@ -8,13 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+FOUND = {
+    page: re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for page, text in TEXTS.items()
+}
+BLOCKS = FOUND["README.md"]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_an_example_runs_as_printed(number: int) -> None:
-    line = README[: README.index(BLOCKS[number])].count("\n")
-    code = compile("\n" * line + BLOCKS[number], "README.md", "exec")  # so that lines agree
+@pytest.mark.parametrize(("page", "number"), [(p, n) for p in PAGES for n in range(len(FOUND[p]))])
+def test_an_example_runs_as_printed(page: str, number: int) -> None:
+    block = FOUND[page][number]
+    line = TEXTS[page][: TEXTS[page].index(block)].count("\n")
+    code = compile("\n" * line + block, page, "exec")  # so that lines agree
     with warnings.catch_warnings():
         # Stock's own: its nested tensors are a prototype.
         warnings.filterwarnings("ignore", message=".*nested tensor.*")
@@ -45,7 +52,7 @@ def test_every_public_name_is_in_the_support_tables() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(name: str) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
-        assert (ROOT / link).exists(), link
+        assert ((ROOT / name).parent / link).exists(), link

@@ -21,6 +21,7 @@ class AttentionTerms(NamedTuple):
     key_lengths: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     table: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     starts_q: torch.Tensor | None = None
     starts_k: torch.Tensor | None = None
     seed: torch.Tensor | None = None
@@ -67,6 +68,7 @@ class Scores(NamedTuple):
     table: Any
     table_head: Any
     table_column: Any
+    sinks: Any
     left: Any
     right: Any
     align_end: Any  # 1 or None
@@ -161,6 +163,7 @@ def attention_arguments(
         table=table,
         table_head=table_head,
         table_column=table_column,
+        sinks=in_line(terms.sinks),
         left=terms.left,
         right=terms.right,
         align_end=1 if terms.align_end else None,

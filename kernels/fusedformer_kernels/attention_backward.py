@@ -27,6 +27,7 @@ from fusedformer_kernels.attention_mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention_mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention_position_gradient import attention_position_gradients
 from fusedformer_kernels.attention_schedule import work_list
+from fusedformer_kernels.attention_sink_gradient import attention_sink_gradient
 from fusedformer_kernels.attention_tiles import (
     Given,
     exponentials,
@@ -350,7 +351,7 @@ def attention_backward(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, value, mask, slopes, table), None where ``needs`` says False.
+    """Gradients of (query, key, value, mask, slopes, table, sinks), None where not needed.
 
     ``statistics`` are those of the forward, of all keys; ``grad`` and ``lse_grad`` those of the
     output and of the log-sum-exp, either of which may be None. The first three gradients are
@@ -371,9 +372,10 @@ def attention_backward(
             BLOCK_M=block, PRECISION=configs.dot_precision(grad.dtype),
         )
     gradients = score_gradients_of(
-        query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs, into
+        query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs[:-1], into
     )
-    return gradients[:-1]
+    dsinks = attention_sink_gradient(statistics, delta, query.dtype, terms) if needs[-1] else None
+    return *gradients[:-1], dsinks
 
 
 def score_gradients_of(

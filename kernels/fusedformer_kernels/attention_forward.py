@@ -2,6 +2,8 @@
 
     s = scale * q k^T + terms;  p = softmax(s);  o = dropout(p) v;  lse = log(sum(exp(s)))
 
+With sinks, exp(sink) of the head is in that sum too, and nowhere else.
+
 One program computes BLOCK_M queries of one head: it holds them in registers and walks the keys
 in tiles of BLOCK_N with the online softmax, so that no [queries, keys] matrix is ever in memory.
 Tiles that need no bounds or causal test run in a loop of their own; those that window, causality
@@ -35,9 +37,11 @@ from fusedformer_kernels.attention_tiles import (
     row_pointer,
     row_stride,
     score_tile,
+    sink_of,
     store_row_statistics,
     tile_of,
     which_block,
+    with_sink,
 )
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import (
@@ -133,7 +137,12 @@ def _attention_forward(
         PRECISION, ONE_LOOP,
     )
     # A query with no visible key: total 0, output 0, log-sum-exp -inf.
-    o = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    if s.sinks is not None and split_keys is None:
+        sink = sink_of(s.sinks + place.head, SCALED)
+        top, total, rescale = with_sink(top, total, sink, SCALED)
+        o = acc * (rescale / tl.where(total == 0.0, 1.0, total))[:, None]
+    else:
+        o = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if s.seed is not None:
         o *= dropout_scale(s.p)
     row_valid = rows < place.n_queries
@@ -216,5 +225,7 @@ def attention_forward(
     )
     if splits > 1:
         scaled = bool(arguments.constants["SCALED"])
-        merge_splits(o_parts, statistics_parts, output, lse, statistics, scaled)
+        merge_splits(
+            o_parts, statistics_parts, output, lse, statistics, arguments.scores.sinks, scaled
+        )
     return output, lse, statistics

@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels import configs
-from fusedformer_kernels.attention_tiles import log_sum_exp, power, store_row_statistics
+from fusedformer_kernels.attention_tiles import (
+    log_sum_exp,
+    power,
+    sink_of,
+    store_row_statistics,
+    with_sink,
+)
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS, fma, row_offsets, store
 from fusedformer_kernels.strided import collapsed
@@ -37,9 +43,9 @@ def _logarithm(top, total):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _merge_splits(
-    parts_ptr, statistics_parts_ptr, o_ptr, lse_ptr, statistics_ptr, splits, n_rows, heads, length,
-    part_stride, plane, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    SCALED: tl.constexpr,
+    parts_ptr, statistics_parts_ptr, o_ptr, lse_ptr, statistics_ptr, sinks_ptr, splits, n_rows,
+    heads, length, part_stride, plane, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
 ):
     """Rows are numbered as they lie in memory, [batch, length, heads]; lse is [batch, heads, L].
 
@@ -69,6 +75,9 @@ def _merge_splits(
         acc = fma(acc, rescale[:, None], o * weight[:, None])
         total = fma(total, rescale, weight)
         top = new_top
+    if sinks_ptr is not None:
+        top, total, rescale = with_sink(top, total, sink_of(sinks_ptr + head, SCALED), SCALED)
+        acc *= rescale[:, None]
     store(o_ptr + offsets, acc / tl.where(total == 0.0, 1.0, total)[:, None], valid)
     store_row_statistics(statistics_ptr, plane, lse_rows, row_valid, top, total)
     if lse_ptr is not None:
@@ -81,19 +90,21 @@ def merge_splits(
     output: torch.Tensor,
     lse: torch.Tensor | None,
     statistics: torch.Tensor,
+    sinks: torch.Tensor | None,
     scaled: bool,
 ) -> None:
     """Fill ``output`` [B, H, L, Ev], ``lse`` [B, H, L] and ``statistics`` [2, B, H, L].
 
     From float32 parts [splits, ...]; each of the output lies in memory as ``output`` does, [B, L,
-    H, Ev]; those of the statistics are tops, in units that ``scaled`` tells, and sums.
+    H, Ev]; those of the statistics are tops, in units that ``scaled`` tells, and sums. The parts
+    are without sinks ``[H]``, which join here.
     """
     batch, heads, length, dim = output.shape
     rows = batch * heads * length
     block = 16
     launch(
         _merge_splits, (configs.ceil_div(rows, block),), configs.LaunchConfig(4, 2), parts,
-        statistics_parts, output, lse, statistics, parts.shape[0], rows, heads, length,
+        statistics_parts, output, lse, statistics, sinks, parts.shape[0], rows, heads, length,
         parts.stride(0), rows, VALUE_DIM=dim, BLOCK_DV=configs.padded_dim(dim), BLOCK_M=block,
         SCALED=scaled,
     )

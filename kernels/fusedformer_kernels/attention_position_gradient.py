@@ -5,8 +5,8 @@
 One program owns a share of the row blocks of one head of one sequence, walks the keys, and leaves
 partial sums in a row of its own: no atomics. To sum a tile along its diagonals, rows are shifted
 against each other, and the columns of the shifted tile added up. The ds of a row add up to the
-gradient of its lse but for the rounding of delta, which distances would magnify: the slopes' sums
-are freed of it. Scores are recomputed; memory is one table per program.
+gradient of its lse (and what a sink takes) but for the rounding of delta, which distances would
+magnify: the slopes' sums are freed of it. Scores are recomputed; memory is one table per program.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fusedformer_kernels.attention_tiles import (
     place_of,
     row_pointer,
     score_gradients,
+    sink_of,
+    taken_by_sink,
 )
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS
@@ -86,6 +88,8 @@ def _attention_position_gradients(
             offsets = place.batch * lse_grad_strides[0] + place.head * lse_grad_strides[1]
             offsets += (place.q_start + rows) * lse_grad_strides[2]
             excess -= tl.load(lse_grad_ptr + offsets, mask=rows < place.n_queries, other=0.0)
+        if s.sinks is not None and given.pointer is None:
+            excess -= taken_by_sink(sink_of(s.sinks + place.head, SCALED), terms, SCALED)
         first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
         # Not pipelined: no load may be moved before the store of the tile before it.
         for index in tl.range(first, last, num_stages=1):

@@ -309,6 +309,37 @@ def power(difference, SCALED: tl.constexpr):
 
 
 @triton.jit
+def sink_of(pointer, SCALED: tl.constexpr):
+    """The sink of a head, or those of several, in the units of tops."""
+    sink = tl.load(pointer).to(tl.float32)
+    if not SCALED:
+        sink *= LOG2_E
+    return sink
+
+
+@triton.jit
+def with_sink(top, total, sink, SCALED: tl.constexpr):
+    """(top, total, rescaling of what was summed before) of rows whose sum the sink has joined.
+
+    It comes last: weights beside a high sink would be too small for half precision.
+    """
+    new_top = tl.maximum(top, sink)
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    rescale = power(top - finite, SCALED)
+    return new_top, fma(total, rescale, power(sink - finite, SCALED)), rescale
+
+
+@triton.jit
+def taken_by_sink(sink, terms, SCALED: tl.constexpr):
+    """Weight of the sink times delta, of rows whose ``terms`` are those of load_row_terms.
+
+    The gradients of a row's scores add up to this more than that of its log-sum-exp.
+    """
+    minus_top, inverse, delta = terms
+    return power(sink + minus_top, SCALED) * inverse * delta
+
+
+@triton.jit
 def log_sum_exp(top, total, SCALED: tl.constexpr):
     """The natural one, -inf where ``total`` is 0."""
     logarithm = tl.log2(tl.where(total == 0.0, 1.0, total))

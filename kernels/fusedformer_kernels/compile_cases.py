@@ -43,6 +43,7 @@ CORE = CORE_FLOAT32 | {
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
     "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
+    "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token",
 }  # fmt: skip
@@ -184,7 +185,7 @@ def _attention(
         terms |= {"starts_q": starts, "starts_k": starts}
         terms |= {"max_queries": queries // batch, "max_keys": length // batch}
     given = AttentionTerms(mask=masks[mask], scale=0.125, **terms)
-    learned = [mask == "additive", given.slopes is not None, given.table is not None]
+    learned = [mask == "additive", *(t is not None for t in (given.slopes, given.table))]
     if weights:
         statistics = _empty(2, batch, heads, queries, dtype=torch.float32)
         average = weights == "averaged"
@@ -193,7 +194,7 @@ def _attention(
         attention_weights_backward(result, q, k, statistics, given, average, needs)
         return
     output, _, statistics = attention_forward(q, k, v, given)
-    needs = [True, True, True, *learned]
+    needs = [True, True, True, *learned, given.sinks is not None]
     attention_backward(output, None, q, k, v, output, statistics, given, needs)
 
 
@@ -300,8 +301,12 @@ def compile_cases() -> list[CompileCase]:
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)
         add(f"attention d={dim} tf32", full, call, matrix=dim < 256, tf32=True)
+    for dtype in (full, torch.float16):
+        call = partial(_attention, 64, dtype, sinks=_empty(16, dtype=dtype))
+        add("attention d=64 sinks", dtype, call, matrix=dtype != full)
     lengths = {"key_lengths": _empty(4, dtype=torch.int32)}
     positions = {"slopes": _empty(1, 16, dtype=full), "table": _empty(16, 257, dtype=full)}
+    sinks = {"sinks": _empty(16)}
     variants: dict[str, dict[str, Any]] = {
         "key mask": {"key_mask": _empty(4, 2048, dtype=torch.bool)},
         "causal key mask": {"key_mask": _empty(4, 2048, dtype=torch.bool), "right": 0},
@@ -318,6 +323,10 @@ def compile_cases() -> list[CompileCase]:
         "packed causal": {"packed": True, "right": 0},
         "grouped heads": {"key_heads": 4},
         "few queries": {"queries": 8},
+        "sinks": sinks,
+        "sinks, causal window, grouped heads": {**sinks, "left": 127, "right": 0, "key_heads": 2},
+        "sinks, packed causal": {**sinks, "packed": True, "right": 0},
+        "sinks, few queries": {**sinks, "queries": 8},
         "value dim 128": {"value_dim": 128},
         "value dim 16": {"value_dim": 16},
         "causal, one token": {"queries": 1, "keys": 1, "right": 0},
@@ -326,7 +335,7 @@ def compile_cases() -> list[CompileCase]:
     }
     everything = {
         "mask": "additive", "right": 0, "left": 512, "align_end": True, "softcap": 30.0,
-        **variants["dropout"], **variants["key mask"], **positions, **lengths,
+        **variants["dropout"], **variants["key mask"], **positions, **lengths, **sinks,
     }  # fmt: skip
     variants["all"] = everything
     for name, flags in variants.items():
@@ -340,10 +349,10 @@ def compile_cases() -> list[CompileCase]:
         name = f"attention d={dim} value dim {value_dim}"
         add(name, HALF, call, matrix=True, extra=(dim, value_dim) in ((128, 16), (256, 16)))
     # At 256 the plain config has no register to spare: what it serves besides is compiled too.
-    for name in ("key mask", "causal key mask", "dropout"):
+    for name in ("key mask", "causal key mask", "dropout", "sinks"):
         call = partial(_attention, 256, HALF, **variants[name])
         add(f"attention d=256 {name}", HALF, call, matrix=True)
-    for name in ("additive mask", "dropout", "packed", "relative bias"):
+    for name in ("additive mask", "dropout", "packed", "relative bias", "sinks"):
         add(
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,

@@ -21,9 +21,9 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.norm import _store_input_grads, _store_partials, affine
+from fusedformer_kernels.norm import _store_input_grads, affine
 from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
-from fusedformer_kernels.reduction import sums_of_partials
+from fusedformer_kernels.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.strided import rows_of
 
 LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
@@ -101,7 +101,7 @@ def _embedding_forward(
         n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, rows,
         columns, row_valid, in_row, HAS_POSITIONS, HAS_TYPES, HAS_TYPE_IDS,
     )  # [BLOCK_M, BLOCK_N]
-    mean = tl.sum(z, 1) / n_columns
+    mean = row_mean(z, in_row[None, :], n_columns)
     centered = tl.where(in_row[None, :], z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
     y = affine(
@@ -164,7 +164,7 @@ def _embedding_backward(
             dweight = fma(dy, normed, dweight)
         if NEEDS_BIAS:
             dbias += dy
-    _store_partials(
+    store_partials(
         partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias, dbias,
         NEEDS_WEIGHT, NEEDS_BIAS, False,
     )

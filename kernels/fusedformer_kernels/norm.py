@@ -22,8 +22,16 @@ import triton.language as tl
 
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, negative, store
-from fusedformer_kernels.reduction import sums_of_partials
+from fusedformer_kernels.primitives import (
+    COUNTS,
+    cast,
+    dropout_keep,
+    dropout_scale,
+    fma,
+    negative,
+    store,
+)
+from fusedformer_kernels.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
@@ -53,6 +61,16 @@ def _load_sum(
     if HAS_INPUT_BIAS:  # without it the loads put 0 where it belongs
         z = tl.where(valid, z, 0.0)
     return z
+
+
+@triton.jit
+def _store_sum(z_ptr, z, rows, columns, n_columns, row_valid):
+    """Write the tile ``z`` [BLOCK_M, BLOCK_N]; return the mean [BLOCK_M] of what rounding added."""
+    in_row = (columns < n_columns)[None, :]
+    offsets = (rows * n_columns)[:, None] + columns[None, :]
+    stored = cast(z, z_ptr.dtype.element_ty)
+    tl.store(z_ptr + offsets, stored, mask=row_valid[:, None] & in_row)
+    return tl.sum(tl.where(in_row, stored.to(tl.float32) - z, 0.0), 1) / n_columns
 
 
 @triton.jit
@@ -102,6 +120,7 @@ def _norm_forward(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_valid = rows < n_rows
     mean = tl.zeros([BLOCK_M], tl.float32)
+    rounding = tl.zeros([BLOCK_M], tl.float32)
     if ONE_PASS:
         z = _load_sum(
             x_ptr, residual_ptr, input_bias_ptr, seed_ptr, p, rows, 0, n_columns, row_valid,
@@ -110,11 +129,10 @@ def _norm_forward(
         columns = tl.arange(0, BLOCK_N)
         in_row = (columns < n_columns)[None, :]
         if z_ptr is not None:
-            offsets = (rows * n_columns)[:, None] + columns[None, :]
-            store(z_ptr + offsets, z, row_valid[:, None] & in_row)
+            rounding = _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
         if KIND != 0:
             if KIND == _LAYER:
-                mean = tl.sum(z, 1) / n_columns
+                mean = row_mean(z, in_row, n_columns)
             centered = tl.where(in_row, z - mean[:, None], 0.0)
             rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
             _store_normed(
@@ -132,16 +150,15 @@ def _norm_forward(
             columns = start + tl.arange(0, BLOCK_N)
             in_row = (columns < n_columns)[None, :]
             if z_ptr is not None:
-                offsets = (rows * n_columns)[:, None] + columns[None, :]
-                store(z_ptr + offsets, z, row_valid[:, None] & in_row)
+                rounding += _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
             if KIND == _LAYER:
                 # Chan, Golub and LeVeque's update: means and squared deviations of two parts.
                 count = tl.minimum(n_columns - start, BLOCK_N).to(tl.float32)
-                part = tl.sum(z, 1) / count
+                part = row_mean(z, in_row, count)
                 deviation = tl.where(in_row, z - part[:, None], 0.0)
                 shift = part - mean
                 share = count / (start + count)
-                squares += tl.sum(deviation * deviation, 1) + shift * shift * (start * share)
+                squares += tl.sum(deviation * deviation, 1) + shift * (start * share) * shift
                 mean += shift * share
             else:
                 squares += tl.sum(z * z, 1)
@@ -159,8 +176,8 @@ def _norm_forward(
                 )
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
-        if KIND == _LAYER:
-            tl.store(mean_ptr + rows, mean, mask=row_valid)
+        if KIND == _LAYER:  # the mean of what the backward will read
+            tl.store(mean_ptr + rows, mean + rounding, mask=row_valid)
 
 
 @triton.jit
@@ -217,23 +234,6 @@ def _store_input_grads(
     return dz
 
 
-@triton.jit
-def _store_partials(
-    partials_ptr, columns, n_columns, dweight, dbias, dinput_bias,
-    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
-):
-    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], a row for each asked for."""
-    in_row = columns < n_columns
-    if NEEDS_WEIGHT:
-        tl.store(partials_ptr + columns, tl.sum(dweight, 0), mask=in_row)
-        partials_ptr += n_columns
-    if NEEDS_BIAS:
-        tl.store(partials_ptr + columns, tl.sum(dbias, 0), mask=in_row)
-        partials_ptr += n_columns
-    if NEEDS_INPUT_BIAS:
-        tl.store(partials_ptr + columns, tl.sum(dinput_bias, 0), mask=in_row)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _norm_backward(
     dy_ptr, sum_grad_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, seed_ptr, dz_ptr, dx_ptr,
@@ -274,7 +274,7 @@ def _norm_backward(
             dbias += dy
         if NEEDS_INPUT_BIAS:
             dinput_bias += dx
-    _store_partials(
+    store_partials(
         partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias,
         dinput_bias, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_INPUT_BIAS,
     )
@@ -349,7 +349,7 @@ def _norm_backward_long_columns(
             offsets = (rows * n_columns)[:, None] + columns[None, :]
             valid = row_valid[:, None] & in_row[None, :]
             dinput_bias += tl.load(dx_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-    _store_partials(
+    store_partials(
         partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias,
         dinput_bias, NEEDS_WEIGHT, NEEDS_BIAS, NEEDS_INPUT_BIAS,
     )

@@ -1,7 +1,8 @@
-"""Second stage of reductions over rows: partial sums are added in a fixed order, without atomics.
+"""The mean of a row, and the second stage of reductions over rows.
 
-One program adds up BLOCK_N columns of all partial rows; the number of rows is bounded by
-``configs.row_programs``, so this stage reads little.
+In that stage partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N
+columns of all partial rows; the number of rows is bounded by ``configs.row_programs``, so this
+stage reads little.
 """
 
 from __future__ import annotations
@@ -13,6 +14,34 @@ import triton.language as tl
 from fusedformer_kernels import configs
 from fusedformer_kernels.launch import launch
 from fusedformer_kernels.primitives import COUNTS, store
+
+
+@triton.jit
+def row_mean(x, in_row, count):
+    """Mean of ``count`` columns of rows [BLOCK_M, BLOCK_N] that are 0 outside ``in_row``.
+
+    Of equal values it is that value to the bit. Their sum is rounded, and the quotient off by
+    several ulps; what is missing is small and its mean accurate.
+    """
+    mean = tl.sum(x, 1) / count
+    return mean + tl.sum(tl.where(in_row, x - mean[:, None], 0.0), 1) / count
+
+
+@triton.jit
+def store_partials(
+    partials_ptr, columns, n_columns, dweight, dbias, dinput_bias,
+    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
+):
+    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], a row for each asked for."""
+    in_row = columns < n_columns
+    if NEEDS_WEIGHT:
+        tl.store(partials_ptr + columns, tl.sum(dweight, 0), mask=in_row)
+        partials_ptr += n_columns
+    if NEEDS_BIAS:
+        tl.store(partials_ptr + columns, tl.sum(dbias, 0), mask=in_row)
+        partials_ptr += n_columns
+    if NEEDS_INPUT_BIAS:
+        tl.store(partials_ptr + columns, tl.sum(dinput_bias, 0), mask=in_row)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -275,7 +275,7 @@ def _check_terms(
 ) -> None:
     """Check what the two forms of attention share; ``scores`` is the shape that masks cover."""
     query = named["query"]
-    names = ("attn_mask", "key_lengths", "alibi_slopes", "relative_bias")
+    names = ("attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "sinks")
     tensors = {name: options[name] for name in names}
     _checks.check_same_device(function, {"query": query, **tensors})
     _checks.check_probability(function, "dropout_p", options["dropout_p"])
@@ -326,6 +326,9 @@ def _check_terms(
                 f"heads = {heads} or 1, one entry for each distance from -R to R, but got "
                 f"{tuple(table.shape)}"
             )
+    if tensors["sinks"] is not None:
+        _checks.check_floating(function, "sinks", tensors["sinks"])
+        _checks.check_shape(function, "sinks", tensors["sinks"], (heads,), "heads")
 
 
 def _check_window(function: str, window: object) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fusedformer._onlookers import is_traced, stands_for_many
+
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
 
@@ -31,7 +33,7 @@ def remembered(check: Check) -> Check:
 
     @functools.wraps(check)
     def run(*args: Any) -> Any:
-        kinds = None if torch.compiler.is_compiling() else _kinds(args)
+        kinds = None if is_traced() else _kinds(args)
         if kinds is None:
             return check(*args)
         result = passed.get(kinds, _UNKNOWN)
@@ -79,9 +81,12 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at: not while a compiler traces, on meta, or in fakes."""
+    """Whether there are numbers to look at: not while anyone traces or maps, on meta, in fakes."""
     return not (
-        torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+        is_traced()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or stands_for_many(tensor)
     )
 
 

@@ -61,11 +61,12 @@ ATTENTION = {
     "batch": attention(BATCH, {"return_lse": True}),
     "heads": attention(HEADS, {"return_lse": True}, attn_mask=HEADS),
     "batch, averaged weights": attention(BATCH, {"return_weights": "averaged"}, attn_mask=WHOLE),
-    "heads, weights, slopes and table": attention(
-        HEADS, {"return_weights": "per_head"}, alibi_slopes=Shard(0), relative_bias=Shard(0)
+    "heads, weights, slopes, table, sinks": attention(
+        HEADS, {"return_weights": "per_head"}, alibi_slopes=Shard(0), relative_bias=Shard(0),
+        sinks=Shard(0),
     ),
-    "batch, slopes and table, lengths": attention(
-        BATCH, {}, alibi_slopes=WHOLE, relative_bias=WHOLE, key_lengths=BATCH
+    "batch, slopes, table, sinks, lengths": attention(
+        BATCH, {}, alibi_slopes=WHOLE, relative_bias=WHOLE, sinks=WHOLE, key_lengths=BATCH
     ),
     "merged": Call(
         "merge_attention_states", dict.fromkeys(("output1", "lse1", "output2", "lse2"), HEADS), {},
@@ -100,6 +101,7 @@ def inputs_of(call: Call, uneven: bool) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(("input", "residual"), (batch, 4, 8))
     shapes |= dict.fromkeys(("weight", "bias", "input_bias"), (8,))
     shapes |= {"alibi_slopes": (heads,), "relative_bias": (heads, 2 * length - 1)}
+    shapes["sinks"] = (heads,)
     shapes |= {
         "attn_mask": (1, heads if call.output == HEADS else 1, length, length),
         "mask": (batch, 4, 8),

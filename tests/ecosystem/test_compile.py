@@ -132,6 +132,32 @@ def test_the_padded_encoder(dynamic: bool, device: str) -> None:
     assert len(set(counts)) == (1 if dynamic else 3)
 
 
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("marked", [False, True], ids=["dynamic", "marked"])
+@pytest.mark.parametrize("with_padding", [False, True])
+def test_a_transformer_is_compiled_once_for_all_batches(
+    with_padding: bool, marked: bool, name: Any, device: str
+) -> None:
+    torch._dynamo.reset()
+    module = nn.Transformer(D, H, 1, 1, 24, 0.0, batch_first=True).to(device)
+    counter = CompileCounterWithBackend("eager")
+    dynamic = None if marked else True
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in (3, 4, 6, 2):
+        given = {k: torch.randn(batch, n, D, device=device) for k, n in (("src", 7), ("tgt", 5))}
+        if with_padding:
+            padding = torch.arange(7, device=device) > torch.arange(batch, device=device)[:, None]
+            masks = "src_key_padding_mask", "memory_key_padding_mask"
+            given |= {mask: padding.clone() for mask in masks}
+        if marked:
+            for tensor in given.values():
+                torch._dynamo.mark_dynamic(tensor, 0)
+        with backend(name):
+            got, want = compiled(**given), module(**given)
+        assert torch.allclose(got, want, atol=1e-5) and want.abs().max() > 0.5
+    assert counter.frame_count == 1
+
+
 def test_packing_inside_breaks_the_graph_and_is_right() -> None:
     torch._dynamo.reset()
 

@@ -125,3 +125,26 @@ def test_aot_inductor_compiles_the_encoder(tmp_path: Path) -> None:
         program, package_path=str(tmp_path / "encoder.pt2"), inductor_configs=quick
     )
     check(torch._inductor.aoti_load_package(package), module, padded)
+
+
+def transformer() -> nn.Transformer:
+    return nn.Transformer(D, H, 1, 1, 24, batch_first=True).eval()
+
+
+def sources_and_targets(lengths: list[int]) -> dict[str, Tensor]:
+    given = padded(lengths)
+    padding = given["src_key_padding_mask"]
+    return {**given, "tgt": torch.randn(len(lengths), 5, D), "memory_key_padding_mask": padding}
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_transformer_for_any_batch(strict: bool, name: Any, device: str) -> None:
+    """Targets without padding, memory with some."""
+    module = transformer().to(device)
+    of = lambda lengths: {n: t.to(device) for n, t in sources_and_targets(lengths).items()}
+    given = of([6, 4])
+    sizes = {key: {0: BATCH} for key in given}
+    with backend(name):
+        program = torch.export.export(module, (), given, dynamic_shapes=sizes, strict=strict)
+        check(program.module(), module, lambda lengths: of([6, *lengths][: len(lengths)]))

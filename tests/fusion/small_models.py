@@ -139,7 +139,8 @@ def small_config(config: Any, variant: Variant, special: dict[int, int]) -> Any:
             if defaults.get(name) is None and name in ("layer_types",):
                 continue
             if re.fullmatch(r".*token_ids?", name):
-                changes[name] = [special.setdefault(x, VOCABULARY - 1 - len(special)) for x in value]
+                ids = (special.setdefault(x, VOCABULARY - 1 - len(special)) for x in value)
+                changes[name] = [*ids]
                 continue
             if re.fullmatch(r"(.*_)?(image|img|input)_size|window_size|(.*_)?patch_size", name):
                 found = [_small(RULES, name, x, variant) for x in value]
@@ -149,9 +150,12 @@ def small_config(config: Any, variant: Variant, special: dict[int, int]) -> Any:
                 changes[name] = type(value)(found)
             elif defaults.get(name) is not None and value != defaults[name]:
                 changes[name] = value
-        elif isinstance(value, (str, float)) and value != defaults.get(name):
-            if name not in ("transformers_version", "model_type", "dtype"):
-                changes[name] = value
+        elif (
+            isinstance(value, (str, float))
+            and value != defaults.get(name)
+            and name not in ("transformers_version", "model_type", "dtype")
+        ):
+            changes[name] = value
     kv, all_heads = (vars(config).get(f"num_{n}heads") for n in ("key_value_", "attention_"))
     if kv is not None and kv == all_heads:
         changes["num_key_value_heads"] = changes.get("num_attention_heads", all_heads)
@@ -237,13 +241,10 @@ def model_class(model_type: str) -> Any:
             found = mapping[config]
             return found[0] if isinstance(found, (tuple, list)) else found
     for cls in vars(_modeling(config)).values():
-        if (
-            inspect.isclass(cls) and issubclass(cls, PreTrainedModel)
-            and cls.__dict__.get("config_class", cls.__dict__.get("__annotations__", {}).get("config"))
-            in (config, config.__name__)
-            and not cls.__name__.endswith("PreTrainedModel")
-        ):  # fmt: skip
-            return cls
+        if inspect.isclass(cls) and issubclass(cls, PreTrainedModel):
+            taken = vars(cls).get("config_class", inspect.get_annotations(cls).get("config"))
+            if taken in (config, config.__name__) and not cls.__name__.endswith("PreTrainedModel"):
+                return cls
     raise LookupError("no model class takes its configuration")
 
 
@@ -398,7 +399,7 @@ def _image_size(config: Any) -> int:
     for name in ("image_size", "img_size", "input_size", "crop_size", "pretrain_image_size"):
         value = getattr(config, name, None)
         if value is not None:
-            return value if isinstance(value, int) else list(value)[0]
+            return value if isinstance(value, int) else next(iter(value))
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             size = _image_size(value)
@@ -434,7 +435,8 @@ def _drawn(name: str, config: Any, shape: Any, draw: torch.Generator, kind: int)
         return torch.ones(2, 3, dtype=torch.long)  # laid out with its patches
     if name == "past_values":
         length = _number(config, ("context_length",), 32)
-        return torch.randn(rows, length, _number(config, ("num_input_channels",), 1), generator=draw)
+        channels = _number(config, ("num_input_channels",), 1)
+        return torch.randn(rows, length, channels, generator=draw)
     if name in ("pixel_values", "pixel_values_videos"):
         size = _image_size(config) or 64
         channels = _number(config, ("num_channels", "in_channels", "in_chans"), 3)

@@ -10,113 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fusion.models import LENGTHS, MASK, MODELS, PACKED, TEXT, inputs_of, model_of, run
 from torch import Tensor
 
 import fusedformer
 from fusedformer import backend
 from fusedformer.testing import compare
 
-transformers = pytest.importorskip("transformers")
-T: Any = transformers
-
-SIZES = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-)  # fmt: skip
-TEXT = dict(**SIZES, vocab_size=99, max_position_embeddings=40)
-IMAGE = dict(**SIZES, image_size=16, patch_size=4)
-TOKENS = dict(bos_token_id=97, eos_token_id=98, pad_token_id=1)
-MODERN = dict(
-    global_attn_every_n_layers=2, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS
-)
-GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
-            eos_token_id=2)  # fmt: skip
-BART = dict(
-    vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
-)  # fmt: skip
-MODELS: dict[str, Callable[[], Any]] = {
-    "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
-    "bert, pre-training": lambda: T.BertForPreTraining(T.BertConfig(**TEXT, hidden_act="gelu_new")),
-    "roberta": lambda: T.RobertaModel(T.RobertaConfig(**TEXT)),
-    "xlm-roberta": lambda: T.XLMRobertaModel(T.XLMRobertaConfig(**TEXT)),
-    "camembert": lambda: T.CamembertModel(T.CamembertConfig(**TEXT)),
-    "electra": lambda: T.ElectraModel(T.ElectraConfig(**TEXT, embedding_size=16)),
-    "distilbert": lambda: T.DistilBertModel(
-        T.DistilBertConfig(
-            vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
-        )
-    ),
-    "albert": lambda: T.AlbertModel(T.AlbertConfig(**TEXT, embedding_size=16)),
-    "modernbert": lambda: T.ModernBertModel(T.ModernBertConfig(**TEXT, **MODERN)),
-    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
-    "bart": lambda: T.BartModel(T.BartConfig(**BART)),
-    "clip": lambda: T.CLIPModel(
-        T.CLIPConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE, **TOKENS)
-    ),
-    "siglip": lambda: T.SiglipModel(
-        T.SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE)
-    ),
-    "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
-    "deit": lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)),
-    "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)),
-}
-PACKED = {
-    "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
-    "albert", "modernbert",
-}  # fmt: skip
-LENGTHS = (11, 4, 7)
-MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-
-
-def model_of(name: str, seed: int = 0) -> Any:
-    """Without dropout, and with weights of a size at which attention is not uniform."""
-    torch.manual_seed(seed)
-    model = MODELS[name]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for attribute in ("attention_dropout", "dropout"):  # some keep the number
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
-    return model
-
-
-def inputs_of(name: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shape = len(LENGTHS), max(LENGTHS)
-    pixels = {"pixel_values": torch.randn(len(LENGTHS), 3, 16, 16, generator=generator)}
-    text = {
-        "input_ids": torch.randint(3, 97, shape, generator=generator),
-        "attention_mask": MASK.long(),
-    }
-    if name in ("vit", "deit", "dinov2"):
-        return pixels
-    if name in ("clip", "siglip"):  # pooled at the token that ends the text
-        text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
-        return {**pixels, **text}
-    if name == "bart":
-        return {**text, "decoder_input_ids": torch.randint(3, 97, (3, 6), generator=generator)}
-    return text
-
-
-def run(model: Any, inputs: dict[str, Tensor], seed: int = 2) -> dict[str, Tensor]:
-    """Outputs, of real tokens alone, and the gradients of all parameters that have one."""
-    outputs = {}
-    for key, value in model(**inputs).items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
-            of_tokens = value.dim() == 3 and value.shape[:2] == MASK.shape
-            outputs[key] = value[MASK.to(value.device)] if of_tokens else value
-    generator = torch.Generator().manual_seed(seed)
-    dys = [torch.randn(o.shape, generator=generator).to(o) for o in outputs.values()]
-    parameters = dict(model.named_parameters())
-    grads = torch.autograd.grad(
-        list(outputs.values()), list(parameters.values()), dys, allow_unused=True
-    )
-    found = {f"grad of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
-    return {**outputs, **found}
+T: Any = pytest.importorskip("transformers")
 
 
 def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch") -> list[str]:
@@ -408,11 +309,3 @@ def test_a_decoder_of_bert_is_left_to_itself_and_strict_says_so() -> None:
         assert [one.path for one in report.left] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
         ours = model(input_ids=ids, attention_mask=MASK.long()).logits
     assert torch.allclose(ours[MASK], stock[MASK], atol=1e-5)
-
-
-def test_sinks_are_refused() -> None:
-    from fusedformer.fusion._huggingface import attention
-
-    q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="s_aux"):
-        attention(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))

@@ -122,3 +122,33 @@ def test_a_fast_norm_is_left(timm: Any) -> None:
     model.norm._fast_norm = True
     report = fusedformer.fuse(model)
     assert [(one.path, "fast norm" in one.reason) for one in report.left] == [("norm", True)]
+
+
+def test_who_looks_at_the_weights_gets_them(timm: Any) -> None:
+    """By a hook on their dropout, or with timm's switch off, before and after fuse."""
+    x = torch.randn(2, 3, 16, 16)
+    for when in ("before", "after"):
+        model = _model(timm).eval()
+        wanted = model(x)
+        if when == "before":
+            model.blocks[0].attn.fused_attn = False
+        report = fusedformer.fuse(model)
+        left = [(one.path, one.reason) for one in report.left]
+        assert left == [("blocks.0.attn", left[0][1])] if when == "before" else not left
+        model.blocks[0].attn.fused_attn = False
+        model.blocks[1].attn.fused_attn = False
+        weights: list[torch.Tensor] = []
+        for block in model.blocks:
+            block.attn.attn_drop.register_forward_hook(lambda *a, w=weights: w.append(a[2]))
+        assert torch.allclose(model(x), wanted, atol=1e-5)
+        assert [w.shape for w in weights] == [(2, 4, 17, 17)] * 2
+        assert torch.allclose(weights[1].sum(-1), torch.ones(2, 4, 17))
+
+
+def test_a_hook_on_the_dropout_of_weights_acts(timm: Any) -> None:
+    """Where weights are computed; stock ignores it while its fused form is on."""
+    model, x = _model(timm).eval(), torch.randn(2, 3, 16, 16)
+    fusedformer.fuse(model)
+    wanted, seen = model(x), []
+    model.blocks[0].attn.attn_drop.register_forward_hook(lambda *a: seen.append(a[2]))
+    assert torch.allclose(model(x), wanted, atol=1e-5) and not seen

@@ -324,6 +324,64 @@ def test_transformer_parity(assert_module_parity: Callable[..., None]) -> None:
     assert_module_parity(ours, stock, call, inputs, torch.float32)
 
 
+SEEN: dict[str, tuple[Tensor, Tensor | None]] = {
+    "no mask of memory": (of_memory, None),
+    "a mask of less": (of_memory, of_memory & (torch.arange(S) > S - 2)),
+    "an equal mask": (of_memory, of_memory.clone()),
+    "floating": (torch.zeros(N, S).masked_fill(of_memory, -torch.inf), None),
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("make", [{"batch_first": True}, {"norm_first": True}], ids=str)
+def test_padding_that_the_decoder_of_a_transformer_sees_is_computed(
+    seen: str, make: dict[str, Any], assert_module_parity: Callable[..., None]
+) -> None:
+    """Where memory_key_padding_mask leaves it in, as models were trained by torch."""
+    padding, of_its_memory = SEEN[seen]
+
+    def call(module: torch.nn.Module, src: Tensor, tgt: Tensor) -> Tensor:
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": of_its_memory}
+        output: Tensor = module(src, tgt, **beside(src, masks))
+        return output
+
+    inputs = {"src": torch.randn(N, S, D), "tgt": torch.randn(N, T, D)}
+    if "batch_first" not in make:
+        inputs = {name: x.transpose(0, 1) for name, x in inputs.items()}
+    sizes: Any = (D, H, 1, 1, FF, 0.0)
+    ours, stock = nn.Transformer(*sizes, **make), torch.nn.Transformer(*sizes, **make)
+    assert_module_parity(ours, stock, call, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("of_its_memory", [of_memory, of_memory.clone()], ids=["same", "equal"])
+def test_padding_that_is_masked_twice_is_not_computed(of_its_memory: Tensor) -> None:
+    module = nn.Transformer(D, H, 1, 1, FF, 0.0, batch_first=True)
+    src = torch.randn(N, S, D).masked_fill(of_memory[..., None], torch.nan)
+    output = module(
+        src, torch.randn(N, T, D), src_key_padding_mask=of_memory,
+        memory_key_padding_mask=of_its_memory,
+    )  # fmt: skip
+    assert output.isfinite().all()
+
+
+def test_an_encoder_called_alone_computes_padding_if_asked() -> None:
+    torch.manual_seed(0)
+    settings = (D, H, FF, 0.0)
+    stock = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(*settings, batch_first=True), 2
+    )
+    ours = nn.TransformerEncoder(nn.TransformerEncoderLayer(*settings, batch_first=True), 2)
+    ours.load_state_dict(stock.state_dict())
+    src = torch.randn(N, S, D)
+    truth = stock.double()(src.double(), src_key_padding_mask=of_memory).float()
+    asked = ours(src, src_key_padding_mask=of_memory, compute_padding=True)
+    torch.testing.assert_close(asked, truth, rtol=1e-4, atol=1e-5)
+    ours.compute_padding = True
+    assert torch.equal(ours(src, src_key_padding_mask=of_memory), asked)
+    zeros = ours(src, src_key_padding_mask=of_memory, compute_padding=False)
+    assert not zeros[of_memory].any()
+
+
 def test_custom_parts_and_bad_batches() -> None:
     encoder, stack = torch.nn.Identity(), torch.nn.Identity()
     module = nn.Transformer(D, H, custom_encoder=encoder, custom_decoder=stack)

@@ -314,6 +314,47 @@ def test_bad_calls_name_the_argument(
         nn.MultiheadAttention(E, H, batch_first=True)(**arguments)
 
 
+@pytest.mark.parametrize("given", ["flat", "parted"])
+@pytest.mark.parametrize("own", ["flat", "parted"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_projection_is_loaded_in_one_dimension_or_in_three_parts(
+    given: str, own: str, assign: bool
+) -> None:
+    """In the latter it is where ranks share it."""
+    module = nn.MultiheadAttention(E, H)
+    state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    parted = {n: t.unflatten(0, (3, E)) if "in_proj" in n else t for n, t in state.items()}
+    if own == "parted":
+        for name in ("in_proj_weight", "in_proj_bias"):
+            setattr(module, name, torch.nn.Parameter(torch.zeros_like(parted[name])))
+    module.load_state_dict(state if given == "flat" else parted, assign=assign)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, (state if own == "flat" else parted)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("in_proj_weight", torch.zeros(E, 3 * E), "size mismatch for in_proj_weight"),
+        ("in_proj_weight", torch.zeros(3 * E * E), "size mismatch for in_proj_weight"),
+        ("in_proj_weight", torch.zeros(E, 3, E), "size mismatch for in_proj_weight"),
+        ("in_proj_weight", torch.zeros(1, 3 * E, E), "size mismatch for in_proj_weight"),
+        ("in_proj_bias", torch.zeros(E, 3), "size mismatch for in_proj_bias"),
+        ("in_proj_bias", torch.zeros(3 * E, 1), "size mismatch for in_proj_bias"),
+        ("in_proj_weight", [1.0], "in_proj_weight.*expected torch.Tensor"),
+        ("in_proj_bias", "no tensor", "in_proj_bias.*expected torch.Tensor"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused(name: str, value: Any, message: str) -> None:
+    """As torch refuses it, whatever the number of elements; nothing of the parameter changes."""
+    module = nn.MultiheadAttention(E, H)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for one in (module, torch.nn.MultiheadAttention(E, H)):
+        with pytest.raises(RuntimeError, match=message):
+            one.load_state_dict({**before, name: value})
+    assert torch.equal(module.state_dict()[name], before[name])
+
+
 def test_self_attention_needs_equal_widths() -> None:
     x = torch.randn(L, N, E)
     with pytest.raises(ValueError, match="expected the last dimension of 'key' to be 6"):

@@ -33,6 +33,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "key_mask": (False, True),
     "alibi_slopes": (None, "heads", "batch"),
     "relative_bias": (None, 3, 100),
+    "sinks": (False, True),
     "softcap": (None, 2.0),
     "dropout": (False, True),
     "group": (1, 2),
@@ -228,7 +229,7 @@ class Call:
         """Outputs and every gradient by the parity criterion."""
         few = {
             f"grad of {name}"
-            for name in ("alibi_slopes", "relative_bias")
+            for name in ("alibi_slopes", "relative_bias", "sinks")
             if name in self.inputs and self.inputs[name].numel() <= 16
         }
         found = self.judged(seed=0)
@@ -274,4 +275,6 @@ def _masks(
         found["alibi_slopes"] = torch.rand(shape, device=device).requires_grad_()
     if choice["relative_bias"] is not None:
         found["relative_bias"] = grad(heads, 2 * choice["relative_bias"] + 1, device=device)
+    if choice["sinks"]:
+        found["sinks"] = grad(heads, device=device)
     return found

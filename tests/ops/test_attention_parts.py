@@ -351,6 +351,7 @@ MEMORY: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "table as long as the sequence": lambda n, device: {
         "table": torch.rand(2, 2 * n + 1, device=device)
     },
+    "sinks": lambda n, device: {"sinks": torch.rand(2, device=device)},
     "key lengths": lambda n, device: {"key_lengths": torch.tensor([n // 2], device=device)},
     "softcap": lambda n, device: {"softcap": 20.0},
     "bias of keys": lambda n, device: {"mask": torch.rand(1, 1, 1, n, device=device)},
@@ -375,7 +376,7 @@ def test_memory_grows_linearly(name: str, queries: str, device: str) -> None:
         rows = length if queries == "as many" or name == "packed" else 4
         tensors = [t.detach() for t in qkv(rows, length, device).values()]
         terms = AttentionTerms(**MEMORY[name](length, device))
-        learned = [terms.mask is not None, terms.slopes is not None, terms.table is not None]
+        learned = [t is not None for t in (terms.mask, terms.slopes, terms.table, terms.sinks)]
 
         def both(tensors: Any = tensors, terms: Any = terms, learned: Any = learned) -> None:
             output, _, statistics = attention_forward(*tensors, terms)

@@ -46,6 +46,18 @@ def test_widths(width: int, dtype: torch.dtype, device: str) -> None:
     check(dtype, inputs(device, width, 3, 7))
 
 
+@pytest.mark.parametrize(("width", "value"), [(100, 1234.567), (768, 1e6)])
+def test_rows_of_one_value(width: int, value: float, device: str) -> None:
+    """Their mean is that value to the bit, however large it is."""
+    given = inputs(device, width, 3, leave_out=("position_ids", "position_weight"))
+    given["weight"] = torch.full((TOKENS, width), value, device=device)
+    given["token_type_weight"] = torch.zeros(TYPES, width, device=device)
+    for name in ("triton", "torch"):
+        with backend(name):  # type: ignore[arg-type]
+            output = functional.embedding_layer_norm(**given)
+        assert torch.equal(output, given["norm_bias"].expand_as(output))
+
+
 @pytest.mark.parametrize("width", [4097, 8192])
 def test_long_rows(width: int, device: str) -> None:
     check(torch.bfloat16, inputs(device, width, 5))

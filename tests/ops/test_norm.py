@@ -202,6 +202,40 @@ def test_large_mean_does_not_cancel(device: str) -> None:
     check("layer_norm", torch.float32, input=x, normalized_shape=(16400,), eps=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("width", "value"),
+    [(100, 1234.567), (768, 1e6), (768, 0.1), (1000, -3e10), (16385, 1234.567), (16385, 1e20)],
+)
+def test_rows_of_one_value(width: int, value: float, device: str) -> None:
+    """Their mean is that value to the bit: the norm is its bias, as large as the value is."""
+    x = torch.full((2, width), value, device=device, requires_grad=True)
+    bias = torch.randn(width, device=device)
+    zeros = torch.zeros_like(x), torch.zeros_like(bias)
+    y = F.layer_norm(x, (width,), bias=bias)
+    fused = F.dropout_add_layer_norm(x, zeros[0], (width,), bias=bias, input_bias=zeros[1])
+    for output in (y, fused):
+        assert torch.equal(output, bias.expand_as(x))
+        dy = torch.randn_like(output)
+        (gradient,) = torch.autograd.grad(output, x, dy)
+        truth = (dy.double() - dy.double().mean(1, keepdim=True)) / 1e-5**0.5
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [64, 16400])
+def test_rows_of_one_value_whose_sum_is_rounded(width: int, device: str) -> None:
+    """The backward's mean is that of the bfloat16 sum which it reads."""
+    x = torch.full((2, width), 1000.0, device=device, dtype=torch.bfloat16, requires_grad=True)
+    residual, weight = torch.full_like(x, 0.3), grad(width, device=device)
+    y = F.dropout_add_layer_norm(x, residual, (width,), weight)
+    assert not y.any()
+    dy = torch.randn_like(y)
+    gradient, weight_gradient = torch.autograd.grad(y, (x, weight), dy)
+    weighted = (dy * weight).double()
+    truth = (weighted - weighted.mean(1, keepdim=True)) / 1e-5**0.5
+    torch.testing.assert_close(gradient.double(), truth, rtol=0.01, atol=0.01)
+    assert not weight_gradient.any()
+
+
 def test_result_does_not_depend_on_the_batch(device: str) -> None:
     x, weight = torch.randn(37, 300, device=device), torch.randn(300, device=device)
     together = F.layer_norm(x, (300,), weight)

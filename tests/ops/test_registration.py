@@ -91,7 +91,7 @@ def keys() -> dict[str, Any]:
 
 def learned() -> dict[str, Any]:
     """All that may be learned, and dropout."""
-    terms = dict(mask=leaf(1, 2, 5, 7), slopes=leaf(1, 2), table=leaf(2, 5))
+    terms = dict(mask=leaf(1, 2, 5, 7), slopes=leaf(1, 2), table=leaf(2, 5), sinks=leaf(2))
     return {**terms, "seed": seed(), "p": 0.5, "softcap": 2.0}
 
 
@@ -106,14 +106,17 @@ def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
     return (*grads, query, key, value, output, statistics, needs, *others)
 
 
-def chunked_case(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def chunked_case(
+    mask: Tensor | None, dtype: torch.dtype = torch.float32, sinks: Tensor | None = None
+) -> tuple[Any, ...]:
     shapes = (2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 4)
     leaves = (leaf(*shape).detach().to(dtype).requires_grad_() for shape in shapes)
-    return *leaves, mask, 0.5, mask is None
+    return *leaves, mask, sinks, 0.5, mask is None
 
 
 def chunked_backward_case() -> tuple[Any, ...]:
-    return torch.randn(2, 2, 5, 4), *detached(chunked_case(None)), [True, False, True]
+    case = detached(chunked_case(None, sinks=torch.randn(2)))
+    return torch.randn(2, 2, 5, 4), *case, [True, False, True, True]
 
 
 def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
@@ -122,7 +125,7 @@ def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
 
 
 def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> tuple[Any, ...]:
-    shape = dict(table=leaf(2, 5), seed=seed(), p=0.3)
+    shape = dict(table=leaf(2, 5), sinks=leaf(2), seed=seed(), p=0.3)
     query, key, value, _, *others = detached(attention_case(packed=True, **shape))
     lse_grad = torch.randn(1, 2, 7) if with_lse else None
     return torch.randn(1, 2, 7, 4), lse_grad, query, key, value, needs, *others
@@ -236,15 +239,15 @@ CASES: dict[str, tuple[str, Any]] = {
     "attention, keys": ("attention", lambda: attention_case(**keys())),
     "attention, packed": ("attention", lambda: attention_case(packed=True, left=2, right=1)),
     "attention backward": (
-        "attention_backward", lambda: attention_backward_case([True] * 6, **learned()),
+        "attention_backward", lambda: attention_backward_case([True] * 7, **learned()),
     ),
     "attention backward, frozen keys": (
         "attention_backward",
-        lambda: attention_backward_case([True, False, True, False, True, False], **learned()),
+        lambda: attention_backward_case([True, False, True, False, True, False, True], **learned()),
     ),
     "attention backward, packed": (
         "attention_backward",
-        lambda: attention_backward_case([True] * 3 + [False] * 3, packed=True),
+        lambda: attention_backward_case([True] * 3 + [False] * 4, packed=True),
     ),
     "self attention": ("self_attention", self_attention_case),
     "self attention, packed": (
@@ -257,6 +260,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "chunked attention, added mask": (
         "chunked_attention", lambda: chunked_case(torch.randn(5, 7)[None, None], torch.bfloat16),
     ),
+    "chunked attention, sinks": (
+        "chunked_attention", lambda: chunked_case(torch.rand(2, 1, 5, 7) > 0.3, sinks=leaf(2)),
+    ),
     "chunked attention backward": ("chunked_attention_backward", chunked_backward_case),
     "packed ATen": ("packed_attention_aten", lambda: packed_aten_case(False, seed=seed(), p=0.3)),
     "packed ATen, log-sum-exp, learned": (
@@ -264,11 +270,11 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "packed ATen backward": (
         "packed_attention_aten_backward",
-        lambda: packed_aten_backward_case([True, True, True, False, False, True], with_lse=True),
+        lambda: packed_aten_backward_case([True] * 3 + [False, False, True, True], with_lse=True),
     ),
     "packed ATen backward, frozen": (
         "packed_attention_aten_backward",
-        lambda: packed_aten_backward_case([False, True, True, False, False, False]),
+        lambda: packed_aten_backward_case([False, True, True, *[False] * 4]),
     ),
     "weights": ("attention_weights", lambda: weights_case(False, **learned())),
     "weights, averaged": ("attention_weights", lambda: weights_case(True, torch.bfloat16)),

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "capped": {"softcap": 3.0},
     "slopes": {"alibi_slopes": torch.tensor([0.5, 0.1])},
     "table": {"relative_bias": torch.linspace(-1, 1, 2 * 41).view(2, 41)},
+    "sinks": {"sinks": torch.tensor([0.7, -0.3])},
 }
 
 

@@ -181,7 +181,7 @@ def _attention_weights(op: Any) -> Iterator[Way]:
 def _attention_weights_backward(op: Any) -> Iterator[Way]:
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):
-            outputs = _wanted(op, [*[Shard(dim)] * 3, *learned])
+            outputs = _wanted(op, [*[Shard(dim)] * 3, *learned[:3]])
             inputs = {**_all(Shard(dim), "grad", "query", "key"), "statistics": Shard(dim + 1)}
             yield outputs, {**terms, **inputs}
 
@@ -202,19 +202,19 @@ def _merge_backward(op: Any) -> Iterator[Way]:
 def _batch_and_heads(
     op: Any, heads: int, key_heads: int
 ) -> Iterator[tuple[int, dict[str, Placement], list[Placement]]]:
-    """(0 or 1, placements of the terms, and of the gradients of mask, slopes and table)."""
+    """(0 or 1, placements of the terms, and of the gradients of mask, slopes, table, sinks)."""
     if _is_tensor(op.seed):
         return
     if not _is_tensor(op.starts_q):
         mask, slopes = (_broadcast(t, 0) for t in (op.mask, op.slopes))
         terms = {"mask": mask, "slopes": slopes, **_all(Shard(0), "key_mask", "key_lengths")}
-        yield 0, terms, [_gradient(mask), _gradient(slopes), Partial()]
+        yield 0, terms, [_gradient(mask), _gradient(slopes), Partial(), Partial()]
     # A rank has the keys of its queries, where fewer heads of keys serve several of queries.
     ranks = next(t for t in vars(op).values() if _is_tensor(t)).mesh.size()
     if heads == key_heads or key_heads % ranks == 0:
         mask = _broadcast(op.mask, 1)
-        terms = {"mask": mask, "slopes": Shard(1), "table": Shard(0)}
-        yield 1, terms, [_gradient(mask), Shard(1), Shard(0)]
+        terms = {"mask": mask, "slopes": Shard(1), **_all(Shard(0), "table", "sinks")}
+        yield 1, terms, [_gradient(mask), Shard(1), Shard(0), Shard(0)]
 
 
 def _broadcast(tensor: Any, dim: int) -> Placement:

@@ -19,7 +19,8 @@ def scaled_dot_product_attention(
     dropout_p: float = ..., is_causal: bool = ..., *, scale: float | None = ...,
     enable_gqa: bool = ..., window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ...,
-    softcap: float | None = ..., key_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
+    sinks: Tensor | None = ..., softcap: float | None = ...,
+    key_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
     causal_alignment: Alignment = ..., return_lse: Literal[False] = ...,
     return_weights: Literal[False] = ...,
 ) -> Tensor: ...
@@ -29,7 +30,8 @@ def scaled_dot_product_attention(
     dropout_p: float = ..., is_causal: bool = ..., *, scale: float | None = ...,
     enable_gqa: bool = ..., window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ...,
-    softcap: float | None = ..., key_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
+    sinks: Tensor | None = ..., softcap: float | None = ...,
+    key_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
     causal_alignment: Alignment = ..., return_lse: bool = ...,
     return_weights: Literal[False, "per_head", "averaged"] = ...,
 ) -> Any: ...
@@ -46,6 +48,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
@@ -79,11 +82,15 @@ def scaled_dot_product_attention(
         relative_bias: ``[heads or 1, 2R + 1]``: entry ``R + distance`` is added to the scores,
             distances beyond R count as R. May require a gradient. For T5's table of buckets see
             :func:`relative_position_bias`.
+        sinks: ``[heads]``: a logit that stands in the softmax's sum of each query of its head and
+            has no value, so that weights sum to less than 1: ``exp(score_j) / (sum_k exp(score_k) +
+            exp(sink))``. Neither scaled nor capped; of any floating-point dtype; -inf is none. May
+            require a gradient.
         softcap: scaled scores become ``softcap * tanh(score / softcap)`` before anything is added.
         key_mask: boolean ``[batch, S]``, True = keep: key padding that needs no combined mask.
         key_lengths: integer ``[batch]``: keys at and beyond a sequence's length are masked.
         causal_alignment: ``"top_left"`` as in torch, or ``"bottom_right"``.
-        return_lse: also return the logarithm of the softmax denominator.
+        return_lse: also return the logarithm of the softmax denominator, the sink's part included.
         return_weights: also return the attention weights after dropout, ``"per_head"`` or
             ``"averaged"`` over heads. Computed again from the log-sum-exp: no memory but theirs.
 
@@ -93,7 +100,7 @@ def scaled_dot_product_attention(
         nested tensors ``[heads, tokens]``), and the weights ``[*batch, heads, L, S]`` or
         ``[*batch, L, S]`` in the dtype of ``query``, or in float32 where autocast gives torch's
         softmax that. All are differentiable. A query with no visible key gets output, weights and
-        gradient 0 and log-sum-exp -inf.
+        gradient 0 and log-sum-exp -inf, or that of the sink alone.
 
     Raises:
         TypeError: dtypes that differ, but under autocast, which casts as for torch's; or that
@@ -103,13 +110,15 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al., arXiv:1706.03762; Dao, FlashAttention-2, arXiv:2307.08691; ALiBi: Press
     et al., arXiv:2108.12409; relative bias: Raffel et al., arXiv:1910.10683; window: Beltagy et
-    al., arXiv:2004.05150; cap: Gemma Team, arXiv:2408.00118.
+    al., arXiv:2004.05150; cap: Gemma Team, arXiv:2408.00118; sinks: OpenAI, gpt-oss,
+    arXiv:2508.10925 (``s_aux`` in transformers; with 0 the "off-by-one" softmax), named after Xiao
+    et al., arXiv:2309.17453.
     """
     options: dict[str, Any] = {
         "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale,
         "enable_gqa": enable_gqa, "window": window, "alibi_slopes": alibi_slopes,
-        "relative_bias": relative_bias, "softcap": softcap, "key_lengths": key_lengths,
-        "causal_alignment": causal_alignment, "return_lse": return_lse,
+        "relative_bias": relative_bias, "sinks": sinks, "softcap": softcap,
+        "key_lengths": key_lengths, "causal_alignment": causal_alignment, "return_lse": return_lse,
     }  # fmt: skip
     tensors = (query, key, value)
     if all(isinstance(t, Tensor) and t.is_nested for t in tensors):
@@ -170,7 +179,8 @@ def varlen_attention(
     max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = ..., is_causal: bool = ..., *,
     scale: float | None = ..., enable_gqa: bool = ..., window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ...,
-    softcap: float | None = ..., attn_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
+    sinks: Tensor | None = ..., softcap: float | None = ...,
+    attn_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
     causal_alignment: Alignment = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -179,7 +189,8 @@ def varlen_attention(
     max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = ..., is_causal: bool = ..., *,
     scale: float | None = ..., enable_gqa: bool = ..., window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ..., relative_bias: Tensor | None = ...,
-    softcap: float | None = ..., attn_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
+    sinks: Tensor | None = ..., softcap: float | None = ...,
+    attn_mask: Tensor | None = ..., key_lengths: Tensor | None = ...,
     causal_alignment: Alignment = ..., return_lse: bool = ...,
 ) -> Any: ...
 def varlen_attention(
@@ -198,6 +209,7 @@ def varlen_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
@@ -225,7 +237,7 @@ def varlen_attention(
         key_lengths: integer ``[sequences]``: of a sequence's keys only so many are visible.
         dropout_p, is_causal, scale, enable_gqa, window, causal_alignment: as for
             :func:`scaled_dot_product_attention`, within each sequence.
-        alibi_slopes, relative_bias, softcap: likewise.
+        alibi_slopes, relative_bias, sinks, softcap: likewise.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
@@ -241,7 +253,7 @@ def varlen_attention(
     options: dict[str, Any] = {
         "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
         "window": window, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias,
-        "softcap": softcap, "attn_mask": attn_mask, "key_lengths": key_lengths,
+        "sinks": sinks, "softcap": softcap, "attn_mask": attn_mask, "key_lengths": key_lengths,
         "causal_alignment": causal_alignment,
     }  # fmt: skip
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)

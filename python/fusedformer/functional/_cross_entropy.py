@@ -191,8 +191,6 @@ def _check_range(function: str, target: Tensor, classes: int, ignore_index: int)
     # On a GPU, looking would wait for it.
     if target.device.type != "cpu" or not target.numel() or not _checks.has_values(target):
         return
-    if torch._C._are_functorch_transforms_active():  # nor has a mapped function
-        return
     low, high = (int(bound) for bound in torch.aminmax(target))
     if low >= 0 and high < classes:
         return

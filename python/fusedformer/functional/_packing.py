@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer._onlookers import is_traced, stands_for_many
 
 
 class Packing(NamedTuple):
@@ -72,6 +74,8 @@ class Packing(NamedTuple):
             TypeError: ``keep`` is not a boolean tensor.
             ValueError: ``keep`` is not 2-D; not as many ``lengths`` as sequences, or both
                 ``lengths`` and ``static_shapes``; ``multiple_of`` is not positive.
+            RuntimeError: neither is given while ``keep`` is traced (``torch.jit.trace``,
+                ``make_fx``), or mapped by ``torch.vmap``: what would be packed is an example's.
         """
         _check_keep(keep, lengths, static_shapes)
         if multiple_of < 1:
@@ -80,6 +84,8 @@ class Packing(NamedTuple):
             )
         if static_shapes:
             return _static_packing(keep)
+        if lengths is None:
+            _check_known(keep)
         batch = keep.shape[0]
         counts = keep.sum(1)
         if lengths is not None:
@@ -117,6 +123,16 @@ def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool
         )
 
 
+def _check_known(keep: Tensor) -> None:
+    if torch.compiler.is_compiling():  # which breaks the graph
+        return
+    if is_traced() or stands_for_many(keep):
+        raise RuntimeError(
+            "Packing.of(): expected 'static_shapes=True' or 'lengths' while 'keep' is traced or "
+            "mapped by torch.vmap, where the number of its tokens is an example's"
+        )
+
+
 def _packing(
     keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
 ) -> Packing:
@@ -134,13 +150,21 @@ def _packing(
     )
 
 
+def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
+    """Of a batch without padding; the sizes may be symbols of a compiler."""
+    positions = torch.arange(batch * length, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    starts = ops.shared_by_layers(starts)
+    return Packing(starts, length, positions, positions, batch, length, starts, starts, False)
+
+
 def _static_packing(keep: Tensor) -> Packing:
     flat, starts = keep.flatten(), _starts(keep.sum(1))
     rows = flat.shape[0]
     inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
     positions = torch.arange(rows, device=keep.device)
     indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
-    indices = indices.scatter_(0, torch.where(flat, inverse, rows), positions)[:rows]
+    indices = indices.scatter(0, torch.where(flat, inverse, rows), positions)[:rows]
     return Packing(
         starts, rows, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
     )
@@ -164,9 +188,7 @@ def _sizes(keep: Tensor) -> tuple[int, int]:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    starts = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=counts.device)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return ops.shared_by_layers(starts)
+    return ops.shared_by_layers(F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
 def pack(input: Tensor, packing: Packing) -> Tensor:

@@ -6,18 +6,19 @@ settings, and all that refers to it (optimizers, tied weights, DDP), stay as the
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
-from fusedformer.fusion._classes import ATTENTION_BEFORE, BEFORE, Plan
+from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> FusionReport:
+def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) -> FusionReport:
     """Replace, in place, every module of ``model`` that this library has.
 
     Of ``torch.nn``: Softmax, LogSoftmax, LayerNorm, RMSNorm, CrossEntropyLoss, MultiheadAttention,
@@ -33,6 +34,9 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FusionReport:
     Args:
         model: any module, in training or not, on any device, also inside DDP.
         strict: raise if a module of these kinds is left alone.
+        pack: whether encoders compute real tokens only, with zeros at padded positions. None does
+            so but in models whose class is known to read these positions (question answering, late
+            interaction), where the report says so.
 
     Returns:
         What was replaced by what, and what was left alone and why; it prints as a table.
@@ -48,7 +52,9 @@ def fuse(model: nn.Module, *, strict: bool = False) -> FusionReport:
     plan = Plan()
     for path, module in model.named_modules():
         plan_module(plan, path, module)
-    _plan_huggingface(plan, model)
+    transformers = _transformers()
+    if transformers is not None:
+        transformers.plan_huggingface(plan, model, pack)
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()
@@ -70,23 +76,20 @@ def unfuse(model: nn.Module) -> int:
             f"unfuse(): expected 'model' to be a Module, but got {type(model).__name__}"
         )
     refuse_spread(model)
-    restored = 0
+    transformers = _transformers()
+    restored: int = 0 if transformers is None else transformers.restore(model)
     for module in model.modules():
-        attention: str | None = module.__dict__.pop(ATTENTION_BEFORE, None)
-        if attention is not None:
-            module.set_attn_implementation(attention)  # type: ignore[operator]
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
-            module.__class__ = before
-        restored += (attention is not None) + (before is not None)
+            change_class(module, before)
+            restored += 1
     return restored
 
 
-def _plan_huggingface(plan: Plan, model: nn.Module) -> None:
-    import sys
+def _transformers() -> Any:
+    """What concerns its models, if any can be there."""
+    if "transformers" not in sys.modules:
+        return None
+    from fusedformer.fusion import _huggingface
 
-    if "transformers" not in sys.modules:  # nothing of it can be in the model
-        return
-    from fusedformer.fusion._huggingface import plan_huggingface
-
-    plan_huggingface(plan, model)
+    return _huggingface

@@ -13,6 +13,7 @@ from transformers.masking_utils import (
 )
 
 from fusedformer import functional
+from fusedformer._checks import has_values
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -20,10 +21,28 @@ except ImportError:  # of an older transformers: then hooks are what tells
     _active_collector = None  # type: ignore[assignment]
 
 
+# The dtype of a mask of keys that stands for causality too. Models hand on masks of four dimensions
+# as they are, so that it cannot be told by their number.
+CAUSAL = torch.int8
+
+
 def captured() -> dict[str, Any]:
     """What the running model was asked to return besides, by name."""
     collector: Any = _active_collector
-    return (None if collector is None else collector.get()) or {}
+    if collector is None:
+        return {}
+    if torch.compiler.is_compiling():  # which cannot follow a ContextVar: transformers has another
+        return getattr(collector, "global_var", None) or {}
+    return collector.get() or {}
+
+
+def key_mask_of(mask: Any) -> Tensor | None:
+    """``[batch, keys]``, True = real, of a mask that is the same for all queries and heads."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return None
+    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        return mask[:, 0, 0]
+    return mask if mask.dim() == 2 else None
 
 
 def attention(
@@ -50,40 +69,47 @@ def attention(
     Args:
         module: the attention module; its ``is_causal`` holds where none is given.
         query, key, value: ``[batch, heads, length, dim]``; keys may have fewer heads.
-        attention_mask: boolean ``[batch, keys]``, True = real; or 4-D, boolean or added.
+        attention_mask: of :func:`attention_mask`; or boolean ``[batch, keys]``, True = real, or
+            4-D, boolean or added; of packed sequences by the positions in each.
         dropout, scaling, is_causal, softcap: as the functional form's.
-        sliding_window: keys within this distance are seen, itself included, where the mask is not
-            4-D and so says so itself.
+        sliding_window: of packed sequences, keys within this distance are seen, itself included;
+            of others the mask says so.
         position_bias: added to the scores.
+        s_aux: the functional form's ``sinks``.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences, in a batch
             of 1.
 
     Raises:
-        ValueError: attention sinks (``s_aux``), which the kernels do not have.
+        ValueError: ``position_bias`` of packed sequences.
     """
-    if s_aux is not None:
-        raise ValueError("fusedformer: attention sinks ('s_aux') are not supported; unfuse(model)")
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
-    told = attention_mask is not None and attention_mask.dim() == 4
-    is_causal = is_causal and query.shape[2] > 1 and (packed or not told)
+    mask = key_mask = None
+    if not packed:
+        mask, key_mask, is_causal = _understood(module, attention_mask, is_causal)
+    is_causal = is_causal and query.shape[2] > 1
     window = None
-    if sliding_window is not None and (packed or not told):
+    if sliding_window is not None and packed:  # elsewhere the mask has it
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
-        "enable_gqa": key.shape[1] != query.shape[1], "window": window,
+        "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
         "causal_alignment": "bottom_right",
     }  # fmt: skip
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # which say it all
+        if position_bias is not None:
+            raise ValueError(
+                "fusedformer: expected no 'position_bias' with packed sequences ('cu_seq_lens_q'), "
+                "but got one; pass the batch padded, with 'attention_mask'"
+            )
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         most_q, most_k = (q.shape[0] if m is None else int(m) for m in (max_length_q, max_length_k))
         output = functional.varlen_attention(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, most_q, most_k, **settings
-        )
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, most_q, most_k,
+            attn_mask=_mask_of_sequences(attention_mask, cu_seq_lens_k), **settings,
+        )  # fmt: skip
         return output[None], None
-    mask, key_mask = (attention_mask, None) if told else (None, attention_mask)
     if position_bias is not None:
         bias = position_bias.to(query.dtype)
         if mask is not None:
@@ -92,14 +118,54 @@ def attention(
         mask = bias
     elif mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
+    returned = "attentions" in captured() or kwargs.get("output_attentions")
     result: Any = functional.scaled_dot_product_attention(
         query, key, value, mask, key_mask=key_mask,
-        return_weights="per_head" if "attentions" in captured() else False, **settings,
+        return_weights="per_head" if returned else False, **settings,
     )
     output, weights = result if isinstance(result, tuple) else (result, None)
     # Autocast may have widened the weights; those models cast them back.
     weights = None if weights is None else weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
+    """A mask of the keys of each packed sequence, if that is what ``mask`` is."""
+    keys = key_mask_of(mask)
+    if mask is None or keys is None or mask.dim() != 4 or len(keys) != len(starts) - 1:
+        return None
+    return mask
+
+
+def _understood(
+    module: nn.Module, given: Tensor | None, says: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """The mask of scores, the mask of keys, and causality, from a mask that layers were given.
+
+    ``says``, the module's word on causality, holds where the mask leaves it open.
+    """
+    if given is None:
+        return None, None, says
+    if given.dim() == 2:
+        return None, given, says
+    is_causal = given.dtype == CAUSAL
+    keys = key_mask_of(given.bool() if is_causal else given)
+    if keys is None:
+        return given, None, False
+    if is_causal != says and _sdpa_forgets(module, keys):
+        is_causal = says
+    return None, keys, is_causal
+
+
+def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
+    """Whether a module that contradicts its mask would have got none before it was fused.
+
+    For ``sdpa`` transformers leaves the mask away if nothing is padding, see
+    ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
+    """
+    kept = module.__dict__.get("_fusedformer_configs", {}).get("config")
+    before = None if kept is None else kept.original._attn_implementation
+    return before == "sdpa" and has_values(keys) and bool(keys.all())
 
 
 def attention_mask(
@@ -110,21 +176,47 @@ def attention_mask(
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that :func:`attention` gets: None, the padding ``[batch, keys]``, or 4-D."""
-    full = mask_function is bidirectional_mask_function
+    """The mask that :func:`attention` gets: as small as what was asked for allows.
+
+    Returns:
+        None without padding; the padding ``[batch, 1, 1, keys]``, boolean where all queries see all
+        keys, of dtype ``CAUSAL`` where they see those before them; else boolean
+        ``[batch, 1, queries, keys]``.
+    """
+    full = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     aligned = (
         mask_function is causal_mask_function
+        and allow_is_causal_skip
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_length
     )
     fits = attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length)
     if (full or aligned) and fits and kv_offset == 0:
-        return attention_mask
+        if attention_mask is None:
+            return None
+        keys = attention_mask[:, None, None]
+        return keys if full else keys.to(CAUSAL)
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+    )  # fmt: skip
+    return found
+
+
+def attention_mask_4d(
+    q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any
+) -> Tensor | None:
+    """The mask of models that read it: None or ``[batch, 1, queries, keys]``, as for ``sdpa``.
+
+    But for queries of the first of more keys, where None is causality that begins at the top left.
+    """
+    found: Tensor | None = sdpa_mask(
+        q_length=q_length, kv_length=kv_length,
+        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length), **kwargs,
     )  # fmt: skip
     return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from fusedformer.fusion._report import Left, Replaced
 
-# Where a fused module keeps its former class, and a model the name of its former attention.
+# Where a fused module keeps its former class.
 BEFORE = "_fusedformer_before"
-ATTENTION_BEFORE = "_fusedformer_attention_before"
-
 
 _made: dict[tuple[Any, Any], Any] = {}
 
@@ -28,6 +28,21 @@ def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
         _made[both] = types.new_class(theirs.__name__, both, {}, lambda ns: ns.update(members))
     made: type[Any] = _made[both]
     return made
+
+
+def change_class(module: Any, cls: type[Any]) -> None:
+    """Make ``module`` a ``cls``, below the class that torch gave it if it is parametrized.
+
+    That one holds the properties that compute parameters, and torch finds it and what it is to
+    restore at the top.
+    """
+    if is_parametrized(module):
+        members = {
+            name: value for name, value in vars(type(module)).items()
+            if name not in ("__dict__", "__weakref__")
+        }  # fmt: skip
+        cls = type(f"Parametrized{cls.__name__}", (cls,), members)
+    module.__class__ = cls
 
 
 def _reduce(module: Any, protocol: int) -> Any:
@@ -55,36 +70,31 @@ class Plan:
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
         self._classes: list[tuple[nn.Module, type[Any]]] = []
-        self._attentions: list[tuple[Any, str]] = []
+        self._exchanges: list[Callable[[], None]] = []
 
     def give(self, path: str, module: nn.Module, cls: type[Any], after: str) -> None:
         """``module`` becomes a ``cls``."""
         self.replaced.append(Replaced(path, named(type(module)), after))
         self._classes.append((module, cls))
 
-    def set_attention(self, path: str, model: Any, before: str, after: str) -> None:
-        """``model`` computes attention by the implementation of that name."""
+    def attend(self, path: str, before: str) -> None:
+        """The model at ``path`` attends by this library."""
         self.replaced.append(Replaced(path, f"{before} attention", "fusedformer.functional"))
-        self._attentions.append((model, after))
+
+    def do(self, exchange: Callable[[], None]) -> None:
+        """Something else that is to be done."""
+        self._exchanges.append(exchange)
 
     def leave(self, path: str, module: nn.Module, reason: str) -> None:
         """``module`` stays what it is."""
-        self.left.append(Left(path, named(type(module)), reason))
+        left = Left(path, named(type(module)), reason)
+        if left not in self.left:
+            self.left.append(left)
 
     def apply(self) -> None:
-        """All of it; if a model refuses its attention, nothing."""
-        done: list[tuple[Any, str]] = []
-        try:
-            for model, name in self._attentions:
-                before = model.config._attn_implementation
-                model.set_attn_implementation(name)
-                done.append((model, before))
-        except Exception:
-            for model, before in done:
-                model.set_attn_implementation(before)
-            raise
-        for model, before in done:
-            model.__dict__.setdefault(ATTENTION_BEFORE, before)
+        """All of it."""
+        for exchange in self._exchanges:
+            exchange()
         for module, cls in self._classes:
-            module.__dict__.setdefault(BEFORE, type(module))
-            module.__class__ = cls
+            module.__dict__.setdefault(BEFORE, type_before_parametrizations(module))
+            change_class(module, cls)

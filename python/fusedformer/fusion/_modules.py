@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fusedformer import nn as fused
 from fusedformer.fusion._classes import BEFORE, Plan, combined, named
@@ -31,7 +32,7 @@ _STEPS = ("_sa_block", "_mha_block", "_ff_block")
 
 def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     """Add to the plan what is to become of ``module``, if it is of a kind that there is."""
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     if isinstance(module, tuple(_OURS.values())) or hasattr(cls, "_made_of"):
         return
     base = next((known for known in cls.__mro__ if _ours(known) is not None), None)
@@ -63,7 +64,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"fuse(): expected 'model' to be a plain Module, but got a {type(model).__name__}; "
-            f"fuse it before it is scripted"
+            f"fused modules cannot be scripted: use torch.export, torch.jit.trace or torch.compile "
+            f"on the fused model"
         )
     for path, module in model.named_modules():
         names = {cls.__name__ for cls in type(module).__mro__}

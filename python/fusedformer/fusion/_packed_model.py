@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import functional
+from fusedformer._checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
-from fusedformer.fusion._post_norm import takes_rows
+from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn._stacks import can_pack, packing_of
 
 _ARGUMENTS = "input_ids", "attention_mask", "position_ids", "inputs_embeds"
@@ -27,22 +30,25 @@ class PackedModel:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the class that it is put before; with zeros at padded positions if it packs."""
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        packing = self._packing_of(given)
-        if packing is None:
+        if not self._packs(given):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        output = super().forward(**{**given, **self._packed(given, packing)})  # type: ignore[misc]
+        keep = given["attention_mask"].bool()
+        packing, keys = _spans(keep, self.static_shapes or not has_values(keep))
+        output = super().forward(**{**given, **self._packed(given, packing, keys)})  # type: ignore[misc]
         unpacked = functional.unpack(output[0][0], packing)
+        if keys is not None:
+            unpacked = unpacked * keep[..., None]
         if isinstance(output, tuple):
             return unpacked, *output[1:]
         output.last_hidden_state = unpacked
         return output
 
-    def _packing_of(self: Any, given: dict[str, Any]) -> Packing | None:
-        """Of a batch with a 2-D mask, if nothing needs it padded."""
+    def _packs(self: Any, given: dict[str, Any]) -> bool:
+        """Whether there is a 2-D mask, and nothing needs the batch padded."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
         tokens: Any = ids if embedded is None else embedded
         asked = "output_hidden_states", "output_attentions"
-        if (
+        return not (
             not isinstance(keep, Tensor)
             or keep.dim() != 2
             or (ids is None) == (embedded is None)
@@ -50,13 +56,13 @@ class PackedModel:
             or given.get("cu_seq_lens_q") is not None
             or captured()
             or any(given.get(n, getattr(self.config, n, False)) for n in asked)
-            or not takes_rows(self)
             or not can_pack(tokens, self.static_shapes)
-        ):
-            return None
-        return packing_of(keep.bool(), self.static_shapes)
+            or needs_batch(self)
+        )
 
-    def _packed(self: Any, given: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    def _packed(
+        self: Any, given: dict[str, Any], packing: Packing, keys: Tensor | None
+    ) -> dict[str, Any]:
         """The arguments that differ."""
         places = packing.indices.clamp(min=0)
         positions, embedded = given.get("position_ids"), given.get("inputs_embeds")
@@ -68,11 +74,37 @@ class PackedModel:
         else:
             rows = {"inputs_embeds": functional.pack(embedded, packing)[None]}
         return {
-            **rows, "attention_mask": dict.fromkeys(self.config.layer_types),
+            **rows, "attention_mask": dict.fromkeys(self.config.layer_types, keys),
             "position_ids": columns[None], "cu_seq_lens_q": packing.cu_seqlens_q,
             "cu_seq_lens_k": packing.cu_seqlens_k, "max_length_q": packing.max_seqlen,
             "max_length_k": packing.max_seqlen,
         }  # fmt: skip
 
 
-MODELS = {"modeling_modernbert.ModernBertModel"}
+def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
+    """From each row's first real token to its last: windows count the positions between too.
+
+    With static shapes, whole rows: then nothing says where their tokens end.
+
+    Returns:
+        Their packing, and a mask of keys ``[sequences, 1, 1, longest]`` unless each of these
+        positions is known to be real.
+    """
+    batch, length = keep.shape
+    if static_shapes:
+        return packing_of(torch.ones_like(keep), False, [length] * batch), keep[:, None, None]
+    real = keep.int()
+    begins = real.argmax(1)
+    ends = torch.where(keep.any(1), length - real.flip(1).argmax(1), begins)
+    columns = torch.arange(length, device=keep.device)
+    spans = (columns >= begins[:, None]) & (columns < ends[:, None])
+    counts = torch.stack((spans.sum(1), real.sum(1))).tolist()
+    packing = packing_of(spans, False, counts[0])
+    if counts[0] == counts[1]:
+        return packing, None
+    within = begins[:, None] + torch.arange(packing.max_seqlen, device=keep.device)
+    keys = keep.gather(1, within.clamp(max=length - 1))
+    return packing, F.pad(keys, (0, 0, 0, 2 * packing.has_tail), value=True)[:, None, None]
+
+
+MODELS = {"modernbert.modeling_modernbert.ModernBertModel"}

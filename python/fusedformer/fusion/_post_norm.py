@@ -14,33 +14,14 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
-from fusedformer.fusion._attention import attention, captured
+from fusedformer.fusion._attention import attention, captured, key_mask_of
+from fusedformer.fusion._configs import NAMES, named
+from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.nn import LayerNorm
-from fusedformer.nn._modules import (
-    Pending,
-    fused_activation,
-    hooks_of,
-    is_plain,
-    is_sharded,
-    product,
-)
+from fusedformer.nn._modules import Pending, fused_activation, is_plain, product
 from fusedformer.nn._stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
-_CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether no hooks but transformers' own, idle ones, and no other forward are on it."""
-    return _is_sharded_at_most(module) and not is_sharded(module)
-
-
-def _is_sharded_at_most(module: nn.Module) -> bool:
-    """The same, but for ``fully_shard``, of a module that is called."""
-    return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks_of(module)
-    )
-
 
 class Parts(NamedTuple):
     """Of a post-norm layer."""
@@ -65,7 +46,7 @@ class Parts(NamedTuple):
             all(is_plain(one, nn.Linear) for one in linears)
             and all(is_plain(one, LayerNorm, nn.LayerNorm) for one in (self.norm1, self.norm2))
             and all(one is None or is_plain(one, nn.Dropout) for one in dropouts)
-            and (not isinstance(self.activation, nn.Module) or _is_untouched(self.activation))
+            and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
         )
 
 
@@ -131,8 +112,16 @@ class PostNormLayer:
 
     def _parts(self) -> Parts | None:
         """The parts, if calling them is all that the layer's own forward would do."""
+        if named(self.attention_of(self).config) not in NAMES:  # set since
+            return None
         parts, between = self.parts_of(self)
-        return parts if parts.are_plain() and all(map(_is_untouched, between)) else None
+        return parts if parts.are_plain() and all(map(is_untouched, between)) else None
+
+    @classmethod
+    def is_plain(cls, layer: Any) -> bool:
+        """Whether calling its parts is all that the forward of ``layer`` does."""
+        parts, between = cls.parts_of(layer)
+        return parts.are_plain() and all(map(is_untouched, between))
 
 
 class BertLayers(PostNormLayer):
@@ -206,17 +195,18 @@ class PackedEncoder:
     ) -> Any:
         """As the class that it is put before; with zeros at padded positions if it packs."""
         others = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
+        keep = key_mask_of(attention_mask)
         if (
-            attention_mask is None
-            or attention_mask.dim() != 2
+            keep is None
+            or keep.shape != hidden_states.shape[:2]
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
-            or not takes_rows(self)
             or not can_pack(hidden_states, self.static_shapes)
+            or needs_batch(self)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        packing = packing_of(attention_mask, self.static_shapes)
+        packing = packing_of(keep, self.static_shapes)
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
             rows[None], None, *args, **kwargs, cu_seq_lens_q=packing.cu_seqlens_q,
@@ -225,13 +215,6 @@ class PackedEncoder:
         )
         output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)
         return output
-
-
-def takes_rows(encoder: Any) -> bool:
-    """Whether nothing in it wants the batch: what chunks sequences, or a hook on a layer."""
-    layers = [layer for child in encoder.children() for layer in (child, *child.children())]
-    chunked = any(getattr(layer, "chunk_size_feed_forward", 0) for layer in layers)
-    return not chunked and all(map(_is_sharded_at_most, layers))
 
 
 def _p(dropout: nn.Dropout) -> float:
@@ -253,12 +236,12 @@ def _activation_name(activation: Any) -> Any:
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta",
              "camembert": "Camembert", "electra": "Electra"}  # fmt: skip
 LAYERS: dict[str, Any] = {
-    **{f"modeling_{module}.{name}Layer": BertLayers for module, name in _FAMILIES.items()},
-    "modeling_distilbert.TransformerBlock": DistilBertLayers,
-    "modeling_albert.AlbertLayer": AlbertLayers,
+    **{f"{module}.modeling_{module}.{name}Layer": BertLayers for module, name in _FAMILIES.items()},
+    "distilbert.modeling_distilbert.TransformerBlock": DistilBertLayers,
+    "albert.modeling_albert.AlbertLayer": AlbertLayers,
 }
 ENCODERS = {
-    *(f"modeling_{module}.{name}Encoder" for module, name in _FAMILIES.items()),
-    "modeling_distilbert.Transformer",
-    "modeling_albert.AlbertTransformer",
+    *(f"{module}.modeling_{module}.{name}Encoder" for module, name in _FAMILIES.items()),
+    "distilbert.modeling_distilbert.Transformer",
+    "albert.modeling_albert.AlbertTransformer",
 }

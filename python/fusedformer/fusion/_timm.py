@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Dropout
 
 from fusedformer import functional, nn
+from fusedformer.nn._modules import is_plain
 
 
 class Attention:
@@ -17,6 +19,10 @@ class Attention:
         self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """As the class that it is put before."""
+        if not self.fused_attn or not is_plain(self.attn_drop, Dropout):  # weights are looked at
+            given = {"is_causal": True} if is_causal else {}  # not in every version
+            own: Tensor = super().forward(x, attn_mask, **given)  # type: ignore[misc]
+            return own
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         p = self.attn_drop.p if self.training else 0.0
@@ -34,7 +40,11 @@ class LayerNorm(nn.LayerNorm):
     """timm's, but for its fast form."""
 
 
-def _refuses(module: Any) -> str:
+def _refuses_attention(module: Any) -> str:
+    return "" if module.fused_attn else "its fused_attn is off, which keeps the weights"
+
+
+def _refuses_norm(module: Any) -> str:
     fast = getattr(module, "_fast_norm", False)
     return "timm's fast norm is on, which computes under autocast in its dtype" if fast else ""
 
@@ -43,4 +53,6 @@ def _refuses(module: Any) -> str:
 TIMM: dict[str, type[Any]] = {
     "timm.layers.attention.Attention": Attention, "timm.layers.norm.LayerNorm": LayerNorm,
 }  # fmt: skip
-REFUSES: dict[type[Any], Callable[[Any], str]] = {LayerNorm: _refuses}
+REFUSES: dict[type[Any], Callable[[Any], str]] = {
+    Attention: _refuses_attention, LayerNorm: _refuses_norm,
+}  # fmt: skip

@@ -96,7 +96,8 @@ class TextModel(nn.Module):
         attend = None if self.prefix is None else self.prefix.attention()
         if cache is not None:
             attend = cache.filling(packing, attend)
-        if attend is None and not (whole and self.encoder.packs(self._example())):
+        whole = whole and self.encoder.packs(self._example(), keep, output_rows)
+        if attend is None and not whole:
             rows = self._run_padded(self.embeddings(*ids, **learned), keep, packing, selection)
             return Encoded(rows, packing, selection, count)
         # Rows behind the last token, if any, take the first token's ids.

@@ -305,7 +305,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
             logits = self._head("nsp", self.nsp)(self.pooled(input_ids, **inputs))
             return functional.cross_entropy(logits, next_sentence_label)
         head = self._head("mlm", self.mlm)
-        if self.encoder.static_shapes or torch.compiler.is_compiling():
+        if self.encoder.static_shapes or not _checks.has_values(labels):
             hidden, targets = self(input_ids, **inputs).flatten(0, 1), labels.flatten()
             firsts = torch.arange(input_ids.shape[0], device=hidden.device) * input_ids.shape[1]
         else:

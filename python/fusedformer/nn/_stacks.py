@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
+from fusedformer._onlookers import is_traced_by_jit, stands_for_many
 from fusedformer.functional import Packing, Selection
+from fusedformer.functional._packing import whole_packing
 from fusedformer.functional._selection import packing_and_selection
 from fusedformer.nn._masks import check_sequence, padded_positions
 from fusedformer.nn._modules import Pending, is_plain, is_sharded
@@ -99,8 +101,14 @@ def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tens
     return output.masked_fill(padded[..., None], 0.0)
 
 
-def can_pack(x: Tensor, static_shapes: bool) -> bool:
-    """Whether batches on the device of ``x`` are packed; the torch backend cannot statically."""
+def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
+    """Whether batches on the device of ``x`` are packed; the torch backend cannot statically.
+
+    Nobody can by ``paddings`` that torch.vmap maps, each with numbers of tokens of its own; and
+    torch.jit.trace, whose sizes are tensors, gets the padded form.
+    """
+    if is_traced_by_jit() or stands_for_many(x, *paddings):
+        return False
     static = static_shapes or not _checks.has_values(x)
     return not static or chosen_backend(x) == "triton"
 
@@ -110,9 +118,14 @@ def only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def packing_of(keep: Tensor, static_shapes: bool) -> Packing:
-    """The packing of ``keep`` ``[N, S]``, True = real."""
-    return Packing.of(keep, **_pack_settings(keep, static_shapes))
+def packing_of(
+    keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None
+) -> Packing:
+    """The packing of ``keep`` ``[N, S]``, True = real; with its lengths where they are known."""
+    settings = _pack_settings(keep, static_shapes)
+    if lengths is not None:  # then nothing has to be looked up
+        settings["static_shapes"] = False
+    return Packing.of(keep, lengths, **settings)
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
@@ -141,9 +154,7 @@ def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -
     """The packing of ``x`` ``[N, S, *]`` with boolean ``padding`` ``[N, S]``, True = masked."""
     if padding is not None:
         return packing_of(~padding, static_shapes)
-    batch, length = x.shape[:2]
-    keep = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    return Packing.of(keep, [length] * batch)
+    return whole_packing(x.shape[0], x.shape[1], x.device)
 
 
 def check_rows(function: str, name: str, rows: Tensor, packing: Packing) -> None:

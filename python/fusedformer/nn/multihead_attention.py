@@ -96,9 +96,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the projection's three parts in one dimension, as torch has them, or in two."""
-        for name in ("in_proj_weight", "in_proj_bias"):
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if own is not None and given is not None and given.numel() == own.numel():
+        for name, dims in (("in_proj_weight", 2), ("in_proj_bias", 1)):
+            own, given = self._parameters.get(name), state_dict.get(prefix + name)
+            if own is None or not isinstance(given, Tensor):
+                continue
+            rows, *rest = own.shape[own.dim() - dims :]
+            rows *= 3 if own.dim() > dims else 1
+            forms = (rows, *rest), (3, rows // 3, *rest)
+            if given.shape != own.shape and tuple(given.shape) in forms:
                 state_dict[prefix + name] = given.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

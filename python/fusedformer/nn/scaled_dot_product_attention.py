@@ -58,6 +58,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         *,
         alibi_slopes: Tensor | None = None,
         relative_bias: Tensor | None = None,
+        sinks: Tensor | None = None,
         key_mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
     ) -> Tensor:
@@ -70,7 +71,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa,
             window=self.window, alibi_slopes=alibi_slopes, relative_bias=relative_bias,
-            softcap=self.softcap, key_mask=key_mask, key_lengths=key_lengths,
+            sinks=sinks, softcap=self.softcap, key_mask=key_mask, key_lengths=key_lengths,
             causal_alignment=self.causal_alignment,
         )
         return output

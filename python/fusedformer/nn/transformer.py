@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer.nn._masks import check_rank
+from fusedformer import _checks
+from fusedformer.nn._masks import check_rank, padded_positions
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.transformer_decoder import TransformerDecoder
 from fusedformer.nn.transformer_decoder_layer import TransformerDecoderLayer
@@ -21,7 +22,10 @@ class Transformer(torch.nn.Transformer):
     """Encoder and decoder.
 
     A drop-in for :class:`torch.nn.Transformer`, of this library's :class:`TransformerEncoder` and
-    :class:`TransformerDecoder`; what they say of padding holds here.
+    :class:`TransformerDecoder`; what they say of padding holds here. To have padding of ``src`` not
+    computed, pass its mask twice, as ``src_key_padding_mask`` and ``memory_key_padding_mask``:
+    without the second the decoder attends to what the encoder makes of padding, as torch's does
+    (in training; its inference path may put zeros there), so that padding has to be computed.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -94,7 +98,9 @@ class Transformer(torch.nn.Transformer):
             tgt: likewise with length ``T``.
             src_mask, src_key_padding_mask, src_is_causal: as for :class:`TransformerEncoder`.
             tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
-                memory_is_causal: as for :class:`TransformerDecoder`.
+                memory_is_causal: as for :class:`TransformerDecoder`. Another tensor than
+                ``src_key_padding_mask`` is looked at once, for which a GPU is waited for, or where
+                that cannot be (in ``torch.compile``, static shapes) padding is computed.
 
         Returns:
             Tensor of the shape and dtype of ``tgt``.
@@ -110,15 +116,36 @@ class Transformer(torch.nn.Transformer):
                     f"{function}(): expected the last dimension of '{name}' to be d_model="
                     f"{self.d_model}, but got shape {tuple(tensor.shape)}"
                 )
-        batches = [t.shape[0 if self.batch_first else 1] for t in (src, tgt) if t.dim() == 3]
-        if src.dim() != tgt.dim() or len(set(batches)) > 1:
+        batch = 0 if self.batch_first else 1
+        # Compared as sizes: the symbols of a compiler cannot be hashed.
+        if src.dim() != tgt.dim() or (src.dim() == 3 and src.shape[batch] != tgt.shape[batch]):
             raise ValueError(
                 f"{function}(): expected 'src' and 'tgt' to have the same batch, but got shapes "
                 f"{tuple(src.shape)} and {tuple(tgt.shape)} with batch_first={self.batch_first}"
             )
-        output: Tensor = super().forward(
-            src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask,
-            tgt_key_padding_mask, memory_key_padding_mask, src_is_causal, tgt_is_causal,
-            memory_is_causal,
+        computed = {}
+        if hasattr(self.encoder, "compute_padding") and self._attends_to_padding(
+            src_key_padding_mask, memory_key_padding_mask
+        ):
+            computed = {"compute_padding": True}
+        memory = self.encoder(
+            src, mask=src_mask, src_key_padding_mask=src_key_padding_mask,
+            is_causal=src_is_causal, **computed,
+        )
+        output: Tensor = self.decoder(
+            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
         )
         return output
+
+    def _attends_to_padding(self, padding: Tensor | None, of_memory: Tensor | None) -> bool:
+        """Whether ``of_memory`` lets the decoder see what ``padding`` removes, or may."""
+        if padding is None or padding is of_memory:
+            return False
+        if of_memory is None or padding.shape != of_memory.shape:
+            return True
+        if not _checks.has_values(padding) or getattr(self.encoder, "static_shapes", False):
+            return True
+        return bool((padded_positions(padding) & ~padded_positions(of_memory)).any())

@@ -124,7 +124,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             and memory_mask is None
             and only_causal(tgt_mask, tgt_is_causal)
             and tgt.dim() == memory.dim() == 3
-            and self.packs(tgt)
+            and self.packs(tgt, memory, *paddings)
         ):
             self._check(
                 tgt, memory, tgt_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
@@ -138,12 +138,14 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         )
         return zeros_at_padding(self, output, tgt_key_padding_mask)
 
-    def packs(self, tgt: Tensor) -> bool:
+    def packs(self, tgt: Tensor, *others: Tensor | None) -> bool:
         """Whether :meth:`forward` packs padded batches on the device of ``tgt``.
 
-        As :meth:`TransformerEncoder.packs`.
+        As :meth:`TransformerEncoder.packs`; ``others`` are the memory and the masks.
         """
-        return is_fused(self, TransformerDecoderLayer) and can_pack(tgt, self.static_shapes)
+        return is_fused(self, TransformerDecoderLayer) and can_pack(
+            tgt, self.static_shapes, *others
+        )
 
     def forward_packed(
         self,

@@ -46,7 +46,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     A drop-in for :class:`torch.nn.TransformerEncoder`. It differs in one thing, which torch
     leaves to its choice of path: positions that ``src_key_padding_mask`` removes are always 0 in
-    the output, in training as in inference, after ``norm`` too; no gradient comes from them.
+    the output, in training as in inference, after ``norm`` too; no gradient comes from them. For a
+    model that reads them, set the attribute ``compute_padding``, or pass it to the call: they are
+    then computed as torch does it in training, in the padded form.
 
     With a boolean ``src_key_padding_mask`` of any pattern, layers that are this library's, and no
     ``mask`` but the causal one, padding is not computed at all: real tokens are packed at the
@@ -72,6 +74,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     """
 
     static_shapes = False
+    compute_padding = False  # at positions that a padding mask removes, rather than write 0
     _always_packs = False  # without padding too
 
     def __init__(
@@ -101,6 +104,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
         *,
         output_rows: Tensor | None = None,
+        compute_padding: bool | None = None,
     ) -> Tensor:
         """Pass ``src`` through all layers and the norm.
 
@@ -117,11 +121,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 (0 for the CLS token). What follows attention in the last layer, its queries
                 included, is then computed for them alone wherever batches are packed, and also
                 without padding. Torch's encoder does not have it.
+            compute_padding: whether positions that ``src_key_padding_mask`` removes are computed;
+                None takes the attribute.
 
         Returns:
             Tensor of the shape and dtype of ``src``, 0 at positions that
-            ``src_key_padding_mask`` removes (True or -inf). With ``output_rows``
-            ``[number of True, E]`` in the order of the batch, or ``[N, R, E]``.
+            ``src_key_padding_mask`` removes (True or -inf), unless they are computed. With
+            ``output_rows`` ``[number of True, E]`` in the order of the batch, or ``[N, R, E]``.
 
         Raises:
             TypeError, ValueError: as :class:`TransformerEncoderLayer`.
@@ -148,8 +154,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         padding = src_key_padding_mask
         boolean = padding is None or padding.dtype == torch.bool
         wanted = padding is not None or output_rows is not None or self._always_packs
+        computed = self.compute_padding if compute_padding is None else compute_padding
+        wanted = wanted and (padding is None or not computed)
         plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
-        if plain and wanted and self.packs(src):
+        if plain and wanted and self.packs(src, padding, output_rows):
             check_sequences(function, self, {"src": src})
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
@@ -167,6 +175,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             output = functional.unpack(output, packing)
             return output if batch_first else output.transpose(0, 1)
         output = self._forward_padded(src, mask, padding, is_causal)
+        if not computed:
+            output = zeros_at_padding(self, output, padding)
         if output_rows is None:
             return output
         if batched and not batch_first:
@@ -176,14 +186,18 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return output[output_rows]
         return output.take_along_dim(output_rows[..., None], 1)
 
-    def packs(self, src: Tensor) -> bool:
+    def packs(self, src: Tensor, *masks: Tensor | None) -> bool:
         """Whether :meth:`forward` packs padded batches on the device of ``src``.
 
         The layers and the norm are this library's, without hooks or replaced children; layers may
-        be sharded by ``fully_shard``, children of layers and the norm not by themselves. Inside
-        ``torch.compile`` and with ``static_shapes`` the torch backend does not pack.
+        be sharded by ``fully_shard``, children of layers and the norm not by themselves. With
+        ``static_shapes``, and where tracers look on (``torch.compile``, ``torch.export``,
+        ``torch.jit.trace``, ``make_fx``), the torch backend does not pack. Nothing is packed where
+        ``torch.vmap`` maps over ``src`` or one of ``masks``, those of :meth:`forward`.
         """
-        return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes)
+        return is_fused(self, TransformerEncoderLayer) and can_pack(
+            src, self.static_shapes, *masks
+        )
 
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
@@ -252,7 +266,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             )
         if self.norm is not None:
             output = self.norm(output)
-        return zeros_at_padding(self, output, padding)
+        return output
 
     def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
         """The output of jagged ``[N, jagged, E]``, packed already."""

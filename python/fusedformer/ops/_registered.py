@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.profiler import record_function
 
+from fusedformer._onlookers import has_modes, is_mapped
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _OTHERS = frozenset({type(None), bool, int, float, str, list, torch.dtype})
@@ -100,8 +102,8 @@ def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., 
 def is_eager() -> bool:
     """Whether nothing looks on between a call and its kernels."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        has_modes()
+        or is_mapped()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state()
     )

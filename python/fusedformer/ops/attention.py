@@ -35,6 +35,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None,
     alibi_slopes: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     softcap: float | None,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
@@ -60,6 +61,7 @@ def scaled_dot_product_attention(
         key_lengths=key_lengths,
         slopes=_slopes_2d(alibi_slopes),
         table=relative_bias,
+        sinks=sinks,
         p=dropout_p,
         left=left,
         right=right,
@@ -111,6 +113,7 @@ def varlen_attention(
     window: tuple[int, int] | None,
     alibi_slopes: Tensor | None,
     relative_bias: Tensor | None,
+    sinks: Tensor | None,
     softcap: float | None,
     attn_mask: Tensor | None,
     key_lengths: Tensor | None,
@@ -126,6 +129,7 @@ def varlen_attention(
         key_lengths=key_lengths,
         slopes=_slopes_2d(alibi_slopes),
         table=relative_bias,
+        sinks=sinks,
         starts_q=cu_seqlens_q,
         starts_k=cu_seqlens_k,
         p=dropout_p,
@@ -199,7 +203,7 @@ def _packed_aten(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The torch backend on packed sequences; their lengths are data, which may not be there."""
-    if _checks.has_values(query):
+    if terms.starts_q is not None and _checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
     output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)

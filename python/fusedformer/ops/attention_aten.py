@@ -81,7 +81,11 @@ def _padded(
     # Positions times slopes lose their digits in half precision, which one mask would have to be.
     half = query.dtype in (torch.float16, torch.bfloat16)
     by_position = terms.slopes is not None or terms.table is not None
-    if terms.softcap is not None or return_lse or (half and by_position):
+    sunk = terms.sinks is not None
+    empty = not (query.numel() and key.numel())
+    if terms.softcap is not None or return_lse or (half and by_position) or (
+        sunk and (terms.p or empty)
+    ):
         return _explicit(query, key, value, terms, return_lse)[:2]
     keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
     mask = keep
@@ -89,12 +93,15 @@ def _padded(
         mask = added if keep is None else added.masked_fill(~keep, -torch.inf)
     if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
         return _dropped(query, key, value, terms), None
-    if not terms.p and query.numel() and key.numel() and _needs_chunks(query, key, value, mask):
-        if _is_plain(query, key, value, mask) and (mask is None or not mask.requires_grad):
+    if not terms.p and not empty and (sunk or _needs_chunks(query, key, value, mask)):
+        tensors = query, key, value, mask, terms.sinks
+        if _is_plain(*tensors) and (mask is None or not mask.requires_grad):
             key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
-            output: Tensor = chunked_attention(query, key, value, mask, terms.scale, is_causal)
+            output: Tensor = chunked_attention(
+                query, key, value, mask, terms.sinks, terms.scale, is_causal
+            )
             return output, None
-        if mask is not None and mask.dtype != torch.bool:
+        if sunk or (mask is not None and mask.dtype != torch.bool):
             return _explicit(query, key, value, terms, return_lse)[:2]
     cast = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
     arguments = (query, key, value, cast, terms.p, is_causal)
@@ -155,6 +162,9 @@ def _explicit(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(output, log-sum-exp in float64 if asked for, weights after dropout), by way of scores."""
     scores = _scores(query, key, terms)
+    if terms.sinks is not None:  # as one more key, whose weight has no value
+        shape = *scores.shape[:3], 1
+        scores = torch.cat((scores, terms.sinks.to(scores.dtype)[:, None, None].expand(shape)), -1)
     hidden = scores == -torch.inf
     unseen = hidden.all(-1, keepdim=True)
     finite = scores.masked_fill(unseen, 0.0)
@@ -166,7 +176,8 @@ def _explicit(
         top = finite.detach().amax(-1, keepdim=True)
         lse = (finite - top).exp().sum(-1, keepdim=True).double().log() + top
         lse = lse.masked_fill(unseen, -torch.inf)[..., 0]
-    weights = dropout_aten(finite.softmax(-1).masked_fill(hidden, 0.0), terms.p)
+    weights = finite.softmax(-1).masked_fill(hidden, 0.0)[..., : key.shape[2]]
+    weights = dropout_aten(weights, terms.p)
     wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
     with autocast_off(query):
         output = weights @ wide

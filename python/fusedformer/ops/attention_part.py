@@ -59,7 +59,7 @@ def attention_part_backward(
         from fusedformer_kernels.attention_arguments import AttentionTerms as KernelTerms
         from fusedformer_kernels.attention_arguments import statistics_of
 
-        needs_all = [*needs, False, False, False]
+        needs_all = [*needs, *[False] * 4]
         statistics = statistics_of(lse, query.dtype, KernelTerms(*terms))
         grads = registered.attention_backward(
             grad, lse_grad, query, key, value, output, statistics, needs_all, *terms

@@ -19,11 +19,14 @@ from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
 
 _TERMS = (
     "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "
-    "Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, SymInt? left, SymInt? right, "
-    "bool align_end, float scale, float? softcap, SymInt max_queries, SymInt max_keys"
+    "Tensor? sinks, Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, SymInt? left, "
+    "SymInt? right, bool align_end, float scale, float? softcap, SymInt max_queries, "
+    "SymInt max_keys"
 )
 _N_TERMS = len(AttentionTerms._fields)
-_LEARNED = (0, 3, 4)  # terms that may require a gradient: mask, slopes, table
+_LEARNED = (0, 3, 4, 5)  # terms that may require a gradient: mask, slopes, table, sinks
+# Those that weights have a gradient for: the sinks' comes by way of the log-sum-exp.
+_OF_WEIGHTS = _LEARNED[:3]
 
 
 def _like(tensor: Tensor, wanted: bool) -> Tensor:
@@ -35,21 +38,21 @@ def _like(tensor: Tensor, wanted: bool) -> Tensor:
 
 
 def _learned_like(terms: tuple[Any, ...], wanted: list[bool], otherwise: Tensor) -> list[Tensor]:
-    tensors = (terms[i] for i in _LEARNED)
+    tensors = (terms[i] for i in _LEARNED[: len(wanted)])
     return [
         nothing(otherwise) if t is None or not want else t.new_empty(t.shape)
         for t, want in zip(tensors, wanted, strict=True)
     ]
 
 
-def _needs(ctx: Any, first_term: int) -> list[bool]:
-    return [bool(ctx.needs_input_grad[first_term + i]) for i in _LEARNED]
+def _needs(ctx: Any, first_term: int, learned: tuple[int, ...] = _LEARNED) -> list[bool]:
+    return [bool(ctx.needs_input_grad[first_term + i]) for i in learned]
 
 
 def _term_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
     """Gradients of all terms, from those of the learned ones."""
     found: list[Tensor | None] = [None] * _N_TERMS
-    for index, grad, need in zip(_LEARNED, grads, needs, strict=True):
+    for index, grad, need in zip(_LEARNED[: len(needs)], grads, needs, strict=True):
         found[index] = grad if need else None
     return found
 
@@ -99,7 +102,7 @@ def _(
     "attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor statistics, bool[] needs, {_TERMS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_backward(
     grad: Tensor | None,
@@ -112,7 +115,7 @@ def attention_backward(
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, mask, slopes and table; None where ``needs`` says False."""
+    """Gradients of query, key, value and what is learned; None where ``needs`` says False."""
     from fusedformer_kernels.attention_arguments import AttentionTerms
     from fusedformer_kernels.attention_backward import attention_backward as launch
 
@@ -203,7 +206,7 @@ def self_attention_backward(
     found = torch.empty_like(qkv)
     launch(
         grad, None, *heads_of(qkv), output, statistics, AttentionTerms(*terms),
-        [True] * 3 + [False] * 3, heads_of(found),
+        [True] * 3 + [False] * 4, heads_of(found),
     )
     return found
 
@@ -319,7 +322,7 @@ def _weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 6)
+    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 6, _OF_WEIGHTS)
     grads = attention_weights_backward(grad, *tensors, ctx.average, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
     return (*wanted, None, None, None, *_term_gradients(grads[3:], learned))
@@ -430,7 +433,7 @@ def _(
 @registered(
     "packed_attention_aten_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
-    f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten_backward(
     grad: Tensor | None,
@@ -441,7 +444,7 @@ def packed_attention_aten_backward(
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, mask, slopes and table; the forward is computed again."""
+    """Gradients of query, key, value and what is learned; the forward is computed again."""
     given: list[Any] = [query, key, value, *terms]
     places = [0, 1, 2, *(3 + i for i in _LEARNED)]
     wanted = [place for place, need in zip(places, needs, strict=True) if need]
@@ -458,7 +461,9 @@ def packed_attention_aten_backward(
             pairs = zip(outputs, (grad, lse_grad), strict=False)
             known = [(output, grad) for output, grad in pairs if grad is not None]
             outputs, grads = (list(each) for each in zip(*known, strict=True))
-            return torch.autograd.grad(outputs, leaves, grads)
+            return torch.autograd.grad(
+                outputs, leaves, grads, allow_unused=True, materialize_grads=True
+            )
 
     # In this thread autograd is off for as long as the op runs.
     with ThreadPoolExecutor(1) as thread:

@@ -21,6 +21,7 @@ class AttentionTerms(NamedTuple):
     key_lengths: Tensor | None = None  # integer [B]: keys at and beyond are hidden; S is then this
     slopes: Tensor | None = None  # [1 or B, H]: -slope * abs(distance) is added
     table: Tensor | None = None  # [1 or H, 2R + 1]: entry R + clamp(distance, -R, R) is added
+    sinks: Tensor | None = None  # [H]: a logit in each query's sum that no key and no value has
     starts_q: Tensor | None = None  # integer [B + 1]
     starts_k: Tensor | None = None  # integer [B + 1]
     seed: Tensor | None = None  # int64 [1], of the dropout mask; None: nothing is dropped
@@ -34,4 +35,4 @@ class AttentionTerms(NamedTuple):
     max_keys: int = 0
 
 
-N_TENSORS = 8  # fields that are tensors or None; they come first
+N_TENSORS = 9  # fields that are tensors or None; they come first

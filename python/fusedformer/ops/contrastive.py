@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedformer import _checks
 from fusedformer._autocast import autocast_off
 from fusedformer._backend import chosen_backend
 from fusedformer.ops import collectives
 from fusedformer.ops._registered import nothing, registered
-from fusedformer.ops._shared import no_double_backward
+from fusedformer.ops._shared import is_transformed, no_double_backward
 from fusedformer.ops.contrastive_aten import (
     row_and_column_lse_aten,
     row_and_column_lse_plain,
@@ -107,7 +106,7 @@ def _reduced(losses: Tensor, reduction: str, group: Any) -> Tensor:
 def _lse(
     a: Tensor, b: Tensor, scale: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _differentiated_by_transforms():
+    if is_transformed():
         return row_and_column_lse_plain(a, b, scale, offset)
     row, column, matched = _row_and_column_lse(a, b, scale, offset, backend)
     return row, column, matched
@@ -116,15 +115,10 @@ def _lse(
 def _softplus(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int, backend: str
 ) -> Tensor:
-    if _differentiated_by_transforms():
+    if is_transformed():
         return softplus_sums_plain(a, b, scale, bias, offset)[0]
     found: Tensor = _softplus_sums(a, b, scale, bias, offset, backend)
     return found
-
-
-def _differentiated_by_transforms() -> bool:
-    """By torch.func, or forward; the triton backend has refused that, or maps."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @registered(

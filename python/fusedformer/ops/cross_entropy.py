@@ -179,7 +179,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     input, target, weight, statistics, total = ctx.saved_tensors
     found = _cross_entropy_backward(
         grad, input, target, weight, statistics, total if ctx.reduction == "mean" else None,

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fusedformer._onlookers import is_mapped, is_traced
+
 # Probabilities outside would be changed by more than 0.2 % of themselves.
 _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
 _PIECE = 2**17
@@ -66,8 +68,8 @@ def _factor(p: float) -> float:
 
 
 def _is_fast(x: Tensor, p: float) -> bool:
-    # A compiler has random numbers of its own.
-    plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Tracers and torch.vmap have random numbers of their own.
+    plain = x.device.type == "cpu" and not is_traced() and not is_mapped()
     return plain and _SMALLEST <= p <= _LARGEST
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusedformer._autocast import autocast_dtype, autocast_off, cast
 from fusedformer._backend import chosen_backend
+from fusedformer._onlookers import is_mapped, is_traced
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed, is_transformed
 from fusedformer.ops.activation import (
@@ -106,7 +107,7 @@ def feed_forward(
 
 def _how(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
     """Without autograd; as a node of it; or by calls that have theirs."""
-    if torch.compiler.is_compiling() or is_transformed():
+    if is_traced() or is_transformed():
         return "composed"
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return "node" if wanted else "plain"
@@ -210,7 +211,9 @@ class _FeedForward(torch.autograd.Function):
         if grad is None:
             return through, *(None,) * 8
         with autocast_off(grad):  # the forward decided on the dtypes
-            find = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+            mapped = is_mapped() and not ctx.triton  # nothing of many may be written in place
+            again = torch.is_grad_enabled() or mapped
+            find = _differentiable_gradients if again else _gradients
             return *find(ctx, grad, through), *(None,) * 4
 
 
@@ -268,14 +271,19 @@ def _differentiable_gradients(
 
 def _input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
     """Of a product and, by way of the residual, of all after it; ``through`` is used up."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not is_mapped():
         return product_add(grad, weight, through)
     return grad @ weight if through is None else through + grad @ weight
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    return _rows(grad).t() @ _rows(x)
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0)
+    return _rows(grad).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    # Not by flatten, which batches of gradients do not know.
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -29,6 +29,7 @@ from torch import Tensor
 from fusedformer import _checks
 from fusedformer._autocast import autocast_off
 from fusedformer._backend import chosen_backend
+from fusedformer._onlookers import is_traced_by_jit
 from fusedformer.ops import cross_entropy_aten
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
@@ -60,7 +61,9 @@ def linear_cross_entropy(
     if triton:
         _checks.check_kernel_dtype("linear_cross_entropy", "input", input)
     rows = input.reshape(-1, input.shape[-1])
-    if target.is_floating_point() or (not triton and is_transformed()):
+    # torch.jit cannot record the lists of flags that the op takes.
+    composed = is_traced_by_jit() or (not triton and is_transformed())
+    if target.is_floating_point() or composed:
         targets = target.reshape(rows.shape[0], *target.shape[input.dim() - 1 :])
         loss = cross_entropy(
             F.linear(rows, linear_weight, linear_bias), targets, weight, ignore_index, reduction,
@@ -452,7 +455,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.set_materialize_grads(False)  # zeros of the size of all gradients
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
     *tensors, statistics, total, input_grad, weight_grad, bias_grad = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]]
     if not ctx.triton and torch.is_grad_enabled():

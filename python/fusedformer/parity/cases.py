@@ -222,6 +222,7 @@ def _stock_attention(
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     **settings: Any,
 ) -> Any:
     positions = torch.arange(key.shape[-2], device=key.device)
@@ -238,6 +239,10 @@ def _stock_attention(
     if softcap is not None:
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         return (softcap * torch.tanh(scores / softcap)).softmax(-1) @ value
+    if sinks is not None:
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        column = sinks[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ value
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
     if not return_lse:
         return output
@@ -276,6 +281,7 @@ def _attention_cases() -> Iterator[Case]:
         **_shapes(**plain)(g), "alibi_slopes": torch.tensor([0.25, 0.0625])})
     yield Case(op, "relative bias", _shapes(**plain, relative_bias=(2, 21)))
     yield Case(op, "softcap", _shapes(**plain), {"softcap": 3.0})
+    yield Case(op, "sinks", _shapes(**plain, sinks=(2,)))
     yield Case(op, "few queries, split keys", _shapes(
         query=(1, 2, 3, 16), key=(1, 2, 1100, 16), value=(1, 2, 1100, 16)))
     packed = Op("varlen_attention", functional.varlen_attention, _stock_packed, _true_packed)

@@ -25,6 +25,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
@@ -49,6 +50,7 @@ def scaled_dot_product_attention(
         window: only distances from -left to right are visible; -1 is unbounded.
         alibi_slopes: ``[heads]`` or ``[batch, heads]``; -slope * |distance| is added.
         relative_bias: ``[heads or 1, 2R + 1]``; entry R + distance is added, clamped to -R and R.
+        sinks: ``[heads]``; exp(sink) is in the denominator of each softmax of its head.
         softcap: scaled products become softcap * tanh(product / softcap) before all else.
         key_mask: boolean ``[batch, s]``, True = keep; batch is all batch dimensions in one.
         key_lengths: integer ``[batch]``: keys at and beyond it are hidden.
@@ -57,13 +59,13 @@ def scaled_dot_product_attention(
 
     Returns:
         (output ``[*batch, heads, l, e]``, log-sum-exp ``[*batch, heads, l]``). A query that sees no
-        key gets output 0, gradient 0 and log-sum-exp -inf.
+        key gets output 0, gradient 0 and log-sum-exp -inf, or that of the sink alone.
     """
     scores, value = _scores(
         query, key, value, attn_mask, is_causal, scale, enable_gqa, window, alibi_slopes,
         relative_bias, softcap, key_mask, key_lengths, causal_alignment,
     )
-    p, lse = _probabilities(scores)
+    p, lse = _probabilities(scores, sinks)
     return torch.einsum("...ls,...se->...le", dropped(p, dropout_p, keep), value), lse
 
 
@@ -79,6 +81,7 @@ def attention_weights(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
@@ -95,7 +98,7 @@ def attention_weights(
         query, key, key, attn_mask, is_causal, scale, enable_gqa, window, alibi_slopes,
         relative_bias, softcap, key_mask, key_lengths, causal_alignment,
     )
-    weights = dropped(_probabilities(scores)[0], dropout_p, keep)
+    weights = dropped(_probabilities(scores, sinks)[0], dropout_p, keep)
     has_heads = weights.dim() > 3 or (weights.dim() == 3 and enable_gqa)
     return weights.mean(-3) if average and has_heads else weights
 
@@ -272,9 +275,13 @@ def _distances(
     return distance
 
 
-def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and log-sum-exp over the keys; 0 and -inf where none is visible."""
+def _probabilities(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax and log-sum-exp over the keys; 0 and -inf where none is visible, nor a sink."""
+    keys = scores.shape[-1]
+    if sinks is not None:  # as one more key
+        column = sinks.reshape(-1, *(1,) * min(scores.dim() - 1, 2))
+        scores = torch.cat((scores, column.expand(*scores.shape[:-1], 1)), -1)
     removed = (scores == -torch.inf).all(-1, keepdim=True)
     s = scores.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
     lse = s.logsumexp(-1).masked_fill(removed.squeeze(-1), -torch.inf)
-    return normalized(s, -1).exp().masked_fill(removed, 0.0), lse
+    return normalized(s, -1).exp().masked_fill(removed, 0.0)[..., :keys], lse

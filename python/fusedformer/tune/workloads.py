@@ -131,7 +131,7 @@ def _attention_backward(
     terms = _terms(device, heavy, causal)
     output, _, statistics = attention_forward(q, k, v, terms)
     grad = _made(tuple(output.shape), device, dtype, 1)
-    needs = [True, True, True, False, False, False]
+    needs = [True] * 3 + [False] * 4
     return lambda: tuple(attention_backward(grad, None, q, k, v, output, statistics, terms, needs))
 
 

@@ -1,0 +1,113 @@
+"""The table of all architectures, by ``make architectures``, or some: ``-m ... bert gpt2``.
+
+It writes ``docs/architectures.md`` for people and ``architectures.json`` beside this file for
+``test_architectures.py``: what builds, how, and the level at which it is fused.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tests.fusion.architectures import BUILDABLE, KNOWN, SECONDS, deadline, examine, quiet, told
+from tests.fusion.small_models import VARIANTS, runnable, types
+
+TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
+LEVELS = {
+    "A": "packed, layers of four fused steps",
+    "B": "packed, attention and norms",
+    "C": "attention and norms, padded",
+    "D": "attention; its norms are its own",
+    "E": "norms alone",
+    "-": "nothing",
+}
+
+
+def found_of(model_type: str) -> tuple[str, Any]:
+    """(why it isn't built, or "", and recipe and what was found)."""
+    quiet()
+    torch.set_num_threads(1)
+    reason = ""
+    with deadline(SECONDS):
+        try:
+            for recipe in ([v, k] for v in range(len(VARIANTS)) for k in (0, 1)):
+                try:
+                    runnable(model_type, recipe)
+                except TimeoutError:
+                    raise
+                except Exception as error:
+                    reason = reason or told(error)
+                    continue
+                return "", (recipe, examine(model_type, recipe))
+        except TimeoutError:
+            reason = f"takes more than {SECONDS} seconds"
+    return reason, None
+
+
+def main(names: list[str]) -> None:
+    """Examine the types named, or all; with all, write the table and the list of what builds."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        results = {}
+        wanted = names or types()
+        for name, result in zip(wanted, pool.map(found_of, wanted), strict=True):
+            results[name] = result
+            reason, found = result
+            print(name, reason or f"{found[1].level} {found[0]} {found[1].faults or 'same'} "
+                  f"{found[1].notes}", flush=True)  # fmt: skip
+    if not names:
+        _written(results)
+
+
+def _written(results: dict[str, Any]) -> None:
+    built = {n: found for n, (reason, found) in sorted(results.items()) if not reason}
+    BUILDABLE.write_text(
+        "{\n" + ",\n".join(
+            f' "{n}": {json.dumps({"level": found.level, "recipe": recipe})}'
+            for n, (recipe, found) in built.items()
+        ) + "\n}\n"
+    )  # fmt: skip
+    counts = collections.Counter(found.level for _, found in built.values())
+    rows = [f"| {level} | {what} | {counts[level]} |" for level, what in LEVELS.items()]
+    each = [
+        f"| {n} | {found.level} | {KNOWN.get(n) or '; '.join(found.faults) or 'as stock'} |"
+        for n, (_, found) in built.items()
+    ]
+    left = ", ".join(sorted(results.keys() - built.keys()))
+    TABLE.write_text(_PAGE.format(
+        version=transformers.__version__, levels="\n".join(rows), built=len(built),
+        all=len(results), each="\n".join(each), left=left,
+    ))  # fmt: skip
+
+
+_PAGE = """# Architectures of transformers, fused
+
+Written by `make architectures` with transformers {version}. Each model is small and random, its
+weights spread so that attention is not even; float32 on a CPU. Fused stands beside stock: outputs
+and the gradients of all parameters by the error against float64, padded on the right, on the left,
+in the middle and not at all; weights of attention; a hook inside a layer; pickled into another
+process; unfused to the bit. `tests/fusion/test_architectures.py` holds a third of them in CI.
+
+| level | what is fused | model types |
+| --- | --- | ---: |
+{levels}
+
+{built} of {all} model types can be built this way:
+
+| model type | level | beside stock |
+| --- | --- | --- |
+{each}
+
+The others take inputs or settings that no rule here makes up: {left}.
+"""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

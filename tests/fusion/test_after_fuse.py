@@ -1,0 +1,410 @@
+"""What a working model of transformers goes on doing after fuse()."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.fusion.models import (
+    BART,
+    IMAGE,
+    LENGTHS,
+    MASK,
+    TEXT,
+    TOKENS,
+    inputs_of,
+    model_of,
+    perturbed,
+    run,
+)
+from torch import Tensor, nn
+
+import fusedformer
+from fusedformer import backend
+
+T: Any = pytest.importorskip("transformers")
+
+BERT = dict(TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+LLAMA = dict(TEXT, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LEFT, HOLE = MASK.flip(1), MASK.clone()
+HOLE[0, 3:6] = HOLE[2, 2] = False
+
+
+def same(found: Any, wanted: Any, mask: Tensor = MASK) -> bool:
+    """Whether hidden states are equal at real positions but for rounding."""
+    return torch.allclose(found[0][mask], wanted[0][mask], atol=2e-5)
+
+
+# -- in another process ----------------------------------------------------------------------------
+
+_CHILD = """
+import sys, torch
+for path in sys.argv[1:]:
+    model, inputs = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        torch.save(model(**inputs)[0], path)
+"""
+
+
+def test_a_pickled_model_computes_the_same_in_another_process(tmp_path: Path) -> None:
+    """Which has imported neither this library nor transformers."""
+    wanted: dict[Path, Tensor] = {}
+    for name in ("bert", "modernbert", "gpt2", "vit", "llama"):
+        model = llama() if name == "llama" else model_of(name).eval()
+        inputs = inputs_of(name)
+        fusedformer.fuse(model)
+        with torch.no_grad():
+            wanted[tmp_path / name] = model(**inputs)[0]
+        torch.save((model, inputs), tmp_path / name)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _CHILD, *map(str, wanted)]
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    for path, output in wanted.items():
+        real = MASK if output.shape[:2] == MASK.shape else ...
+        assert torch.allclose(torch.load(path)[real], output[real], atol=1e-5), path.name
+
+
+def llama() -> Any:
+    """A model of which nothing is replaced but attention."""
+    return perturbed(T.LlamaModel(T.LlamaConfig(**LLAMA))).eval()
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+def encoder_decoder(fuse_part: bool) -> Any:
+    encoder = perturbed(T.BertModel(T.BertConfig(**BERT)), 1)
+    decoder = perturbed(
+        T.BertLMHeadModel(T.BertConfig(**BERT, is_decoder=True, add_cross_attention=True)), 2
+    )
+    if fuse_part:
+        fusedformer.fuse(encoder)
+    return T.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+
+
+def dual_encoder(fuse_part: bool) -> Any:
+    vision = perturbed(T.ViTModel(T.ViTConfig(**IMAGE)), 1)
+    text = perturbed(T.BertModel(T.BertConfig(**BERT)), 2)
+    if fuse_part:
+        fusedformer.fuse(text)
+    return T.VisionTextDualEncoderModel(vision_model=vision, text_model=text).eval()
+
+
+@pytest.mark.parametrize("fuse_part", [False, True])
+@pytest.mark.parametrize("made", [encoder_decoder, dual_encoder])
+def test_models_of_models(made: Any, fuse_part: bool) -> None:
+    """Whose parts have other configurations than their layers: fused whole, or one part before."""
+    torch.manual_seed(3)
+    stock = made(False)
+    torch.manual_seed(3)
+    model = made(fuse_part)
+    if not fuse_part:
+        fusedformer.fuse(model)
+    inputs = inputs_of("bart" if made is encoder_decoder else "clip")
+    with torch.no_grad():
+        wanted, found = stock(**inputs), model(**inputs)
+        for name in ("logits", "logits_per_text"):
+            if name in wanted:
+                assert torch.allclose(found[name], wanted[name], atol=1e-4)
+        fusedformer.unfuse(model)
+        assert torch.equal(model(**inputs)[0], wanted[0])
+    assert all(
+        "fusedformer" not in str(getattr(m, "config", None) and m.config._attn_implementation)
+        for m in model.modules()
+    )
+
+
+def test_a_second_model_of_the_configuration_is_left_alone() -> None:
+    config = T.BertConfig(**BERT)
+    fused, other = perturbed(T.BertModel(config)).eval(), perturbed(T.BertModel(config)).eval()
+    inputs = inputs_of("bert")
+    with torch.no_grad():
+        wanted = other(**inputs)[0]
+        fusedformer.fuse(fused)
+        assert config._attn_implementation == other.config._attn_implementation == "sdpa"
+        assert torch.equal(other(**inputs)[0], wanted)
+    assert fused.config is fused.encoder.config is fused.encoder.layer[0].attention.self.config
+    fused.config.use_cache = False
+    fusedformer.unfuse(fused)
+    assert fused.config is config and config.use_cache is False
+
+
+def test_what_each_part_attended_by_comes_back() -> None:
+    config = T.CLIPConfig(
+        text_config={**TEXT, **TOKENS}, vision_config=IMAGE,
+        attn_implementation={"text_config": "eager", "vision_config": "sdpa"}, **TOKENS,
+    )  # fmt: skip
+    model = T.CLIPModel(config).eval()
+    names = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert {"eager", "sdpa"} <= {*names}
+    for _ in range(2):
+        fusedformer.fuse(model)
+        assert model.text_model.config is model.config.text_config
+        assert fusedformer.unfuse(model) > 0
+        again = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+        assert again == names and model.config is config
+
+
+def test_attention_chosen_after_fuse_is_used() -> None:
+    """And the encoder then is given the batch, since other attention does not know sequences."""
+    model, inputs = model_of("bert").eval(), inputs_of("bert")
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        for name in ("eager", "sdpa", "fusedformer"):
+            model.set_attn_implementation(name)
+            found = model(**inputs)
+            assert same(found, wanted)
+            assert bool(found[0][~MASK].any()) == (name != "fusedformer")
+
+
+class Around(T.PreTrainedModel):  # type: ignore[misc, name-defined]
+    """A user's own model, which says nothing of attention, around one of transformers."""
+
+    config_class = T.BertConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.backbone = T.AutoModel.from_config(config)
+        self.post_init()
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.backbone(**inputs)
+
+
+def test_a_model_within_one_that_takes_no_attention_is_fused() -> None:
+    model, inputs = perturbed(Around(T.BertConfig(**BERT))).eval(), inputs_of("bert")
+    with torch.no_grad():
+        wanted = model(**inputs)
+        report = fusedformer.fuse(model, strict=True)
+        assert any(one.path == "backbone.encoder" for one in report.replaced)
+        found = model(**inputs)
+        assert same(found, wanted) and not found[0][~MASK].any()
+        fusedformer.unfuse(model)
+        assert torch.equal(model(**inputs)[0], wanted[0])
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "mask", [MASK, LEFT, HOLE, torch.ones_like(MASK)], ids=["right", "left", "hole", "none"]
+)
+def test_causality_is_the_masks(mask: Tensor, before: str) -> None:
+    """Of text towers whose attention says that it is not causal.
+
+    But without padding, where stock goes by what attention says with ``sdpa``.
+    """
+    config = T.Aimv2TextConfig(**TEXT, **TOKENS, attn_implementation=before)
+    model = perturbed(T.Aimv2TextModel(config)).eval()
+    inputs = {**inputs_of("bert"), "attention_mask": mask.long()}
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        assert same(model(**inputs), wanted, mask)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama"])
+@pytest.mark.parametrize("mask", [LEFT, HOLE], ids=["left", "hole"])
+def test_padding_anywhere(name: str, mask: Tensor) -> None:
+    """The windows of local layers count positions, those of padding too."""
+    model = llama() if name == "llama" else model_of(name).eval()
+    inputs = {**inputs_of(name), "attention_mask": mask.long()}
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        found = model(**inputs)
+        assert same(found, wanted, mask)
+        if name in ("bert", "modernbert"):
+            assert not found[0][~mask].any()
+
+
+@pytest.mark.parametrize("mask", [MASK, HOLE], ids=["right", "hole"])
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_modernbert_on_the_kernels(mask: Tensor, static_shapes: bool, device: str) -> None:
+    model = model_of("modernbert").eval().to(device)
+    inputs = {"input_ids": inputs_of("bert")["input_ids"].to(device)}
+    inputs["attention_mask"] = mask.long().to(device)
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        model.static_shapes = static_shapes
+        with backend("triton"):
+            found = model(**inputs)
+    assert torch.allclose(found[0][mask], wanted[0][mask], atol=1e-4)
+    assert not found[0][~mask].any()
+
+
+# -- what needs the batch --------------------------------------------------------------------------
+
+
+class WantsBatch(nn.Linear):
+    """A product to which each sequence adds what stands first in another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 0.5 * y.flip(0)[:, :1]
+
+
+def write_a_row(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    output = output.clone()
+    output[:, 2] = 0.5
+    return output
+
+
+def own_forward(module: nn.Module) -> None:
+    """As accelerate puts its hooks on."""
+    stock = module.forward
+    module.forward = lambda *args, **kwargs: stock(*args, **kwargs)  # type: ignore[method-assign]
+
+
+def product(model: Any) -> nn.Linear:
+    """The last one of the last layer."""
+    modern = hasattr(model, "layers")
+    found: nn.Linear = model.layers[1].mlp.Wo if modern else model.encoder.layer[1].output.dense
+    return found
+
+
+NEEDS: dict[str, Callable[[Any], Any]] = {
+    "a hook": lambda m: product(m).register_forward_hook(write_a_row),
+    "a replaced forward": lambda m: own_forward(product(m)),
+    "a class of the user's": lambda m: setattr(product(m), "__class__", WantsBatch),
+}
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("need", NEEDS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_needs_the_batch_gets_it(name: str, need: str, when: str) -> None:
+    """And the report says so."""
+    stock, inputs = model_of(name).eval(), inputs_of(name)
+    model = copy.deepcopy(stock)
+    NEEDS[need](stock)
+    report = None
+    if when == "before":
+        NEEDS[need](model)
+        report = fusedformer.fuse(model)
+        assert any("computed padded" in one.reason for one in report.left)
+    else:
+        fusedformer.fuse(model)
+        NEEDS[need](model)
+    with torch.no_grad():
+        assert same(model(**inputs), stock(**inputs))
+
+
+def test_a_replaced_forward_is_reported() -> None:
+    """Of a layer and of the stack, as accelerate's forced hooks are put on."""
+    model, inputs = model_of("bert").eval(), inputs_of("bert")
+    with torch.no_grad():
+        wanted = model(**inputs)
+    own_forward(model.encoder.layer[0])
+    own_forward(model.encoder)
+    report = fusedformer.fuse(model)
+    left = {one.path: one.reason for one in report.left}
+    assert {p for p, r in left.items() if "replaced on the instance" in r} == {
+        "encoder", "encoder.layer.0"
+    }  # fmt: skip
+    with torch.no_grad():
+        assert same(model(**inputs), wanted)
+
+
+# -- heads that read padding -----------------------------------------------------------------------
+
+
+def test_a_head_that_reads_padding_is_not_packed_unless_asked() -> None:
+    model = perturbed(T.BertForQuestionAnswering(T.BertConfig(**BERT))).eval()
+    first, last = torch.tensor([1, 2, 0]), torch.tensor([2, 3, 1])
+    positions = {"start_positions": first, "end_positions": last}
+    inputs = {**inputs_of("bert"), **positions}
+    with torch.no_grad():
+        wanted = model(**inputs)
+        with pytest.raises(ValueError, match=r"reads padded positions.*pack=True packs"):
+            fusedformer.fuse(model, strict=True)
+        assert fusedformer.fuse(model).left[0].path == "bert.encoder"
+        assert model(**inputs).loss == pytest.approx(wanted.loss.item(), rel=1e-5)
+        assert torch.allclose(model(**inputs).start_logits, wanted.start_logits, atol=1e-4)
+        fusedformer.unfuse(model)
+        fusedformer.fuse(model, strict=True, pack=False)
+        assert model(**inputs).loss == pytest.approx(wanted.loss.item(), rel=1e-5)
+        fusedformer.unfuse(model)
+        assert any("packed" in one.after for one in fusedformer.fuse(model, pack=True).replaced)
+        assert same([model(**inputs).start_logits], [wanted.start_logits])
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_unpacked_hidden_states_are_those_of_stock_at_padding_too(name: str) -> None:
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        fusedformer.fuse(model, pack=False)
+        assert torch.allclose(model(**inputs)[0], wanted, atol=2e-5)
+
+
+# -- what is true of attention ---------------------------------------------------------------------
+
+
+def test_attention_that_is_never_looked_up_is_not_reported_as_replaced() -> None:
+    """Falcon's attention computes itself; so does data2vec-vision's, chosen when it was made."""
+    falcon = T.FalconModel(
+        T.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    vision = T.Data2VecVisionModel(T.Data2VecVisionConfig(**IMAGE))
+    for model in (falcon, vision):
+        report = fusedformer.fuse(model)
+        assert not any("attention" in one.before for one in report.replaced)
+        assert sum("computes attention itself" in one.reason for one in report.left) == 2
+        fusedformer.unfuse(model)
+
+
+def test_detr_comes_back_whole() -> None:
+    """Its backbone takes no other attention than its own."""
+    backbone = T.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+    )
+    config = T.DetrConfig(
+        use_timm_backbone=False, backbone=None, backbone_config=backbone, num_queries=5, **{
+            n: v for n, v in BART.items() if n not in ("vocab_size", "max_position_embeddings")
+        },
+    )  # fmt: skip
+    model = perturbed(T.DetrModel(config)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels)[0]
+        names = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+        fusedformer.fuse(model)
+        assert torch.allclose(model(pixel_values=pixels)[0], wanted, atol=1e-4)
+        fusedformer.unfuse(model)
+        assert torch.equal(model(pixel_values=pixels)[0], wanted)
+        again = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+        assert again == names
+
+
+def test_a_compiled_modernbert_is_one_graph() -> None:
+    model, inputs = model_of("modernbert").eval(), inputs_of("modernbert")
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert same(compiled(**inputs), wanted)
+
+
+def test_gradients_through_a_model_of_models() -> None:
+    torch.manual_seed(3)
+    stock = encoder_decoder(False)
+    model = copy.deepcopy(stock)
+    fusedformer.fuse(model)
+    inputs = inputs_of("bart")
+    wanted, found = run(stock, inputs), run(model, inputs)
+    names = [n for n in wanted if n.startswith("grad") and not n.endswith("key.bias")]
+    assert len(names) > 40 and LENGTHS
+    for name in names:
+        scale = wanted[name].abs().max().item()
+        assert torch.allclose(found[name], wanted[name], atol=1e-4 * scale + 1e-6), name
