@@ -272,7 +272,14 @@ def _differences(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str
     found = both(model, inputs, backwards)
     if not any(x.numel() for x in wanted[0].values()):
         return ["nothing to compare"]
-    return [x for three in zip(found, wanted, truth, strict=True) for x in _compared(*three)]
+    faults = []
+    kinds = "outputs", "gradients"
+    for kind, ours, theirs, true in zip(kinds, found, wanted, truth, strict=True):
+        faults += _compared(ours, theirs, true)
+        zeros = {n: torch.zeros_like(x) for n, x in theirs.items()}
+        if zeros and not _compared(zeros, theirs, true):
+            faults.append(f"{kind} of zeros would pass")
+    return faults
 
 
 def _is_float(x: Any) -> bool:
