@@ -80,9 +80,7 @@ def _written(results: dict[str, Any]) -> None:
         f"| {n} | {found.level} | {KNOWN.get(n) or '; '.join(found.faults) or 'as stock'} |"
         for n, (_, found) in built.items()
     ]
-    left = [
-        f"| {n} | {_cell(reason)} |" for n, (reason, _) in sorted(results.items()) if reason
-    ]
+    left = [f"| {n} | {_cell(reason)} |" for n, (reason, _) in sorted(results.items()) if reason]
     TABLE.write_text(_PAGE.format(
         version=transformers.__version__, levels="\n".join(rows), built=len(built),
         all=len(results), each="\n".join(each), left="\n".join(left),

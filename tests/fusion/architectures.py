@@ -231,7 +231,7 @@ def _gradients(
     draw = torch.Generator().manual_seed(seed)
     roots = {n: x for n, x in outputs.items() if x.requires_grad and x.numel()}
     dys = [torch.randn(x.shape, generator=draw).to(x) for x in roots.values()]
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(
         list(roots.values()), list(parameters.values()), dys, allow_unused=True
     )
