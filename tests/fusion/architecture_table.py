@@ -37,7 +37,7 @@ def found_of(model_type: str) -> tuple[str, Any]:
     reason = ""
     with deadline(SECONDS):
         try:
-            for recipe in ([v, k] for v in range(len(VARIANTS)) for k in (0, 1)):
+            for recipe in ([v, k] for v in range(len(VARIANTS)) for k in (0, 1, 2)):
                 try:
                     runnable(model_type, recipe)
                 except TimeoutError:
@@ -80,11 +80,15 @@ def _written(results: dict[str, Any]) -> None:
         f"| {n} | {found.level} | {KNOWN.get(n) or '; '.join(found.faults) or 'as stock'} |"
         for n, (_, found) in built.items()
     ]
-    left = ", ".join(sorted(results.keys() - built.keys()))
+    left = [f"| {n} | {_cell(reason)} |" for n, (reason, _) in sorted(results.items()) if reason]
     TABLE.write_text(_PAGE.format(
         version=transformers.__version__, levels="\n".join(rows), built=len(built),
-        all=len(results), each="\n".join(each), left=left,
+        all=len(results), each="\n".join(each), left="\n".join(left),
     ))  # fmt: skip
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 _PAGE = """# Architectures of transformers, fused
@@ -105,7 +109,12 @@ process; unfused to the bit. `tests/fusion/test_architectures.py` holds a third 
 | --- | --- | --- |
 {each}
 
-The others take inputs or settings that no rule here makes up: {left}.
+The others take inputs or settings that no rule here makes up, or packages that the tests do
+without. What stopped the first try:
+
+| model type | why not |
+| --- | --- |
+{left}
 """
 
 

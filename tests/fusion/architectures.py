@@ -231,7 +231,7 @@ def _gradients(
     draw = torch.Generator().manual_seed(seed)
     roots = {n: x for n, x in outputs.items() if x.requires_grad and x.numel()}
     dys = [torch.randn(x.shape, generator=draw).to(x) for x in roots.values()]
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(
         list(roots.values()), list(parameters.values()), dys, allow_unused=True
     )
@@ -272,7 +272,14 @@ def _differences(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str
     found = both(model, inputs, backwards)
     if not any(x.numel() for x in wanted[0].values()):
         return ["nothing to compare"]
-    return [x for three in zip(found, wanted, truth, strict=True) for x in _compared(*three)]
+    faults = []
+    kinds = "outputs", "gradients"
+    for kind, ours, theirs, true in zip(kinds, found, wanted, truth, strict=True):
+        faults += _compared(ours, theirs, true)
+        zeros = {n: torch.zeros_like(x) for n, x in theirs.items()}
+        if zeros and not _compared(zeros, theirs, true):
+            faults.append(f"{kind} of zeros would pass")
+    return faults
 
 
 def _is_float(x: Any) -> bool:

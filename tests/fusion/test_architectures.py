@@ -34,8 +34,8 @@ def test_fused_is_as_stock(name: str) -> None:
     """Outputs, gradients, weights, hooks, pickles, unfuse; at the level that is written down."""
     with deadline(SECONDS):
         found = examine(name, TYPES[name]["recipe"])
-    known = "output_attentions" if name in KNOWN else "nothing"
-    assert [fault for fault in found.faults if not fault.startswith(known)] == []
+    known = [fault for fault in found.faults if fault.startswith("output_attentions")]
+    assert (found.faults == known and known != []) if name in KNOWN else found.faults == []
     assert found.level == TYPES[name]["level"]
 
 
