@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer.errors import BadValueError
 from fusedformer.nn._masks import check_rank, padded_positions
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.transformer_decoder import TransformerDecoder
@@ -112,13 +113,13 @@ class Transformer(torch.nn.Transformer):
         for name, tensor in (("src", src), ("tgt", tgt)):
             check_rank(function, name, tensor)
             if tensor.shape[-1] != self.d_model:
-                raise ValueError(
+                raise BadValueError(
                     f"{function}(): expected the last dimension of '{name}' to be d_model="
                     f"{self.d_model}, but got shape {tuple(tensor.shape)}"
                 )
         batches = [t.shape[0 if self.batch_first else 1] for t in (src, tgt) if t.dim() == 3]
         if src.dim() != tgt.dim() or len(set(batches)) > 1:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'src' and 'tgt' to have the same batch, but got shapes "
                 f"{tuple(src.shape)} and {tuple(tgt.shape)} with batch_first={self.batch_first}"
             )
