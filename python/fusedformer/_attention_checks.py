@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._jagged import check_jagged, check_same_lengths
+from fusedformer.errors import BadTypeError, BadValueError
 
 ALIGNMENTS = ("top_left", "bottom_right")
 WEIGHTS = (False, "per_head", "averaged")
@@ -33,12 +34,12 @@ def check_attention(
     _check_inputs(function, named, min_dims=2)
     for name, tensor in named.items():
         if tensor.is_nested:
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected 'query', 'key' and 'value' to be all dense or all "
                 f"nested, but '{name}' is nested"
             )
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'key' and 'value' to have the same sequence length, "
             f"but got {key.shape[-2]} and {value.shape[-2]}"
         )
@@ -56,7 +57,7 @@ def check_attention(
             function, "key_mask", key_mask, (sequences, key.shape[-2]), "batch, keys"
         )
         if key_mask.dtype != torch.bool:
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected 'key_mask' to be boolean (True = keep), "
                 f"but got {key_mask.dtype}"
             )
@@ -66,7 +67,7 @@ def check_attention(
 def check_return_weights(function: str, return_weights: object) -> None:
     """Raise ``ValueError`` unless ``return_weights`` is one of those there are."""
     if return_weights not in WEIGHTS:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'return_weights' to be one of {WEIGHTS}, "
             f"but got {return_weights!r}"
         )
@@ -115,7 +116,7 @@ def check_spread_rows(
     starts, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
     _check_varlen(function, ("", ""), query, key, value, *starts, *longest, options)
     if query.shape[0] != key.shape[0]:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'query' and 'key' to have the same number of tokens, "
             f"but got {query.shape[0]} and {key.shape[0]}"
         )
@@ -140,14 +141,14 @@ def _check_varlen(
     _check_inputs(function, named, min_dims=3)
     for name, tensor in named.items():
         if tensor.is_nested:
-            raise TypeError(f"{function}(): expected '{name}' to be dense, but it is nested")
+            raise BadTypeError(f"{function}(): expected '{name}' to be dense, but it is nested")
         if tensor.dim() != 3:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{name}' to have shape [tokens, heads, dim], "
                 f"but got {tuple(tensor.shape)}"
             )
     if key.shape[0] != value.shape[0]:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'key' and 'value' to have the same number of tokens, "
             f"but got {key.shape[0]} and {value.shape[0]}"
         )
@@ -158,20 +159,22 @@ def _check_varlen(
     for side, size in zip(sides, (max_seqlen_q, max_seqlen_k), strict=True):
         name = f"max_seqlen{side}"
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected '{name}' to be an int, but got {type(size).__name__}"
             )
         if size < 0:
-            raise ValueError(f"{function}(): expected '{name}' not to be negative, but got {size}")
+            raise BadValueError(
+                f"{function}(): expected '{name}' not to be negative, but got {size}"
+            )
     starts = dict(zip((f"cu_seqlens{s}" for s in sides), (cu_seqlens_q, cu_seqlens_k), strict=True))
     for name, tensor in starts.items():
         _checks.check_tensor(function, name, tensor)
         if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected '{name}' to be int32 or int64, but got {tensor.dtype}"
             )
         if tensor.dim() != 1 or tensor.numel() == 0 or tensor.shape != cu_seqlens_q.shape:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{name}' to have shape (sequences + 1,), the same for "
                 f"queries and keys, but got {tuple(tensor.shape)}"
             )
@@ -185,12 +188,12 @@ def _check_starts(function: str, side: str, starts: Tensor, tokens: int, longest
     values = starts.tolist()
     lengths = [end - start for start, end in itertools.pairwise(values)]
     if values[0] != 0 or values[-1] != tokens or min(lengths, default=0) < 0:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'cu_seqlens{side}' to rise from 0 to the number of "
             f"tokens, {tokens}, but got {_short(values)}"
         )
     if max(lengths, default=0) > longest:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'max_seqlen{side}' to be at least the longest sequence, "
             f"{max(lengths)}, but got {longest}"
         )
@@ -212,7 +215,7 @@ def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) ->
     )
     _checks.check_shape(function, "output2", output2, output1.shape, "that of 'output1'")
     if output1.dtype != output2.dtype:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'output1' and 'output2' to have the same dtype, "
             f"but got {output1.dtype} and {output2.dtype}"
         )
@@ -220,7 +223,7 @@ def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) ->
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         _checks.check_shape(function, name, lse, output1.shape[:-1], "'output1' without its last")
         if lse.dtype not in (torch.float32, wide):
-            raise TypeError(f"{function}(): expected '{name}' to be {wide}, but got {lse.dtype}")
+            raise BadTypeError(f"{function}(): expected '{name}' to be {wide}, but got {lse.dtype}")
 
 
 def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: int) -> None:
@@ -231,13 +234,13 @@ def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distan
     least = 4 if bidirectional else 2
     if weight.dim() != 2 or weight.shape[0] < least or (bidirectional and weight.shape[0] % 2):
         even = "an even number of " if bidirectional else ""
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'weight' to have shape [buckets, heads] with {even}"
             f"at least {least} buckets, but got {tuple(weight.shape)}"
         )
     exact = weight.shape[0] // (4 if bidirectional else 2)
     if not isinstance(max_distance, int) or max_distance <= exact:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'max_distance' to be an int above {exact}, the distances "
             f"with a bucket each, but got {max_distance!r}"
         )
@@ -248,19 +251,19 @@ def _check_inputs(function: str, named: Mapping[str, Tensor], min_dims: int) -> 
         _checks.check_tensor(function, name, tensor)
         _checks.check_floating(function, name, tensor)
         if tensor.dim() < min_dims:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{name}' to have at least {min_dims} dimensions, "
                 f"but got shape {tuple(tensor.shape)}"
             )
     query, key, value = named["query"], named["key"], named["value"]
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'query', 'key' and 'value' to have the same dtype, "
             f"but got {query.dtype}, {key.dtype} and {value.dtype}"
         )
     _checks.check_same_device(function, named)
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'query' and 'key' to have the same last dimension, "
             f"but got {query.shape[-1]} and {key.shape[-1]}"
         )
@@ -285,12 +288,12 @@ def _check_terms(
     if options["softcap"] is not None:
         _checks.check_number(function, "softcap", options["softcap"])
         if not options["softcap"] > 0:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'softcap' to be positive, or None for no cap, "
                 f"but got {options['softcap']}"
             )
     if options["causal_alignment"] not in ALIGNMENTS:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'causal_alignment' to be one of {ALIGNMENTS}, "
             f"but got {options['causal_alignment']!r}"
         )
@@ -299,14 +302,14 @@ def _check_terms(
     if mask is not None:
         _checks.check_mask(function, "attn_mask", mask, scores)
         if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected a floating-point 'attn_mask' to be float32 or of the "
                 f"dtype of 'query', {query.dtype}, but got {mask.dtype}"
             )
     if lengths is not None:
         _checks.check_shape(function, "key_lengths", lengths, (sequences,), "batch")
         if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected 'key_lengths' to be int32 or int64, "
                 f"but got {lengths.dtype}"
             )
@@ -314,7 +317,7 @@ def _check_terms(
     if slopes is not None:
         _checks.check_floating(function, "alibi_slopes", slopes)
         if tuple(slopes.shape) not in ((heads,), (sequences, heads)):
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'alibi_slopes' to have shape {(heads,)} (heads) or "
                 f"{(sequences, heads)} (batch, heads), but got {tuple(slopes.shape)}"
             )
@@ -322,7 +325,7 @@ def _check_terms(
         _checks.check_floating(function, "relative_bias", table)
         fits = table.dim() == 2 and table.shape[0] in (1, heads) and table.shape[1] % 2 == 1
         if not fits:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'relative_bias' to have shape [heads, 2 * R + 1] with "
                 f"heads = {heads} or 1, one entry for each distance from -R to R, but got "
                 f"{tuple(table.shape)}"
@@ -337,12 +340,12 @@ def _check_window(function: str, window: object) -> None:
         return
     pair = isinstance(window, Sequence) and len(window) == 2
     if not pair or any(not isinstance(n, int) or isinstance(n, bool) for n in window):  # type: ignore[attr-defined]
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'window' to be a pair of ints (left, right), "
             f"but got {window!r}"
         )
     if min(window) < -1:  # type: ignore[call-overload]
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected both sides of 'window' to be at least -1 (unbounded), "
             f"but got {window!r}"
         )
@@ -359,10 +362,10 @@ def attention_batch_shape(
     leading = [tuple(t.shape[:-2]) for t in (query, key, value)]
     if enable_gqa:
         if query.dim() < 3:
-            raise ValueError(f"{function}(): enable_gqa=True needs a dimension of heads at -3")
+            raise BadValueError(f"{function}(): enable_gqa=True needs a dimension of heads at -3")
         heads, key_heads, value_heads = (t.shape[-3] for t in (query, key, value))
         if key_heads != value_heads or key_heads == 0 or heads % key_heads:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected the number of heads of 'key' and 'value' to be equal and "
                 f"to divide that of 'query', {heads}, but got {key_heads} and {value_heads}"
             )
@@ -372,7 +375,7 @@ def attention_batch_shape(
     try:
         return tuple(torch.broadcast_shapes(*leading))  # type: ignore[no-untyped-call]
     except RuntimeError:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected the batch and head dimensions to broadcast, but got query "
             f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
             + ("" if enable_gqa else "; for fewer key heads than query heads set enable_gqa=True")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fusedformer._onlookers import is_traced, stands_for_many
+from fusedformer.errors import BadTypeError, BadValueError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
@@ -73,11 +74,11 @@ def _kinds(values: Any) -> tuple[Any, ...] | None:
 def check_tensor(function: str, name: str, value: object) -> None:
     """Raise ``TypeError`` unless ``value`` is a tensor, dense or jagged."""
     if not isinstance(value, Tensor):
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
         )
     if value.layout not in (torch.strided, torch.jagged):
-        raise TypeError(f"{function}(): expected '{name}' to be dense, but got {value.layout}")
+        raise BadTypeError(f"{function}(): expected '{name}' to be dense, but got {value.layout}")
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -93,7 +94,7 @@ def has_values(tensor: Tensor) -> bool:
 def check_floating(function: str, name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` holds real numbers that can be computed with."""
     if tensor.dtype not in FLOATING_DTYPES:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to have a floating-point dtype, "
             f"but got {tensor.dtype}"
         )
@@ -102,12 +103,12 @@ def check_floating(function: str, name: str, tensor: Tensor) -> None:
 def check_kernel_dtype(function: str, name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless the Triton kernels support the dtype and layout of ``tensor``."""
     if tensor.is_nested:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): the triton backend supports dense tensors, but '{name}' is nested; "
             f"run it under fusedformer.backend('torch')"
         )
     if tensor.dtype not in KERNEL_DTYPES:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): the triton backend supports float32, float16 and bfloat16, but "
             f"'{name}' has dtype {tensor.dtype}; run it under fusedformer.backend('torch')"
         )
@@ -116,7 +117,7 @@ def check_kernel_dtype(function: str, name: str, tensor: Tensor) -> None:
 def check_number(function: str, name: str, value: object) -> None:
     """Raise ``TypeError`` unless ``value`` is a real number; a tensor is not one."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to be a number, but got {type(value).__name__}"
         )
 
@@ -125,7 +126,7 @@ def check_probability(function: str, name: str, value: float) -> None:
     """Raise ``TypeError`` unless ``value`` is a number, ``ValueError`` unless it lies in [0, 1]."""
     check_number(function, name, value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{function}(): expected '{name}' to be in [0, 1], but got {value}")
+        raise BadValueError(f"{function}(): expected '{name}' to be in [0, 1], but got {value}")
 
 
 def check_same_device(function: str, tensors: Mapping[str, Tensor | None]) -> None:
@@ -136,7 +137,7 @@ def check_same_device(function: str, tensors: Mapping[str, Tensor | None]) -> No
     present = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(present.values())) > 1:
         found = ", ".join(f"'{name}' on {device}" for name, device in present.items())
-        raise ValueError(f"{function}(): expected all tensors on one device, but got {found}")
+        raise BadValueError(f"{function}(): expected all tensors on one device, but got {found}")
 
 
 def check_shape(
@@ -147,7 +148,7 @@ def check_shape(
         return
     check_tensor(function, name, tensor)
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{name}' to have shape {tuple(shape)} ({of}), "
             f"but got {tuple(tensor.shape)}"
         )
@@ -157,7 +158,7 @@ def check_mask(function: str, name: str, mask: Tensor, shape: Sequence[int]) -> 
     """Raise unless ``mask`` is boolean or floating and broadcasts to ``shape`` (not beyond it)."""
     check_tensor(function, name, mask)
     if mask.dtype != torch.bool and mask.dtype not in FLOATING_DTYPES:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to be boolean (True = keep) or floating-point "
             f"(added to the scores), but got {mask.dtype}"
         )
@@ -167,7 +168,7 @@ def check_mask(function: str, name: str, mask: Tensor, shape: Sequence[int]) -> 
         for size, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
     )
     if not fits:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{name}' to broadcast to {wanted}, "
             f"but got shape {tuple(mask.shape)}"
         )
@@ -178,7 +179,9 @@ def check_input(function: str, name: str, input: Tensor) -> None:
     check_tensor(function, name, input)
     check_floating(function, name, input)
     if input.dim() == 0:
-        raise ValueError(f"{function}(): expected '{name}' to have at least 1 dimension, but got 0")
+        raise BadValueError(
+            f"{function}(): expected '{name}' to have at least 1 dimension, but got 0"
+        )
 
 
 def check_parameter(

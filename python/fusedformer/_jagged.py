@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer.errors import BadTypeError, BadValueError
 
 
 def check_jagged(function: str, name: str, tensor: Tensor, shape: str) -> None:
@@ -18,18 +19,18 @@ def check_jagged(function: str, name: str, tensor: Tensor, shape: str) -> None:
     sizes = shape.split(", ")
     expected = f"{function}(): expected a nested '{name}' to be jagged, [{shape}]"
     if tensor.layout != torch.jagged:
-        raise TypeError(
+        raise BadTypeError(
             f"{expected}, but got {tensor.layout}; convert it by "
             f"torch.nested.as_nested_tensor(list({name}.unbind()), layout=torch.jagged)"
         )
     jagged: Any = tensor
     if tensor.dim() != len(sizes) or jagged._ragged_idx != sizes.index("jagged"):
-        raise TypeError(
+        raise BadTypeError(
             f"{expected}, but got {tensor.dim()} dimensions, of which that at "
             f"{jagged._ragged_idx} is jagged"
         )
     if jagged.lengths() is not None:
-        raise TypeError(
+        raise BadTypeError(
             f"{expected} and without holes, but got one with lengths(), as "
             f"torch.nested.narrow makes them; take '{name}.contiguous()'"
         )
@@ -46,7 +47,7 @@ def check_same_lengths(
     if one is other or not (_checks.has_values(one) and _checks.has_values(other)):
         return
     if not torch.equal(one, other):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected nested '{names[0]}' and '{names[1]}' to have sequences of the "
             f"same lengths, but got offsets {one.tolist()} and {other.tolist()}"
         )

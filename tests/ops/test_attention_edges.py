@@ -209,3 +209,40 @@ def test_gradients_of_gradients_of_what_is_in_chunks() -> None:
             return F.scaled_dot_product_attention(*tensors, mask)
 
     assert torch.autograd.gradgradcheck(call, leaves)
+
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "log-sum-exp": {"return_lse": True},
+    "weights": {"return_weights": "per_head"},
+    "added": {"attn_mask": torch.zeros(1, 1, 7, 9)},
+    "cap": {"softcap": 5.0},
+    "dropout": {"dropout_p": 0.3},
+}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("form", BEYOND)
+def test_what_is_beyond_key_lengths_is_not_read(
+    form: str, name: Any, bad: float, device: str
+) -> None:
+    """Bits of output and gradients are those with anything else there."""
+    q, k, v = (torch.randn(3, 2, n, 8, device=device) for n in (7, 9, 9))
+    lengths = torch.tensor([9, 4, 0], device=device)
+    beyond = (torch.arange(9, device=device) >= lengths[:, None])[:, None, :, None]
+    settings = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in BEYOND[form].items()}
+    found = []
+    for key, value in ((k, v), (k.masked_fill(beyond, bad), v.masked_fill(beyond, bad))):
+        leaves = [t.clone().requires_grad_() for t in (q, key, value)]
+        torch.manual_seed(1)
+        with backend(name):
+            output = F.scaled_dot_product_attention(
+                *leaves, key_lengths=lengths, **settings
+            )
+        output = output if isinstance(output, tuple) else (output,)
+        assert output[0][0].any()
+        grads = [torch.randn_like(each) for each in output]
+        found.append([*output, *torch.autograd.grad(output, leaves, grads)])
+    assert all(map(torch.equal, *found))

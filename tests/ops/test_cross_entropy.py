@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.ops.judge import DTYPES, check, grad
 
+from fusedformer import backend
 from fusedformer import functional as F
 
 NAN = float("nan")
@@ -151,3 +152,35 @@ def test_strided_targets_and_weights(device: str) -> None:
         check("cross_entropy", torch.float32, input=logits, target=target, **given)
         judged = dict(input=grad(7, 5, device=device), linear_weight=grad(9, 5, device=device))
         check("linear_cross_entropy", torch.float32, target=target, **judged, **given)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}])
+def test_classes_in_uint8(settings: dict[str, Any], name: Any, device: str) -> None:
+    """As torch takes them of rows; 255 may be the class that is ignored."""
+    x = torch.randn(4, 5, device=device, requires_grad=True)
+    target = torch.tensor([1, 255, 3, 0], device=device, dtype=torch.uint8)
+    weight = torch.eye(5, device=device)
+    expected = torch.nn.functional.cross_entropy(x, target, ignore_index=255, **settings)
+    with backend(name):
+        loss = F.cross_entropy(x, target, ignore_index=255, **settings)
+        projected = F.linear_cross_entropy(
+            x, weight, target, ignore_index=255, **settings
+        )
+    grad = torch.randn_like(expected)
+    (truth,) = torch.autograd.grad(expected, x, grad)
+    for found in (loss, projected):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x, grad)[0], truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_round_once(dtype: torch.dtype, device: str) -> None:
+    """As the docstring says: of half precision the loss is that of float32, rounded."""
+    x = (5 * torch.randn(64, 300, device=device)).to(dtype)
+    target = torch.randint(300, (64,), device=device)
+    with backend("triton"):
+        half = F.cross_entropy(x, target, reduction="none")
+        wide = F.cross_entropy(x.float(), target, reduction="none")
+    assert half.dtype == dtype and half.any()
+    assert torch.equal(half, wide.to(dtype))

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer.errors import BadValueError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -50,7 +51,7 @@ def _check_bias_activation(
     function = "bias_activation"
     _checks.check_input(function, "input", input)
     if activation not in ACTIVATIONS:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'activation' to be one of {ACTIVATIONS}, "
             f"but got {activation!r}"
         )

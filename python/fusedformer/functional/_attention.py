@@ -89,7 +89,8 @@ def scaled_dot_product_attention(
             require a gradient.
         softcap: scaled scores become ``softcap * tanh(score / softcap)`` before anything is added.
         key_mask: boolean ``[batch, S]``, True = keep: key padding that needs no combined mask.
-        key_lengths: integer ``[batch]``: keys at and beyond a sequence's length are masked.
+        key_lengths: integer ``[batch]``: keys and values at and beyond a sequence's length have no
+            influence, whatever stands there (NaN, say).
         causal_alignment: ``"top_left"`` as in torch, or ``"bottom_right"``.
         return_lse: also return the logarithm of the softmax denominator, the sink's part included.
         return_weights: also return the attention weights after dropout, ``"per_head"`` or

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 from fusedformer._autocast import autocast_dtype, cast
+from fusedformer.errors import BadTypeError, BadValueError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,7 +126,7 @@ def _check_pairs(
         _checks.check_tensor(function, name, tensor)
         _checks.check_floating(function, name, tensor)
         if tensor.dim() != 2:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{name}' to have shape [rows, dims], "
                 f"but got {tuple(tensor.shape)}"
             )
@@ -136,35 +137,35 @@ def _check_pairs(
         _checks.check_tensor(function, name, value)
         _checks.check_floating(function, name, value)
         if value.numel() != 1:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{name}' to have 1 element, "
                 f"but got shape {tuple(value.shape)}"
             )
         tensors[name] = value
     _checks.check_same_device(function, tensors)
     if a.dtype != b.dtype:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'a' and 'b' to have the same dtype, "
             f"but got {a.dtype} and {b.dtype}"
         )
     (rows, dims), (columns, b_dims) = a.shape, b.shape
     if dims != b_dims or rows > columns:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'a' [M, D] and 'b' [N, D] with M <= N, "
             f"but got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'label_offset' to be an int, "
             f"but got {type(label_offset).__name__}"
         )
     if not 0 <= label_offset <= columns - rows:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'label_offset' to be from 0 to N - M = {columns - rows}, "
             f"but got {label_offset}"
         )
     if reduction not in REDUCTIONS:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'reduction' to be one of {REDUCTIONS}, but got {reduction!r}"
         )
     if group is not None:
@@ -175,12 +176,12 @@ def _check_group(function: str, group: object, rows: int, columns: int) -> None:
     import torch.distributed as dist
 
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'group' to be a ProcessGroup that this rank is in, "
             f"but got {group!r}"
         )
     if rows != columns:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'a' and 'b' to have as many rows where 'group' is given, "
             f"but got {rows} and {columns}"
         )

@@ -8,6 +8,7 @@ from torch.nn import _reduction
 
 from fusedformer import _checks, ops
 from fusedformer._autocast import autocast_dtype
+from fusedformer.errors import BadTypeError, BadValueError
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -30,8 +31,8 @@ def cross_entropy(
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, *]``.
-        target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities of the shape of
-            ``input``, floating-point (these by the kernel of :func:`log_softmax`).
+        target: classes, int64 or uint8 ``[]``, ``[N]`` or ``[N, *]``; or probabilities of the
+            shape of ``input``, floating-point (these by the kernel of :func:`log_softmax`).
         weight: of each class, ``[C]``, without a gradient.
         size_average, reduce: torch's deprecated forms of ``reduction``.
         ignore_index: rows with this target have loss and gradient 0 and count in no mean.
@@ -41,11 +42,13 @@ def cross_entropy(
 
     Returns:
         The loss, in the dtype of ``input`` (of ``target`` if it holds probabilities and is wider),
-        under autocast in float32; for ``reduction="none"`` one for each row, else ``[]``. It is
-        computed in at least float32 and rounded once.
+        under autocast in float32; for ``reduction="none"`` one for each row, else ``[]``. Kernels
+        compute loss and gradient in float32 and round each once. The torch backend is torch's own
+        composition: of half precision it rounds the logarithms of probabilities, too.
 
     Raises:
-        TypeError: ``input`` is not floating-point, ``target`` neither int64 nor floating-point.
+        TypeError: ``input`` is not floating-point, ``target`` neither int64, uint8 nor
+            floating-point.
         ValueError: shapes that do not belong together, devices that differ, an unknown
             ``reduction``, ``label_smoothing`` outside [0, 1], a ``weight`` that wants a gradient.
         IndexError: on the CPU, a target that is no class. On a GPU, where looking would wait for
@@ -61,7 +64,7 @@ def cross_entropy(
     _checks.check_tensor(function, "target", target)
     classes = input.shape[0 if input.dim() == 1 else 1]
     positions = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-    _check_target(function, target, positions, tuple(input.shape))
+    target = _checked_target(function, target, positions, tuple(input.shape))
     _check_settings(function, weight, classes, reduction, label_smoothing)
     _checks.check_same_device(function, {"input": input, "target": target, "weight": weight})
     _check_range(function, target, classes, ignore_index)
@@ -99,8 +102,8 @@ def linear_cross_entropy(
     Args:
         input: ``[*, D]``, what is projected.
         linear_weight: ``[C, D]``, of the dtype of ``input`` unless autocast is on.
-        target: classes, int64 ``[*]``; or probabilities ``[*, C]``, for which all logits are
-            computed at once.
+        target: classes, int64 or uint8 ``[*]``; or probabilities ``[*, C]``, for which all logits
+            are computed at once.
         linear_bias: ``[C]``, or None.
         weight: of each class, ``[C]``, without a gradient.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``, as in :func:`cross_entropy`.
@@ -125,7 +128,7 @@ def linear_cross_entropy(
     _checks.check_tensor(function, "linear_weight", linear_weight)
     features = input.shape[-1]
     if linear_weight.dim() != 2 or linear_weight.shape[1] != features:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'linear_weight' to have shape [C, {features}] (the last "
             f"dimension of 'input'), but got {tuple(linear_weight.shape)}"
         )
@@ -135,12 +138,12 @@ def linear_cross_entropy(
     dtype = autocast_dtype("linear", input)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype and dtype is None:
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected '{name}' to have the dtype of 'input', {input.dtype}, "
                 f"but got {tensor.dtype}"
             )
     positions = tuple(input.shape[:-1])
-    _check_target(function, target, positions, (*positions, classes))
+    target = _checked_target(function, target, positions, (*positions, classes))
     _check_settings(function, weight, classes, reduction, label_smoothing)
     tensors = {
         "input": input, "linear_weight": linear_weight, "target": target,
@@ -155,31 +158,33 @@ def linear_cross_entropy(
     )
 
 
-def _check_target(
+def _checked_target(
     function: str, target: Tensor, positions: tuple[int, ...], logits: tuple[int, ...]
-) -> None:
+) -> Tensor:
+    """``target``, classes in int64."""
     probabilities = target.dtype in _checks.FLOATING_DTYPES
-    if not probabilities and target.dtype != torch.int64:
-        raise TypeError(
-            f"{function}(): expected 'target' to hold classes (int64) or probabilities "
-            f"(floating-point), but got {target.dtype}"
+    if not probabilities and target.dtype not in (torch.int64, torch.uint8):
+        raise BadTypeError(
+            f"{function}(): expected 'target' to hold classes (int64, uint8) or "
+            f"probabilities (floating-point), but got {target.dtype}"
         )
     of = "a probability for each logit" if probabilities else "a class for each row"
     _checks.check_shape(function, "target", target, logits if probabilities else positions, of)
+    return target.long() if target.dtype == torch.uint8 else target
 
 
 def _check_settings(
     function: str, weight: Tensor | None, classes: int, reduction: str, label_smoothing: float
 ) -> None:
     if not classes:
-        raise ValueError(f"{function}(): expected at least 1 class, but got 0")
+        raise BadValueError(f"{function}(): expected at least 1 class, but got 0")
     _checks.check_parameter(function, "weight", weight, (classes,), "one for each class")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'weight' not to require a gradient, which it has not"
         )
     if reduction not in REDUCTIONS:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'reduction' to be one of {REDUCTIONS}, but got {reduction!r}"
         )
     _checks.check_probability(function, "label_smoothing", label_smoothing)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 from fusedformer._autocast import autocast_dtype
+from fusedformer.errors import BadTypeError, BadValueError
 
 _FUNCTION = "embedding_layer_norm"
 
@@ -75,12 +76,12 @@ def embedding_layer_norm(
     _checks.check_probability(_FUNCTION, "p", p)
     if (position_ids is None) != (position_weight is None):
         given = "'position_ids'" if position_weight is None else "'position_weight'"
-        raise ValueError(
+        raise BadValueError(
             f"{_FUNCTION}(): expected 'position_ids' and 'position_weight' together, "
             f"but got {given} alone"
         )
     if token_type_ids is not None and token_type_weight is None:
-        raise ValueError(
+        raise BadValueError(
             f"{_FUNCTION}(): expected 'token_type_weight' with 'token_type_ids', but got None"
         )
     for (id_name, indices), (name, table) in zip(ids.items(), tables.items(), strict=True):
@@ -89,7 +90,7 @@ def embedding_layer_norm(
     if padding_idx is not None:
         count = weight.shape[0]
         if not -count <= padding_idx < count:
-            raise ValueError(
+            raise BadValueError(
                 f"{_FUNCTION}(): expected 'padding_idx' to be within the {count} rows of "
                 f"'weight', but got {padding_idx}"
             )
@@ -110,7 +111,7 @@ def _check_ids(ids: dict[str, Tensor | None]) -> None:
         _checks.check_tensor(_FUNCTION, name, tensor)
         assert tensor is not None
         if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
+            raise BadTypeError(
                 f"{_FUNCTION}(): expected '{name}' to be int32 or int64, but got {tensor.dtype}"
             )
         shape = tensor.shape if shape is None else shape
@@ -129,13 +130,13 @@ def _check_tables(tables: dict[str, Tensor | None]) -> None:
         dtype = table.dtype if dtype is None else dtype
         if table.dim() != 2 or table.shape[1] != (table.shape[1] if width is None else width):
             columns = "E" if width is None else width
-            raise ValueError(
+            raise BadValueError(
                 f"{_FUNCTION}(): expected '{name}' to have shape [vectors, {columns}], "
                 f"but got {tuple(table.shape)}"
             )
         width = table.shape[1]
         if table.dtype != dtype:
-            raise TypeError(
+            raise BadTypeError(
                 f"{_FUNCTION}(): expected '{name}' to have the dtype of 'weight', {dtype}, "
                 f"but got {table.dtype}"
             )

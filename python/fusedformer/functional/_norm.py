@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 from fusedformer._autocast import autocast_dtype
+from fusedformer.errors import BadTypeError, BadValueError
 
 
 def layer_norm(
@@ -203,15 +204,14 @@ def _check_norm(
     eps: float,
 ) -> tuple[int, ...]:
     _checks.check_input(function, "input", input)
-    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
-        raise TypeError(
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
+        raise BadTypeError(
             f"{function}(): expected 'normalized_shape' to be a sequence of integers, but got "
-            f"{type(sizes).__name__}"
+            f"{type(normalized_shape).__name__}"
         )
-    shape = tuple(sizes)
+    shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'input' of shape [*, {', '.join(map(str, shape))}] to end in "
             f"a 'normalized_shape' of at least 1 dimension, but got normalized_shape={shape} and "
             f"input of shape {tuple(input.shape)}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 from fusedformer._onlookers import is_traced, stands_for_many
+from fusedformer.errors import BadTypeError, BadValueError
 
 
 class Packing(NamedTuple):
@@ -79,7 +80,7 @@ class Packing(NamedTuple):
         """
         _check_keep(keep, lengths, static_shapes)
         if multiple_of < 1:
-            raise ValueError(
+            raise BadValueError(
                 f"Packing.of(): expected 'multiple_of' to be positive, but got {multiple_of}"
             )
         if static_shapes:
@@ -101,23 +102,23 @@ def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool
     function = "Packing.of"
     _checks.check_tensor(function, "keep", keep)
     if keep.dtype != torch.bool:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'keep' to be boolean (True = real), but got {keep.dtype}"
         )
     if keep.dim() != 2:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'keep' to have shape [batch, length], "
             f"but got {tuple(keep.shape)}"
         )
     if lengths is None:
         return
     if static_shapes:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected no 'lengths' with static_shapes=True, which does without "
             f"them, but got {len(lengths)}"
         )
     if len(lengths) != keep.shape[0]:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'lengths' to have {keep.shape[0]} entries, one for each "
             f"sequence, but got {len(lengths)}"
         )
@@ -249,7 +250,7 @@ def _check(
     _checks.check_tensor(function, "input", input)
     _checks.check_floating(function, "input", input)
     if tuple(input.shape[: len(leading)]) != leading or input.dim() <= len(leading):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'input' to have shape {leading} ({of}) and more, "
             f"but got {tuple(input.shape)}"
         )

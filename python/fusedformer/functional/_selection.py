@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, ops
+from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional._packing import Packing, _packing, _starts, with_empty_tail
 
 
@@ -56,12 +57,12 @@ def check_output_rows(function: str, output_rows: Tensor, batch: int, length: in
     if output_rows.dtype == torch.bool:
         _checks.check_shape(function, name, output_rows, (batch, length), "batch, length")
     elif output_rows.dtype != torch.int64:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to be boolean [batch, length] or int64 "
             f"[batch, rows], but got {output_rows.dtype}"
         )
     elif output_rows.dim() != 2 or output_rows.shape[0] != batch:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{name}' to have shape [{batch}, rows] (columns of each "
             f"sequence), but got {tuple(output_rows.shape)}"
         )

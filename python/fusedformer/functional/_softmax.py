@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks, ops
 from fusedformer._autocast import autocast_dtype
+from fusedformer.errors import BadTypeError, BadValueError
 
 
 def softmax(
@@ -111,7 +112,9 @@ def _check_softmax(
 ) -> torch.dtype:
     """The dtype of the result without autocast, if all is well."""
     if not isinstance(dim, (int, torch.SymInt)):
-        raise TypeError(f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}")
+        raise BadTypeError(
+            f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}"
+        )
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(
@@ -122,15 +125,15 @@ def _check_softmax(
         _checks.check_floating(function, "input", input)
         dtype = input.dtype
     elif dtype not in _checks.FLOATING_DTYPES:
-        raise TypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
+        raise BadTypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
     if input.is_complex():
-        raise TypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
+        raise BadTypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
     _checks.check_number(function, "scale", scale)
     if mask is not None:
         _checks.check_mask(function, "mask", mask, input.shape)
         _checks.check_same_device(function, {"input": input, "mask": mask})
     if is_causal and (input.dim() < 2 or dim % rank != rank - 1):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): is_causal=True needs at least 2 dimensions and dim to be the last, "
             f"but got dim={dim} of a {input.dim()}-D input"
         )

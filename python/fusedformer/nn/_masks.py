@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._autocast import autocast_dtype
+from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional._packing import with_empty_tail
 
@@ -78,9 +79,9 @@ def check_rank(function: str, name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a padded batch of sequences, or one sequence."""
     _checks.check_tensor(function, name, tensor)
     if tensor.is_nested:
-        raise TypeError(f"{function}(): expected '{name}' to be padded, but got a nested tensor")
+        raise BadTypeError(f"{function}(): expected '{name}' to be padded, but got a nested tensor")
     if tensor.dim() not in (2, 3):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{name}' to be 3-D (batched) or 2-D (unbatched), "
             f"but got shape {tuple(tensor.shape)}"
         )
@@ -90,13 +91,13 @@ def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight:
     """Raise unless ``tensor`` is ``[*, *, width]`` or ``[*, width]`` and fits ``weight``."""
     check_rank(function, name, tensor)
     if tensor.shape[-1] != width:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected the last dimension of '{name}' to be {width}, "
             f"but got shape {tuple(tensor.shape)}"
         )
     _checks.check_same_device(function, {name: tensor, "weight": weight})
     if tensor.dtype != weight.dtype and autocast_dtype("linear", tensor, weight) is None:
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to have the dtype of the parameters, "
             f"{weight.dtype}, but got {tensor.dtype}"
         )
@@ -116,7 +117,7 @@ def check_padding_mask(
 def _check_mask_type(function: str, name: str, mask: Tensor) -> None:
     _checks.check_tensor(function, name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected '{name}' to be boolean (True = masked) or floating-point "
             f"(added to the scores), but got {mask.dtype}"
         )
@@ -159,13 +160,13 @@ def check_attn_mask(
         _check_mask_type(function, names.attn_mask, attn_mask)
         wanted = {2: (rows, keys), 3: (batch * heads, rows, keys)}
         if tuple(attn_mask.shape) != wanted.get(attn_mask.dim()):
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{names.attn_mask}' to have shape {wanted[2]} "
                 f"(queries, keys) or {wanted[3]} (batch * heads, queries, keys), "
                 f"but got {tuple(attn_mask.shape)}"
             )
     elif is_causal:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): is_causal=True is a hint that '{names.attn_mask}' is the causal mask, "
             f"so '{names.attn_mask}' is needed, but got None; see "
             f"torch.nn.Transformer.generate_square_subsequent_mask"

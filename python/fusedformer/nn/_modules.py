@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer import functional
 from fusedformer._backend import chosen_backend
+from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Activation
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
 from fusedformer.nn.layer_norm import LayerNorm
@@ -122,12 +123,12 @@ def fused_activation(activation: Any) -> Activation | None:
 def check_activation(function: str, activation: object) -> None:
     """Raise unless it is a name that torch's layers know, or a callable."""
     if isinstance(activation, str) and activation not in ("relu", "gelu"):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
             f"but got {activation!r}"
         )
     if not isinstance(activation, str) and not callable(activation):
-        raise TypeError(
+        raise BadTypeError(
             f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
             f"but got {type(activation).__name__}"
         )

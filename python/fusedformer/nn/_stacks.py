@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
 from fusedformer._onlookers import is_traced_by_jit, stands_for_many
+from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._packing import whole_packing
 from fusedformer.functional._selection import packing_and_selection
@@ -27,12 +28,12 @@ def check_stack(
     """Raise unless the arguments of a stack's constructor are what they must be."""
     for argument, module in ((name, layer), ("norm", norm)):
         if not isinstance(module, nn.Module) and not (argument == "norm" and module is None):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected '{argument}' to be a Module, "
                 f"but got {type(module).__name__}"
             )
     if num_layers < 0:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'num_layers' to be at least 0, but got {num_layers}"
         )
 
@@ -49,7 +50,7 @@ def is_fused(stack: Any, layer: type[Any]) -> bool:
 def check_is_fused(function: str, stack: Any, layer: type[Any]) -> None:
     """Raise unless :func:`is_fused`."""
     if not is_fused(stack, layer):
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): needs layers and a norm of this library, without hooks or replaced "
             f"children"
         )
@@ -143,7 +144,7 @@ def packing_for(
         return packing_of(keep, static_shapes), None
     settings = _pack_settings(keep, static_shapes)
     if settings["static_shapes"] and output_rows.dtype == torch.bool:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected 'output_rows' to be int64 columns [{keep.shape[0]}, rows] "
             f"with static shapes, but got a boolean mask, whose count decides a shape"
         )
@@ -160,7 +161,7 @@ def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -
 def check_rows(function: str, name: str, rows: Tensor, packing: Packing) -> None:
     """Raise unless ``rows`` are ``[total, width]`` of ``packing``."""
     if rows.dim() != 2 or rows.shape[0] != packing.total:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{name}' to have shape [{packing.total}, width], "
             f"but got {tuple(rows.shape)}"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import _checks, functional
+from fusedformer.errors import BadValueError
 from fusedformer.functional import REDUCTIONS, Reduction
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class _Scaled(torch.nn.Module):
         if max_logit_scale is not None:
             _checks.check_number(name, "max_logit_scale", max_logit_scale)
         if reduction not in REDUCTIONS:
-            raise ValueError(
+            raise BadValueError(
                 f"{name}(): expected 'reduction' to be one of {REDUCTIONS}, but got {reduction!r}"
             )
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import functional
+from fusedformer.errors import BadValueError
 
 _WeightedLoss = torch.nn.modules.loss._WeightedLoss
 # Torch has the class from 2.13 on; before that what it is made of.
@@ -68,7 +69,7 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
         static_shapes: bool = False,
     ) -> None:
         if out_features:
-            raise ValueError(
+            raise BadValueError(
                 "LinearCrossEntropyLoss(): expected 'out_features' to be (), "
                 f"but got {out_features}"
             )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks, functional
+from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional._steps import linear, self_attention
 from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
@@ -21,7 +22,7 @@ _NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_
 def check_heads(function: str, width_name: str, width: int, heads_name: str, heads: int) -> None:
     """Raise ``ValueError`` unless both are positive and ``heads`` divides ``width``."""
     if width <= 0 or heads <= 0 or width % heads:
-        raise ValueError(
+        raise BadValueError(
             f"{function}(): expected '{width_name}' to be a positive multiple of a positive "
             f"'{heads_name}', but got {width_name}={width} and {heads_name}={heads}"
         )
@@ -279,13 +280,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         check_sequence(function, names.key, key, self.kdim, weight)
         check_sequence(function, names.value, value, self.vdim, weight)
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{names.key}' and '{names.value}' to have the same batch "
                 f"and length, but got shapes {tuple(key.shape)} and {tuple(value.shape)}"
             )
         key_batch, keys = self._sizes(key)
         if key.dim() != query.dim() or key_batch != batch:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected '{names.key}' to have the batch of '{names.query}', but "
                 f"got shapes {tuple(key.shape)} and {tuple(query.shape)} with "
                 f"batch_first={self.batch_first}"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer.errors import BadTypeError, BadValueError
 
 
 class _PositionalEncoding(torch.nn.Module):
@@ -20,7 +21,9 @@ class _PositionalEncoding(torch.nn.Module):
         function = type(self).__name__
         for name, value in (("d_model", d_model), ("max_len", max_len)):
             if value <= 0:
-                raise ValueError(f"{function}(): expected '{name}' to be positive, but got {value}")
+                raise BadValueError(
+                    f"{function}(): expected '{name}' to be positive, but got {value}"
+                )
         _checks.check_probability(function, "dropout", dropout)
         super().__init__()
         self.d_model = d_model
@@ -49,7 +52,7 @@ class _PositionalEncoding(torch.nn.Module):
         _checks.check_tensor(function, "input", input)
         _checks.check_floating(function, "input", input)
         if input.dim() not in (2, 3) or input.shape[-1] != self.d_model:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'input' to be 3-D (batched) or 2-D (unbatched) with a "
                 f"last dimension of d_model={self.d_model}, but got shape {tuple(input.shape)}"
             )
@@ -64,7 +67,7 @@ class _PositionalEncoding(torch.nn.Module):
         """The first rows of the table, broadcastable to ``input``."""
         length = input.shape[1 if self.batch_first and input.dim() == 3 else 0]
         if length > self.max_len:
-            raise ValueError(
+            raise BadValueError(
                 f"{type(self).__name__}(): expected 'input' to have at most max_len="
                 f"{self.max_len} positions, but got {length}"
             )
@@ -75,13 +78,13 @@ class _PositionalEncoding(torch.nn.Module):
         function = type(self).__name__
         _checks.check_tensor(function, "positions", positions)
         if positions.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
+            raise BadTypeError(
                 f"{function}(): expected 'positions' to be int32 or int64, "
                 f"but got {positions.dtype}"
             )
         sizes = zip(reversed(positions.shape), reversed(input.shape[:-1]), strict=False)
         if positions.dim() >= input.dim() or any(have not in (1, want) for have, want in sizes):
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'positions' to broadcast to {tuple(input.shape[:-1])}, "
                 f"but got shape {tuple(positions.shape)}"
             )

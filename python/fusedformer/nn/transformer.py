@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import _checks
+from fusedformer.errors import BadValueError
 from fusedformer.nn._masks import check_rank, padded_positions
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.transformer_decoder import TransformerDecoder
@@ -112,14 +113,14 @@ class Transformer(torch.nn.Transformer):
         for name, tensor in (("src", src), ("tgt", tgt)):
             check_rank(function, name, tensor)
             if tensor.shape[-1] != self.d_model:
-                raise ValueError(
+                raise BadValueError(
                     f"{function}(): expected the last dimension of '{name}' to be d_model="
                     f"{self.d_model}, but got shape {tuple(tensor.shape)}"
                 )
         batch = 0 if self.batch_first else 1
         # Compared as sizes: the symbols of a compiler cannot be hashed.
         if src.dim() != tgt.dim() or (src.dim() == 3 and src.shape[batch] != tgt.shape[batch]):
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'src' and 'tgt' to have the same batch, but got shapes "
                 f"{tuple(src.shape)} and {tuple(tgt.shape)} with batch_first={self.batch_first}"
             )

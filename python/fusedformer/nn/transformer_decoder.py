@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer.errors import BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional._steps import seeds_drawn_at_once
 from fusedformer.nn._masks import (
@@ -178,7 +179,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             check_sequences(function, self, {name: rows})
             check_rows(function, name, rows, packing)
         if tgt_packing.batch != memory_packing.batch:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected 'tgt_packing' and 'memory_packing' to be of as many "
                 f"sequences, but got {tgt_packing.batch} and {memory_packing.batch}"
             )
@@ -247,7 +248,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         across = _NAMES._replace(attn_mask="memory_mask")
         check_attn_mask(across, None, memory_is_causal, keys=keys, **sizes)
         if memories != batch:
-            raise ValueError(
+            raise BadValueError(
                 f"{_FUNCTION}(): expected 'memory' to have the batch of 'tgt', but got shapes "
                 f"{tuple(memory.shape)} and {tuple(tgt.shape)} with "
                 f"batch_first={is_batch_first(self)}"

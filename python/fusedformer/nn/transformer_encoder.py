@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer._jagged import check_jagged, jagged_like
+from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows
 from fusedformer.functional._steps import seeds_drawn_at_once
@@ -317,14 +318,14 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         given = {"src_key_padding_mask": padding, "output_rows": output_rows}
         for name, tensor in given.items():
             if tensor is not None:
-                raise ValueError(f"{function}(): expected no '{name}' with a nested 'src'")
+                raise BadValueError(f"{function}(): expected no '{name}' with a nested 'src'")
         if mask is not None and not is_causal:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): expected no 'mask' with a nested 'src' but the causal one, "
                 f"together with is_causal=True"
             )
         if not is_batch_first(self) or not is_fused(self, TransformerEncoderLayer):
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): a nested 'src' needs layers of this library with "
                 f"batch_first=True, without hooks or replaced children"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer import _attention_checks, _checks
 from fusedformer._backend import chosen_backend
+from fusedformer.errors import BadValueError
 from fusedformer.ops import attention_registered as registered
 from fusedformer.ops._shared import draw_seed
 from fusedformer.ops.attention_aten import (
@@ -257,7 +258,7 @@ def check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:
     sizes: dict[str, Any] = {"query": query.shape[-1], "value": value.shape[-1]}
     for name, size in sizes.items():
         if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(
+            raise BadValueError(
                 f"{function}(): the triton backend supports head dims from 1 to {MAX_HEAD_DIM}, "
                 f"but the last dimension of '{name}' is {size}; run it under "
                 f"fusedformer.backend('torch')"

@@ -51,6 +51,7 @@ def attention_weights_aten(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(output, log-sum-exp or None, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
+    key, value = _within_lengths(key, value, terms.key_lengths)
     output, lse, weights = _explicit(query, key, value, terms, return_lse)
     weights = weights.mean(1, keepdim=True) if average else weights
     if lse is not None:
@@ -74,6 +75,7 @@ def merge_attention_states_aten(
 def _padded(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    key, value = _within_lengths(key, value, terms.key_lengths)
     if terms.scale <= 0:
         # ATen's CPU kernel masks with -inf before it scales, and makes NaN of it by such a factor.
         query = query * (-1.0 if terms.scale < 0 else 0.0)
@@ -110,6 +112,17 @@ def _padded(
     else:
         output = F.scaled_dot_product_attention(*arguments, scale=terms.scale)
     return output if mask is None else _without_unseen(output, mask), None
+
+
+def _within_lengths(
+    key: Tensor, value: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both with zeros beyond ``lengths``, where anything may be: even a weight of 0 keeps NaN."""
+    if lengths is None:
+        return key, value
+    beyond = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+    beyond = beyond[:, None, :, None]
+    return key.masked_fill(beyond, 0.0), value.masked_fill(beyond, 0.0)
 
 
 def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

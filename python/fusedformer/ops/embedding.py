@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
+from fusedformer.errors import BadValueError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
@@ -48,7 +49,7 @@ def embedding_layer_norm(
         return dropout_aten(normed, p)
     _checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
     if width > _LONGEST:
-        raise ValueError(
+        raise BadValueError(
             f"embedding_layer_norm(): the triton backend supports up to {_LONGEST} columns, but "
             f"'weight' has {width}; run it under fusedformer.backend('torch')"
         )

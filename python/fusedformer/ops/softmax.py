@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer import _checks
 from fusedformer._backend import chosen_backend
+from fusedformer.errors import BadTypeError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import no_double_backward
 
@@ -30,7 +31,7 @@ def softmax(
     name = "log_softmax" if log else "softmax"
     _checks.check_kernel_dtype(name, "input", input)
     if dtype not in _checks.KERNEL_DTYPES:
-        raise TypeError(
+        raise BadTypeError(
             f"{name}(): the triton backend computes float32, float16 and bfloat16, but got "
             f"dtype={dtype}; run it under fusedformer.backend('torch')"
         )
