@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fusedformer._onlookers import is_traced, stands_for_many
+from fusedformer._onlookers import is_batched, is_traced
 from fusedformer.errors import BadTypeError, BadValueError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,7 +87,7 @@ def has_values(tensor: Tensor) -> bool:
         is_traced()
         or tensor.is_meta
         or isinstance(tensor, FakeTensor)
-        or stands_for_many(tensor)
+        or (torch._C._are_functorch_transforms_active() and is_batched(tensor))
     )
 
 

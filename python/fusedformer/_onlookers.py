@@ -9,52 +9,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 _Mode = torch._C._TorchDispatchModeKey
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 # Of autograd's batches of gradients (is_grads_batched), which are not torch.vmap's.
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+# By names of their own, and without calls of each other: these are on the way of every eager call.
+_is_compiling = torch.compiler.is_compiling
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_modes = torch._C._len_torch_dispatch_stack
+_mode = torch._C._get_dispatch_mode
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 def is_traced() -> bool:
     """Whether calls are recorded for other inputs: compiled, exported, torch.jit's or make_fx's."""
-    if torch.compiler.is_compiling() or is_traced_by_jit() or _is_included(_PRE_DISPATCH):
-        return True
-    return bool(torch._C._len_torch_dispatch_stack()) and (
-        torch._C._get_dispatch_mode(_Mode.PROXY) is not None
-        or torch._C._get_dispatch_mode(_Mode.FUNCTIONAL) is not None
+    return bool(
+        _is_compiling()
+        or _tracing_state()
+        or _is_included(_PRE_DISPATCH)
+        or (_modes() and (_mode(_Mode.PROXY) or _mode(_Mode.FUNCTIONAL)))
     )
 
 
 def is_traced_by_jit() -> bool:
     """Whether torch.jit.trace looks on, to which sizes are tensors."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
-def has_modes() -> bool:
-    """Whether modes of dispatch look on."""
-    return bool(torch._C._len_torch_dispatch_stack()) or _is_included(_PRE_DISPATCH)
+    return not _is_compiling() and bool(_tracing_state())
 
 
 def is_mapped() -> bool:
     """Whether tensors may stand for many: torch.func looks on, or there is a batch of gradients."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or _is_included(_VMAP_MODE)
-    )
+    return _are_transforms_active() or _is_included(_VMAP_MODE)
 
 
 def stands_for_many(*tensors: Tensor | None) -> bool:
     """Whether torch.vmap maps over one of them."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if _is_compiling() or not _are_transforms_active():
         return False
-    return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
+    return any(tensor is not None and is_batched(tensor) for tensor in tensors)
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
+    """The same of one tensor, in eager calls."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             return True
         tensor = _functorch.get_unwrapped(tensor)
     return False
+
+
+def is_eager() -> bool:
+    """Whether nothing looks on between a call and its kernels."""
+    return not (
+        _modes()
+        or _is_included(_PRE_DISPATCH)
+        or _are_transforms_active()
+        or _is_included(_VMAP_MODE)
+        or forward_ad._current_level >= 0
+        or _tracing_state()
+    )

@@ -56,7 +56,7 @@ class PackedModel:
             or given.get("cu_seq_lens_q") is not None
             or captured()
             or any(given.get(n, getattr(self.config, n, False)) for n in asked)
-            or not can_pack(tokens, self.static_shapes)
+            or not can_pack(tokens, self.static_shapes, keep)
             or needs_batch(self)
         )
 

@@ -202,7 +202,7 @@ class PackedEncoder:
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
-            or not can_pack(hidden_states, self.static_shapes)
+            or not can_pack(hidden_states, self.static_shapes, keep)
             or needs_batch(self)
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]

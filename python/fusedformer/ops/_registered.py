@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.profiler import record_function
 
-from fusedformer._onlookers import has_modes, is_mapped
+from fusedformer._onlookers import is_eager
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -97,16 +96,6 @@ def registered(name: str, schema: str | None = None) -> Callable[[Callable[..., 
     dispatcher, which does not allow that, gets an empty tensor.
     """
     return lambda implementation: Op(name, implementation, schema)
-
-
-def is_eager() -> bool:
-    """Whether nothing looks on between a call and its kernels."""
-    return not (
-        has_modes()
-        or is_mapped()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state()
-    )
 
 
 def saved_may_be_overwritten() -> bool:

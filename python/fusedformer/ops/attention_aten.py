@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from fusedformer import _checks
 from fusedformer._autocast import autocast_off
-from fusedformer.ops._registered import is_eager
+from fusedformer._onlookers import is_eager
 from fusedformer.ops.attention_chunks import chunked_attention, sees_nothing
 from fusedformer.ops.attention_terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten
