@@ -1,8 +1,8 @@
 """Predicted times of the benchmark's cases on an H200: ``python benchmarks/predictions.py``.
 
 Nothing is run: what the library would launch is recorded and compiled for sm_90, and
-``fusedformer_kernels.prediction`` reads the machine code. ``--write FILE`` replaces the table
-between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
+``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write FILE`` replaces the
+table between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from floors import replace_between
 from fusedformer import _backend
 from fusedformer import functional as F
-from fusedformer_kernels.ahead_of_time import compile_launch
-from fusedformer_kernels.configs import TARGETS, assume_target
-from fusedformer_kernels.contrastive import BACKWARD_ROWS
-from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.prediction import Gpu, Prediction, predict
+from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+from fusedformer_kernels.compiler.prediction import Gpu, Prediction, predict
+from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
+from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
 
 BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"

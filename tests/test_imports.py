@@ -91,8 +91,8 @@ def test_a_layer_imports_only_what_is_below_it(layer: str) -> None:
     ("layer", "source"),
     [
         ("nn", "from fusedformer import ops"),
-        ("nn", "def f():\n    import fusedformer_kernels.norm"),
-        ("functional", "from fusedformer_kernels.norm import norm_forward"),
+        ("nn", "def f():\n    import fusedformer_kernels.rows.norm"),
+        ("functional", "from fusedformer_kernels.rows.norm import norm_forward"),
         ("nn", "from fusedformer import distributed"),
         ("ops", "from fusedformer import functional"),
         ("reference", "from fusedformer import _checks"),

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from fusedformer import tune
 from fusedformer.tune import search
 from fusedformer.tune.workloads import HALF, Workload, workloads
-from fusedformer_kernels import configs, tuned
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 META = torch.device("meta")
 HERE = configs.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
@@ -115,7 +115,7 @@ def test_what_spills_or_does_not_fit_is_not_tried() -> None:
     code = """
 from fusedformer.tune.search import reason_against
 from fusedformer.tune.workloads import workloads
-from fusedformer_kernels.configs import TARGETS
+from fusedformer_kernels.runtime.configs import TARGETS
 found = {w.name: w for w in workloads()}
 w, sm_90 = found["attention_forward half 128 plain full"], TARGETS["sm_90"]
 tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "one_loop": False}

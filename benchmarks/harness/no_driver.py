@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedformer import _backend
-from fusedformer_kernels import configs
+from fusedformer_kernels.runtime import configs
 
 Launched = Callable[[Any, tuple[Any, ...]], None]
 

@@ -24,8 +24,8 @@ from fusedformer.functional import _cross_entropy, _embedding
 from fusedformer.models import BertConfig, BertEncoderModel
 from fusedformer.parity.cases import Case, all_cases
 from fusedformer.testing import compare
-from fusedformer_kernels import attention_schedule
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.attention import schedule as attention_schedule
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="captures need a GPU")

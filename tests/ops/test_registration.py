@@ -361,6 +361,6 @@ def test_every_registered_op_is_checked() -> None:
 
 
 def test_the_kernels_know_the_terms_by_the_same_names() -> None:
-    from fusedformer_kernels import attention_arguments
+    from fusedformer_kernels.attention import arguments as attention_arguments
 
     assert attention_arguments.AttentionTerms._fields == AttentionTerms._fields

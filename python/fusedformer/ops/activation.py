@@ -79,7 +79,7 @@ def _form(activation: str) -> str:
 def _bias_activation(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, activation: str
 ) -> Tensor:
-    from fusedformer_kernels.activation import bias_activation_forward
+    from fusedformer_kernels.rows.activation import bias_activation_forward
 
     return bias_activation_forward(input, bias, seed, p, activation)
 
@@ -105,7 +105,7 @@ def _bias_activation_backward(
     activation: str,
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from fusedformer_kernels.activation import bias_activation_backward
+    from fusedformer_kernels.rows.activation import bias_activation_backward
 
     return bias_activation_backward(grad, input, bias, seed, p, activation, needs_bias_grad)
 

@@ -21,8 +21,8 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of queries and some keys, in the forms of :class:`AttentionTerms`."""
     if chosen_backend(query) == "triton":
-        from fusedformer_kernels.attention_arguments import AttentionTerms as KernelTerms
-        from fusedformer_kernels.attention_arguments import lse_of
+        from fusedformer_kernels.attention.arguments import AttentionTerms as KernelTerms
+        from fusedformer_kernels.attention.arguments import lse_of
 
         part, _, statistics = registered.attention(query, key, value, False, *terms)
         return part, lse_of(statistics, query.dtype, KernelTerms(*terms))
@@ -56,8 +56,8 @@ def attention_part_backward(
     forward, which ran on ``backend``.
     """
     if backend == "triton":
-        from fusedformer_kernels.attention_arguments import AttentionTerms as KernelTerms
-        from fusedformer_kernels.attention_arguments import statistics_of
+        from fusedformer_kernels.attention.arguments import AttentionTerms as KernelTerms
+        from fusedformer_kernels.attention.arguments import statistics_of
 
         needs_all = [*needs, *[False] * 4]
         statistics = statistics_of(lse, query.dtype, KernelTerms(*terms))

@@ -80,8 +80,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(output, log-sum-exp or None, statistics ``[2, B, H, L]`` of each query's softmax)."""
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_forward import attention_forward
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.forward import attention_forward
 
     return attention_forward(query, key, value, AttentionTerms(*terms), return_lse=return_lse)
 
@@ -116,8 +116,8 @@ def attention_backward(
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and what is learned; None where ``needs`` says False."""
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_backward import attention_backward as launch
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.backward import attention_backward as launch
 
     given = query, key, value, output, statistics
     return launch(grad, lse_grad, *given, AttentionTerms(*terms), needs)
@@ -178,8 +178,8 @@ def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 )  # fmt: skip
 def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     """(output, statistics) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_forward import attention_forward
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.forward import attention_forward
 
     output, _, statistics = attention_forward(*heads_of(qkv), AttentionTerms(*terms))
     return output, statistics
@@ -200,8 +200,8 @@ def self_attention_backward(
     grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
 ) -> Tensor:
     """Gradient of qkv, laid out as it is."""
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_backward import attention_backward as launch
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.backward import attention_backward as launch
 
     found = torch.empty_like(qkv)
     launch(
@@ -259,8 +259,8 @@ def attention_weights(
     They are computed from the statistics. The log-sum-exp is there for its gradient, by which what
     a weight takes from the others of its row reaches the attention's backward.
     """
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_weights import attention_weights as launch
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.weights import attention_weights as launch
 
     return launch(query, key, statistics, AttentionTerms(*terms), average, dtype)
 
@@ -294,8 +294,8 @@ def attention_weights_backward(
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, lse, mask, slopes and table; None where ``needs`` says False."""
-    from fusedformer_kernels.attention_arguments import AttentionTerms
-    from fusedformer_kernels.attention_weights import attention_weights_backward as launch
+    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.weights import attention_weights_backward as launch
 
     return launch(grad, query, key, statistics, AttentionTerms(*terms), average, needs)
 
@@ -340,7 +340,7 @@ def merge_attention_states(
     output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) over both parts, contiguous."""
-    from fusedformer_kernels.attention_merge import merge_states
+    from fusedformer_kernels.attention.merge import merge_states
 
     return merge_states(output1, lse1, output2, lse2)
 
@@ -355,7 +355,7 @@ def merge_attention_states_backward(
     grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the four inputs."""
-    from fusedformer_kernels.attention_merge import merge_states_backward
+    from fusedformer_kernels.attention.merge import merge_states_backward
 
     first, second, third, fourth = merge_states_backward(
         grad, lse_grad, output1, lse1, output2, lse2

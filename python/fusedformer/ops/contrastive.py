@@ -133,7 +133,7 @@ def _row_and_column_lse(
     if backend == "torch":
         with autocast_off(a):
             return row_and_column_lse_aten(a, b, scale, offset)
-    from fusedformer_kernels.contrastive import row_and_column_lse
+    from fusedformer_kernels.rows.contrastive import row_and_column_lse
 
     return row_and_column_lse(a, b, scale, offset)
 
@@ -157,7 +157,7 @@ def _softplus_sums(
     if backend == "torch":
         with autocast_off(a):
             return softplus_sums_aten(a, b, scale, bias, offset)
-    from fusedformer_kernels.contrastive import softplus_sums
+    from fusedformer_kernels.rows.contrastive import softplus_sums
 
     return softplus_sums(a, b, scale, bias, offset)
 
@@ -196,7 +196,7 @@ def _pairs_backward(
     if backend == "torch":
         gradients: Callable[..., Any] = score_gradients_aten
     else:
-        from fusedformer_kernels.contrastive import score_gradients as gradients
+        from fusedformer_kernels.rows.contrastive import score_gradients as gradients
     needs_a, needs_b, needs_scale, needs_bias = needs
     grads = [None if g is None else g.contiguous() for g in (row_grad, column_grad, matched_grad)]
     unit = None

@@ -102,7 +102,7 @@ def _cross_entropy(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """(loss, statistics of the rows, divisor of a mean), of ``input`` ``[..., C]``."""
-    from fusedformer_kernels.cross_entropy import cross_entropy_rows
+    from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
 
     losses, statistics = cross_entropy_rows(
         input, target, weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing
@@ -148,7 +148,7 @@ def _cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    from fusedformer_kernels.cross_entropy import cross_entropy_gradient
+    from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
 
     return cross_entropy_gradient(
         input, target, weight, sum_of(weight, label_smoothing), statistics,

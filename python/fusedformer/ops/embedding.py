@@ -91,7 +91,7 @@ def _embedding_norm(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output ``[rows, E]`` in ``dtype`` or the tables', mean, rstd); no padding is index -1."""
-    from fusedformer_kernels.embedding import Tables, embedding_forward
+    from fusedformer_kernels.rows.embedding import Tables, embedding_forward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
     return embedding_forward(tables, weight, bias, seed, p, eps, dtype)
@@ -129,7 +129,7 @@ def _embedding_norm_backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sum ``[rows, E]``, of weight and of bias; ``needs`` says which."""
-    from fusedformer_kernels.embedding import Tables, embedding_backward
+    from fusedformer_kernels.rows.embedding import Tables, embedding_backward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
     needs_tables, needs_weight, needs_bias = needs

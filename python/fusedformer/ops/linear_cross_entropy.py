@@ -127,7 +127,7 @@ class _Loss(NamedTuple):
         """For :meth:`logits` of up to so many rows and columns."""
         if not self.triton:
             return None
-        from fusedformer_kernels.cross_entropy import padded_rows
+        from fusedformer_kernels.rows.cross_entropy import padded_rows
 
         return padded_rows(rows, columns, like)
 
@@ -156,7 +156,7 @@ class _Loss(NamedTuple):
         }  # fmt: skip
         if not self.triton:
             return cross_entropy_aten.cross_entropy_rows_aten(*given, **where)
-        from fusedformer_kernels.cross_entropy import cross_entropy_rows
+        from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
 
         return cross_entropy_rows(*given, **where, padded=True)
 
@@ -164,7 +164,7 @@ class _Loss(NamedTuple):
         """What :meth:`of_rows` carries from block to block."""
         if not self.triton:
             return like.new_empty((cross_entropy_aten.STATE, rows), dtype=_wide(like.dtype))
-        from fusedformer_kernels.cross_entropy import STATE
+        from fusedformer_kernels.rows.cross_entropy import STATE
 
         return like.new_empty((STATE, rows), dtype=torch.float32)
 
@@ -177,7 +177,7 @@ class _Loss(NamedTuple):
                  self.ignore_index, self.label_smoothing)  # fmt: skip
         where: dict[str, Any] = {"first_class": first_class, "n_classes": n_classes}
         if self.triton:
-            from fusedformer_kernels.cross_entropy import cross_entropy_gradient
+            from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
 
             cross_entropy_gradient(*given, **where, in_place=True)
         else:

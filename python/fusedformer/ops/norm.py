@@ -204,7 +204,7 @@ def _norm(
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """(norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
-    from fusedformer_kernels.norm import norm_forward
+    from fusedformer_kernels.rows.norm import norm_forward
 
     return norm_forward(
         input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum,
@@ -272,7 +272,7 @@ def _norm_backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """(residual grad, input grad if it differs, weight, bias and input bias grads)."""
-    from fusedformer_kernels.norm import norm_backward
+    from fusedformer_kernels.rows.norm import norm_backward
 
     return norm_backward(
         grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims, needs_weight_grad,

@@ -51,7 +51,7 @@ def shared_by_layers(starts: Tensor) -> Tensor:
 
 @registered("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    from fusedformer_kernels.rows import gather_rows
+    from fusedformer_kernels.rows.gather import gather_rows
 
     return gather_rows(x, index)
 

@@ -87,7 +87,7 @@ def _softmax(
     dtype: torch.dtype,
     log: bool,
 ) -> Tensor:
-    from fusedformer_kernels.softmax import softmax_forward
+    from fusedformer_kernels.rows.softmax import softmax_forward
 
     return softmax_forward(input, mask, scale, is_causal, dtype, log)
 
@@ -108,7 +108,7 @@ def _softmax_fake(
 def _softmax_backward(
     grad: Tensor, output: Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> Tensor:
-    from fusedformer_kernels.softmax import softmax_backward
+    from fusedformer_kernels.rows.softmax import softmax_backward
 
     return softmax_backward(grad, output, scale, dtype, log, masked)
 

@@ -17,9 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import AttentionArguments, Layout
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     load_row_terms,
     load_tile,
@@ -30,9 +29,10 @@ from fusedformer_kernels.attention_tiles import (
     sink_of,
     taken_by_sink,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS
-from fusedformer_kernels.reduction import sum_partials
+from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS
 
 
 @triton.jit

@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LN_2,
     LOG2_E,
@@ -35,7 +35,7 @@ from fusedformer_kernels.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.strided import collapsed, in_line
+from fusedformer_kernels.runtime.strided import collapsed, in_line
 
 # Columns of a tile; a row of fewer shares its program with others.
 TILE = 4096

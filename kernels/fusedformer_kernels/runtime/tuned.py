@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from fusedformer_kernels.configs import LaunchConfig, Target
+    from fusedformer_kernels.runtime.configs import LaunchConfig, Target
 
     C = TypeVar("C", bound=LaunchConfig)
 
@@ -31,7 +31,7 @@ Key = tuple[str | int, ...]
 Fields = Mapping[str, int | bool]
 
 SCHEMA = 1
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parents[1] / "tuned"
 
 _forced: dict[Key, Fields] = {}
 _caches: list[Any] = []

@@ -17,19 +17,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import (
+from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
     AttentionTerms,
     attention_arguments,
     layout_of,
 )
-from fusedformer_kernels.attention_mask_gradient import attention_mask_gradient
-from fusedformer_kernels.attention_mask_tiles import mask_tiles, tiles_of
-from fusedformer_kernels.attention_position_gradient import attention_position_gradients
-from fusedformer_kernels.attention_schedule import work_list
-from fusedformer_kernels.attention_sink_gradient import attention_sink_gradient
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
+from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
+from fusedformer_kernels.attention.position_gradient import attention_position_gradients
+from fusedformer_kernels.attention.schedule import work_list
+from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
+from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
     given_gradient,
@@ -46,8 +45,9 @@ from fusedformer_kernels.attention_tiles import (
     tile_of,
     which_block,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
     dot,

@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.norm import _store_input_grads, affine
-from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
-from fusedformer_kernels.reduction import row_mean, store_partials, sums_of_partials
-from fusedformer_kernels.strided import rows_of
+from fusedformer_kernels.rows.norm import _store_input_grads, affine
+from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
+from fusedformer_kernels.runtime.strided import rows_of
 
 LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
 

@@ -19,10 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedformer_kernels.configs import Target
-from fusedformer_kernels.descriptors import wrong_descriptors
-from fusedformer_kernels.launch import Launch
-from fusedformer_kernels.machine_code import around, main_loop, programs_per_multiprocessor
+from fusedformer_kernels.compiler.descriptors import wrong_descriptors
+from fusedformer_kernels.compiler.machine_code import around, main_loop, programs_per_multiprocessor
+from fusedformer_kernels.runtime.configs import Target
+from fusedformer_kernels.runtime.launch import Launch
 
 _TYPE_NAMES = {
     torch.float32: "fp32",

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from fusedformer_kernels.configs import LaunchConfig
+from fusedformer_kernels.runtime.configs import LaunchConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from math import ceil, prod
 
 import torch
 
-from fusedformer_kernels.ahead_of_time import Compiled
-from fusedformer_kernels.launch import Launch
+from fusedformer_kernels.compiler.ahead_of_time import Compiled
+from fusedformer_kernels.runtime.launch import Launch
 
 
 @dataclass(frozen=True)

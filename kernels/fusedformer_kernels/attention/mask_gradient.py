@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import AttentionArguments, Layout
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention.tiles import (
     load_row_terms,
     load_tile,
     matrix_of,
@@ -23,8 +22,9 @@ from fusedformer_kernels.attention_tiles import (
     row_pointer,
     score_gradients,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, store
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, store
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -13,14 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import (
+from fusedformer_kernels.attention.arguments import (
     AttentionTerms,
     attention_arguments,
     layout_of,
 )
-from fusedformer_kernels.attention_backward import score_gradients_of
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.backward import score_gradients_of
+from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
     keys_of,
@@ -31,8 +30,15 @@ from fusedformer_kernels.attention_tiles import (
     row_pointer,
     score_tile,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, dot, dropout_keep_tile, dropout_scale, store
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    dot,
+    dropout_keep_tile,
+    dropout_scale,
+    store,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)

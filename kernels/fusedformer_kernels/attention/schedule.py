@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS
-from fusedformer_kernels.strided import in_line
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.strided import in_line
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
 # for all layers, forward and backward. Its entry "by_graph" says whether ``starts`` was made while

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
     dropout_keep,
@@ -31,8 +32,7 @@ from fusedformer_kernels.primitives import (
     negative,
     store,
 )
-from fusedformer_kernels.reduction import row_mean, store_partials, sums_of_partials
-from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
+from fusedformer_kernels.runtime.strided import contiguous_like, in_line, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
 _LAYER = tl.constexpr(1)

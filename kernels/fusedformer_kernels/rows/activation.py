@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LOG2_E,
     dropout_keep,
@@ -24,8 +25,7 @@ from fusedformer_kernels.primitives import (
     negative,
     store,
 )
-from fusedformer_kernels.reduction import sum_partials
-from fusedformer_kernels.strided import contiguous_like, in_line, rows_of
+from fusedformer_kernels.runtime.strided import contiguous_like, in_line, rows_of
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)

@@ -6,9 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, dropout_keep, dropout_keep_tile, dropout_key
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    dropout_keep,
+    dropout_keep_tile,
+    dropout_key,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LN_2,
     LOG2_E,
@@ -25,7 +25,7 @@ from fusedformer_kernels.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.strided import collapsed, contiguous_like
+from fusedformer_kernels.runtime.strided import collapsed, contiguous_like
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedformer_kernels.tuned import chosen, worked_out_once
+from fusedformer_kernels.runtime.tuned import chosen, worked_out_once
 
 
 @dataclass(frozen=True, eq=False)  # one object each: hashed by every launch

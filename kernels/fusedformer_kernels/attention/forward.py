@@ -18,16 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import (
+from fusedformer_kernels.attention.arguments import (
     AttentionTerms,
     attention_arguments,
     layout_of,
 )
-from fusedformer_kernels.attention_mask_tiles import mask_tiles, tiles_of
-from fusedformer_kernels.attention_merge import merge_splits
-from fusedformer_kernels.attention_schedule import work_list
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
+from fusedformer_kernels.attention.merge import merge_splits
+from fusedformer_kernels.attention.schedule import work_list
+from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     load_tile,
     log_sum_exp,
@@ -43,8 +42,9 @@ from fusedformer_kernels.attention_tiles import (
     which_block,
     with_sink,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
     dot,

@@ -13,28 +13,28 @@ from typing import Any
 
 import torch
 
-from fusedformer_kernels import contrastive
-from fusedformer_kernels.activation import (
+from fusedformer_kernels.attention.arguments import AttentionTerms
+from fusedformer_kernels.attention.backward import attention_backward
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.merge import merge_states, merge_states_backward
+from fusedformer_kernels.attention.weights import attention_weights, attention_weights_backward
+from fusedformer_kernels.rows import contrastive
+from fusedformer_kernels.rows.activation import (
     ACTIVATIONS,
     bias_activation_backward,
     bias_activation_forward,
 )
-from fusedformer_kernels.attention_arguments import AttentionTerms
-from fusedformer_kernels.attention_backward import attention_backward
-from fusedformer_kernels.attention_forward import attention_forward
-from fusedformer_kernels.attention_merge import merge_states, merge_states_backward
-from fusedformer_kernels.attention_weights import attention_weights, attention_weights_backward
-from fusedformer_kernels.cross_entropy import (
+from fusedformer_kernels.rows.cross_entropy import (
     STATE,
     cross_entropy_gradient,
     cross_entropy_rows,
     padded_rows,
 )
-from fusedformer_kernels.dropout import dropout_mask
-from fusedformer_kernels.embedding import Tables, embedding_backward, embedding_forward
-from fusedformer_kernels.norm import norm_backward, norm_forward
-from fusedformer_kernels.rows import gather_rows
-from fusedformer_kernels.softmax import softmax_backward, softmax_forward
+from fusedformer_kernels.rows.dropout import dropout_mask
+from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embedding_forward
+from fusedformer_kernels.rows.gather import gather_rows
+from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
 CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}

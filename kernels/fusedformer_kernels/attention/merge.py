@@ -16,17 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_tiles import (
+from fusedformer_kernels.attention.tiles import (
     log_sum_exp,
     power,
     sink_of,
     store_row_statistics,
     with_sink,
 )
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, fma, row_offsets, store
-from fusedformer_kernels.strided import collapsed
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, fma, row_offsets, store
+from fusedformer_kernels.runtime.strided import collapsed
 
 
 @triton.jit

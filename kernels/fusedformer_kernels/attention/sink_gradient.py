@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import AttentionTerms, scores_are_scaled
-from fusedformer_kernels.attention_tiles import load_row_terms, sink_of, taken_by_sink
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS
-from fusedformer_kernels.reduction import sum_partials
-from fusedformer_kernels.strided import in_line
+from fusedformer_kernels.attention.arguments import AttentionTerms, scores_are_scaled
+from fusedformer_kernels.attention.tiles import load_row_terms, sink_of, taken_by_sink
+from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.strided import in_line
 
 BLOCK = 1024
 

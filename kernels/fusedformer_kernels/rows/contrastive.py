@@ -33,10 +33,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS, LN_2, LOG2_E, dot, fma, softplus, store
-from fusedformer_kernels.reduction import sum_partials
+from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, LN_2, LOG2_E, dot, fma, softplus, store
 
 FORWARD_ROWS = 8192
 BACKWARD_ROWS = 4096

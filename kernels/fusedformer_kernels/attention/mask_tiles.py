@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.attention_arguments import AttentionArguments, broadcast_strides
-from fusedformer_kernels.launch import launch
-from fusedformer_kernels.primitives import COUNTS
+from fusedformer_kernels.attention.arguments import AttentionArguments, broadcast_strides
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS
 
 
 class MaskTiles(NamedTuple):

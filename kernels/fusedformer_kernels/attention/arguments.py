@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.strided import in_line
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.strided import in_line
 
 
 class AttentionTerms(NamedTuple):

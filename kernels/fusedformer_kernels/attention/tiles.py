@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.primitives import (
+from fusedformer_kernels.runtime.primitives import (
     LN_2,
     LOG2_E,
     dot,
