@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent))
 
 from floors import replace_between
-from fusedformer import _backend
 from fusedformer import functional as F
+from fusedformer._internal import backend as backends
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
 from fusedformer_kernels.compiler.prediction import Gpu, Prediction, predict
 from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
@@ -58,9 +58,9 @@ class Untouched(TorchDispatchMode):
 def launches_of(call: Callable[[], object]) -> list[Launch]:
     """What ``call`` would launch on an H200; its tensors are on the CPU and hold anything."""
     with ExitStack() as stack:
-        switch = _backend.INTERPRETER_IS_ON
-        stack.callback(setattr, _backend, "INTERPRETER_IS_ON", switch)
-        _backend.INTERPRETER_IS_ON = True  # kernels for CPU tensors, of which none will run
+        switch = backends.INTERPRETER_IS_ON
+        stack.callback(setattr, backends, "INTERPRETER_IS_ON", switch)
+        backends.INTERPRETER_IS_ON = True  # kernels for CPU tensors, of which none will run
         stack.enter_context(assume_target(TARGET))
         stack.enter_context(Untouched())
         launches = stack.enter_context(recorded_launches(run=False))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend, functional
-from fusedformer._backend import TRITON_IS_INSTALLED, Backend
+from fusedformer._internal.backend import TRITON_IS_INSTALLED, Backend
 from fusedformer.errors import BadTypeError, BadValueError
 
 OURS = {ValueError: BadValueError, TypeError: BadTypeError}

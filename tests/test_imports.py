@@ -15,33 +15,17 @@ KERNELS = ROOT / "kernels" / "fusedformer_kernels"
 STANDARD = {*sys.stdlib_module_names, "torch"}
 # What each layer may import besides torch, the standard library and the errors, by the start of
 # its name.
+_SHARED = ("fusedformer._internal",)
 ALLOWED = {
     "reference": ("fusedformer.reference",),
     "distributed": (
         "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
-        "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
-        "fusedformer._autocast",
+        *_SHARED,
     ),
-    "nn": (
-        "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
-        "fusedformer._autocast", "fusedformer._jagged", "fusedformer._onlookers",
-    ),
-    "functional": (
-        "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
-        "fusedformer._attention_checks", "fusedformer._autocast", "fusedformer._jagged",
-        "fusedformer._onlookers",
-    ),
-    "ops": (
-        "fusedformer.ops", "fusedformer._checks", "fusedformer._attention_checks",
-        "fusedformer._backend", "fusedformer._autocast", "fusedformer._onlookers",
-        "fusedformer_kernels",
-    ),
-    "_attention_checks": ("fusedformer._checks", "fusedformer._jagged"),
-    "_jagged": ("fusedformer._checks",),
-    "_autocast": (),
-    "_checks": ("fusedformer._onlookers",),
-    "_onlookers": (),
-    "_backend": (),
+    "nn": ("fusedformer.nn", "fusedformer.functional", *_SHARED),
+    "functional": ("fusedformer.functional", "fusedformer.ops", *_SHARED),
+    "ops": ("fusedformer.ops", "fusedformer_kernels", *_SHARED),
+    "_internal": _SHARED,
     "_version": (),
     "errors": (),
 }  # fmt: skip

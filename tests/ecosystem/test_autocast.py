@@ -34,8 +34,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedformer
-from fusedformer import _autocast, backend, nn, parity
+from fusedformer import backend, nn, parity
 from fusedformer import functional as F
+from fusedformer._internal import autocast as _autocast
 from fusedformer.testing import assert_parity, compare
 
 HAS_GPU = torch.cuda.is_available()

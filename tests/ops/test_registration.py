@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.ops  # noqa: F401 (registers the ops)
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer.ops.attention.terms import AttentionTerms
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

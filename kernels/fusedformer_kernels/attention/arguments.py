@@ -14,7 +14,7 @@ from fusedformer_kernels.runtime.strided import in_line
 
 
 class AttentionTerms(NamedTuple):
-    """What scores depend on besides queries and keys: see ``fusedformer.ops.attention_terms``."""
+    """What scores depend on besides queries and keys: see ``fusedformer.ops.attention.terms``."""
 
     mask: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None

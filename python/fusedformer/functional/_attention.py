@@ -7,9 +7,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fusedformer import _attention_checks, ops
-from fusedformer._autocast import autocast_dtype, cast
-from fusedformer._jagged import jagged_like
+from fusedformer import ops
+from fusedformer._internal import attention_checks
+from fusedformer._internal.autocast import autocast_dtype, cast
+from fusedformer._internal.jagged import jagged_like
 
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -124,12 +125,12 @@ def scaled_dot_product_attention(
     }  # fmt: skip
     tensors = (query, key, value)
     if all(isinstance(t, Tensor) and t.is_nested for t in tensors):
-        _attention_checks.check_nested(*tensors, key_mask, return_weights)
+        attention_checks.check_nested(*tensors, key_mask, return_weights)
         return _nested_attention(query, key, value, options)
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     query, key, value = _of_one_rank(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
-    _attention_checks.check_attention(query, key, value, options)
+    attention_checks.check_attention(query, key, value, options)
     return ops.scaled_dot_product_attention(
         query, key, value, **options,
         weights_dtype=autocast_dtype("softmax", query) if return_weights else None,
@@ -260,7 +261,7 @@ def varlen_attention(
     }  # fmt: skip
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _attention_checks.check_varlen(query, key, value, *where, options)
+    attention_checks.check_varlen(query, key, value, *where, options)
     return ops.varlen_attention(query, key, value, *where, return_lse=return_lse, **options)
 
 
@@ -286,7 +287,7 @@ def merge_attention_states(
 
     Source: Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889.
     """
-    _attention_checks.check_merge(output1, lse1, output2, lse2)
+    attention_checks.check_merge(output1, lse1, output2, lse2)
     return ops.merge_attention_states(output1, lse1, output2, lse2)
 
 
@@ -314,5 +315,5 @@ def relative_position_bias(
 
     Source: Raffel et al., Exploring the Limits of Transfer Learning, arXiv:1910.10683, section 2.1.
     """
-    _attention_checks.check_relative_position_bias(weight, bidirectional, max_distance)
+    attention_checks.check_relative_position_bias(weight, bidirectional, max_distance)
     return ops.relative_position_bias(weight, bidirectional, max_distance)

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer import functional
-from fusedformer._backend import chosen_backend
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Activation
 from fusedformer.functional._steps import FeedForward, feed_forward, linear

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_traced_by_jit, stands_for_many
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_traced_by_jit, stands_for_many
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._packing import whole_packing
@@ -110,7 +110,7 @@ def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
     """
     if is_traced_by_jit() or stands_for_many(x, *paddings):
         return False
-    static = static_shapes or not _checks.has_values(x)
+    static = static_shapes or not checks.has_values(x)
     return not static or chosen_backend(x) == "triton"
 
 
@@ -131,7 +131,7 @@ def packing_of(
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
     """Arguments of :meth:`Packing.of`; where values are unknown, they decide no shape."""
-    static = static_shapes or not _checks.has_values(keep)
+    static = static_shapes or not checks.has_values(keep)
     large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
     return {"static_shapes": static, "multiple_of": _CPU_ROWS if large else 1}
 

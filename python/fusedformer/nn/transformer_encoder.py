@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer._jagged import check_jagged, jagged_like
+from fusedformer._internal.jagged import check_jagged, jagged_like
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows

@@ -3,15 +3,17 @@
 from fusedformer.ops._shared import draw_seed, seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
+    attention_part,
+    attention_part_backward,
     band,
     check_for_kernels,
     merge_attention_states,
+    merge_parts,
     scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
 )
-from fusedformer.ops.attention_part import attention_part, attention_part_backward, merge_parts
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm

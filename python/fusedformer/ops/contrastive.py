@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_off
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops import collectives
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import is_transformed, no_double_backward
@@ -79,7 +79,7 @@ def _prepared(
     """(backend, a, b, scale), each in the dtype that it is computed with."""
     backend = chosen_backend(a)
     if backend == "triton":
-        _checks.check_kernel_dtype(name, "a", a)
+        checks.check_kernel_dtype(name, "a", a)
     wide = torch.promote_types(a.dtype, torch.float32)
     scale = _scalar(logit_scale, a.new_empty((), dtype=wide))
     if backend == "torch":  # which has no products that are wider than their factors

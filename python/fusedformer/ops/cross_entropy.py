@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.softmax import softmax
@@ -32,7 +32,7 @@ def cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    _checks.check_kernel_dtype("cross_entropy", "input", input)
+    checks.check_kernel_dtype("cross_entropy", "input", input)
     if target.is_floating_point():
         losses = _losses_of_probabilities(input, target, weight, label_smoothing)
         return _reduced(losses, reduction).to(torch.promote_types(dtype, target.dtype))

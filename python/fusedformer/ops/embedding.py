@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadValueError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
@@ -47,7 +47,7 @@ def embedding_layer_norm(
             total = total + F.embedding(position_ids, position_weight)
         normed = layer_norm_aten(total, (width,), norm_weight, norm_bias, eps, dtype)
         return dropout_aten(normed, p)
-    _checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
+    checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
     if width > _LONGEST:
         raise BadValueError(
             f"embedding_layer_norm(): the triton backend supports up to {_LONGEST} columns, but "

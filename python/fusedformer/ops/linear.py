@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer._autocast import autocast_dtype, autocast_off, cast
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_mapped, is_traced
+from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_mapped, is_traced
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed, is_transformed
 from fusedformer.ops.activation import (

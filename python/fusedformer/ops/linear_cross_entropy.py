@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_off
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_traced_by_jit
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_traced_by_jit
 from fusedformer.ops import cross_entropy_aten
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
@@ -59,7 +59,7 @@ def linear_cross_entropy(
     """See :func:`fusedformer.functional.linear_cross_entropy`; products in ``dtype``."""
     triton = chosen_backend(input) == "triton"
     if triton:
-        _checks.check_kernel_dtype("linear_cross_entropy", "input", input)
+        checks.check_kernel_dtype("linear_cross_entropy", "input", input)
     rows = input.reshape(-1, input.shape[-1])
     # torch.jit cannot record the lists of flags that the op takes.
     composed = is_traced_by_jit() or (not triton and is_transformed())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import no_double_backward
@@ -29,8 +29,8 @@ def softmax(
     if chosen_backend(input) == "torch":
         return _softmax_aten(input, dim, scale, mask, is_causal, dtype, log)
     name = "log_softmax" if log else "softmax"
-    _checks.check_kernel_dtype(name, "input", input)
-    if dtype not in _checks.KERNEL_DTYPES:
+    checks.check_kernel_dtype(name, "input", input)
+    if dtype not in checks.KERNEL_DTYPES:
         raise BadTypeError(
             f"{name}(): the triton backend computes float32, float16 and bfloat16, but got "
             f"dtype={dtype}; run it under fusedformer.backend('torch')"

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_off
-from fusedformer._onlookers import is_eager
-from fusedformer.ops.attention_chunks import chunked_attention, sees_nothing
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.onlookers import is_eager
+from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
+from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten
 
 
@@ -141,14 +141,14 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
     return is_eager() and all(
-        t is None or (type(t) in (Tensor, Parameter) and _checks.has_values(t)) for t in tensors
+        t is None or (type(t) in (Tensor, Parameter) and checks.has_values(t)) for t in tensors
     )
 
 
 def _without_unseen(output: Tensor, mask: Tensor) -> Tensor:
     """``output`` with zeros for queries that see no key: cuDNN gives them something else."""
     nothing = sees_nothing(mask)
-    if _checks.has_values(nothing) and not nothing.is_cuda and not nothing.any():
+    if checks.has_values(nothing) and not nothing.is_cuda and not nothing.any():
         return output
     return output.masked_fill(nothing, 0.0)
 

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _attention_checks, _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import attention_checks, checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadValueError
-from fusedformer.ops import attention_registered as registered
 from fusedformer.ops._shared import draw_seed
-from fusedformer.ops.attention_aten import (
+from fusedformer.ops.attention import registered
+from fusedformer.ops.attention.aten import (
     attention_aten,
     attention_weights_aten,
     merge_attention_states_aten,
 )
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer.ops.attention.terms import AttentionTerms
 
 MAX_HEAD_DIM = 256
 
@@ -46,7 +46,7 @@ def scaled_dot_product_attention(
     weights_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
-    batch = _attention_checks.attention_batch_shape(query, key, value, enable_gqa)
+    batch = attention_checks.attention_batch_shape(query, key, value, enable_gqa)
     squeeze = enable_gqa and query.dim() == 3  # the one leading dimension is that of the heads
     if squeeze:
         batch = (1, *batch)
@@ -195,7 +195,7 @@ def merge_attention_states(
     """See :func:`fusedformer.functional.merge_attention_states`."""
     if chosen_backend(output1) == "torch":
         return merge_attention_states_aten(output1, lse1, output2, lse2)
-    _checks.check_kernel_dtype("merge_attention_states", "output1", output1)
+    checks.check_kernel_dtype("merge_attention_states", "output1", output1)
     merged: tuple[Tensor, Tensor] = registered.merge_attention_states(output1, lse1, output2, lse2)
     return merged
 
@@ -204,7 +204,7 @@ def _packed_aten(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The torch backend on packed sequences; their lengths are data, which may not be there."""
-    if terms.starts_q is not None and _checks.has_values(terms.starts_q):
+    if terms.starts_q is not None and checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
     output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)
@@ -254,7 +254,7 @@ def _mask_4d(mask: Tensor, batch: tuple[int, ...], query: Tensor, key: Tensor) -
 
 
 def check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:
-    _checks.check_kernel_dtype(function, "query", query)
+    checks.check_kernel_dtype(function, "query", query)
     sizes: dict[str, Any] = {"query": query.shape[-1], "value": value.shape[-1]}
     for name, size in sizes.items():
         if not 1 <= size <= MAX_HEAD_DIM:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
+from fusedformer._internal import checks
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -44,7 +44,7 @@ def check_same_lengths(
     Nothing is looked at where they share their offsets; else a GPU is waited for.
     """
     one, other = (tensor.offsets() for tensor in (first, second))  # type: ignore[attr-defined]
-    if one is other or not (_checks.has_values(one) and _checks.has_values(other)):
+    if one is other or not (checks.has_values(one) and checks.has_values(other)):
         return
     if not torch.equal(one, other):
         raise BadValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fusedformer import _checks
+from fusedformer._internal import checks
 from fusedformer.nn import TransformerEncoder
 from fusedformer.nn._stacks import is_batch_first
 
@@ -238,7 +238,7 @@ class Graphed:
                 f"{', '.join(sorted(given)) or 'nothing'}"
             )
         first = given[form.tokens]
-        _checks.check_tensor(function, form.tokens, first)
+        checks.check_tensor(function, form.tokens, first)
         if first.is_nested:
             raise TypeError(
                 f"{function}(): expected {form.tokens!r} to be padded, but got a nested tensor"
@@ -254,7 +254,7 @@ class Graphed:
         given[form.tokens] = first = self._turned(first, form.tokens)
         for name, value in given.items():
             wanted = form.dtypes[name]
-            _checks.check_tensor(function, name, value)
+            checks.check_tensor(function, name, value)
             whole = not (value.is_floating_point() or value.is_complex())
             if value.dtype != wanted and not (wanted == torch.int64 and whole):
                 raise TypeError(
@@ -262,7 +262,7 @@ class Graphed:
                     f"but got {value.dtype}"
                 )
             if name != form.tokens:
-                _checks.check_shape(function, name, value, first.shape[:2], "batch, length")
+                checks.check_shape(function, name, value, first.shape[:2], "batch, length")
             if value.device != self._device:
                 raise ValueError(
                     f"{function}(): expected {name!r} on {self._device}, where the module is, "

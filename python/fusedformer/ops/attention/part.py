@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedformer._backend import Backend, chosen_backend
-from fusedformer.ops import attention_registered as registered
-from fusedformer.ops.attention_aten import merge_attention_states_aten
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer._internal.backend import Backend, chosen_backend
+from fusedformer.ops.attention import registered
+from fusedformer.ops.attention.aten import merge_attention_states_aten
+from fusedformer.ops.attention.terms import AttentionTerms
 
 
 def attention_part(

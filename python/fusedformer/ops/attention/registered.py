@@ -1,6 +1,6 @@
 """The registered attention ops: schemas, fakes and autograd of the kernels.
 
-Every op takes the fields of :class:`~fusedformer.ops.attention_terms.AttentionTerms` last, in
+Every op takes the fields of :class:`~fusedformer.ops.attention.terms.AttentionTerms` last, in
 their order, so that torch.compile, export and the dispatcher see plain tensors and numbers.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
-from fusedformer.ops.attention_aten import attention_aten
-from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
+from fusedformer.ops.attention.aten import attention_aten
+from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
 
 _TERMS = (
     "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "

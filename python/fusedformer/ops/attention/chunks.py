@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer._autocast import autocast_off
+from fusedformer._internal.autocast import autocast_off
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._jagged import check_jagged, check_same_lengths
+from fusedformer._internal import checks
+from fusedformer._internal.jagged import check_jagged, check_same_lengths
 from fusedformer.errors import BadTypeError, BadValueError
 
 ALIGNMENTS = ("top_left", "bottom_right")
 WEIGHTS = (False, "per_head", "averaged")
 
 
-@_checks.remembered
+@checks.remembered
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -51,9 +51,9 @@ def check_attention(
     _check_terms(function, named, options, scores, sequences, heads)
     key_mask = options["key_mask"]
     if key_mask is not None:
-        _checks.check_tensor(function, "key_mask", key_mask)
-        _checks.check_same_device(function, {"query": query, "key_mask": key_mask})
-        _checks.check_shape(
+        checks.check_tensor(function, "key_mask", key_mask)
+        checks.check_same_device(function, {"query": query, "key_mask": key_mask})
+        checks.check_shape(
             function, "key_mask", key_mask, (sequences, key.shape[-2]), "batch, keys"
         )
         if key_mask.dtype != torch.bool:
@@ -95,7 +95,7 @@ def check_varlen(
     for side, tensor, tokens, longest in (
         ("_q", cu_seqlens_q, query, max_seqlen_q), ("_k", cu_seqlens_k, key, max_seqlen_k)
     ):  # fmt: skip
-        if tensor.device.type == "cpu" and _checks.has_values(tensor):
+        if tensor.device.type == "cpu" and checks.has_values(tensor):
             _check_starts(function, side, tensor, tokens.shape[0], longest)
 
 
@@ -120,11 +120,11 @@ def check_spread_rows(
             f"{function}(): expected 'query' and 'key' to have the same number of tokens, "
             f"but got {query.shape[0]} and {key.shape[0]}"
         )
-    if cu_seqlens.device.type == "cpu" and _checks.has_values(cu_seqlens):
+    if cu_seqlens.device.type == "cpu" and checks.has_values(cu_seqlens):
         _check_starts(function, "", cu_seqlens, ranks * query.shape[0], max_seqlen)
 
 
-@_checks.remembered
+@checks.remembered
 def _check_varlen(
     function: str,
     sides: tuple[str, str],
@@ -168,7 +168,7 @@ def _check_varlen(
             )
     starts = dict(zip((f"cu_seqlens{s}" for s in sides), (cu_seqlens_q, cu_seqlens_k), strict=True))
     for name, tensor in starts.items():
-        _checks.check_tensor(function, name, tensor)
+        checks.check_tensor(function, name, tensor)
         if tensor.dtype not in (torch.int32, torch.int64):
             raise BadTypeError(
                 f"{function}(): expected '{name}' to be int32 or int64, but got {tensor.dtype}"
@@ -178,7 +178,7 @@ def _check_varlen(
                 f"{function}(): expected '{name}' to have shape (sequences + 1,), the same for "
                 f"queries and keys, but got {tuple(tensor.shape)}"
             )
-    _checks.check_same_device(function, {"query": query, **starts})
+    checks.check_same_device(function, {"query": query, **starts})
     sequences = cu_seqlens_q.shape[0] - 1
     scores = (sequences, heads, max_seqlen_q, max_seqlen_k)
     _check_terms(function, named, options, scores, sequences, heads)
@@ -204,16 +204,16 @@ def _short(values: Sequence[int]) -> str:
     return f"[{shown}, ... {values[-1]}]" if len(values) > 9 else str(list(values))
 
 
-@_checks.remembered
+@checks.remembered
 def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> None:
     """Raise unless the arguments of ``merge_attention_states`` fit together."""
     function = "merge_attention_states"
     for name, tensor in (("output1", output1), ("output2", output2)):
-        _checks.check_input(function, name, tensor)
-    _checks.check_same_device(
+        checks.check_input(function, name, tensor)
+    checks.check_same_device(
         function, {"output1": output1, "lse1": lse1, "output2": output2, "lse2": lse2}
     )
-    _checks.check_shape(function, "output2", output2, output1.shape, "that of 'output1'")
+    checks.check_shape(function, "output2", output2, output1.shape, "that of 'output1'")
     if output1.dtype != output2.dtype:
         raise BadTypeError(
             f"{function}(): expected 'output1' and 'output2' to have the same dtype, "
@@ -221,7 +221,7 @@ def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) ->
         )
     wide = torch.float64 if output1.dtype == torch.float64 else torch.float32
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
-        _checks.check_shape(function, name, lse, output1.shape[:-1], "'output1' without its last")
+        checks.check_shape(function, name, lse, output1.shape[:-1], "'output1' without its last")
         if lse.dtype not in (torch.float32, wide):
             raise BadTypeError(f"{function}(): expected '{name}' to be {wide}, but got {lse.dtype}")
 
@@ -229,8 +229,8 @@ def check_merge(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) ->
 def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: int) -> None:
     """Raise unless the arguments of ``relative_position_bias`` fit together."""
     function = "relative_position_bias"
-    _checks.check_tensor(function, "weight", weight)
-    _checks.check_floating(function, "weight", weight)
+    checks.check_tensor(function, "weight", weight)
+    checks.check_floating(function, "weight", weight)
     least = 4 if bidirectional else 2
     if weight.dim() != 2 or weight.shape[0] < least or (bidirectional and weight.shape[0] % 2):
         even = "an even number of " if bidirectional else ""
@@ -248,8 +248,8 @@ def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distan
 
 def _check_inputs(function: str, named: Mapping[str, Tensor], min_dims: int) -> None:
     for name, tensor in named.items():
-        _checks.check_tensor(function, name, tensor)
-        _checks.check_floating(function, name, tensor)
+        checks.check_tensor(function, name, tensor)
+        checks.check_floating(function, name, tensor)
         if tensor.dim() < min_dims:
             raise BadValueError(
                 f"{function}(): expected '{name}' to have at least {min_dims} dimensions, "
@@ -261,7 +261,7 @@ def _check_inputs(function: str, named: Mapping[str, Tensor], min_dims: int) -> 
             f"{function}(): expected 'query', 'key' and 'value' to have the same dtype, "
             f"but got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    _checks.check_same_device(function, named)
+    checks.check_same_device(function, named)
     if query.shape[-1] != key.shape[-1]:
         raise BadValueError(
             f"{function}(): expected 'query' and 'key' to have the same last dimension, "
@@ -281,12 +281,12 @@ def _check_terms(
     query = named["query"]
     names = ("attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "sinks")
     tensors = {name: options[name] for name in names}
-    _checks.check_same_device(function, {"query": query, **tensors})
-    _checks.check_probability(function, "dropout_p", options["dropout_p"])
+    checks.check_same_device(function, {"query": query, **tensors})
+    checks.check_probability(function, "dropout_p", options["dropout_p"])
     if options["scale"] is not None:
-        _checks.check_number(function, "scale", options["scale"])
+        checks.check_number(function, "scale", options["scale"])
     if options["softcap"] is not None:
-        _checks.check_number(function, "softcap", options["softcap"])
+        checks.check_number(function, "softcap", options["softcap"])
         if not options["softcap"] > 0:
             raise BadValueError(
                 f"{function}(): expected 'softcap' to be positive, or None for no cap, "
@@ -300,14 +300,14 @@ def _check_terms(
     _check_window(function, options["window"])
     mask, lengths = tensors["attn_mask"], tensors["key_lengths"]
     if mask is not None:
-        _checks.check_mask(function, "attn_mask", mask, scores)
+        checks.check_mask(function, "attn_mask", mask, scores)
         if mask.dtype not in (torch.bool, torch.float32, query.dtype):
             raise BadTypeError(
                 f"{function}(): expected a floating-point 'attn_mask' to be float32 or of the "
                 f"dtype of 'query', {query.dtype}, but got {mask.dtype}"
             )
     if lengths is not None:
-        _checks.check_shape(function, "key_lengths", lengths, (sequences,), "batch")
+        checks.check_shape(function, "key_lengths", lengths, (sequences,), "batch")
         if lengths.dtype not in (torch.int32, torch.int64):
             raise BadTypeError(
                 f"{function}(): expected 'key_lengths' to be int32 or int64, "
@@ -315,14 +315,14 @@ def _check_terms(
             )
     slopes, table = tensors["alibi_slopes"], tensors["relative_bias"]
     if slopes is not None:
-        _checks.check_floating(function, "alibi_slopes", slopes)
+        checks.check_floating(function, "alibi_slopes", slopes)
         if tuple(slopes.shape) not in ((heads,), (sequences, heads)):
             raise BadValueError(
                 f"{function}(): expected 'alibi_slopes' to have shape {(heads,)} (heads) or "
                 f"{(sequences, heads)} (batch, heads), but got {tuple(slopes.shape)}"
             )
     if table is not None:
-        _checks.check_floating(function, "relative_bias", table)
+        checks.check_floating(function, "relative_bias", table)
         fits = table.dim() == 2 and table.shape[0] in (1, heads) and table.shape[1] % 2 == 1
         if not fits:
             raise BadValueError(
@@ -331,8 +331,8 @@ def _check_terms(
                 f"{tuple(table.shape)}"
             )
     if tensors["sinks"] is not None:
-        _checks.check_floating(function, "sinks", tensors["sinks"])
-        _checks.check_shape(function, "sinks", tensors["sinks"], (heads,), "heads")
+        checks.check_floating(function, "sinks", tensors["sinks"])
+        checks.check_shape(function, "sinks", tensors["sinks"], (heads,), "heads")
 
 
 def _check_window(function: str, window: object) -> None:
