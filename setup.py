@@ -9,7 +9,7 @@ VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
 REPORT = ["transformers>=5.17", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
-DEV = [*REPORT, *TEST, "ruff", "mypy", "build"]
+DEV = [*REPORT, *TEST, "ruff", "mypy", "build", "pre-commit"]
 
 setup(
     name="fusedformer",
