@@ -33,7 +33,7 @@ from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
 
 BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
-SUITES = ("softmax", "norm", "activation", "embedding", "losses", "attention")
+PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
 TARGET = TARGETS["sm_90"]
 PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
 HEAD = "| suite | case | direction | µs | of the floor | longest kernel, what it waits for |"
@@ -107,7 +107,7 @@ def rows(chosen: str) -> list[str]:
     """The lines of the table."""
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
     copied = Gpu().copy_bytes / 1e9
-    for name in SUITES:
+    for name in PREDICTED:
         suite = importlib.import_module(f"bench_{name}")
         for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
             if chosen not in f"{name} {case.name}" or case.options.get("projected"):
