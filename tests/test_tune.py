@@ -36,9 +36,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a user's table for :data:`HERE` is looked for."""
     monkeypatch.delenv("FUSEDFORMER_TUNED_TABLE", raising=False)
     monkeypatch.setenv("FUSEDFORMER_CACHE_DIR", str(tmp_path))
-    tuned.forget()
+    tuned.clear_caches()
     yield tuned.cache_file("NVIDIA Test")
-    tuned.forget()
+    tuned.clear_caches()
 
 
 def _write(path: Path, entries: dict[str, Any], **changes: Any) -> None:
@@ -57,7 +57,7 @@ def test_a_table_takes_the_place_of_the_default_for_its_device_alone(table: Path
     kind = configs.AttentionKind(64, "half")
     default = configs.attention_forward_config(kind, HERE, 512, 512)
     assert default == configs.attention_forward_config(kind, configs.TARGETS["sm_90"], 512, 512)
-    tuned.forget()
+    tuned.clear_caches()
     _write(
         table,
         {
@@ -89,7 +89,7 @@ def test_unknown_fields_and_another_triton(table: Path) -> None:
     _write(table, {"norm_forward 1024": {"config": {"block_k": 4}}})
     with pytest.raises(ValueError, match="block_k"):
         _norm_tile(768, HERE)
-    tuned.forget()
+    tuned.clear_caches()
     _write(table, {"norm_forward 1024": {"config": {"block_m": 4}}}, triton="2.0.0")
     with pytest.warns(UserWarning, match="tuned with triton 2.0.0"):
         assert _norm_tile(768, HERE).block_m == 2
@@ -182,7 +182,7 @@ def test_the_fastest_is_written_and_read_again(
     )
     assert found.best == best and found.speedup > 1.02
     tune.write(table, [found], HERE)
-    tuned.forget()
+    tuned.clear_caches()
     config = _norm_tile(1000, HERE)
     assert (config.block_m, config.num_warps) == (best["block_m"], best["num_warps"])
     assert "norm_forward 1024" in tune.line(found)

@@ -141,7 +141,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
     def wide(value: Any) -> Any:
-        return _autocast.cast(F32, value)
+        return _autocast.cast(value, F32)
 
     def widened(name: str) -> Callable[..., Tensor]:
         def run(input: Tensor, where: Any, *others: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedformer_kernels.runtime import configs
-from fusedformer_kernels.runtime.strided import in_line
+from fusedformer_kernels.runtime.strided import contiguous_vector
 
 
 class AttentionTerms(NamedTuple):
@@ -156,21 +156,21 @@ def attention_arguments(
         key_mask=None if terms.key_mask is None else terms.key_mask.view(torch.uint8),
         key_mask_batch=key_mask_batch,
         key_mask_column=key_mask_column,
-        key_lengths=in_line(terms.key_lengths),
+        key_lengths=contiguous_vector(terms.key_lengths),
         slopes=slopes,
         slopes_batch=slopes_batch,
         slopes_head=slopes_head,
         table=table,
         table_head=table_head,
         table_column=table_column,
-        sinks=in_line(terms.sinks),
+        sinks=contiguous_vector(terms.sinks),
         left=terms.left,
         right=terms.right,
         align_end=1 if terms.align_end else None,
         seed=terms.seed,
         p=float(terms.p),
-        starts_q=in_line(terms.starts_q),
-        starts_k=in_line(terms.starts_k),
+        starts_q=contiguous_vector(terms.starts_q),
+        starts_k=contiguous_vector(terms.starts_k),
         group=query.shape[1] // key.shape[1],
     )
     radius = 0 if table is None else table.shape[1] // 2

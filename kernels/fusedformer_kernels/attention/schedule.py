@@ -14,7 +14,7 @@ import triton.language as tl
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
-from fusedformer_kernels.runtime.strided import in_line
+from fusedformer_kernels.runtime.strided import contiguous_vector
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
 # for all layers, forward and backward. Its entry "by_graph" says whether ``starts`` was made while
@@ -88,9 +88,9 @@ def work_list(
     capacity = min(tokens // block + sequences, sequences * configs.ceil_div(longest, block))
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
     launch(
-        _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), in_line(starts),
-        in_line(other_starts), work, sequences, capacity, LENGTH=block, LAST_FIRST=last_first,
-        CHUNK=256,
+        _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), contiguous_vector(starts),
+        contiguous_vector(other_starts), work, sequences, capacity, LENGTH=block,
+        LAST_FIRST=last_first, CHUNK=256,
     )
     if shared is not None:
         shared[key] = work

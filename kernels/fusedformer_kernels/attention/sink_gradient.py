@@ -19,7 +19,7 @@ from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
-from fusedformer_kernels.runtime.strided import in_line
+from fusedformer_kernels.runtime.strided import contiguous_vector
 
 BLOCK = 1024
 
@@ -53,7 +53,7 @@ def attention_sink_gradient(
 
     ``dtype`` is that of the queries.
     """
-    sinks = in_line(terms.sinks)
+    sinks = contiguous_vector(terms.sinks)
     if sinks is None:
         return None
     batch, heads, n_rows = delta.shape

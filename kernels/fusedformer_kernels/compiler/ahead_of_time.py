@@ -20,7 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedformer_kernels.compiler.descriptors import wrong_descriptors
-from fusedformer_kernels.compiler.machine_code import around, main_loop, programs_per_multiprocessor
+from fusedformer_kernels.compiler.machine_code import (
+    main_loop,
+    mix_outside,
+    programs_per_multiprocessor,
+)
 from fusedformer_kernels.runtime.configs import Target
 from fusedformer_kernels.runtime.launch import Launch
 
@@ -149,7 +153,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
             "loaded_bytes": mix.loaded_bytes * hopper_warps,
-            "around": around(code, mix).cycles(hopper_warps),
+            "around": mix_outside(code, mix).cycles(hopper_warps),
             "wrong_descriptors": tuple(wrong_descriptors(code)),
         }  # fmt: skip
     return Compiled(

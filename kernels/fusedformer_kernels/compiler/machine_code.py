@@ -89,7 +89,7 @@ def main_loop(code: str) -> Mix:
     return max(mixes, key=lambda m: sum(m.counts.values()))
 
 
-def around(code: str, loop: Mix) -> Mix:
+def mix_outside(code: str, loop: Mix) -> Mix:
     """The mix of all the code but one pass of ``loop``, each branch as if it were taken."""
     found = _count(code.splitlines(), False)
     counts = {name: n - loop.counts.get(name, 0) for name, n in found.counts.items()}

@@ -25,7 +25,7 @@ from fusedformer_kernels.runtime.primitives import (
     negative,
     store,
 )
-from fusedformer_kernels.runtime.strided import contiguous_like, in_line, rows_of
+from fusedformer_kernels.runtime.strided import contiguous_like, contiguous_vector, rows_of
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -183,7 +183,7 @@ def bias_activation_forward(
     n_columns = x.shape[-1]
     x_rows = rows_of(x, n_columns)
     n_rows = x_rows.shape[0]
-    bias = in_line(bias)
+    bias = contiguous_vector(bias)
     config = configs.elementwise_tile("activation_forward", n_columns, configs.target_of(x.device))
     blocks = configs.ceil_div(n_rows, config.block_m) * configs.ceil_div(n_columns, config.block_n)
     launch(
@@ -211,7 +211,7 @@ def bias_activation_backward(
         return dx, torch.zeros_like(bias) if needs_bias and bias is not None else None
     n_columns = x.shape[-1]
     x_rows, dy_rows = rows_of(x, n_columns), rows_of(dy, n_columns)
-    bias = in_line(bias)
+    bias = contiguous_vector(bias)
     n_rows = x_rows.shape[0]
     target = configs.target_of(x.device)
     config = configs.elementwise_tile("activation_backward", n_columns, target)

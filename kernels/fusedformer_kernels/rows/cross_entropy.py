@@ -35,7 +35,7 @@ from fusedformer_kernels.runtime.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.runtime.strided import collapsed, in_line
+from fusedformer_kernels.runtime.strided import collapsed, contiguous_vector
 
 # Columns of a tile; a row of fewer shares its program with others.
 TILE = 4096
@@ -241,7 +241,7 @@ def cross_entropy_rows(
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
     if n_rows:
         (view,), _ = collapsed([x])
-        target, weight = target.contiguous(), in_line(weight)
+        target, weight = target.contiguous(), contiguous_vector(weight)
         config = _tile(n_columns, x.device)
         launch(
             _cross_entropy_rows, (configs.ceil_div(n_rows, config.block_m),), config,
@@ -280,7 +280,7 @@ def cross_entropy_gradient(
     if not n_rows:
         return dx
     (view,), _ = collapsed([x])
-    target, weight = target.contiguous(), in_line(weight)
+    target, weight = target.contiguous(), contiguous_vector(weight)
     config = _tile(n_columns, x.device)
     blocks = configs.ceil_div(n_rows, config.block_m)
     blocks *= configs.ceil_div(n_columns, config.block_n)

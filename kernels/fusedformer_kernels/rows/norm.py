@@ -32,7 +32,7 @@ from fusedformer_kernels.runtime.primitives import (
     negative,
     store,
 )
-from fusedformer_kernels.runtime.strided import contiguous_like, in_line, rows_of
+from fusedformer_kernels.runtime.strided import contiguous_like, contiguous_vector, rows_of
 
 KINDS = {"none": 0, "layer": 1, "rms": 2}
 _LAYER = tl.constexpr(1)
@@ -507,5 +507,5 @@ def _distribute(
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
     if parameter is None or parameter.dim() == 1:
-        return in_line(parameter)
-    return in_line(parameter.reshape(-1))
+        return contiguous_vector(parameter)
+    return contiguous_vector(parameter.reshape(-1))

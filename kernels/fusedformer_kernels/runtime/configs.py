@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedformer_kernels.runtime.tuned import chosen, worked_out_once
+from fusedformer_kernels.runtime.tuned import cached_config, tuned_config
 
 
 @dataclass(frozen=True, eq=False)  # one object each: hashed by every launch
@@ -118,7 +118,7 @@ NORM_DROPOUT_BACKWARD_ONE_PASS = 4096  # 8192 spills with dropout and three sums
 LONG_ROW_CHUNK = 4096
 
 
-@worked_out_once
+@cached_config
 def row_tile(
     kernel: str, columns: int, one_pass: int, tile: int, per_thread: int, target: Target
 ) -> TileConfig:
@@ -128,16 +128,16 @@ def row_tile(
     block_n = max(next_power_of_2(columns), 16)
     block_m = max(1, min(tile // block_n, 64))
     default = TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
-    return chosen((kernel, block_n), target, default)
+    return tuned_config((kernel, block_n), target, default)
 
 
-@worked_out_once
+@cached_config
 def elementwise_tile(kernel: str, columns: int, target: Target) -> TileConfig:
     """Tiles for bias + activation, forward and backward: 16 elements a thread."""
     block_n = min(max(next_power_of_2(columns), 16), 512)
     block_m = max(1, min(2048 // block_n, 64))
     default = TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
-    return chosen((kernel, block_n), target, default)
+    return tuned_config((kernel, block_n), target, default)
 
 
 def row_programs(row_blocks: int, target: Target) -> int:
@@ -168,8 +168,8 @@ def pair_tile(operands: str, n_rows: int, n_columns: int, target: Target) -> Pai
     large = _large_pair_tile(operands, target)
     tiles = ceil_div(n_rows, large.block_m) * ceil_div(n_columns, large.block_n)
     if operands == "half" and target.backend == "cuda" and tiles < target.multiprocessors:
-        return chosen(("pairs", operands, "small"), target, PairConfig(4, 3, 128, 64, 64))
-    return chosen(("pairs", operands, "large"), target, large)
+        return tuned_config(("pairs", operands, "small"), target, PairConfig(4, 3, 128, 64, 64))
+    return tuned_config(("pairs", operands, "large"), target, large)
 
 
 def _large_pair_tile(operands: str, target: Target) -> PairConfig:
@@ -267,7 +267,7 @@ FEW_QUERIES = 16
 KEYS_PER_SPLIT = 512
 
 
-@worked_out_once
+@cached_config
 def attention_forward_config(
     kind: AttentionKind, target: Target, max_queries: int, max_keys: int
 ) -> AttentionConfig:
@@ -277,7 +277,7 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
-    return chosen(("attention_forward", *kind.words), target, default)
+    return tuned_config(("attention_forward", *kind.words), target, default)
 
 
 def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -293,11 +293,11 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
     return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
-@worked_out_once
+@cached_config
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
-    return chosen(("attention_backward", *kind.words), target, default)
+    return tuned_config(("attention_backward", *kind.words), target, default)
 
 
 def _attention_backward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -315,7 +315,7 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
     return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
 
 
-@worked_out_once
+@cached_config
 def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles, no larger than the backward's longer side."""
     config = attention_backward_config(kind, target)

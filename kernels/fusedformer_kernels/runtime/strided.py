@@ -16,7 +16,7 @@ def contiguous_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> t
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def in_line(vector: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None:
     """A vector as kernels read it, elements one after another; copied where they do not lie so."""
     return None if vector is None else vector.contiguous()
 

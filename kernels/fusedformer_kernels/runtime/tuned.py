@@ -39,7 +39,7 @@ _caches: list[Any] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def worked_out_once(config: F) -> F:
+def cached_config(config: F) -> F:
     """A function that gives a config, called once for the same arguments unless one is forced."""
     cached = functools.lru_cache(1024)(config)
     _caches.append(cached)
@@ -51,13 +51,13 @@ def worked_out_once(config: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def forget() -> None:
+def clear_caches() -> None:
     """Read the tables again when they are next asked."""
     for cached in (_table, *_caches):
         cached.cache_clear()
 
 
-def chosen(key: Key, target: Target, default: C) -> C:
+def tuned_config(key: Key, target: Target, default: C) -> C:
     """``default``, with what the tables for ``target`` say of ``key``."""
     fields = _forced.get(key) if _forced else None
     if fields is None:

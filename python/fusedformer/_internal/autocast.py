@@ -55,7 +55,7 @@ def autocast_dtype(op: Op, *inputs: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if op in _NARROW else torch.float32
 
 
-def cast(dtype: torch.dtype, value: Any) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     """``value`` in ``dtype``, if it is a tensor that autocast casts."""
     return value.to(dtype) if _is_cast(value) else value
 

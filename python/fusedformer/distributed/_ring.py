@@ -109,7 +109,7 @@ def ring_attention(
         })  # fmt: skip
 
     agree(function, group, describe, check)
-    left, right = ops.band(window, is_causal)
+    left, right = ops.window_bounds(window, is_causal)
     terms = AttentionTerms(
         key_mask=key_mask, key_lengths=key_lengths, seed=ops.draw_seed(dropout_p, query.device),
         p=dropout_p, left=left, right=right, scale=ops.scale_of(scale, query), softcap=softcap,
@@ -362,7 +362,7 @@ def _attend(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Query, key and value as ``scaled_dot_product_attention`` would cast them."""
     dtype = autocast_dtype("scaled_dot_product_attention", tensors[0])
-    return tensors if dtype is None else tuple(cast(dtype, tensor) for tensor in tensors)
+    return tensors if dtype is None else tuple(cast(tensor, dtype) for tensor in tensors)
 
 
 def _travelling(key: Tensor, value: Tensor, terms: AttentionTerms) -> list[Tensor]:

@@ -128,7 +128,7 @@ def scaled_dot_product_attention(
         attention_checks.check_nested(*tensors, key_mask, return_weights)
         return _nested_attention(query, key, value, options)
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
-    query, key, value = _of_one_rank(query, key, value)
+    query, key, value = _with_equal_ranks(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
     attention_checks.check_attention(query, key, value, options)
     return ops.scaled_dot_product_attention(
@@ -145,11 +145,11 @@ def _autocast(
     if dtype is None:
         return query, key, value, mask
     if not (isinstance(mask, Tensor) and mask.dtype == torch.float32):
-        mask = cast(dtype, mask)
-    return cast(dtype, query), cast(dtype, key), cast(dtype, value), mask
+        mask = cast(mask, dtype)
+    return cast(query, dtype), cast(key, dtype), cast(value, dtype), mask
 
 
-def _of_one_rank(*tensors: Tensor) -> list[Tensor]:
+def _with_equal_ranks(*tensors: Tensor) -> list[Tensor]:
     """With dimensions of size 1 in front, as broadcasting adds them; what is wrong stays wrong."""
     if len({t.dim() for t in tensors if isinstance(t, Tensor)}) == 1:
         return list(tensors)

@@ -111,7 +111,7 @@ def sigmoid_contrastive_loss(
 def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """As autocast has the factors of a product."""
     dtype = autocast_dtype("linear", a, b)
-    return (a, b) if dtype is None else (cast(dtype, a), cast(dtype, b))
+    return (a, b) if dtype is None else (cast(a, dtype), cast(b, dtype))
 
 
 def _check_pairs(

@@ -62,17 +62,17 @@ def is_batch_first(stack: Any) -> bool:
     return bool(getattr(attention, "batch_first", False))
 
 
-def heads_of(stack: Any) -> int:
+def heads_in_stack(stack: Any) -> int:
     """Attention heads of the first layer, which :func:`is_fused`; 1 without layers."""
     return stack.layers[0].self_attn.num_heads if len(stack.layers) else 1
 
 
-def opened(x: Tensor, pending: Pending | None) -> Tensor:
+def layer_input(x: Tensor, pending: Pending | None) -> Tensor:
     """What a layer starts from: ``x``, or the sum that the layer before left."""
     return x if pending is None else pending.added()
 
 
-def closed(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
+def stack_output(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
     """The end of a stack: the norm, if any, of ``x`` or of the sum that its last layer left."""
     if pending is not None:
         return pending.added() if norm is None else pending.normed(norm)

@@ -5,7 +5,6 @@ from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
     attention_part,
     attention_part_backward,
-    band,
     check_for_kernels,
     merge_attention_states,
     merge_parts,
@@ -13,6 +12,7 @@ from fusedformer.ops.attention import (
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
+    window_bounds,
 )
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
@@ -34,7 +34,6 @@ __all__ = [
     "FeedForward",
     "attention_part",
     "attention_part_backward",
-    "band",
     "bias_activation",
     "check_for_kernels",
     "contrastive_loss",
@@ -62,4 +61,5 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "softmax",
     "varlen_attention",
+    "window_bounds",
 ]

@@ -5,20 +5,19 @@ attention over some of the keys, to be merged.
 """
 
 from fusedformer.ops.attention.calls import (
-    band,
     check_for_kernels,
     merge_attention_states,
     scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
+    window_bounds,
 )
 from fusedformer.ops.attention.part import attention_part, attention_part_backward, merge_parts
 
 __all__ = [
     "attention_part",
     "attention_part_backward",
-    "band",
     "check_for_kernels",
     "merge_attention_states",
     "merge_parts",
@@ -26,4 +25,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "self_attention",
     "varlen_attention",
+    "window_bounds",
 ]

@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
     q = _as_4d(query, batch, None)
     k = _as_4d(key, batch, heads_of)
     v = _as_4d(value, batch, heads_of)
-    left, right = band(window, is_causal)
+    left, right = window_bounds(window, is_causal)
     terms = AttentionTerms(
         mask=None if attn_mask is None else _mask_4d(attn_mask, batch, query, key),
         key_mask=key_mask,
@@ -122,7 +122,7 @@ def varlen_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.varlen_attention`."""
-    left, right = band(window, is_causal)
+    left, right = window_bounds(window, is_causal)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     terms = AttentionTerms(
@@ -178,11 +178,11 @@ def self_attention(
     )
     if chosen_backend(qkv) == "torch":
         attend = attention_aten if cu_seqlens_q is None else _packed_aten
-        return attend(*registered.heads_of(qkv), terms, return_lse=False)[0].transpose(1, 2)
+        return attend(*registered.split_heads(qkv), terms, return_lse=False)[0].transpose(1, 2)
     check_for_kernels("scaled_dot_product_attention", qkv, qkv)
     terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
     if attn_mask is not None and attn_mask.requires_grad:
-        output, *_ = registered.attention(*registered.heads_of(qkv), False, *terms)
+        output, *_ = registered.attention(*registered.split_heads(qkv), False, *terms)
     else:
         output, _ = registered.self_attention(qkv, *terms)
     merged: Tensor = output.transpose(1, 2)
@@ -216,7 +216,7 @@ def scale_of(scale: float | None, query: Tensor) -> float:
     return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
 
 
-def band(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+def window_bounds(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
     """(left, right) reach of the visible keys, None if unbounded; causality is right = 0."""
     left, right = (-1, -1) if window is None else window
     if is_causal:

@@ -166,7 +166,7 @@ attention_backward.register_autograd(no_double_backward("attention"))
 # Self-attention on one projection, whose gradient is written in one piece.
 
 
-def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views ``[B, H, L, D]`` of query, key and value."""
     query, key, value = (tensor.transpose(1, 2) for tensor in qkv.unbind(2))
     return query, key, value
@@ -181,7 +181,7 @@ def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.forward import attention_forward
 
-    output, _, statistics = attention_forward(*heads_of(qkv), AttentionTerms(*terms))
+    output, _, statistics = attention_forward(*split_heads(qkv), AttentionTerms(*terms))
     return output, statistics
 
 
@@ -205,8 +205,8 @@ def self_attention_backward(
 
     found = torch.empty_like(qkv)
     launch(
-        grad, None, *heads_of(qkv), output, statistics, AttentionTerms(*terms),
-        [True] * 3 + [False] * 4, heads_of(found),
+        grad, None, *split_heads(qkv), output, statistics, AttentionTerms(*terms),
+        [True] * 3 + [False] * 4, split_heads(found),
     )
     return found
 
