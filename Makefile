@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test lint wheel compile-report architectures versions clean
+.PHONY: report test lint docs wheel compile-report architectures versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
@@ -19,6 +19,9 @@ test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, o
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: $(VENV)/docs/.ready  ## the pages and the API reference, into build/docs; fails at any warning
+	NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 $(VENV)/docs/bin/python -m mkdocs build --strict --quiet
 
 compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942
 	$(PY) -m fusedformer compile-report
@@ -52,6 +55,12 @@ $(READY): requirements-dev.txt setup.py
 # Under torch as it is pinned; a folder each, before .venv's packages on the path.
 $(VENV)/triton-%/.ready: | $(READY)
 	$(PY) -m pip install --quiet --no-compile --no-deps --target $(@D) triton==$*
+	touch $@
+
+# Nothing of the library runs there: its sources are read.
+$(VENV)/docs/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 clean:

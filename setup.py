@@ -9,6 +9,8 @@ VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
 REPORT = ["transformers>=5.17", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
+# `make docs` needs no torch: the API reference is read from the source.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"]
 DEV = [*REPORT, *TEST, "ruff", "mypy", "build", "pre-commit"]
 
 setup(
@@ -32,7 +34,7 @@ setup(
         # Where triton has no wheel the torch backend is the whole library.
         'triton>=3.6; platform_system == "Linux"',
     ],
-    extras_require={"report": REPORT, "test": TEST, "dev": DEV},
+    extras_require={"report": REPORT, "test": TEST, "docs": DOCS, "dev": DEV},
     entry_points={"console_scripts": ["fusedformer = fusedformer.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -224,6 +224,14 @@ def test_schema_check_finds(name: str) -> None:
     assert records.problems(document)
 
 
+@pytest.mark.parametrize("what", ["encoder", "huggingface", "losses", "pretraining"])
+def test_the_results_page_has_the_tables_of_the_result_file(what: str) -> None:
+    root = Path(__file__).parent.parent
+    (file,) = (root / "benchmarks/results/cpu").glob(f"*-{what}.json")
+    page = (root / "docs/results.md").read_text()
+    assert table.markdown(json.loads(file.read_text())) in page
+
+
 def test_table_names_the_place_and_compares_with_the_library() -> None:
     document = _valid_document()
     for record in document["records"]:

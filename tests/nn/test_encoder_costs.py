@@ -76,7 +76,7 @@ BACKWARD = {
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_kernel_launches_of_one_layer(norm_first: bool, device: str) -> None:
-    """As the README says: 8 forward, 18 backward, and what the whole encoder adds to them.
+    """As docs/packing.md says: 8 forward, 18 backward, and what the whole encoder adds to them.
 
     Bias gradients are held by the recording, so that autograd copies one; on a machine it is not.
     """

@@ -1,4 +1,4 @@
-"""Rows of README's table of differences: where stock goes by the path that it happens to take."""
+"""Rows of docs/differences.md: where stock goes by the path that it happens to take."""
 
 from __future__ import annotations
 
