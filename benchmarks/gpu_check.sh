@@ -44,7 +44,7 @@ export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
     export OMP_NUM_THREADS=1
-    test_args=${TEST_ARGS:-tests/test_benchmarks.py --collect-only}
+    test_args=${TEST_ARGS:-tests/benchmarks --collect-only}
     confirm_args=--collect-only
     bench_args="--device cpu --sizes tiny --quick"
     tune_args="--dry-run --case ^softmax_forward.32768$"

@@ -1,0 +1,145 @@
+"""Compares launches past Triton with Triton's own, in the process that ``test_launch.py`` starts.
+
+Nothing is compiled and no device is needed: what would be handed to the driver is written down.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from benchmarks.harness.no_driver import kernels_go_nowhere
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from fusedformer_kernels.compiler import compile_cases
+from fusedformer_kernels.rows import gather as rows
+from fusedformer_kernels.runtime import launch
+
+launched: list[tuple[Any, ...]] = []
+
+
+def plain(value: Any) -> Any:
+    """What can be compared of an argument: of a tensor all that a launch depends on."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
+def described(source: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One launch: kernel, specialization, grid, and the arguments that the launcher looks at."""
+    *grid, _stream, _function, metadata, _, _, _ = arguments[:9]
+    attributes = sorted(map(str, source.attrs.items()))
+    chosen = source.fn.__name__, str(source.signature), str(source.constants), attributes
+    given = arguments[9:]  # constants come in any order: the launcher looks at none
+    kinds = source.signature.values()
+    looked_at = [a for a, kind in zip(given, kinds, strict=False) if kind != "constexpr"]
+    return (*chosen, metadata, tuple(grid), len(given), plain(tuple(looked_at)))
+
+
+def stand_in(source: Any, target: Any, options: dict[str, Any], **others: Any) -> CompiledKernel:
+    """A compiled kernel without the seconds that compiling takes."""
+    kernel = object.__new__(CompiledKernel)
+    kernel.src, kernel.name, kernel.hash, kernel.module, kernel.function = source, "", "", 1, 1
+    kernel.packed_metadata = options["num_warps"], options["num_stages"]
+    kernel._run = driver.active.launcher_cls(source, None)
+    return kernel
+
+
+def launches_of(call: Callable[[], object], known: bool) -> list[tuple[Any, ...]]:
+    """Those of a call; past Triton where it can be if ``known``."""
+    launch._IS_KNOWN = known
+    if not known:
+        launch._compiled.clear()
+    launched.clear()
+    call()
+    return list(launched)
+
+
+def check(call: Callable[[], object], name: str) -> None:
+    """Raise AssertionError unless ``call`` launches the same past Triton, and does go past it."""
+    wanted = launches_of(call, False)
+    launches_of(call, True)
+    before = dict(launch._compiled)
+    got = launches_of(call, True)
+    assert launch._compiled == before, f"{name}: not past Triton"
+    assert before, f"{name}: not past Triton"
+    for have, want in zip(got, wanted, strict=True):
+        different = [pair for pair in zip(have, want, strict=False) if pair[0] != pair[1]]
+        assert not different, (name, have[0], different)
+
+
+def check_every_case() -> None:
+    """Every compile case."""
+    for case in compile_cases.compile_cases():
+        check(case.call, case.name)
+
+
+def check_listeners() -> None:
+    """While a profiler listens or changes kernels: Triton's own way, and nothing of it is kept."""
+    case = next(case for case in compile_cases.compile_cases() if case.name == "layer_norm 768")
+    for owner, name in (
+        (triton.knobs.runtime, "launch_enter_hook"),
+        (triton.knobs.runtime, "launch_exit_hook"),
+        (triton.knobs.compilation, "instrumentation_mode"),
+    ):
+        launch._compiled.clear()
+        hook = getattr(getattr(owner, name), "calls", None)
+        if hook is None:
+            setattr(owner, name, "consan")
+        else:
+            hook.append(lambda metadata: None)
+        launches_of(case.call, True)
+        assert not launch._compiled, name
+        if hook is None:
+            setattr(owner, name, "")
+        else:
+            hook.clear()
+        check(case.call, name)
+
+
+def check_kinds_of_arguments() -> None:
+    """Every kind of pointer and integer, in whatever order they come."""
+    sizes = 0, 1, 2, 8, 15, 16, 17, 24, 2**31 - 1, 2**31, 2**31 + 16, 2**40 + 1, -16, -5
+    memory = torch.zeros(64, dtype=torch.float32)
+    aligned, half, odd = memory[:4], memory[2:6], memory[1:5]
+    config = launch.LaunchConfig(4, 2)
+    wanted: dict[tuple[Any, int, int], list[tuple[Any, ...]]] = {}
+    kinds = list(itertools.product((aligned, half, odd, aligned.half()), sizes, sizes))
+    for known in (False, True, True):
+        launch._IS_KNOWN = known
+        if not known:
+            launch._compiled.clear()
+        for kind in kinds:
+            x, first, second = kind
+            launched.clear()
+            launch.launch(
+                rows._gather_rows, (3,), config, x, None, aligned, first, 7, second, 1,
+                BLOCK_M=4, BLOCK_N=16,
+            )  # fmt: skip
+            assert wanted.setdefault((plain(x), first, second), list(launched)) == launched, kind
+    assert launch._kinds_of_numbers((1,), (int,)) != launch._kinds_of_numbers((1.0,), (float,))
+    assert len(launch._compiled) < len(kinds) / 2, (len(launch._compiled), len(kinds))
+
+
+def main() -> None:
+    """Put the stand-ins in place, then check."""
+    kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
+    original = launch._launch
+
+    def with_stand_in(kernel: Any, *others: Any) -> None:
+        kernel.device_caches[0]  # makes what compiles
+        kernel.compile = stand_in
+        original(kernel, *others)
+
+    launch._launch = with_stand_in
+    check_every_case()
+    check_listeners()
+    check_kinds_of_arguments()
+
+
+if __name__ == "__main__":
+    main()
