@@ -35,11 +35,8 @@ wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directo
 	rm -rf build/dist build/site
 	$(PY) -m build --no-isolation --outdir build/dist .
 	$(PY) -m pip install --quiet --no-deps --target build/site build/dist/*.whl
-	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(abspath $(PY))" -P -c "import fusedformer, fusedformer_kernels; \
-	from pathlib import Path; \
-	roots = [Path(m.__file__).parent for m in (fusedformer, fusedformer_kernels)]; \
-	assert all('build/site' in str(r) and (r / 'py.typed').exists() for r in roots), roots; \
-	print('wheel', fusedformer.__version__, 'imports from', *roots)"
+	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(abspath $(PY))" -P "$(CURDIR)/.ci/check_wheel.py" \
+	"$(CURDIR)/build/dist"
 
 $(READY): requirements-dev.txt setup.py
 	@$(PYTHON) -c "import sys; sys.exit('the pinned versions need Python 3.11 or newer, but this is ' \

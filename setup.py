@@ -7,9 +7,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
-REPORT = ["transformers>=5.0", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
+REPORT = ["transformers>=5.17", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
-DEV = [*REPORT, *TEST, "ruff", "mypy", "build"]
+DEV = [*REPORT, *TEST, "ruff", "mypy", "build", "pre-commit"]
 
 setup(
     name="fusedformer",
@@ -17,6 +17,10 @@ setup(
     description="Fused Triton kernels for Transformer encoders, as drop-in torch modules",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="fusedformer developers",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["transformer", "attention", "triton", "torch", "fused kernels"],
     python_requires=">=3.10",
     package_dir={"": "python", "fusedformer_kernels": "kernels/fusedformer_kernels"},
     packages=[*find_packages("python"), *find_packages("kernels")],
@@ -30,5 +34,14 @@ setup(
     ],
     extras_require={"report": REPORT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fusedformer = fusedformer.__main__:main"]},
-    classifiers=["Programming Language :: Python :: 3", "Typing :: Typed"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

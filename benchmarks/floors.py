@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness.case import Sizes
-from run import SUITES
+from harness.suites import SUITES
 
 BEGIN, END = "<!-- floors: begin -->", "<!-- floors: end -->"
 

@@ -6,20 +6,19 @@
 #   benchmarks/gpu_check.sh OUTDIR --cpu-dry-run                     every stage, tiny, on CPU
 #
 # Needs python3 with torch, triton, numpy and pytest. Stages, in this order: environment; confirm,
-# the tests of what was wrong on a GPU and is mended; tests; bench, which is softmax, norm,
-# activation, embedding, losses, contrastive, encoder, graphs, huggingface, host, attention and
-# pretraining; tune, which writes a table of configs, and retime, bench's kernels with that table;
-# memory, a part of the tests under compute-sanitizer where that is installed; compile, the compile
-# report. Each has a process and a time limit of its own, so one that dies takes no other along. A
-# stage that is complete is listed in OUTDIR/stages.done and skipped the next time: what there was
-# no time for is done by the same command with the same OUTDIR. OUTDIR stays flat: environment.txt
+# the tests of what was wrong on a GPU and is mended; tests; bench, which is every suite that
+# benchmarks/harness/suites.py lists; tune, which writes a table of configs, and retime, bench's
+# kernels with that table; memory, a part of the tests under compute-sanitizer where that is
+# installed; compile, the compile report. Each has a process and a time limit of its own, so one
+# that dies takes no other along. A stage that is complete is listed in OUTDIR/stages.done and
+# skipped the next time: what there was no time for is done by the same command with the same
+# OUTDIR. OUTDIR stays flat: environment.txt
 # confirm.log tests.log tests.xml bench.log bench.json bench.html tuned.json retimed.json tune.log
 # memory.log compile.log compile.json summary.txt stages.done
 #
 # Also read: PYTHON, SECONDS_IN_ALL (520), TEST_ARGS, BENCH_ARGS (arguments of run.py), and
-# FUSEDFORMER_COMMIT where there is no git. Whole models are timed without torch.compile, which
-# takes minutes for them, but for pretraining, whose goal names it. Exit status: 0 all well,
-# 1 a stage failed, 2 no GPU or wrong usage.
+# FUSEDFORMER_COMMIT where there is no git. Exit status: 0 all well, 1 a stage failed, 2 no GPU or
+# wrong usage.
 set -u -o pipefail
 
 usage() {
@@ -39,9 +38,8 @@ unset TRITON_INTERPRET # the kernels themselves are timed, never their interpret
 export PYTHONPATH=$PWD/python:$PWD/kernels PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 stages=${STAGES:-environment confirm tests bench tune retime memory compile}
-suites="softmax norm activation embedding losses contrastive attention encoder graphs \
-huggingface host pretraining"
-stages=${stages/bench/$suites}
+suites=$("$python" benchmarks/harness/suites.py) || exit 2 # lines: name, seconds, arguments
+stages=${stages/bench/$(cut -d ' ' -f 1 <<<"$suites" | tr '\n' ' ')}
 export FUSEDFORMER_TUNED_TABLE=$out/tuned.json # read as soon as it is there
 if [ "$dry_run" = yes ]; then
     # One thread: work this small is done before a busy machine wakes a second.
@@ -130,22 +128,10 @@ print(said("nvidia-smi") or "no nvidia-smi")
         tests/kernels tests/test_descriptors.py
     stage tests 210 tests.log "$python" -m pytest -q -p no:cacheprovider \
         "--junitxml=$out/tests.xml" $test_args
-    bench() {
-        stage "$1" "$2" bench.log "$python" benchmarks/run.py --suite "$1" \
-            --out "$out/bench.json" --budget LIMIT $bench_args "${@:3}"
-    }
-    bench softmax 40
-    bench norm 60
-    bench activation 30
-    bench embedding 30
-    bench contrastive 30
-    bench losses 60
-    bench encoder 90 --compile none
-    bench graphs 90
-    bench huggingface 60 --compile none
-    bench host 20
-    bench attention 200
-    bench pretraining 240 # most of it for torch.compile: eval, gradients, training
+    while read -r suite seconds arguments; do
+        stage "$suite" "$seconds" bench.log "$python" benchmarks/run.py --suite "$suite" \
+            --out "$out/bench.json" --budget LIMIT $bench_args $arguments </dev/null
+    done <<<"$suites"
     stage tune 420 tune.log "$python" -m fusedformer tune --out "$out/tuned.json" \
         --budget LIMIT $tune_args
     stage retime 120 bench.log "$python" benchmarks/run.py --out "$out/retimed.json" \

@@ -1,8 +1,8 @@
 """Predicted times of the benchmark's cases on an H200: ``python benchmarks/predictions.py``.
 
 Nothing is run: what the library would launch is recorded and compiled for sm_90, and
-``fusedformer_kernels.prediction`` reads the machine code. ``--write FILE`` replaces the table
-between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
+``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write FILE`` replaces the
+table between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent))
 
 from floors import replace_between
-from fusedformer import _backend
 from fusedformer import functional as F
-from fusedformer_kernels.ahead_of_time import compile_launch
-from fusedformer_kernels.configs import TARGETS, assume_target
-from fusedformer_kernels.contrastive import BACKWARD_ROWS
-from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.prediction import Gpu, Prediction, predict
+from fusedformer._internal import backend as backends
+from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+from fusedformer_kernels.compiler.prediction import Gpu, Prediction, predict
+from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
+from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
 
 BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
-SUITES = ("softmax", "norm", "activation", "embedding", "losses", "attention")
+PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
 TARGET = TARGETS["sm_90"]
 PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
 HEAD = "| suite | case | direction | µs | of the floor | longest kernel, what it waits for |"
@@ -58,9 +58,9 @@ class Untouched(TorchDispatchMode):
 def launches_of(call: Callable[[], object]) -> list[Launch]:
     """What ``call`` would launch on an H200; its tensors are on the CPU and hold anything."""
     with ExitStack() as stack:
-        switch = _backend.INTERPRETER_IS_ON
-        stack.callback(setattr, _backend, "INTERPRETER_IS_ON", switch)
-        _backend.INTERPRETER_IS_ON = True  # kernels for CPU tensors, of which none will run
+        switch = backends.INTERPRETER_IS_ON
+        stack.callback(setattr, backends, "INTERPRETER_IS_ON", switch)
+        backends.INTERPRETER_IS_ON = True  # kernels for CPU tensors, of which none will run
         stack.enter_context(assume_target(TARGET))
         stack.enter_context(Untouched())
         launches = stack.enter_context(recorded_launches(run=False))
@@ -107,7 +107,7 @@ def rows(chosen: str) -> list[str]:
     """The lines of the table."""
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
     copied = Gpu().copy_bytes / 1e9
-    for name in SUITES:
+    for name in PREDICTED:
         suite = importlib.import_module(f"bench_{name}")
         for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
             if chosen not in f"{name} {case.name}" or case.options.get("projected"):

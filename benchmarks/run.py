@@ -22,10 +22,8 @@ from harness.case import Sizes
 from harness.providers import absent_peers
 from harness.records import ResultFile, clocks, new_document
 from harness.runner import Options, run_suite
+from harness.suites import SUITES
 from table import markdown
-
-SUITES = ("softmax", "norm", "activation", "embedding", "losses", "contrastive", "attention",
-          "encoder", "graphs", "huggingface", "pretraining", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", action="extend", choices=SUITES,
+    parser.add_argument("--suite", nargs="+", action="extend", choices=list(SUITES),
                         help="these only (default: all)")
     parser.add_argument("--quick", action="store_true", help="headline cases, fewer samples")
     parser.add_argument("--compile", choices=("none", "headline", "all"), default="none",

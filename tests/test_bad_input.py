@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend, functional
-from fusedformer._backend import TRITON_IS_INSTALLED, Backend
+from fusedformer._internal.backend import TRITON_IS_INSTALLED, Backend
 from fusedformer.errors import BadTypeError, BadValueError
 
 OURS = {ValueError: BadValueError, TypeError: BadTypeError}
@@ -434,7 +434,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> B
     if request.param == "triton":
         if not TRITON_IS_INSTALLED:
             pytest.skip("triton is not installed")
-        from fusedformer_kernels import launch
+        from fusedformer_kernels.runtime import launch
 
         def launched(record: launch.Launch) -> None:
             pytest.fail(f"{record.name} was launched")

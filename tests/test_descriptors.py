@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fusedformer_kernels.descriptors import wrong_descriptors
+from fusedformer_kernels.compiler.descriptors import wrong_descriptors
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = "HGMMA.64x16x16.F32.BF16 R56, R64, gdesc[UR24].tnspB, R56"
@@ -86,10 +86,10 @@ def test_what_is_wrong(name: str) -> None:
 PROGRAM = """
 import torch
 from dataclasses import replace
-from fusedformer_kernels import compile_cases
-from fusedformer_kernels.ahead_of_time import compile_launch
-from fusedformer_kernels.configs import TARGETS, assume_target
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.compiler import compile_cases
+from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 target = TARGETS["sm_90"]
 for case in compile_cases.compile_cases():

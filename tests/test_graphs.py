@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import fusedformer
-from fusedformer import Graphed, _graphs, backend, graphed, nn
+from fusedformer import Graphed, backend, graphed, nn
 from fusedformer.models import BertConfig, BertEncoderModel, sentence_embeddings
+from fusedformer.serving import graphs as _graphs
 from fusedformer.testing import compare
 
 D, H = 16, 2

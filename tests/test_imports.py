@@ -1,4 +1,7 @@
-"""The import arrow ``nn -> functional -> ops -> fusedformer_kernels``; triton is lazy, optional."""
+"""Which package may import which: ``nn -> functional -> ops -> fusedformer_kernels``, and others.
+
+No file imports another in a circle. Triton is lazy, and optional.
+"""
 
 import ast
 import os
@@ -15,33 +18,35 @@ KERNELS = ROOT / "kernels" / "fusedformer_kernels"
 STANDARD = {*sys.stdlib_module_names, "torch"}
 # What each layer may import besides torch, the standard library and the errors, by the start of
 # its name.
+_SHARED = ("fusedformer._internal",)
 ALLOWED = {
     "reference": ("fusedformer.reference",),
     "distributed": (
         "fusedformer.distributed", "fusedformer.nn", "fusedformer.functional", "fusedformer.ops",
-        "fusedformer._checks", "fusedformer._attention_checks", "fusedformer._backend",
-        "fusedformer._autocast",
+        *_SHARED,
     ),
-    "nn": (
-        "fusedformer.nn", "fusedformer.functional", "fusedformer._checks", "fusedformer._backend",
-        "fusedformer._autocast", "fusedformer._jagged", "fusedformer._onlookers",
+    "nn": ("fusedformer.nn", "fusedformer.functional", *_SHARED),
+    "functional": ("fusedformer.functional", "fusedformer.ops", *_SHARED),
+    "ops": ("fusedformer.ops", "fusedformer_kernels", *_SHARED),
+    "models": (
+        "fusedformer.models", "fusedformer.nn", "fusedformer.functional", "fusedformer.objectives",
+        *_SHARED,
     ),
-    "functional": (
-        "fusedformer.functional", "fusedformer.ops", "fusedformer._checks",
-        "fusedformer._attention_checks", "fusedformer._autocast", "fusedformer._jagged",
-        "fusedformer._onlookers",
+    "objectives": ("fusedformer.functional", *_SHARED),
+    "finetuning": ("fusedformer.models", "fusedformer.functional", *_SHARED),
+    "fusion": (
+        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "fusedformer._text",
+        "transformers", *_SHARED,
     ),
-    "ops": (
-        "fusedformer.ops", "fusedformer._checks", "fusedformer._attention_checks",
-        "fusedformer._backend", "fusedformer._autocast", "fusedformer._onlookers",
-        "fusedformer_kernels",
+    "parity": (
+        "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",
+        "fusedformer.reference",
+        "fusedformer.testing", "fusedformer._text", "fusedformer._html", "fusedformer._figures",
+        "fusedformer.backend", "transformers", "matplotlib", "safetensors", "triton", "pytest",
+        *_SHARED,
     ),
-    "_attention_checks": ("fusedformer._checks", "fusedformer._jagged"),
-    "_jagged": ("fusedformer._checks",),
-    "_autocast": (),
-    "_checks": ("fusedformer._onlookers",),
-    "_onlookers": (),
-    "_backend": (),
+    "serving": ("fusedformer.serving", "fusedformer.nn", "fusedformer.parity", *_SHARED),
+    "_internal": _SHARED,
     "_version": (),
     "errors": (),
 }  # fmt: skip
@@ -87,12 +92,48 @@ def test_a_layer_imports_only_what_is_below_it(layer: str) -> None:
     assert not any(found.values()), found
 
 
+# What commands are made of; the library does without.
+TOOLS = ("report", "training", "tune", "compile_report", "bench", "__main__")
+
+
+def test_the_library_does_not_import_its_tools() -> None:
+    tools = tuple(f"fusedformer.{name}" for name in TOOLS)
+    inside = {path for tool in TOOLS for path in files_of(tool)}
+    for path in sorted({*LIBRARY.rglob("*.py")} - inside):
+        assert not [name for name in imports_of(path.read_text()) if within(name, tools)], path
+
+
+def test_no_file_imports_another_in_a_circle() -> None:
+    """At any time; for the sake of types alone they may."""
+    roots = {path: root for root in (LIBRARY, KERNELS) for path in root.rglob("*.py")}
+    names = {
+        ".".join((root.name, *path.relative_to(root).with_suffix("").parts)): path
+        for path, root in roots.items()
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    graph = {name: set(_files_imported(path, names)) - {name} for name, path in names.items()}
+    while graph:  # files that import nothing more are taken away until none is left
+        free = [name for name, imported in graph.items() if not imported & graph.keys()]
+        assert free, sorted(graph)
+        for name in free:
+            del graph[name]
+
+
+def _files_imported(path: Path, names: dict[str, Path]) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    for name in imports_of(ast.unparse(tree)):
+        yield name if name in names else name.rpartition(".")[0]
+
+
 @pytest.mark.parametrize(
     ("layer", "source"),
     [
         ("nn", "from fusedformer import ops"),
-        ("nn", "def f():\n    import fusedformer_kernels.norm"),
-        ("functional", "from fusedformer_kernels.norm import norm_forward"),
+        ("nn", "def f():\n    import fusedformer_kernels.rows.norm"),
+        ("functional", "from fusedformer_kernels.rows.norm import norm_forward"),
         ("nn", "from fusedformer import distributed"),
         ("ops", "from fusedformer import functional"),
         ("reference", "from fusedformer import _checks"),

@@ -14,14 +14,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedformer_kernels import ahead_of_time
-from fusedformer_kernels.ahead_of_time import Compiled
-from fusedformer_kernels.configs import TARGETS, assume_target
-from fusedformer_kernels.contrastive import row_and_column_lse
-from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.machine_code import around, main_loop, programs_per_multiprocessor
-from fusedformer_kernels.prediction import Gpu, predict
-from fusedformer_kernels.softmax import softmax_forward
+from fusedformer_kernels.compiler import ahead_of_time
+from fusedformer_kernels.compiler.ahead_of_time import Compiled
+from fusedformer_kernels.compiler.machine_code import (
+    main_loop,
+    mix_outside,
+    programs_per_multiprocessor,
+)
+from fusedformer_kernels.compiler.prediction import Gpu, predict
+from fusedformer_kernels.rows.contrastive import row_and_column_lse
+from fusedformer_kernels.rows.softmax import softmax_forward
+from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 
 LISTING = """
         /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
@@ -62,7 +66,7 @@ def test_the_main_loop_is_the_shortest_with_most_products() -> None:
 
 
 def test_around_the_main_loop_is_all_else() -> None:
-    mix = around(LISTING, main_loop(LISTING))
+    mix = mix_outside(LISTING, main_loop(LISTING))
     assert {name: n for name, n in mix.counts.items() if n} == {
         "load": 1, "product": 1, "alu": 3, "convert": 1, "store": 1, "fma": 1, "control": 2,
     }  # fmt: skip

@@ -34,6 +34,26 @@ def test_the_changelog_knows_the_version(pytestconfig: pytest.Config) -> None:
     assert f"## [{fusedformer.__version__}]" in changelog
 
 
+def test_the_licence_is_apache_s_in_full(pytestconfig: pytest.Config) -> None:
+    text = (pytestconfig.rootpath / "LICENSE").read_text()
+    assert text.split()[:6] == ["Apache", "License", "Version", "2.0,", "January", "2004"]
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert 'license_expression="Apache-2.0"' in (pytestconfig.rootpath / "setup.py").read_text()
+
+
+@pytest.mark.parametrize("package", ["torch", "triton", "transformers"])
+def test_the_pages_name_the_range_that_is_installed(
+    package: str, pytestconfig: pytest.Config
+) -> None:
+    """The table of requirements, wherever it stands, has the bounds of setup.py."""
+    root = pytestconfig.rootpath
+    (wanted,) = re.findall(rf"""["']{package}>=([\d.]+)""", (root / "setup.py").read_text())
+    pages = "\n".join(p.read_text() for p in (root / "README.md", *root.glob("docs/**/*.md")))
+    named = re.findall(rf"(?m)^\| {package}\b[^|]*\| >= ([\d.]+)", pages)
+    assert named
+    assert set(named) == {wanted}
+
+
 @pytest.mark.parametrize("package", [fusedformer, fusedformer_kernels], ids=lambda p: p.__name__)
 def test_types_are_shipped(package: Any) -> None:
     folder = inspect.getfile(package).rpartition("/")[0]

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from fusedformer import tune
 from fusedformer.tune import search
 from fusedformer.tune.workloads import HALF, Workload, workloads
-from fusedformer_kernels import configs, tuned
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 META = torch.device("meta")
 HERE = configs.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
@@ -36,9 +36,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a user's table for :data:`HERE` is looked for."""
     monkeypatch.delenv("FUSEDFORMER_TUNED_TABLE", raising=False)
     monkeypatch.setenv("FUSEDFORMER_CACHE_DIR", str(tmp_path))
-    tuned.forget()
+    tuned.clear_caches()
     yield tuned.cache_file("NVIDIA Test")
-    tuned.forget()
+    tuned.clear_caches()
 
 
 def _write(path: Path, entries: dict[str, Any], **changes: Any) -> None:
@@ -57,7 +57,7 @@ def test_a_table_takes_the_place_of_the_default_for_its_device_alone(table: Path
     kind = configs.AttentionKind(64, "half")
     default = configs.attention_forward_config(kind, HERE, 512, 512)
     assert default == configs.attention_forward_config(kind, configs.TARGETS["sm_90"], 512, 512)
-    tuned.forget()
+    tuned.clear_caches()
     _write(
         table,
         {
@@ -89,7 +89,7 @@ def test_unknown_fields_and_another_triton(table: Path) -> None:
     _write(table, {"norm_forward 1024": {"config": {"block_k": 4}}})
     with pytest.raises(ValueError, match="block_k"):
         _norm_tile(768, HERE)
-    tuned.forget()
+    tuned.clear_caches()
     _write(table, {"norm_forward 1024": {"config": {"block_m": 4}}}, triton="2.0.0")
     with pytest.warns(UserWarning, match="tuned with triton 2.0.0"):
         assert _norm_tile(768, HERE).block_m == 2
@@ -115,7 +115,7 @@ def test_what_spills_or_does_not_fit_is_not_tried() -> None:
     code = """
 from fusedformer.tune.search import reason_against
 from fusedformer.tune.workloads import workloads
-from fusedformer_kernels.configs import TARGETS
+from fusedformer_kernels.runtime.configs import TARGETS
 found = {w.name: w for w in workloads()}
 w, sm_90 = found["attention_forward half 128 plain full"], TARGETS["sm_90"]
 tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "one_loop": False}
@@ -182,7 +182,7 @@ def test_the_fastest_is_written_and_read_again(
     )
     assert found.best == best and found.speedup > 1.02
     tune.write(table, [found], HERE)
-    tuned.forget()
+    tuned.clear_caches()
     config = _norm_tile(1000, HERE)
     assert (config.block_m, config.num_warps) == (best["block_m"], best["num_warps"])
     assert "norm_forward 1024" in tune.line(found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedformer import backend, nn, warmup
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 
 def test_it_launches_what_the_model_launches_and_changes_nothing(device: str) -> None:

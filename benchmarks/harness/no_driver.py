@@ -12,8 +12,8 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedformer import _backend
-from fusedformer_kernels import configs
+from fusedformer._internal import backend as backends
+from fusedformer_kernels.runtime import configs
 
 Launched = Callable[[Any, tuple[Any, ...]], None]
 
@@ -59,8 +59,8 @@ def kernels_go_nowhere(launched: Launched = lambda source, arguments: None) -> N
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    if _backend.INTERPRETER_IS_ON:
+    if backends.INTERPRETER_IS_ON:
         raise RuntimeError("kernels_go_nowhere(): unset TRITON_INTERPRET")
     driver.set_active(NoDriver(launched))
-    _backend.INTERPRETER_IS_ON = True  # CPU tensors have kernels
+    backends.INTERPRETER_IS_ON = True  # CPU tensors have kernels
     configs.assume_target(configs.TARGETS["sm_90"]).__enter__()

@@ -5,11 +5,11 @@
 """
 
 from fusedformer import functional, nn
-from fusedformer._backend import backend
-from fusedformer._graphs import Graphed, graphed
+from fusedformer._internal.backend import backend
 from fusedformer._version import __version__
-from fusedformer._warmup import warmup
 from fusedformer.fusion import FusionReport, fuse, unfuse
+from fusedformer.serving.graphs import Graphed, graphed
+from fusedformer.serving.warmup import warmup
 
 __all__ = [
     "FusionReport", "Graphed", "__version__", "backend", "functional", "fuse", "graphed", "nn",

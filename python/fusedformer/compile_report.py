@@ -55,10 +55,10 @@ def _tf32(enabled: bool) -> Iterator[None]:
 
 def compile_case(index: int, target_name: str) -> list[Row]:
     """Compile every launch of one case for one target."""
-    from fusedformer_kernels.ahead_of_time import compile_launch
-    from fusedformer_kernels.compile_cases import compile_cases
-    from fusedformer_kernels.configs import TARGETS, assume_target
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+    from fusedformer_kernels.compiler.compile_cases import compile_cases
+    from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     case, target = compile_cases()[index], TARGETS[target_name]
     dtype = str(case.dtype).removeprefix("torch.")
@@ -114,7 +114,7 @@ def compile_all(
     ``core`` leaves the core cases: every kernel, not every variant. ``quick`` does so for targets
     but sm_90, and leaves sm_90 without those that differ from another in nothing but a size.
     """
-    from fusedformer_kernels.compile_cases import compile_cases
+    from fusedformer_kernels.compiler.compile_cases import compile_cases
 
     cases = compile_cases()
     names = [case.name for case in cases]
@@ -167,7 +167,7 @@ def mixes(rows: list[Row]) -> str:
 
     Warp instructions of one pass, then the clocks of an SM for which the pass keeps its units busy.
     """
-    from fusedformer_kernels.machine_code import CLASSES
+    from fusedformer_kernels.compiler.machine_code import CLASSES
 
     units = ("product", "exp2", "issue", "fma", "alu")
     header = f"{'case':34} {'dtype':9} {'kernel':29} {'an SM':>5} "

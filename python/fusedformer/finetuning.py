@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import PrefixTuning, PromptTuning
 
@@ -74,7 +75,7 @@ def prompt_tuning(
     """
     function = "prompt_tuning"
     _check_text_model(function, model, length)
-    _checks.check_shape(function, "start_ids", start_ids, (length,), "length")
+    checks.check_shape(function, "start_ids", start_ids, (length,), "length")
     weight = model.token_table.weight.detach()
     if start_ids is None:
         start = weight.new_empty(length, weight.shape[1]).normal_(std=_DEVIATION)
@@ -133,7 +134,7 @@ class SequenceClassifier(nn.Module):
     """
 
     def __init__(self, model: Any, num_labels: int, dropout: float = 0.1) -> None:
-        _checks.check_probability("SequenceClassifier", "dropout", dropout)
+        checks.check_probability("SequenceClassifier", "dropout", dropout)
         super().__init__()
         self.model = model
         weight = model.encoder.layers[0].linear1.weight

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 
 __all__ = ["causal_lm_loss", "mask_tokens"]
 
@@ -51,7 +52,7 @@ def mask_tokens(
     """
     function = "mask_tokens"
     _check_ids(function, "input_ids", input_ids)
-    _checks.check_probability(function, "probability", probability)
+    checks.check_probability(function, "probability", probability)
     if not 0 <= mask_token_id < vocab_size:
         raise ValueError(
             f"{function}(): expected 'mask_token_id' to be from 0 to vocab_size - 1, "
@@ -65,13 +66,13 @@ def mask_tokens(
     if special_tokens_mask is not None:
         of = "that of 'input_ids'"
         name = "special_tokens_mask"
-        _checks.check_shape(function, name, special_tokens_mask, input_ids.shape, of)
+        checks.check_shape(function, name, special_tokens_mask, input_ids.shape, of)
         if special_tokens_mask.is_floating_point() or special_tokens_mask.is_complex():
             raise TypeError(
                 f"{function}(): expected '{name}' to be boolean or integer, "
                 f"but got {special_tokens_mask.dtype}"
             )
-        _checks.check_same_device(function, {"input_ids": input_ids, name: special_tokens_mask})
+        checks.check_same_device(function, {"input_ids": input_ids, name: special_tokens_mask})
         chosen &= special_tokens_mask == 0
     # Among chosen tokens the number is uniform below ``probability``.
     ids = torch.where(chosen & (draw < 0.9 * probability), random, input_ids)
@@ -116,7 +117,7 @@ def causal_lm_loss(
     Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
     """
     function = "causal_lm_loss"
-    _checks.check_input(function, "input", input)
+    checks.check_input(function, "input", input)
     _check_ids(function, "labels", labels)
     wanted = 3 if cu_seqlens is None else 2
     if input.dim() != wanted:
@@ -124,7 +125,7 @@ def causal_lm_loss(
         raise ValueError(
             f"{function}(): expected 'input' to have shape {form}, but got {tuple(input.shape)}"
         )
-    _checks.check_shape(function, "labels", labels, input.shape[:-1], "a label for each row")
+    checks.check_shape(function, "labels", labels, input.shape[:-1], "a label for each row")
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
     if cu_seqlens is not None:
@@ -140,7 +141,7 @@ def _within_sequences(
 ) -> Tensor:
     """Without the targets of last positions, and of rows that are in no sequence."""
     name = "cu_seqlens"
-    _checks.check_tensor(function, name, cu_seqlens)
+    checks.check_tensor(function, name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"{function}(): expected '{name}' to be int32 or int64, but got {cu_seqlens.dtype}"
@@ -150,7 +151,7 @@ def _within_sequences(
             f"{function}(): expected '{name}' to have shape [sequences + 1], "
             f"but got {tuple(cu_seqlens.shape)}"
         )
-    _checks.check_same_device(function, {"labels": shifted, name: cu_seqlens})
+    checks.check_same_device(function, {"labels": shifted, name: cu_seqlens})
     positions = torch.arange(shifted.shape[0], device=shifted.device, dtype=cu_seqlens.dtype)
     # Position p is its sequence's last if a sequence ends at p + 1.
     ends = torch.searchsorted(cu_seqlens, positions + 1)
@@ -159,6 +160,6 @@ def _within_sequences(
 
 
 def _check_ids(function: str, name: str, ids: Tensor) -> None:
-    _checks.check_tensor(function, name, ids)
+    checks.check_tensor(function, name, ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"{function}(): expected '{name}' to be int64, but got {ids.dtype}")

@@ -34,8 +34,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedformer
-from fusedformer import _autocast, backend, nn, parity
+from fusedformer import backend, nn, parity
 from fusedformer import functional as F
+from fusedformer._internal import autocast as _autocast
 from fusedformer.testing import assert_parity, compare
 
 HAS_GPU = torch.cuda.is_available()
@@ -140,7 +141,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
     def wide(value: Any) -> Any:
-        return _autocast.cast(F32, value)
+        return _autocast.cast(value, F32)
 
     def widened(name: str) -> Callable[..., Tensor]:
         def run(input: Tensor, where: Any, *others: Any) -> Tensor:

@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedformer
-from fusedformer import _attention_checks, backend, graphed, nn
+from fusedformer import backend, graphed, nn
 from fusedformer import functional as F
+from fusedformer._internal import attention_checks
 from fusedformer.functional import _cross_entropy, _embedding
 from fusedformer.models import BertConfig, BertEncoderModel
 from fusedformer.parity.cases import Case, all_cases
 from fusedformer.testing import compare
-from fusedformer_kernels import attention_schedule
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.attention import schedule as attention_schedule
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 HAS_GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not HAS_GPU, reason="captures need a GPU")
@@ -118,7 +119,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cross_entropy, "_check_range", lambda *args: None)
     loss = sys.modules["fusedformer.ops.linear_cross_entropy"]
     monkeypatch.setattr(loss, "_rows_that_count", lambda *args: None)
-    monkeypatch.setattr(_attention_checks, "_check_starts", lambda *args: None)
+    monkeypatch.setattr(attention_checks, "_check_starts", lambda *args: None)
 
 
 def inputs_of(case: Case, device: str, seed: int) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels import ahead_of_time, compile_cases, primitives
-from fusedformer_kernels.attention_arguments import AttentionTerms
-from fusedformer_kernels.attention_forward import attention_forward
-from fusedformer_kernels.configs import TARGETS, LaunchConfig, assume_target
-from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.norm import norm_forward
+from fusedformer_kernels.attention.arguments import AttentionTerms
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.compiler import ahead_of_time, compile_cases
+from fusedformer_kernels.rows.norm import norm_forward
+from fusedformer_kernels.runtime import primitives
+from fusedformer_kernels.runtime.configs import TARGETS, LaunchConfig, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 
 TARGET = TARGETS["sm_90"]
 

@@ -16,7 +16,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from benchmarks.harness.no_driver import kernels_go_nowhere
-from fusedformer_kernels import compile_cases, launch, rows
+from fusedformer_kernels.compiler import compile_cases
+from fusedformer_kernels.runtime import launch
+from fusedformer_kernels.rows import gather
 
 launched = []
 kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
@@ -110,7 +112,7 @@ for known in (False, True, True):
         x, first, second = kind
         launched.clear()
         launch.launch(
-            rows._gather_rows, (3,), config, x, None, aligned, first, 7, second, 1,
+            gather._gather_rows, (3,), config, x, None, aligned, first, 7, second, 1,
             BLOCK_M=4, BLOCK_N=16,
         )
         assert wanted.setdefault((plain(x), first, second), list(launched)) == launched, kind

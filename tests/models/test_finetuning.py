@@ -66,7 +66,7 @@ def stock_bert() -> Any:
 
 def counted(layers: int, frozen: int, device: str) -> tuple[Counter[str], int, list[str]]:
     """Launches of the backward, bytes kept for it, and what was trained."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     torch.manual_seed(0)
     config = BertConfig(**{**vars(BERT), "num_hidden_layers": layers})
@@ -305,7 +305,7 @@ def test_a_prefix_is_trained_as_if_it_were_the_past(name: Any) -> None:
 
 def test_kernels_read_the_prefix_where_it_is() -> None:
     """It is neither joined with a sequence's keys nor copied for each, nor for any layer."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     model = BertEncoderModel(BERT).eval()
     prefix = prefix_tuning(model, P)

@@ -149,7 +149,7 @@ class Asked(TorchDispatchMode):
 
 
 def test_a_step_waits_for_nothing_and_keeps_its_shapes(device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     config = GPTConfig(**{**vars(CONFIG), "n_layer": 1, "n_positions": 600})
     model = model_of(config).to(device)

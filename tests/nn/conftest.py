@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fusedformer
-from fusedformer._backend import Backend, chosen_backend
+from fusedformer._internal.backend import Backend, chosen_backend
 from fusedformer.testing import ParityError, assert_parity
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]

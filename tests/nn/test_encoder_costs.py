@@ -43,7 +43,7 @@ def encoder(layers: int, **settings: Any) -> nn.TransformerEncoder:
 
 def launches(stack: nn.TransformerEncoder, device: str) -> list[Counter[str]]:
     """Of forward and backward."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     stack = stack.to(device)
     src = torch.randn(N, S, E, device=device, requires_grad=True)

@@ -148,7 +148,7 @@ class Call:
             inputs["key_lengths"] = torch.tensor(some, device=device)
         keep = None
         if choice["dropout"]:
-            from fusedformer_kernels.dropout import dropout_mask
+            from fusedformer_kernels.rows.dropout import dropout_mask
 
             settings["dropout_p"] = P
             torch.manual_seed(11)

@@ -48,7 +48,7 @@ def test_nan_and_infinity_pass_through_as_in_torch(activation: str, device: str)
 @pytest.mark.parametrize("p", [0.1, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dropout_is_the_mask_of_the_seed(activation: str, p: float, device: str) -> None:
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -94,7 +94,7 @@ def test_not_training_drops_nothing(device: str) -> None:
 
 
 def test_backward_is_one_kernel_and_the_sum_of_its_partials(device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     x, bias = grad(40, 64, device=device), grad(64, device=device)
     y = F.bias_activation(x, bias)

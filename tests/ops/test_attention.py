@@ -257,7 +257,7 @@ def test_dropout_is_the_mask_of_the_seed(
     p: float, lengths: tuple[int, int], causal: bool, device: str
 ) -> None:
     """In the last case over more than one tile of keys."""
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -340,7 +340,7 @@ def test_result_does_not_depend_on_padding(dtype: torch.dtype, device: str) -> N
 
 
 def test_only_what_needs_a_gradient_is_computed(device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     inputs = qkv(device=device)
     frozen = {k: v.detach() if k != "query" else v for k, v in inputs.items()}

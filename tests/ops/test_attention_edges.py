@@ -154,7 +154,7 @@ def test_what_masks_hide_is_never_read_into_the_result(device: str) -> None:
 @pytest.mark.parametrize("key_heads", [1, 2])
 def test_dropout_with_grouped_heads_and_lengths(key_heads: int, device: str) -> None:
     """Planes of the mask are numbered by query heads, not by key heads."""
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -164,8 +164,8 @@ def test_one_part_of_the_keys_has_the_sink(name: Any, device: str) -> None:
 
 def test_rows_behind_the_last_sequence_do_not_reach_the_gradient(device: str) -> None:
     """As rows are packed without asking the device how many there are; they hold anything."""
-    from fusedformer.ops import attention_registered as registered
-    from fusedformer.ops.attention_terms import AttentionTerms
+    from fusedformer.ops.attention import registered
+    from fusedformer.ops.attention.terms import AttentionTerms
 
     query = torch.randn(1, 4, 30, 16, device=device)
     starts = torch.tensor([0, 9, 20], device=device)
@@ -214,7 +214,7 @@ def test_gradients_of_gradients(form: str) -> None:
 
 @pytest.mark.parametrize("chunk", [200, 3000], ids=["of heads", "of sequences"])
 def test_chunks_are_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusedformer.ops.attention_chunks.CHUNK", chunk)
+    monkeypatch.setattr("fusedformer.ops.attention.chunks.CHUNK", chunk)
     inputs = inputs_of(11, 13, "cpu")
     hidden = torch.rand(2, 1, 11, 13) > 0.7
     hidden[1, :, 3] = True

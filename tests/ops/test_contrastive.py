@@ -59,7 +59,7 @@ def test_strips(
     name: str, reduction: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More rows than a launch takes: columns are merged, and their gradients added up."""
-    from fusedformer_kernels import contrastive
+    from fusedformer_kernels.rows import contrastive
 
     monkeypatch.setattr(contrastive, "FORWARD_ROWS", 48)
     monkeypatch.setattr(contrastive, "BACKWARD_ROWS", 32)
@@ -116,7 +116,7 @@ def test_each_gradient_alone(
     name: str, learned: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A frozen tower costs no product, and the scale's gradient then comes of the other's."""
-    from fusedformer_kernels import contrastive
+    from fusedformer_kernels.rows import contrastive
 
     monkeypatch.setattr(contrastive, "BACKWARD_ROWS", 16)
     given = pairs(name, 37, 37, 16, device)
@@ -210,7 +210,7 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_linearly(name: str, which: str) -> None:
     """Forward and backward, on tensors without memory: at four times the batch no tensor is more
     than four times as large, and at 65,536 none has more than 4,096 rows of scores."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     largest = []
     dtype = torch.bfloat16 if which == "triton" else torch.float32
@@ -233,7 +233,7 @@ def test_memory_grows_linearly(name: str, which: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_of_a_call(name: str, device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     given = pairs(name, 20, 20, 16, device)
     with recorded_launches(run=True) as launches:

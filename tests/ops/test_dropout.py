@@ -17,7 +17,7 @@ def mask(
     seed: int, p: float, planes: int, rows: int, columns: int, device: str,
     of_attention: bool = False,
 ) -> Tensor:  # fmt: skip
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     tensor = torch.tensor([seed], dtype=torch.int64, device=device)
     return dropout_mask(tensor, p, planes, rows, columns, of_attention)

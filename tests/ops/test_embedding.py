@@ -123,7 +123,7 @@ def test_strided_parameters_of_the_norm(device: str) -> None:
 
 def test_dropout(device: str) -> None:
     """The mask that the seed says, forward and backward."""
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     given = inputs(device, 131, 9, 5)
     p = 0.3
@@ -159,7 +159,7 @@ def test_dropout(device: str) -> None:
 
 def test_frozen_parts_cost_nothing(device: str) -> None:
     """No gradient of the sum where all tables are frozen; of one table only, its own."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     given = inputs(device, 16, 20)
     for name in ("weight", "position_weight", "token_type_weight"):
@@ -179,7 +179,7 @@ def test_frozen_parts_cost_nothing(device: str) -> None:
 
 
 def test_one_launch_forward(device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     with backend("triton"), recorded_launches(run=True) as launches:
         functional.embedding_layer_norm(**inputs(device, 16, 20), p=0.1)

@@ -12,7 +12,7 @@ from fusedformer import backend, reference
 from fusedformer import functional as F
 from fusedformer.report.measure import peak_memory
 from fusedformer.testing import assert_parity
-from fusedformer_kernels.launch import recorded_launches
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 op = importlib.import_module("fusedformer.ops.linear_cross_entropy")  # not the function
 BACKENDS = pytest.mark.parametrize("name", ["triton", "torch"])

@@ -116,7 +116,7 @@ def test_sum_alone(dtype: torch.dtype, bias: bool, device: str) -> None:
 )
 def test_dropout_is_the_mask_of_the_seed(name: str, width: int, p: float, device: str) -> None:
     """Forward and backward apply the mask that torch's generator gives."""
-    from fusedformer_kernels.dropout import dropout_mask
+    from fusedformer_kernels.rows.dropout import dropout_mask
 
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -174,7 +174,7 @@ def test_empty_batch(shape: tuple[int, ...], device: str) -> None:
 
 def test_frozen_parameters_cost_no_kernel(device: str) -> None:
     """No partial sums are added up for a weight without requires_grad."""
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     names = {}
     for frozen in (True, False):
@@ -189,7 +189,7 @@ def test_frozen_parameters_cost_no_kernel(device: str) -> None:
 
 
 def test_one_kernel_forward(device: str) -> None:
-    from fusedformer_kernels.launch import recorded_launches
+    from fusedformer_kernels.runtime.launch import recorded_launches
 
     x, residual = torch.randn(2, 6, 32, device=device)
     with recorded_launches(run=True) as launches:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.ops  # noqa: F401 (registers the ops)
-from fusedformer.ops.attention_terms import AttentionTerms
+from fusedformer.ops.attention.terms import AttentionTerms
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -361,6 +361,6 @@ def test_every_registered_op_is_checked() -> None:
 
 
 def test_the_kernels_know_the_terms_by_the_same_names() -> None:
-    from fusedformer_kernels import attention_arguments
+    from fusedformer_kernels.attention import arguments as attention_arguments
 
     assert attention_arguments.AttentionTerms._fields == AttentionTerms._fields

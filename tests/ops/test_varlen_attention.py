@@ -156,7 +156,7 @@ def test_a_bound_on_the_longest_is_enough(device: str) -> None:
 
 def test_long_sequences_start_first(device: str) -> None:
     """Every block once; those that walk most first; the rest of the list says so."""
-    from fusedformer_kernels.attention_schedule import work_list
+    from fusedformer_kernels.attention.schedule import work_list
 
     lengths = [3, 0, 300, 130, 64, 300]
     starts = starts_of(lengths, device)
@@ -170,7 +170,7 @@ def test_long_sequences_start_first(device: str) -> None:
 
 
 def test_more_sequences_than_one_chunk_of_the_schedule(device: str) -> None:
-    from fusedformer_kernels.attention_schedule import work_list
+    from fusedformer_kernels.attention.schedule import work_list
 
     lengths = [1 + (37 * i) % 90 for i in range(600)]
     starts = starts_of(lengths, device)

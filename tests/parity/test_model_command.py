@@ -81,7 +81,7 @@ def test_a_fused_model_with_a_fault_fails(
         model.encoder.layer[1].attention.self.scaling *= 1.01
         return report
 
-    monkeypatch.setattr(fusedformer, "fuse", faulty)
+    monkeypatch.setattr("fusedformer.parity.models.fuse", faulty)
     assert parity.main(["--model", _config(tmp_path, "bert", **TEXT)]) == 1
     said = capsys.readouterr().out
     assert "faster than stock: encoder.layer.1.attention.self" in said and "FAIL" in said

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusedformer import _backend, functional, parity
+from fusedformer import functional, parity
+from fusedformer._internal import backend as backends
 from fusedformer.parity.cases import Case, all_cases
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def test_every_public_op_is_there_also_with_quick() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_aten_backend_passes(name: str) -> None:
-    with _backend.backend("torch"):
+    with backends.backend("torch"):
         for record in parity.run_case(CASES[name], torch.float32, CPU):
             assert record["passed"], record["fault"]
 
@@ -43,7 +44,7 @@ def test_a_result_that_is_off_fails(name: str) -> None:
         return tuple(t * off_by for t in found) if isinstance(found, tuple) else found * off_by
 
     op = dataclasses.replace(case.op, candidate=off)
-    with _backend.backend("torch"):
+    with backends.backend("torch"):
         records = parity.run_case(dataclasses.replace(case, op=op), torch.float32, CPU)
     assert not any(record["passed"] for record in records)
     assert parity.share_of_limit(records[0]) == math.inf
@@ -51,7 +52,7 @@ def test_a_result_that_is_off_fails(name: str) -> None:
 
 def test_each_gradient_is_compared() -> None:
     case = CASES["scaled_dot_product_attention, broadcast additive mask"]
-    with _backend.backend("torch"):
+    with backends.backend("torch"):
         found = [r["tensor"] for r in parity.run_case(case, torch.float32, CPU)]
     wanted = ("query", "key", "value", "attn_mask")
     assert found == ["output 0", *(f"grad of {name}" for name in wanted)]
@@ -101,8 +102,8 @@ def test_without_a_gpu_the_kernels_run_interpreted_in_another_process(
 
     monkeypatch.setattr("fusedformer.parity.command.subprocess.run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_backend, "INTERPRETER_IS_ON", False)
-    monkeypatch.setattr(_backend, "TRITON_IS_INSTALLED", True)
+    monkeypatch.setattr(backends, "INTERPRETER_IS_ON", False)
+    monkeypatch.setattr(backends, "TRITON_IS_INSTALLED", True)
     assert parity.main(["--backend", "triton", "--quick"]) == 7
     command = [sys.executable, "-m", "fusedformer", "parity", "--backend", "triton", "--quick"]
     assert seen == [(command, "1")]

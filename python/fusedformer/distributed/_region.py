@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
-from fusedformer._backend import chosen_backend
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.functional._steps import seeds_added_to
 from fusedformer.nn import MultiheadAttention
 

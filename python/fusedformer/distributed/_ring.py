@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedformer import _attention_checks, ops
-from fusedformer._autocast import autocast_dtype, autocast_off, cast
-from fusedformer._backend import chosen_backend
+from fusedformer import ops
+from fusedformer._internal import attention_checks
+from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.distributed._agreement import agree
 from fusedformer.distributed._sequence import Span, spans_of
-from fusedformer.ops.attention_terms import N_TENSORS, AttentionTerms
+from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Part = tuple[Span, Span, AttentionTerms]  # queries, keys, and what their scores depend on
@@ -98,7 +99,7 @@ def ring_attention(
     options |= {"key_mask": key_mask, "key_lengths": key_lengths, "return_weights": False}
 
     def describe() -> dict[str, object]:
-        _attention_checks.check_attention(query, key, value, options, function)
+        attention_checks.check_attention(query, key, value, options, function)
         _check_dense_batch(function, query, key, value, enable_gqa)
         lengths = {"query": query.shape[2], "key": key.shape[2]}
         _check_balanced(function, lengths, load_balance)
@@ -108,7 +109,7 @@ def ring_attention(
         })  # fmt: skip
 
     agree(function, group, describe, check)
-    left, right = ops.band(window, is_causal)
+    left, right = ops.window_bounds(window, is_causal)
     terms = AttentionTerms(
         key_mask=key_mask, key_lengths=key_lengths, seed=ops.draw_seed(dropout_p, query.device),
         p=dropout_p, left=left, right=right, scale=ops.scale_of(scale, query), softcap=softcap,
@@ -164,7 +165,7 @@ def ring_varlen_attention(
     options = _options(is_causal, None, dropout_p, scale, enable_gqa, softcap)
 
     def describe() -> dict[str, object]:
-        _attention_checks.check_spread_rows(
+        attention_checks.check_spread_rows(
             function, query, key, value, cu_seqlens, max_seqlen, options, ranks
         )
         _check_balanced(function, {"query": query.shape[0]}, load_balance)
@@ -361,7 +362,7 @@ def _attend(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Query, key and value as ``scaled_dot_product_attention`` would cast them."""
     dtype = autocast_dtype("scaled_dot_product_attention", tensors[0])
-    return tensors if dtype is None else tuple(cast(dtype, tensor) for tensor in tensors)
+    return tensors if dtype is None else tuple(cast(tensor, dtype) for tensor in tensors)
 
 
 def _travelling(key: Tensor, value: Tensor, terms: AttentionTerms) -> list[Tensor]:

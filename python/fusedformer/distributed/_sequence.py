@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedformer import _checks
+from fusedformer._internal import checks
 from fusedformer.distributed._agreement import agree
 
 
@@ -66,7 +66,7 @@ def split_sequence(
     Source: the order with load balance: Llama Team, The Llama 3 Herd of Models, arXiv:2407.21783,
     section 3.3.2.
     """
-    _checks.check_tensor("split_sequence", "tensor", tensor)
+    checks.check_tensor("split_sequence", "tensor", tensor)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     size = tensor.shape[dim]
     multiple = 2 * ranks if load_balance else ranks
@@ -103,7 +103,7 @@ def join_sequence(
     function = "join_sequence"
 
     def describe() -> dict[str, object]:
-        _checks.check_tensor(function, "tensor", tensor)
+        checks.check_tensor(function, "tensor", tensor)
         if load_balance and tensor.shape[dim] % 2:
             raise ValueError(
                 f"{function}(): expected the size of dimension {dim} of 'tensor' to be even with "

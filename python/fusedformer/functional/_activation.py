@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fusedformer import _checks, ops
+from fusedformer import ops
+from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
@@ -44,18 +45,18 @@ def bias_activation(
     return ops.bias_activation(input, bias, activation, p if training else 0.0)
 
 
-@_checks.remembered
+@checks.remembered
 def _check_bias_activation(
     input: Tensor, bias: Tensor | None, activation: Activation, p: float
 ) -> None:
     function = "bias_activation"
-    _checks.check_input(function, "input", input)
+    checks.check_input(function, "input", input)
     if activation not in ACTIVATIONS:
         raise BadValueError(
             f"{function}(): expected 'activation' to be one of {ACTIVATIONS}, "
             f"but got {activation!r}"
         )
     of = "the last dimension of 'input'"
-    _checks.check_parameter(function, "bias", bias, input.shape[-1:], of)
-    _checks.check_same_device(function, {"input": input, "bias": bias})
-    _checks.check_probability(function, "p", p)
+    checks.check_parameter(function, "bias", bias, input.shape[-1:], of)
+    checks.check_same_device(function, {"input": input, "bias": bias})
+    checks.check_probability(function, "p", p)

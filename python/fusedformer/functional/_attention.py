@@ -7,9 +7,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fusedformer import _attention_checks, ops
-from fusedformer._autocast import autocast_dtype, cast
-from fusedformer._jagged import jagged_like
+from fusedformer import ops
+from fusedformer._internal import attention_checks
+from fusedformer._internal.autocast import autocast_dtype, cast
+from fusedformer._internal.jagged import jagged_like
 
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -124,12 +125,12 @@ def scaled_dot_product_attention(
     }  # fmt: skip
     tensors = (query, key, value)
     if all(isinstance(t, Tensor) and t.is_nested for t in tensors):
-        _attention_checks.check_nested(*tensors, key_mask, return_weights)
+        attention_checks.check_nested(*tensors, key_mask, return_weights)
         return _nested_attention(query, key, value, options)
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
-    query, key, value = _of_one_rank(query, key, value)
+    query, key, value = _with_equal_ranks(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
-    _attention_checks.check_attention(query, key, value, options)
+    attention_checks.check_attention(query, key, value, options)
     return ops.scaled_dot_product_attention(
         query, key, value, **options,
         weights_dtype=autocast_dtype("softmax", query) if return_weights else None,
@@ -144,11 +145,11 @@ def _autocast(
     if dtype is None:
         return query, key, value, mask
     if not (isinstance(mask, Tensor) and mask.dtype == torch.float32):
-        mask = cast(dtype, mask)
-    return cast(dtype, query), cast(dtype, key), cast(dtype, value), mask
+        mask = cast(mask, dtype)
+    return cast(query, dtype), cast(key, dtype), cast(value, dtype), mask
 
 
-def _of_one_rank(*tensors: Tensor) -> list[Tensor]:
+def _with_equal_ranks(*tensors: Tensor) -> list[Tensor]:
     """With dimensions of size 1 in front, as broadcasting adds them; what is wrong stays wrong."""
     if len({t.dim() for t in tensors if isinstance(t, Tensor)}) == 1:
         return list(tensors)
@@ -260,7 +261,7 @@ def varlen_attention(
     }  # fmt: skip
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _attention_checks.check_varlen(query, key, value, *where, options)
+    attention_checks.check_varlen(query, key, value, *where, options)
     return ops.varlen_attention(query, key, value, *where, return_lse=return_lse, **options)
 
 
@@ -286,7 +287,7 @@ def merge_attention_states(
 
     Source: Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889.
     """
-    _attention_checks.check_merge(output1, lse1, output2, lse2)
+    attention_checks.check_merge(output1, lse1, output2, lse2)
     return ops.merge_attention_states(output1, lse1, output2, lse2)
 
 
@@ -314,5 +315,5 @@ def relative_position_bias(
 
     Source: Raffel et al., Exploring the Limits of Transfer Learning, arXiv:1910.10683, section 2.1.
     """
-    _attention_checks.check_relative_position_bias(weight, bidirectional, max_distance)
+    attention_checks.check_relative_position_bias(weight, bidirectional, max_distance)
     return ops.relative_position_bias(weight, bidirectional, max_distance)

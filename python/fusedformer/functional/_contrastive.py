@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, ops
-from fusedformer._autocast import autocast_dtype, cast
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype, cast
 from fusedformer.errors import BadTypeError, BadValueError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def sigmoid_contrastive_loss(
 def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """As autocast has the factors of a product."""
     dtype = autocast_dtype("linear", a, b)
-    return (a, b) if dtype is None else (cast(dtype, a), cast(dtype, b))
+    return (a, b) if dtype is None else (cast(a, dtype), cast(b, dtype))
 
 
 def _check_pairs(
@@ -123,8 +124,8 @@ def _check_pairs(
     group: object,
 ) -> None:
     for name, tensor in (("a", a), ("b", b)):
-        _checks.check_tensor(function, name, tensor)
-        _checks.check_floating(function, name, tensor)
+        checks.check_tensor(function, name, tensor)
+        checks.check_floating(function, name, tensor)
         if tensor.dim() != 2:
             raise BadValueError(
                 f"{function}(): expected '{name}' to have shape [rows, dims], "
@@ -134,15 +135,15 @@ def _check_pairs(
     for name, value in scalars.items():
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             continue
-        _checks.check_tensor(function, name, value)
-        _checks.check_floating(function, name, value)
+        checks.check_tensor(function, name, value)
+        checks.check_floating(function, name, value)
         if value.numel() != 1:
             raise BadValueError(
                 f"{function}(): expected '{name}' to have 1 element, "
                 f"but got shape {tuple(value.shape)}"
             )
         tensors[name] = value
-    _checks.check_same_device(function, tensors)
+    checks.check_same_device(function, tensors)
     if a.dtype != b.dtype:
         raise BadTypeError(
             f"{function}(): expected 'a' and 'b' to have the same dtype, "

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from fusedformer import _checks, ops
-from fusedformer._autocast import autocast_dtype
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -60,13 +61,13 @@ def cross_entropy(
     function = "cross_entropy"
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    _checks.check_input(function, "input", input)
-    _checks.check_tensor(function, "target", target)
+    checks.check_input(function, "input", input)
+    checks.check_tensor(function, "target", target)
     classes = input.shape[0 if input.dim() == 1 else 1]
     positions = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
     target = _checked_target(function, target, positions, tuple(input.shape))
     _check_settings(function, weight, classes, reduction, label_smoothing)
-    _checks.check_same_device(function, {"input": input, "target": target, "weight": weight})
+    checks.check_same_device(function, {"input": input, "target": target, "weight": weight})
     _check_range(function, target, classes, ignore_index)
     return ops.cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing,
@@ -123,9 +124,9 @@ def linear_cross_entropy(
     and Hsu et al., Liger Kernel, arXiv:2410.10989 (gradients in the forward).
     """
     function = "linear_cross_entropy"
-    _checks.check_input(function, "input", input)
-    _checks.check_tensor(function, "target", target)
-    _checks.check_tensor(function, "linear_weight", linear_weight)
+    checks.check_input(function, "input", input)
+    checks.check_tensor(function, "target", target)
+    checks.check_tensor(function, "linear_weight", linear_weight)
     features = input.shape[-1]
     if linear_weight.dim() != 2 or linear_weight.shape[1] != features:
         raise BadValueError(
@@ -134,7 +135,7 @@ def linear_cross_entropy(
         )
     classes = linear_weight.shape[0]
     of = "one for each row of 'linear_weight'"
-    _checks.check_parameter(function, "linear_bias", linear_bias, (classes,), of)
+    checks.check_parameter(function, "linear_bias", linear_bias, (classes,), of)
     dtype = autocast_dtype("linear", input)
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype and dtype is None:
@@ -149,7 +150,7 @@ def linear_cross_entropy(
         "input": input, "linear_weight": linear_weight, "target": target,
         "linear_bias": linear_bias, "weight": weight,
     }  # fmt: skip
-    _checks.check_same_device(function, tensors)
+    checks.check_same_device(function, tensors)
     ignored = -100 if ignore_index is None else ignore_index
     _check_range(function, target, classes, ignored)
     return ops.linear_cross_entropy(
@@ -162,14 +163,14 @@ def _checked_target(
     function: str, target: Tensor, positions: tuple[int, ...], logits: tuple[int, ...]
 ) -> Tensor:
     """``target``, classes in int64."""
-    probabilities = target.dtype in _checks.FLOATING_DTYPES
+    probabilities = target.dtype in checks.FLOATING_DTYPES
     if not probabilities and target.dtype not in (torch.int64, torch.uint8):
         raise BadTypeError(
             f"{function}(): expected 'target' to hold classes (int64, uint8) or "
             f"probabilities (floating-point), but got {target.dtype}"
         )
     of = "a probability for each logit" if probabilities else "a class for each row"
-    _checks.check_shape(function, "target", target, logits if probabilities else positions, of)
+    checks.check_shape(function, "target", target, logits if probabilities else positions, of)
     return target.long() if target.dtype == torch.uint8 else target
 
 
@@ -178,7 +179,7 @@ def _check_settings(
 ) -> None:
     if not classes:
         raise BadValueError(f"{function}(): expected at least 1 class, but got 0")
-    _checks.check_parameter(function, "weight", weight, (classes,), "one for each class")
+    checks.check_parameter(function, "weight", weight, (classes,), "one for each class")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise BadValueError(
             f"{function}(): expected 'weight' not to require a gradient, which it has not"
@@ -187,14 +188,14 @@ def _check_settings(
         raise BadValueError(
             f"{function}(): expected 'reduction' to be one of {REDUCTIONS}, but got {reduction!r}"
         )
-    _checks.check_probability(function, "label_smoothing", label_smoothing)
+    checks.check_probability(function, "label_smoothing", label_smoothing)
 
 
 def _check_range(function: str, target: Tensor, classes: int, ignore_index: int) -> None:
     if target.is_floating_point():
         return
     # On a GPU, looking would wait for it.
-    if target.device.type != "cpu" or not target.numel() or not _checks.has_values(target):
+    if target.device.type != "cpu" or not target.numel() or not checks.has_values(target):
         return
     low, high = (int(bound) for bound in torch.aminmax(target))
     if low >= 0 and high < classes:

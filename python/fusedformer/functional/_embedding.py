@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, ops
-from fusedformer._autocast import autocast_dtype
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 
 _FUNCTION = "embedding_layer_norm"
@@ -69,11 +70,11 @@ def embedding_layer_norm(
     _check_tables(tables)
     of = "the width of 'weight'"
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        _checks.check_parameter(_FUNCTION, name, parameter, weight.shape[1:], of)
+        checks.check_parameter(_FUNCTION, name, parameter, weight.shape[1:], of)
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    _checks.check_same_device(_FUNCTION, {**tables, **ids, **others})
-    _checks.check_number(_FUNCTION, "eps", eps)
-    _checks.check_probability(_FUNCTION, "p", p)
+    checks.check_same_device(_FUNCTION, {**tables, **ids, **others})
+    checks.check_number(_FUNCTION, "eps", eps)
+    checks.check_probability(_FUNCTION, "p", p)
     if (position_ids is None) != (position_weight is None):
         given = "'position_ids'" if position_weight is None else "'position_weight'"
         raise BadValueError(
@@ -108,14 +109,14 @@ def _check_ids(ids: dict[str, Tensor | None]) -> None:
     for name, tensor in ids.items():
         if tensor is None and name != "input":
             continue
-        _checks.check_tensor(_FUNCTION, name, tensor)
+        checks.check_tensor(_FUNCTION, name, tensor)
         assert tensor is not None
         if tensor.dtype not in (torch.int32, torch.int64):
             raise BadTypeError(
                 f"{_FUNCTION}(): expected '{name}' to be int32 or int64, but got {tensor.dtype}"
             )
         shape = tensor.shape if shape is None else shape
-        _checks.check_shape(_FUNCTION, name, tensor, shape, "that of 'input'")
+        checks.check_shape(_FUNCTION, name, tensor, shape, "that of 'input'")
 
 
 def _check_tables(tables: dict[str, Tensor | None]) -> None:
@@ -124,9 +125,9 @@ def _check_tables(tables: dict[str, Tensor | None]) -> None:
     for name, table in tables.items():
         if table is None and name != "weight":
             continue
-        _checks.check_tensor(_FUNCTION, name, table)
+        checks.check_tensor(_FUNCTION, name, table)
         assert table is not None
-        _checks.check_floating(_FUNCTION, name, table)
+        checks.check_floating(_FUNCTION, name, table)
         dtype = table.dtype if dtype is None else dtype
         if table.dim() != 2 or table.shape[1] != (table.shape[1] if width is None else width):
             columns = "E" if width is None else width
@@ -144,7 +145,7 @@ def _check_tables(tables: dict[str, Tensor | None]) -> None:
 
 def _check_range(name: str, ids: Tensor, table: str, count: int) -> None:
     # On a GPU, looking would wait for it.
-    if ids.device.type != "cpu" or not _checks.has_values(ids) or not ids.numel():
+    if ids.device.type != "cpu" or not checks.has_values(ids) or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= count:

@@ -7,8 +7,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fusedformer import _checks, ops
-from fusedformer._autocast import autocast_dtype
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -189,12 +190,12 @@ def dropout_add(
     Raises:
         TypeError, ValueError: as :func:`dropout_add_layer_norm`.
     """
-    _checks.check_input("dropout_add", "input", input)
+    checks.check_input("dropout_add", "input", input)
     _check_dropout_add("dropout_add", input, residual, tuple(input.shape[-1:]), input_bias, p)
     return ops.dropout_add(input, residual, input_bias=input_bias, p=p if training else 0.0)
 
 
-@_checks.remembered
+@checks.remembered
 def _check_norm(
     function: str,
     input: Tensor,
@@ -203,7 +204,7 @@ def _check_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[int, ...]:
-    _checks.check_input(function, "input", input)
+    checks.check_input(function, "input", input)
     if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
         raise BadTypeError(
             f"{function}(): expected 'normalized_shape' to be a sequence of integers, but got "
@@ -216,14 +217,14 @@ def _check_norm(
             f"a 'normalized_shape' of at least 1 dimension, but got normalized_shape={shape} and "
             f"input of shape {tuple(input.shape)}"
         )
-    _checks.check_parameter(function, "weight", weight, shape, "normalized_shape")
-    _checks.check_parameter(function, "bias", bias, shape, "normalized_shape")
-    _checks.check_number(function, "eps", eps)
-    _checks.check_same_device(function, {"input": input, "weight": weight, "bias": bias})
+    checks.check_parameter(function, "weight", weight, shape, "normalized_shape")
+    checks.check_parameter(function, "bias", bias, shape, "normalized_shape")
+    checks.check_number(function, "eps", eps)
+    checks.check_same_device(function, {"input": input, "weight": weight, "bias": bias})
     return shape
 
 
-@_checks.remembered
+@checks.remembered
 def _check_fused_norm(
     function: str,
     input: Tensor,
@@ -240,7 +241,7 @@ def _check_fused_norm(
     return shape
 
 
-@_checks.remembered
+@checks.remembered
 def _check_dropout_add(
     function: str,
     input: Tensor,
@@ -249,12 +250,12 @@ def _check_dropout_add(
     input_bias: Tensor | None,
     p: float,
 ) -> None:
-    _checks.check_tensor(function, "residual", residual)
-    _checks.check_shape(function, "residual", residual, input.shape, "that of 'input'")
-    _checks.check_floating(function, "residual", residual)
+    checks.check_tensor(function, "residual", residual)
+    checks.check_shape(function, "residual", residual, input.shape, "that of 'input'")
+    checks.check_floating(function, "residual", residual)
     of = "the last dimensions of 'input'"
-    _checks.check_parameter(function, "input_bias", input_bias, shape, of)
-    _checks.check_same_device(
+    checks.check_parameter(function, "input_bias", input_bias, shape, of)
+    checks.check_same_device(
         function, {"input": input, "residual": residual, "input_bias": input_bias}
     )
-    _checks.check_probability(function, "p", p)
+    checks.check_probability(function, "p", p)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks, ops
-from fusedformer._onlookers import is_traced, stands_for_many
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.onlookers import is_traced, stands_for_many
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -100,7 +101,7 @@ class Packing(NamedTuple):
 
 def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
     function = "Packing.of"
-    _checks.check_tensor(function, "keep", keep)
+    checks.check_tensor(function, "keep", keep)
     if keep.dtype != torch.bool:
         raise BadTypeError(
             f"{function}(): expected 'keep' to be boolean (True = real), but got {keep.dtype}"
@@ -247,11 +248,11 @@ def unpack(input: Tensor, packing: Packing) -> Tensor:
 def _check(
     function: str, input: Tensor, packing: Packing, leading: tuple[int, ...], of: str
 ) -> None:
-    _checks.check_tensor(function, "input", input)
-    _checks.check_floating(function, "input", input)
+    checks.check_tensor(function, "input", input)
+    checks.check_floating(function, "input", input)
     if tuple(input.shape[: len(leading)]) != leading or input.dim() <= len(leading):
         raise BadValueError(
             f"{function}(): expected 'input' to have shape {leading} ({of}) and more, "
             f"but got {tuple(input.shape)}"
         )
-    _checks.check_same_device(function, {"input": input, "packing": packing.indices})
+    checks.check_same_device(function, {"input": input, "packing": packing.indices})

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, ops
+from fusedformer import ops
+from fusedformer._internal import checks
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional._packing import Packing, _packing, _starts, with_empty_tail
 
@@ -53,9 +54,9 @@ class Selection(NamedTuple):
 def check_output_rows(function: str, output_rows: Tensor, batch: int, length: int) -> None:
     """Raise unless it is boolean ``[batch, length]`` or columns ``[batch, rows]``."""
     name = "output_rows"
-    _checks.check_tensor(function, name, output_rows)
+    checks.check_tensor(function, name, output_rows)
     if output_rows.dtype == torch.bool:
-        _checks.check_shape(function, name, output_rows, (batch, length), "batch, length")
+        checks.check_shape(function, name, output_rows, (batch, length), "batch, length")
     elif output_rows.dtype != torch.int64:
         raise BadTypeError(
             f"{function}(): expected '{name}' to be boolean [batch, length] or int64 "
@@ -67,7 +68,7 @@ def check_output_rows(function: str, output_rows: Tensor, batch: int, length: in
             f"sequence), but got {tuple(output_rows.shape)}"
         )
     elif (
-        output_rows.device.type == "cpu" and _checks.has_values(output_rows) and output_rows.numel()
+        output_rows.device.type == "cpu" and checks.has_values(output_rows) and output_rows.numel()
     ):
         low, high = int(output_rows.min()), int(output_rows.max())
         if low < 0 or high >= length:

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, ops
-from fusedformer._autocast import autocast_dtype
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -82,7 +83,7 @@ def _softmax(
     mask: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
-    _checks.check_tensor(function, "input", input)
+    checks.check_tensor(function, "input", input)
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
         warnings.warn(
@@ -100,7 +101,7 @@ def _softmax(
     )
 
 
-@_checks.remembered
+@checks.remembered
 def _check_softmax(
     function: str,
     input: Tensor,
@@ -122,16 +123,16 @@ def _check_softmax(
             f"[{-rank}, {rank - 1}], but got {dim})"
         )
     if dtype is None:
-        _checks.check_floating(function, "input", input)
+        checks.check_floating(function, "input", input)
         dtype = input.dtype
-    elif dtype not in _checks.FLOATING_DTYPES:
+    elif dtype not in checks.FLOATING_DTYPES:
         raise BadTypeError(f"{function}(): expected 'dtype' to be floating-point, but got {dtype}")
     if input.is_complex():
         raise BadTypeError(f"{function}(): expected 'input' to be real, but got {input.dtype}")
-    _checks.check_number(function, "scale", scale)
+    checks.check_number(function, "scale", scale)
     if mask is not None:
-        _checks.check_mask(function, "mask", mask, input.shape)
-        _checks.check_same_device(function, {"input": input, "mask": mask})
+        checks.check_mask(function, "mask", mask, input.shape)
+        checks.check_same_device(function, {"input": input, "mask": mask})
     if is_causal and (input.dim() < 2 or dim % rank != rank - 1):
         raise BadValueError(
             f"{function}(): is_causal=True needs at least 2 dimensions and dim to be the last, "

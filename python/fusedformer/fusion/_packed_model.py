@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import functional
-from fusedformer._checks import has_values
+from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._rows import needs_batch

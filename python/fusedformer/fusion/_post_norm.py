@@ -18,7 +18,7 @@ from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.nn import LayerNorm
-from fusedformer.nn._modules import Pending, fused_activation, is_plain, product
+from fusedformer.nn._modules import Pending, fused_activation, is_plain, project
 from fusedformer.nn._stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
@@ -80,7 +80,7 @@ class PostNormLayer:
             module, q, k, v, attention_mask, dropout=_p(parts.attention_dropout),
             scaling=module.scaling, **kwargs,
         )
-        joined = product(heads.flatten(-2), parts.out)
+        joined = project(heads.flatten(-2), parts.out)
         x = Pending(*joined, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
         name = _activation_name(parts.activation)
         block = FeedForward(

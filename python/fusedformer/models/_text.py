@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._selection import check_output_rows
 from fusedformer.models.generation import KeyValueCache
@@ -147,7 +148,7 @@ class TextModel(nn.Module):
     def _check(self, input_ids: Tensor, longest: int | None, **alike: Tensor | None) -> None:
         """Raise unless ids are ``[B, L]``, L at most ``longest``, and the others of that shape."""
         function = type(self).__name__
-        _checks.check_tensor(function, "input_ids", input_ids)
+        checks.check_tensor(function, "input_ids", input_ids)
         if input_ids.dim() != 2:
             raise ValueError(
                 f"{function}(): expected 'input_ids' of shape [B, L], "
@@ -166,7 +167,7 @@ class TextModel(nn.Module):
             )
         for name, tensor in alike.items():
             of = "that of 'input_ids'"
-            _checks.check_shape(function, name, tensor, tuple(input_ids.shape), of)
+            checks.check_shape(function, name, tensor, tuple(input_ids.shape), of)
 
 
 def _behind(ids: Tensor, count: int, first: int) -> Tensor:

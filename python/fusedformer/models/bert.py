@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.models._huggingface import (
     ACTIVATIONS,
     HuggingFaceWeights,
@@ -295,17 +296,17 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         """
         function = "BertEncoderModel.loss"
         batch_and_length = tuple(input_ids.shape)
-        _checks.check_shape(function, "labels", labels, batch_and_length, "that of 'input_ids'")
+        checks.check_shape(function, "labels", labels, batch_and_length, "that of 'input_ids'")
         of = "one for each sequence"
         shape = batch_and_length[:1]
-        _checks.check_shape(function, "next_sentence_label", next_sentence_label, shape, of)
+        checks.check_shape(function, "next_sentence_label", next_sentence_label, shape, of)
         if labels is None:
             if next_sentence_label is None:
                 raise ValueError(f"{function}(): expected 'labels' or 'next_sentence_label'")
             logits = self._head("nsp", self.nsp)(self.pooled(input_ids, **inputs))
             return functional.cross_entropy(logits, next_sentence_label)
         head = self._head("mlm", self.mlm)
-        if self.encoder.static_shapes or not _checks.has_values(labels):
+        if self.encoder.static_shapes or not checks.has_values(labels):
             hidden, targets = self(input_ids, **inputs).flatten(0, 1), labels.flatten()
             firsts = torch.arange(input_ids.shape[0], device=hidden.device) * input_ids.shape[1]
         else:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.functional import Packing
 from fusedformer.functional._steps import self_attention
 from fusedformer.models.prompts import PrefixTuning
@@ -264,7 +265,7 @@ def generate(
 def _check_settings(
     function: str, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    _checks.check_number(function, "temperature", temperature)
+    checks.check_number(function, "temperature", temperature)
     if not temperature >= 0.0:
         raise ValueError(
             f"{function}(): expected 'temperature' to be at least 0, but got {temperature}"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_dtype
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional._packing import with_empty_tail
@@ -77,7 +77,7 @@ def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:
 
 def check_rank(function: str, name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a padded batch of sequences, or one sequence."""
-    _checks.check_tensor(function, name, tensor)
+    checks.check_tensor(function, name, tensor)
     if tensor.is_nested:
         raise BadTypeError(f"{function}(): expected '{name}' to be padded, but got a nested tensor")
     if tensor.dim() not in (2, 3):
@@ -95,7 +95,7 @@ def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight:
             f"{function}(): expected the last dimension of '{name}' to be {width}, "
             f"but got shape {tuple(tensor.shape)}"
         )
-    _checks.check_same_device(function, {name: tensor, "weight": weight})
+    checks.check_same_device(function, {name: tensor, "weight": weight})
     if tensor.dtype != weight.dtype and autocast_dtype("linear", tensor, weight) is None:
         raise BadTypeError(
             f"{function}(): expected '{name}' to have the dtype of the parameters, "
@@ -109,13 +109,13 @@ def check_padding_mask(
     """Raise unless ``mask`` is boolean or floating, ``[batch, keys]``, unbatched ``[keys]``."""
     _check_mask_type(function, name, mask)
     if batched:
-        _checks.check_shape(function, name, mask, (batch, keys), "batch, keys")
+        checks.check_shape(function, name, mask, (batch, keys), "batch, keys")
     else:
-        _checks.check_shape(function, name, mask, (keys,), "keys, for unbatched input")
+        checks.check_shape(function, name, mask, (keys,), "keys, for unbatched input")
 
 
 def _check_mask_type(function: str, name: str, mask: Tensor) -> None:
-    _checks.check_tensor(function, name, mask)
+    checks.check_tensor(function, name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise BadTypeError(
             f"{function}(): expected '{name}' to be boolean (True = masked) or floating-point "
@@ -137,7 +137,7 @@ def is_causal_mask(mask: Tensor | None, length: int) -> bool:
     ``torch.compile``, the answer is False: the mask is then applied as it stands, with the same
     result.
     """
-    if mask is None or mask.shape != (length, length) or not _checks.has_values(mask):
+    if mask is None or mask.shape != (length, length) or not checks.has_values(mask):
         return False
     masked = 1.0 if mask.dtype == torch.bool else -torch.inf
     causal = torch.full((length, length), masked, dtype=mask.dtype, device=mask.device).triu(1)

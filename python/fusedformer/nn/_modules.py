@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer import functional
-from fusedformer._backend import chosen_backend
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Activation
 from fusedformer.functional._steps import FeedForward, feed_forward, linear
@@ -86,7 +86,7 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
                 yield hook
 
 
-def called(layer: Any, *args: Any) -> Any:
+def call_packed(layer: Any, *args: Any) -> Any:
     """``layer._packed(*args)`` of what :func:`must_be_called`, as one of its calls."""
     if is_sharded(layer) and "_packed" not in layer.__dict__:
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -95,7 +95,7 @@ def called(layer: Any, *args: Any) -> Any:
     return layer._packed(*args)
 
 
-def product(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def project(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """``x @ weight.T``, and the bias that is still to be added, if any.
 
     The kernels add it on their way; ATen adds it for free within the product.

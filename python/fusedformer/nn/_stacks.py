@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_traced_by_jit, stands_for_many
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_traced_by_jit, stands_for_many
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional._packing import whole_packing
@@ -62,17 +62,17 @@ def is_batch_first(stack: Any) -> bool:
     return bool(getattr(attention, "batch_first", False))
 
 
-def heads_of(stack: Any) -> int:
+def heads_in_stack(stack: Any) -> int:
     """Attention heads of the first layer, which :func:`is_fused`; 1 without layers."""
     return stack.layers[0].self_attn.num_heads if len(stack.layers) else 1
 
 
-def opened(x: Tensor, pending: Pending | None) -> Tensor:
+def layer_input(x: Tensor, pending: Pending | None) -> Tensor:
     """What a layer starts from: ``x``, or the sum that the layer before left."""
     return x if pending is None else pending.added()
 
 
-def closed(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
+def stack_output(x: Tensor, pending: Pending | None, norm: Any) -> Tensor:
     """The end of a stack: the norm, if any, of ``x`` or of the sum that its last layer left."""
     if pending is not None:
         return pending.added() if norm is None else pending.normed(norm)
@@ -110,7 +110,7 @@ def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
     """
     if is_traced_by_jit() or stands_for_many(x, *paddings):
         return False
-    static = static_shapes or not _checks.has_values(x)
+    static = static_shapes or not checks.has_values(x)
     return not static or chosen_backend(x) == "triton"
 
 
@@ -131,7 +131,7 @@ def packing_of(
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
     """Arguments of :meth:`Packing.of`; where values are unknown, they decide no shape."""
-    static = static_shapes or not _checks.has_values(keep)
+    static = static_shapes or not checks.has_values(keep)
     large = keep.device.type == "cpu" and keep.numel() >= 64 * _CPU_ROWS
     return {"static_shapes": static, "multiple_of": _CPU_ROWS if large else 1}
 

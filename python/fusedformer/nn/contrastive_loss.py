@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
 from fusedformer.functional import REDUCTIONS, Reduction
 
@@ -24,9 +25,9 @@ class _Scaled(torch.nn.Module):
         device: Any, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         name = type(self).__name__
-        _checks.check_number(name, "init_logit_scale", init_logit_scale)
+        checks.check_number(name, "init_logit_scale", init_logit_scale)
         if max_logit_scale is not None:
-            _checks.check_number(name, "max_logit_scale", max_logit_scale)
+            checks.check_number(name, "max_logit_scale", max_logit_scale)
         if reduction not in REDUCTIONS:
             raise BadValueError(
                 f"{name}(): expected 'reduction' to be one of {REDUCTIONS}, but got {reduction!r}"
@@ -121,7 +122,7 @@ class SigmoidContrastiveLoss(_Scaled):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _checks.check_number(type(self).__name__, "init_logit_bias", init_logit_bias)
+        checks.check_number(type(self).__name__, "init_logit_bias", init_logit_bias)
         super().__init__(init_logit_scale, max_logit_scale, reduction, device, dtype)
         self.init_logit_bias = init_logit_bias
         self.logit_bias = torch.nn.Parameter(torch.empty_like(self.logit_scale))

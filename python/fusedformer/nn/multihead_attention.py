@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional._steps import linear, self_attention
@@ -77,7 +78,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_heads("MultiheadAttention", "embed_dim", embed_dim, "num_heads", num_heads)
-        _checks.check_probability("MultiheadAttention", "dropout", dropout)
+        checks.check_probability("MultiheadAttention", "dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
+from fusedformer._internal import checks
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -24,7 +24,7 @@ class _PositionalEncoding(torch.nn.Module):
                 raise BadValueError(
                     f"{function}(): expected '{name}' to be positive, but got {value}"
                 )
-        _checks.check_probability(function, "dropout", dropout)
+        checks.check_probability(function, "dropout", dropout)
         super().__init__()
         self.d_model = d_model
         self.max_len = max_len
@@ -49,8 +49,8 @@ class _PositionalEncoding(torch.nn.Module):
                 ``max_len``; ``positions`` does not broadcast.
         """
         function = type(self).__name__
-        _checks.check_tensor(function, "input", input)
-        _checks.check_floating(function, "input", input)
+        checks.check_tensor(function, "input", input)
+        checks.check_floating(function, "input", input)
         if input.dim() not in (2, 3) or input.shape[-1] != self.d_model:
             raise BadValueError(
                 f"{function}(): expected 'input' to be 3-D (batched) or 2-D (unbatched) with a "
@@ -76,7 +76,7 @@ class _PositionalEncoding(torch.nn.Module):
 
     def _check_positions(self, input: Tensor, positions: Tensor) -> None:
         function = type(self).__name__
-        _checks.check_tensor(function, "positions", positions)
+        checks.check_tensor(function, "positions", positions)
         if positions.dtype not in (torch.int32, torch.int64):
             raise BadTypeError(
                 f"{function}(): expected 'positions' to be int32 or int64, "

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedformer import _checks, functional
+from fusedformer import functional
+from fusedformer._internal import checks
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -39,7 +40,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         softcap: float | None = None,
         causal_alignment: Literal["top_left", "bottom_right"] = "top_left",
     ) -> None:
-        _checks.check_probability(type(self).__name__, "dropout_p", dropout_p)
+        checks.check_probability(type(self).__name__, "dropout_p", dropout_p)
         super().__init__()
         self.dropout_p = dropout_p
         self.is_causal = is_causal

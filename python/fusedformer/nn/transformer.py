@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
+from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
 from fusedformer.nn._masks import check_rank, padded_positions
 from fusedformer.nn.layer_norm import LayerNorm
@@ -147,6 +147,6 @@ class Transformer(torch.nn.Transformer):
             return False
         if of_memory is None or padding.shape != of_memory.shape:
             return True
-        if not _checks.has_values(padding) or getattr(self.encoder, "static_shapes", False):
+        if not checks.has_values(padding) or getattr(self.encoder, "static_shapes", False):
             return True
         return bool((padded_positions(padding) & ~padded_positions(of_memory)).any())

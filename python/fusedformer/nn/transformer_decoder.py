@@ -19,20 +19,20 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending, called, must_be_called
+from fusedformer.nn._modules import Pending, call_packed, must_be_called
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
     check_rows,
     check_sequences,
     check_stack,
-    closed,
-    heads_of,
+    heads_in_stack,
     is_batch_first,
     is_fused,
+    layer_input,
     only_causal,
-    opened,
     packing_of_padding,
+    stack_output,
     zeros_at_padding,
 )
 from fusedformer.nn.transformer_decoder_layer import DROPOUTS, TransformerDecoderLayer
@@ -219,9 +219,9 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         pending: Pending | None = None
         for layer in self.layers:
             if must_be_called(layer) or not layer.norm_first:
-                x, pending = opened(x, pending), None
+                x, pending = layer_input(x, pending), None
                 if must_be_called(layer):  # the next layer must find no parameter of this one
-                    x, memory = called(layer, x, memory, own, cross)
+                    x, memory = call_packed(layer, x, memory, own, cross)
                 else:
                     x, memory = layer._post_norm(x, memory, own, cross)
                 continue
@@ -230,7 +230,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             else:
                 normed, x = pending.normed_and_sum(layer.norm1)
             pending, memory = layer._pre_norm(x, normed, memory, own, cross)
-        return closed(x, pending, self.norm)
+        return stack_output(x, pending, self.norm)
 
     def _check(
         self,
@@ -243,7 +243,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     ) -> None:
         check_sequences(_FUNCTION, self, {"tgt": tgt, "memory": memory})
         (batch, length), (memories, keys) = self._sizes(tgt), self._sizes(memory)
-        sizes = {"batch": batch, "heads": heads_of(self), "rows": length}
+        sizes = {"batch": batch, "heads": heads_in_stack(self), "rows": length}
         check_attn_mask(_NAMES, tgt_mask, is_causal, keys=length, **sizes)
         across = _NAMES._replace(attn_mask="memory_mask")
         check_attn_mask(across, None, memory_is_causal, keys=keys, **sizes)

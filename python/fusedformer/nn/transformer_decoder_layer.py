@@ -19,7 +19,7 @@ from fusedformer.nn._modules import (
     feed_forward_of,
     is_plain,
     is_plain_or_sharded,
-    product,
+    project,
 )
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
@@ -205,7 +205,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         """(attention of ``x`` to itself, the bias that is still to be added to it, ``x``)."""
         attention: Any = self.self_attn
         heads, x = attention._attend_to_itself(x, masks, fork=fork)
-        return *product(heads, attention.out_proj), x
+        return *project(heads, attention.out_proj), x
 
     def _attend_to_memory(
         self, x: Tensor, memory: Tensor, masks: AttentionMasks, fork: bool
@@ -213,7 +213,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         """(attention of ``x`` to ``memory``, the bias still to be added, ``x``, ``memory``)."""
         attention: Any = self.multihead_attn
         heads, x, memory = attention._attend_to(x, memory, masks, fork=fork)
-        return *product(heads, attention.out_proj), x, memory
+        return *project(heads, attention.out_proj), x, memory
 
     def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(the block of ``x``, the bias that is still to be added to it, ``x``)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer._jagged import check_jagged, jagged_like
+from fusedformer._internal.jagged import check_jagged, jagged_like
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional._selection import check_output_rows
@@ -22,20 +22,20 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending, called, must_be_called
+from fusedformer.nn._modules import Pending, call_packed, must_be_called
 from fusedformer.nn._stacks import (
     can_pack,
     check_is_fused,
     check_rows,
     check_sequences,
     check_stack,
-    closed,
-    heads_of,
+    heads_in_stack,
     is_batch_first,
     is_fused,
+    layer_input,
     only_causal,
-    opened,
     packing_for,
+    stack_output,
     zeros_at_padding,
 )
 from fusedformer.nn.transformer_encoder_layer import DROPOUTS, TransformerEncoderLayer
@@ -163,7 +163,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             check_sequences(function, self, {"src": src})
             check_attn_mask(
                 _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
-                heads=heads_of(self),
+                heads=heads_in_stack(self),
             )
             if padding is None:
                 keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
@@ -293,9 +293,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             if masks.attend is not None:
                 masks = masks._replace(layer=index - 1)
             if must_be_called(layer):  # the next layer must find no parameter of this one
-                x, pending = called(layer, opened(x, pending), masks, wanted), None
+                x, pending = call_packed(layer, layer_input(x, pending), masks, wanted), None
             elif not layer.norm_first:
-                x, pending = layer._post_norm(opened(x, pending), masks, wanted), None
+                x, pending = layer._post_norm(layer_input(x, pending), masks, wanted), None
             elif pending is None:
                 pending = layer._pre_norm(x, layer.norm1(x), masks, wanted)
             else:
@@ -303,7 +303,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 pending = layer._pre_norm(x, normed, masks, wanted)
         if rows is not None and not len(self.layers):
             x = rows.take(x)
-        return closed(x, pending, self.norm)
+        return stack_output(x, pending, self.norm)
 
     def _check_nested(
         self,

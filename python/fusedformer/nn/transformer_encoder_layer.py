@@ -20,7 +20,7 @@ from fusedformer.nn._modules import (
     feed_forward_of,
     is_plain,
     is_plain_or_sharded,
-    product,
+    project,
 )
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
@@ -175,7 +175,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(attention of ``x``, the bias that is still to be added to it, ``residual``)."""
         heads, residual = self._heads(x, residual, masks, rows, fork)
-        return *product(heads, self.self_attn.out_proj), residual
+        return *project(heads, self.self_attn.out_proj), residual
 
     def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(the block of ``x``, the bias that is still to be added to it, ``x``)."""

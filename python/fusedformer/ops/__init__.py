@@ -3,15 +3,17 @@
 from fusedformer.ops._shared import draw_seed, seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
-    band,
+    attention_part,
+    attention_part_backward,
     check_for_kernels,
     merge_attention_states,
+    merge_parts,
     scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
+    window_bounds,
 )
-from fusedformer.ops.attention_part import attention_part, attention_part_backward, merge_parts
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
@@ -32,7 +34,6 @@ __all__ = [
     "FeedForward",
     "attention_part",
     "attention_part_backward",
-    "band",
     "bias_activation",
     "check_for_kernels",
     "contrastive_loss",
@@ -60,4 +61,5 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "softmax",
     "varlen_attention",
+    "window_bounds",
 ]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
@@ -24,7 +24,7 @@ def bias_activation(
     if chosen_backend(input) == "torch":
         biased = input if bias is None else input + bias.to(input.dtype)
         return dropout_aten(activate_aten(biased, activation), p)
-    _checks.check_kernel_dtype("bias_activation", "input", input)
+    checks.check_kernel_dtype("bias_activation", "input", input)
     seed = draw_seed(p, input.device) if seed is None else seed
     return _bias_activation(input, bias, seed, p, activation)
 
@@ -79,7 +79,7 @@ def _form(activation: str) -> str:
 def _bias_activation(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, activation: str
 ) -> Tensor:
-    from fusedformer_kernels.activation import bias_activation_forward
+    from fusedformer_kernels.rows.activation import bias_activation_forward
 
     return bias_activation_forward(input, bias, seed, p, activation)
 
@@ -105,7 +105,7 @@ def _bias_activation_backward(
     activation: str,
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from fusedformer_kernels.activation import bias_activation_backward
+    from fusedformer_kernels.rows.activation import bias_activation_backward
 
     return bias_activation_backward(grad, input, bias, seed, p, activation, needs_bias_grad)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_off
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops import collectives
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import is_transformed, no_double_backward
@@ -79,7 +79,7 @@ def _prepared(
     """(backend, a, b, scale), each in the dtype that it is computed with."""
     backend = chosen_backend(a)
     if backend == "triton":
-        _checks.check_kernel_dtype(name, "a", a)
+        checks.check_kernel_dtype(name, "a", a)
     wide = torch.promote_types(a.dtype, torch.float32)
     scale = _scalar(logit_scale, a.new_empty((), dtype=wide))
     if backend == "torch":  # which has no products that are wider than their factors
@@ -133,7 +133,7 @@ def _row_and_column_lse(
     if backend == "torch":
         with autocast_off(a):
             return row_and_column_lse_aten(a, b, scale, offset)
-    from fusedformer_kernels.contrastive import row_and_column_lse
+    from fusedformer_kernels.rows.contrastive import row_and_column_lse
 
     return row_and_column_lse(a, b, scale, offset)
 
@@ -157,7 +157,7 @@ def _softplus_sums(
     if backend == "torch":
         with autocast_off(a):
             return softplus_sums_aten(a, b, scale, bias, offset)
-    from fusedformer_kernels.contrastive import softplus_sums
+    from fusedformer_kernels.rows.contrastive import softplus_sums
 
     return softplus_sums(a, b, scale, bias, offset)
 
@@ -196,7 +196,7 @@ def _pairs_backward(
     if backend == "torch":
         gradients: Callable[..., Any] = score_gradients_aten
     else:
-        from fusedformer_kernels.contrastive import score_gradients as gradients
+        from fusedformer_kernels.rows.contrastive import score_gradients as gradients
     needs_a, needs_b, needs_scale, needs_bias = needs
     grads = [None if g is None else g.contiguous() for g in (row_grad, column_grad, matched_grad)]
     unit = None

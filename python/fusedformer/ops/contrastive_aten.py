@@ -1,7 +1,7 @@
 """Contrastive losses by ATen calls: in strips of rows, with memory linear in the batch.
 
-The counterparts of ``fusedformer_kernels.contrastive``, in the dtype of ``scale``; and the plain
-formulas, for what has to be differentiated by autograd itself.
+The counterparts of ``fusedformer_kernels.rows.contrastive``, in the dtype of ``scale``; and the
+plain formulas, for what has to be differentiated by autograd itself.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.softmax import softmax
@@ -32,7 +32,7 @@ def cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    _checks.check_kernel_dtype("cross_entropy", "input", input)
+    checks.check_kernel_dtype("cross_entropy", "input", input)
     if target.is_floating_point():
         losses = _losses_of_probabilities(input, target, weight, label_smoothing)
         return _reduced(losses, reduction).to(torch.promote_types(dtype, target.dtype))
@@ -102,7 +102,7 @@ def _cross_entropy(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """(loss, statistics of the rows, divisor of a mean), of ``input`` ``[..., C]``."""
-    from fusedformer_kernels.cross_entropy import cross_entropy_rows
+    from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
 
     losses, statistics = cross_entropy_rows(
         input, target, weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing
@@ -148,7 +148,7 @@ def _cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    from fusedformer_kernels.cross_entropy import cross_entropy_gradient
+    from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
 
     return cross_entropy_gradient(
         input, target, weight, sum_of(weight, label_smoothing), statistics,

@@ -27,9 +27,10 @@ def cross_entropy_rows_aten(
 ) -> tuple[Tensor, Tensor] | None:
     """(losses, statistics) of rows ``x`` ``[N, c]``, which is overwritten; None before the last.
 
-    Arguments are those of ``fusedformer_kernels.cross_entropy.cross_entropy_rows``; ``x`` holds the
-    gradient afterwards if ``factor`` is given, else nothing of use. ``state`` is ``[STATE, N]``:
-    largest logit, sum of exponentials, weighted sum of logits less the largest, target's logit.
+    Arguments are those of ``fusedformer_kernels.rows.cross_entropy.cross_entropy_rows``; ``x``
+    holds the gradient afterwards if ``factor`` is given, else nothing of use. ``state`` is
+    ``[STATE, N]``: largest logit, sum of exponentials, weighted sum of logits less the largest,
+    target's logit.
     """
     last = first_class + x.shape[1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

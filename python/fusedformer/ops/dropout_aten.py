@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusedformer._onlookers import is_mapped, is_traced
+from fusedformer._internal.onlookers import is_mapped, is_traced
 
 # Probabilities outside would be changed by more than 0.2 % of themselves.
 _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8

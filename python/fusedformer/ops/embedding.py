@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadValueError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
@@ -47,7 +47,7 @@ def embedding_layer_norm(
             total = total + F.embedding(position_ids, position_weight)
         normed = layer_norm_aten(total, (width,), norm_weight, norm_bias, eps, dtype)
         return dropout_aten(normed, p)
-    _checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
+    checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
     if width > _LONGEST:
         raise BadValueError(
             f"embedding_layer_norm(): the triton backend supports up to {_LONGEST} columns, but "
@@ -91,7 +91,7 @@ def _embedding_norm(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output ``[rows, E]`` in ``dtype`` or the tables', mean, rstd); no padding is index -1."""
-    from fusedformer_kernels.embedding import Tables, embedding_forward
+    from fusedformer_kernels.rows.embedding import Tables, embedding_forward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
     return embedding_forward(tables, weight, bias, seed, p, eps, dtype)
@@ -129,7 +129,7 @@ def _embedding_norm_backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sum ``[rows, E]``, of weight and of bias; ``needs`` says which."""
-    from fusedformer_kernels.embedding import Tables, embedding_backward
+    from fusedformer_kernels.rows.embedding import Tables, embedding_backward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
     needs_tables, needs_weight, needs_bias = needs

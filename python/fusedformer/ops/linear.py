@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer._autocast import autocast_dtype, autocast_off, cast
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_mapped, is_traced
+from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_mapped, is_traced
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed, is_transformed
 from fusedformer.ops.activation import (
@@ -67,7 +67,7 @@ def linear(
             the gradient of ``x``; it must have one consumer.
     """
     fork = fork and x.requires_grad
-    how = _how(x, weight, bias)
+    how = _path_for(x, weight, bias)
     if how == "plain":
         return product(x, weight, bias), x
     if how == "composed" or not (fork or x.device.type == "cpu"):
@@ -89,7 +89,7 @@ def feed_forward(
     if triton:
         block = block._replace(bias2=None)
     name = None if callable(block.activation) else block.activation
-    how = _how(x, *block[:4])
+    how = _path_for(x, *block[:4])
     if name is None or how == "composed" or (triton and how == "plain"):
         return _composed(x, block), late_bias, x
     if how == "plain":
@@ -105,7 +105,7 @@ def feed_forward(
     return (found[0], late_bias, found[1]) if isinstance(found, tuple) else (found, late_bias, x)
 
 
-def _how(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
+def _path_for(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
     """Without autograd; as a node of it; or by calls that have theirs."""
     if is_traced() or is_transformed():
         return "composed"
@@ -120,7 +120,7 @@ def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None: ...
 def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None:
     """The parameter in the dtype of products with ``x``, which autocast may make narrower."""
     dtype = autocast_dtype("linear", x)
-    return parameter if parameter is None or dtype is None else cast(dtype, parameter)
+    return parameter if parameter is None or dtype is None else cast(parameter, dtype)
 
 
 def _composed(x: Tensor, block: FeedForward) -> Tensor:

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._autocast import autocast_off
-from fusedformer._backend import chosen_backend
-from fusedformer._onlookers import is_traced_by_jit
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.onlookers import is_traced_by_jit
 from fusedformer.ops import cross_entropy_aten
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
@@ -59,7 +59,7 @@ def linear_cross_entropy(
     """See :func:`fusedformer.functional.linear_cross_entropy`; products in ``dtype``."""
     triton = chosen_backend(input) == "triton"
     if triton:
-        _checks.check_kernel_dtype("linear_cross_entropy", "input", input)
+        checks.check_kernel_dtype("linear_cross_entropy", "input", input)
     rows = input.reshape(-1, input.shape[-1])
     # torch.jit cannot record the lists of flags that the op takes.
     composed = is_traced_by_jit() or (not triton and is_transformed())
@@ -127,7 +127,7 @@ class _Loss(NamedTuple):
         """For :meth:`logits` of up to so many rows and columns."""
         if not self.triton:
             return None
-        from fusedformer_kernels.cross_entropy import padded_rows
+        from fusedformer_kernels.rows.cross_entropy import padded_rows
 
         return padded_rows(rows, columns, like)
 
@@ -156,7 +156,7 @@ class _Loss(NamedTuple):
         }  # fmt: skip
         if not self.triton:
             return cross_entropy_aten.cross_entropy_rows_aten(*given, **where)
-        from fusedformer_kernels.cross_entropy import cross_entropy_rows
+        from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
 
         return cross_entropy_rows(*given, **where, padded=True)
 
@@ -164,7 +164,7 @@ class _Loss(NamedTuple):
         """What :meth:`of_rows` carries from block to block."""
         if not self.triton:
             return like.new_empty((cross_entropy_aten.STATE, rows), dtype=_wide(like.dtype))
-        from fusedformer_kernels.cross_entropy import STATE
+        from fusedformer_kernels.rows.cross_entropy import STATE
 
         return like.new_empty((STATE, rows), dtype=torch.float32)
 
@@ -177,7 +177,7 @@ class _Loss(NamedTuple):
                  self.ignore_index, self.label_smoothing)  # fmt: skip
         where: dict[str, Any] = {"first_class": first_class, "n_classes": n_classes}
         if self.triton:
-            from fusedformer_kernels.cross_entropy import cross_entropy_gradient
+            from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
 
             cross_entropy_gradient(*given, **where, in_place=True)
         else:

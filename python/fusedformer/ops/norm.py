@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import (
     common_dtype,
@@ -35,7 +35,7 @@ def layer_norm(
     """See :func:`fusedformer.functional.layer_norm`; computed and returned in ``dtype``."""
     if chosen_backend(input) == "torch":
         return layer_norm_aten(input, shape, weight, bias, eps, dtype)
-    _checks.check_kernel_dtype("layer_norm", "input", input)
+    checks.check_kernel_dtype("layer_norm", "input", input)
     return _run(input, None, None, weight, bias, 0.0, eps, "layer", len(shape), False, dtype)[0]
 
 
@@ -49,7 +49,7 @@ def rms_norm(
     """See :func:`fusedformer.functional.rms_norm`; computed and returned in ``dtype``."""
     if chosen_backend(input) == "torch":
         return _rms_norm_aten(input, shape, weight, eps, dtype)
-    _checks.check_kernel_dtype("rms_norm", "input", input)
+    checks.check_kernel_dtype("rms_norm", "input", input)
     return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False, dtype)[0]
 
 
@@ -142,8 +142,8 @@ def _eps(eps: float | None) -> float:
 
 
 def _check_for_kernels(function: str, input: Tensor, residual: Tensor) -> None:
-    _checks.check_kernel_dtype(function, "input", input)
-    _checks.check_kernel_dtype(function, "residual", residual)
+    checks.check_kernel_dtype(function, "input", input)
+    checks.check_kernel_dtype(function, "residual", residual)
 
 
 def layer_norm_aten(
@@ -204,7 +204,7 @@ def _norm(
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
     """(norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
-    from fusedformer_kernels.norm import norm_forward
+    from fusedformer_kernels.rows.norm import norm_forward
 
     return norm_forward(
         input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum,
@@ -272,7 +272,7 @@ def _norm_backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """(residual grad, input grad if it differs, weight, bias and input bias grads)."""
-    from fusedformer_kernels.norm import norm_backward
+    from fusedformer_kernels.rows.norm import norm_backward
 
     return norm_backward(
         grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims, needs_weight_grad,

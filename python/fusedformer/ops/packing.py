@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import registered
 
 
@@ -31,7 +31,7 @@ def gather_rows(
         return x.index_select(0, index)
     if not unused:
         return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, inverse, x)
-    if x.is_cuda or not _checks.has_values(x):  # nothing that depends on data is asked for
+    if x.is_cuda or not checks.has_values(x):  # nothing that depends on data is asked for
         return x.index_select(0, index.clamp(min=0)).masked_fill((index < 0)[:, None], 0.0)
     moved = (index >= 0).nonzero().flatten()
     rows = x.index_select(0, index.index_select(0, moved))
@@ -51,7 +51,7 @@ def shared_by_layers(starts: Tensor) -> Tensor:
 
 @registered("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    from fusedformer_kernels.rows import gather_rows
+    from fusedformer_kernels.rows.gather import gather_rows
 
     return gather_rows(x, index)
 

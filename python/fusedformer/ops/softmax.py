@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import _checks
-from fusedformer._backend import chosen_backend
+from fusedformer._internal import checks
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import no_double_backward
@@ -29,8 +29,8 @@ def softmax(
     if chosen_backend(input) == "torch":
         return _softmax_aten(input, dim, scale, mask, is_causal, dtype, log)
     name = "log_softmax" if log else "softmax"
-    _checks.check_kernel_dtype(name, "input", input)
-    if dtype not in _checks.KERNEL_DTYPES:
+    checks.check_kernel_dtype(name, "input", input)
+    if dtype not in checks.KERNEL_DTYPES:
         raise BadTypeError(
             f"{name}(): the triton backend computes float32, float16 and bfloat16, but got "
             f"dtype={dtype}; run it under fusedformer.backend('torch')"
@@ -87,7 +87,7 @@ def _softmax(
     dtype: torch.dtype,
     log: bool,
 ) -> Tensor:
-    from fusedformer_kernels.softmax import softmax_forward
+    from fusedformer_kernels.rows.softmax import softmax_forward
 
     return softmax_forward(input, mask, scale, is_causal, dtype, log)
 
@@ -108,7 +108,7 @@ def _softmax_fake(
 def _softmax_backward(
     grad: Tensor, output: Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> Tensor:
-    from fusedformer_kernels.softmax import softmax_backward
+    from fusedformer_kernels.rows.softmax import softmax_backward
 
     return softmax_backward(grad, output, scale, dtype, log, masked)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fusedformer import _backend
+from fusedformer._internal import backend as backends
 from fusedformer.parity.cases import Case
 from fusedformer.parity.run import Record, run_all
 
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.model is not None:
         return _model(given)
     on_gpu = torch.cuda.is_available()
-    best: _backend.Backend = "triton" if _backend.TRITON_IS_INSTALLED else "torch"
-    backend: _backend.Backend = given.backend or best
-    if backend == "triton" and not on_gpu and not _backend.INTERPRETER_IS_ON:
+    best: backends.Backend = "triton" if backends.TRITON_IS_INSTALLED else "torch"
+    backend: backends.Backend = given.backend or best
+    if backend == "triton" and not on_gpu and not backends.INTERPRETER_IS_ON:
         # Triton reads the variable when it is first imported, so it takes another process.
         arguments = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "fusedformer", "parity", *arguments]
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _ops(given, backend, torch.device("cuda" if on_gpu else "cpu"))
 
 
-def _ops(given: argparse.Namespace, backend: _backend.Backend, device: torch.device) -> int:
+def _ops(given: argparse.Namespace, backend: backends.Backend, device: torch.device) -> int:
     on_gpu = device.type == "cuda"
     place = "on " + torch.cuda.get_device_name() if on_gpu else "on the CPU"
     if backend == "triton" and not on_gpu:
@@ -70,14 +70,14 @@ def _ops(given: argparse.Namespace, backend: _backend.Backend, device: torch.dev
 def _model(given: argparse.Namespace) -> int:
     """One dtype after the other; files get the dtype in their names if there are several."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend: _backend.Backend = given.backend or ("triton" if device.type == "cuda" else "torch")
+    backend: backends.Backend = given.backend or ("triton" if device.type == "cuda" else "torch")
     dtypes = given.dtype or ["float32"]
     passed = True
     for name in dtypes:
         try:
             from fusedformer.parity import models
 
-            with _backend.backend(backend):
+            with backends.backend(backend):
                 done, report = models.compared(
                     given.model, getattr(torch, name), device, layers=given.layers
                 )

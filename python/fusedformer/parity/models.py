@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fusedformer
+from fusedformer.fusion import FusionReport, fuse
 from fusedformer.parity.compared import ParityReport, compare
 
 LENGTHS = (37, 5, 64, 18)  # of the padded batch
@@ -20,7 +20,7 @@ LENGTHS = (37, 5, 64, 18)  # of the padded batch
 
 def compared(
     source: str, dtype: torch.dtype, device: torch.device, *, layers: int | None = None
-) -> tuple[fusedformer.FusionReport, ParityReport]:
+) -> tuple[FusionReport, ParityReport]:
     """What ``fuse`` did to the model, and its errors beside the stock model's.
 
     Args:
@@ -36,7 +36,7 @@ def compared(
     stock = load(source, layers).to(device, dtype).eval()
     inputs, where = example(stock, device, dtype)
     fused = copy.deepcopy(stock)
-    done = fusedformer.fuse(fused)
+    done = fuse(fused)
     report = compare(fused, stock, inputs, where=where)
     report.names = "fused", "stock"
     return done, report

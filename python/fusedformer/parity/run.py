@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fusedformer import _backend, testing
+from fusedformer import testing
+from fusedformer._internal import backend as backends
 from fusedformer.parity.cases import Case, all_cases
 
 Record = dict[str, Any]
@@ -34,7 +35,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> list[Recor
 def run_all(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
-    backend: _backend.Backend,
+    backend: backends.Backend,
     *,
     quick: bool = False,
     advance: Callable[[Case, list[Record]], None] = lambda case, records: None,
@@ -50,7 +51,7 @@ def run_all(
     """
     start = time.perf_counter()
     records: list[Record] = []
-    with _backend.backend(backend):
+    with backends.backend(backend):
         for case, dtype in _grid(dtypes, quick):
             found = run_case(case, dtype, device)
             records += found

@@ -24,7 +24,7 @@ import torch
 
 if TYPE_CHECKING:
     from fusedformer.tune.search import Found
-    from fusedformer_kernels.configs import Target
+    from fusedformer_kernels.runtime.configs import Target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from fusedformer.tune import search
         from fusedformer.tune.workloads import workloads
-        from fusedformer_kernels.configs import TARGETS, target_of
+        from fusedformer_kernels.runtime.configs import TARGETS, target_of
     except ModuleNotFoundError as error:
         print(f"tune: {error}: it needs triton", file=sys.stderr)
         return 2
@@ -123,7 +123,7 @@ def write(path: Path, found: Sequence[Found], target: Target) -> None:
 
 
 def _cache_file(target: Target) -> Path:
-    from fusedformer_kernels.tuned import cache_file
+    from fusedformer_kernels.runtime.tuned import cache_file
 
     return cache_file(target.device_name)
 

@@ -14,9 +14,9 @@ import torch
 
 from fusedformer.testing import compare
 from fusedformer.tune.workloads import HALF, Call, Workload, workloads
-from fusedformer_kernels.configs import Target, assume_target
-from fusedformer_kernels.launch import Launch, recorded_launches
-from fusedformer_kernels.tuned import Fields, forced
+from fusedformer_kernels.runtime.configs import Target, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.tuned import Fields, forced
 
 
 @dataclass
@@ -46,7 +46,7 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
 
     ``None`` stands for the default.
     """
-    from fusedformer_kernels.ahead_of_time import compile_launch
+    from fusedformer_kernels.compiler.ahead_of_time import compile_launch
 
     size = next(iter(workload.shapes.values()))
     for launch in _launches(workload, fields, size, target):
@@ -65,8 +65,8 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
 
 def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> float:
     """Microseconds that the machine code for sm_90 promises, summed over the shapes."""
-    from fusedformer_kernels.ahead_of_time import compile_launch
-    from fusedformer_kernels.prediction import predict
+    from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+    from fusedformer_kernels.compiler.prediction import predict
 
     total = 0.0
     for size in workload.shapes.values():

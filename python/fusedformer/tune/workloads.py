@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer_kernels import configs
-from fusedformer_kernels.activation import bias_activation_backward, bias_activation_forward
-from fusedformer_kernels.attention_arguments import AttentionTerms
-from fusedformer_kernels.attention_backward import attention_backward
-from fusedformer_kernels.attention_forward import attention_forward
-from fusedformer_kernels.norm import norm_backward, norm_forward
-from fusedformer_kernels.softmax import softmax_backward, softmax_forward
-from fusedformer_kernels.tuned import Fields, Key
+from fusedformer_kernels.attention.arguments import AttentionTerms
+from fusedformer_kernels.attention.backward import attention_backward
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.rows.activation import bias_activation_backward, bias_activation_forward
+from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.tuned import Fields, Key
 
 Results = tuple[Tensor | None, ...]
 Call = Callable[[], Results]

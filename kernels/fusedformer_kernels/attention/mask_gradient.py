@@ -1,0 +1,127 @@
+"""Gradient of attention's additive mask, summed over the dimensions that the mask broadcasts.
+
+One program owns a tile of the mask (whole rows or columns of the scores where the mask has size 1
+there) and walks, in a fixed order, everything that shares it: batches, heads, rows, columns. The
+score gradients are recomputed tile by tile; no [queries, keys] temporary and no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention.tiles import (
+    load_row_terms,
+    load_tile,
+    matrix_of,
+    place_of,
+    row_pointer,
+    score_gradients,
+)
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, store
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _attention_mask_gradient(
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dmask_ptr, s, sizes, q_layout,
+    k_layout, v_layout, grad_layout, lse_rows, plane, n_queries, n_keys, mask_heads, mask_rows,
+    mask_columns, shared_batch, shared_heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr,
+):
+    row_blocks = tl.cdiv(mask_rows, BLOCK_M)
+    column_blocks = tl.cdiv(mask_columns, BLOCK_N)
+    pid = tl.program_id(0)
+    first_column = (pid % column_blocks) * BLOCK_N
+    first_row = (pid // column_blocks) % row_blocks * BLOCK_M
+    mask_plane = pid // (column_blocks * row_blocks)
+    last_row, last_column = first_row + BLOCK_M, first_column + BLOCK_N
+    if SHARED_ROWS:
+        last_row = n_queries
+    if SHARED_COLUMNS:
+        last_column = n_keys
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for member in range(0, shared_batch * shared_heads):
+        sequence = mask_plane // mask_heads + member // shared_heads
+        place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
+        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
+        k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+        row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
+        delta_base = None
+        if delta_ptr is not None:
+            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
+            rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+            q = load_tile(
+                q_base, row_start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
+            )  # [BLOCK_M, BLOCK_D]
+            grad = q
+            if given.pointer is None:
+                grad = load_tile(
+                    matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
+                    row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
+                )  # [BLOCK_M, BLOCK_DV]
+            terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
+            for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
+                k = load_tile(
+                    k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
+                )  # [BLOCK_N, BLOCK_D]
+                v = k
+                if given.pointer is None:
+                    v = load_tile(
+                        matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
+                        start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
+                    )  # [BLOCK_N, BLOCK_DV]
+                dscores, _, _ = score_gradients(
+                    q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N,
+                    True, SCALED, PRECISION,
+                )
+                total += dscores
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    if SHARED_ROWS:
+        total = tl.sum(total, 0)[None, :]
+        rows = tl.zeros([1], tl.int32)
+    if SHARED_COLUMNS:
+        total = tl.sum(total, 1)[:, None]
+        columns = tl.zeros([1], tl.int32)
+    valid = (rows < mask_rows)[:, None] & (columns < mask_columns)[None, :]
+    offsets = (mask_plane.to(tl.int64) * mask_rows + rows)[:, None] * mask_columns
+    store(dmask_ptr + offsets + columns[None, :], total, valid)
+
+
+def attention_mask_gradient(
+    mask: torch.Tensor,
+    tensors: tuple[Any, ...],
+    layouts: tuple[Layout, ...],
+    arguments: AttentionArguments,
+    target: configs.Target,
+) -> torch.Tensor:
+    """Gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts, in its own dtype.
+
+    ``tensors`` and ``layouts`` are those that the other backward kernels get.
+    """
+    dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+    if dmask.numel() == 0:
+        return dmask
+    config = configs.attention_mask_gradient_config(arguments.kind, target)
+    mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
+    blocks = configs.ceil_div(mask_rows, config.block_m)
+    blocks *= configs.ceil_div(mask_columns, config.block_n)
+    n_queries, n_keys = arguments.max_queries, arguments.max_keys
+    launch(
+        _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config, *tensors, dmask,
+        arguments.scores, arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
+        n_queries, n_keys, mask_heads, mask_rows, mask_columns, arguments.sequences // mask_batch,
+        arguments.sizes.heads // mask_heads,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **arguments.constants,
+        SHARED_ROWS=mask_rows < n_queries, SHARED_COLUMNS=mask_columns < n_keys,
+    )
+    return dmask

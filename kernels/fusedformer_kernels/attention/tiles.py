@@ -1,0 +1,433 @@
+"""Device functions that the attention kernels share: where a program works, and one tile.
+
+The softmax of a row is kept as two numbers, so that the backward and the weights find the very
+weights of the forward again: ``minus_top``, the largest score negated, and ``inverse``, one by the
+sum of ``exp(score + minus_top)``. One log-sum-exp would round its sum away where scores are large:
+at -1e9 all of it.
+Scores are raw products of half precision where nothing is added to them (SCALED is False); then the
+scale enters in the exponent, by one fused multiply-add, and the top is in base 2. Else they are the
+scores of the definition, and the top is one of them: nothing that could overflow is multiplied, and
+the largest exponent is exactly 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fusedformer_kernels.runtime.primitives import (
+    LN_2,
+    LOG2_E,
+    dot,
+    dropout_keep_tile,
+    dropout_key,
+    dropout_scale,
+    fma,
+    negative,
+    tanh,
+)
+
+
+class Place(NamedTuple):
+    """One query head of one sequence, for device code."""
+
+    batch: Any  # int64 index into the tensors: 0 in the packed form
+    head: Any  # int64
+    key_head: Any  # int64
+    q_start: Any  # int64 row at which the sequence begins
+    k_start: Any
+    n_queries: Any
+    n_keys: Any  # that are visible
+    stored_keys: Any  # that there are
+    offset: Any  # key position of query 0
+    dropout_key: Any  # what this head's dropout mask is drawn from
+    dropout_offset: Any
+    mask: Any  # pointers to this sequence and head, where there are such terms
+    key_mask: Any
+    slope: Any
+    table: Any  # at distance 0
+
+
+class Given(NamedTuple):
+    """Gradient of the attention weights as a tensor, in place of do v^T where there is one."""
+
+    pointer: Any = None
+    batch: Any = 0  # strides
+    head: Any = 0
+    row: Any = 0
+    column: Any = 0
+    factor: Any = 0.0
+
+
+@triton.jit
+def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
+    """(sequence, head, block) of this program; sequence -1 where there is nothing to do.
+
+    ``work`` [capacity, 2] lists (sequence, block) of packed sequences, longest first.
+    """
+    pid = tl.program_id(0)
+    if work is not None:
+        entry = work + 2 * (pid // heads)
+        sequence = tl.load(entry)
+        head = pid % heads
+        block = tl.load(entry + 1)
+    else:
+        plane = pid // blocks
+        sequence = plane // heads
+        head = plane % heads
+        block = pid % blocks
+        if LAST_FIRST:  # the last queries of a causal sequence see the most keys
+            block = blocks - 1 - block
+    return sequence, head, block
+
+
+@triton.jit
+def place_of(s, sizes, sequence, head):
+    """Where ``head`` of ``sequence`` lies, and its terms."""
+    batch = sequence.to(tl.int64)
+    wide = head.to(tl.int64)
+    q_start = batch * 0
+    k_start = batch * 0
+    stored_queries = tl.cast(sizes.queries, tl.int32)
+    stored_keys = tl.cast(keys_of(sizes), tl.int32)
+    index = batch
+    if s.starts_q is not None:
+        q_start = tl.load(s.starts_q + sequence).to(tl.int64)
+        k_start = tl.load(s.starts_k + sequence).to(tl.int64)
+        stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
+        stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
+        index = batch * 0
+    n_keys = stored_keys
+    if s.key_lengths is not None:
+        n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
+    offset = stored_keys * 0
+    if s.align_end is not None:
+        offset = n_keys - stored_queries
+    # Stand-ins for what is absent: never read.
+    mask = batch
+    key_mask = batch
+    slope = batch
+    table = batch
+    key = sequence
+    key_offset = sequence
+    if s.mask is not None:
+        mask = s.mask + batch * s.mask_batch + wide * s.mask_head
+    if s.key_mask is not None:
+        key_mask = s.key_mask + batch * s.key_mask_batch
+    if s.slopes is not None:
+        slope = tl.load(s.slopes + batch * s.slopes_batch + wide * s.slopes_head)
+        slope = slope.to(tl.float32)
+    if s.table is not None:
+        table = s.table + wide * s.table_head + sizes.radius * s.table_column
+    if s.seed is not None:
+        key, key_offset = dropout_key(tl.load(s.seed), sequence * sizes.heads + head)
+    return Place(
+        index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
+        offset, key, key_offset, mask, key_mask, slope, table,
+    )
+
+
+@triton.jit
+def keys_of(sizes):
+    """How many keys the padded form has."""
+    keys = sizes.keys
+    if sizes.in_sixteens is not None:
+        keys = keys * 16
+    return keys
+
+
+@triton.jit
+def row_stride(layout):
+    """int64 elements from a row to the next."""
+    stride = tl.cast(layout.row, tl.int64)
+    if layout.in_eights is not None:
+        stride = stride * 8
+    return stride
+
+
+@triton.jit
+def matrix_of(pointer, layout, batch, head, start):
+    """Pointer to the [sequence, dim] matrix of one head, from row ``start`` on."""
+    offset = batch * layout.batch + head * layout.head
+    if layout.in_eights is not None:
+        offset = offset * 8
+    return pointer + offset + start * row_stride(layout)
+
+
+@triton.jit
+def load_tile(
+    base, first, n_rows, layout, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,
+):
+    """Rows [first, first + BLOCK) of a [sequence, head_dim] matrix, 0 outside: [BLOCK, BLOCK_D].
+
+    The 64-bit arithmetic is a scalar and loop-invariant offsets: with it on every element of every
+    tile, ptxas serializes the tensor cores.
+    """
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    wide_stride = row_stride(layout)
+    offsets = (rows * wide_stride)[:, None] + (dims * tl.cast(layout.dim, tl.int64))[None, :]
+    pointers = base + first * wide_stride + offsets
+    if IN_BOUNDS and DIM == BLOCK_D:
+        return tl.load(pointers)
+    valid = (dims < DIM)[None, :]
+    if not IN_BOUNDS:
+        valid = valid & (rows < n_rows - first)[:, None]
+    return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first, full, last): tiles of keys that any of the rows sees; before `full` all see all."""
+    first = place.n_keys * 0
+    full = place.n_keys
+    last = place.n_keys
+    if s.right is not None:
+        reach = first_row + place.offset + s.right + 1
+        last = tl.minimum(last, tl.maximum(reach + BLOCK_M - 1, 0))
+        full = tl.minimum(full, tl.maximum(reach, 0))
+    if s.left is not None:
+        first = tl.maximum(first_row + place.offset - s.left, 0)
+    return first // BLOCK_N, full // BLOCK_N, tl.cdiv(last, BLOCK_N)
+
+
+@triton.jit
+def tile_of(tiles, index, BLOCK: tl.constexpr):
+    """(first element, whether the mask must be read) of the tile at ``index`` of a walk.
+
+    ``tiles`` points to a list of those that a boolean mask leaves, or is None: then all count.
+    """
+    start = index * BLOCK
+    partial = index >= 0
+    if tiles is not None:
+        entry = tl.load(tiles + index)
+        start = (entry >> 1) * BLOCK
+        partial = (entry & 1) != 0
+    return start, partial
+
+
+@triton.jit
+def _with_bias(scores, factor, bias):
+    """``scores * factor + bias``; no factor is 1."""
+    if factor is None:
+        scores += bias
+    else:
+        scores = fma(scores, factor, bias)
+    return scores
+
+
+@triton.jit
+def score_tile(
+    product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
+):
+    """Scores with hidden elements at -inf, raw products unless SCALED; and the tanh.
+
+    ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
+    [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
+    causality. The second result is that of ``tanh`` where scores are capped.
+    """
+    scores = product
+    capped = product
+    factor = None  # that the scores are still to be multiplied by
+    if SCALED:
+        factor = s.scale
+        if s.softcap is not None:
+            capped = tanh(product * (s.scale / s.softcap))
+            scores = capped
+            factor = s.softcap
+    distances = columns - rows - place.offset
+    if s.slopes is not None:
+        bias = tl.abs(distances).to(tl.float32) * negative(place.slope)
+        scores = _with_bias(scores, factor, bias)
+        factor = None
+    if s.table is not None:
+        nearest = tl.minimum(tl.maximum(distances, -sizes.radius), sizes.radius)
+        bias = tl.load(place.table + nearest * s.table_column).to(tl.float32)
+        scores = _with_bias(scores, factor, bias)
+        factor = None
+    if s.mask is not None:
+        valid = (rows < place.n_queries) & (columns < place.n_keys)
+        valid = valid & partial
+        pointers = place.mask + rows.to(tl.int64) * s.mask_row
+        pointers += columns.to(tl.int64) * s.mask_column
+        if s.mask.dtype.element_ty != tl.uint8:
+            bias = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+            scores = _with_bias(scores, factor, bias)
+            factor = None
+    if factor is not None:
+        scores *= factor
+    if s.mask is not None and s.mask.dtype.element_ty == tl.uint8:
+        scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
+    if s.key_mask is not None:
+        pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_column
+        keep = tl.load(pointers, mask=columns < place.n_keys, other=0)
+        scores = tl.where(keep != 0, scores, float("-inf"))
+    if CHECKED:
+        scores = tl.where(columns < place.n_keys, scores, float("-inf"))
+        if s.right is not None:
+            scores = tl.where(distances <= s.right, scores, float("-inf"))
+        if s.left is not None:
+            scores = tl.where(distances >= -s.left, scores, float("-inf"))
+    return scores, capped
+
+
+@triton.jit
+def exponentials(scores, minus_top, s, SCALED: tl.constexpr):
+    """``exp(score + minus_top)``, of what :func:`score_tile` gives; ``minus_top`` broadcasts."""
+    if SCALED:
+        return tl.exp2((scores + minus_top) * LOG2_E)
+    return tl.exp2(fma(scores, s.scale * LOG2_E, minus_top))
+
+
+@triton.jit
+def online_softmax_update(scores, top, total, s, SCALED: tl.constexpr):
+    """One step of the online softmax over a tile [BLOCK_M, BLOCK_N].
+
+    ``top`` and ``total`` [BLOCK_M] are the largest score so far and the sum of the weights.
+    Returns (weights, rescaling of what was summed before, top, total). Source: arXiv:1805.02867.
+    """
+    tile_top = tl.max(scores, 1)
+    if not SCALED:
+        tile_top *= s.scale * LOG2_E
+    new_top = tl.maximum(top, tile_top)
+    # A row with no visible key yet keeps -inf, and is shifted by 0: no NaN.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = exponentials(scores, negative(finite)[:, None], s, SCALED)
+    rescale = power(top - finite, SCALED)
+    return weights, rescale, new_top, fma(total, rescale, tl.sum(weights, 1))
+
+
+@triton.jit
+def power(difference, SCALED: tl.constexpr):
+    """``exp`` of the difference of two tops."""
+    if SCALED:
+        difference *= LOG2_E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def sink_of(pointer, SCALED: tl.constexpr):
+    """The sink of a head, or those of several, in the units of tops."""
+    sink = tl.load(pointer).to(tl.float32)
+    if not SCALED:
+        sink *= LOG2_E
+    return sink
+
+
+@triton.jit
+def with_sink(top, total, sink, SCALED: tl.constexpr):
+    """(top, total, rescaling of what was summed before) of rows whose sum the sink has joined.
+
+    It comes last: weights beside a high sink would be too small for half precision.
+    """
+    new_top = tl.maximum(top, sink)
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    rescale = power(top - finite, SCALED)
+    return new_top, fma(total, rescale, power(sink - finite, SCALED)), rescale
+
+
+@triton.jit
+def taken_by_sink(sink, terms, SCALED: tl.constexpr):
+    """Weight of the sink times delta, of rows whose ``terms`` are those of load_row_terms.
+
+    The gradients of a row's scores add up to this more than that of its log-sum-exp.
+    """
+    minus_top, inverse, delta = terms
+    return power(sink + minus_top, SCALED) * inverse * delta
+
+
+@triton.jit
+def log_sum_exp(top, total, SCALED: tl.constexpr):
+    """The natural one, -inf where ``total`` is 0."""
+    logarithm = tl.log2(tl.where(total == 0.0, 1.0, total))
+    if SCALED:
+        lse = fma(logarithm, LN_2, top)
+    else:
+        lse = (top + logarithm) * LN_2
+    return tl.where(total == 0.0, float("-inf"), lse)
+
+
+@triton.jit
+def row_pointer(pointer, sizes, place, lse_rows):
+    """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]."""
+    return pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
+
+
+@triton.jit
+def store_row_statistics(pointer, plane, rows, row_valid, top, total):
+    """Store (minus_top, inverse) of rows; what :func:`load_row_terms` reads."""
+    visible = total != 0.0  # true for NaN, which stays one
+    # Exponentials are 0 where nothing is visible.
+    tl.store(pointer + rows, tl.where(visible, -top, float("-inf")), mask=row_valid)
+    tl.store(pointer + plane + rows, 1.0 / tl.where(visible, total, 1.0), mask=row_valid)
+
+
+@triton.jit
+def load_row_terms(statistics_base, plane, delta_base, rows, n_queries, SCALED: tl.constexpr):
+    """(minus_top, inverse, delta) of queries [BLOCK_M]; weights are 0 beyond the last query.
+
+    Statistics are [2, ...]: ``plane`` elements lie between the first two.
+    """
+    row_valid = rows < n_queries
+    # Raw products of absent queries are 0, and so are their weights by an inverse of 0 alone; a
+    # bias may be so large that its exponential times 0 is NaN.
+    absent = float("-inf") if SCALED else 0.0
+    minus_top = tl.load(statistics_base + rows, mask=row_valid, other=absent)
+    inverse = tl.load(statistics_base + plane + rows, mask=row_valid, other=0.0)
+    delta = tl.zeros_like(minus_top)
+    if delta_base is not None:
+        delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
+    return minus_top, inverse, delta
+
+
+@triton.jit
+def given_gradient(given, rows, columns, place):
+    """Tile of the gradient of the attention weights; ``rows``, ``columns`` as for score_tile."""
+    base = given.pointer + place.batch * given.batch + place.head * given.head
+    pointers = base + rows.to(tl.int64) * given.row
+    pointers += columns.to(tl.int64) * given.column
+    valid = (rows < place.n_queries) & (columns < place.n_keys)
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32) * given.factor
+
+
+@triton.jit
+def score_gradients(
+    q, grad, k, v, terms, first_row, first_column, partial, given, s, sizes, place,
+    BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Of one tile [BLOCK_M, BLOCK_N] the gradients of the capped scores and of q k^T * scale, and
+    the weights, not yet multiplied by ``inverse``. ``terms`` are those of load_row_terms."""
+    minus_top, inverse, delta = terms
+    rows = first_row + tl.arange(0, q.shape[0])
+    columns = first_column + tl.arange(0, BLOCK_N)
+    zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    scores, capped = score_tile(
+        dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, sizes,
+        place, CHECKED, SCALED,
+    )
+    weights = exponentials(scores, minus_top[:, None], s, SCALED)
+    inverse = inverse[:, None]
+    remainder = negative(inverse * delta[:, None])
+    if given.pointer is not None:
+        dweights = given_gradient(given, rows[:, None], columns[None, :], place)
+    else:
+        dweights = dot(grad, tl.trans(v), zeros, PRECISION)
+    if s.seed is not None:
+        keep = dropout_keep_tile(
+            place.dropout_key, place.dropout_offset, first_row, first_column, s.p, q.shape[0],
+            BLOCK_N,
+        )
+        dscores = weights * tl.where(
+            keep, fma(dweights, inverse * dropout_scale(s.p), remainder), remainder
+        )
+    elif q.dtype == tl.float32:
+        dscores = weights * inverse * (dweights - delta[:, None])
+    else:  # the same, by an instruction less
+        dscores = weights * fma(dweights, inverse, remainder)
+    dproduct = dscores
+    if s.softcap is not None:
+        dproduct = dscores * fma(negative(capped), capped, 1.0)
+    return dscores, dproduct, weights

@@ -1,0 +1,1 @@
+"""Kernels that compute rows by themselves: softmax, norms, activations, embeddings, losses."""

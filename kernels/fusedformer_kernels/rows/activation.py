@@ -1,0 +1,230 @@
+"""bias + activation + dropout, elementwise over rows, forward and backward.
+
+    y = dropout(activation(x + bias))
+
+Forward: a program per [BLOCK_M, BLOCK_N] tile reads x once and writes y once. Backward: programs
+walk the rows of a block of columns, recompute ``activation'(x + bias)``, write dx and keep the
+bias gradient in registers; :mod:`reduction` adds their partial sums. Reads x and dy, writes dx.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    LOG2_E,
+    dropout_keep,
+    dropout_scale,
+    fma,
+    negative,
+    store,
+)
+from fusedformer_kernels.runtime.strided import contiguous_like, contiguous_vector, rows_of
+
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_GELU_CUBIC = tl.constexpr(0.044715)
+_QUICK = tl.constexpr(1.702)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
+def _gelu_inner(x):
+    """Twice the argument of the hyperbolic tangent in GELU's approximation by it."""
+    factor = fma(x * x, 2.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
+    return x * factor
+
+
+@triton.jit
+def _normal(x):
+    """(cumulative distribution, exp(-x**2 / 2)) of the standard normal distribution at float32 x.
+
+    erfc(z) = exp(-z**2) * t * polynomial(t), t = 1 / (1 + 0.3 z), z >= 0: the form of Hastings
+    (Abramowitz and Stegun 7.1.26), coefficients fitted to a relative error of 2e-8 up to z = 9.5.
+    With an erf the instructions would take longer than the memory, and tails would be lost.
+    """
+    # Bounded, since Newton's step makes NaN of infinity; the bell is 0 long before.
+    divisor = fma(tl.minimum(tl.abs(x), 1e4), 0.21213203435596423, 1.0)
+    root = tl.rsqrt(divisor)
+    t = root * root  # two instructions, where a division takes six
+    # A step of Newton's: a GPU's reciprocal square root lacks the last bits.
+    t = fma(t, fma(divisor, negative(t), 1.0), t)
+    polynomial = fma(t, -0.12943339273426546, 0.4850931121587671)
+    polynomial = fma(polynomial, t, -0.5112195144753633)
+    polynomial = fma(polynomial, t, 0.546387028160565)
+    polynomial = fma(polynomial, t, -0.09362560171812473)
+    polynomial = fma(polynomial, t, 0.21443380048947402)
+    polynomial = fma(polynomial, t, 0.14848309055531433)
+    polynomial = fma(polynomial, t, 0.17069183719068443)
+    polynomial = fma(polynomial, t, 0.16918962094764084)
+    bell = tl.exp2(x * x * (-0.5 * LOG2_E))
+    tail = (0.5 * polynomial) * (t * bell)
+    return tl.where(x < 0.0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """``activation(x)`` in float32."""
+    if ACTIVATION == 0:
+        # A NaN stays one, as in torch.
+        y = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == 1:
+        cumulative, _ = _normal(x)
+        y = x * cumulative
+    elif ACTIVATION == 2:
+        # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
+        y = x * _sigmoid(_gelu_inner(x))
+    elif ACTIVATION == 3:
+        y = x * _sigmoid(x)
+    else:
+        y = x * _sigmoid(x * _QUICK)
+    return y
+
+
+@triton.jit
+def _activation_derivative(x, ACTIVATION: tl.constexpr):
+    """``activation'(x)`` in float32."""
+    if ACTIVATION == 0:
+        d = tl.where(x > 0.0, 1.0, 0.0)
+    elif ACTIVATION == 1:
+        cumulative, bell = _normal(x)
+        d = fma(x, bell * _INV_SQRT_2PI, cumulative)
+    elif ACTIVATION == 2:
+        inner = _gelu_inner(x)
+        s = _sigmoid(inner)
+        slope = fma(x * x, 6.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
+        # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
+        d = fma(x * s, _sigmoid(-inner) * slope, s)
+    else:
+        steeper = x if ACTIVATION == 3 else x * _QUICK
+        s = _sigmoid(steeper)
+        d = fma(steeper * s, _sigmoid(-steeper), s)
+    return d
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _bias_activation_forward(
+    x_ptr, bias_ptr, seed_ptr, y_ptr, p, n_rows, n_columns, stride_x,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):
+    column_blocks = tl.cdiv(n_columns, BLOCK_N)
+    first_column = (tl.program_id(0) % column_blocks) * BLOCK_N
+    rows = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_row = columns < n_columns
+    valid = (rows < n_rows)[:, None] & in_row[None, :]
+    x = tl.load(x_ptr + (rows * stride_x)[:, None] + columns[None, :], mask=valid, other=0.0)
+    x = x.to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    y = _activate(x, ACTIVATION)
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), 0, rows, first_column, p, BLOCK_N)
+        y = tl.where(keep, y * dropout_scale(p), 0.0)
+    store(y_ptr + (rows * n_columns)[:, None] + columns[None, :], y, valid)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _bias_activation_backward(
+    dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
+    stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
+):
+    first_column = tl.program_id(1) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_row = columns < n_columns
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+        rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
+        valid = (rows < n_rows)[:, None] & in_row[None, :]
+        x_offsets = (rows * stride_x)[:, None] + columns[None, :]
+        x = tl.load(x_ptr + x_offsets, mask=valid, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += bias[None, :]
+        dy_offsets = (rows * stride_dy)[:, None] + columns[None, :]
+        dy = tl.load(dy_ptr + dy_offsets, mask=valid, other=0.0).to(tl.float32)
+        dx = dy * _activation_derivative(x, ACTIVATION)  # [BLOCK_M, BLOCK_N]
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows, first_column, p, BLOCK_N)
+            dx = tl.where(keep, dx * dropout_scale(p), 0.0)
+        store(dx_ptr + (rows * n_columns)[:, None] + columns[None, :], dx, valid)
+        if NEEDS_BIAS:
+            dbias += tl.where(valid, dx, 0.0)
+    if NEEDS_BIAS:
+        row = tl.program_id(0).to(tl.int64) * n_columns
+        tl.store(partials_ptr + row + columns, tl.sum(dbias, 0), mask=in_row)
+
+
+def bias_activation_forward(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    activation: str,
+) -> torch.Tensor:
+    """``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
+    y = contiguous_like(x)
+    if y.numel() == 0:
+        return y
+    n_columns = x.shape[-1]
+    x_rows = rows_of(x, n_columns)
+    n_rows = x_rows.shape[0]
+    bias = contiguous_vector(bias)
+    config = configs.elementwise_tile("activation_forward", n_columns, configs.target_of(x.device))
+    blocks = configs.ceil_div(n_rows, config.block_m) * configs.ceil_div(n_columns, config.block_n)
+    launch(
+        _bias_activation_forward, (blocks,), config,
+        x_rows, bias, seed, y, p, n_rows, n_columns, x_rows.stride(0),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, ACTIVATION=ACTIVATIONS[activation],
+        HAS_BIAS=bias is not None, DROPOUT=seed is not None,
+    )
+    return y
+
+
+def bias_activation_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    activation: str,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dx, dbias in the dtype of ``bias`` if asked for) from the gradient of the output."""
+    dx = contiguous_like(x)
+    wants_bias = needs_bias and bias is not None
+    if dx.numel() == 0:
+        return dx, torch.zeros_like(bias) if needs_bias and bias is not None else None
+    n_columns = x.shape[-1]
+    x_rows, dy_rows = rows_of(x, n_columns), rows_of(dy, n_columns)
+    bias = contiguous_vector(bias)
+    n_rows = x_rows.shape[0]
+    target = configs.target_of(x.device)
+    config = configs.elementwise_tile("activation_backward", n_columns, target)
+    column_blocks = configs.ceil_div(n_columns, config.block_n)
+    row_blocks = configs.ceil_div(n_rows, config.block_m)
+    programs = configs.row_programs(row_blocks, target)
+    shape = (programs if wants_bias else 0, n_columns)
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    launch(
+        _bias_activation_backward, (programs, column_blocks), config,
+        dy_rows, x_rows, bias, seed, dx, partials, p, n_rows, n_columns, dy_rows.stride(0),
+        x_rows.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None, DROPOUT=seed is not None,
+        NEEDS_BIAS=wants_bias,
+    )
+    return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None

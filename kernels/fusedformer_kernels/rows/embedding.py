@@ -1,0 +1,259 @@
+"""Token, position and type embeddings, their sum's norm and dropout, forward and backward.
+
+    z = token[id] + position[position_id] + type[type_id]
+    y = dropout((z - mean) * rstd * weight + bias),   rstd = 1 / sqrt(var + eps)
+
+Forward: a program per BLOCK_M rows, which it gathers from the tables and keeps in float32
+registers. It reads each row's vectors (types and positions mostly from the cache), writes y, and
+two floats a row; z is never in memory.
+Backward: persistent programs gather z again and write its gradient, which is that of each table's
+row; the tables' own sums over equal ids are ATen's. Sums for weight and bias are kept in registers,
+each program leaves one partial row of them, which :mod:`reduction` adds up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedformer_kernels.rows.norm import _store_input_grads, affine
+from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
+from fusedformer_kernels.runtime.strided import rows_of
+
+LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
+
+
+class Tables(NamedTuple):
+    """What is added up for each of the rows; ids are integers ``[rows]``, tables ``[n, E]``.
+
+    Types without ids are all of type 0.
+    """
+
+    ids: torch.Tensor
+    tokens: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    type_ids: torch.Tensor | None = None
+    types: torch.Tensor | None = None
+
+
+@triton.jit
+def _load_vectors(
+    table_ptr, ids_ptr, n_table, stride, rows, columns, row_valid, in_row, HAS_IDS: tl.constexpr
+):
+    """float32 [BLOCK_M, BLOCK_N]: rows of a table; NaN where an id has none, 0 outside."""
+    ids = rows * 0
+    if HAS_IDS:
+        ids = tl.load(ids_ptr + rows, mask=row_valid, other=0).to(tl.int64)
+    there = (ids >= 0) & (ids < n_table)
+    valid = (row_valid & there)[:, None] & in_row[None, :]
+    vectors = tl.load(
+        table_ptr + (ids * stride)[:, None] + columns[None, :], mask=valid, other=0.0
+    ).to(tl.float32)
+    wrong = (row_valid & (ids < 0)) | (row_valid & (ids >= n_table))
+    return tl.where(wrong[:, None] & in_row[None, :], float("nan"), vectors)
+
+
+@triton.jit
+def _load_embedded(
+    tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr, n_positions,
+    stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, rows, columns, row_valid,
+    in_row, HAS_POSITIONS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
+):
+    """float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
+    z = _load_vectors(
+        tokens_ptr, ids_ptr, n_tokens, stride_tokens, rows, columns, row_valid, in_row, True
+    )
+    if HAS_POSITIONS:
+        z += _load_vectors(
+            positions_ptr, position_ids_ptr, n_positions, stride_positions, rows, columns,
+            row_valid, in_row, True,
+        )
+    if HAS_TYPES:
+        z += _load_vectors(
+            types_ptr, type_ids_ptr, n_types, stride_types, rows, columns, row_valid, in_row,
+            HAS_TYPE_IDS,
+        )
+    return z
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _embedding_forward(
+    tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr, n_positions,
+    stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, weight_ptr, bias_ptr,
+    seed_ptr, y_ptr, mean_ptr, rstd_ptr, p, eps, n_rows, n_columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    row_valid = rows < n_rows
+    in_row = columns < n_columns
+    z = _load_embedded(
+        tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
+        n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, rows,
+        columns, row_valid, in_row, HAS_POSITIONS, HAS_TYPES, HAS_TYPE_IDS,
+    )  # [BLOCK_M, BLOCK_N]
+    mean = row_mean(z, in_row[None, :], n_columns)
+    centered = tl.where(in_row[None, :], z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
+    y = affine(
+        centered * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, HAS_WEIGHT, HAS_BIAS
+    )
+    if DROPOUT:
+        keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
+        y = tl.where(keep, y * dropout_scale(p), 0.0)
+    offsets = (rows * n_columns)[:, None] + columns[None, :]
+    store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
+    tl.store(mean_ptr + rows, mean, mask=row_valid)
+    tl.store(rstd_ptr + rows, rstd, mask=row_valid)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _embedding_backward(
+    dy_ptr, tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
+    n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, mean_ptr,
+    rstd_ptr, weight_ptr, seed_ptr, dz_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
+    n_partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr, NEEDS_TABLES: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_row = columns < n_columns
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+        rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
+        row_valid = rows < n_rows
+        offsets = (rows * stride_dy)[:, None] + columns[None, :]
+        valid = row_valid[:, None] & in_row[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
+            dy = tl.where(keep, dy * dropout_scale(p), 0.0)
+        if NEEDS_TABLES or NEEDS_WEIGHT:
+            z = _load_embedded(
+                tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
+                n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types,
+                rows, columns, row_valid, in_row, HAS_POSITIONS, HAS_TYPES, HAS_TYPE_IDS,
+            )  # [BLOCK_M, BLOCK_N]
+            mean = tl.load(mean_ptr + rows, mask=row_valid, other=0.0)
+            rstd = tl.load(rstd_ptr + rows, mask=row_valid, other=0.0)
+            normed = tl.where(valid, (z - mean[:, None]) * rstd[:, None], 0.0)
+        if NEEDS_TABLES:
+            weighted = dy
+            if HAS_WEIGHT:
+                weighted = dy * weight[None, :]
+            mean_product = tl.sum(weighted * normed, 1) / n_columns  # [BLOCK_M]
+            mean_weighted = tl.sum(weighted, 1) / n_columns
+            _store_input_grads(
+                normed, weighted, mean_product, mean_weighted, rstd, None, dz_ptr, None, None, p,
+                rows, 0, n_columns, row_valid, 0, BLOCK_N, 1, False, False,
+            )
+        if NEEDS_WEIGHT:
+            dweight = fma(dy, normed, dweight)
+        if NEEDS_BIAS:
+            dbias += dy
+    store_partials(
+        partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias, dbias,
+        NEEDS_WEIGHT, NEEDS_BIAS, False,
+    )
+
+
+def embedding_forward(
+    tables: Tables,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y ``[rows, E]`` in ``dtype`` or that of the tables, mean and rstd, float32 ``[rows]``)."""
+    tokens = tables.tokens
+    n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
+    y = tokens.new_empty(n_rows, n_columns, dtype=dtype)
+    mean = torch.empty(n_rows, dtype=torch.float32, device=tokens.device)
+    rstd = torch.empty_like(mean)
+    if y.numel():
+        config = _config(n_columns, tokens.device)
+        launch(
+            _embedding_forward, (configs.ceil_div(n_rows, config.block_m),), config,
+            *_arguments(tables), weight, bias, seed, y, mean, rstd, p, eps, n_rows, n_columns,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_forms(tables),
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, DROPOUT=seed is not None,
+        )
+    return y, mean, rstd
+
+
+def embedding_backward(
+    dy: torch.Tensor,
+    tables: Tables,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    needs_tables: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    parameter_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, ...]:
+    """(dz ``[rows, E]`` in the dtype of the tables, dweight, dbias), None if not needed."""
+    tokens = tables.tokens
+    n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
+    device = tokens.device
+    dz = tokens.new_empty(n_rows, n_columns) if needs_tables else None
+    wanted = needs_weight, needs_bias
+    if not n_rows * n_columns:
+        sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
+    else:
+        target = configs.target_of(device)
+        config = _config(n_columns, device)
+        programs = configs.row_programs(configs.ceil_div(n_rows, config.block_m), target)
+        shape = programs, sum(wanted) * n_columns
+        partials = torch.empty(shape, dtype=torch.float32, device=device)
+        dy_rows = rows_of(dy, n_columns)
+        launch(
+            _embedding_backward, (programs,), config,
+            dy_rows, *_arguments(tables), mean, rstd, weight, seed, dz, partials, p, n_rows,
+            n_columns, dy_rows.stride(0), partials.shape[1],
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_forms(tables),
+            HAS_WEIGHT=weight is not None, DROPOUT=seed is not None, NEEDS_TABLES=needs_tables,
+            NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
+        )
+        sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
+    rows = iter(sums)
+    dweight, dbias = (next(rows) if want else None for want in wanted)
+    return dz, dweight, dbias
+
+
+def _config(n_columns: int, device: torch.device) -> configs.TileConfig:
+    return configs.row_tile(
+        "embedding", n_columns, LONGEST, 2048, 16, configs.target_of(device)
+    )
+
+
+def _arguments(tables: Tables) -> list[torch.Tensor | int | None]:
+    found: list[torch.Tensor | int | None] = []
+    for ids, table in zip(tables[::2], tables[1::2], strict=True):
+        sizes = (0, 0) if table is None else (table.shape[0], table.stride(0))
+        found += [table, ids, *sizes]
+    return found
+
+
+def _forms(tables: Tables) -> dict[str, bool]:
+    return {
+        "HAS_POSITIONS": tables.positions is not None, "HAS_TYPES": tables.types is not None,
+        "HAS_TYPE_IDS": tables.type_ids is not None,
+    }  # fmt: skip

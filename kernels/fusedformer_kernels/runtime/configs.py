@@ -1,0 +1,323 @@
+"""Tile configs: a pure function of shape, dtype and architecture.
+
+Every choice here is read from the compile report (``python -m fusedformer compile-report``): no
+spills on sm_90, shared memory within the architecture's limit. Nothing is tuned at run time; what
+was tuned before is in the tables of :mod:`tuned`, which these functions ask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from fusedformer_kernels.runtime.tuned import cached_config, tuned_config
+
+
+@dataclass(frozen=True, eq=False)  # one object each: hashed by every launch
+class Target:
+    """What a config depends on, of a device."""
+
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # compute capability * 10, or the gfx name
+    warp_size: int
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+    device_name: str = ""  # of a device that is here: a user may have tuned for it
+    interpreted: bool = False
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 108, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 132, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 148, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 304, 64 * 1024),
+}
+# The interpreter gets sm_90's tiles, and few multiprocessors so that persistent loops iterate.
+INTERPRETED = Target("cuda", 90, 32, 2, 227 * 1024, interpreted=True)
+
+_assumed: Target | None = None
+
+
+@contextlib.contextmanager
+def assume_target(target: Target) -> Iterator[None]:
+    """Choose configs for ``target``, whatever device the tensors are on (for compiling ahead)."""
+    global _assumed
+    previous, _assumed = _assumed, target
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that kernels on tensors of ``device`` are launched for."""
+    if _assumed is not None:
+        return _assumed
+    return INTERPRETED if device.type != "cuda" else _cuda_target(device.index or 0)
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    count = properties.multi_processor_count
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        return Target("hip", name, properties.warp_size, count, 64 * 1024, properties.name)
+    arch = properties.major * 10 + properties.minor
+    # Turing, and Ada and Blackwell of the desktop, have less than the data-center parts.
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Target("cuda", arch, 32, count, shared, properties.name)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a compiled kernel is launched."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """Options of the compiler. Multiply-adds are fused where ``primitives.fma`` says so."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TileConfig(LaunchConfig):
+    """A tile of BLOCK_M rows and BLOCK_N columns."""
+
+    block_m: int = 1
+    block_n: int = 16
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _warps(elements: int, per_thread: int, target: Target) -> int:
+    """Warps for a tile, so that one thread holds about ``per_thread`` of its elements."""
+    threads = max(1, elements // per_thread)
+    return max(1, min(next_power_of_2(threads // target.warp_size), 1024 // target.warp_size))
+
+
+# Longest row that one program keeps whole in registers; longer rows are read twice.
+SOFTMAX_ONE_PASS = 32768
+SOFTMAX_BACKWARD_ONE_PASS = 16384
+NORM_ONE_PASS = 16384
+NORM_BACKWARD_ONE_PASS = 8192
+NORM_DROPOUT_BACKWARD_ONE_PASS = 4096  # 8192 spills with dropout and three sums
+LONG_ROW_CHUNK = 4096
+
+
+@cached_config
+def row_tile(
+    kernel: str, columns: int, one_pass: int, tile: int, per_thread: int, target: Target
+) -> TileConfig:
+    """Whole rows of up to ``one_pass`` columns, several a program when short; else one chunk."""
+    if columns > one_pass:
+        return TileConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
+    block_n = max(next_power_of_2(columns), 16)
+    block_m = max(1, min(tile // block_n, 64))
+    default = TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
+    return tuned_config((kernel, block_n), target, default)
+
+
+@cached_config
+def elementwise_tile(kernel: str, columns: int, target: Target) -> TileConfig:
+    """Tiles for bias + activation, forward and backward: 16 elements a thread."""
+    block_n = min(max(next_power_of_2(columns), 16), 512)
+    block_m = max(1, min(2048 // block_n, 64))
+    default = TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
+    return tuned_config((kernel, block_n), target, default)
+
+
+def row_programs(row_blocks: int, target: Target) -> int:
+    """How many persistent programs walk ``row_blocks``: it bounds the partial sums they leave."""
+    return max(1, min(row_blocks, 2 * target.multiprocessors))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of float32 products: torch's own setting for matrix products."""
+    # Read by the name that torch's newer settings do not forbid.
+    narrow = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if narrow else "ieee"
+
+
+@dataclass(frozen=True)
+class PairConfig(TileConfig):
+    """A tile of scores of all pairs, by a loop over block_k dimensions."""
+
+    block_k: int = 64
+
+
+def pair_tile(operands: str, n_rows: int, n_columns: int, target: Target) -> PairConfig:
+    """Tile of the contrastive losses; ``operands`` as in :class:`AttentionKind`.
+
+    On sm_90 the large one reads least out of L2; it has no register to spare, and an SM to itself.
+    Small problems get more, smaller tiles, so that no SM is idle.
+    """
+    large = _large_pair_tile(operands, target)
+    tiles = ceil_div(n_rows, large.block_m) * ceil_div(n_columns, large.block_n)
+    if operands == "half" and target.backend == "cuda" and tiles < target.multiprocessors:
+        return tuned_config(("pairs", operands, "small"), target, PairConfig(4, 3, 128, 64, 64))
+    return tuned_config(("pairs", operands, "large"), target, large)
+
+
+def _large_pair_tile(operands: str, target: Target) -> PairConfig:
+    if operands == "ieee":
+        return PairConfig(8, 1, 64, 64, 16)
+    block_k = 64 if operands == "half" else 32
+    if target.backend == "hip":
+        return PairConfig(8, 1, 128, 128, block_k)
+    if target.arch == 90 and operands == "half":
+        return PairConfig(8, 4, 256, 128, block_k)
+    roomy = target.shared_memory > 128 * 1024
+    return PairConfig(8, 3 if roomy else 2, 128, 128, block_k)
+
+
+@dataclass(frozen=True)
+class AttentionConfig(LaunchConfig):
+    """Tile of block_m queries by block_n keys."""
+
+    block_m: int = 64
+    block_n: int = 64
+    one_loop: bool = False  # one checked loop in place of a full and a partial one: fewer registers
+    split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
+    keys_per_split: int = 0  # forward: keys that one program walks when queries are few; 0: all
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What attention's tiles depend on besides the target."""
+
+    dim: int  # the larger of the padded key and value head dims
+    operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
+    heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
+    causal: bool = False
+
+    @property
+    def size(self) -> int:
+        """Class of head dims that share a config."""
+        return 64 if self.dim <= 64 else 128 if self.dim <= 128 else 256
+
+    @property
+    def words(self) -> tuple[str | int, ...]:
+        """As tables of tuned configs name it."""
+        return (
+            self.operands, self.size, "heavy" if self.heavy else "plain",
+            "causal" if self.causal else "full",
+        )  # fmt: skip
+
+
+def padded_dim(dim: int) -> int:
+    """Head dim as tiles hold it: a power of two that tensor cores take."""
+    return max(next_power_of_2(dim), 16)
+
+
+# AttentionConfig(num_warps, num_stages, block_m, block_n, one_loop, split_keys), by operands and
+# size: the plain form, then the heavy one. Read from the compile report for sm_90. At 64, tiles of
+# 128 x 128 leave room for one program an SM, whose products and softmax wait for each other; of
+# these two fit, and one works on its softmax while the other multiplies.
+_HOPPER_FORWARD = {
+    ("half", 64): (AttentionConfig(8, 3, 128, 64), AttentionConfig(8, 2, 128, 64)),
+    ("half", 128): (AttentionConfig(8, 2, 128, 128), AttentionConfig(8, 2, 128, 64, True)),
+    ("half", 256): (AttentionConfig(8, 2, 64, 64, True), AttentionConfig(8, 2, 64, 32, True)),
+    ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(4, 2, 64, 32)),
+    ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
+    # A tile of 64 rows, which HGMMA wants, spills here: HMMA then.
+    ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
+# For both backward kernels: the one over keys steps through block_m queries for a tile of block_n
+# keys, the one over queries has the two the other way round.
+_HOPPER_BACKWARD = {
+    ("half", 64): (AttentionConfig(8, 2, 64, 128), AttentionConfig(8, 2, 32, 128, True)),
+    ("half", 128): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 32, 64, True)),
+    ("half", 256): (
+        AttentionConfig(8, 2, 16, 64, True, True),
+        AttentionConfig(8, 2, 16, 64, True, True),
+    ),
+    ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
+    ("tf32", 128): (
+        AttentionConfig(8, 1, 16, 64, True, True),
+        AttentionConfig(8, 1, 16, 64, True, True),
+    ),
+    ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
+
+
+# So few queries over many keys leave most of a GPU idle unless the keys are split among programs.
+# That goes by lengths, not by the batch's size; and never happens in self-attention, where a short
+# sequence is to get the same bits alone as among longer ones.
+FEW_QUERIES = 16
+KEYS_PER_SPLIT = 512
+
+
+@cached_config
+def attention_forward_config(
+    kind: AttentionKind, target: Target, max_queries: int, max_keys: int
+) -> AttentionConfig:
+    """Tile of the forward kernel."""
+    if max_queries <= FEW_QUERIES and max_keys > KEYS_PER_SPLIT:
+        block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
+        stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
+        return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
+    default = _attention_forward_default(kind, target)
+    return tuned_config(("attention_forward", *kind.words), target, default)
+
+
+def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
+    if target.backend == "hip":
+        if kind.size == 256 or kind.operands != "half":
+            return AttentionConfig(4, 1, 64, 32)
+        return AttentionConfig(4, 1, 128 if kind.size == 64 else 64, 64)
+    if target.arch == 90 or kind.operands != "half":
+        return _HOPPER_FORWARD[kind.operands, kind.size][kind.heavy]
+    roomy = target.shared_memory > 160 * 1024
+    if kind.size == 256:
+        return AttentionConfig(8, 1, 64, 64 if roomy else 32)
+    return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
+
+
+@cached_config
+def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Tile of both backward kernels; the one over queries swaps its two sides."""
+    default = _attention_backward_default(kind, target)
+    return tuned_config(("attention_backward", *kind.words), target, default)
+
+
+def _attention_backward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
+    if target.backend == "hip":
+        small = kind.size > 64 or kind.operands != "half"
+        return AttentionConfig(4, 1, 32 if small else 64, 32 if small else 64)
+    if target.arch == 90 or kind.operands != "half":
+        config = _HOPPER_BACKWARD[kind.operands, kind.size][kind.heavy]
+        if kind.causal and kind.operands == "half" and kind.size == 128:
+            return replace(config, one_loop=True)
+        return config
+    roomy = target.shared_memory > 160 * 1024
+    if kind.size == 256:
+        return AttentionConfig(8, 1, 16 if not roomy else 32, 64, True, True)
+    return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
+
+
+@cached_config
+def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Square tiles, no larger than the backward's longer side."""
+    config = attention_backward_config(kind, target)
+    side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
+    return AttentionConfig(config.num_warps, 1, side, side)

@@ -1,0 +1,29 @@
+"""Attention: ``calls`` chooses the form, ``registered`` has the ops, ``aten`` what ATen computes.
+
+``terms`` is what scores depend on, ``chunks`` the torch backend's form of linear memory, ``part``
+attention over some of the keys, to be merged.
+"""
+
+from fusedformer.ops.attention.calls import (
+    check_for_kernels,
+    merge_attention_states,
+    scale_of,
+    scaled_dot_product_attention,
+    self_attention,
+    varlen_attention,
+    window_bounds,
+)
+from fusedformer.ops.attention.part import attention_part, attention_part_backward, merge_parts
+
+__all__ = [
+    "attention_part",
+    "attention_part_backward",
+    "check_for_kernels",
+    "merge_attention_states",
+    "merge_parts",
+    "scale_of",
+    "scaled_dot_product_attention",
+    "self_attention",
+    "varlen_attention",
+    "window_bounds",
+]

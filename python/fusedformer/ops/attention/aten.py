@@ -1,0 +1,335 @@
+"""Attention as a composition of ATen calls, for CPU tensors and wherever it is asked for.
+
+What ``F.scaled_dot_product_attention`` can express goes to it, with the smallest mask that says
+it; a cap on the scores and weights that are asked for need the scores themselves. Packed sequences
+of equal lengths run as one batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_off
+from fusedformer._internal.onlookers import is_eager
+from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
+from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.dropout_aten import dropout_aten
+
+
+def attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, *, return_lse: bool,
+    wide_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`.
+
+    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum.
+    """
+    if terms.starts_q is not None and terms.starts_k is not None:
+        lengths = terms.starts_q.diff().tolist(), terms.starts_k.diff().tolist()
+        output, lse = _packed(query, key, value, terms, *lengths, return_lse)
+    else:
+        output, lse = _padded(query, key, value, terms, return_lse)
+    if lse is not None and not wide_lse:
+        lse = lse.to(torch.promote_types(query.dtype, torch.float32))
+    return output, lse
+
+
+def attention_weights_aten(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: AttentionTerms,
+    average: bool,
+    dtype: torch.dtype,
+    *,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output, log-sum-exp or None, weights ``[B, H, L, S]`` in ``dtype``, or their mean)."""
+    key, value = _within_lengths(key, value, terms.key_lengths)
+    output, lse, weights = _explicit(query, key, value, terms, return_lse)
+    weights = weights.mean(1, keepdim=True) if average else weights
+    if lse is not None:
+        lse = lse.to(torch.promote_types(query.dtype, torch.float32))
+    return output, lse, weights.to(dtype)
+
+
+def merge_attention_states_aten(
+    output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.merge_attention_states`."""
+    nothing = (lse1 == -torch.inf) & (lse2 == -torch.inf)
+    first, second = (lse.masked_fill(nothing, 0.0) for lse in (lse1, lse2))
+    lse = torch.logaddexp(first, second)
+    weights = torch.stack((first, second)).sub(lse).exp().masked_fill(nothing, 0.0)[..., None]
+    weights = weights.to(torch.promote_types(output1.dtype, torch.float32))
+    output = output1 * weights[0] + output2 * weights[1]
+    return output.to(output1.dtype), lse.masked_fill(nothing, -torch.inf)
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    key, value = _within_lengths(key, value, terms.key_lengths)
+    if terms.scale <= 0:
+        # ATen's CPU kernel masks with -inf before it scales, and makes NaN of it by such a factor.
+        query = query * (-1.0 if terms.scale < 0 else 0.0)
+        terms = terms._replace(scale=-terms.scale or 1.0)
+    # Positions times slopes lose their digits in half precision, which one mask would have to be.
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    by_position = terms.slopes is not None or terms.table is not None
+    sunk = terms.sinks is not None
+    empty = not (query.numel() and key.numel())
+    if terms.softcap is not None or return_lse or (half and by_position) or (
+        sunk and (terms.p or empty)
+    ):
+        return _explicit(query, key, value, terms, return_lse)[:2]
+    keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
+    mask = keep
+    if added is not None:
+        mask = added if keep is None else added.masked_fill(~keep, -torch.inf)
+    if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
+        return _dropped(query, key, value, terms), None
+    if not terms.p and not empty and (sunk or _needs_chunks(query, key, value, mask)):
+        tensors = query, key, value, mask, terms.sinks
+        if _is_plain(*tensors) and (mask is None or not mask.requires_grad):
+            key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
+            output: Tensor = chunked_attention(
+                query, key, value, mask, terms.sinks, terms.scale, is_causal
+            )
+            return output, None
+        if sunk or (mask is not None and mask.dtype != torch.bool):
+            return _explicit(query, key, value, terms, return_lse)[:2]
+    cast = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
+    arguments = (query, key, value, cast, terms.p, is_causal)
+    if query.shape[1] != key.shape[1]:  # decided here: ATen takes no symbol for enable_gqa
+        output = F.scaled_dot_product_attention(*arguments, scale=terms.scale, enable_gqa=True)
+    else:
+        output = F.scaled_dot_product_attention(*arguments, scale=terms.scale)
+    return output if mask is None else _without_unseen(output, mask), None
+
+
+def _within_lengths(
+    key: Tensor, value: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both with zeros beyond ``lengths``, where anything may be: even a weight of 0 keeps NaN."""
+    if lengths is None:
+        return key, value
+    beyond = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+    beyond = beyond[:, None, :, None]
+    return key.masked_fill(beyond, 0.0), value.masked_fill(beyond, 0.0)
+
+
+def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether one log-sum-exp a query, as ATen's kernels keep it, is not enough."""
+    added = mask is not None and mask.dtype != torch.bool
+    if mask is not None and added and mask.dtype != query.dtype:
+        return True
+    tensors = (t for t in (query, key, value, mask) if t is not None)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return False
+    return added or (query.dtype == torch.float32 and query.device.type == "cpu")
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether this is an eager or a compiled call on torch's own tensors, no meta or fake ones."""
+    if torch.compiler.is_compiling():
+        return all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+    return is_eager() and all(
+        t is None or (type(t) in (Tensor, Parameter) and checks.has_values(t)) for t in tensors
+    )
+
+
+def _without_unseen(output: Tensor, mask: Tensor) -> Tensor:
+    """``output`` with zeros for queries that see no key: cuDNN gives them something else."""
+    nothing = sees_nothing(mask)
+    if checks.has_values(nothing) and not nothing.is_cuda and not nothing.any():
+        return output
+    return output.masked_fill(nothing, 0.0)
+
+
+def _dropped(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+    """Attention with dropout and nothing else, which ATen has no fused kernel for on the CPU."""
+    batch, heads = query.shape[:2]
+    key, value = (_shared_by_heads(tensor, heads) for tensor in (key, value))
+    q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    nothing = q.new_empty(1)  # ignored, as beta is 0
+    scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=terms.scale)
+    weights = dropout_aten(scores.softmax(-1), terms.p)
+    return torch.unflatten(weights @ v, 0, (batch, heads))
+
+
+def _shared_by_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values repeated for the ``heads`` of queries."""
+    group = heads // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(output, log-sum-exp in float64 if asked for, weights after dropout), by way of scores."""
+    scores = _scores(query, key, terms)
+    if terms.sinks is not None:  # as one more key, whose weight has no value
+        shape = *scores.shape[:3], 1
+        scores = torch.cat((scores, terms.sinks.to(scores.dtype)[:, None, None].expand(shape)), -1)
+    hidden = scores == -torch.inf
+    unseen = hidden.all(-1, keepdim=True)
+    finite = scores.masked_fill(unseen, 0.0)
+    lse = None
+    if return_lse and not scores.shape[-1]:
+        lse = scores.logsumexp(-1).double()
+    elif return_lse:
+        # Not ATen's, whose gradient is by the result: exp(score - lse), where lse is rounded.
+        top = finite.detach().amax(-1, keepdim=True)
+        lse = (finite - top).exp().sum(-1, keepdim=True).double().log() + top
+        lse = lse.masked_fill(unseen, -torch.inf)[..., 0]
+    weights = finite.softmax(-1).masked_fill(hidden, 0.0)[..., : key.shape[2]]
+    weights = dropout_aten(weights, terms.p)
+    wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
+    with autocast_off(query):
+        output = weights @ wide
+    return output.to(query.dtype), lse, weights
+
+
+def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
+    """Scores ``[B, H, L, S]`` with -inf where hidden, at least float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key = _shared_by_heads(key.to(wide), query.shape[1])
+    with autocast_off(query):  # which would round the scores
+        scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
+    if terms.softcap is not None:
+        scores = terms.softcap * torch.tanh(scores / terms.softcap)
+    keep, added, _ = _masks(query, key, terms, may_be_causal=False)
+    if added is not None:
+        scores = scores + added
+    return scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+
+
+def _masks(
+    query: Tensor, key: Tensor, terms: AttentionTerms, *, may_be_causal: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """(boolean mask, what is added, whether causality is still to be applied)."""
+    added = terms.mask if terms.mask is not None and terms.mask.dtype != torch.bool else None
+    kept = [terms.mask] if terms.mask is not None and added is None else []
+    if terms.key_mask is not None:
+        kept.append(terms.key_mask[:, None, None, :])
+    if terms.key_lengths is not None:
+        positions = torch.arange(key.shape[2], device=key.device)
+        kept.append((positions < terms.key_lengths[:, None])[:, None, None, :])
+    by_position = terms.slopes is not None or terms.table is not None
+    plain = not kept and added is None and not by_position and terms.left is None
+    aligned = not terms.align_end or query.shape[2] == key.shape[2]
+    if may_be_causal and plain and aligned and terms.right == 0:
+        return None, None, True
+    if terms.left is not None or terms.right is not None or by_position:
+        distance = _distances(query, key, terms)
+        if terms.right is not None:
+            kept.append(distance <= terms.right)
+        if terms.left is not None:
+            kept.append(distance >= -terms.left)
+        for term in _position_terms(distance, terms):
+            added = term if added is None else added + term
+    keep = None
+    for mask in kept:
+        keep = mask if keep is None else keep & mask
+    return keep, added, False
+
+
+def _distances(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
+    """``[B or 1, 1, L, S]``: how far each key is from each query."""
+    rows = torch.arange(query.shape[2], device=query.device)[:, None]
+    distance = (torch.arange(key.shape[2], device=query.device) - rows)[None, None]
+    if terms.align_end and terms.key_lengths is not None:
+        ends = terms.key_lengths.long().clamp(max=key.shape[2])
+        distance = distance - (ends - query.shape[2])[:, None, None, None]
+    elif terms.align_end:
+        distance = distance - (key.shape[2] - query.shape[2])
+    return distance
+
+
+def _position_terms(distance: Tensor, terms: AttentionTerms) -> list[Tensor]:
+    """What slopes and table add, each ``[B or 1, H or 1, L, S]`` and at least float32."""
+    found = []
+    if terms.slopes is not None:
+        wide = torch.promote_types(terms.slopes.dtype, torch.float32)
+        found.append(-terms.slopes.to(wide)[:, :, None, None] * distance.abs())
+    if terms.table is not None:
+        wide = torch.promote_types(terms.table.dtype, torch.float32)
+        radius = terms.table.shape[1] // 2
+        entries = radius + distance[:, 0].clamp(-radius, radius)
+        found.append(F.embedding(entries, terms.table.to(wide).t()).permute(0, 3, 1, 2))
+    return found
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: AttentionTerms,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One call for all sequences of the same two lengths, their results back in place."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for sequence, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups[lengths].append(sequence)
+    terms = terms._replace(starts_q=None, starts_k=None)
+    if len(groups) == 1 and lengths_q:
+        q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))
+        own = _own_terms(terms, list(range(len(lengths_q))), lengths_q[0], lengths_k[0])
+        output, lse = _padded(q, k, v, own, return_lse)
+        output = output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+        return output, None if lse is None else lse.transpose(0, 1).flatten(1, 2)[None]
+    parts_q = torch.split(query[0], lengths_q, 1)
+    parts_k, parts_v = (torch.split(tensor[0], lengths_k, 1) for tensor in (key, value))
+    outputs = [query.new_empty(0)] * len(lengths_q)
+    lses = list(outputs)
+    for (queries, keys), members in groups.items():
+        if len(members) == 1:  # without a copy
+            q, k, v = (parts[members[0]][None] for parts in (parts_q, parts_k, parts_v))
+        else:
+            q, k, v = (
+                torch.stack([parts[i] for i in members]) for parts in (parts_q, parts_k, parts_v)
+            )
+        output, lse = _padded(q, k, v, _own_terms(terms, members, queries, keys), return_lse)
+        for row, member in enumerate(members):
+            outputs[member] = output[row].transpose(0, 1)
+            if lse is not None:
+                lses[member] = lse[row]
+    if not outputs:
+        wide = torch.float64
+        empty = query.new_zeros(*query.shape[:3], value.shape[3])
+        empty = empty + 0.0 * (query.sum() + key.sum() + value.sum())  # a gradient, if an empty one
+        return empty, empty.new_zeros(query.shape[:3], dtype=wide)
+    # [total, heads, dim] in memory: merging the heads is then a view.
+    output = torch.cat(outputs).transpose(0, 1)[None]
+    return output, torch.cat(lses, 1)[None] if return_lse else None
+
+
+def _batched(tensor: Tensor, sequences: int) -> Tensor:
+    """``[1, H, tokens, D]`` of sequences of one length as ``[sequences, H, length, D]``."""
+    length = tensor.shape[2] // sequences
+    return torch.unflatten(tensor[0], 1, (sequences, length)).transpose(0, 1)
+
+
+def _own_terms(
+    terms: AttentionTerms, members: list[int], queries: int, keys: int
+) -> AttentionTerms:
+    """The terms of some sequences only, cut to their lengths."""
+    mask, slopes, lengths = terms.mask, terms.slopes, terms.key_lengths
+    if mask is not None:
+        mask = mask[members] if mask.shape[0] > 1 else mask
+        mask = mask[:, :, :queries] if mask.shape[2] > 1 else mask
+        mask = mask[..., :keys] if mask.shape[3] > 1 else mask
+    if slopes is not None and slopes.shape[0] > 1:
+        slopes = slopes[members]
+    if lengths is not None:
+        lengths = lengths[members].clamp(max=keys)
+    return terms._replace(mask=mask, slopes=slopes, key_lengths=lengths)

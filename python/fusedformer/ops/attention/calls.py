@@ -1,0 +1,265 @@
+"""Attention: from the public arguments to the one form that kernels and ATen composition take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer._internal import attention_checks, checks
+from fusedformer._internal.backend import chosen_backend
+from fusedformer.errors import BadValueError
+from fusedformer.ops._shared import draw_seed
+from fusedformer.ops.attention import registered
+from fusedformer.ops.attention.aten import (
+    attention_aten,
+    attention_weights_aten,
+    merge_attention_states_aten,
+)
+from fusedformer.ops.attention.terms import AttentionTerms
+
+MAX_HEAD_DIM = 256
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    relative_bias: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    causal_alignment: str,
+    return_lse: bool,
+    return_weights: bool | str,
+    weights_dtype: torch.dtype | None,
+) -> Tensor | tuple[Tensor, ...]:
+    """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
+    batch = attention_checks.attention_batch_shape(query, key, value, enable_gqa)
+    squeeze = enable_gqa and query.dim() == 3  # the one leading dimension is that of the heads
+    if squeeze:
+        batch = (1, *batch)
+        query, key, value = query[None], key[None], value[None]
+    heads_of = key.shape[-3] if enable_gqa else None
+    q = _as_4d(query, batch, None)
+    k = _as_4d(key, batch, heads_of)
+    v = _as_4d(value, batch, heads_of)
+    left, right = window_bounds(window, is_causal)
+    terms = AttentionTerms(
+        mask=None if attn_mask is None else _mask_4d(attn_mask, batch, query, key),
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        slopes=_slopes_2d(alibi_slopes),
+        table=relative_bias,
+        sinks=sinks,
+        p=dropout_p,
+        left=left,
+        right=right,
+        align_end=causal_alignment == "bottom_right",
+        scale=scale_of(scale, query),
+        softcap=softcap,
+    )
+    average, dtype = return_weights == "averaged", weights_dtype or query.dtype
+    lse: Tensor | None
+    weights: Tensor | None = None
+    if chosen_backend(query) == "torch":
+        if return_weights:
+            output, lse, weights = attention_weights_aten(
+                q, k, v, terms, average, dtype, return_lse=return_lse
+            )
+        else:
+            output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
+    else:
+        check_for_kernels("scaled_dot_product_attention", query, value)
+        terms = terms._replace(seed=draw_seed(dropout_p, query.device))
+        wants_lse = return_lse or bool(return_weights)
+        output, lse, statistics = registered.attention(q, k, v, wants_lse, *terms)
+        if return_weights:
+            weights = registered.attention_weights(q, k, lse, statistics, average, dtype, *terms)
+    results = [output.reshape(*batch, *output.shape[-2:])]
+    if return_lse and lse is not None:
+        results.append(lse.reshape(*batch, lse.shape[-1]))
+    if weights is not None:
+        planes = batch[:-1] if average and len(batch) > 1 else batch
+        results.append(weights.reshape(*planes, *weights.shape[-2:]))
+    if squeeze:
+        results = [result[0] for result in results]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    relative_bias: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    causal_alignment: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.varlen_attention`."""
+    left, right = window_bounds(window, is_causal)
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    terms = AttentionTerms(
+        mask=attn_mask,
+        key_lengths=key_lengths,
+        slopes=_slopes_2d(alibi_slopes),
+        table=relative_bias,
+        sinks=sinks,
+        starts_q=cu_seqlens_q,
+        starts_k=cu_seqlens_k,
+        p=dropout_p,
+        left=left,
+        right=right,
+        align_end=causal_alignment == "bottom_right",
+        scale=scale_of(scale, query),
+        softcap=softcap,
+        max_queries=max_seqlen_q,
+        max_keys=max_seqlen_k,
+    )
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    lse: Tensor | None
+    if chosen_backend(query) == "torch":
+        output, lse = _packed_aten(q, k, v, terms, return_lse)
+    else:
+        check_for_kernels("varlen_attention", query, value)
+        terms = terms._replace(seed=draw_seed(dropout_p, query.device))
+        output, lse, _ = registered.attention(q, k, v, return_lse, *terms)
+    output = output[0].transpose(0, 1)
+    return (output, lse[0]) if return_lse and lse is not None else output
+
+
+def self_attention(
+    qkv: Tensor,
+    dropout_p: float,
+    *,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """``[B, L, H, D]`` of one projection ``[B, L, 3, H, D]``, whose gradient comes in one piece.
+
+    Masks as for :func:`scaled_dot_product_attention`, ``attn_mask`` 4-D; or, with B = 1, packed
+    sequences that begin at ``cu_seqlens``.
+    """
+    terms = AttentionTerms(
+        mask=attn_mask, key_mask=key_mask, starts_q=cu_seqlens_q, starts_k=cu_seqlens_k,
+        p=dropout_p, right=0 if is_causal else None, scale=scale_of(None, qkv),
+        max_queries=max_seqlen_q, max_keys=max_seqlen_k,
+    )
+    if chosen_backend(qkv) == "torch":
+        attend = attention_aten if cu_seqlens_q is None else _packed_aten
+        return attend(*registered.split_heads(qkv), terms, return_lse=False)[0].transpose(1, 2)
+    check_for_kernels("scaled_dot_product_attention", qkv, qkv)
+    terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
+    if attn_mask is not None and attn_mask.requires_grad:
+        output, *_ = registered.attention(*registered.split_heads(qkv), False, *terms)
+    else:
+        output, _ = registered.self_attention(qkv, *terms)
+    merged: Tensor = output.transpose(1, 2)
+    return merged
+
+
+def merge_attention_states(
+    output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fusedformer.functional.merge_attention_states`."""
+    if chosen_backend(output1) == "torch":
+        return merge_attention_states_aten(output1, lse1, output2, lse2)
+    checks.check_kernel_dtype("merge_attention_states", "output1", output1)
+    merged: tuple[Tensor, Tensor] = registered.merge_attention_states(output1, lse1, output2, lse2)
+    return merged
+
+
+def _packed_aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The torch backend on packed sequences; their lengths are data, which may not be there."""
+    if terms.starts_q is not None and checks.has_values(terms.starts_q):
+        return attention_aten(query, key, value, terms, return_lse=return_lse)
+    terms = terms._replace(seed=draw_seed(terms.p, query.device))
+    output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)
+    return output, lse if return_lse else None
+
+
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores, of what may be None."""
+    return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+
+
+def window_bounds(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) reach of the visible keys, None if unbounded; causality is right = 0."""
+    left, right = (-1, -1) if window is None else window
+    if is_causal:
+        right = 0
+    return None if left < 0 else left, None if right < 0 else right
+
+
+def _slopes_2d(slopes: Tensor | None) -> Tensor | None:
+    return slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
+
+
+def _as_4d(tensor: Tensor, batch: tuple[int, ...], heads: int | None) -> Tensor:
+    """``[batch, heads, sequence, dim]`` with broadcast batch dimensions, a view where possible."""
+    leading = batch if heads is None else (*batch[:-1], heads)
+    if len(leading) == 2 and tensor.shape[:-2] == leading:
+        return tensor
+    expanded = tensor.expand(*leading, *tensor.shape[-2:])
+    if len(leading) == 2:
+        return expanded
+    if len(leading) < 2:
+        return expanded.reshape(*(leading or (1,)), 1, *tensor.shape[-2:])
+    return expanded.reshape(math.prod(leading[:-1]), leading[-1], *tensor.shape[-2:])
+
+
+def _mask_4d(mask: Tensor, batch: tuple[int, ...], query: Tensor, key: Tensor) -> Tensor:
+    """``[batch, heads, queries, keys]`` with size 1 where the mask broadcasts."""
+    missing = len(batch) + 2 - mask.dim()
+    padded = mask[(None,) * missing] if missing else mask
+    if len(batch) == 2:  # size-1 dimensions stay: a gradient is reduced over them
+        return padded
+    if len(batch) < 2:
+        padded = padded.reshape(*padded.shape[:-2], 1, *padded.shape[-2:])
+        return padded if len(batch) else padded[None]
+    return _as_4d(padded.expand(*batch, query.shape[-2], key.shape[-2]), batch, None)
+
+
+def check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:
+    checks.check_kernel_dtype(function, "query", query)
+    sizes: dict[str, Any] = {"query": query.shape[-1], "value": value.shape[-1]}
+    for name, size in sizes.items():
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise BadValueError(
+                f"{function}(): the triton backend supports head dims from 1 to {MAX_HEAD_DIM}, "
+                f"but the last dimension of '{name}' is {size}; run it under "
+                f"fusedformer.backend('torch')"
+            )

@@ -1,0 +1,6 @@
+"""Encoders behind CUDA graphs, and kernels compiled before the first batch."""
+
+from fusedformer.serving.graphs import Graphed, graphed
+from fusedformer.serving.warmup import warmup
+
+__all__ = ["Graphed", "graphed", "warmup"]
