@@ -88,7 +88,7 @@ def _written(results: dict[str, Any]) -> None:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return text.partition(" from '/")[0].replace("|", "\\|").replace("<", "&lt;")
 
 
 _PAGE = """# Architectures of transformers, fused

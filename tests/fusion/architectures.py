@@ -275,8 +275,10 @@ def _differences(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str
     faults = []
     kinds = "outputs", "gradients"
     for kind, ours, theirs, true in zip(kinds, found, wanted, truth, strict=True):
-        faults += _compared(ours, theirs, true)
         zeros = {n: torch.zeros_like(x) for n, x in theirs.items()}
+        if not _compared(zeros, theirs, true):  # stock is too far from float64 to be judged by it
+            true = None
+        faults += _compared(ours, theirs, true)
         if zeros and not _compared(zeros, theirs, true):
             faults.append(f"{kind} of zeros would pass")
     return faults
