@@ -21,7 +21,8 @@ lint: $(READY)
 	$(PY) -m mypy
 
 docs: $(VENV)/docs/.ready  ## the pages and the API reference, into build/docs; fails at any warning
-	NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 $(VENV)/docs/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONDONTWRITEBYTECODE=1 \
+	PATH="$(abspath $(VENV)/docs/bin):$$PATH" $(VENV)/docs/bin/python -m mkdocs build --strict
 
 compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942
 	$(PY) -m fusedformer compile-report

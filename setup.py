@@ -10,7 +10,7 @@ VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 REPORT = ["transformers>=5.17", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 # `make docs` needs no torch: the API reference is read from the source.
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
 DEV = [*REPORT, *TEST, "ruff", "mypy", "build", "pre-commit"]
 
 setup(

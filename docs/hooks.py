@@ -1,6 +1,5 @@
-"""What mkdocs does not do by itself: pictures from outside docs/, and roles in docstrings."""
+"""What the pages show from outside docs/: the pictures beside the result files."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,3 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point links to the pictures there; in the repository they lead to the files."""
     return markdown.replace("](../benchmarks/results/", "](results/")
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Drop the roles of docstrings, as in ``:func:`fuse```, of which a reader sees the name."""
-    return re.sub(r":(?:class|func|meth|mod|attr):(?=<code)", "", html)

@@ -87,6 +87,19 @@ def test_the_readmes_times_are_those_of_the_results_page() -> None:
         ), (stock, ours)  # fmt: skip
 
 
+def test_an_error_that_is_explained_exists() -> None:
+    joined = (
+        re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in (ROOT / "python").rglob("*.py")
+    )
+    source = re.sub(r"\{[^{}]*\}", "", "".join(joined))
+    page = TEXTS["docs/troubleshooting.md"].partition("## No error")[0]
+    errors = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(errors) > 20
+    for error in errors:  # names, numbers and what "..." stands for are filled in
+        for part in re.split(r"\.\.\.|'[^']*'|\d+|\bcpu$|\)$", error):
+            assert part.strip(", ()") in source, error
+
+
 @pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(name: str) -> None:
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / name).read_text()):
