@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_bad_input import good
+from tests.bad_arguments import good
 from torch import Tensor
 
 from fusedformer import backend, functional, nn

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+from tests.training.conftest import SMALL
 
 from fusedformer import nn
+from fusedformer.training import pretrain
 from fusedformer.training.pairs import tfidf_retrieval, words
+from fusedformer.training.settings import Settings
 from fusedformer.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext, padded
 from fusedformer.training.text import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
 from fusedformer.training.trainer import OURS, STOCK, Trainer
@@ -21,41 +25,71 @@ def generator(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_bert_gets_halves_that_belong_together_or_not(trainer: Make) -> None:
-    task = trainer(length=128).task  # of many lengths
+SAMPLES = list(range(200))
+
+
+class Masked:
+    """A batch for BERT, of many lengths, and what it was before tokens were masked."""
+
+    def __init__(self, task: MaskedAndNext) -> None:
+        self.task, self.batch = task, task.batch(SAMPLES, generator())
+        self.ids, self.labels = self.batch["input_ids"], self.batch["labels"]
+        self.chosen = self.labels != -100
+        self.original = torch.where(self.chosen, self.labels, self.ids)
+        self.real = self.batch["attention_mask"] != 0
+        self.changed = self.batch["next_sentence_label"]
+
+
+@pytest.fixture(scope="module")
+def masked(text: Path) -> Masked:
+    settings = Settings(**{**SMALL, "text": str(text), "length": 128})
+    task = pretrain.load_task(settings)[0]
     assert isinstance(task, MaskedAndNext)
-    samples = list(range(200))
-    batch = task.batch(samples, generator())
-    labels, ids = batch["labels"], batch["input_ids"]
-    original = torch.where(labels == -100, ids, labels)
-    assert ids.shape[1] <= task.settings.length
-    real = batch["attention_mask"] != 0
-    assert bool((original[~real] == PAD).all()) and bool((original[real] != PAD).all())
-    changed = batch["next_sentence_label"]
-    assert 60 < int(changed.sum()) < 140
-    for i in samples:
-        row = original[i][real[i]].tolist()
-        assert row[0] == CLS and row[-1] == SEP and row.count(SEP) == 2
+    return Masked(task)
+
+
+def test_padding_stands_where_the_mask_says(masked: Masked) -> None:
+    assert masked.ids.shape[1] <= masked.task.settings.length
+    assert bool((masked.original[~masked.real] == PAD).all())
+    assert bool((masked.original[masked.real] != PAD).all())
+
+
+def test_bert_gets_halves_that_belong_together_or_not(masked: Masked) -> None:
+    assert 60 < int(masked.changed.sum()) < 140
+    for i in SAMPLES:
+        row = masked.original[i][masked.real[i]].tolist()
+        assert row[0] == CLS
+        assert row[-1] == SEP
+        assert row.count(SEP) == 2
         middle = row.index(SEP) + 1
-        assert batch["token_type_ids"][i].tolist() == [
-            int(middle <= place < len(row)) for place in range(ids.shape[1])
+        assert masked.batch["token_type_ids"][i].tolist() == [
+            int(middle <= place < len(row)) for place in range(masked.ids.shape[1])
         ]
         whole = row[1 : middle - 1] + row[middle:-1]
-        assert (whole == task.windows[i]) == (not changed[i])
-    every = task.batch(range(len(task.windows)), generator())
+        assert (whole == masked.task.windows[i]) == (not masked.changed[i])
+
+
+def test_lengths_do_not_tell_which_halves_belong_together(masked: Masked) -> None:
+    every = masked.task.batch(range(len(masked.task.windows)), generator())
     second = every["token_type_ids"].sum(1)
-    apart = 2 * second - every["attention_mask"].sum(1)  # lengths do not tell what belongs
+    apart = 2 * second - every["attention_mask"].sum(1)
     for feature in (apart, apart.abs(), second):
         for bound in range(int(feature.min()), int(feature.max()) + 1):
             right = float(((feature > bound) == every["next_sentence_label"]).double().mean())
             assert 0.4 < right < 0.6
-    share = float((labels != -100)[original >= len(SPECIAL_TOKENS)].double().mean())
-    assert 0.12 < share < 0.18
-    assert not bool(((labels != -100) & (original < len(SPECIAL_TOKENS))).any())
-    assert 0.7 < float((ids[labels != -100] == MASK).double().mean()) < 0.9
-    again = task.batch(samples, generator())
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert not torch.equal(task.batch(samples, generator(2))["labels"], labels)
+
+
+def test_fifteen_of_a_hundred_words_are_to_be_guessed_and_no_special_token(masked: Masked) -> None:
+    special = masked.original < len(SPECIAL_TOKENS)
+    assert 0.12 < float(masked.chosen[~special].double().mean()) < 0.18
+    assert not bool((masked.chosen & special).any())
+    assert 0.7 < float((masked.ids[masked.chosen] == MASK).double().mean()) < 0.9
+
+
+def test_a_batch_is_drawn_by_its_generator(masked: Masked) -> None:
+    again, other = (masked.task.batch(SAMPLES, generator(seed)) for seed in (1, 2))
+    assert all(torch.equal(masked.batch[name], again[name]) for name in masked.batch)
+    assert not torch.equal(other["labels"], masked.labels)
 
 
 def test_every_window_comes_once_an_epoch_in_another_order(trainer: Make) -> None:
