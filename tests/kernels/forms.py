@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from fusedformer_kernels import ahead_of_time, compile_cases, primitives
 from fusedformer_kernels.attention_arguments import AttentionTerms
@@ -43,7 +45,7 @@ def normalize(rows: int) -> None:
 
 
 @triton.jit
-def _subtract(a_ptr, b_ptr, c_ptr, FUSED: tl.constexpr):
+def _subtract(a_ptr: Any, b_ptr: Any, c_ptr: Any, FUSED: tl.constexpr) -> None:
     at = tl.arange(0, 128)
     a, b, c = tl.load(a_ptr + at), tl.load(b_ptr + at), tl.load(c_ptr + at)
     if FUSED:
@@ -60,7 +62,7 @@ def multiply_adds(fused: bool) -> int:
     launch = Launch(_subtract, (1,), LaunchConfig(4, 2), arguments)
     compiled = triton.compile(
         ahead_of_time.ast_source(launch), options=launch.config.options(),
-        target=ahead_of_time.GPUTarget(TARGET.backend, TARGET.arch, TARGET.warp_size),
+        target=GPUTarget(TARGET.backend, TARGET.arch, TARGET.warp_size),
     )  # fmt: skip
     return len(re.findall(r"\bfma\.rn", compiled.asm["ptx"]))
 
