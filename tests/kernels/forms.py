@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -45,7 +44,7 @@ def normalize(rows: int) -> None:
 
 
 @triton.jit
-def _subtract(a_ptr: Any, b_ptr: Any, c_ptr: Any, FUSED: tl.constexpr) -> None:
+def _subtract(a_ptr, b_ptr, c_ptr, FUSED: tl.constexpr):
     at = tl.arange(0, 128)
     a, b, c = tl.load(a_ptr + at), tl.load(b_ptr + at), tl.load(c_ptr + at)
     if FUSED:
