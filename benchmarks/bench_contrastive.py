@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def eager(case: Case) -> Program:
         signs = 2 * torch.eye(a.shape[0], device=a.device) - 1
         return -torch_F.logsigmoid(signs * logits).sum(1).mean()
 
-    kinds = {"softmax": softmax, "sigmoid": sigmoid}
+    kinds: dict[str, Callable[..., Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
     return Program(kinds[case.options["kind"]], merged=_without_scalars)
 
 

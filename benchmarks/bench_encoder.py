@@ -6,7 +6,7 @@ import copy
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,10 @@ def stack_case(
     )
 
 
-def _stack(layer: type, encoder: type, case: Case, device: torch.device) -> nn.Module:
+def _stack(
+    layer: Callable[..., nn.Module], encoder: Callable[..., nn.Module], case: Case,
+    device: torch.device,
+) -> nn.Module:
     o = case.options
     # Shapes a pretrained BERT has: post-norm, exact GELU, dropout after every block.
     one = layer(
@@ -113,8 +116,9 @@ def _real_tokens(module: nn.Module) -> Any:
     def real_tokens(src: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
         # What stands at padded positions is nobody's contract.
         if src_key_padding_mask is None:
-            return module(src)
-        output = module(src, src_key_padding_mask=src_key_padding_mask)
+            whole: Tensor = module(src)
+            return whole
+        output: Tensor = module(src, src_key_padding_mask=src_key_padding_mask)
         return output.masked_fill(src_key_padding_mask[:, :, None], 0.0)
 
     return real_tokens
@@ -125,7 +129,7 @@ def stock_stack(case: Case, device: torch.device) -> nn.Module:
     stack = _stack(nn.TransformerEncoderLayer, nn.TransformerEncoder, case, device)
     with torch.no_grad():  # initialized biases and gains are zeros and ones: nothing to tell apart
         for parameter in stack.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return stack
 
 

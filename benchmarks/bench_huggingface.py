@@ -138,12 +138,12 @@ def _stock(case: Case, device: torch.device) -> nn.Module:
         "attn_implementation": "sdpa",
     }  # fmt: skip
     torch.manual_seed(1)  # the same weights in every provider
-    model: nn.Module
+    model: Any
     if case.options["model"] == "ViT-base":
         config: Any = transformers.ViTConfig(**shape, image_size=224, patch_size=PATCH)
         model = transformers.ViTModel(config, add_pooling_layer=False)
     elif case.options["model"] == "ModernBERT-base":
-        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id",
+        tokens: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id",
                                 "cls_token_id", "sep_token_id"), 0)  # fmt: skip
         config = transformers.ModernBertConfig(**shape, **tokens, vocab_size=1000)
         model = transformers.ModernBertModel(config)
@@ -152,8 +152,9 @@ def _stock(case: Case, device: torch.device) -> nn.Module:
         model = transformers.BertModel(config, add_pooling_layer=False)
     with torch.no_grad():  # initialized biases and gains are zeros and ones: nothing to tell apart
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    return model.to(device, case.dtype)
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    result: nn.Module = model.to(device, case.dtype)
+    return result
 
 
 def _program(case: Case, model: nn.Module, device: torch.device) -> Program:

@@ -82,6 +82,7 @@ def fused(case: Case) -> Program:
         return Program(lambda input, weight, bias: F.layer_norm(input, shape, weight, bias, EPS))
     if kind == "rms_norm":
         return Program(lambda input, weight: F.rms_norm(input, shape, weight, EPS))
+    returns_sum: Any
     _, returns_sum, p = KINDS[kind]
 
     def add_norm(p: float) -> Any:
@@ -101,6 +102,7 @@ def eager(case: Case) -> Program:
         )
     if kind == "rms_norm":
         return Program(lambda input, weight: torch_F.rms_norm(input, shape, weight, EPS))
+    returns_sum: Any
     _, returns_sum, p = KINDS[kind]
 
     def add_norm(p: float) -> Any:

@@ -80,16 +80,16 @@ def _stock(case: Case, device: torch.device) -> Any:
     import transformers
 
     width, heads, feedforward, vocabulary = MODELS[case.options["model"]]
-    config = transformers.BertConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=case.options["layers"],
         num_attention_heads=heads, intermediate_size=feedforward, attn_implementation="sdpa",
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,  # so that steps can be compared
     )  # fmt: skip
     torch.manual_seed(1)  # the same weights in every provider
     with device, torch.no_grad():
-        model = transformers.BertForMaskedLM(config)
+        model: Any = transformers.BertForMaskedLM(transformers.BertConfig(**settings))
         for parameter in model.parameters():  # biases and gains that can be told apart
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model.to(torch.float32 if case.options["autocast"] else case.dtype)
 
 
@@ -147,7 +147,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
     def loss(**inputs: Tensor) -> Tensor:
         parts = zip(*(tensor.split(TRUTH_SEQUENCES) for tensor in inputs.values()), strict=True)
-        total = sum(checkpoint(part, *one, use_reentrant=False) for one in parts)
+        total: Tensor = sum(checkpoint(part, *one, use_reentrant=False) for one in parts)
         return total / (inputs["labels"] != IGNORED).sum()
 
     return Program(loss, model, merged=without_key_biases)

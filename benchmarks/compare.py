@@ -113,8 +113,9 @@ def main() -> int:
             print(f"{path}: not a result file: {wrong[0]}", file=sys.stderr)
             return 2
         documents.append(document)
-    rows = compare(*documents, provider=None if given.peers else "fusedformer")
-    print(text(*documents, rows, given.all))
+    old, new = documents
+    rows = compare(old, new, provider=None if given.peers else "fusedformer")
+    print(text(old, new, rows, given.all))
     return int(any(row["verdict"] == "slower" for row in rows))
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,7 +30,7 @@ from bench_host import SUITE, eager, fused
 from fusedformer._text import table
 from fusedformer.ops import _registered
 from fusedformer.report.environment import describe
-from harness.case import Case, Inputs, Program
+from harness.case import Case, Inputs, Program, Sizes
 from harness.no_driver import kernels_go_nowhere
 
 CPU = torch.device("cpu")
@@ -53,11 +54,8 @@ def least(call: Callable[[], Any]) -> float:
 @contextlib.contextmanager
 def by_the_dispatcher() -> Iterator[None]:
     """Eager calls take the registered ops, as compilers and tensor subclasses do."""
-    previous, _registered._is_eager = _registered._is_eager, lambda: False
-    try:
+    with mock.patch.object(_registered, "is_eager", lambda: False):
         yield
-    finally:
-        _registered._is_eager = previous
 
 
 def measure(program: Program, inputs: Inputs) -> list[float]:
@@ -94,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what is in memory that no kernel wrote slows a product down
     kernels_go_nowhere()
-    found = [row for case in SUITE.cases("full", torch.float32) for row in rows_of(case)]
+    found = [row for case in SUITE.cases(Sizes.of("full"), torch.float32) for row in rows_of(case)]
     head = ["", "", "fusedformer, us", "registered, us", "torch on the CPU, us"]
     print(table(head, [[str(value) for value in row.values()] for row in found], (2, 3, 4)))
     if arguments.json:

@@ -75,7 +75,7 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
     if record is None:
         return ""
     if record["status"] != "timed":
-        return record["status"]
+        return str(record["status"])
     rate = rates(record, ceilings)
     time = _scaled(record["median_us"], "µs", "ms", "s")
     if rate.tokens_s is not None:

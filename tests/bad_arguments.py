@@ -107,8 +107,8 @@ def probabilities() -> Iterator[Row]:
         if name in good(function) or name == "dropout_p":
             for value in (-0.1, 1.1, NAN, float("inf")):
                 yield function, {name: value}, ValueError, rf"'{name}' to be in \[0, 1\].*{value}"
-            for value in ("0.1", None, t()):
-                yield function, {name: value}, TypeError, f"'{name}' to be a number"
+            for other in ("0.1", None, t()):
+                yield function, {name: other}, TypeError, f"'{name}' to be a number"
 
 
 def softmaxes() -> Iterator[Row]:
@@ -139,9 +139,9 @@ def norms() -> Iterator[Row]:
             continue
         for shape in ((5,), (2, 4), (2, 3, 4, 1), (), (-4,)):
             yield function, {"normalized_shape": shape}, ValueError, "'normalized_shape'"
-        for shape in (4.0, "4", None):
+        for other in (4.0, "4", None):
             message = "'normalized_shape' to be a sequence"
-            yield function, {"normalized_shape": shape}, TypeError, message
+            yield function, {"normalized_shape": other}, TypeError, message
         yield function, {"input": t()}, ValueError, "'input' to have at least 1 dimension"
         yield function, {"eps": "1e-5"}, TypeError, "'eps' to be a number"
         for name in ("weight", "bias"):

@@ -42,7 +42,8 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> B
             pytest.fail(f"{record.name} was launched")
 
         monkeypatch.setattr(launch, "_observer", launched)
-    return request.param  # type: ignore[no-any-return]
+    name: Backend = request.param
+    return name
 
 
 @pytest.mark.parametrize("function", functional.__all__)

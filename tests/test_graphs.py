@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -345,7 +345,9 @@ def fails(ids: Tensor) -> Tensor:
 
 
 MADE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no module": (lambda: graphed(torch.sin, [(1, 4)]), TypeError, "TransformerEncoder.*builtin"),
+    "no module": (
+        lambda: graphed(cast(Any, torch.sin), [(1, 4)]), TypeError, "TransformerEncoder.*builtin",
+    ),
     "another module": (
         lambda: graphed(torch.nn.Linear(4, 4), [(1, 4)]), TypeError, "input_ids.*Linear",
     ),
@@ -355,8 +357,10 @@ MADE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "training": (lambda: graphed(encoder().train(), [(1, 4)]), ValueError, "evaluation mode"),
     "no shapes": (lambda: graphed(encoder(), []), ValueError, "at least one"),
-    "a length alone": (lambda: graphed(encoder(), [128]), TypeError, r"pairs.*got 128"),
-    "no integers": (lambda: graphed(encoder(), [(1, 2.0)]), TypeError, r"got \(1, 2.0\)"),
+    "a length alone": (lambda: graphed(encoder(), cast(Any, [128])), TypeError, r"pairs.*got 128"),
+    "no integers": (
+        lambda: graphed(encoder(), cast(Any, [(1, 2.0)])), TypeError, r"got \(1, 2.0\)",
+    ),
     "an empty bucket": (lambda: graphed(encoder(), [(0, 4)]), ValueError, r"positive.*\(0, 4\)"),
     "a number": (
         lambda: graphed(Odd(lambda ids: ids.float().mean()).eval(), [(1, 4)]), ValueError,

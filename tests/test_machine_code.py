@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,14 +127,21 @@ def test_what_is_compiled_once_is_one_kernel_of_one_target_and_launch(
     done: list[object] = []
     names = iter("aaaab")
     monkeypatch.setattr(ahead_of_time, "_compiled", {})
-    monkeypatch.setattr(ahead_of_time, "_compile", lambda *given: done.append(given) or len(done))
+
+    def compile(*given: object) -> int:
+        done.append(given)
+        return len(done)
+
+    monkeypatch.setattr(ahead_of_time, "_compile", compile)
     monkeypatch.setattr(
         ahead_of_time, "ast_source", lambda launch: SimpleNamespace(hash=lambda: next(names))
     )
     launch, wider = _softmax_launch(), dataclasses.replace(_softmax_launch().config, num_warps=16)
     calls = [(launch, "sm_90"), (launch, "sm_90"), (launch, "sm_80")]
     calls += [(dataclasses.replace(launch, config=wider), "sm_90"), (launch, "sm_90")]
-    found = [ahead_of_time.compile_launch(call, TARGETS[target]) for call, target in calls]
+    found: list[Any] = [
+        ahead_of_time.compile_launch(call, TARGETS[target]) for call, target in calls
+    ]
     assert found == [1, 1, 2, 3, 4]
 
 
@@ -142,7 +150,9 @@ def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> No
     with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
         row_and_column_lse(x, x, scale, 0)
     tiles, passes = 32 * 64, 8  # of 256 x 128 scores, 64 dimensions at a time
-    given = {"cycles": {"product": 830.0, "issue": 100.0}, "around": {"issue": 4000.0}}
+    given: dict[str, Any] = {
+        "cycles": {"product": 830.0, "issue": 100.0}, "around": {"issue": 4000.0},
+    }  # fmt: skip
     compiled = Compiled(255, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, loops=True, **given)
     alone = predict(launches[0], compiled)
     assert alone.units == pytest.approx(tiles / 132 * (1000 * passes + 4000) / 1.755e3)

@@ -147,7 +147,9 @@ def test_a_wrong_config_is_found_and_a_right_one_is_not(
     def faulty(size: Any, device: torch.device, dtype: torch.dtype) -> Any:
         call = whole(size, device, dtype)
         wrong = tuned._forced.__contains__
-        return lambda: tuple(y * (1.1 if wrong(workload.key) else 1.0) for y in call())
+        return lambda: tuple(
+            None if y is None else y * (1.1 if wrong(workload.key) else 1.0) for y in call()
+        )
 
     monkeypatch.setattr(search, "workloads", None)
     broken = Workload(workload.key, workload.candidates, workload.shapes, faulty, workload.small)
@@ -172,7 +174,8 @@ def test_the_fastest_is_written_and_read_again(
     def timer(call: Any) -> float:
         with recorded_launches(run=False) as launches:
             call()
-        return 10.0 * launches[0].config.num_warps + launches[0].config.block_m
+        config: Any = launches[0].config  # a row config, which has a size of tiles
+        return float(10.0 * config.num_warps + config.block_m)
 
     found = search.search(0, HERE, torch.device("cpu"), timer=timer)
     assert found.pruned == 1 and found.wrong == 0 and found.tried == len(real.candidates) - 1

@@ -38,7 +38,9 @@ def test_shapes_and_tensors_and_what_is_neither() -> None:
         assert len(warmup(torch.nn.Linear(4, 4), [(2, 4), (1, 4)])) == 2
         norm = torch.nn.BatchNorm1d(4)  # which counts its batches
         warmup(norm, [{"input": torch.ones(2, 4)}], backward=True)
-        assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
+        assert norm.num_batches_tracked == 0
+        assert norm.running_mean is not None
+        assert not norm.running_mean.any()
         assert len(warmup(torch.nn.Embedding(3, 4), [{"input": torch.zeros(2).long()}])) == 1
     with pytest.raises(TypeError, match="'model' to be a Module, but got builtin"):
         warmup(torch.sin, [(2,)])  # type: ignore[arg-type]

@@ -30,12 +30,12 @@ def hugging_face(
 
     weights = dict(stock.named_parameters())
     first = next(iter(weights.values()))
-    config = BertConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=options["width"], num_hidden_layers=options["layers"],
         num_attention_heads=options["heads"], intermediate_size=options["feedforward"],
         layer_norm_eps=1e-5, attn_implementation="sdpa",
     )
-    encoder = BertEncoder(config).to(first.device, first.dtype)
+    encoder = BertEncoder(BertConfig(**settings)).to(first.device, first.dtype)
     state: dict[str, Tensor] = {}
     for layer in range(options["layers"]):
         ours, theirs = f"layers.{layer}.", f"layer.{layer}."

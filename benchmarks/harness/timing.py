@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def input_sets(bytes_per_set: int, device: torch.device) -> int:
 
 
 def measure(
-    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
     """Time each provider for about ``seconds``; its calls, one for each input set, ran before."""
     if not calls:
@@ -76,21 +76,22 @@ def measure(
 
 
 def measure_host(
-    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
     """What a call costs the host; on the CPU, where that is all of it, as :func:`measure`."""
     return _measure_wall(calls, device, seconds, "host", HOST_CALLS)
 
 
 def measure_latency(
-    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
     """What one call takes until its result is there; on the CPU as :func:`measure`."""
     return _measure_wall(calls, device, seconds, "latency", 1)
 
 
 def _measure_wall(
-    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float, method: str, count: int
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, method: str,
+    count: int,
 ) -> dict[str, Samples]:
     if device.type != "cuda":
         return measure(calls, device, seconds)
@@ -142,7 +143,7 @@ def _measure_on_cpu(calls: dict[str, Call], seconds: float) -> dict[str, Samples
 
 
 def _measure_on_gpu(
-    calls: dict[str, Sequence[Call]], device: torch.device, seconds: float
+    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     for some in calls.values():

@@ -13,7 +13,7 @@ import bench_attention
 import bench_norm
 from fusedformer import backend
 from harness import records
-from harness.attention_peers import materialized, padded
+from harness.attention_peers import materialized, padded, stock
 from harness.case import REFERENCE, Case, Layout, NotApplicable, Program, Sizes, Suite, Unsupported
 from harness.providers import PEER_MODULES, absent_peers
 from harness.runner import check_all, run_suite
@@ -134,7 +134,7 @@ def _check_that_plain_attention_fails(kind: str) -> None:
         return output[0].transpose(0, 1) if kind == "packed" else output
 
     given = {
-        REFERENCE: bench_attention.stock(),
+        REFERENCE: stock(),
         "plain": lambda case: Program(plain),
         "right": bench_attention.fused,
     }

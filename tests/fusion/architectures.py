@@ -56,7 +56,7 @@ def examine(model_type: str, recipe: list[int]) -> Found:
     level, faults = _level(report), []
     faults += _calls(model, report, next(iter(cases.values())))
     for name, given in cases.items():
-        faults += _tried(name, lambda given=given: _differences(model, stock, given, notes))
+        faults += _tried(name, functools.partial(_differences, model, stock, given, notes))
     first = next(iter(cases.values()))
     faults += _tried("pickle", lambda: _pickled(model, stock, cases, notes))
     left = report.left
@@ -385,7 +385,8 @@ def _hooked(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) ->
             results.append({n: real(n, x) for n, x in _bits(one, inputs).items()})
         finally:
             handle.remove()
-    return [f"on {path}, {fault}" for fault in _compared(*results, None)]
+    ours, theirs = results
+    return [f"on {path}, {fault}" for fault in _compared(ours, theirs, None)]
 
 
 # ---- in another process

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+CONFIG_MAPPING_NAMES: dict[str, str] = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
 MOST_PARAMETERS = 3_000_000
 VOCABULARY, LENGTHS, LENGTH = 256, (11, 6, 8), 11
 
@@ -379,7 +380,8 @@ def _with_features(model: Any, inputs: dict[str, Any], tokens: int, features: in
 
 
 def _ids(config: Any, shape: Any, draw: torch.Generator) -> Tensor:
-    taken, sizes = set(), []
+    taken: set[int] = set()
+    sizes: list[int] = []
 
     def walk(config: Any) -> None:
         for name, value in vars(config).items():

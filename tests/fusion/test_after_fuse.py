@@ -165,7 +165,7 @@ def test_attention_chosen_after_fuse_is_used() -> None:
             assert bool(found[0][~MASK].any()) == (name != "fusedformer")
 
 
-class Around(T.PreTrainedModel):  # type: ignore[misc, name-defined]
+class Around(T.PreTrainedModel):  # type: ignore[misc]
     """A user's own model, which says nothing of attention, around one of transformers."""
 
     config_class = T.BertConfig
@@ -263,7 +263,7 @@ def write_a_row(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def own_forward(module: nn.Module) -> None:
     """As accelerate puts its hooks on."""
     stock = module.forward
-    module.forward = lambda *args, **kwargs: stock(*args, **kwargs)  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: stock(*args, **kwargs)
 
 
 def product(model: Any) -> nn.Linear:

@@ -77,7 +77,7 @@ def test_everything_is_replaced_and_comes_back() -> None:
 
 
 def test_gradients_and_optimizer_steps() -> None:
-    losses = []
+    losses: list[Any] = []
     for is_fused in (False, True):
         net, src, padding = case()
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -160,7 +160,8 @@ def test_a_subclass_that_leaves_the_computation_alone() -> None:
     report = fusedformer.fuse(model, strict=True)
     assert isinstance(model[0], Quiet) and isinstance(model[0], fused.LayerNorm)
     assert "quiet" in repr(model[0]) and type(model[0]) is type(model[1].norm1)
-    assert model[1]._can_pack()  # it counts as the norm that it is
+    layer: Any = model[1]
+    assert layer._can_pack()  # it counts as the norm that it is
     assert torch.allclose(model(x), before, atol=1e-5)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied[0]) is type(model[0]) and torch.equal(copied(x), model(x))

@@ -254,7 +254,8 @@ def test_what_is_changed_later_acts(change: str) -> None:
         CHANGES[change](model)
         with torch.no_grad():
             found.append(model(**inputs_of("bert"))[0][MASK])
-    assert torch.allclose(*found, atol=1e-5)
+    ours, stock = found
+    assert torch.allclose(ours, stock, atol=1e-5)
 
 
 def test_training_for_some_steps_stays_beside_stock() -> None:

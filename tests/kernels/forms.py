@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from fusedformer_kernels.attention.arguments import AttentionTerms
 from fusedformer_kernels.attention.forward import attention_forward
@@ -61,7 +62,7 @@ def multiply_adds(fused: bool) -> int:
     launch = Launch(_subtract, (1,), LaunchConfig(4, 2), arguments)
     compiled = triton.compile(
         ahead_of_time.ast_source(launch), options=launch.config.options(),
-        target=ahead_of_time.GPUTarget(TARGET.backend, TARGET.arch, TARGET.warp_size),
+        target=GPUTarget(TARGET.backend, TARGET.arch, TARGET.warp_size),
     )  # fmt: skip
     return len(re.findall(r"\bfma\.rn", compiled.asm["ptx"]))
 

@@ -135,6 +135,7 @@ def test_padded_positions_are_zero_and_have_no_influence(training: bool) -> None
     assert torch.equal(*outputs)
     assert torch.equal(outputs[0] == 0, ragged[..., None].expand(N, S, D))
     outputs[0].backward(torch.randn(N, S, D))
+    assert src.grad is not None
     assert (src.grad[ragged] == 0).all() and (src.grad[~ragged].abs().amax(-1) > 0).all()
 
 
@@ -144,6 +145,7 @@ def test_a_sequence_that_is_padding_altogether_is_zero_with_finite_gradients() -
     module, src = encoder(nn, Case("", BATCH_FIRST)), torch.randn(N, S, D, requires_grad=True)
     output = module(src, src_key_padding_mask=padding)
     output.backward(torch.randn(N, S, D))
+    assert src.grad is not None
     assert (output[0] == 0).all() and (src.grad[0] == 0).all() and src.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
@@ -243,7 +245,10 @@ def test_checkpointing_a_layer_draws_the_same_dropout_again() -> None:
         for one in module.layers:
             x = torch.utils.checkpoint.checkpoint(one, x, use_reentrant=False) if again else one(x)
         x.backward(grad)
-        found.append([x.detach(), *(p.grad.clone() for p in module.parameters())])
+        found.append([x.detach()])
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            found[-1].append(parameter.grad.clone())
     assert all(map(torch.equal, *found))
 
 

@@ -189,14 +189,16 @@ def test_hooks_on_children_fire_and_may_change_what_they_see(
 
 
 def test_backward_hooks_on_children_fire() -> None:
-    layer, seen = build(nn.TransformerEncoderLayer, {}), []
+    layer: Any = build(nn.TransformerEncoderLayer, {})
+    seen: list[Any] = []
     layer.linear1.register_full_backward_hook(lambda module, *grads: seen.append(module))
     layer(torch.randn(S, N, D)).backward(torch.randn(S, N, D))
     assert seen == [layer.linear1]
 
 
 def test_global_hooks_see_every_child() -> None:
-    layer, seen = build(nn.TransformerEncoderLayer, {}), []
+    layer: Any = build(nn.TransformerEncoderLayer, {})
+    seen: list[Any] = []
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, output: seen.append(module)
     )
@@ -303,7 +305,7 @@ def test_a_dropout_in_training_within_a_layer_in_eval_drops(child: str) -> None:
 def test_dropout_keeps_the_mean() -> None:
     p, draws = 0.2, 300
     make = {"norm_first": True, "activation": torch.nn.Identity()}
-    layer = build(nn.TransformerEncoderLayer, make)
+    layer: Any = build(nn.TransformerEncoderLayer, make)
     layer.dropout2.p = p  # after it nothing is nonlinear, so means can be compared
     src = torch.randn(1, 1, D)
     with torch.no_grad():

@@ -54,6 +54,7 @@ def test_learned_table_is_one_trained_parameter() -> None:
     assert {k: v.shape for k, v in module.named_parameters()} == {"weight": (8, D)}
     x, grad = torch.randn(S, N, D), torch.randn(S, N, D)
     module(x).backward(grad)
+    assert module.weight.grad is not None
     torch.testing.assert_close(module.weight.grad[:S], grad.sum(1))
     assert torch.equal(module.weight.grad[S:], torch.zeros(8 - S, D))
     wide = nn.LearnedPositionalEncoding(64, max_len=512)
@@ -135,6 +136,8 @@ def test_token_embedding_is_torchs_times_its_scale(scale: bool) -> None:
     ours(tokens).backward(grad)
     (factor * stock(tokens)).backward(grad)
     assert torch.equal(ours(tokens), factor * stock(tokens))
+    assert ours.weight.grad is not None
+    assert stock.weight.grad is not None
     assert torch.equal(ours.weight.grad, stock.weight.grad)
     assert repr(ours) == f"TokenEmbedding(10, 9, padding_idx=0{', scale=True' if scale else ''})"
 

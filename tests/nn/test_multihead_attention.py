@@ -223,6 +223,7 @@ def test_a_query_without_visible_keys_gets_only_the_output_bias(
     output, weights = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
     assert torch.equal(output[1], module.out_proj.bias.expand(L, E))
     output.backward(torch.randn_like(output))
+    assert x.grad is not None
     assert torch.equal(x.grad[1], torch.zeros(L, E))
     assert x.grad.isfinite().all() and x.grad[0].abs().min() > 0
     assert not need_weights or torch.equal(weights[1], torch.zeros(L, L))

@@ -47,7 +47,7 @@ def test_norm_parity(
             self.norm, self.gain = norm, torch.nn.Parameter(torch.ones(shape[-1]))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(x * self.gain)  # type: ignore[no-any-return]
+            return self.norm(x * self.gain)
 
     modules = (Wrapped(getattr(library, name)(*args, **settings)) for library in (nn, torch.nn))
     call = lambda module, x: module(x)
@@ -90,8 +90,8 @@ def test_attention_module_passes_its_settings_on() -> None:
 
 
 def test_attention_module_keeps_all_its_settings() -> None:
-    settings = {"window": (3, 1), "softcap": 2.0, "causal_alignment": "bottom_right"}
-    terms = {"alibi_slopes": torch.rand(2), "relative_bias": torch.randn(2, 5)}
+    settings: dict[str, Any] = dict(window=(3, 1), softcap=2.0, causal_alignment="bottom_right")
+    terms: dict[str, Any] = {"alibi_slopes": torch.rand(2), "relative_bias": torch.randn(2, 5)}
     terms["sinks"] = torch.randn(2)
     query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
     expected = functional.scaled_dot_product_attention(query, key, key, **settings, **terms)

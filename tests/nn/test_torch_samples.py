@@ -156,7 +156,7 @@ def test_gradcheck(name: str) -> None:
     torch.manual_seed(0)
     module = GRADCHECKED[name]().double()
     padding = torch.tensor([[False, False, False], [False, True, True]])
-    inputs = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),)
+    inputs: tuple[Tensor, ...] = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),)
     calls: dict[str, Any] = {
         "encoder": lambda x: module(x, src_key_padding_mask=padding),
         "decoder": lambda x, y: module(

@@ -55,8 +55,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def _packed(inputs: dict[str, Any], starts: Tensor, longest: int) -> Tensor:
-    heads = [inputs[n].unflatten(-1, (2, -1)) for n in "qkv"]
-    return functional.varlen_attention(*heads, starts, starts, longest, longest)
+    q, k, v = (inputs[n].unflatten(-1, (2, -1)) for n in "qkv")
+    return functional.varlen_attention(q, k, v, starts, starts, longest, longest)
 
 
 def test_attention_does_not_look_at_its_company(device: str) -> None:

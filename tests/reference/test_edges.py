@@ -40,7 +40,7 @@ def test_huge_scores_keep_their_digits(size: float) -> None:
     """A float32 kernel subtracts the largest score exactly: the truth must be no worse than it."""
     steps = torch.tensor([[0.0, -1.0, -2.0, -4.0]], dtype=torch.float64)
     exact = torch.log_softmax(steps, -1)
-    tight = {"rtol": 4 * torch.finfo(torch.float64).eps, "atol": 0.0}
+    tight: dict[str, Any] = {"rtol": 4 * torch.finfo(torch.float64).eps, "atol": 0.0}
     torch.testing.assert_close(reference.log_softmax(steps + size, -1), exact, **tight)
     torch.testing.assert_close(reference.softmax(steps + size, -1), exact.exp(), **tight)
     # Attention with these as its scores, and the identity as its values.

@@ -17,6 +17,11 @@ def rand(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).requires_grad_()
 
 
+# Called with lists of tensors, whose lengths types do not have.
+torch_attention: Callable[..., Any] = F.scaled_dot_product_attention
+definition: Callable[..., Any] = reference.scaled_dot_product_attention
+
+
 def agree(ours: Any, torchs: Any, inputs: list[Tensor]) -> None:
     """The same output and the same gradients, to float64's own rounding (torch's defaults)."""
     torch.testing.assert_close(ours, torchs)
@@ -196,12 +201,12 @@ class TestAttention:
     def test_every_rank(self, leading: tuple[int, ...], causal: bool) -> None:
         qkv = [rand(*leading, n, d) for n, d in ((5, 4), (7, 4), (7, 6))]
         ours = attention(*qkv, is_causal=causal, scale=0.3)
-        torchs = F.scaled_dot_product_attention(*qkv, is_causal=causal, scale=0.3)
+        torchs = torch_attention(*qkv, is_causal=causal, scale=0.3)
         agree(ours, torchs, qkv)
 
     def test_default_scale_and_more_queries_than_keys(self) -> None:
         qkv = [rand(2, 3, n, 4) for n in (7, 5, 5)]
-        torchs = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        torchs = torch_attention(*qkv, is_causal=True)
         agree(attention(*qkv, is_causal=True), torchs, qkv)
 
     @pytest.mark.parametrize(
@@ -211,19 +216,19 @@ class TestAttention:
         qkv = [rand(2, 3, n, 4) for n in (5, 7, 7)]
         mask = rand(*shape)
         full = mask.expand(2, 3, 5, 7)
-        torchs = F.scaled_dot_product_attention(*qkv, full)
+        torchs = torch_attention(*qkv, full)
         agree(attention(*qkv, mask), torchs, [*qkv, mask])
         keep = mask.detach() > -1
         keep.view(-1)[0] = True
         removed = ~keep.expand(2, 3, 5, 7).any(-1, keepdim=True)
-        torchs = F.scaled_dot_product_attention(*qkv, hidden(~keep.expand(2, 3, 5, 7) & ~removed))
+        torchs = torch_attention(*qkv, hidden(~keep.expand(2, 3, 5, 7) & ~removed))
         agree(attention(*qkv, keep), torchs.masked_fill(removed, 0.0), qkv)
 
     def test_mask_and_causal_combine(self) -> None:
         qkv = [rand(2, 3, n, 4) for n in (5, 7, 7)]
         mask = rand(5, 7)
         future = hidden(torch.ones(5, 7, dtype=torch.bool).triu(1))
-        torchs = F.scaled_dot_product_attention(*qkv, mask + future)
+        torchs = torch_attention(*qkv, mask + future)
         agree(attention(*qkv, mask, is_causal=True), torchs, [*qkv, mask])
 
     @pytest.mark.parametrize("leading", [(2,), (2, 3), (2, 2, 3)], ids=["3-D", "4-D", "5-D"])
@@ -242,7 +247,7 @@ class TestAttention:
         ):
             # [batch, keys] against [*batch, (heads,) queries, keys]
             spread = keep.view(*batch, *(1,) * (len(leading) - len(batch) + 1), 7)
-            torchs = F.scaled_dot_product_attention(*qkv, spread.expand(*leading, 5, 7))
+            torchs = torch_attention(*qkv, spread.expand(*leading, 5, 7))
             agree(attention(*qkv, **given), torchs, qkv)
 
     @pytest.mark.parametrize("key_heads", [1, 2, 4])
@@ -254,7 +259,7 @@ class TestAttention:
     def test_batch_dimensions_broadcast(self) -> None:
         q, k, v = rand(2, 1, 5, 4), rand(1, 3, 7, 4), rand(2, 3, 7, 4)
         wide = [t.expand(2, 3, *t.shape[-2:]) for t in (q, k, v)]
-        agree(attention(q, k, v), F.scaled_dot_product_attention(*wide), [q, k, v])
+        agree(attention(q, k, v), torch_attention(*wide), [q, k, v])
 
     def test_log_sum_exp(self) -> None:
         q, k, v = (rand(2, 3, n, 4) for n in (5, 7, 7))
@@ -281,20 +286,20 @@ class TestAttention:
             "key_lengths": {"key_lengths": torch.tensor([0, 7])},
         }[kind]
         rows = (0, slice(None), 2) if kind in ("boolean", "additive") else (0,)
-        output, lse = reference.scaled_dot_product_attention(*qkv, **given)
+        output, lse = definition(*qkv, **given)
         assert (output[rows] == 0).all()
         assert (lse[rows] == -torch.inf).all()
         draws = [torch.randn_like(t) for t in (output, lse)]
         grads = torch.autograd.grad((output, lse), qkv, draws)
         assert all(g.isfinite().all() for g in grads)
         assert (grads[0][rows] == 0).all()
-        plain, plain_lse = reference.scaled_dot_product_attention(*qkv)
+        plain, plain_lse = definition(*qkv)
         assert torch.equal(output[1], plain[1])
         assert torch.equal(lse[1], plain_lse[1])
 
     def test_no_keys_and_no_queries(self) -> None:
         qkv = rand(2, 5, 4), rand(2, 0, 4), rand(2, 0, 6)
-        output, lse = reference.scaled_dot_product_attention(*qkv)
+        output, lse = definition(*qkv)
         assert output.shape == (2, 5, 6)
         assert (output == 0).all()
         assert (lse == -torch.inf).all()

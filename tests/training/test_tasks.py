@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ class Masked:
 
 @pytest.fixture(scope="module")
 def masked(text: Path) -> Masked:
-    settings = Settings(**{**SMALL, "text": str(text), "length": 128})
-    task = pretrain.load_task(settings)[0]
+    given: dict[str, Any] = {**SMALL, "text": str(text), "length": 128}
+    task = pretrain.load_task(Settings(**given))[0]
     assert isinstance(task, MaskedAndNext)
     return Masked(task)
 
