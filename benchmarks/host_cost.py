@@ -54,7 +54,7 @@ def least(call: Callable[[], Any]) -> float:
 @contextlib.contextmanager
 def by_the_dispatcher() -> Iterator[None]:
     """Eager calls take the registered ops, as compilers and tensor subclasses do."""
-    with mock.patch.object(_registered, "is_eager", lambda: False):
+    with mock.patch.object(_registered, "is_eager", lambda: False):  # noqa: PT008, a Mock is slow
         yield
 
 
