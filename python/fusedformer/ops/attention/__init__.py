@@ -1,4 +1,6 @@
-"""Attention: ``calls`` chooses the form, ``registered`` has the ops, ``aten`` what ATen computes.
+"""Attention: ``calls`` chooses the form, ``registered`` has the ops of the kernels.
+
+``aten`` is what ATen computes, ``packed`` the op of it for packed sequences.
 
 ``terms`` is what scores depend on, ``chunks`` the torch backend's form of linear memory, ``part``
 attention over some of the keys, to be merged.

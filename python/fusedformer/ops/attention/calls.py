@@ -12,7 +12,7 @@ from fusedformer._internal import attention_checks, checks
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadValueError
 from fusedformer.ops._shared import draw_seed
-from fusedformer.ops.attention import registered
+from fusedformer.ops.attention import packed, registered
 from fusedformer.ops.attention.aten import (
     attention_aten,
     attention_weights_aten,
@@ -207,7 +207,7 @@ def _packed_aten(
     if terms.starts_q is not None and checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
-    output, lse = registered.packed_attention_aten(query, key, value, return_lse, *terms)
+    output, lse = packed.packed_attention_aten(query, key, value, return_lse, *terms)
     return output, lse if return_lse else None
 
 

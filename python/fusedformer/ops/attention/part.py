@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.backend import Backend, chosen_backend
-from fusedformer.ops.attention import registered
+from fusedformer.ops.attention import packed, registered
 from fusedformer.ops.attention.aten import merge_attention_states_aten
 from fusedformer.ops.attention.terms import AttentionTerms
 
@@ -27,7 +27,7 @@ def attention_part(
         part, _, statistics = registered.attention(query, key, value, False, *terms)
         return part, lse_of(statistics, query.dtype, KernelTerms(*terms))
     given = [query, key, value, *terms]
-    output, lse = registered.seeded_aten(given, return_lse=True, wide_lse=True)
+    output, lse = packed.seeded_aten(given, return_lse=True, wide_lse=True)
     return output, lse
 
 
@@ -67,7 +67,7 @@ def attention_part_backward(
         return [g if need else None for g, need in zip(grads[:3], needs, strict=True)]
     leaves = [t.detach().requires_grad_(n) for t, n in zip((query, key, value), needs, strict=True)]
     with torch.enable_grad():
-        own, own_lse = registered.seeded_aten([*leaves, *terms], return_lse=True, wide_lse=True)
+        own, own_lse = packed.seeded_aten([*leaves, *terms], return_lse=True, wide_lse=True)
     # With the share of this part w = exp(own_lse - lse), the merged output is the sum of w * own.
     wide = torch.promote_types(own.dtype, torch.float32)
     share = (own_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach().to(wide)
