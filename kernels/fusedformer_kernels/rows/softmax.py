@@ -28,6 +28,7 @@ from fusedformer_kernels.runtime.primitives import (
 from fusedformer_kernels.runtime.strided import collapsed, contiguous_like
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
+_NO_MASK, _BOOLEAN, _ADDITIVE = map(tl.constexpr, (NO_MASK, BOOLEAN, ADDITIVE))
 
 
 @triton.jit
@@ -36,16 +37,16 @@ def _load_scores(
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SCALED: tl.constexpr,
 ):
     """float32 scores of a tile [BLOCK_M, BLOCK_N], -inf where masked or outside the columns."""
-    if not SCALED and MASK != 2:  # the load puts -inf where it belongs
+    if not SCALED and MASK != _ADDITIVE:  # the load puts -inf where it belongs
         scores = tl.load(x_rows + columns * stride_x, mask=valid, other=float("-inf"))
         scores = scores.to(tl.float32)
     else:
         x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0).to(tl.float32)
         scores = tl.where(in_row, x * scale, float("-inf"))
-    if MASK == 1:
+    if MASK == _BOOLEAN:
         keep = tl.load(mask_rows + columns * stride_mask, mask=valid, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
-    if MASK == 2:
+    if MASK == _ADDITIVE:
         mask = tl.load(mask_rows + columns * stride_mask, mask=valid, other=0.0)
         scores += mask.to(tl.float32)
     if IS_CAUSAL:
@@ -66,7 +67,7 @@ def _softmax_forward(
     row_index = (rows % size_2)[:, None]
     x_rows = x_ptr + row_offsets(rows, size_1, size_2, stride_x0, stride_x1, stride_x2)[:, None]
     mask_rows = mask_ptr
-    if MASK != 0:
+    if MASK != _NO_MASK:
         mask_rows += row_offsets(rows, size_1, size_2, stride_m0, stride_m1, stride_m2)[:, None]
     y_rows = y_ptr + (rows.to(tl.int64) * n_columns)[:, None]
     if ONE_PASS:
@@ -76,13 +77,13 @@ def _softmax_forward(
             scale, MASK, IS_CAUSAL, SCALED,
         )  # [BLOCK_M, BLOCK_N]
         top = tl.where(row_valid, tl.max(s, 1)[:, None], 0.0)  # [BLOCK_M, 1]
-        if MASK != 0 or IS_CAUSAL:
+        if MASK != _NO_MASK or IS_CAUSAL:
             top = tl.where(top == float("-inf"), 0.0, top)
         # Not one multiply-add: of rows at a dtype's lowest value the product would overflow.
         shifted = s - top
         weights = tl.exp2(shifted * LOG2_E)
         total = tl.where(row_valid, tl.sum(weights, 1)[:, None], 1.0)
-        if MASK != 0 or IS_CAUSAL:
+        if MASK != _NO_MASK or IS_CAUSAL:
             total = tl.where(total == 0.0, 1.0, total)
         y = shifted - tl.log2(total) * LN_2 if LOG else weights * (1.0 / total)
         store(y_rows + columns, y, in_row & row_valid)
@@ -97,7 +98,7 @@ def _softmax_forward(
                 stride_m, scale, MASK, IS_CAUSAL, SCALED,
             )  # [BLOCK_M, BLOCK_N]
             top, total = online_sum(top, total, s)
-        if MASK != 0 or IS_CAUSAL:
+        if MASK != _NO_MASK or IS_CAUSAL:
             top = tl.where(top == float("-inf"), 0.0, top)
             total = tl.where(total == 0.0, 1.0, total)
         log_total = tl.log2(total) * LN_2
