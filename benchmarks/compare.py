@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fusedformer._text import table
+from fusedformer._internal.text import table
 from harness.case import REFERENCE
 from harness.records import problems
 

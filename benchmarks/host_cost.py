@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from bench_host import SUITE, eager, fused
-from fusedformer._text import table
+from fusedformer._internal.text import table
 from fusedformer.ops import _registered
 from fusedformer.report.environment import describe
 from harness.case import Case, Inputs, Program, Sizes

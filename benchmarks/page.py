@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fusedformer._html import image, page, section
-from fusedformer._html import table as html_table
+from fusedformer._internal.html import image, page, section
+from fusedformer._internal.html import table as html_table
 from harness.records import problems, rates
 from table import OURS, cells, groups, markdown
 
@@ -67,7 +67,7 @@ def _suite(document: dict[str, Any], suite: str) -> Iterable[str]:
 
 def _bars(records: list[dict[str, Any]]) -> str:
     """Times as multiples of the library's, a group of bars for each case."""
-    from fusedformer._figures import plt, source, styled
+    from fusedformer._internal.figures import plt, source, styled
 
     timed = [r for r in records if r["status"] == "timed"]
     ours = {r["case"]: r["median_us"] for r in timed if r["provider"] == OURS}
@@ -94,7 +94,7 @@ def _bars(records: list[dict[str, Any]]) -> str:
 
 
 def _roofline(records: list[dict[str, Any]], ceilings: dict[str, Any]) -> str:
-    from fusedformer._figures import plt, source, styled
+    from fusedformer._internal.figures import plt, source, styled
 
     bandwidth, peak = ceilings["copy_gb_s"] / 1e3, ceilings["matmul_tflop_s"]
     timed = [r for r in records if r["status"] == "timed" and r["bytes"] and r["flops"]]

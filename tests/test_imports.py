@@ -35,18 +35,15 @@ ALLOWED = {
     "objectives": ("fusedformer.functional", *_SHARED),
     "finetuning": ("fusedformer.models", "fusedformer.functional", *_SHARED),
     "fusion": (
-        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "fusedformer._text",
-        "transformers", *_SHARED,
+        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "transformers", *_SHARED,
     ),
     "parity": (
         "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",
-        "fusedformer.reference",
-        "fusedformer.testing", "fusedformer._text", "fusedformer._html", "fusedformer._figures",
-        "fusedformer.backend", "transformers", "matplotlib", "safetensors", "triton", "pytest",
-        *_SHARED,
+        "fusedformer.reference", "fusedformer.testing", "fusedformer.backend", "transformers",
+        "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
     "serving": ("fusedformer.serving", "fusedformer.nn", "fusedformer.parity", *_SHARED),
-    "_internal": _SHARED,
+    "_internal": (*_SHARED, "matplotlib"),
     "_version": (),
     "errors": (),
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""What packages of the library share: checks of arguments, autocast, backend, who looks on."""
+"""What packages share: checks of arguments, autocast, backend, who looks on; tables and pages."""

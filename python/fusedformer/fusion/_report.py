@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fusedformer._text import table
+from fusedformer._internal.text import table
 
 
 class Replaced(NamedTuple):

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusedformer._html import image, page, section, table, verdict
+from fusedformer._internal.html import image, page, section, table, verdict
 from fusedformer.parity import tables
 from fusedformer.parity.measure import Measured
 from fusedformer.parity.run import share_of_limit
@@ -25,7 +25,7 @@ def compared(report: ParityReport) -> str:
     lines = tables.verdict(report)
     parts = [verdict(report.passed, lines[-1].partition(":")[0], lines[::-1])]
     if report.of("submodule") and importlib.util.find_spec("matplotlib") is not None:
-        from fusedformer._figures import source
+        from fusedformer._internal.figures import source
 
         parts.append(
             section(
@@ -68,7 +68,7 @@ def ops(result: dict[str, Any]) -> str:
 
 def growth(report: ParityReport) -> Figure:
     """RMS errors of the layers, or of all submodules where none are numbered."""
-    from fusedformer._figures import plt, styled
+    from fusedformer._internal.figures import plt, styled
 
     rows = tables.layers(report.of("submodule"))
     if not rows:
@@ -91,7 +91,7 @@ def growth(report: ParityReport) -> Figure:
 
 def curves(report: TrainingReport) -> Figure:
     """Losses, and how far losses, weights and gradients are from the baseline's."""
-    from fusedformer._figures import plt, styled
+    from fusedformer._internal.figures import plt, styled
 
     with styled():
         figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")

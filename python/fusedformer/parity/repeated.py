@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer._text import table
+from fusedformer._internal.text import table
 from fusedformer.parity import calls
 from fusedformer.parity.calls import Arguments, Called
 from fusedformer.parity.measure import measured

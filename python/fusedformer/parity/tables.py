@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusedformer._text import table
+from fusedformer._internal.text import table
 from fusedformer.parity.measure import Measured
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedformer._text import table
+from fusedformer._internal.text import table
 from fusedformer.parity import calls
 from fusedformer.parity.calls import Arguments
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fusedformer._html import image, page, section, table, verdict
+from fusedformer._internal.html import image, page, section, table, verdict
 from fusedformer.report import plots, rows
 
 _HOW_TO_READ = """

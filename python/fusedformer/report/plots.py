@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fusedformer._figures import plt, source, styled
+from fusedformer._internal.figures import plt, source, styled
 
 COLOURS = {"stock": "#94a3b8", "fused": "#2563eb"}
 LABELS = {"stock": "stock Hugging Face", "fused": "fusedformer"}

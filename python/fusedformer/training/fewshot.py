@@ -209,7 +209,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy by number of examples."""
-    from fusedformer._figures import drawn
+    from fusedformer._internal.figures import drawn
 
     lines = {"best": ("best possible", "--"), "accuracy": ("decoder", "-"),
              "random": ("letters of examples random", ":")}  # fmt: skip

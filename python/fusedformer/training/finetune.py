@@ -269,7 +269,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Accuracy by epoch of each method, and the baselines."""
-    from fusedformer._figures import drawn
+    from fusedformer._internal.figures import drawn
 
     with drawn(path) as axis:
         for number, row in enumerate(found["rows"]):

@@ -59,7 +59,7 @@ def write_figures(folder: Path, found: dict[str, Any]) -> Path:
 
 def draw(found: dict[str, Any], chance: str, path: Path) -> None:
     """Loss by step, smoothed, of ours and of stock; held-out text; what can be had without."""
-    from fusedformer._figures import drawn
+    from fusedformer._internal.figures import drawn
 
     with drawn(path) as axis:
         for name in (STOCK, OURS):
