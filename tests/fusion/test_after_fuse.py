@@ -243,6 +243,15 @@ def test_modernbert_on_the_kernels(mask: Tensor, static_shapes: bool, device: st
     assert not found[0][~mask].any()
 
 
+def test_a_hole_is_zero_whatever_was_computed_there() -> None:
+    model, inputs = model_of("modernbert").eval(), inputs_of("modernbert")
+    fusedformer.fuse(model)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(torch.inf)
+        found = model(**{**inputs, "attention_mask": HOLE.long()})[0]
+    assert not found[~HOLE].any() and found[HOLE].isinf().any()
+
+
 # -- what needs the batch --------------------------------------------------------------------------
 
 

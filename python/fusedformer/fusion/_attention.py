@@ -26,6 +26,7 @@ except ImportError:  # of an older transformers: then hooks are what tells
 # hand on masks of four dimensions as they are, so that it cannot be told by their number; and a
 # boolean one may be the user's.
 FULL, CAUSAL = torch.uint8, torch.int8
+KEPT = "_fusedformer_configs"  # where a module keeps the configurations that it had: ``_configs``
 
 
 def captured() -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
     For ``sdpa`` transformers leaves the mask away if nothing is padding, see
     ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
     """
-    kept = module.__dict__.get("_fusedformer_configs", {}).get("config")
+    kept = module.__dict__.get(KEPT, {}).get("config")
     before = None if kept is None else kept.original._attn_implementation
     return before == "sdpa" and has_values(keys) and bool(keys.all())
 

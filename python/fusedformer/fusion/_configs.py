@@ -22,13 +22,12 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from fusedformer.fusion._attention import attention, attention_mask, attention_mask_4d
+from fusedformer.fusion._attention import KEPT, attention, attention_mask, attention_mask_4d
 
 # The second is for models that read a mask of four dimensions, the third for those that know it as
 # what is added to scores alone.
 NAMES = "fusedformer", "fusedformer_4d_masks", "fusedformer_added_masks"
 NAME, NAME_4D, NAME_ADDED = NAMES
-_KEPT = "_fusedformer_configs"  # where a module keeps its originals; ``_attention`` reads it
 _NAMED = "_attn_implementation_internal"
 _MASKS: tuple[Any, ...] = (attention_mask, attention_mask_4d, eager_mask)
 # When this module is imported, and so before a pickled model is used in another process.
@@ -129,7 +128,7 @@ def exchange(model: nn.Module, names: dict[int, str], attending: set[int]) -> No
             if concerns(config):
                 module.__dict__[attribute] = copied(config)
                 kept = Exchanged(copied(config), config, id(config) in attending)
-                module.__dict__.setdefault(_KEPT, {}).setdefault(attribute, kept)
+                module.__dict__.setdefault(KEPT, {}).setdefault(attribute, kept)
 
 
 def restore(model: nn.Module) -> int:
@@ -141,11 +140,11 @@ def restore(model: nn.Module) -> int:
     before: dict[int, Any] = {}
     attending: set[int] = set()
     for module in model.modules():
-        for attribute, (twin, original, attends) in module.__dict__.pop(_KEPT, {}).items():
+        for attribute, (twin, original, is_attending) in module.__dict__.pop(KEPT, {}).items():
             if id(twin) not in before:
                 _carry_over(twin, original)
             before[id(twin)] = original
-            attending |= {id(twin)} if attends else set()
+            attending |= {id(twin)} if is_attending else set()
             if module.__dict__.get(attribute) is twin:
                 module.__dict__[attribute] = original
     usual = next(map(named, before.values()), "sdpa")

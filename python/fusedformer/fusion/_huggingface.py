@@ -58,10 +58,10 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     """Add to the plan what is to become of the models of transformers in ``model``."""
     places = list(_places(model))
     by_ours = _plan_attention(plan, model, places)
-    reads = "" if pack else _reads_padding(model)
+    reads = _reads_padding(model) if pack is None else ""
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
-            _plan_stack(plan, place, by_ours, reads if pack is None else "", pack is not False)
+            _plan_stack(plan, place, by_ours, reads, pack is not False)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:

@@ -37,7 +37,7 @@ class PackedModel:
         output = super().forward(**{**given, **self._packed(given, packing, keys)})  # type: ignore[misc]
         unpacked = functional.unpack(output[0][0], packing)
         if keys is not None:
-            unpacked = unpacked * keep[..., None]
+            unpacked = unpacked.masked_fill(~keep[..., None], 0.0)
         if isinstance(output, tuple):
             return unpacked, *output[1:]
         output.last_hidden_state = unpacked

@@ -66,13 +66,17 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
 
 def _is_looked_at(cls: Any) -> bool:
     if cls not in _looked_at:
-        _looked_at[cls] = attends(cls) or not f"{cls.__module__}.".startswith(_TOKENWISE)
+        _looked_at[cls] = attends(cls) or not _is_tokenwise(cls)
     return _looked_at[cls]
+
+
+def _is_tokenwise(cls: type[Any]) -> bool:
+    return f"{cls.__module__}.".startswith(_TOKENWISE)
 
 
 def _reason(module: Any, by_ours: bool) -> str:
     cls: Any = type(module)
-    if not f"{cls.__module__}.".startswith(_TOKENWISE):
+    if not _is_tokenwise(cls):
         return f"is a {cls.__name__}, which may need the batch"
     if not is_sharded_at_most(module):
         return "has a hook, or its forward was replaced"
