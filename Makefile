@@ -17,6 +17,7 @@ test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, o
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 

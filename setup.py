@@ -27,7 +27,8 @@ setup(
     package_dir={"": "python", "fusedformer_kernels": "kernels/fusedformer_kernels"},
     packages=[*find_packages("python"), *find_packages("kernels")],
     package_data={
-        "fusedformer": ["py.typed"], "fusedformer_kernels": ["py.typed", "tuned/*.json"],
+        "fusedformer": ["py.typed"],
+        "fusedformer_kernels": ["py.typed", "tuned/*.json"],
     },
     install_requires=[
         "torch>=2.11",

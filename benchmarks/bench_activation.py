@@ -37,8 +37,12 @@ def _case(activation: str, rows: int, width: int, dtype: torch.dtype) -> Case:
         }
 
     return Case(
-        "activation", f"bias + {activation} {rows}x{width}", dtype, make,
-        counting.bias_activation(rows, width, dtype.itemsize), {"activation": activation},
+        "activation",
+        f"bias + {activation} {rows}x{width}",
+        dtype,
+        make,
+        counting.bias_activation(rows, width, dtype.itemsize),
+        {"activation": activation},
         headline=activation == "gelu",
     )
 
@@ -47,9 +51,7 @@ def fused(case: Case) -> Program:
     """The library's op."""
     from fusedformer import functional as F
 
-    return Program(
-        lambda input, bias: F.bias_activation(input, bias, case.options["activation"])
-    )
+    return Program(lambda input, bias: F.bias_activation(input, bias, case.options["activation"]))
 
 
 def eager(case: Case) -> Program:

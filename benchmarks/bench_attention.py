@@ -60,9 +60,17 @@ LENGTHS = {
     "16 queries": (8192,),
 }
 HEADLINE = {
-    ("full", 512, 64), ("full", 2048, 64), ("full", 2048, 128), ("causal", 2048, 64),
-    ("key padding", 512, 64), ("packed", 512, 64), ("windowed", 2048, 64), ("biased", 512, 64),
-    ("relative bias", 512, 64), ("boolean mask", 2048, 64), ("dropout", 2048, 64),
+    ("full", 512, 64),
+    ("full", 2048, 64),
+    ("full", 2048, 128),
+    ("causal", 2048, 64),
+    ("key padding", 512, 64),
+    ("packed", 512, 64),
+    ("windowed", 2048, 64),
+    ("biased", 512, 64),
+    ("relative bias", 512, 64),
+    ("boolean mask", 2048, 64),
+    ("dropout", 2048, 64),
     ("1 query", 8192, 64),
 }
 
@@ -103,8 +111,12 @@ def _case(
     queries = int(kind.split()[0]) if kind.endswith(("query", "queries")) else length
     radius = min(RADIUS, length - 1)
     options: dict[str, Any] = {
-        "kind": kind, "is_causal": kind == "causal", "p": P if kind == "dropout" else 0.0,
-        "length": length, "lengths": lengths, "radius": radius,
+        "kind": kind,
+        "is_causal": kind == "causal",
+        "p": P if kind == "dropout" else 0.0,
+        "length": length,
+        "lengths": lengths,
+        "radius": radius,
         "window": length // 8 if kind == "windowed" else None,
     }
 
@@ -140,8 +152,14 @@ def _case(
     if lengths is not None:
         name += f" mean/max={sum(lengths) / batch / length:.2f}"
     return Case(
-        "attention", name, dtype, make, _costs(options, batch, heads, queries, dim, dtype.itemsize),
-        options, headline, part=_part(kind, lengths),
+        "attention",
+        name,
+        dtype,
+        make,
+        _costs(options, batch, heads, queries, dim, dtype.itemsize),
+        options,
+        headline,
+        part=_part(kind, lengths),
         before=_check_dropout if kind == "dropout" else None,
     )
 
@@ -255,8 +273,11 @@ def truth(case: Case, device: torch.device) -> Program:
     def call(cu_seqlens: Tensor | None = None, **inputs: Any) -> Tensor:
         if cu_seqlens is not None:
             return reference.varlen_attention(
-                **inputs, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=o["length"], max_seqlen_k=o["length"],
+                **inputs,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+                max_seqlen_q=o["length"],
+                max_seqlen_k=o["length"],
             )[0]
         return reference.scaled_dot_product_attention(
             **inputs, is_causal=o["is_causal"], window=window

@@ -38,8 +38,12 @@ def _case(kind: str, rows: int, dtype: torch.dtype) -> Case:
         return {name: value.detach().requires_grad_() for name, value in inputs.items()}
 
     return Case(
-        "contrastive", f"{kind} {rows}x{DIMS}", dtype, make,
-        counting.contrastive(rows, DIMS, dtype.itemsize), {"kind": kind},
+        "contrastive",
+        f"{kind} {rows}x{DIMS}",
+        dtype,
+        make,
+        counting.contrastive(rows, DIMS, dtype.itemsize),
+        {"kind": kind},
         headline=rows == 8192 or rows < 1024,
     )
 

@@ -49,8 +49,12 @@ def _case(rows: int, width: int, p: float, dtype: torch.dtype, tokens: int) -> C
 
     dropped = f", dropout {p}" if p else ""
     return Case(
-        "embedding", f"{tokens} words {rows}x{width}{dropped}", dtype, make,
-        counting.embedding(rows, width, counts, dtype.itemsize), {"p": p},
+        "embedding",
+        f"{tokens} words {rows}x{width}{dropped}",
+        dtype,
+        make,
+        counting.embedding(rows, width, counts, dtype.itemsize),
+        {"p": p},
         headline=width == HEADLINE,
     )
 

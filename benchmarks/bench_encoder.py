@@ -85,24 +85,42 @@ def stack_case(
 
     filled = f"mean/max={real / batch / longest:.2f}" if padded else ""
     return Case(
-        "encoder", f"{name} {layers} layers, {kind}, B={batch} S={longest} {filled}".rstrip(),
-        dtype, make,
+        "encoder",
+        f"{name} {layers} layers, {kind}, B={batch} S={longest} {filled}".rstrip(),
+        dtype,
+        make,
         counting.encoder(lengths, layers, width, heads, feedforward, dtype.itemsize),
-        {"layers": layers, "width": width, "heads": heads, "feedforward": feedforward,
-         "padded": padded, "batch": batch, "mean": round(real / batch), "longest": longest},
+        {
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "feedforward": feedforward,
+            "padded": padded,
+            "batch": batch,
+            "mean": round(real / batch),
+            "longest": longest,
+        },
         headline=kind == "natural",
     )
 
 
 def _stack(
-    layer: Callable[..., nn.Module], encoder: Callable[..., nn.Module], case: Case,
+    layer: Callable[..., nn.Module],
+    encoder: Callable[..., nn.Module],
+    case: Case,
     device: torch.device,
 ) -> nn.Module:
     o = case.options
     # Shapes a pretrained BERT has: post-norm, exact GELU, dropout after every block.
     one = layer(
-        o["width"], o["heads"], o["feedforward"], DROPOUT, activation="gelu", batch_first=True,
-        device=device, dtype=case.dtype,
+        o["width"],
+        o["heads"],
+        o["feedforward"],
+        DROPOUT,
+        activation="gelu",
+        batch_first=True,
+        device=device,
+        dtype=case.dtype,
     )
     return encoder(one, o["layers"])
 

@@ -46,7 +46,10 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
 
 
 def _text(
-    name: str, lengths: Sequence[int], dtype: torch.dtype, layers: int | None = None,
+    name: str,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    layers: int | None = None,
     headline: bool = False,
 ) -> Case:
     all_layers, width, heads, feedforward, _ = MODELS[name]
@@ -66,8 +69,13 @@ def _text(
     )
     filled = sum(lengths) / batch / longest
     return Case(
-        "huggingface", f"{name} {layers} layers, B={batch} S={longest} mean/max={filled:.2f}",
-        dtype, make, costs, {"model": name, "layers": layers}, headline,
+        "huggingface",
+        f"{name} {layers} layers, B={batch} S={longest} mean/max={filled:.2f}",
+        dtype,
+        make,
+        costs,
+        {"model": name, "layers": layers},
+        headline,
     )
 
 
@@ -79,7 +87,10 @@ def _images(batch: int, dtype: torch.dtype, layers: int | None) -> Case:
         return {"pixel_values": torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)}
 
     return Case(
-        "huggingface", f"ViT-base {layers} layers, B={batch} S={length}", dtype, make,
+        "huggingface",
+        f"ViT-base {layers} layers, B={batch} S={length}",
+        dtype,
+        make,
         counting.encoder([length] * batch, layers, width, heads, feedforward, dtype.itemsize),
         {"model": "ViT-base", "layers": layers},
     )
@@ -102,9 +113,12 @@ def _sentences(batch: int, count: int, dtype: torch.dtype) -> list[Case]:
     return [
         Case(
             "huggingface",
-            f"{SENTENCES}, {count} passages, B={batch} mean/max={sum(lengths) / rows:.2f}", dtype,
-            lambda device: {}, {"forward": costs["forward"]},
-            {"model": SENTENCES, "client": client, "texts": texts, "batch": batch}, headline=True,
+            f"{SENTENCES}, {count} passages, B={batch} mean/max={sum(lengths) / rows:.2f}",
+            dtype,
+            lambda device: {},
+            {"forward": costs["forward"]},
+            {"model": SENTENCES, "client": client, "texts": texts, "batch": batch},
+            headline=True,
         )
     ]
 

@@ -59,9 +59,13 @@ def _projection(
 
     kept = "" if counted == rows else f", {counted} count"
     return Case(
-        "losses", f"{name} {rows}x{features} to {classes}{kept}", dtype, make,
+        "losses",
+        f"{name} {rows}x{features} to {classes}{kept}",
+        dtype,
+        make,
         counting.linear_cross_entropy(rows, counted, classes, features, dtype.itemsize),
-        {"projected": True, "dropped": counted < rows}, headline=True,
+        {"projected": True, "dropped": counted < rows},
+        headline=True,
     )
 
 
@@ -73,7 +77,10 @@ def _logits(rows: int, classes: int, dtype: torch.dtype) -> Case:
         }
 
     return Case(
-        "losses", f"logits {rows}x{classes}", dtype, make,
+        "losses",
+        f"logits {rows}x{classes}",
+        dtype,
+        make,
         counting.cross_entropy(rows, classes, dtype.itemsize),
         {"projected": False, "dropped": False},
     )

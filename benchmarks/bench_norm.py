@@ -62,11 +62,20 @@ def _case(kind: str, rows: int, hidden: int, dtype: torch.dtype) -> Case:
         return inputs
 
     costs = counting.layer_norm(
-        rows, hidden, dtype.itemsize, offset=kind != "rms_norm", residual=residual,
-        return_sum=returns_sum, dropout=p > 0,
+        rows,
+        hidden,
+        dtype.itemsize,
+        offset=kind != "rms_norm",
+        residual=residual,
+        return_sum=returns_sum,
+        dropout=p > 0,
     )
     return Case(
-        "norm", f"{kind} {rows}x{hidden}", dtype, make, costs,
+        "norm",
+        f"{kind} {rows}x{hidden}",
+        dtype,
+        make,
+        costs,
         {"kind": kind, "hidden": hidden, "p": p},
         headline=hidden in HEADLINE and (residual or kind == "layer_norm"),
         before=_check_dropout if p else None,

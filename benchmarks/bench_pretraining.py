@@ -55,12 +55,14 @@ def _case(
         "pretraining",
         f"{name} {layers} layers, B={batch} S={longest} "
         f"mean/max={sum(lengths) / batch / longest:.2f}{weights}",
-        dtype, lambda device: {key: tensor.to(device) for key, tensor in inputs.items()},
+        dtype,
+        lambda device: {key: tensor.to(device) for key, tensor in inputs.items()},
         counting.masked_lm(
             lengths, labelled, layers, width, heads, feedforward, vocabulary, dtype.itemsize
         ),
         {"model": name, "layers": layers, "autocast": autocast},
-        headline=not autocast, tokens=sum(lengths),
+        headline=not autocast,
+        tokens=sum(lengths),
     )
 
 
@@ -94,7 +96,10 @@ def _stock(case: Case, device: torch.device) -> Any:
 
 
 def _program(
-    case: Case, device: torch.device, module: nn.Module, loss: Callable[..., Tensor],
+    case: Case,
+    device: torch.device,
+    module: nn.Module,
+    loss: Callable[..., Tensor],
     names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Program:
     def function(**inputs: Tensor) -> Tensor:

@@ -34,7 +34,12 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
 
 
 def _case(
-    rows: int, columns: int, dtype: torch.dtype, *, headline: bool = False, log: bool = False,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    headline: bool = False,
+    log: bool = False,
     masked: bool = False,
 ) -> Case:
     sequences = max(rows // columns, 1)
@@ -49,9 +54,13 @@ def _case(
 
     kind = "masked softmax" if masked else "log_softmax" if log else "softmax"
     return Case(
-        "softmax", f"{kind} {rows}x{columns}", dtype, make,
+        "softmax",
+        f"{kind} {rows}x{columns}",
+        dtype,
+        make,
         counting.softmax(rows, columns, dtype.itemsize),
-        {"log": log, "masked": masked}, headline,
+        {"log": log, "masked": masked},
+        headline,
     )
 
 

@@ -79,9 +79,15 @@ def text(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str, Any]], a
     if shown:
         body = [
             [
-                f"{r['suite']}: {r['case']}", r["direction"], r["dtype"], r["provider"],
-                f"{r['old_us']:.4g}", f"{r['new_us']:.4g}", f"{r['ratio']:.2f}",
-                "" if r["relative"] is None else f"{r['relative']:.2f}", r["verdict"],
+                f"{r['suite']}: {r['case']}",
+                r["direction"],
+                r["dtype"],
+                r["provider"],
+                f"{r['old_us']:.4g}",
+                f"{r['new_us']:.4g}",
+                f"{r['ratio']:.2f}",
+                "" if r["relative"] is None else f"{r['relative']:.2f}",
+                r["verdict"],
             ]
             for r in shown
         ]
@@ -97,7 +103,8 @@ def text(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str, Any]], a
 def main() -> int:
     """Print the comparison; 1 if something is slower, 2 if a file is no result file."""
     parser = argparse.ArgumentParser(
-        prog="bench compare", description=__doc__.splitlines()[0],
+        prog="bench compare",
+        description=__doc__.splitlines()[0],
         epilog="Exit status: 0, 1 if something became slower, 2 for what is no result file.",
     )
     parser.add_argument("old", type=Path)

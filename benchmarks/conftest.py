@@ -96,7 +96,10 @@ def contest(request: pytest.FixtureRequest) -> Callable[[Any], None]:
         cost = case.costs[direction]
         benchmark.group = f"{case.suite}: {case.name}, {direction}"
         benchmark.extra_info.update(
-            provider=name, reference=REFERENCE, bytes=cost.bytes, flops=cost.flops,
+            provider=name,
+            reference=REFERENCE,
+            bytes=cost.bytes,
+            flops=cost.flops,
             error_ratio=verdict.error_ratio,
         )
         until_idle()

@@ -34,14 +34,18 @@ def html(documents: dict[str, dict[str, Any]]) -> str:
             parts.append(section(f"{name}: {suite}", *_suite(document, suite)))
         said = escape(markdown(document))
         parts.append(
-            section(f"{name}: for a README", f"<details><summary>Markdown</summary><pre>{said}"
-                                             f"</pre></details>")
+            section(
+                f"{name}: for a README",
+                f"<details><summary>Markdown</summary><pre>{said}</pre></details>",
+            )
         )
     return page(
-        "fusedformer benchmarks", "fusedformer beside its peers",
+        "fusedformer benchmarks",
+        "fusedformer beside its peers",
         "Medians. Every provider met the parity criterion before it was timed; providers of a case "
         "were timed in the same rounds. The share is that of the floor: the time that the counted "
-        "bytes or FLOPs need at the ceilings.", parts,
+        "bytes or FLOPs need at the ceilings.",
+        parts,
     )
 
 
@@ -81,7 +85,9 @@ def _bars(records: list[dict[str, Any]]) -> str:
                 if case in ours:
                     y = -cases.index(case) - place / (len(names) + 1)
                     axis.barh(
-                        y, record["median_us"] / ours[case], 0.8 / (len(names) + 1),
+                        y,
+                        record["median_us"] / ours[case],
+                        0.8 / (len(names) + 1),
                         color=COLOURS[(place + 1) % len(COLOURS)],
                         label=name if case == cases[0] else None,
                     )
@@ -105,14 +111,20 @@ def _roofline(records: list[dict[str, Any]], ceilings: dict[str, Any]) -> str:
             mine = [r for r in timed if r["provider"] == name]
             axis.scatter(
                 [r["flops"] / r["bytes"] for r in mine],
-                [rates(r, ceilings).tflop_s for r in mine], s=34 if name == OURS else 14,
-                color=COLOURS[place % len(COLOURS)], label=name, zorder=3 if name == OURS else 2,
+                [rates(r, ceilings).tflop_s for r in mine],
+                s=34 if name == OURS else 14,
+                color=COLOURS[place % len(COLOURS)],
+                label=name,
+                zorder=3 if name == OURS else 2,
             )
         found = [r["flops"] / r["bytes"] for r in timed] or [1.0]
         low, high = min(*found, peak / bandwidth) / 3, max(*found, peak / bandwidth) * 3
         axis.plot(
-            [low, peak / bandwidth, high], [low * bandwidth, peak, peak], color="#0f172a",
-            linewidth=1.2, label="ceilings",
+            [low, peak / bandwidth, high],
+            [low * bandwidth, peak, peak],
+            color="#0f172a",
+            linewidth=1.2,
+            label="ceilings",
         )
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -126,8 +138,12 @@ def main() -> int:
     """Write the page; 2 if a file is no result file."""
     parser = argparse.ArgumentParser(prog="bench report", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks.html"),
-                        help="the page (default: benchmarks.html)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks.html"),
+        help="the page (default: benchmarks.html)",
+    )
     given = parser.parse_args()
     documents: dict[str, dict[str, Any]] = {}
     for path in given.files:

@@ -81,22 +81,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", action="extend", choices=list(SUITES),
-                        help="these only (default: all)")
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        action="extend",
+        choices=list(SUITES),
+        help="these only (default: all)",
+    )
     parser.add_argument("--quick", action="store_true", help="headline cases, fewer samples")
-    parser.add_argument("--compile", choices=("none", "headline", "all"), default="none",
-                        help="time torch.compile and FlexAttention too, in which cases")
-    parser.add_argument("--thorough", action="store_true",
-                        help="torch.compile in all cases, with max-autotune too")
+    parser.add_argument(
+        "--compile",
+        choices=("none", "headline", "all"),
+        default="none",
+        help="time torch.compile and FlexAttention too, in which cases",
+    )
+    parser.add_argument(
+        "--thorough", action="store_true", help="torch.compile in all cases, with max-autotune too"
+    )
     parser.add_argument("--out", type=Path, help="result file, written after every case")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
-                        help="default: bfloat16 on a GPU, float32 on CPU")
-    parser.add_argument("--sizes", choices=("full", "cpu", "tiny"),
-                        help="default: full on a GPU, cpu on CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU, float32 on CPU",
+    )
+    parser.add_argument(
+        "--sizes", choices=("full", "cpu", "tiny"), help="default: full on a GPU, cpu on CPU"
+    )
     parser.add_argument("--seconds", type=float, help="of timing for each provider and direction")
-    parser.add_argument("--budget", type=float, default=math.inf,
-                        help="seconds after which no further case starts")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds after which no further case starts"
+    )
     return parser
 
 

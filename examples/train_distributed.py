@@ -88,7 +88,12 @@ class MaskedWords(torch.nn.Module):
         self.words = nn.TokenEmbedding(words, width)
         self.positions = torch.nn.Embedding(LONGEST, width)
         layer = nn.TransformerEncoderLayer(
-            width, max(1, width // 32), 4 * width, dropout, "gelu", norm_first=True,
+            width,
+            max(1, width // 32),
+            4 * width,
+            dropout,
+            "gelu",
+            norm_first=True,
             batch_first=True,
         )
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width))
@@ -144,8 +149,12 @@ def steps_of(
     ranks, rank, share = dist.get_world_size(), dist.get_rank(), args.accumulate
     samplers = [
         LengthBalancedSampler(
-            data.lengths, args.max_tokens, num_replicas=ranks * share, rank=rank * share + i,
-            seed=args.seed, d_model=args.width,
+            data.lengths,
+            args.max_tokens,
+            num_replicas=ranks * share,
+            rank=rank * share + i,
+            seed=args.seed,
+            d_model=args.width,
         )
         for i in range(share)
     ]

@@ -46,9 +46,7 @@ CALLS: dict[str, Call] = {
     "cross_entropy of no such class": lambda f, nn: f.cross_entropy(logits, classes + 1),
     "cross_entropy, other weights": lambda f, nn: f.cross_entropy(logits, classes, torch.ones(3)),
     "cross_entropy, reduction": lambda f, nn: f.cross_entropy(logits, classes, reduction="max"),
-    "cross_entropy, smoothing": lambda f, nn: f.cross_entropy(
-        logits, classes, label_smoothing=1.5
-    ),
+    "cross_entropy, smoothing": lambda f, nn: f.cross_entropy(logits, classes, label_smoothing=1.5),
     "attention of another width": lambda f, nn: f.scaled_dot_product_attention(
         heads, heads[..., :3], heads
     ),

@@ -82,8 +82,12 @@ def bert() -> BertEncoderModel:
 def hugging_face() -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=1, num_attention_heads=H,
-        intermediate_size=24, max_position_embeddings=12,
+        vocab_size=VOCABULARY,
+        hidden_size=D,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        intermediate_size=24,
+        max_position_embeddings=12,
     )
     model: torch.nn.Module = transformers.BertModel(config).eval()
     fusedformer.fuse(model)

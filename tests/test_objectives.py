@@ -88,7 +88,11 @@ def test_bad_input_of_masking(
 
 
 def each_sequence(
-    input: Tensor, linear_weight: Tensor, labels: Tensor, cu_seqlens: Tensor, reduction: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    reduction: str,
     **settings: Any,
 ) -> Tensor:
     """By slices of every sequence of its own; the same as a mean over all that is left."""

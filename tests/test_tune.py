@@ -161,13 +161,12 @@ def test_the_fastest_is_written_and_read_again(
 ) -> None:
     """Times made up: the fewer warps the faster, and one candidate spills."""
     real = _workload("norm_forward 1024")
-    small = Workload(
-        real.key, real.candidates, {"small": (5, 1000)}, real.make, (3, 1000)
-    )
+    small = Workload(real.key, real.candidates, {"small": (5, 1000)}, real.make, (3, 1000))
     monkeypatch.setattr(search, "workloads", lambda: [small])
     spilled = min(real.candidates, key=lambda c: c["num_warps"])
     monkeypatch.setattr(
-        search, "prune",
+        search,
+        "prune",
         lambda i, target, processes: [(c, "9 spills" * (c == spilled)) for c in real.candidates],
     )
 

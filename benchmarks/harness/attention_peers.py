@@ -103,8 +103,12 @@ def stock(backend: SDPBackend | None = None) -> Provider:
 
         def attention(p: float) -> Callable[..., Tensor]:
             def call(
-                query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-                relative_bias: Tensor | None = None, **_: Tensor,
+                query: Tensor,
+                key: Tensor,
+                value: Tensor,
+                attn_mask: Tensor | None = None,
+                relative_bias: Tensor | None = None,
+                **_: Tensor,
             ) -> Tensor:
                 mask = relative_bias if attn_mask is None else attn_mask
                 mask = known_mask(query.device) if mask is None else mask
@@ -128,9 +132,7 @@ def flash_attn(case: Case) -> Program:
 
     def packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Any:
         longest = o["length"]
-        return flash_attn_varlen_func(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest
-        )
+        return flash_attn_varlen_func(query, key, value, cu_seqlens, cu_seqlens, longest, longest)
 
     def attention(p: float) -> Callable[..., Any]:
         def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -192,7 +194,11 @@ def flex_attention(case: Case) -> Program:
         raise Unsupported("FlexAttention has no dropout")
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, mask: Any, bias: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        bias: Tensor | None,
         table: Tensor | None,
     ) -> Any:
         added: Any = None

@@ -133,9 +133,7 @@ class Program:
             named |= dict(self.module.named_parameters())
         return named
 
-    def call(
-        self, direction: str, inputs: Inputs, grads: Sequence[Tensor]
-    ) -> Callable[[], object]:
+    def call(self, direction: str, inputs: Inputs, grads: Sequence[Tensor]) -> Callable[[], object]:
         """The zero-argument call that is timed for ``direction``."""
         if self.module is not None:
             self.module.train(direction == "step")

@@ -45,8 +45,14 @@ def softmax(rows: int, columns: int, itemsize: int) -> Costs:
 
 
 def layer_norm(
-    rows: int, columns: int, itemsize: int, *, offset: bool = True, residual: bool = False,
-    return_sum: bool = False, dropout: bool = False,
+    rows: int,
+    columns: int,
+    itemsize: int,
+    *,
+    offset: bool = True,
+    residual: bool = False,
+    return_sum: bool = False,
+    dropout: bool = False,
 ) -> Costs:
     """``norm(dropout(x) + residual)``; without ``residual`` the plain norm of x.
 
@@ -131,8 +137,16 @@ def contrastive(rows: int, dims: int, itemsize: int) -> Costs:
 
 
 def attention(
-    batch: int, heads: int, length: int, dim: int, itemsize: int, *, keys: int | None = None,
-    real_keys: int | None = None, pairs: int | None = None, mask_bytes: int = 0,
+    batch: int,
+    heads: int,
+    length: int,
+    dim: int,
+    itemsize: int,
+    *,
+    keys: int | None = None,
+    real_keys: int | None = None,
+    pairs: int | None = None,
+    mask_bytes: int = 0,
     bias_bytes: int = 0,
 ) -> Costs:
     """Attention of ``length`` queries a sequence to ``keys`` keys, as many if None.
@@ -153,9 +167,7 @@ def attention(
     lse = batch * heads * length * 4
     product = 2 * pairs * dim
     forward = Cost(2 * product, 2 * q + 2 * k_read + mask_bytes + bias_bytes)
-    backward = Cost(
-        5 * product, 4 * q + 2 * k_read + 2 * k + lse + mask_bytes + 2 * bias_bytes
-    )
+    backward = Cost(5 * product, 4 * q + 2 * k_read + 2 * k + lse + mask_bytes + 2 * bias_bytes)
     return {
         "forward": forward,
         "backward": backward,
@@ -164,8 +176,15 @@ def attention(
 
 
 def encoder(
-    lengths: Sequence[int], layers: int, width: int, heads: int, feedforward: int, itemsize: int,
-    *, gated: bool = False, windows: Sequence[int | None] = (),
+    lengths: Sequence[int],
+    layers: int,
+    width: int,
+    heads: int,
+    feedforward: int,
+    itemsize: int,
+    *,
+    gated: bool = False,
+    windows: Sequence[int | None] = (),
 ) -> Costs:
     """A stack of Transformer encoder layers over the real tokens of sequences of these lengths.
 
@@ -188,8 +207,14 @@ def encoder(
 
 
 def masked_lm(
-    lengths: Sequence[int], labelled: Sequence[int], layers: int, width: int, heads: int,
-    feedforward: int, classes: int, itemsize: int,
+    lengths: Sequence[int],
+    labelled: Sequence[int],
+    layers: int,
+    width: int,
+    heads: int,
+    feedforward: int,
+    classes: int,
+    itemsize: int,
 ) -> Costs:
     """An encoder and the loss over its tied embeddings, of so many tokens with a label a sequence.
 

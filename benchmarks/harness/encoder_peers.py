@@ -31,9 +31,12 @@ def hugging_face(
     weights = dict(stock.named_parameters())
     first = next(iter(weights.values()))
     settings: dict[str, Any] = dict(
-        hidden_size=options["width"], num_hidden_layers=options["layers"],
-        num_attention_heads=options["heads"], intermediate_size=options["feedforward"],
-        layer_norm_eps=1e-5, attn_implementation="sdpa",
+        hidden_size=options["width"],
+        num_hidden_layers=options["layers"],
+        num_attention_heads=options["heads"],
+        intermediate_size=options["feedforward"],
+        layer_norm_eps=1e-5,
+        attn_implementation="sdpa",
     )
     encoder = BertEncoder(BertConfig(**settings)).to(first.device, first.dtype)
     state: dict[str, Tensor] = {}
@@ -79,7 +82,9 @@ def _merged(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         if part in back:
             found[f"layers.{layer}.{back[part]}.{kind}"] = gradient
         elif part.endswith("query"):
-            three = (gradients[f"layer.{layer}." + _PROJECTED.format(n, kind)]
-                     for n in ("query", "key", "value"))
+            three = (
+                gradients[f"layer.{layer}." + _PROJECTED.format(n, kind)]
+                for n in ("query", "key", "value")
+            )
             found[f"layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(list(three))
     return found

@@ -107,9 +107,7 @@ def liger(kind: str) -> Provider:
         if case.options["kind"] == "rms_norm":
             from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-            return Program(
-                lambda input, weight: LigerRMSNormFunction.apply(input, weight, 1e-5)
-            )
+            return Program(lambda input, weight: LigerRMSNormFunction.apply(input, weight, 1e-5))
         raise Unsupported("liger_kernel has no LayerNorm with the residual fused")
 
     return build
@@ -122,9 +120,7 @@ def apex_layer_norm(case: Case) -> Program:
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
     return Program(
-        lambda input, weight, bias: fused_layer_norm_affine(
-            input, weight, bias, weight.shape, 1e-5
-        )
+        lambda input, weight, bias: fused_layer_norm_affine(input, weight, bias, weight.shape, 1e-5)
     )
 
 

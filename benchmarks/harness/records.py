@@ -27,15 +27,37 @@ SCHEMA = 1
 STATUSES = ("timed", "failed check", "unsupported", "error")
 
 _DOCUMENT = {
-    "schema": int, "commit": str, "dirty": bool, "date": str, "device": str, "torch": str,
-    "triton": (str, type(None)), "ceilings": dict, "absent": dict, "clocks": dict, "records": list,
+    "schema": int,
+    "commit": str,
+    "dirty": bool,
+    "date": str,
+    "device": str,
+    "torch": str,
+    "triton": (str, type(None)),
+    "ceilings": dict,
+    "absent": dict,
+    "clocks": dict,
+    "records": list,
 }
 _NUMBER = (int, float, type(None))
 _RECORD = {
-    "suite": str, "case": str, "direction": str, "dtype": str, "provider": str, "status": str,
-    "reason": str, "headline": bool, "median_us": _NUMBER, "p20_us": _NUMBER, "p80_us": _NUMBER,
-    "bytes": int, "flops": int, "peak_memory_bytes": (int, type(None)), "error_ratio": _NUMBER,
-    "method": str, "samples_us": list,
+    "suite": str,
+    "case": str,
+    "direction": str,
+    "dtype": str,
+    "provider": str,
+    "status": str,
+    "reason": str,
+    "headline": bool,
+    "median_us": _NUMBER,
+    "p20_us": _NUMBER,
+    "p80_us": _NUMBER,
+    "bytes": int,
+    "flops": int,
+    "peak_memory_bytes": (int, type(None)),
+    "error_ratio": _NUMBER,
+    "method": str,
+    "samples_us": list,
 }
 _LATER = {"tokens": (int, type(None))}  # fields that older files lack
 

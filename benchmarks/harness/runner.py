@@ -56,8 +56,7 @@ def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Opt
         records = run_case(suite, case, providers, options)
         results.add(records)
         options.say(
-            f"{suite.name} {index + 1}/{len(todo)}: {case.name} "
-            f"({time.monotonic() - began:.1f} s)"
+            f"{suite.name} {index + 1}/{len(todo)}: {case.name} ({time.monotonic() - began:.1f} s)"
         )
         for line in summary_lines(records, results.document["ceilings"]):
             options.say("    " + line)
@@ -107,15 +106,28 @@ def check_all(
 
 
 def _time_direction(
-    suite: Suite, case: Case, direction: str, contenders: list[Contender], inputs: Inputs,
+    suite: Suite,
+    case: Case,
+    direction: str,
+    contenders: list[Contender],
+    inputs: Inputs,
     options: Options,
 ) -> list[Record]:
     cost = case.costs[direction]
     records = {
         c.name: Record(
-            case.suite, case.name, direction, str(case.dtype).removeprefix("torch."), c.name,
-            cost.bytes, cost.flops, c.verdicts[direction].status, c.verdicts[direction].reason,
-            case.headline, error_ratio=c.verdicts[direction].error_ratio, tokens=case.tokens,
+            case.suite,
+            case.name,
+            direction,
+            str(case.dtype).removeprefix("torch."),
+            c.name,
+            cost.bytes,
+            cost.flops,
+            c.verdicts[direction].status,
+            c.verdicts[direction].reason,
+            case.headline,
+            error_ratio=c.verdicts[direction].error_ratio,
+            tokens=case.tokens,
         )
         for c in contenders
     }

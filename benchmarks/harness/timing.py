@@ -90,7 +90,10 @@ def measure_latency(
 
 
 def _measure_wall(
-    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, method: str,
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    seconds: float,
+    method: str,
     count: int,
 ) -> dict[str, Samples]:
     if device.type != "cuda":

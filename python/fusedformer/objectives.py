@@ -131,8 +131,14 @@ def causal_lm_loss(
     if cu_seqlens is not None:
         shifted = _within_sequences(function, shifted, cu_seqlens, ignore_index)
     return functional.linear_cross_entropy(
-        input, linear_weight, shifted, linear_bias=linear_bias, reduction=reduction,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, static_shapes=static_shapes,
+        input,
+        linear_weight,
+        shifted,
+        linear_bias=linear_bias,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        static_shapes=static_shapes,
     )
 
 

@@ -30,7 +30,10 @@ def serve(connection: Connection, rank: int, size: int, store: str, seconds: flo
     """Answer each ``(function, args, ranks)`` with ``(True, result)`` or ``(False, traceback)``."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
         timeout=timedelta(seconds=seconds),
     )
     meshes = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, size + 1)}

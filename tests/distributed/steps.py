@@ -32,7 +32,13 @@ class Case(NamedTuple):
         """A stack of layers, with a norm at the end if norms come first."""
         name = f"Transformer{self.stack.capitalize()}"
         layer = getattr(namespace, f"{name}Layer")(
-            E, self.heads, HIDDEN, 0.0, "gelu", batch_first=True, norm_first=self.norm_first,
+            E,
+            self.heads,
+            HIDDEN,
+            0.0,
+            "gelu",
+            batch_first=True,
+            norm_first=self.norm_first,
             device=device,
         )
         norm = namespace.LayerNorm(E, device=device) if self.norm_first else None

@@ -29,9 +29,7 @@ Results = dict[str, Tensor]
 
 def stock_stack(norm_first: bool, layers: int = 2) -> torch.nn.Module:
     torch.manual_seed(7)
-    layer = torch.nn.TransformerEncoderLayer(
-        E, 2, 24, 0.0, batch_first=True, norm_first=norm_first
-    )
+    layer = torch.nn.TransformerEncoderLayer(E, 2, 24, 0.0, batch_first=True, norm_first=norm_first)
     norm = torch.nn.LayerNorm(E) if norm_first else None
     stack = torch.nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
     for parameter in stack.parameters():  # layers that differ, biases and norms that do something
@@ -55,9 +53,7 @@ def step(
     src = inputs["src"].detach().requires_grad_()
     length = src.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).triu(1) if causal else None
-    output = stack(
-        src, mask=mask, src_key_padding_mask=inputs["padding"], is_causal=causal
-    )
+    output = stack(src, mask=mask, src_key_padding_mask=inputs["padding"], is_causal=causal)
     output.backward(inputs["dy"])
     if group is not None:
         sum_gradients(stack.parameters(), group)
@@ -188,15 +184,17 @@ def misuse(mesh: DeviceMesh) -> list[str]:
     lonely = torch.nn.Linear(2, 2)
     lonely.weight.grad = torch.zeros(2, 2) if mesh.get_local_rank() else None
     packing = fusedformer.functional.Packing.of(torch.ones(1, 4, dtype=torch.bool))
-    return messages_of([
-        lambda: context_parallel(torch.nn.Linear(2, 2), group),
-        lambda: context_parallel(stock_stack(False), group),
-        lambda: context_parallel(nn.MultiheadAttention(E, 2, add_zero_attn=True), group),
-        lambda: one(x, x, x),
-        lambda: stack(x, torch.zeros(4, 4)),
-        lambda: stack.forward_packed(x[0], packing),
-        lambda: sum_gradients(lonely.parameters(), group),
-    ])
+    return messages_of(
+        [
+            lambda: context_parallel(torch.nn.Linear(2, 2), group),
+            lambda: context_parallel(stock_stack(False), group),
+            lambda: context_parallel(nn.MultiheadAttention(E, 2, add_zero_attn=True), group),
+            lambda: one(x, x, x),
+            lambda: stack(x, torch.zeros(4, 4)),
+            lambda: stack.forward_packed(x[0], packing),
+            lambda: sum_gradients(lonely.parameters(), group),
+        ]
+    )
 
 
 def test_misuse(ranks: Ranks) -> None:

@@ -47,7 +47,5 @@ def trained(mesh: DeviceMesh, case: Case, name: Any, how: str, settings: Any) ->
     ],
     ids=["4 ranks", "kernels", "fused", "no_sync", "static graph", "decoder"],
 )
-def test_a_step(
-    ranks: Ranks, size: int, case: Case, name: Any, how: str, settings: Any
-) -> None:
+def test_a_step(ranks: Ranks, size: int, case: Case, name: Any, how: str, settings: Any) -> None:
     judge(case, lambda drawn: joined(ranks.run(trained, drawn, name, how, settings, size=size)))

@@ -62,14 +62,19 @@ ATTENTION = {
     "heads": attention(HEADS, {"return_lse": True}, attn_mask=HEADS),
     "batch, averaged weights": attention(BATCH, {"return_weights": "averaged"}, attn_mask=WHOLE),
     "heads, weights, slopes, table, sinks": attention(
-        HEADS, {"return_weights": "per_head"}, alibi_slopes=Shard(0), relative_bias=Shard(0),
+        HEADS,
+        {"return_weights": "per_head"},
+        alibi_slopes=Shard(0),
+        relative_bias=Shard(0),
         sinks=Shard(0),
     ),
     "batch, slopes, table, sinks, lengths": attention(
         BATCH, {}, alibi_slopes=WHOLE, relative_bias=WHOLE, sinks=WHOLE, key_lengths=BATCH
     ),
     "merged": Call(
-        "merge_attention_states", dict.fromkeys(("output1", "lse1", "output2", "lse2"), HEADS), {},
+        "merge_attention_states",
+        dict.fromkeys(("output1", "lse1", "output2", "lse2"), HEADS),
+        {},
         HEADS,
     ),
 }
@@ -182,7 +187,8 @@ def truth_of(call: Call) -> Callable[..., Any]:
         *(pytest.param(call, "triton", False, id=n) for n, call in CALLS[1]),
         *(
             pytest.param(call, "torch", False, id=f"{n}, ATen")
-            for n, call in CALLS[1] if "is_causal" not in call.settings
+            for n, call in CALLS[1]
+            if "is_causal" not in call.settings
         ),
         pytest.param(ATTENTION["batch"], "triton", True, id="attention: uneven batch"),
         pytest.param(OTHERS["dropout_add_layer_norm"], "triton", True, id="uneven rows"),
@@ -263,9 +269,7 @@ def test_which_ops_have_no_rule() -> None:
     }  # fmt: skip
 
 
-def on_one_projection(
-    mesh: DeviceMesh, place: Placement
-) -> tuple[list[Tensor], list[Tensor], int]:
+def on_one_projection(mesh: DeviceMesh, place: Placement) -> tuple[list[Tensor], list[Tensor], int]:
     qkv, dy = torch.randn(2, 3, 3, 2, 4), torch.randn(2, 3, 2, 4)
     masks = AttentionMasks(None, None, True).settings()
     with backend("triton"):

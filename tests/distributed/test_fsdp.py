@@ -156,8 +156,12 @@ def test_fuse_comes_before(ranks: Ranks) -> None:
 def packed_bert(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=16,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
     )
     model = transformers.BertModel(config).eval()
     fusedformer.fuse(model)

@@ -75,9 +75,7 @@ def trained(mesh: DeviceMesh, case: Case, name: Any, rows: bool, fused: bool) ->
         "masked decoder",
     ],
 )  # fmt: skip
-def test_a_step(
-    ranks: Ranks, size: int, case: Case, name: Any, fused: bool, rows: bool
-) -> None:
+def test_a_step(ranks: Ranks, size: int, case: Case, name: Any, fused: bool, rows: bool) -> None:
     judge(case, lambda drawn: ranks.run(trained, drawn, name, rows, fused, size=size))
 
 

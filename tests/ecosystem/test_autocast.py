@@ -290,9 +290,7 @@ def module_parity(case: str, device: str) -> None:
     }
     where = ~padding(torch.empty(0, device=device)) if "src_key_padding_mask" in given else None
     with torch.autocast(device, BF16):
-        report = parity.compare(
-            ours, stock, given, where=where, each_submodule=False, draws=4
-        )
+        report = parity.compare(ours, stock, given, where=where, each_submodule=False, draws=4)
     assert report.passed, report
 
 
@@ -349,9 +347,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
-def test_no_product_is_copied_to_float32(
-    norm_first: bool, device: str, cuda_rules: None
-) -> None:
+def test_no_product_is_copied_to_float32(norm_first: bool, device: str, cuda_rules: None) -> None:
     layer = encoder_layer(nn, norm_first).to(device)
     src = torch.randn(N, S, D, device=device)
     with torch.no_grad(), torch.autocast(device, BF16), backend("triton"), Copies() as copies:
@@ -364,8 +360,13 @@ def test_no_product_is_copied_to_float32(
 def test_a_fused_hugging_face_bert() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     stock = transformers.BertModel(config, add_pooling_layer=False)
@@ -374,7 +375,10 @@ def test_a_fused_hugging_face_bert() -> None:
     ids, real = torch.randint(0, 40, (N, S)), ~padding(torch.empty(0))
     with backend("torch"), torch.autocast("cpu", BF16):
         report = parity.compare(
-            ours, stock, {"input_ids": ids, "attention_mask": real.long()}, where=real,
+            ours,
+            stock,
+            {"input_ids": ids, "attention_mask": real.long()},
+            where=real,
             each_submodule=False,
         )
     assert report.passed, report
@@ -400,7 +404,9 @@ def test_a_backward_under_another_autocast_than_its_forward(inside: bool) -> Non
 @pytest.mark.parametrize(
     ("case", "name"),
     [
-        ("layer_norm", "triton"), ("float32 residual", "torch"), ("float32 residual", "triton"),
+        ("layer_norm", "triton"),
+        ("float32 residual", "torch"),
+        ("float32 residual", "triton"),
         ("attention, mixed", "triton"),
     ],
 )
@@ -414,7 +420,8 @@ def test_compiled_functions(case: str, name: Any, device: str, cuda_rules: None)
         return torch.compile(function, fullgraph=True, backend="aot_eager")
 
     calls = [
-        under(BF16, device, candidate), under(BF16, device, compiled(candidate)),
+        under(BF16, device, candidate),
+        under(BF16, device, compiled(candidate)),
         compiled(under(BF16, device, candidate)),
     ]
     results = []

@@ -106,8 +106,12 @@ def test_no_op_reads_on_the_host(case: Case) -> None:
 def hugging_face() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=D, num_hidden_layers=1, num_attention_heads=H,
-        intermediate_size=24, max_position_embeddings=S,
+        vocab_size=40,
+        hidden_size=D,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        intermediate_size=24,
+        max_position_embeddings=S,
     )
     model: Any = transformers.BertModel(config, add_pooling_layer=False)
     fusedformer.fuse(model)

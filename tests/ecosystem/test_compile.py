@@ -174,8 +174,13 @@ def test_a_fused_hugging_face_bert(dynamic: bool) -> None:
     transformers = pytest.importorskip("transformers")
     torch._dynamo.reset()
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     model = transformers.BertModel(config)

@@ -114,9 +114,7 @@ def test_each_replay_draws_dropout_anew_and_by_the_seed(name: str) -> None:
     for a, b in zip(first, again, strict=True):
         assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
     outputs = [output for output, _ in (*first, *other)]
-    assert all(
-        not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[i + 1 :]
-    )
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[i + 1 :])
     if name != "attention":
         for output, dx in first:
             assert torch.equal(output != 0, dx != 0)  # the backward drops what the forward did

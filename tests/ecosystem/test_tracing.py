@@ -39,8 +39,12 @@ def encoder() -> nn.TransformerEncoder:
 def hugging_face() -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=D, num_hidden_layers=2, num_attention_heads=H,
-        intermediate_size=24, max_position_embeddings=16,
+        vocab_size=40,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        intermediate_size=24,
+        max_position_embeddings=16,
     )
     model: torch.nn.Module = transformers.BertModel(config)
     fusedformer.fuse(model)

@@ -92,6 +92,7 @@ def _level(report: Any) -> str:
 
 # ---- running
 
+
 def run(model: Any, inputs: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
     """Every tensor of floats in the output, by name; whatever draws, draws the same."""
     torch.manual_seed(0)
@@ -185,6 +186,7 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 # ---- comparing
 
+
 def _judged(
     name: str, ours: Tensor, stock: Tensor, truth: Tensor | None, largest: float
 ) -> list[str]:
@@ -225,9 +227,7 @@ def _compared(
     return faults[:2] + ([f"and {len(faults) - 2} more"] if len(faults) > 2 else [])
 
 
-def _gradients(
-    model: Any, outputs: dict[str, Tensor], seed: int
-) -> dict[str, Tensor]:
+def _gradients(model: Any, outputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     roots = {n: x for n, x in outputs.items() if x.requires_grad and x.numel()}
     dys = [torch.randn(x.shape, generator=draw).to(x) for x in roots.values()]
@@ -391,6 +391,7 @@ def _hooked(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) ->
 
 # ---- in another process
 
+
 def serve(requests: Any) -> None:
     """Load models that were saved whole and send their outputs, in a process that fuses none."""
     torch.set_num_threads(1)
@@ -435,6 +436,7 @@ def _pickled(model: Any, stock: Any, cases: dict[str, Any], notes: list[str]) ->
 
 # ---- unfused
 
+
 def _state(model: Any) -> dict[str, Any]:
     """Classes, and the attention of every configuration in it."""
     found: dict[str, Any] = {}
@@ -468,6 +470,7 @@ def _unfused(
 
 
 # ---- how it is run
+
 
 def quiet() -> None:
     from transformers.utils import logging

@@ -48,6 +48,7 @@ class TooLargeError(Exception):
 
 # ---- configurations
 
+
 def _few(n: int) -> Any:
     return lambda value, v: min(value, n)
 
@@ -128,8 +129,11 @@ def small_config(config: Any, variant: Variant, special: dict[int, int]) -> Any:
         elif isinstance(value, int):
             new = _small(RULES, name, value, variant)
             if re.fullmatch(r".*(token_ids?|_token_index|_id|_index)", name):
-                new = special.setdefault(value, VOCABULARY - 1 - len(special) % 100) if (
-                    value >= VOCABULARY - 30) else None
+                new = (
+                    special.setdefault(value, VOCABULARY - 1 - len(special) % 100)
+                    if (value >= VOCABULARY - 30)
+                    else None
+                )
             if in_lists and name in ("embed_dim", "hidden_size"):
                 new = max(8, value // 8)
             if new is not None and new != value:
@@ -229,6 +233,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 # ---- models
 
+
 def types() -> list[str]:
     """All model types of the installed transformers."""
     return sorted(CONFIG_MAPPING_NAMES)
@@ -287,6 +292,7 @@ def small_model(model_type: str, variant: Variant = VARIANTS[0]) -> Any:
 
 
 # ---- inputs
+
 
 def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
     """For the model's forward, drawn by name; the last tokens of rows are padding."""

@@ -125,8 +125,12 @@ def test_generation_with_a_cache(name: str) -> None:
     ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
     ours, theirs = (
         model.generate(
-            ids, attention_mask=(ids > 0).long(), max_new_tokens=12, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
+            ids,
+            attention_mask=(ids > 0).long(),
+            max_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         for model in (fused, stock)
     )

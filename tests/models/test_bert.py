@@ -93,9 +93,7 @@ def test_hidden_states_and_gradients_are_those_of_transformers(
     "fault",
     ["query and key exchanged", "another eps", "a layer twice", "mask dropped", "tanh GELU"],
 )
-def test_a_planted_fault_is_found(
-    stock: Any, inputs: dict[str, torch.Tensor], fault: str
-) -> None:
+def test_a_planted_fault_is_found(stock: Any, inputs: dict[str, torch.Tensor], fault: str) -> None:
     ours = BertEncoderModel.from_huggingface(stock.state_dict(), CONFIG)
     first: Any = ours.encoder.layers[0]
     with torch.no_grad():

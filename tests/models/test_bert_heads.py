@@ -74,9 +74,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a label lost", "first tokens shifted", "another activation"])
-def test_a_planted_fault_is_found(
-    stock: Any, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_found(stock: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ours_of(stock)
     assert ours.mlm is not None and ours.nsp is not None
     lost = fault == "a label lost"

@@ -97,9 +97,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fault", ["exact GELU", "not causal", "another end", "no first norm"])
-def test_a_planted_fault_is_found(
-    stock: Any, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_found(stock: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ours_of(stock)
     if fault == "exact GELU":
         for layer in ours.image.encoder.layers:

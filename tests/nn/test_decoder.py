@@ -311,8 +311,14 @@ def test_transformer_parity(assert_module_parity: Callable[..., None]) -> None:
         "src_mask": torch.nn.Transformer.generate_square_subsequent_mask(S),
     }  # fmt: skip
     make: Any = dict(
-        d_model=D, nhead=H, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=FF,
-        dropout=0.0, activation="gelu", batch_first=True,
+        d_model=D,
+        nhead=H,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        dim_feedforward=FF,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
     )
 
     def call(module: torch.nn.Module, src: Tensor, tgt: Tensor) -> Tensor:

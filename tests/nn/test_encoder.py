@@ -194,9 +194,7 @@ def test_layers_get_the_hint_and_the_masks(hint: bool | None, expected: bool) ->
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     module(torch.randn(N, S, D), causal, ragged, is_causal=hint)
-    assert seen == [
-        {"src_mask": causal, "is_causal": expected, "src_key_padding_mask": ragged}
-    ]
+    assert seen == [{"src_mask": causal, "is_causal": expected, "src_key_padding_mask": ragged}]
 
 
 def test_layers_are_deep_copies_and_the_norm_is_not() -> None:

@@ -47,7 +47,8 @@ CASES = [
     Case("floating mask", {"norm_first": True}, {"src_mask": causal / 2}),
     Case("causal hint", {"batch_first": True}, {"src_mask": causal, "is_causal": True}),
     Case(
-        "causal hint and padding", {"batch_first": True},
+        "causal hint and padding",
+        {"batch_first": True},
         {"src_mask": causal < 0, "src_key_padding_mask": padding, "is_causal": True},
     ),
 ]
@@ -84,9 +85,7 @@ def caller(settings: dict[str, Any]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
-def test_parity(
-    case: Case, dtype: torch.dtype, assert_module_parity: Callable[..., None]
-) -> None:
+def test_parity(case: Case, dtype: torch.dtype, assert_module_parity: Callable[..., None]) -> None:
     ours, stock = pair(case.make)
     assert ours._children_are_plain()
     # The gradient of a ReLU jumps where rounding changes the sign before it, which in bfloat16
@@ -148,7 +147,11 @@ def activation_with_hook(layer: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], Any]] = [
-    replace_linear, replace_norm, replace_dropout, parametrize, activation_with_hook,
+    replace_linear,
+    replace_norm,
+    replace_dropout,
+    parametrize,
+    activation_with_hook,
 ]
 HOOKED = ["self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"]
 

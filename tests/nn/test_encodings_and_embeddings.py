@@ -65,9 +65,7 @@ def test_learned_table_is_one_trained_parameter() -> None:
 @BOTH
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rows_are_added_along_the_sequence(
-    cls: Any, batch_first: bool, dtype: torch.dtype
-) -> None:
+def test_rows_are_added_along_the_sequence(cls: Any, batch_first: bool, dtype: torch.dtype) -> None:
     module = cls(D, max_len=8, batch_first=batch_first).eval()
     x = torch.randn((N, S, D) if batch_first else (S, N, D)).to(dtype)
     rows = module.weight[:S].to(dtype)

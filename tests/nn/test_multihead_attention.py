@@ -71,12 +71,17 @@ CASES = [
     Case("learned key and value", {"add_bias_kv": True, "batch_first": True}, "all"),
     Case("zero key and value", {"add_zero_attn": True}, "kv"),
     Case(
-        "both appended, both masks", {"add_bias_kv": True, "add_zero_attn": True}, "kv",
-        lambda: some_masked(L, S), long_padding,
+        "both appended, both masks",
+        {"add_bias_kv": True, "add_zero_attn": True},
+        "kv",
+        lambda: some_masked(L, S),
+        long_padding,
     ),
     Case(
-        "appended keys stay visible under the causal hint", {"add_zero_attn": True},
-        attn_mask=lambda: causal(L), call={"is_causal": True, "need_weights": True},
+        "appended keys stay visible under the causal hint",
+        {"add_zero_attn": True},
+        attn_mask=lambda: causal(L),
+        call={"is_causal": True, "need_weights": True},
     ),
     Case("boolean 2-D mask", {"batch_first": True}, "all", lambda: some_masked(L, S)),
     Case("boolean 3-D mask, one per head", {}, "all", lambda: some_masked(N * H, L, S)),
@@ -90,8 +95,11 @@ CASES = [
     Case("kinds mixed: boolean mask", {}, "kv", lambda: some_masked(L, S), float_padding),
     Case("causal hint", attn_mask=lambda: causal(L), call={"is_causal": True}),
     Case(
-        "causal hint and padding", {}, attn_mask=lambda: causal(L) < 0,
-        key_padding_mask=bool_padding, call={"is_causal": True},
+        "causal hint and padding",
+        {},
+        attn_mask=lambda: causal(L) < 0,
+        key_padding_mask=bool_padding,
+        call={"is_causal": True},
     ),
 ]
 
@@ -164,7 +172,10 @@ def test_unbatched(
 
     def call(module: torch.nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         output, weights = module(
-            query, key, key, attn_mask=mask.to(query.device),
+            query,
+            key,
+            key,
+            attn_mask=mask.to(query.device),
             key_padding_mask=padding.to(query.device),
         )
         assert output.shape == (L, E) and weights.shape == (L, S)
@@ -183,7 +194,11 @@ def test_a_mask_that_is_learned_gets_its_gradient_even_where_it_starts_out_causa
 
     def call(module: torch.nn.Module, query: Tensor, mask: Tensor) -> Tensor:
         output: Tensor = module(
-            query, query, query, attn_mask=mask, need_weights=False,
+            query,
+            query,
+            query,
+            attn_mask=mask,
+            need_weights=False,
             is_causal=isinstance(module, nn.MultiheadAttention),  # stock would drop the mask
         )[0]
         return output

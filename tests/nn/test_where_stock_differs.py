@@ -36,9 +36,7 @@ def test_a_floating_mask_is_added_in_eval_too() -> None:
         assert torch.allclose(encoder(src, mask).double(), truth, atol=1e-5)
         padding = torch.zeros(N, S).masked_fill(PADDING, -1.5)
         truth = _encoder(torch.nn).double()(src.double(), src_key_padding_mask=padding.double())
-        assert torch.allclose(
-            encoder(src, src_key_padding_mask=padding).double(), truth, atol=1e-5
-        )
+        assert torch.allclose(encoder(src, src_key_padding_mask=padding).double(), truth, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True])

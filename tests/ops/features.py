@@ -86,7 +86,8 @@ def pairwise() -> list[Combination]:
             row[name] = max(
                 range(len(CHOICES[name])),
                 key=lambda k: (
-                    sum(_pair(name, k, other, row[other]) in missing for other in row), -k,
+                    sum(_pair(name, k, other, row[other]) in missing for other in row),
+                    -k,
                 ),
             )
         missing -= {_pair(x, row[x], y, row[y]) for x, y in itertools.combinations(names, 2)}

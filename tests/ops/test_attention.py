@@ -102,9 +102,7 @@ MASK_SHAPES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MASK_SHAPES)
-def test_additive_masks_and_their_gradient(
-    shape: str, dtype: torch.dtype, device: str
-) -> None:
+def test_additive_masks_and_their_gradient(shape: str, dtype: torch.dtype, device: str) -> None:
     mask = torch.randn(MASK_SHAPES[shape], device=device)
     if shape != "keys":
         mask.masked_fill_(torch.rand(mask.shape, device=device) < 0.2, -torch.inf)

@@ -238,9 +238,7 @@ def test_what_is_beyond_key_lengths_is_not_read(
         leaves = [t.clone().requires_grad_() for t in (q, key, value)]
         torch.manual_seed(1)
         with backend(name):
-            output = F.scaled_dot_product_attention(
-                *leaves, key_lengths=lengths, **settings
-            )
+            output = F.scaled_dot_product_attention(*leaves, key_lengths=lengths, **settings)
         output = output if isinstance(output, tuple) else (output,)
         assert output[0][0].any()
         grads = [torch.randn_like(each) for each in output]

@@ -236,9 +236,7 @@ def test_weights_are_those_that_made_the_output(kind: Any, dropout: float, devic
     )
     assert torch.allclose(weights @ inputs["value"], output, atol=1e-5)
     torch.manual_seed(2)
-    again, asked = F.scaled_dot_product_attention(
-        **inputs, dropout_p=dropout, return_weights=kind
-    )
+    again, asked = F.scaled_dot_product_attention(**inputs, dropout_p=dropout, return_weights=kind)
     assert torch.equal(again, output)
     wanted = weights.mean(1) if kind == "averaged" else weights
     assert torch.allclose(asked, wanted, atol=1e-6)

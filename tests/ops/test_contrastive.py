@@ -55,9 +55,7 @@ def test_shapes(name: str, shape: str, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", NAMES)
-def test_strips(
-    name: str, reduction: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strips(name: str, reduction: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a launch takes: columns are merged, and their gradients added up."""
     from fusedformer_kernels.rows import contrastive
 
@@ -147,9 +145,7 @@ def test_float16_holds_the_gradients_of_a_mean_over_many(device: str) -> None:
             return F.contrastive_loss(**arguments)
 
     definition = less(reference.contrastive_loss)
-    assert_parity(
-        less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16
-    )
+    assert_parity(less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", NAMES)

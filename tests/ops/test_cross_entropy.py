@@ -114,9 +114,7 @@ def test_a_target_that_is_no_class_is_nan_where_nothing_may_be_looked_at(device:
     target = torch.tensor([9, -1, 8], device=device)
     given = target, torch.rand(9, device=device), None
     losses, statistics = cross_entropy_rows(x, *given, -100, 0.0)
-    dx = cross_entropy_gradient(
-        x, *given, statistics, one, -100, 0.0, first_class=0, n_classes=9
-    )
+    dx = cross_entropy_gradient(x, *given, statistics, one, -100, 0.0, first_class=0, n_classes=9)
     assert losses.isnan().tolist() == [True, True, False]
     assert dx.isnan().all(1).tolist() == [True, True, False]
 
@@ -164,9 +162,7 @@ def test_classes_in_uint8(settings: dict[str, Any], name: Any, device: str) -> N
     expected = torch.nn.functional.cross_entropy(x, target, ignore_index=255, **settings)
     with backend(name):
         loss = F.cross_entropy(x, target, ignore_index=255, **settings)
-        projected = F.linear_cross_entropy(
-            x, weight, target, ignore_index=255, **settings
-        )
+        projected = F.linear_cross_entropy(x, weight, target, ignore_index=255, **settings)
     grad = torch.randn_like(expected)
     (truth,) = torch.autograd.grad(expected, x, grad)
     for found in (loss, projected):

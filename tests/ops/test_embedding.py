@@ -35,8 +35,11 @@ def check(dtype: torch.dtype | None, given: dict[str, Any]) -> None:
     for name in ("triton", "torch"):
         with backend(name):  # type: ignore[arg-type]
             assert_parity(
-                functional.embedding_layer_norm, stock, reference.embedding_layer_norm,
-                given, dtype=dtype,
+                functional.embedding_layer_norm,
+                stock,
+                reference.embedding_layer_norm,
+                given,
+                dtype=dtype,
             )
 
 
@@ -201,7 +204,10 @@ def test_ids_without_a_vector(device: str) -> None:
     given["input"][3], given["position_ids"][7] = TOKENS, -1
     with backend("triton"):
         output = embedding_layer_norm(
-            **{**given, "norm_weight": None, "norm_bias": None}, eps=1e-5, padding_idx=None, p=0.0,
+            **{**given, "norm_weight": None, "norm_bias": None},
+            eps=1e-5,
+            padding_idx=None,
+            p=0.0,
             dtype=None,
         )
         wanted = torch.zeros(20, dtype=torch.bool, device=device)

@@ -19,7 +19,10 @@ BACKENDS = pytest.mark.parametrize("name", ["triton", "torch"])
 
 
 def naive(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     rows = torch.nn.functional.linear(input, linear_weight, linear_bias).flatten(0, -2)
@@ -75,9 +78,7 @@ def test_regimes(regime: str, reduction: str, dtype: torch.dtype, name: Any, dev
 @pytest.mark.parametrize("static", [False, True], ids=["", "static"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.usefixtures("small_chunks")
-def test_settings(
-    smoothing: float, static: bool, reduction: str, name: Any, device: str
-) -> None:
+def test_settings(smoothing: float, static: bool, reduction: str, name: Any, device: str) -> None:
     given = tensors(90, 150, 8, device)
     given["linear_bias"] = None
     given["weight"] = torch.rand(150, device=device)

@@ -52,9 +52,7 @@ LONG = {
 def test_long_rows(name: str, width: int, dtype: torch.dtype, device: str) -> None:
     """The widths at which kernels change: see LONG."""
     assert width in LONG
-    inputs: dict[str, Any] = {
-        key: grad(2, width, device=device) for key in ("input", "residual")
-    }
+    inputs: dict[str, Any] = {key: grad(2, width, device=device) for key in ("input", "residual")}
     keys = ["weight", "input_bias"] + (["bias"] if name == "dropout_add_layer_norm" else [])
     inputs |= {key: grad(width, device=device) for key in keys}
     check(name, dtype, normalized_shape=(width,), return_sum=True, **inputs)
@@ -264,7 +262,12 @@ def test_parameters_that_are_not_contiguous(name: str, layout: str, device: str)
     parameters = {n: PARAMETERS[layout]().to(device).requires_grad_() for n in names}
     x, residual = grad(5, 16, device=device), grad(5, 16, device=device)
     check(
-        name, torch.float32, input=x, residual=residual, normalized_shape=(16,), only=first,
+        name,
+        torch.float32,
+        input=x,
+        residual=residual,
+        normalized_shape=(16,),
+        only=first,
         **parameters,
     )
 

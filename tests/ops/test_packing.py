@@ -92,9 +92,7 @@ def test_attention_spends_nothing_behind_the_last_token(
     dy = torch.randn(shape, device=device)
     with backend(name):
         found, wanted = (
-            F.varlen_attention(
-                *given, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen, p.max_seqlen
-            )
+            F.varlen_attention(*given, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen, p.max_seqlen)
             for given, p in ((leaves, static), (parts, exact))
         )
         grads = torch.autograd.grad(found, leaves, dy)

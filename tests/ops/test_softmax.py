@@ -90,9 +90,7 @@ MASKS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", MASKS)
 @pytest.mark.parametrize("name", NAMES)
-def test_additive_masks_broadcast(
-    name: str, shape: str, dtype: torch.dtype, device: str
-) -> None:
+def test_additive_masks_broadcast(name: str, shape: str, dtype: torch.dtype, device: str) -> None:
     if shape == "one value":
         mask = torch.randn(MASKS[shape], device=device)  # shifts all: its gradient is 0
     else:

@@ -138,9 +138,7 @@ def test_nothing_but_empty_sequences(sequences: int, device: str) -> None:
 def test_sequences_without_keys_or_queries(device: str) -> None:
     query, key, value = (grad(n, HEADS, DIM, device=device) for n in (7, 9, 9))
     starts_q, starts_k = starts_of([7, 0], device), starts_of([0, 9], device)
-    output, lse = F.varlen_attention(
-        query, key, value, starts_q, starts_k, 7, 9, return_lse=True
-    )
+    output, lse = F.varlen_attention(query, key, value, starts_q, starts_k, 7, 9, return_lse=True)
     assert (output == 0).all()
     assert (lse == -torch.inf).all()
     grads = torch.autograd.grad(output, (query, key, value), torch.randn_like(output))
@@ -267,8 +265,15 @@ strided = torch.nested.nested_tensor([torch.randn(2, 3, 4)] * 2, layout=torch.st
         ({"value": strided}, TypeError, r"'value'.*as_nested_tensor\(list\(value\.unbind"),
     ],
     ids=[
-        "key_mask", "return_weights", "mixed", "lengths of value", "holes in key",
-        "holes in query", "batch", "jagged in heads", "strided",
+        "key_mask",
+        "return_weights",
+        "mixed",
+        "lengths of value",
+        "holes in key",
+        "holes in query",
+        "batch",
+        "jagged in heads",
+        "strided",
     ],
 )
 def test_what_nested_tensors_cannot_be_asked_for(

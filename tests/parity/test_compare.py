@@ -128,8 +128,9 @@ def test_outputs_of_every_form_and_a_truth_of_ones_own() -> None:
         "output.a", "output.parts[0]", "output.parts[1][0]"
     ]  # fmt: skip
     assert [r.name for r in report.of("gradient")] == ["argument 0 (8 draws)"]
-    assert report.passed and not parity.compare(function, function, inputs,
-                                                gradients=False).of("gradient")
+    assert report.passed and not parity.compare(function, function, inputs, gradients=False).of(
+        "gradient"
+    )
 
 
 def test_what_has_no_gradient_but_rounding_is_not_judged() -> None:

@@ -26,9 +26,7 @@ def _config(folder: Path, model_type: str, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_configuration(
-    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = _config(tmp_path, "bert", **TEXT)
     files = ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "out.html")]
     assert parity.main(["--model", source, "--dtype", dtype, *files]) == 0

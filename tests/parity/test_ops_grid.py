@@ -58,9 +58,7 @@ def test_each_gradient_is_compared() -> None:
     assert found == ["output 0", *(f"grad of {name}" for name in wanted)]
 
 
-def test_the_command_writes_its_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "parity.json", tmp_path / "parity.html"
     options = ["--backend", "torch", "--quick", "--dtype", "float32", "bfloat16"]
     assert parity.main([*options, "--json", str(out), "--html", str(page)]) == 0

@@ -29,8 +29,11 @@ def test_determinism_with_dropout(tmp_path: Path) -> None:
     report = parity.determinism(layer, x)
     assert report.passed and "PASS: run to run" in str(report)
     names = {row.name for row in report.rows}
-    assert names == {"output", "grad of argument 0",
-                     *(f"grad of {n}" for n, _ in layer.named_parameters())}
+    assert names == {
+        "output",
+        "grad of argument 0",
+        *(f"grad of {n}" for n, _ in layer.named_parameters()),
+    }
     report.save(tmp_path / "same.json")
     assert json.loads((tmp_path / "same.json").read_text())["passed"] is True
 

@@ -47,9 +47,7 @@ def test_the_best_accuracy_by_drawing(shots: int) -> None:
     assert task.best(shots) == pytest.approx(float(share.mean()), abs=0.02)
 
 
-def test_the_command_trains_and_judges(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_trains_and_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fewshot.main([f"--out={tmp_path}", "--steps=12", "--width=32", "--layers=1"]) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["shots"] for row in found["rows"]] == list(SHOTS)

@@ -29,9 +29,7 @@ def pretrained(request: Any, text: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_the_table(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--pretrained={pretrained}", f"--out={tmp_path}", "--classes=3", "--epochs=2"]
     assert finetune.main([*arguments, "--prefix-length=4"]) == 0
     said = capsys.readouterr().out

@@ -119,9 +119,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     whole = tmp_path / "whole"
     resume = [sys.executable, "-m", "fusedformer", "pretrain", f"--out={killed}", "--resume"]
     for one in ([*command, f"--out={whole}"], resume):
-        subprocess.run(
-            one, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=SECONDS
-        )
+        subprocess.run(one, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
     same(whole, killed)
 
 

@@ -89,9 +89,7 @@ def check_varlen(
     """
     function, sides = "varlen_attention", ("_q", "_k")
     starts = cu_seqlens_q, cu_seqlens_k
-    _check_varlen(
-        function, sides, query, key, value, *starts, max_seqlen_q, max_seqlen_k, options
-    )
+    _check_varlen(function, sides, query, key, value, *starts, max_seqlen_q, max_seqlen_k, options)
     for side, tensor, tokens, longest in (
         ("_q", cu_seqlens_q, query, max_seqlen_q), ("_k", cu_seqlens_k, key, max_seqlen_k)
     ):  # fmt: skip
@@ -153,7 +151,10 @@ def _check_varlen(
             f"but got {key.shape[0]} and {value.shape[0]}"
         )
     (heads,) = attention_batch_shape(
-        query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), options["enable_gqa"],
+        query.transpose(0, 1),
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        options["enable_gqa"],
         function,
     )
     for side, size in zip(sides, (max_seqlen_q, max_seqlen_k), strict=True):

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 
 Op = Literal[
-    "linear", "scaled_dot_product_attention", "layer_norm", "rms_norm", "softmax", "log_softmax",
+    "linear",
+    "scaled_dot_product_attention",
+    "layer_norm",
+    "rms_norm",
+    "softmax",
+    "log_softmax",
     "cross_entropy",
 ]
 _NARROW = ("linear", "scaled_dot_product_attention")
@@ -69,6 +74,4 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _is_cast(value: object) -> bool:
     # What is no tensor is for the checks to complain of.
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    )
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -106,8 +106,15 @@ class _Attention:
                 f"boolean padding mask, the causal mask with is_causal=True, need_weights=False"
             )
         output: Tensor = ring_attention(
-            query, key, value, group=self.group, is_causal=is_causal, dropout_p=dropout_p,
-            key_mask=key_mask, load_balance=self.load_balance, check=self.check,
+            query,
+            key,
+            value,
+            group=self.group,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            key_mask=key_mask,
+            load_balance=self.load_balance,
+            check=self.check,
         )
         return output
 

@@ -64,9 +64,7 @@ class ParallelEncoderLayer(_ParallelLayer, TransformerEncoderLayer):
 
     _made_of = (TransformerEncoderLayer,)
 
-    def _packed(
-        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
-    ) -> Tensor:
+    def _packed(self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None) -> Tensor:
         with self._region.local(self):
             return super()._packed(x, masks, rows)
 
@@ -140,9 +138,7 @@ class ParallelDecoder(TransformerDecoder):
         with self._region.local(self.norm):
             return super()._forward_padded(*args, **kwargs)
 
-    def _run(
-        self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
-    ) -> Tensor:
+    def _run(self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks) -> Tensor:
         region = self._region
         if not region.sequence_parallel:
             with region.local(self.norm):

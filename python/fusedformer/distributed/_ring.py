@@ -111,8 +111,14 @@ def ring_attention(
     agree(function, group, describe, check)
     left, right = ops.window_bounds(window, is_causal)
     terms = AttentionTerms(
-        key_mask=key_mask, key_lengths=key_lengths, seed=ops.draw_seed(dropout_p, query.device),
-        p=dropout_p, left=left, right=right, scale=ops.scale_of(scale, query), softcap=softcap,
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        seed=ops.draw_seed(dropout_p, query.device),
+        p=dropout_p,
+        left=left,
+        right=right,
+        scale=ops.scale_of(scale, query),
+        softcap=softcap,
     )
     ring = _Ring(group, load_balance, _padded_terms)
     output, lse = _attend(query, key, value, ring, terms)
@@ -176,9 +182,15 @@ def ring_varlen_attention(
 
     agree(function, group, describe, check)
     terms = AttentionTerms(
-        starts_q=cu_seqlens, starts_k=cu_seqlens, p=dropout_p, right=0 if is_causal else None,
-        seed=ops.draw_seed(dropout_p, query.device), scale=ops.scale_of(scale, query),
-        softcap=softcap, max_queries=max_seqlen, max_keys=max_seqlen,
+        starts_q=cu_seqlens,
+        starts_k=cu_seqlens,
+        p=dropout_p,
+        right=0 if is_causal else None,
+        seed=ops.draw_seed(dropout_p, query.device),
+        scale=ops.scale_of(scale, query),
+        softcap=softcap,
+        max_queries=max_seqlen,
+        max_keys=max_seqlen,
     )
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     ring = _Ring(group, load_balance, _packed_terms)
@@ -332,8 +344,16 @@ class _RingAttention(torch.autograd.Function):
                 given = _with_mask(terms, mask)
                 for queries, keys, own in ring.parts(step, query, key, given):
                     found = ops.attention_part_backward(
-                        ctx.backend, queries.of(grad), queries.of(lse_grad), queries.of(query),
-                        keys.of(k), keys.of(v), queries.of(output), queries.of(lse), needs, own,
+                        ctx.backend,
+                        queries.of(grad),
+                        queries.of(lse_grad),
+                        queries.of(query),
+                        keys.of(k),
+                        keys.of(v),
+                        queries.of(output),
+                        queries.of(lse),
+                        needs,
+                        own,
                     )
                     for total, part, span in zip(sums, found, (queries, keys, keys), strict=True):
                         if total is not None and part is not None:

@@ -115,7 +115,9 @@ def join_sequence(
                 f"it under torch.no_grad() or on tensor.detach()"
             )
         return {
-            "the shape of 'tensor'": tuple(tensor.shape), "its dtype": tensor.dtype, "'dim'": dim,
+            "the shape of 'tensor'": tuple(tensor.shape),
+            "its dtype": tensor.dtype,
+            "'dim'": dim,
             "'load_balance'": load_balance,
         }
 

@@ -112,9 +112,7 @@ class TransformerParallel(ParallelStyle):
             tensor = parameter.detach()
             if name.startswith("in_proj"):
                 tensor = tensor.unflatten(0, (3, -1))
-            spread = distribute_tensor(
-                tensor, mesh, [placement], src_data_rank=self.src_data_rank
-            )
+            spread = distribute_tensor(tensor, mesh, [placement], src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
 
 

@@ -70,7 +70,12 @@ def cross_entropy(
     checks.check_same_device(function, {"input": input, "target": target, "weight": weight})
     _check_range(function, target, classes, ignore_index)
     return ops.cross_entropy(
-        input, target, weight, ignore_index, reduction, label_smoothing,
+        input,
+        target,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
         autocast_dtype("cross_entropy", input) or input.dtype,
     )
 
@@ -154,8 +159,17 @@ def linear_cross_entropy(
     ignored = -100 if ignore_index is None else ignore_index
     _check_range(function, target, classes, ignored)
     return ops.linear_cross_entropy(
-        input, linear_weight, target, linear_bias, weight, reduction, ignored, label_smoothing,
-        static_shapes, dtype or input.dtype, autocast_dtype("cross_entropy", input) or input.dtype,
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        reduction,
+        ignored,
+        label_smoothing,
+        static_shapes,
+        dtype or input.dtype,
+        autocast_dtype("cross_entropy", input) or input.dtype,
     )
 
 

@@ -97,9 +97,17 @@ def embedding_layer_norm(
             )
         padding_idx %= count
     return ops.embedding_layer_norm(
-        input, weight, norm_weight, norm_bias, eps, position_ids=position_ids,
-        position_weight=position_weight, token_type_ids=token_type_ids,
-        token_type_weight=token_type_weight, padding_idx=padding_idx, p=p if training else 0.0,
+        input,
+        weight,
+        norm_weight,
+        norm_bias,
+        eps,
+        position_ids=position_ids,
+        position_weight=position_weight,
+        token_type_ids=token_type_ids,
+        token_type_weight=token_type_weight,
+        padding_idx=padding_idx,
+        p=p if training else 0.0,
         dtype=autocast_dtype("layer_norm", weight),
     )
 

@@ -70,16 +70,30 @@ def rms_norm(
 
 @overload
 def dropout_add_layer_norm(
-    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    input_bias: Tensor | None = ..., p: float = ..., training: bool = ...,
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    input_bias: Tensor | None = ...,
+    p: float = ...,
+    training: bool = ...,
     return_sum: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def dropout_add_layer_norm(
-    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    input_bias: Tensor | None = ..., p: float = ..., training: bool = ...,
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    input_bias: Tensor | None = ...,
+    p: float = ...,
+    training: bool = ...,
     return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def dropout_add_layer_norm(
@@ -116,27 +130,55 @@ def dropout_add_layer_norm(
             floating-point, or of another shape than ``input``.
     """
     shape = _check_fused_norm(
-        "dropout_add_layer_norm", input, residual, normalized_shape, weight, bias, eps, input_bias,
+        "dropout_add_layer_norm",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        input_bias,
         p,
     )
     return ops.dropout_add_layer_norm(
-        input, residual, shape, weight, bias, eps,
-        input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+        input,
+        residual,
+        shape,
+        weight,
+        bias,
+        eps,
+        input_bias=input_bias,
+        p=p if training else 0.0,
+        return_sum=return_sum,
         dtype=autocast_dtype("layer_norm", input, residual),
     )
 
 
 @overload
 def dropout_add_rms_norm(
-    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = ..., eps: float | None = ..., *, input_bias: Tensor | None = ...,
-    p: float = ..., training: bool = ..., return_sum: Literal[False] = ...,
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    input_bias: Tensor | None = ...,
+    p: float = ...,
+    training: bool = ...,
+    return_sum: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def dropout_add_rms_norm(
-    input: Tensor, residual: Tensor, normalized_shape: Sequence[int],
-    weight: Tensor | None = ..., eps: float | None = ..., *, input_bias: Tensor | None = ...,
-    p: float = ..., training: bool = ..., return_sum: Literal[True],
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = ...,
+    eps: float | None = ...,
+    *,
+    input_bias: Tensor | None = ...,
+    p: float = ...,
+    training: bool = ...,
+    return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def dropout_add_rms_norm(
     input: Tensor,
@@ -157,12 +199,25 @@ def dropout_add_rms_norm(
     """
     checked_eps = 0.0 if eps is None else eps
     shape = _check_fused_norm(
-        "dropout_add_rms_norm", input, residual, normalized_shape, weight, None, checked_eps,
-        input_bias, p,
+        "dropout_add_rms_norm",
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        None,
+        checked_eps,
+        input_bias,
+        p,
     )
     return ops.dropout_add_rms_norm(
-        input, residual, shape, weight, eps,
-        input_bias=input_bias, p=p if training else 0.0, return_sum=return_sum,
+        input,
+        residual,
+        shape,
+        weight,
+        eps,
+        input_bias=input_bias,
+        p=p if training else 0.0,
+        return_sum=return_sum,
         dtype=autocast_dtype("rms_norm", input, residual),
     )
 

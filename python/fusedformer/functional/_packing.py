@@ -135,9 +135,7 @@ def _check_known(keep: Tensor) -> None:
         )
 
 
-def _packing(
-    keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
-) -> Packing:
+def _packing(keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int) -> Packing:
     """From what the host knows of ``keep``."""
     rows = -(-total // multiple_of) * multiple_of
     flat = keep.flatten()
@@ -239,7 +237,10 @@ def unpack(input: Tensor, packing: Packing) -> Tensor:
     if packing.is_whole:
         return torch.unflatten(input.contiguous(), 0, (packing.batch, packing.length))
     rows = ops.gather_rows(
-        input.flatten(1), packing.inverse, packing.indices, holes=True,
+        input.flatten(1),
+        packing.inverse,
+        packing.indices,
+        holes=True,
         unused=packing.has_tail,
     )
     return rows.reshape(packing.batch, packing.length, *input.shape[1:])

@@ -103,8 +103,11 @@ def packing_and_selection(
     index = packing.inverse[positions]
     chosen = flat[packing.indices] & (packing.indices >= 0)
     selection = Selection(
-        index, torch.where(chosen, chosen.cumsum(0) - 1, -1),
-        _beside_tail(_starts(found_counts), packing), longest_found, (asked,),
+        index,
+        torch.where(chosen, chosen.cumsum(0) - 1, -1),
+        _beside_tail(_starts(found_counts), packing),
+        longest_found,
+        (asked,),
     )
     if asked == rows:
         return packing, selection

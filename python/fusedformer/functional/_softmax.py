@@ -96,7 +96,12 @@ def _softmax(
     if not input.is_floating_point():
         input = input.to(dtype)
     return ops.softmax(
-        input, dim, scale=scale, mask=mask, is_causal=is_causal, dtype=dtype,
+        input,
+        dim,
+        scale=scale,
+        mask=mask,
+        is_causal=is_causal,
+        dtype=dtype,
         log=function == "log_softmax",
     )
 

@@ -128,8 +128,13 @@ def attention(
         mask = mask.to(query.dtype)
     returned = "attentions" in captured() or kwargs.get("output_attentions")
     result: Any = functional.scaled_dot_product_attention(
-        query, key, value, mask, key_mask=key_mask,
-        return_weights="per_head" if returned else False, **settings,
+        query,
+        key,
+        value,
+        mask,
+        key_mask=key_mask,
+        return_weights="per_head" if returned else False,
+        **settings,
     )
     output, weights = result if isinstance(result, tuple) else (result, None)
     # Autocast may have widened the weights; those models cast them back.

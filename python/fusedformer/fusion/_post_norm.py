@@ -23,6 +23,7 @@ from fusedformer.nn._stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
 
+
 class Parts(NamedTuple):
     """Of a post-norm layer."""
 
@@ -77,15 +78,25 @@ class PostNormLayer:
         shape = *x.shape[:-1], -1, module.attention_head_size
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         heads, _ = attention(
-            module, q, k, v, attention_mask, dropout=_p(parts.attention_dropout),
-            scaling=module.scaling, **kwargs,
+            module,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=_p(parts.attention_dropout),
+            scaling=module.scaling,
+            **kwargs,
         )
         joined = project(heads.flatten(-2), parts.out)
         x = Pending(*joined, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
         name = _activation_name(parts.activation)
         block = FeedForward(
-            parts.linear1.weight, parts.linear1.bias, parts.linear2.weight, parts.linear2.bias,
-            parts.activation if name is None else name, 0.0,
+            parts.linear1.weight,
+            parts.linear1.bias,
+            parts.linear2.weight,
+            parts.linear2.bias,
+            parts.activation if name is None else name,
+            0.0,
         )
         inner, bias, x = feed_forward(x, block, fork=True)
         return Pending(inner, bias, parts.dropout2 or _NO_DROPOUT, x).normed(parts.norm2)
@@ -136,8 +147,17 @@ class BertLayers(PostNormLayer):
         attention, own, out = layer.attention, layer.attention.self, layer.attention.output
         inner, output = layer.intermediate, layer.output
         parts = Parts(
-            own.query, own.key, own.value, out.dense, out.LayerNorm, inner.dense,
-            inner.intermediate_act_fn, output.dense, output.LayerNorm, own.dropout, out.dropout,
+            own.query,
+            own.key,
+            own.value,
+            out.dense,
+            out.LayerNorm,
+            inner.dense,
+            inner.intermediate_act_fn,
+            output.dense,
+            output.LayerNorm,
+            own.dropout,
+            out.dropout,
             output.dropout,
         )
         return parts, [attention, own, out, inner, output]
@@ -154,8 +174,18 @@ class DistilBertLayers(PostNormLayer):
     def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
         own, ffn = layer.attention, layer.ffn
         parts = Parts(
-            own.q_lin, own.k_lin, own.v_lin, own.out_lin, layer.sa_layer_norm, ffn.lin1,
-            ffn.activation, ffn.lin2, layer.output_layer_norm, own.dropout, None, ffn.dropout,
+            own.q_lin,
+            own.k_lin,
+            own.v_lin,
+            own.out_lin,
+            layer.sa_layer_norm,
+            ffn.lin1,
+            ffn.activation,
+            ffn.lin2,
+            layer.output_layer_norm,
+            own.dropout,
+            None,
+            ffn.dropout,
         )
         return parts, [own, ffn]
 
@@ -171,9 +201,18 @@ class AlbertLayers(PostNormLayer):
     def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
         own = layer.attention
         parts = Parts(
-            own.query, own.key, own.value, own.dense, own.LayerNorm, layer.ffn, layer.activation,
-            layer.ffn_output, layer.full_layer_layer_norm, own.attention_dropout,
-            own.output_dropout, None,
+            own.query,
+            own.key,
+            own.value,
+            own.dense,
+            own.LayerNorm,
+            layer.ffn,
+            layer.activation,
+            layer.ffn_output,
+            layer.full_layer_layer_norm,
+            own.attention_dropout,
+            own.output_dropout,
+            None,
         )
         return parts, [own]
 
@@ -209,8 +248,13 @@ class PackedEncoder:
         packing = packing_of(keep, self.static_shapes)
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
-            rows[None], None, *args, **kwargs, cu_seq_lens_q=packing.cu_seqlens_q,
-            cu_seq_lens_k=packing.cu_seqlens_k, max_length_q=packing.max_seqlen,
+            rows[None],
+            None,
+            *args,
+            **kwargs,
+            cu_seq_lens_q=packing.cu_seqlens_q,
+            cu_seq_lens_k=packing.cu_seqlens_k,
+            max_length_q=packing.max_seqlen,
             max_length_k=packing.max_seqlen,
         )
         output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)

@@ -106,7 +106,10 @@ class TextModel(nn.Module):
         packed = [t if t is None or packing.is_whole else t.flatten()[places] for t in ids]
         packed = [t if t is None else t.flatten() for t in packed]
         rows = self.encoder.forward_packed(
-            self.embeddings(*packed, **learned), packing, selection, is_causal=self._is_causal,
+            self.embeddings(*packed, **learned),
+            packing,
+            selection,
+            is_causal=self._is_causal,
             attend=attend,
         )
         return Encoded(rows, packing, selection, count)
@@ -120,9 +123,7 @@ class TextModel(nn.Module):
         if self._is_causal:
             size = hidden.shape[1]
             mask = torch.ones(size, size, dtype=torch.bool, device=hidden.device).triu(1)
-        output = self.encoder(
-            hidden, mask, src_key_padding_mask=padding, is_causal=self._is_causal
-        )
+        output = self.encoder(hidden, mask, src_key_padding_mask=padding, is_causal=self._is_causal)
         rows = functional.pack(output, packing)
         return rows if selection is None else selection.take(rows)
 

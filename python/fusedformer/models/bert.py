@@ -105,10 +105,18 @@ class BertEmbeddings(nn.Module):
         plain = (nn.Embedding, LayerNorm, nn.Dropout)
         if prompt is None and all(is_plain(child, *plain) for child in self.children()):
             return functional.embedding_layer_norm(
-                input_ids, self.word.weight, self.norm.weight, self.norm.bias, self.norm.eps,
-                position_ids=position_ids, position_weight=self.position.weight,
-                token_type_ids=token_type_ids, token_type_weight=self.token_type.weight,
-                padding_idx=self.word.padding_idx, p=self.dropout.p, training=self.training,
+                input_ids,
+                self.word.weight,
+                self.norm.weight,
+                self.norm.bias,
+                self.norm.eps,
+                position_ids=position_ids,
+                position_weight=self.position.weight,
+                token_type_ids=token_type_ids,
+                token_type_weight=self.token_type.weight,
+                padding_idx=self.word.padding_idx,
+                p=self.dropout.p,
+                training=self.training,
             )
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -318,7 +326,10 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
             targets = labels.flatten()[places]
             firsts = flat.cumsum(0)[:: input_ids.shape[1]] - 1
         loss = functional.linear_cross_entropy(
-            head(hidden), self.embeddings.word.weight, targets, linear_bias=head.bias,
+            head(hidden),
+            self.embeddings.word.weight,
+            targets,
+            linear_bias=head.bias,
             static_shapes=True,  # of the rows that are there hardly one is without a label
         )
         if next_sentence_label is None:

@@ -131,8 +131,12 @@ class KeyValueCache:
             query, key, value = qkv.unbind(2)
             self._store(masks.layer, sequences, places, key, value)
             heads = functional.scaled_dot_product_attention(
-                query.transpose(1, 2), self.keys[masks.layer], self.values[masks.layer],
-                is_causal=count > 1, key_lengths=lengths, causal_alignment="bottom_right",
+                query.transpose(1, 2),
+                self.keys[masks.layer],
+                self.values[masks.layer],
+                is_causal=count > 1,
+                key_lengths=lengths,
+                causal_alignment="bottom_right",
             )
             return heads.transpose(1, 2)
 

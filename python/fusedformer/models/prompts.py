@@ -78,13 +78,24 @@ def _attend_to(
     query, key, value = qkv.squeeze(0).unbind(1)
     assert masks.cu_seqlens_q is not None and masks.cu_seqlens_k is not None
     own, own_lse = functional.varlen_attention(
-        query, key, value, masks.cu_seqlens_q, masks.cu_seqlens_k, masks.max_seqlen_q,
-        masks.max_seqlen_k, dropout_p, masks.is_causal, return_lse=True,
+        query,
+        key,
+        value,
+        masks.cu_seqlens_q,
+        masks.cu_seqlens_k,
+        masks.max_seqlen_q,
+        masks.max_seqlen_k,
+        dropout_p,
+        masks.is_causal,
+        return_lse=True,
     )
     # Whose sequence a row is of does not matter to the prefix: all are one sequence.
     found, lse = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[masks.layer][None].to(query.dtype),
-        values[masks.layer][None].to(query.dtype), dropout_p=dropout_p, return_lse=True,
+        query.transpose(0, 1)[None],
+        keys[masks.layer][None].to(query.dtype),
+        values[masks.layer][None].to(query.dtype),
+        dropout_p=dropout_p,
+        return_lse=True,
     )
     own = own.transpose(0, 1)[None]
     merged, _ = functional.merge_attention_states(own, own_lse[None], found, lse)

@@ -197,9 +197,7 @@ def attention_masks(
         name = names.key_padding_mask
         check_padding_mask(names.function, name, key_padding_mask, batched, batch, keys)
 
-    is_causal = (
-        is_causal and attn_mask is not None and not attn_mask.requires_grad and not appended
-    )
+    is_causal = is_causal and attn_mask is not None and not attn_mask.requires_grad and not appended
     mask = None if is_causal else attn_mask
     if mask is not None:
         mask = _appended(~mask if mask.dtype == torch.bool else mask, appended)

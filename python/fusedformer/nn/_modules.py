@@ -148,9 +148,7 @@ def are_plain(
     )
 
 
-def feed_forward_of(
-    layer: Any, x: Tensor, *, fork: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def feed_forward_of(layer: Any, x: Tensor, *, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """The block of a layer without its last dropout, the bias still to be added, and ``x``."""
     return feed_forward(x, block_of(layer), fork=fork)
 
@@ -159,9 +157,13 @@ def block_of(layer: Any) -> FeedForward:
     """What :func:`feed_forward_of` computes."""
     name = fused_activation(layer.activation)
     return FeedForward(
-        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
+        layer.linear1.weight,
+        layer.linear1.bias,
+        layer.linear2.weight,
+        layer.linear2.bias,
         layer.activation if name is None else name,
-        layer.dropout.p if layer.dropout.training else 0.0, layer.checkpoint_activation,
+        layer.dropout.p if layer.dropout.training else 0.0,
+        layer.checkpoint_activation,
     )
 
 
@@ -182,16 +184,29 @@ class Pending(NamedTuple):
     def normed(self, norm: nn.LayerNorm) -> Tensor:
         """The norm of the sum."""
         output: Tensor = functional.dropout_add_layer_norm(
-            self.x, self.residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
-            input_bias=self.bias, **self._dropout(),
+            self.x,
+            self.residual,
+            norm.normalized_shape,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            input_bias=self.bias,
+            **self._dropout(),
         )
         return output
 
     def normed_and_sum(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """Both."""
         return functional.dropout_add_layer_norm(
-            self.x, self.residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
-            input_bias=self.bias, return_sum=True, **self._dropout(),
+            self.x,
+            self.residual,
+            norm.normalized_shape,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            input_bias=self.bias,
+            return_sum=True,
+            **self._dropout(),
         )
 
     def _dropout(self) -> dict[str, Any]:

@@ -22,9 +22,7 @@ from fusedformer.nn.layer_norm import LayerNorm
 _CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of this
 
 
-def check_stack(
-    function: str, name: str, layer: object, num_layers: int, norm: object
-) -> None:
+def check_stack(function: str, name: str, layer: object, num_layers: int, norm: object) -> None:
     """Raise unless the arguments of a stack's constructor are what they must be."""
     for argument, module in ((name, layer), ("norm", norm)):
         if not isinstance(module, nn.Module) and not (argument == "norm" and module is None):
@@ -119,9 +117,7 @@ def only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def packing_of(
-    keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None
-) -> Packing:
+def packing_of(keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None) -> Packing:
     """The packing of ``keep`` ``[N, S]``, True = real; with its lengths where they are known."""
     settings = _pack_settings(keep, static_shapes)
     if lengths is not None:  # then nothing has to be looked up

@@ -141,8 +141,13 @@ class SigmoidContrastiveLoss(_Scaled):
         Arguments, result and errors are those of the functional form.
         """
         return functional.sigmoid_contrastive_loss(
-            a, b, self.factor(), self.logit_bias, label_offset=label_offset,
-            reduction=self.reduction, group=group,
+            a,
+            b,
+            self.factor(),
+            self.logit_bias,
+            label_offset=label_offset,
+            reduction=self.reduction,
+            group=group,
         )
 
     def extra_repr(self) -> str:

@@ -25,8 +25,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits ``[N, C, *]``. Errors: those of the functional form."""
         return functional.cross_entropy(
-            input, target, weight=self.weight, ignore_index=self.ignore_index,
-            reduction=self.reduction, label_smoothing=self.label_smoothing,
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
         )
 
 
@@ -85,9 +89,15 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss. Errors: those of the functional form."""
         return functional.linear_cross_entropy(
-            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight,
-            reduction=self.reduction, ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing, static_shapes=self.static_shapes,
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            static_shapes=self.static_shapes,
         )
 
     def extra_repr(self) -> str:

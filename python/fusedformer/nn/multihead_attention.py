@@ -80,8 +80,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         check_heads("MultiheadAttention", "embed_dim", embed_dim, "num_heads", num_heads)
         checks.check_probability("MultiheadAttention", "dropout", dropout)
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
-            batch_first, device, dtype,
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
 
     def reset_parameters(self) -> None:
@@ -169,8 +178,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch, rows, keys = self._check_inputs(query, key, value, names)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = attention_masks(
-            names, attn_mask, key_padding_mask, is_causal, batched=query.dim() == 3,
-            batch=batch, heads=self.num_heads, rows=rows, keys=keys, appended=appended,
+            names,
+            attn_mask,
+            key_padding_mask,
+            is_causal,
+            batched=query.dim() == 3,
+            batch=batch,
+            heads=self.num_heads,
+            rows=rows,
+            keys=keys,
+            appended=appended,
         )
         if query is key and key is value and self._can_pack() and not return_weights:
             return self._attend_to_itself(query, masks, fork=False)[0], None
@@ -189,8 +206,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attend = self.ring or functional.scaled_dot_product_attention
         dropout_p = self.dropout if self.training else 0.0
         return attend(
-            query, key, value, masks.attn_mask, dropout_p, masks.is_causal,
-            key_mask=masks.key_mask, **asked,
+            query,
+            key,
+            value,
+            masks.attn_mask,
+            dropout_p,
+            masks.is_causal,
+            key_mask=masks.key_mask,
+            **asked,
         )
 
     def _can_pack(self) -> bool:
@@ -242,9 +265,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return self._merge_heads(heads, x.dim()), x, memory
         key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
         output: Tensor = functional.varlen_attention(
-            torch.unflatten(query, -1, (self.num_heads, -1)), key, value, masks.cu_seqlens_q,
-            masks.cu_seqlens_k, masks.max_seqlen_q, masks.max_seqlen_k,
-            self.dropout if self.training else 0.0, is_causal=masks.is_causal,
+            torch.unflatten(query, -1, (self.num_heads, -1)),
+            key,
+            value,
+            masks.cu_seqlens_q,
+            masks.cu_seqlens_k,
+            masks.max_seqlen_q,
+            masks.max_seqlen_k,
+            self.dropout if self.training else 0.0,
+            is_causal=masks.is_causal,
         )
         return output.flatten(1), x, memory
 
@@ -263,8 +292,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key, value = torch.unflatten(pair, -1, (2, self.num_heads, -1)).unbind(1)
         assert masks.cu_seqlens_k is not None
         output: Tensor = functional.varlen_attention(
-            torch.unflatten(query, -1, (self.num_heads, -1)), key, value, rows.cu_seqlens,
-            masks.cu_seqlens_k, rows.max_seqlen, masks.max_seqlen_k,
+            torch.unflatten(query, -1, (self.num_heads, -1)),
+            key,
+            value,
+            rows.cu_seqlens,
+            masks.cu_seqlens_k,
+            rows.max_seqlen,
+            masks.max_seqlen_k,
             self.dropout if self.training else 0.0,
         )
         return output.flatten(1)

@@ -68,11 +68,21 @@ class ScaledDotProductAttention(torch.nn.Module):
         Arguments (masks: True = keep), result and errors are those of the functional form.
         """
         output: Tensor = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask,
+            query,
+            key,
+            value,
+            attn_mask,
             dropout_p=self.dropout_p if self.training else 0.0,
-            is_causal=self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa,
-            window=self.window, alibi_slopes=alibi_slopes, relative_bias=relative_bias,
-            sinks=sinks, softcap=self.softcap, key_mask=key_mask, key_lengths=key_lengths,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+            window=self.window,
+            alibi_slopes=alibi_slopes,
+            relative_bias=relative_bias,
+            sinks=sinks,
+            softcap=self.softcap,
+            key_mask=key_mask,
+            key_lengths=key_lengths,
             causal_alignment=self.causal_alignment,
         )
         return output
@@ -80,7 +90,12 @@ class ScaledDotProductAttention(torch.nn.Module):
     def extra_repr(self) -> str:
         """The settings."""
         names = (
-            "dropout_p", "is_causal", "scale", "enable_gqa", "window", "softcap",
+            "dropout_p",
+            "is_causal",
+            "scale",
+            "enable_gqa",
+            "window",
+            "softcap",
             "causal_alignment",
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

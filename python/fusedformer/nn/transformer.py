@@ -73,9 +73,21 @@ class Transformer(torch.nn.Transformer):
                 TransformerDecoderLayer(*layer), num_decoder_layers, LayerNorm(d_model, **norm)
             )
         super().__init__(
-            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout,
-            activation, custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first,
-            bias, device, dtype,
+            d_model,
+            nhead,
+            num_encoder_layers,
+            num_decoder_layers,
+            dim_feedforward,
+            dropout,
+            activation,
+            custom_encoder,
+            custom_decoder,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
         )
 
     def forward(
@@ -130,13 +142,20 @@ class Transformer(torch.nn.Transformer):
         ):
             computed = {"compute_padding": True}
         memory = self.encoder(
-            src, mask=src_mask, src_key_padding_mask=src_key_padding_mask,
-            is_causal=src_is_causal, **computed,
+            src,
+            mask=src_mask,
+            src_key_padding_mask=src_key_padding_mask,
+            is_causal=src_is_causal,
+            **computed,
         )
         output: Tensor = self.decoder(
-            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
-            memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=tgt_is_causal,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
             memory_is_causal=memory_is_causal,
         )
         return output

@@ -112,7 +112,11 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         batch, length = self._sizes(tgt)
         if tgt_key_padding_mask is not None:
             check_padding_mask(
-                _FUNCTION, "tgt_key_padding_mask", tgt_key_padding_mask, tgt.dim() == 3, batch,
+                _FUNCTION,
+                "tgt_key_padding_mask",
+                tgt_key_padding_mask,
+                tgt.dim() == 3,
+                batch,
                 length,
             )
         if tgt_is_causal is None:
@@ -132,10 +136,14 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             )
             return self._forward_packed(tgt, memory, *paddings, tgt_is_causal)
         output = self._forward_padded(
-            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
             tgt_key_padding_mask=tgt_key_padding_mask,
             memory_key_padding_mask=memory_key_padding_mask,
-            tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
         )
         return zeros_at_padding(self, output, tgt_key_padding_mask)
 
@@ -206,15 +214,16 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         of_tgt = packing_of_padding(tgt, tgt_padding, self.static_shapes)
         of_memory = packing_of_padding(memory, memory_padding, self.static_shapes)
         rows = self.forward_packed(
-            functional.pack(tgt, of_tgt), of_tgt, functional.pack(memory, of_memory), of_memory,
+            functional.pack(tgt, of_tgt),
+            of_tgt,
+            functional.pack(memory, of_memory),
+            of_memory,
             tgt_is_causal=is_causal,
         )
         output = functional.unpack(rows, of_tgt)
         return output if is_batch_first(self) else output.transpose(0, 1)
 
-    def _run(
-        self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
-    ) -> Tensor:
+    def _run(self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks) -> Tensor:
         """All layers and the norm; a sum that ends a layer is left to the norm that follows."""
         pending: Pending | None = None
         for layer in self.layers:

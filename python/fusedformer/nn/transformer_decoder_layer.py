@@ -27,9 +27,7 @@ from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 DROPOUTS = 6  # of the weights of both attentions, and dropout, dropout1, dropout2 and dropout3
 _FUNCTION = "TransformerDecoderLayer"
 _SELF = Names(_FUNCTION, "tgt", "tgt", "tgt", "tgt_mask", "tgt_key_padding_mask")
-_CROSS = Names(
-    _FUNCTION, "tgt", "memory", "memory", "memory_mask", "memory_key_padding_mask"
-)
+_CROSS = Names(_FUNCTION, "tgt", "memory", "memory", "memory_mask", "memory_key_padding_mask")
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -82,8 +80,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         check_heads(_FUNCTION, "d_model", d_model, "nhead", nhead)
         check_activation(_FUNCTION, activation)
         super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
-            norm_first, bias, device, dtype,
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
         )
         if checkpoint_activation:
             self.checkpoint_activation = True
@@ -130,8 +137,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 memory_key_padding_mask, tgt_is_causal, memory_is_causal,
             )  # fmt: skip
         own, cross = self._check(
-            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-            tgt_is_causal, memory_is_causal,
+            tgt,
+            memory,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            tgt_is_causal,
+            memory_is_causal,
         )
         with seeds_drawn_at_once(DROPOUTS):
             return self._packed(tgt, memory, own, cross)[0]

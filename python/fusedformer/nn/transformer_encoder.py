@@ -162,7 +162,12 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if plain and wanted and self.packs(src, padding, output_rows):
             check_sequences(function, self, {"src": src})
             check_attn_mask(
-                _NAMES, mask, is_causal, batch=batch, rows=length, keys=length,
+                _NAMES,
+                mask,
+                is_causal,
+                batch=batch,
+                rows=length,
+                keys=length,
                 heads=heads_in_stack(self),
             )
             if padding is None:
@@ -197,9 +202,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         ``torch.jit.trace``, ``make_fx``), the torch backend does not pack. Nothing is packed where
         ``torch.vmap`` maps over ``src`` or one of ``masks``, those of :meth:`forward`.
         """
-        return is_fused(self, TransformerEncoderLayer) and can_pack(
-            src, self.static_shapes, *masks
-        )
+        return is_fused(self, TransformerEncoderLayer) and can_pack(src, self.static_shapes, *masks)
 
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
@@ -263,9 +266,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         output = src
         for layer in self.layers:
-            output = layer(
-                output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding
-            )
+            output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding)
         if self.norm is not None:
             output = self.norm(output)
         return output

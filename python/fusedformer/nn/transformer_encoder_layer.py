@@ -25,9 +25,7 @@ from fusedformer.nn._modules import (
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
-_NAMES = Names(
-    "TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask"
-)
+_NAMES = Names("TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask")
 
 DROPOUTS = 4  # of attention weights, and the modules dropout, dropout1 and dropout2
 
@@ -93,8 +91,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         check_heads(function, "d_model", d_model, "nhead", nhead)
         check_activation(function, activation)
         super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
-            norm_first, bias, device, dtype,
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
         )
         if checkpoint_activation:
             self.checkpoint_activation = True
@@ -135,15 +142,20 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         batched = src.dim() == 3
         batch, length = attention._sizes(src)
         masks = attention_masks(
-            _NAMES, src_mask, src_key_padding_mask, is_causal, batched=batched, batch=batch,
-            heads=heads, rows=length, keys=length,
+            _NAMES,
+            src_mask,
+            src_key_padding_mask,
+            is_causal,
+            batched=batched,
+            batch=batch,
+            heads=heads,
+            rows=length,
+            keys=length,
         )
         with seeds_drawn_at_once(DROPOUTS):
             return self._packed(src, masks)
 
-    def _packed(
-        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
-    ) -> Tensor:
+    def _packed(self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None) -> Tensor:
         """The layer of a batch, a sequence or packed rows, if its children are plain.
 
         Or, of packed ``x``, only ``rows`` of the result.
@@ -152,9 +164,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return self._pre_norm(x, self.norm1(x), masks, rows).added()
         return self._post_norm(x, masks, rows)
 
-    def _post_norm(
-        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
-    ) -> Tensor:
+    def _post_norm(self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None) -> Tensor:
         """:meth:`_packed` for norms that come last."""
         inner, bias, x = self._attend(x, x, masks, rows, fork=True)
         x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)

@@ -103,4 +103,3 @@ def no_double_backward(op: str) -> Any:
         raise RuntimeError(NO_DOUBLE_BACKWARD.format(op))
 
     return backward
-

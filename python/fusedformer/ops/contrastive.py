@@ -272,9 +272,7 @@ def _lse_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = a, b, scale
         return (*_by_autograd(ctx, row_and_column_lse_plain, inputs, grads), None, None)
     needs = [*ctx.needs_input_grad[:3], False]
-    found = _pairs_backward(
-        *grads, a, b, scale, None, row, column, ctx.offset, needs, ctx.backend
-    )
+    found = _pairs_backward(*grads, a, b, scale, None, row, column, ctx.offset, needs, ctx.backend)
     wanted = (g if need else None for g, need in zip(found[:3], needs, strict=False))
     return (*wanted, None, None)
 
@@ -289,9 +287,7 @@ def _softplus_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.backend == "torch" and torch.is_grad_enabled():
         return (*_by_autograd(ctx, softplus_sums_plain, inputs, (grad,)), None, None)
     needs = list(ctx.needs_input_grad[:4])
-    found = _pairs_backward(
-        grad, None, None, *inputs, None, None, ctx.offset, needs, ctx.backend
-    )
+    found = _pairs_backward(grad, None, None, *inputs, None, None, ctx.offset, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
 
 

@@ -30,9 +30,7 @@ def row_and_column_lse_aten(
     return row, column, matched
 
 
-def softplus_sums_aten(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int
-) -> Tensor:
+def softplus_sums_aten(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
     """The sigmoid form's loss of each row."""
     losses = scale.new_empty(a.shape[0])
     for rows, products in _strips(a, b):

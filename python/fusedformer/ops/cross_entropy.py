@@ -29,7 +29,11 @@ def cross_entropy(
         if weight is not None and dtype == input.dtype:
             weight = weight.to(input.dtype)
         return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction,
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
             label_smoothing=label_smoothing,
         )
     checks.check_kernel_dtype("cross_entropy", "input", input)
@@ -151,9 +155,16 @@ def _cross_entropy_backward(
     from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
 
     return cross_entropy_gradient(
-        input, target, weight, sum_of(weight, label_smoothing), statistics,
-        grad if total is None else grad / total, ignore_index, label_smoothing,
-        first_class=0, n_classes=input.shape[-1],
+        input,
+        target,
+        weight,
+        sum_of(weight, label_smoothing),
+        statistics,
+        grad if total is None else grad / total,
+        ignore_index,
+        label_smoothing,
+        first_class=0,
+        n_classes=input.shape[-1],
     )
 
 
@@ -184,8 +195,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         return (None,) * 7
     input, target, weight, statistics, total = ctx.saved_tensors
     found = _cross_entropy_backward(
-        grad, input, target, weight, statistics, total if ctx.reduction == "mean" else None,
-        ctx.ignore_index, ctx.label_smoothing,
+        grad,
+        input,
+        target,
+        weight,
+        statistics,
+        total if ctx.reduction == "mean" else None,
+        ctx.ignore_index,
+        ctx.label_smoothing,
     )
     return found, *(None,) * 6
 

@@ -134,7 +134,16 @@ def _embedding_norm_backward(
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
     needs_tables, needs_weight, needs_bias = needs
     return embedding_backward(
-        grad, tables, mean, rstd, weight, seed, p, needs_tables, needs_weight, needs_bias,
+        grad,
+        tables,
+        mean,
+        rstd,
+        weight,
+        seed,
+        p,
+        needs_tables,
+        needs_weight,
+        needs_bias,
         parameter_dtype,
     )
 
@@ -169,7 +178,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     needs = ctx.needs_input_grad
     wanted = [needs[1] or needs[3] or needs[5], needs[6], needs[7]]
     total_grad, weight_grad, bias_grad = _embedding_norm_backward(
-        grad, *tables, mean, rstd, weight, seed, ctx.p, wanted,
+        grad,
+        *tables,
+        mean,
+        rstd,
+        weight,
+        seed,
+        ctx.p,
+        wanted,
         common_dtype(ctx.dtypes),
     )
     grads: list[Tensor | None] = []

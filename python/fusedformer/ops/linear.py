@@ -99,7 +99,14 @@ def feed_forward(
     weight1, bias1, weight2, bias2 = (_narrowed(x, t) for t in block[:4])
     bias1 = block.bias1 if triton else bias1  # the kernels take it as it is
     found = _feed_forward(
-        x, weight1, bias1, weight2, bias2, name, block.p, block.checkpoint_activation,
+        x,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        name,
+        block.p,
+        block.checkpoint_activation,
         fork and x.requires_grad,
     )
     return (found[0], late_bias, found[1]) if isinstance(found, tuple) else (found, late_bias, x)
@@ -201,8 +208,14 @@ class _FeedForward(torch.autograd.Function):
         needs_before = any(ctx.needs_input_grad[:3])
         saved = (narrow if needs_w1 else None) if ctx.triton else x
         ctx.save_for_backward(
-            saved, weight1, bias1, weight2, bias2, before if needs_before or ctx.again else None,
-            hidden if needs_w2 and not ctx.again else None, drawn,
+            saved,
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            before if needs_before or ctx.again else None,
+            hidden if needs_w2 and not ctx.again else None,
+            drawn,
         )
         return (output, x) if fork else output
 

@@ -66,8 +66,13 @@ def linear_cross_entropy(
     if target.is_floating_point() or composed:
         targets = target.reshape(rows.shape[0], *target.shape[input.dim() - 1 :])
         loss = cross_entropy(
-            F.linear(rows, linear_weight, linear_bias), targets, weight, ignore_index, reduction,
-            label_smoothing, loss_dtype,
+            F.linear(rows, linear_weight, linear_bias),
+            targets,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            loss_dtype,
         )
         return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
     found = _linear_cross_entropy(
@@ -143,8 +148,13 @@ class _Loss(NamedTuple):
         return torch.addmm(bias, x, matrix.t(), out=out)
 
     def of_rows(
-        self, logits: Tensor, target: Tensor, factor: Tensor | None, first_class: int = 0,
-        n_classes: int | None = None, state: Tensor | None = None,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        factor: Tensor | None,
+        first_class: int = 0,
+        n_classes: int | None = None,
+        state: Tensor | None = None,
     ) -> Any:
         """(losses, statistics), of use after the last block of classes.
 
@@ -169,7 +179,12 @@ class _Loss(NamedTuple):
         return like.new_empty((STATE, rows), dtype=torch.float32)
 
     def gradient_(
-        self, logits: Tensor, target: Tensor, statistics: Tensor, factor: Tensor, first_class: int,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        statistics: Tensor,
+        factor: Tensor,
+        first_class: int,
         n_classes: int,
     ) -> None:
         """Logits of a block of classes become their gradient."""
@@ -276,9 +291,15 @@ def _linear_cross_entropy(
 
 
 def _by_rows(
-    loss: _Loss, tensors: tuple[Tensor, Tensor, Tensor | None], target: Tensor,
-    rows: Tensor | None, factor: Tensor | None, wanted: list[bool], losses: Tensor,
-    statistics: Tensor, dtype: torch.dtype,
+    loss: _Loss,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    rows: Tensor | None,
+    factor: Tensor | None,
+    wanted: list[bool],
+    losses: Tensor,
+    statistics: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Fill ``losses`` and ``statistics`` by chunks of rows; the gradients, as they are summed."""
     input, linear_weight, linear_bias = tensors
@@ -311,7 +332,10 @@ def _by_rows(
 
 
 def _each_block(
-    loss: _Loss, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
+    loss: _Loss,
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
     use: Callable[[slice, Tensor, Tensor], None],
 ) -> None:
     """``use(classes, their rows of the weight, their logits)`` for all blocks of classes."""
@@ -416,8 +440,12 @@ def _linear_cross_entropy_backward(
 
 @_linear_cross_entropy_backward.register_fake
 def _linear_cross_entropy_backward_fake(
-    grad: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor,
-    linear_bias: Tensor | None, *settings: Any,
+    grad: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    *settings: Any,
 ) -> tuple[Tensor, ...]:
     needs = settings[-1]
     like = input, linear_weight, linear_bias
@@ -470,12 +498,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         found = _scaled(grad, input_grad, weight_grad, bias_grad)
     else:
         found = _linear_cross_entropy_backward(
-            grad, *tensors, statistics, total if ctx.reduction == "mean" else None,
-            *ctx.settings[:-1], needs,
+            grad,
+            *tensors,
+            statistics,
+            total if ctx.reduction == "mean" else None,
+            *ctx.settings[:-1],
+            needs,
         )
-    first, second, third = (
-        t if need else None for t, need in zip(found, needs, strict=True)
-    )
+    first, second, third = (t if need else None for t, need in zip(found, needs, strict=True))
     return first, second, None, third, *(None,) * 9
 
 

@@ -97,15 +97,22 @@ def dropout_add_rms_norm(
         return (output, total) if return_sum else output
     _check_for_kernels("dropout_add_rms_norm", input, residual)
     output, total = _run(
-        input, residual, input_bias, weight, None, p, _eps(eps), "rms", len(shape), return_sum,
+        input,
+        residual,
+        input_bias,
+        weight,
+        None,
+        p,
+        _eps(eps),
+        "rms",
+        len(shape),
+        return_sum,
         dtype,
     )
     return (output, total) if return_sum else output
 
 
-def dropout_add(
-    input: Tensor, residual: Tensor, *, input_bias: Tensor | None, p: float
-) -> Tensor:
+def dropout_add(input: Tensor, residual: Tensor, *, input_bias: Tensor | None, p: float) -> Tensor:
     """See :func:`fusedformer.functional.dropout_add`."""
     if chosen_backend(input) == "torch":
         return _dropout_add_aten(input, residual, input_bias, p)
@@ -130,8 +137,19 @@ def _run(
     seed = draw_seed(p, input.device) if p else None
     kept = needs_gradient(input, residual, input_bias, weight, bias)
     output, total, _, _ = _norm(
-        input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum or kept,
-        kept, dtype,
+        input,
+        residual,
+        input_bias,
+        weight,
+        bias,
+        seed,
+        p,
+        eps,
+        kind,
+        dims,
+        wants_sum or kept,
+        kept,
+        dtype,
     )
     return output, total
 
@@ -207,8 +225,19 @@ def _norm(
     from fusedformer_kernels.rows.norm import norm_forward
 
     return norm_forward(
-        input, residual, input_bias, weight, bias, seed, p, eps, kind, dims, wants_sum,
-        wants_statistics, norm_dtype,
+        input,
+        residual,
+        input_bias,
+        weight,
+        bias,
+        seed,
+        p,
+        eps,
+        kind,
+        dims,
+        wants_sum,
+        wants_statistics,
+        norm_dtype,
     )
 
 
@@ -275,8 +304,21 @@ def _norm_backward(
     from fusedformer_kernels.rows.norm import norm_backward
 
     return norm_backward(
-        grad, sum_grad, normed, mean, rstd, weight, seed, p, kind, dims, needs_weight_grad,
-        needs_bias_grad, needs_input_bias_grad, input_dtype, parameter_dtype,
+        grad,
+        sum_grad,
+        normed,
+        mean,
+        rstd,
+        weight,
+        seed,
+        p,
+        kind,
+        dims,
+        needs_weight_grad,
+        needs_bias_grad,
+        needs_input_bias_grad,
+        input_dtype,
+        parameter_dtype,
     )
 
 
@@ -335,8 +377,20 @@ def _backward(
     input_dtype = ctx.input_dtype
     input_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
     residual_grad, dropped_grad, weight_grad, bias_grad, input_bias_grad = _norm_backward(
-        grad, sum_grad, normed, mean, rstd, weight, seed, ctx.p, ctx.kind, ctx.dims,
-        needs_weight, needs_bias, needs_input_bias, input_dtype,
+        grad,
+        sum_grad,
+        normed,
+        mean,
+        rstd,
+        weight,
+        seed,
+        ctx.p,
+        ctx.kind,
+        ctx.dims,
+        needs_weight,
+        needs_bias,
+        needs_input_bias,
+        input_dtype,
         common_dtype(ctx.dtypes),
     )
     return (

@@ -12,9 +12,7 @@ from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import registered
 
 
-def gather_rows(
-    x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unused: bool
-) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unused: bool) -> Tensor:
     """``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
 
     Args:

@@ -29,9 +29,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def product_activation(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
+def product_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``activation(x @ weight.T + bias)``; not differentiable. oneDNN applies it on the way."""
     if activation in _POST_OPS and _prefers_onednn(x, weight, bias):
         return _onednn(x, weight, bias, *_POST_OPS[activation])

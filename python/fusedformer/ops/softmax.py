@@ -133,16 +133,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input_grad = mask_grad = None
     if ctx.needs_input_grad[1]:
         # The gradient of the scores serves both: of the input it is a multiple.
-        scores_grad = _softmax_backward(
-            grad, output, 1.0, torch.float32, ctx.log, ctx.masked
-        )
+        scores_grad = _softmax_backward(grad, output, 1.0, torch.float32, ctx.log, ctx.masked)
         mask_grad = scores_grad.to(ctx.mask[1])
         if ctx.needs_input_grad[0]:
             input_grad = (scores_grad * ctx.scale).to(ctx.dtype)
     elif ctx.needs_input_grad[0]:
-        input_grad = _softmax_backward(
-            grad, output, ctx.scale, ctx.dtype, ctx.log, ctx.masked
-        )
+        input_grad = _softmax_backward(grad, output, ctx.scale, ctx.dtype, ctx.log, ctx.masked)
     return input_grad, mask_grad, None, None, None, None
 
 

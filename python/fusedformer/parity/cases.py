@@ -158,7 +158,8 @@ def _norm_cases() -> Iterator[Case]:
     for name, biased in (("layer_norm", True), ("rms_norm", False)):
         op = Op(name, getattr(functional, name), getattr(F, name), getattr(reference, name))
         for case, rows, width, quick in (
-            ("width of MiniLM", 9, 384, True), ("prime width", 6, 131, False),
+            ("width of MiniLM", 9, 384, True),
+            ("prime width", 6, 131, False),
             ("one past a tile", 3, 1025, False),
         ):
             affine = {"weight": (width,), **({"bias": (width,)} if biased else {})}
@@ -177,12 +178,15 @@ def _norm_cases() -> Iterator[Case]:
         settings: dict[str, Any] = {"normalized_shape": (96,)}
         affine = {"weight": (96,), **({"bias": (96,)} if biased else {})}
         both = {"input": (2, 7, 96), "residual": (2, 7, 96)}
-        yield Case(op, "bias and residual", _shapes(**both, input_bias=(96,), **affine),
-                   settings, quick=True)
+        yield Case(
+            op,
+            "bias and residual",
+            _shapes(**both, input_bias=(96,), **affine),
+            settings,
+            quick=True,
+        )
         yield Case(op, "sum returned", _shapes(**both, **affine), {**settings, "return_sum": True})
-    op = Op(
-        "dropout_add", functional.dropout_add, _stock_dropout_add, reference.dropout_add
-    )
+    op = Op("dropout_add", functional.dropout_add, _stock_dropout_add, reference.dropout_add)
     shapes = _shapes(input=(5, 77), residual=(5, 77), input_bias=(77,))
     yield Case(op, "bias and residual", shapes, quick=True)
 
@@ -269,21 +273,31 @@ def _attention_cases() -> Iterator[Case]:
     grouped = {"query": (1, 4, 21, 16), "key": (1, 2, 21, 16), "value": (1, 2, 21, 16)}
     yield Case(op, "odd length", _shapes(**plain), quick=True)
     yield Case(op, "causal", _shapes(**plain), {"is_causal": True})
-    yield Case(op, "one past a tile, log-sum-exp", _shapes(
-        query=(1, 1, 65, 64), key=(1, 1, 129, 64), value=(1, 1, 129, 64)), {"return_lse": True})
+    yield Case(
+        op,
+        "one past a tile, log-sum-exp",
+        _shapes(query=(1, 1, 65, 64), key=(1, 1, 129, 64), value=(1, 1, 129, 64)),
+        {"return_lse": True},
+    )
     yield Case(op, "Sq != Sk, Ev != E, odd head dim", _shapes(**cross))
     yield Case(op, "broadcast additive mask", _shapes(**cross, attn_mask=(1, 2, 1, 45)))
     yield Case(op, "boolean mask", _attention_mask)
     yield Case(op, "key lengths", _key_lengths)
     yield Case(op, "grouped queries", _shapes(**grouped), {"enable_gqa": True})
     yield Case(op, "window", _shapes(**plain), {"window": (7, 3)})
-    yield Case(op, "ALiBi slopes", lambda g: {
-        **_shapes(**plain)(g), "alibi_slopes": torch.tensor([0.25, 0.0625])})
+    yield Case(
+        op,
+        "ALiBi slopes",
+        lambda g: {**_shapes(**plain)(g), "alibi_slopes": torch.tensor([0.25, 0.0625])},
+    )
     yield Case(op, "relative bias", _shapes(**plain, relative_bias=(2, 21)))
     yield Case(op, "softcap", _shapes(**plain), {"softcap": 3.0})
     yield Case(op, "sinks", _shapes(**plain, sinks=(2,)))
-    yield Case(op, "few queries, split keys", _shapes(
-        query=(1, 2, 3, 16), key=(1, 2, 1100, 16), value=(1, 2, 1100, 16)))
+    yield Case(
+        op,
+        "few queries, split keys",
+        _shapes(query=(1, 2, 3, 16), key=(1, 2, 1100, 16), value=(1, 2, 1100, 16)),
+    )
     packed = Op("varlen_attention", functional.varlen_attention, _stock_packed, _true_packed)
     lengths = {"max_seqlen_q": 37, "max_seqlen_k": 37}
     yield Case(packed, "packed", _packed, lengths, quick=True)
@@ -308,7 +322,11 @@ def _packed(generator: Generator) -> dict[str, Tensor]:
 
 
 def _stock_packed(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, is_causal: bool = False,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    is_causal: bool = False,
     **settings: Any,
 ) -> Tensor:
     lengths = cu_seqlens_q.diff().tolist()
@@ -407,8 +425,11 @@ def _embedding_cases() -> Iterator[Case]:
 
     def bert(generator: Generator) -> dict[str, Tensor]:
         tables = _shapes(
-            weight=(50, 96), position_weight=(16, 96), token_type_weight=(2, 96),
-            norm_weight=(96,), norm_bias=(96,),
+            weight=(50, 96),
+            position_weight=(16, 96),
+            token_type_weight=(2, 96),
+            norm_weight=(96,),
+            norm_bias=(96,),
         )
         return {**ids(generator), **tables(generator)}
 
@@ -496,9 +517,7 @@ def _cross_entropy_cases() -> Iterator[Case]:
         tensors = _shapes(input=(rows, width), linear_weight=(count, width), linear_bias=(count,))
         return lambda generator: {**tensors(generator), **classes(generator, rows, count)}
 
-    op = Op(
-        "cross_entropy", functional.cross_entropy, F.cross_entropy, reference.cross_entropy
-    )
+    op = Op("cross_entropy", functional.cross_entropy, F.cross_entropy, reference.cross_entropy)
     yield Case(op, "prime row", logits(7, 127), quick=True)
     yield Case(op, "one past a tile", logits(3, 4097), {"reduction": "none"})
     yield Case(op, "label smoothing", logits(9, 50), {"label_smoothing": 0.1})

@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "or a Hugging Face model fused, beside itself as it was.",
     )
     parser.add_argument(
-        "--model", metavar="PATH_OR_CONFIG", help="a folder with a model of transformers, a "
+        "--model",
+        metavar="PATH_OR_CONFIG",
+        help="a folder with a model of transformers, a "
         "config.json (then with random weights), or a model type such as bert",
     )
     parser.add_argument("--layers", type=int, help="of a --model without weights (default: all)")
@@ -118,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to FILE")
     parser.add_argument(
-        "--backend", choices=("triton", "torch"),
+        "--backend",
+        choices=("triton", "torch"),
         help="default: triton where it is installed; for a --model, on a GPU",
     )
     return parser

@@ -217,8 +217,7 @@ def _gradients(
     draws: int,
 ) -> list[Measured]:
     leaves = [
-        {**calls.parameters(one), **own.leaves()}
-        for one, own in zip(three, arguments, strict=True)
+        {**calls.parameters(one), **own.leaves()} for one, own in zip(three, arguments, strict=True)
     ]
     names = [n for n in leaves[2] if all(n in one for one in leaves)]
     outputs = [n for n in found[2] if all(one[n].requires_grad for one in found)]
@@ -233,8 +232,10 @@ def _gradients(
         dys = {n: _drawn(found[1][n], where, generator) for n in outputs}
         for one, own, stack in zip(found, leaves, stacks, strict=True):
             grads = torch.autograd.grad(
-                [one[n] for n in outputs], [own[n] for n in wanted],
-                [dys[n].to(one[n]) for n in outputs], allow_unused=True,
+                [one[n] for n in outputs],
+                [own[n] for n in wanted],
+                [dys[n].to(one[n]) for n in outputs],
+                allow_unused=True,
                 retain_graph=draw + 1 < draws,
             )
             for name, grad in zip(wanted, grads, strict=True):

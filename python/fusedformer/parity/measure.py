@@ -70,9 +70,16 @@ def measured(kind: str, name: str, candidate: Tensor, baseline: Tensor, truth: T
     error, own = (c - t).abs(), (b - t).abs()
     worst = torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape)
     return Measured(
-        kind, name, tuple(truth.shape), found, (error / unit).max().item(),
-        (own / unit).max().item(), cosine_loss(c, t), cosine_loss(b, t),
-        tuple(int(i) for i in worst), judged,
+        kind,
+        name,
+        tuple(truth.shape),
+        found,
+        (error / unit).max().item(),
+        (own / unit).max().item(),
+        cosine_loss(c, t),
+        cosine_loss(b, t),
+        tuple(int(i) for i in worst),
+        judged,
     )
 
 

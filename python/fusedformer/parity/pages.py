@@ -40,8 +40,10 @@ def compared(report: ParityReport) -> str:
             parts.append(section(f"{kind.capitalize()}s", table(tables.HEAD, _body(ordered))))
     first, second = report.names
     return page(
-        "Numerical parity", f"{first} beside {second}",
-        "Errors against the same computation in float64.", parts,
+        "Numerical parity",
+        f"{first} beside {second}",
+        "Errors against the same computation in float64.",
+        parts,
     )
 
 
@@ -53,14 +55,19 @@ def ops(result: dict[str, Any]) -> str:
     said += [f"{r['op']}, {r['case']}, {r['dtype']}: {r['fault']}" for r in failed]
     body = [
         (
-            f"{r['op']}, {r['case']}, {r['tensor']}", r["dtype"], f"{r['error']:.2e}",
-            f"{r['stock_error']:.2e}", f"{r['ratio']:.2f}", bool(r["passed"]),
+            f"{r['op']}, {r['case']}, {r['tensor']}",
+            r["dtype"],
+            f"{r['error']:.2e}",
+            f"{r['stock_error']:.2e}",
+            f"{r['ratio']:.2f}",
+            bool(r["passed"]),
         )
         for r in records
     ]
     head = ("op, case, tensor", "dtype", "ours", "stock's", "ratio", "")
     return page(
-        "Numerical parity of the ops", "fusedformer's ops beside stock PyTorch",
+        "Numerical parity of the ops",
+        "fusedformer's ops beside stock PyTorch",
         f"{result['backend']} backend on {result['device']}, torch {result['torch']}",
         [verdict(not failed, "FAIL" if failed else "PASS", said), section("", table(head, body))],
     )

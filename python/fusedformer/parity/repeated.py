@@ -75,8 +75,12 @@ class SamenessReport:
     def __str__(self) -> str:
         body = [
             [
-                row.name, row.way, f"{row.elements} of {row.of}", f"{row.max_difference:.2e}",
-                f"{row.max_ulp:.3g}", "same" if row.equal else "differs",
+                row.name,
+                row.way,
+                f"{row.elements} of {row.of}",
+                f"{row.max_difference:.2e}",
+                f"{row.max_ulp:.3g}",
+                "same" if row.equal else "differs",
             ]
             for row in sorted(self.rows, key=lambda row: row.equal)[:SHOWN]
         ]
@@ -242,7 +246,10 @@ class _Batch:
 
 
 def _packed(
-    packed: Packed, given: Arguments, whole: dict[str, Tensor], batch: _Batch,
+    packed: Packed,
+    given: Arguments,
+    whole: dict[str, Tensor],
+    batch: _Batch,
     lengths: Sequence[int],
 ) -> Iterator[Difference]:
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -256,9 +263,7 @@ def _packed(
             yield difference(name, "packed", found[name], wanted)
 
 
-def _run(
-    function: Called, own: Arguments, gradients: bool, seed: int
-) -> dict[str, Tensor]:
+def _run(function: Called, own: Arguments, gradients: bool, seed: int) -> dict[str, Tensor]:
     leaves = {**calls.parameters(function), **own.leaves()} if gradients else {}
     with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
         torch.manual_seed(seed)

@@ -27,9 +27,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> list[Recor
     ours, stock, truth = (partial(function, **case.settings) for function in functions)
     # Another seed than that of the inputs: a gradient equal to the input has special effects.
     found = testing.parity(ours, stock, truth, inputs, dtype=dtype, seed=1)
-    return [
-        {"op": case.op.name, "case": case.name, "tensor": c.name, **c.as_dict()} for c in found
-    ]
+    return [{"op": case.op.name, "case": case.name, "tensor": c.name, **c.as_dict()} for c in found]
 
 
 def run_all(

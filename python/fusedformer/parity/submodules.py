@@ -52,9 +52,7 @@ def outputs_of(model: nn.Module, names: list[str], given: Arguments) -> Seen:
 
 
 @contextmanager
-def _hooked(
-    model: nn.Module, names: list[str], act: Callable[[str, Any], None]
-) -> Iterator[None]:
+def _hooked(model: nn.Module, names: list[str], act: Callable[[str, Any], None]) -> Iterator[None]:
     calls: dict[str, int] = {}
 
     def hook_for(name: str) -> Any:

@@ -85,7 +85,8 @@ def verdict(report: ParityReport) -> list[str]:
     if unjudged:
         lines.append(
             f"{len(unjudged)} not judged, their true value being below the baseline's rounding: "
-            + ", ".join(unjudged[:4]) + (", ..." if len(unjudged) > 4 else "")
+            + ", ".join(unjudged[:4])
+            + (", ..." if len(unjudged) > 4 else "")
         )
     if report.of("submodule"):
         drift: Any = report.first_drift

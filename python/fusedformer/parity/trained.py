@@ -93,7 +93,8 @@ class TrainingReport:
         nudges = [name for name in self.loss_gaps if name != "candidate"]
         body = [
             [
-                str(i + 1), f"{self.losses['baseline'][i]:.6g}",
+                str(i + 1),
+                f"{self.losses['baseline'][i]:.6g}",
                 f"{self.losses['candidate'][i]:.6g}",
                 *(
                     f"{value:.1e}"

@@ -62,8 +62,20 @@ def scaled_dot_product_attention(
         key gets output 0, gradient 0 and log-sum-exp -inf, or that of the sink alone.
     """
     scores, value = _scores(
-        query, key, value, attn_mask, is_causal, scale, enable_gqa, window, alibi_slopes,
-        relative_bias, softcap, key_mask, key_lengths, causal_alignment,
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        window,
+        alibi_slopes,
+        relative_bias,
+        softcap,
+        key_mask,
+        key_lengths,
+        causal_alignment,
     )
     p, lse = _probabilities(scores, sinks)
     return torch.einsum("...ls,...se->...le", dropped(p, dropout_p, keep), value), lse
@@ -95,8 +107,20 @@ def attention_weights(
     or counts its absence as one head.
     """
     scores, _ = _scores(
-        query, key, key, attn_mask, is_causal, scale, enable_gqa, window, alibi_slopes,
-        relative_bias, softcap, key_mask, key_lengths, causal_alignment,
+        query,
+        key,
+        key,
+        attn_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        window,
+        alibi_slopes,
+        relative_bias,
+        softcap,
+        key_mask,
+        key_lengths,
+        causal_alignment,
     )
     weights = dropped(_probabilities(scores, sinks)[0], dropout_p, keep)
     has_heads = weights.dim() > 3 or (weights.dim() == 3 and enable_gqa)

@@ -77,7 +77,11 @@ def linear_cross_entropy(
     rows = logits.reshape(-1, logits.shape[-1])
     probabilities = target.is_floating_point()
     loss = cross_entropy(
-        rows, target.reshape(rows.shape) if probabilities else target.reshape(-1), weight,
-        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        rows,
+        target.reshape(rows.shape) if probabilities else target.reshape(-1),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss

@@ -52,9 +52,7 @@ def embedding_report(embeddings: dict[str, Tensor], truth: Tensor) -> dict[str, 
     # Twice what the criterion lets one similarity move: two may move towards each other.
     tie = 2 * moved.limit
     return {
-        "errors": compare(
-            "embeddings", embeddings["fused"], embeddings["stock"], truth
-        ).as_dict(),
+        "errors": compare("embeddings", embeddings["fused"], embeddings["stock"], truth).as_dict(),
         "similarities": moved.as_dict(),
         "cosine_loss": {
             name: _cosine_loss(rows.double(), truth).tolist() for name, rows in embeddings.items()

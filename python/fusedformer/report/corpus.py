@@ -13,8 +13,15 @@ from pathlib import Path
 
 # Packages that some distributions leave out: without them the corpus is the same everywhere.
 _LEFT_OUT = {
-    "ensurepip", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests",
-    "tkinter", "turtledemo",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "tkinter",
+    "turtledemo",
 }
 _SHORTEST_WORDS = 5
 _CHOICE = 4  # docstrings read for each that is wanted: parsing the whole library takes long

@@ -41,7 +41,8 @@ def html(result: dict[str, Any]) -> str:
     """The page."""
     drawn = plots.draw(result)
     return page(
-        "fusedformer report", "fusedformer and stock Hugging Face, side by side",
+        "fusedformer report",
+        "fusedformer and stock Hugging Face, side by side",
         f"all-MiniLM-L6-v2 on {escape(result['device'])}, {escape(result['date'])}",
         [
             _verdict(result),

@@ -121,9 +121,7 @@ def _bars(
         for place, (dtype, row) in enumerate(values.items()):
             x, value = place + 0.38 * (side - 0.5), row[name]
             top = value
-            axis.bar(
-                x, value, 0.34, color=COLOURS[name], label=None if place else LABELS[name]
-            )
+            axis.bar(x, value, 0.34, color=COLOURS[name], label=None if place else LABELS[name])
             if spread is not None:
                 low, high = spread[dtype][name]
                 axis.plot([x, x], [low, high], color="#0f172a", linewidth=1)

@@ -458,9 +458,7 @@ def _buckets(shapes: Iterable[Size]) -> tuple[Size, ...]:
                 f"but got {shape!r}"
             )
         if min(pair) < 1:
-            raise ValueError(
-                f"graphed(): expected 'shapes' to have positive sizes, but got {pair}"
-            )
+            raise ValueError(f"graphed(): expected 'shapes' to have positive sizes, but got {pair}")
         found.add(pair)
     if not found:
         raise ValueError("graphed(): expected 'shapes' to have at least one (batch, length)")

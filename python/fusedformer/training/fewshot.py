@@ -95,8 +95,10 @@ def _covering(others: int, own: int, each: int, shots: int) -> int:
     for missing in range(others + 1):
         left = (others - missing) * each
         with_own = math.comb(left + each - 1, shots) - math.comb(left, shots)
-        total += (-1) ** missing * math.comb(others, missing) * (
-            with_own if own else math.comb(left, shots)
+        total += (
+            (-1) ** missing
+            * math.comb(others, missing)
+            * (with_own if own else math.comb(left, shots))
         )
     return total
 

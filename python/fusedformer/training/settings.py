@@ -41,9 +41,7 @@ class Settings:
     batch_tokens: int = dataclasses.field(
         default=4096, metadata={"help": "tokens of a batch, at most (not contrastive)"}
     )
-    pairs: int = dataclasses.field(
-        default=128, metadata={"help": "pairs of a batch (contrastive)"}
-    )
+    pairs: int = dataclasses.field(default=128, metadata={"help": "pairs of a batch (contrastive)"})
     length: int = dataclasses.field(default=128, metadata={"help": "tokens of a sequence, at most"})
     vocab_size: int = dataclasses.field(default=4096, metadata={"help": "of the tokenizer"})
     width: int = dataclasses.field(default=128, metadata={"help": "of the hidden states"})

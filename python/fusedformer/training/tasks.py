@@ -122,7 +122,12 @@ class _Windows(Task):
         lengths = [len(window) + self.special for window in self._part(not shuffle)]
         given = self.settings
         return LengthBalancedSampler(
-            lengths, given.batch_tokens, num_replicas=1, rank=0, shuffle=shuffle, seed=given.seed,
+            lengths,
+            given.batch_tokens,
+            num_replicas=1,
+            rank=0,
+            shuffle=shuffle,
+            seed=given.seed,
             d_model=given.width,
         )
 
@@ -177,9 +182,15 @@ class MaskedAndNext(_Windows):
         """Sizes of the model."""
         given = self.settings
         return BertConfig(
-            self.vocab_size, given.width, given.layers, given.heads, 4 * given.width,
-            hidden_dropout_prob=given.dropout, attention_probs_dropout_prob=given.dropout,
-            max_position_embeddings=given.length, pad_token_id=PAD,
+            self.vocab_size,
+            given.width,
+            given.layers,
+            given.heads,
+            4 * given.width,
+            hidden_dropout_prob=given.dropout,
+            attention_probs_dropout_prob=given.dropout,
+            max_position_embeddings=given.length,
+            pad_token_id=PAD,
         )
 
     def model(self) -> BertEncoderModel:
@@ -270,8 +281,14 @@ class Causal(_Windows):
         """Sizes of the model."""
         given = self.settings
         return GPTConfig(
-            self.vocab_size, given.length, given.width, given.layers, given.heads,
-            resid_pdrop=given.dropout, embd_pdrop=given.dropout, attn_pdrop=given.dropout,
+            self.vocab_size,
+            given.length,
+            given.width,
+            given.layers,
+            given.heads,
+            resid_pdrop=given.dropout,
+            embd_pdrop=given.dropout,
+            attn_pdrop=given.dropout,
             eos_token_id=SEP,
         )
 

@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"tune: {error}: it needs triton", file=sys.stderr)
         return 2
-    chosen = [
-        (i, w) for i, w in enumerate(workloads()) if re.search(given.case, w.name)
-    ]
+    chosen = [(i, w) for i, w in enumerate(workloads()) if re.search(given.case, w.name)]
     if given.dry_run:
         target = TARGETS[given.target]
         for index, workload in chosen:
@@ -72,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() > deadline:
                 print(f"out of time: {len(chosen) - number + 1} of {len(chosen)} not tuned")
                 break
-            one = search.search(
-                index, target, device, processes=given.processes, deadline=deadline
-            )
+            one = search.search(index, target, device, processes=given.processes, deadline=deadline)
             found.append(one)
             print(f"{number}/{len(chosen)} {line(one)}", flush=True)
             write(out, found, target)
@@ -139,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds in all")
     parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
     parser.add_argument("--dry-run", action="store_true", help="compile and list, run nothing")
-    parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100", "gfx942"),
-                        help="of --dry-run")
+    parser.add_argument(
+        "--target",
+        default="sm_90",
+        choices=("sm_80", "sm_90", "sm_100", "gfx942"),
+        help="of --dry-run",
+    )
     return parser

@@ -92,9 +92,7 @@ def _judge(item: tuple[int, Fields, Target]) -> str:
     return reason_against(workloads()[index], fields, target)
 
 
-def prune(
-    index: int, target: Target, processes: int | None = None
-) -> list[tuple[Fields, str]]:
+def prune(index: int, target: Target, processes: int | None = None) -> list[tuple[Fields, str]]:
     """Each candidate of the workload at ``index``, and why not to try it, if so."""
     candidates = workloads()[index].candidates
     # spawn: a fork would copy torch's threads and its state of the GPU.

@@ -75,8 +75,11 @@ def _attention() -> Iterator[Workload]:
             ("attention_backward", _backward_tiles(dim), _attention_backward),
         ):
             yield Workload(
-                (name, *kind.words), found, shapes,
-                partial(call, heavy=heavy, causal=causal), (1, 2, 320, dim),
+                (name, *kind.words),
+                found,
+                shapes,
+                partial(call, heavy=heavy, causal=causal),
+                (1, 2, 320, dim),
             )
 
 
@@ -85,8 +88,11 @@ def _forward_tiles(dim: int, heavy: bool) -> tuple[Fields, ...]:
     return tuple(
         {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one}
         for m, n, w, s, one in product(
-            (64, 128), (64, 128) if dim < 256 else (32, 64), (4, 8),
-            (2, 3, 4) if small else (1, 2, 3), (False,) if small and not heavy else (False, True),
+            (64, 128),
+            (64, 128) if dim < 256 else (32, 64),
+            (4, 8),
+            (2, 3, 4) if small else (1, 2, 3),
+            (False,) if small and not heavy else (False, True),
         )
     )
 

@@ -23,7 +23,12 @@ from fusedformer.ops.dropout_aten import dropout_aten
 
 
 def attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, *, return_lse: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: AttentionTerms,
+    *,
+    return_lse: bool,
     wide_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`.
@@ -85,8 +90,11 @@ def _padded(
     by_position = terms.slopes is not None or terms.table is not None
     sunk = terms.sinks is not None
     empty = not (query.numel() and key.numel())
-    if terms.softcap is not None or return_lse or (half and by_position) or (
-        sunk and (terms.p or empty)
+    if (
+        terms.softcap is not None
+        or return_lse
+        or (half and by_position)
+        or (sunk and (terms.p or empty))
     ):
         return _explicit(query, key, value, terms, return_lse)[:2]
     keep, added, is_causal = _masks(query, key, terms, may_be_causal=True)
@@ -114,9 +122,7 @@ def _padded(
     return output if mask is None else _without_unseen(output, mask), None
 
 
-def _within_lengths(
-    key: Tensor, value: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _within_lengths(key: Tensor, value: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both with zeros beyond ``lengths``, where anything may be: even a weight of 0 keeps NaN."""
     if lengths is None:
         return key, value

@@ -172,9 +172,15 @@ def self_attention(
     sequences that begin at ``cu_seqlens``.
     """
     terms = AttentionTerms(
-        mask=attn_mask, key_mask=key_mask, starts_q=cu_seqlens_q, starts_k=cu_seqlens_k,
-        p=dropout_p, right=0 if is_causal else None, scale=scale_of(None, qkv),
-        max_queries=max_seqlen_q, max_keys=max_seqlen_k,
+        mask=attn_mask,
+        key_mask=key_mask,
+        starts_q=cu_seqlens_q,
+        starts_k=cu_seqlens_k,
+        p=dropout_p,
+        right=0 if is_causal else None,
+        scale=scale_of(None, qkv),
+        max_queries=max_seqlen_q,
+        max_keys=max_seqlen_k,
     )
     if chosen_backend(qkv) == "torch":
         attend = attention_aten if cu_seqlens_q is None else _packed_aten

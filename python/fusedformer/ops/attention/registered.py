@@ -203,8 +203,14 @@ def self_attention_backward(
 
     found = torch.empty_like(qkv)
     launch(
-        grad, None, *split_heads(qkv), output, statistics, AttentionTerms(*terms),
-        [True] * 3 + [False] * 4, split_heads(found),
+        grad,
+        None,
+        *split_heads(qkv),
+        output,
+        statistics,
+        AttentionTerms(*terms),
+        [True] * 3 + [False] * 4,
+        split_heads(found),
     )
     return found
 
@@ -214,17 +220,13 @@ def _(grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
     return torch.empty_like(qkv)
 
 
-def _self_attention_setup(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
+def _self_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _save(ctx, (inputs[0], *output), inputs[1:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
-def _self_attention_autograd(
-    ctx: Any, grad: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
+def _self_attention_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * (1 + _N_TERMS)
     tensors, terms = _saved(ctx)
@@ -365,9 +367,7 @@ def merge_attention_states_backward(
 def _(
     grad: Tensor, lse_grad: Tensor, output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (
-        t.new_empty(t.shape) for t in (output1, lse1, output2, lse2)
-    )
+    first, second, third, fourth = (t.new_empty(t.shape) for t in (output1, lse1, output2, lse2))
     return first, second, third, fourth
 
 
@@ -376,9 +376,7 @@ def _merge_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Ten
 
 
 def _merge_autograd(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = merge_attention_states_backward(
-        grad, lse_grad, *ctx.saved_tensors
-    )
+    grads: tuple[Tensor, ...] = merge_attention_states_backward(grad, lse_grad, *ctx.saved_tensors)
     return grads
 
 
