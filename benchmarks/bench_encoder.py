@@ -40,7 +40,7 @@ def natural_lengths(count: int, longest: int) -> list[int]:
 
 def passage_lengths(count: int, longest: int) -> list[int]:
     """Lengths of the report's passages in words and signs, cut at ``longest``."""
-    from fusedformer.report.corpus import stdlib_passages
+    from fusedformer.tools.report.corpus import stdlib_passages
 
     words = (re.findall(r"\w+|[^\w\s]", p.text) for p in stdlib_passages(count))
     return [min(len(found) + 2, longest) for found in words]  # and the tokens around a passage

@@ -98,8 +98,8 @@ def _images(batch: int, dtype: torch.dtype, layers: int | None) -> Case:
 
 def _sentences(batch: int, count: int, dtype: torch.dtype) -> list[Case]:
     """Texts to unit vectors: tokenizer, model, mean pooling, normalization; in batches."""
-    from fusedformer.report.corpus import stdlib_passages
-    from fusedformer.report.minilm import MiniLM, MissingExtra
+    from fusedformer.tools.report.corpus import stdlib_passages
+    from fusedformer.tools.report.minilm import MiniLM, MissingExtra
 
     try:
         client = MiniLM()
@@ -125,7 +125,7 @@ def _sentences(batch: int, count: int, dtype: torch.dtype) -> list[Case]:
 
 def _pipeline(case: Case, model: nn.Module, device: torch.device) -> Program:
     from fusedformer.models import sentence_embeddings
-    from fusedformer.report.minilm import hidden_states
+    from fusedformer.tools.report.minilm import hidden_states
 
     client = case.options["client"]
 

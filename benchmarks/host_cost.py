@@ -29,7 +29,7 @@ import torch
 from bench_host import SUITE, eager, fused
 from fusedformer._internal.text import table
 from fusedformer.ops import _registered
-from fusedformer.report.environment import describe
+from fusedformer.tools.environment import describe
 from harness.case import Case, Inputs, Program, Sizes
 from harness.no_driver import kernels_go_nowhere
 

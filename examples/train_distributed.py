@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fusedformer import nn
 from fusedformer.distributed import LengthBalancedSampler
-from fusedformer.report.corpus import stdlib_passages
+from fusedformer.tools.report.corpus import stdlib_passages
 
 UNKNOWN, MASK = 0, 1
 LONGEST = 256

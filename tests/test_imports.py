@@ -42,7 +42,7 @@ ALLOWED = {
         "fusedformer.reference", "fusedformer.testing", "fusedformer.backend", "transformers",
         "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
-    "serving": ("fusedformer.serving", "fusedformer.nn", "fusedformer.parity", *_SHARED),
+    "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
     "_internal": (*_SHARED, "matplotlib"),
     "_version": (),
     "errors": (),
@@ -89,8 +89,8 @@ def test_a_layer_imports_only_what_is_below_it(layer: str) -> None:
     assert not any(found.values()), found
 
 
-# What commands are made of; the library does without.
-TOOLS = ("report", "training", "tune", "compile_report", "bench", "__main__")
+# What commands are made of, under its name and its old ones; the library does without.
+TOOLS = ("tools", "__main__", "report", "training", "tune", "compile_report", "bench")
 
 
 def test_the_library_does_not_import_its_tools() -> None:
@@ -98,6 +98,17 @@ def test_the_library_does_not_import_its_tools() -> None:
     inside = {path for tool in TOOLS for path in files_of(tool)}
     for path in sorted({*LIBRARY.rglob("*.py")} - inside):
         assert not [name for name in imports_of(path.read_text()) if within(name, tools)], path
+
+
+@pytest.mark.parametrize("root", [LIBRARY, KERNELS], ids=lambda root: root.name)
+def test_no_package_imports_what_another_keeps_to_itself(root: Path) -> None:
+    """A module or member whose name begins with ``_`` is its folder's; ``_internal`` is shared."""
+    for path in sorted(root.rglob("*.py")):
+        folder = ".".join((root.name, *path.parent.relative_to(root).parts))
+        for name in imports_of(path.read_text()):
+            above, _, private = name.partition("._")
+            if private and above.startswith(root.name) and above != root.name:
+                assert within(folder, (above,)), f"{path}: {name}"
 
 
 def test_no_file_imports_another_in_a_circle() -> None:

@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedformer import tune
-from fusedformer.tune import search
-from fusedformer.tune.workloads import HALF, Workload, workloads
+from fusedformer.tools import tune
+from fusedformer.tools.tune import search
+from fusedformer.tools.tune.workloads import HALF, Workload, workloads
 from fusedformer_kernels.runtime import configs, tuned
 from fusedformer_kernels.runtime.launch import recorded_launches
 
@@ -113,8 +113,8 @@ def test_every_workload_asks_for_the_key_that_it_tunes() -> None:
 def test_what_spills_or_does_not_fit_is_not_tried() -> None:
     assert torch.version.hip is None
     code = """
-from fusedformer.tune.search import reason_against
-from fusedformer.tune.workloads import workloads
+from fusedformer.tools.tune.search import reason_against
+from fusedformer.tools.tune.workloads import workloads
 from fusedformer_kernels.runtime.configs import TARGETS
 found = {w.name: w for w in workloads()}
 w, sm_90 = found["attention_forward half 128 plain full"], TARGETS["sm_90"]

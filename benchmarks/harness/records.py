@@ -12,7 +12,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fusedformer.tools import environment
 from harness import CHECKOUT
 from harness.counting import Cost
 
@@ -228,16 +228,8 @@ def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"CPU {name}, {torch.get_num_threads()} threads"
+    name = environment.device_name(device)
+    return name if device.type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads"
 
 
 def clocks(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusedformer.tools.measure import peak_memory
 from harness import timing
 from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Suite
 from harness.check import Checker, Verdict, reraise_if_device_is_lost, status_of
@@ -149,7 +150,7 @@ def _time_direction(
                         grads = [torch.randn_like(o) for o in program.outputs(each)]
                 prepared.append(program.call(direction, each, grads))
             prepared[0]()
-            record.peak_memory_bytes = timing.peak_memory(prepared[0], options.device)
+            record.peak_memory_bytes = peak_memory(prepared[0], options.device)
             calls[contender.name] = prepared
         except Exception as error:
             reraise_if_device_is_lost(error)

@@ -213,31 +213,6 @@ def _batched(calls: Sequence[Call], batch: int, lead_us: float) -> tuple[float, 
     return start.elapsed_time(end) * 1e3 / batch, host_us
 
 
-def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes that ``call`` allocates at its peak beyond what was allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    results = getattr(profile.profiler, "kineto_results", None)
-    if results is None:
-        return None
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    now = peak = 0
-    for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def ceilings(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict[str, object]:
     """The two ceilings, measured here and now: a large copy, and a large matrix product.
 

@@ -19,7 +19,13 @@ COMMANDS = {
     "compile-report": "every kernel compiled for GPUs that need not be here",
 }
 
-TRAINING = ("pretrain", "finetune", "fewshot")
+# The modules of commands that are not ``tools.<name>``.
+MODULES = {
+    "pretrain": "tools.training.pretrain",
+    "finetune": "tools.training.finetune",
+    "fewshot": "tools.training.fewshot",
+    "parity": "parity",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(words[:1])  # what follows belongs to the command
     name = arguments.command.replace("-", "_")
-    package = "fusedformer.training." if name in TRAINING else "fusedformer."
-    module = importlib.import_module(package + name)
+    module = importlib.import_module("fusedformer." + MODULES.get(name, f"tools.{name}"))
     status: int = module.main(words[1:])
     return status
 

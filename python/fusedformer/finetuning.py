@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer._internal import checks
-from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import PrefixTuning, PromptTuning
+from fusedformer.models.text import TextModel
 
 __all__ = ["SequenceClassifier", "freeze", "prefix_tuning", "prompt_tuning"]
 

@@ -100,7 +100,7 @@ def test_suite_runs_under_pytest_benchmark() -> None:
 def test_bench_is_a_command_of_the_checkout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusedformer import bench
+    from fusedformer.tools import bench
 
     file = tmp_path / "square.json"
     file.write_text(json.dumps(measured_square()))

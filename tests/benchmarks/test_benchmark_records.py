@@ -191,16 +191,6 @@ def test_order_of_providers_rotates() -> None:
     assert "".join(leads[3:]) in ("abcbcacab", "bcacab", "cbcacab", "bcbcacab")
 
 
-def test_peak_memory_counts_what_lives_at_once() -> None:
-    def call() -> None:
-        first = torch.empty(1000)
-        second = first.clone()
-        del first
-        second.clone()
-
-    assert timing.peak_memory(call, CPU) == 8000
-
-
 @pytest.mark.parametrize("what", ["encoder", "huggingface", "losses", "pretraining"])
 def test_the_results_page_has_the_tables_of_the_result_file(what: str) -> None:
     root = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import fusedformer.distributed  # noqa: F401  which is what registers the rules
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.functional._steps import self_attention
-from fusedformer.nn._masks import AttentionMasks
+from fusedformer.functional.steps import self_attention
+from fusedformer.nn.masks import AttentionMasks
 from fusedformer.testing import compare
 
 WHOLE = Replicate()

@@ -142,8 +142,8 @@ def arguments(name: str) -> dict[str, Tensor]:
 def test_no_encoder_with_static_shapes_reads_on_the_host(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusedformer.functional._selection.check_output_rows", lambda *a: None)
-    monkeypatch.setattr("fusedformer.models._text.check_output_rows", lambda *a: None)
+    monkeypatch.setattr("fusedformer.functional.selection.check_output_rows", lambda *a: None)
+    monkeypatch.setattr("fusedformer.models.text.check_output_rows", lambda *a: None)
     module, given = MODELS[name](), arguments(name)
     with backend("triton"):
         with no_host_reads(), NoDataDependence():

@@ -10,9 +10,9 @@ import torch
 
 import fusedformer
 from fusedformer.models import sentence_embeddings
-from fusedformer.report.corpus import stdlib_passages
-from fusedformer.report.minilm import EXTRAS, WEIGHTS_PACKAGE, MiniLM, hidden_states
 from fusedformer.testing import compare
+from fusedformer.tools.report.corpus import stdlib_passages
+from fusedformer.tools.report.minilm import EXTRAS, WEIGHTS_PACKAGE, MiniLM, hidden_states
 
 missing = [n for n in (*EXTRAS, WEIGHTS_PACKAGE) if importlib.util.find_spec(n) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")

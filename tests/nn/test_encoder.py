@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import nn
-from fusedformer.nn import _masks
+from fusedformer.nn.masks import is_causal_mask
 
 D, H, FF, N, S, LAYERS = 16, 2, 24, 3, 6, 2
 
@@ -182,7 +182,7 @@ def test_alone_or_padded_a_sequence_comes_out_the_same(
     ],
 )
 def test_detection_of_the_causal_mask(reason: str, mask: Tensor | None, found: bool) -> None:
-    assert _masks.is_causal_mask(mask, S) is found
+    assert is_causal_mask(mask, S) is found
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import nn
-from fusedformer.nn import _modules
+from fusedformer.nn.children import fused_activation
 
 D, H, FF, N, S = 16, 2, 24, 2, 6
 
@@ -90,7 +90,7 @@ def test_parity(case: Case, dtype: torch.dtype, assert_module_parity: Callable[.
     assert ours._children_are_plain()
     # The gradient of a ReLU jumps where rounding changes the sign before it, which in bfloat16
     # happens to either side, and to stock not at the same elements.
-    gradients = dtype == torch.float32 or _modules.fused_activation(ours.activation) != "relu"
+    gradients = dtype == torch.float32 or fused_activation(ours.activation) != "relu"
     call, inputs = caller(case.call), {"src": source(case.make)}
     assert_module_parity(ours, stock, call, inputs, dtype, gradients=gradients)
 
@@ -250,7 +250,7 @@ def test_a_plain_layer_calls_no_child_but_the_first_norm(
     ],
 )  # fmt: skip
 def test_recognized_activations(activation: Any, name: str | None) -> None:
-    assert _modules.fused_activation(activation) == name
+    assert fused_activation(activation) == name
 
 
 # Dropout

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.report.measure import peak_memory
 from fusedformer.testing import assert_parity
+from fusedformer.tools.measure import peak_memory
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 op = importlib.import_module("fusedformer.ops.linear_cross_entropy")  # not the function

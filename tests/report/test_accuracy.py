@@ -10,8 +10,8 @@ import torch
 
 import fusedformer
 from fusedformer.models import BertConfig, BertEncoderModel
-from fusedformer.report import accuracy
-from fusedformer.report.minilm import Batch
+from fusedformer.tools.report import accuracy
+from fusedformer.tools.report.minilm import Batch
 
 CONFIG = BertConfig(
     vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=3,

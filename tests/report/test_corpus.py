@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedformer.report.corpus import stdlib_passages
+from fusedformer.tools.report.corpus import stdlib_passages
 
 SOURCE = '''"""A module of some number of words."""
 

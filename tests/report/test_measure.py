@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedformer.report import measure
+from fusedformer.tools import measure
 
 CPU = torch.device("cpu")
 

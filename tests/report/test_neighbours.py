@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedformer.report.neighbours import compare_rankings, similarities
+from fusedformer.tools.report.neighbours import compare_rankings, similarities
 
 
 @pytest.fixture

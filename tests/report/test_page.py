@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusedformer import report
-from fusedformer.report import environment, measure, verdict
 from fusedformer.testing import compare
+from fusedformer.tools import environment, measure, report
+from fusedformer.tools.report import verdict
 
 
 def comparison(name: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_the_page_has_every_section_and_needs_no_other_file(
     result: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    from fusedformer.report import page
+    from fusedformer.tools.report import page
 
     written = page.write(result, tmp_path / "new")
     assert [path.name for path in written] == ["index.html", "report.json"]
@@ -90,7 +90,7 @@ def test_the_page_has_every_section_and_needs_no_other_file(
 
 def test_a_benchmark_file_is_shown_beside_the_fastest_peer(result: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    from fusedformer.report import page
+    from fusedformer.tools.report import page
 
     common = {"suite": "softmax", "case": "rows", "direction": "forward", "dtype": "bfloat16"}
     times = {"fusedformer": 10.0, "eager": 30.0, "compiled": 15.0, "absent": None}
@@ -139,7 +139,7 @@ def test_one_failure_fails_the_report_and_is_named(result: dict[str, Any], fail:
     name = fail(result)
     assert [check.name for check in verdict.checks(result) if not check.passed] == [name]
     if importlib.util.find_spec("matplotlib") is not None:
-        from fusedformer.report import page
+        from fusedformer.tools.report import page
 
         text = page.html(judged(result))
         assert "FAIL: 1 checks" in text
@@ -148,7 +148,7 @@ def test_one_failure_fails_the_report_and_is_named(result: dict[str, Any], fail:
 
 def test_the_terminal_shows_the_same_rows(result: dict[str, Any]) -> None:
     rich = pytest.importorskip("rich.console")
-    from fusedformer.report import terminal
+    from fusedformer.tools.report import terminal
 
     console = rich.Console(width=120, record=True, file=io.StringIO())
     terminal.show(console, result, verdict.checks(result))

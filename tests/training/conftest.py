@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fusedformer import backend
-from fusedformer.training import pretrain
-from fusedformer.training.settings import Settings
-from fusedformer.training.trainer import Trainer
+from fusedformer.tools.training import pretrain
+from fusedformer.tools.training.settings import Settings
+from fusedformer.tools.training.trainer import Trainer
 
 SMALL = dict(
     steps=6, batch_tokens=600, pairs=8, length=48, vocab_size=400, width=32, layers=2, heads=2,

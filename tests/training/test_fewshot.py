@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedformer.training import fewshot
-from fusedformer.training.fewshot import LETTERS, SHOTS, Task
+from fusedformer.tools.training import fewshot
+from fusedformer.tools.training.fewshot import LETTERS, SHOTS, Task
 
 
 def test_prompts_follow_an_assignment_that_is_drawn() -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.training.conftest import PACKAGES, words
 
-from fusedformer.training import finetune, pretrain
-from fusedformer.training.finetune import Labelled
-from fusedformer.training.settings import Settings
-from fusedformer.training.text import CLS, SEP
-from fusedformer.training.trainer import OURS, read_checkpoint
+from fusedformer.tools.training import finetune, pretrain
+from fusedformer.tools.training.finetune import Labelled
+from fusedformer.tools.training.settings import Settings
+from fusedformer.tools.training.text import CLS, SEP
+from fusedformer.tools.training.trainer import OURS, read_checkpoint
 
 
 @pytest.fixture(scope="module", params=["mlm+nsp", "causal", "contrastive"])

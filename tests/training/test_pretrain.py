@@ -17,9 +17,9 @@ import torch
 import transformers
 from tests.training.conftest import words
 
-from fusedformer.training import pretrain, settings
-from fusedformer.training.tasks import TASKS
-from fusedformer.training.trainer import OURS, Trainer, read_checkpoint
+from fusedformer.tools.training import pretrain, settings
+from fusedformer.tools.training.tasks import TASKS
+from fusedformer.tools.training.trainer import OURS, Trainer, read_checkpoint
 
 SECONDS = 120  # after which a process hangs
 

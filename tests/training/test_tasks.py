@@ -12,12 +12,12 @@ import torch
 from tests.training.conftest import SMALL
 
 from fusedformer import nn
-from fusedformer.training import pretrain
-from fusedformer.training.pairs import tfidf_retrieval, words
-from fusedformer.training.settings import Settings
-from fusedformer.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext, padded
-from fusedformer.training.text import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
-from fusedformer.training.trainer import OURS, STOCK, Trainer
+from fusedformer.tools.training import pretrain
+from fusedformer.tools.training.pairs import tfidf_retrieval, words
+from fusedformer.tools.training.settings import Settings
+from fusedformer.tools.training.tasks import TASKS, Causal, Contrastive, MaskedAndNext, padded
+from fusedformer.tools.training.text import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
+from fusedformer.tools.training.trainer import OURS, STOCK, Trainer
 
 Make = Callable[..., Trainer]
 

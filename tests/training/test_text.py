@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedformer.training.text import (
+from fusedformer.tools.training.text import (
     SPECIAL_TOKENS,
     encode,
     read_corpus,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.norm import _store_input_grads, affine
+from fusedformer_kernels.rows.norm import affine, store_input_grads
 from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
@@ -156,7 +156,7 @@ def _embedding_backward(
                 weighted = dy * weight[None, :]
             mean_product = tl.sum(weighted * normed, 1) / n_columns  # [BLOCK_M]
             mean_weighted = tl.sum(weighted, 1) / n_columns
-            _store_input_grads(
+            store_input_grads(
                 normed, weighted, mean_product, mean_weighted, rstd, None, dz_ptr, None, None, p,
                 rows, 0, n_columns, row_valid, 0, BLOCK_N, 1, False, False,
             )

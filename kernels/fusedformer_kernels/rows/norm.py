@@ -210,7 +210,7 @@ def _load_normed_and_grad(
 
 
 @triton.jit
-def _store_input_grads(
+def store_input_grads(
     normed, weighted, mean_product, mean_weighted, rstd, sum_grad_ptr, dz_ptr, dx_ptr, seed_ptr,
     p, rows, first_column, n_columns, row_valid, stride_sum_grad, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, HAS_SUM_GRAD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -263,7 +263,7 @@ def _norm_backward(
         mean_weighted = tl.zeros([BLOCK_M], tl.float32)
         if KIND == _LAYER:
             mean_weighted = tl.sum(weighted, 1) / n_columns
-        dx = _store_input_grads(
+        dx = store_input_grads(
             normed, weighted, mean_product, mean_weighted, rstd, sum_grad_ptr, dz_ptr, dx_ptr,
             seed_ptr, p, rows, 0, n_columns, row_valid, stride_sum_grad, BLOCK_N, KIND,
             HAS_SUM_GRAD, DROPOUT,
@@ -315,7 +315,7 @@ def _norm_backward_long_rows(
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0)
             weighted *= weight.to(tl.float32)[None, :]
-        _store_input_grads(
+        store_input_grads(
             normed, weighted, mean_product, mean_weighted, rstd, sum_grad_ptr, dz_ptr, dx_ptr,
             seed_ptr, p, rows, start, n_columns, row_valid, stride_sum_grad, BLOCK_N, KIND,
             HAS_SUM_GRAD, DROPOUT,

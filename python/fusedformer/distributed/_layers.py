@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fusedformer.distributed._region import Region
 from fusedformer.functional import Selection
-from fusedformer.functional._steps import feed_forward, linear
+from fusedformer.functional.steps import feed_forward, linear
 from fusedformer.nn import (
     TransformerDecoder,
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
 )
-from fusedformer.nn._masks import AttentionMasks
-from fusedformer.nn._modules import block_of, hooks_of
+from fusedformer.nn.children import block_of, hooks_of
+from fusedformer.nn.masks import AttentionMasks
 
 Step = tuple[Tensor, Tensor | None, Tensor]
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from fusedformer._internal.backend import chosen_backend
-from fusedformer.functional._steps import seeds_added_to
+from fusedformer.functional.steps import seeds_added_to
 from fusedformer.nn import MultiheadAttention
 
 

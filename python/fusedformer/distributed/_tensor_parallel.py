@@ -24,8 +24,8 @@ from fusedformer.nn import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
-from fusedformer.nn._modules import is_sharded
-from fusedformer.nn._stacks import is_fused
+from fusedformer.nn.children import is_sharded
+from fusedformer.nn.stacks import is_fused
 
 _LAYERS: dict[type[Any], type[Any]] = {
     TransformerEncoderLayer: ParallelEncoderLayer,

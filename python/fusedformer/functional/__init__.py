@@ -29,10 +29,10 @@ from fusedformer.functional._norm import (
     layer_norm,
     rms_norm,
 )
-from fusedformer.functional._packing import Packing as Packing
-from fusedformer.functional._packing import pack, unpack
-from fusedformer.functional._selection import Selection as Selection
 from fusedformer.functional._softmax import log_softmax, softmax
+from fusedformer.functional.packing import Packing as Packing
+from fusedformer.functional.packing import pack, unpack
+from fusedformer.functional.selection import Selection as Selection
 
 __all__ = [
     "bias_activation",

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from fusedformer import nn as fused
 from fusedformer.fusion._classes import BEFORE, Plan, combined, named
 from fusedformer.fusion._timm import REFUSES, TIMM
-from fusedformer.nn._modules import is_sharded
+from fusedformer.nn.children import is_sharded
 
 _OURS: dict[type[Any], type[Any]] = {
     nn.Softmax: fused.Softmax,

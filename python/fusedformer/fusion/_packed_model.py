@@ -13,7 +13,7 @@ from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._rows import needs_batch
-from fusedformer.nn._stacks import can_pack, packing_of
+from fusedformer.nn.stacks import can_pack, packing_of
 
 _ARGUMENTS = "input_ids", "attention_mask", "position_ids", "inputs_embeds"
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer.functional._steps import FeedForward, feed_forward, linear
+from fusedformer.functional.steps import FeedForward, feed_forward, linear
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.nn import LayerNorm
-from fusedformer.nn._modules import Pending, fused_activation, is_plain, project
-from fusedformer.nn._stacks import can_pack, packing_of
+from fusedformer.nn.children import Pending, fused_activation, is_plain, project
+from fusedformer.nn.stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
 

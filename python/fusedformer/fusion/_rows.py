@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fusedformer.fusion._configs import NAMES, attends, named
-from fusedformer.nn._modules import hooks_of, is_sharded
+from fusedformer.nn.children import hooks_of, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
 _looked_at: dict[Any, bool] = {}  # classes of which hooks and settings do not say all

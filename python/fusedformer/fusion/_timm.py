@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Dropout
 
 from fusedformer import functional, nn
-from fusedformer.nn._modules import is_plain
-from fusedformer.nn._tracers import introduce
+from fusedformer.nn.children import is_plain
+from fusedformer.nn.tracers import introduce
 
 
 class Attention:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer._internal import checks
-from fusedformer.models._huggingface import (
+from fusedformer.models.huggingface import (
     ACTIVATIONS,
     HuggingFaceWeights,
     ModelConfig,
@@ -20,10 +20,10 @@ from fusedformer.models._huggingface import (
     activation_of,
     both,
 )
-from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import embedded
+from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
-from fusedformer.nn._modules import is_plain
+from fusedformer.nn.children import is_plain
 from fusedformer.objectives import IGNORED
 
 Head = Literal["pooler", "mlm", "nsp"]

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer.models._huggingface import (
+from fusedformer.models.huggingface import (
     HuggingFaceWeights,
     ModelConfig,
     Source,
     activation_of,
     both,
 )
-from fusedformer.models._text import TextModel
 from fusedformer.models.prompts import embedded
+from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 
 _LAYER_NAMES = {

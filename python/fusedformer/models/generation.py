@@ -11,11 +11,11 @@ from torch import Generator, Tensor
 from fusedformer import functional
 from fusedformer._internal import checks
 from fusedformer.functional import Packing
-from fusedformer.functional._steps import self_attention
+from fusedformer.functional.steps import self_attention
 from fusedformer.models.prompts import PrefixTuning
 from fusedformer.nn import TransformerEncoder
-from fusedformer.nn._masks import Attend, AttentionMasks
-from fusedformer.nn._stacks import check_is_fused
+from fusedformer.nn.masks import Attend, AttentionMasks
+from fusedformer.nn.stacks import check_is_fused
 from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
 _TOKENS_BETWEEN_LOOKS = 8  # asking whether all sequences have ended waits for the device

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer.models._huggingface import (
+from fusedformer.models.generation import KeyValueCache, generate
+from fusedformer.models.huggingface import (
     HuggingFaceWeights,
     ModelConfig,
     Source,
     activation_of,
     both,
 )
-from fusedformer.models._text import Encoded, TextModel
-from fusedformer.models.generation import KeyValueCache, generate
 from fusedformer.models.prompts import embedded
+from fusedformer.models.text import Encoded, TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.objectives import IGNORED, causal_lm_loss
 

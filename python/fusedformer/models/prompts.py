@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer.nn._masks import Attend, AttentionMasks
+from fusedformer.nn.masks import Attend, AttentionMasks
 
 
 class PromptTuning(nn.Module):

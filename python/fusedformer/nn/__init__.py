@@ -4,7 +4,6 @@ Each subclass of a class of ``torch.nn`` has its constructor, state_dict, initia
 and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.
 """
 
-from fusedformer.nn._tracers import introduce
 from fusedformer.nn.contrastive_loss import ContrastiveLoss, SigmoidContrastiveLoss
 from fusedformer.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from fusedformer.nn.layer_norm import LayerNorm
@@ -18,6 +17,7 @@ from fusedformer.nn.rms_norm import RMSNorm
 from fusedformer.nn.scaled_dot_product_attention import ScaledDotProductAttention
 from fusedformer.nn.softmax import LogSoftmax, Softmax
 from fusedformer.nn.token_embedding import TokenEmbedding
+from fusedformer.nn.tracers import introduce
 from fusedformer.nn.transformer import Transformer
 from fusedformer.nn.transformer_decoder import TransformerDecoder
 from fusedformer.nn.transformer_decoder_layer import TransformerDecoderLayer

@@ -14,8 +14,8 @@ from fusedformer import functional
 from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
-from fusedformer.functional._steps import linear, self_attention
-from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
+from fusedformer.functional.steps import linear, self_attention
+from fusedformer.nn.masks import AttentionMasks, Names, attention_masks, check_sequence
 
 _NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_padding_mask")
 

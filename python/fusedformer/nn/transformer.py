@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusedformer._internal import checks
 from fusedformer.errors import BadValueError
-from fusedformer.nn._masks import check_rank, padded_positions
 from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.masks import check_rank, padded_positions
 from fusedformer.nn.transformer_decoder import TransformerDecoder
 from fusedformer.nn.transformer_decoder_layer import TransformerDecoderLayer
 from fusedformer.nn.transformer_encoder import TransformerEncoder

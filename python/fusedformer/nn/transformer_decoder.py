@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fusedformer import functional
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Packing
-from fusedformer.functional._steps import seeds_drawn_at_once
-from fusedformer.nn._masks import (
+from fusedformer.functional.steps import seeds_drawn_at_once
+from fusedformer.nn.children import Pending, call_packed, must_be_called
+from fusedformer.nn.masks import (
     AttentionMasks,
     Names,
     check_attn_mask,
@@ -19,8 +20,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending, call_packed, must_be_called
-from fusedformer.nn._stacks import (
+from fusedformer.nn.stacks import (
     can_pack,
     check_is_fused,
     check_rows,

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedformer.functional._steps import seeds_drawn_at_once
-from fusedformer.nn._masks import AttentionMasks, Names, attention_masks
-from fusedformer.nn._modules import (
+from fusedformer.functional.steps import seeds_drawn_at_once
+from fusedformer.nn.children import (
     Pending,
     adopt,
     are_plain,
@@ -22,6 +21,7 @@ from fusedformer.nn._modules import (
     project,
 )
 from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
 DROPOUTS = 6  # of the weights of both attentions, and dropout, dropout1, dropout2 and dropout3

@@ -11,9 +11,10 @@ from fusedformer import functional
 from fusedformer._internal.jagged import check_jagged, jagged_like
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
-from fusedformer.functional._selection import check_output_rows
-from fusedformer.functional._steps import seeds_drawn_at_once
-from fusedformer.nn._masks import (
+from fusedformer.functional.selection import check_output_rows
+from fusedformer.functional.steps import seeds_drawn_at_once
+from fusedformer.nn.children import Pending, call_packed, must_be_called
+from fusedformer.nn.masks import (
     Attend,
     AttentionMasks,
     Names,
@@ -22,8 +23,7 @@ from fusedformer.nn._masks import (
     check_rank,
     is_causal_mask,
 )
-from fusedformer.nn._modules import Pending, call_packed, must_be_called
-from fusedformer.nn._stacks import (
+from fusedformer.nn.stacks import (
     can_pack,
     check_is_fused,
     check_rows,

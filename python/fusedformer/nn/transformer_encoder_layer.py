@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.functional import Selection
-from fusedformer.functional._steps import seeds_drawn_at_once
-from fusedformer.nn._masks import AttentionMasks, Names, attention_masks, check_sequence
-from fusedformer.nn._modules import (
+from fusedformer.functional.steps import seeds_drawn_at_once
+from fusedformer.nn.children import (
     Pending,
     adopt,
     are_plain,
@@ -23,6 +22,7 @@ from fusedformer.nn._modules import (
     project,
 )
 from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.masks import AttentionMasks, Names, attention_masks, check_sequence
 from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
 _NAMES = Names("TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer import testing
+from fusedformer._internal.outputs import tensors_of
 
 Called = Callable[..., Any]
 
@@ -60,35 +60,7 @@ class Arguments(NamedTuple):
 
 def call(function: Called, given: Arguments) -> dict[str, Tensor]:
     """The floating-point tensors that are returned, by their place in it."""
-    found: dict[str, Tensor] = {}
-    _collect("output", function(*given.args, **given.kwargs), found)
-    return found
-
-
-def first_tensor(returned: Any) -> Tensor | None:
-    """The first floating-point tensor of what a module returned."""
-    found: dict[str, Tensor] = {}
-    _collect("output", returned, found)
-    return next(iter(found.values()), None)
-
-
-def _collect(name: str, value: Any, found: dict[str, Tensor]) -> None:
-    if isinstance(value, Tensor):
-        if value.is_nested:  # padded with zeros, or the packed rows
-            strided = value.layout == torch.strided
-            value = value.to_padded_tensor(0.0) if strided else value.values()
-        if value.is_floating_point():
-            found[name] = value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(f"{name}.{key}", item, found)
-    elif isinstance(value, (list, tuple)):
-        names = getattr(value, "_fields", range(len(value)))
-        for key, item in zip(names, value, strict=True):
-            _collect(f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]", item, found)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _collect(f"{name}.{field.name}", getattr(value, field.name), found)
+    return tensors_of(function(*given.args, **given.kwargs))
 
 
 def parameters(function: Called) -> dict[str, nn.Parameter]:

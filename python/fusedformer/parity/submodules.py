@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedformer.parity.calls import Arguments, first_tensor
+from fusedformer._internal.outputs import first_tensor
+from fusedformer.parity.calls import Arguments
 
 Seen = dict[str, Tensor]
 

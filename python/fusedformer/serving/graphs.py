@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fusedformer._internal import checks
 from fusedformer.nn import TransformerEncoder
-from fusedformer.nn._stacks import is_batch_first
+from fusedformer.nn.stacks import is_batch_first
 
 Size = tuple[int, int]  # batch, length
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedformer._internal.outputs import first_tensor
+
 Shape = tuple[int, ...]
 
 
@@ -80,8 +82,6 @@ def _made(name: str, value: Any, like: Tensor) -> Any:
 
 
 def _backward(result: Any, parameters: list[nn.Parameter]) -> None:
-    from fusedformer.parity.calls import first_tensor
-
     output = first_tensor(result)
     if output is not None and output.requires_grad and parameters:
         torch.autograd.grad(output, parameters, torch.randn_like(output), allow_unused=True)

@@ -12,15 +12,15 @@ from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.attention.aten import attention_aten
 from fusedformer.ops.attention.registered import (
-    _LEARNED,
-    _N_TERMS,
-    _TERMS,
-    _learned_like,
-    _like,
-    _needs,
-    _save,
-    _saved,
-    _term_gradients,
+    LEARNED,
+    N_TERMS,
+    TERMS,
+    laid_out_like,
+    learned_like,
+    load,
+    needed,
+    save,
+    term_gradients,
 )
 from fusedformer.ops.attention.terms import AttentionTerms
 
@@ -41,7 +41,7 @@ def seeded_aten(given: list[Any], return_lse: bool, wide_lse: bool = False) -> l
 
 @registered(
     "packed_attention_aten",
-    schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {_TERMS}) "
+    schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {TERMS}) "
     "-> (Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten(
@@ -67,7 +67,7 @@ def _(
 @registered(
     "packed_attention_aten_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
-    f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten_backward(
     grad: Tensor | None,
@@ -80,7 +80,7 @@ def packed_attention_aten_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and what is learned; the forward is computed again."""
     given: list[Any] = [query, key, value, *terms]
-    places = [0, 1, 2, *(3 + i for i in _LEARNED)]
+    places = [0, 1, 2, *(3 + i for i in LEARNED)]
     wanted = [place for place, need in zip(places, needs, strict=True) if need]
     for place in wanted:
         given[place] = given[place].detach()
@@ -120,11 +120,11 @@ def _(
     *terms: Any,
 ) -> tuple[Tensor, ...]:
     inputs = zip((query, key, value), needs[:3], strict=True)
-    return (*(_like(t, need) for t, need in inputs), *_learned_like(terms, needs[3:], query))
+    return (*(laid_out_like(t, need) for t, need in inputs), *learned_like(terms, needs[3:], query))
 
 
 def _packed_aten_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs[:3], inputs[4:])
+    save(ctx, inputs[:3], inputs[4:])
     ctx.set_materialize_grads(False)
     if not inputs[3] and output[1] is not None:
         ctx.mark_non_differentiable(output[1])
@@ -134,12 +134,12 @@ def _packed_aten_autograd(
     ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad is None and lse_grad is None:
-        return (None,) * (4 + _N_TERMS)
-    tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 4)
+        return (None,) * (4 + N_TERMS)
+    tensors, terms = load(ctx)
+    first, learned = list(ctx.needs_input_grad[:3]), needed(ctx, 4)
     grads = packed_attention_aten_backward(grad, lse_grad, *tensors, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, *term_gradients(grads[3:], learned))
 
 
 packed_attention_aten.register_autograd(_packed_aten_autograd, setup_context=_packed_aten_setup)

@@ -15,19 +15,19 @@ from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
 
-_TERMS = (
+TERMS = (
     "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "
     "Tensor? sinks, Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, SymInt? left, "
     "SymInt? right, bool align_end, float scale, float? softcap, SymInt max_queries, "
     "SymInt max_keys"
 )
-_N_TERMS = len(AttentionTerms._fields)
-_LEARNED = (0, 3, 4, 5)  # terms that may require a gradient: mask, slopes, table, sinks
+N_TERMS = len(AttentionTerms._fields)
+LEARNED = (0, 3, 4, 5)  # terms that may require a gradient: mask, slopes, table, sinks
 # Those that weights have a gradient for: the sinks' comes by way of the log-sum-exp.
-_OF_WEIGHTS = _LEARNED[:3]
+_OF_WEIGHTS = LEARNED[:3]
 
 
-def _like(tensor: Tensor, wanted: bool) -> Tensor:
+def laid_out_like(tensor: Tensor, wanted: bool) -> Tensor:
     """A gradient as the kernels lay it out: [batch, length, heads, dim] in memory."""
     if not wanted:
         return nothing(tensor)
@@ -35,33 +35,33 @@ def _like(tensor: Tensor, wanted: bool) -> Tensor:
     return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _learned_like(terms: tuple[Any, ...], wanted: list[bool], otherwise: Tensor) -> list[Tensor]:
-    tensors = (terms[i] for i in _LEARNED[: len(wanted)])
+def learned_like(terms: tuple[Any, ...], wanted: list[bool], otherwise: Tensor) -> list[Tensor]:
+    tensors = (terms[i] for i in LEARNED[: len(wanted)])
     return [
         nothing(otherwise) if t is None or not want else t.new_empty(t.shape)
         for t, want in zip(tensors, wanted, strict=True)
     ]
 
 
-def _needs(ctx: Any, first_term: int, learned: tuple[int, ...] = _LEARNED) -> list[bool]:
+def needed(ctx: Any, first_term: int, learned: tuple[int, ...] = LEARNED) -> list[bool]:
     return [bool(ctx.needs_input_grad[first_term + i]) for i in learned]
 
 
-def _term_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+def term_gradients(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
     """Gradients of all terms, from those of the learned ones."""
-    found: list[Tensor | None] = [None] * _N_TERMS
-    for index, grad, need in zip(_LEARNED[: len(needs)], grads, needs, strict=True):
+    found: list[Tensor | None] = [None] * N_TERMS
+    for index, grad, need in zip(LEARNED[: len(needs)], grads, needs, strict=True):
         found[index] = grad if need else None
     return found
 
 
-def _save(ctx: Any, tensors: tuple[Tensor, ...], terms: tuple[Any, ...]) -> None:
+def save(ctx: Any, tensors: tuple[Tensor, ...], terms: tuple[Any, ...]) -> None:
     """Save ``tensors`` and the terms, whose tensors come first."""
     ctx.save_for_backward(*tensors, *terms[:N_TENSORS])
     ctx.n_saved, ctx.numbers = len(tensors), terms[N_TENSORS:]
 
 
-def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def load(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     saved = ctx.saved_tensors
     return saved[: ctx.n_saved], (*saved[ctx.n_saved :], *ctx.numbers)
 
@@ -71,7 +71,7 @@ def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
 
 @registered(
     "attention",
-    schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {_TERMS}) "
+    schema=f"(Tensor query, Tensor key, Tensor value, bool return_lse, {TERMS}) "
     "-> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention(
@@ -99,7 +99,7 @@ def _(
 @registered(
     "attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
-    f"Tensor output, Tensor statistics, bool[] needs, {_TERMS}) "
+    f"Tensor output, Tensor statistics, bool[] needs, {TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_backward(
@@ -134,12 +134,12 @@ def _(
     *terms: Any,
 ) -> tuple[Tensor, ...]:
     inputs = zip((query, key, value), needs[:3], strict=True)
-    return (*(_like(t, need) for t, need in inputs), *_learned_like(terms, needs[3:], query))
+    return (*(laid_out_like(t, need) for t, need in inputs), *learned_like(terms, needs[3:], query))
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, lse, statistics = output
-    _save(ctx, (*inputs[:3], result, statistics), inputs[4:])
+    save(ctx, (*inputs[:3], result, statistics), inputs[4:])
     ctx.set_materialize_grads(False)
     absent = [] if inputs[3] or lse is None else [lse]
     ctx.mark_non_differentiable(statistics, *absent)
@@ -149,12 +149,12 @@ def _attention_autograd(
     ctx: Any, grad: Tensor | None, lse_grad: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     if grad is None and lse_grad is None:
-        return (None,) * (4 + _N_TERMS)
-    tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 4)
+        return (None,) * (4 + N_TERMS)
+    tensors, terms = load(ctx)
+    first, learned = list(ctx.needs_input_grad[:3]), needed(ctx, 4)
     grads = attention_backward(grad, lse_grad, *tensors, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, *term_gradients(grads[3:], learned))
 
 
 attention.register_autograd(_attention_autograd, setup_context=_attention_setup)
@@ -172,7 +172,7 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @registered(
     "self_attention",
-    schema=f"(Tensor qkv, {_TERMS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor qkv, {TERMS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     """(output, statistics) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
@@ -192,7 +192,7 @@ def _(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
 
 @registered(
     "self_attention_backward",
-    schema=f"(Tensor grad, Tensor qkv, Tensor output, Tensor statistics, {_TERMS}) -> Tensor",
+    schema=f"(Tensor grad, Tensor qkv, Tensor output, Tensor statistics, {TERMS}) -> Tensor",
 )  # fmt: skip
 def self_attention_backward(
     grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
@@ -221,16 +221,16 @@ def _(grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
 
 
 def _self_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, (inputs[0], *output), inputs[1:])
+    save(ctx, (inputs[0], *output), inputs[1:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
 def _self_attention_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * (1 + _N_TERMS)
-    tensors, terms = _saved(ctx)
-    return self_attention_backward(grad, *tensors, *terms), *(None,) * _N_TERMS
+        return (None,) * (1 + N_TERMS)
+    tensors, terms = load(ctx)
+    return self_attention_backward(grad, *tensors, *terms), *(None,) * N_TERMS
 
 
 self_attention.register_autograd(_self_attention_autograd, setup_context=_self_attention_setup)
@@ -243,7 +243,7 @@ self_attention_backward.register_autograd(no_double_backward("attention"))
 @registered(
     "attention_weights",
     schema="(Tensor query, Tensor key, Tensor lse, Tensor statistics, bool average, "
-    f"ScalarType dtype, {_TERMS}) -> Tensor",
+    f"ScalarType dtype, {TERMS}) -> Tensor",
 )  # fmt: skip
 def attention_weights(
     query: Tensor,
@@ -282,7 +282,7 @@ def _(
 @registered(
     "attention_weights_backward",
     schema="(Tensor grad, Tensor query, Tensor key, Tensor statistics, bool average, "
-    f"bool[] needs, {_TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_weights_backward(
     grad: Tensor,
@@ -311,21 +311,21 @@ def _(
     *terms: Any,
 ) -> tuple[Tensor, ...]:
     dlse = statistics.new_empty(statistics.shape[1:]) if needs[2] else nothing(query)
-    learned = _learned_like(terms, needs[3:], query)
-    return _like(query, needs[0]), _like(key, needs[1]), dlse, *learned
+    learned = learned_like(terms, needs[3:], query)
+    return laid_out_like(query, needs[0]), laid_out_like(key, needs[1]), dlse, *learned
 
 
 def _weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, _, statistics, ctx.average = inputs[:5]
-    _save(ctx, (query, key, statistics), inputs[6:])
+    save(ctx, (query, key, statistics), inputs[6:])
 
 
 def _weights_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, terms = _saved(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), _needs(ctx, 6, _OF_WEIGHTS)
+    tensors, terms = load(ctx)
+    first, learned = list(ctx.needs_input_grad[:3]), needed(ctx, 6, _OF_WEIGHTS)
     grads = attention_weights_backward(grad, *tensors, ctx.average, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, None, None, *_term_gradients(grads[3:], learned))
+    return (*wanted, None, None, None, *term_gradients(grads[3:], learned))
 
 
 attention_weights.register_autograd(_weights_autograd, setup_context=_weights_setup)

@@ -1,0 +1,261 @@
+"""Padded batches as packed rows: only real tokens, one sequence after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import ops
+from fusedformer._internal import checks
+from fusedformer._internal.onlookers import is_traced, stands_for_many
+from fusedformer.errors import BadTypeError, BadValueError
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a padded batch go; made by :meth:`of`.
+
+    Attributes:
+        cu_seqlens: int32 ``[batch + 1]``: where each sequence begins and ends.
+        max_seqlen: length of the longest sequence, or a bound on it.
+        indices: int64 ``[total]``: for each packed row its position in ``[batch * length]``, -1 for
+            rows behind the last token.
+        inverse: int64 ``[batch * length]``: for each position its packed row, -1 for padding.
+        batch: number of sequences.
+        length: of the padded batch.
+        cu_seqlens_q, cu_seqlens_k: for :func:`varlen_attention`. They are ``cu_seqlens``, and where
+            there are rows behind the last token two sequences more: one has these rows as queries
+            with no keys, the other as keys with no queries. Attention thus gives them zeros,
+            output and gradients, and spends nothing on them.
+        has_tail: whether there may be rows behind the last token.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor
+    inverse: Tensor
+    batch: int
+    length: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    has_tail: bool
+
+    @property
+    def total(self) -> int:
+        """Number of packed rows: of real tokens, and of zeros behind them if any were asked for."""
+        return self.indices.shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is known to be padding, so that packing moves nothing."""
+        return self.total == self.batch * self.length and not self.has_tail
+
+    @staticmethod
+    def of(
+        keep: Tensor,
+        lengths: Sequence[int] | None = None,
+        *,
+        static_shapes: bool = False,
+        multiple_of: int = 1,
+    ) -> Packing:
+        """The packing of a padded batch with real tokens where ``keep`` is True, in any pattern.
+
+        Args:
+            keep: boolean ``[batch, length]``.
+            lengths: the number of real tokens of each sequence, where it is known on the host.
+                Without it, tensors on a GPU are waited for once.
+            static_shapes: packed tensors have ``batch * length`` rows, tokens first and zeros
+                behind them. Nothing is waited for, and a CUDA graph can capture it all.
+            multiple_of: round the number of packed rows up, with rows of zeros. oneDNN's products
+                are a tenth faster on multiples of 16.
+
+        Raises:
+            TypeError: ``keep`` is not a boolean tensor.
+            ValueError: ``keep`` is not 2-D; not as many ``lengths`` as sequences, or both
+                ``lengths`` and ``static_shapes``; ``multiple_of`` is not positive.
+            RuntimeError: neither is given while ``keep`` is traced (``torch.jit.trace``,
+                ``make_fx``), or mapped by ``torch.vmap``: what would be packed is an example's.
+        """
+        _check_keep(keep, lengths, static_shapes)
+        if multiple_of < 1:
+            raise BadValueError(
+                f"Packing.of(): expected 'multiple_of' to be positive, but got {multiple_of}"
+            )
+        if static_shapes:
+            return _static_packing(keep)
+        if lengths is None:
+            _check_known(keep)
+        batch = keep.shape[0]
+        counts = keep.sum(1)
+        if lengths is not None:
+            total, longest = sum(lengths), max(lengths, default=0)
+        elif batch:
+            total, longest = torch.stack((counts.sum(), counts.max())).tolist()
+        else:
+            total, longest = 0, 0
+        return packing_from_counts(keep, counts, total, longest, multiple_of)
+
+
+def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
+    function = "Packing.of"
+    checks.check_tensor(function, "keep", keep)
+    if keep.dtype != torch.bool:
+        raise BadTypeError(
+            f"{function}(): expected 'keep' to be boolean (True = real), but got {keep.dtype}"
+        )
+    if keep.dim() != 2:
+        raise BadValueError(
+            f"{function}(): expected 'keep' to have shape [batch, length], "
+            f"but got {tuple(keep.shape)}"
+        )
+    if lengths is None:
+        return
+    if static_shapes:
+        raise BadValueError(
+            f"{function}(): expected no 'lengths' with static_shapes=True, which does without "
+            f"them, but got {len(lengths)}"
+        )
+    if len(lengths) != keep.shape[0]:
+        raise BadValueError(
+            f"{function}(): expected 'lengths' to have {keep.shape[0]} entries, one for each "
+            f"sequence, but got {len(lengths)}"
+        )
+
+
+def _check_known(keep: Tensor) -> None:
+    if torch.compiler.is_compiling():  # which breaks the graph
+        return
+    if is_traced() or stands_for_many(keep):
+        raise RuntimeError(
+            "Packing.of(): expected 'static_shapes=True' or 'lengths' while 'keep' is traced or "
+            "mapped by torch.vmap, where the number of its tokens is an example's"
+        )
+
+
+def packing_from_counts(
+    keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
+) -> Packing:
+    """From what the host knows of ``keep``."""
+    rows = -(-total // multiple_of) * multiple_of
+    flat = keep.flatten()
+    starts = starts_of(counts)
+    indices = torch.nonzero_static(flat, size=rows, fill_value=-1).flatten()
+    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
+    if rows == total:
+        return Packing(starts, longest, indices, inverse, *_sizes(keep), starts, starts, False)
+    longest = max(longest, rows - total)
+    return Packing(
+        starts, longest, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
+    )
+
+
+def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
+    """Of a batch without padding; the sizes may be symbols of a compiler."""
+    positions = torch.arange(batch * length, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    starts = ops.shared_by_layers(starts)
+    return Packing(starts, length, positions, positions, batch, length, starts, starts, False)
+
+
+def _static_packing(keep: Tensor) -> Packing:
+    flat, starts = keep.flatten(), starts_of(keep.sum(1))
+    rows = flat.shape[0]
+    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
+    positions = torch.arange(rows, device=keep.device)
+    indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
+    indices = indices.scatter(0, torch.where(flat, inverse, rows), positions)[:rows]
+    return Packing(
+        starts, rows, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
+    )
+
+
+def _starts_and_tail(starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``cu_seqlens_q`` and ``cu_seqlens_k`` of ``rows`` rows, more than the sequences have."""
+    end = starts.new_full((1,), rows)
+    queries, keys = torch.cat((starts, end, end)), torch.cat((starts, starts[-1:], end))
+    return ops.shared_by_layers(queries), ops.shared_by_layers(keys)
+
+
+def with_empty_tail(starts: Tensor) -> Tensor:
+    """With two empty sequences, beside those of rows behind the last token of another tensor."""
+    return torch.cat((starts, starts[-1:], starts[-1:]))
+
+
+def _sizes(keep: Tensor) -> tuple[int, int]:
+    batch, length = keep.shape
+    return batch, length
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    return ops.shared_by_layers(F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
+
+
+def pack(input: Tensor, packing: Packing) -> Tensor:
+    """The real tokens of a padded batch, one sequence after another; differentiable.
+
+    Args:
+        input: ``[batch, length, *]``.
+        packing: of a batch of that size.
+
+    Returns:
+        ``[total, *]``, contiguous; zeros in rows behind the last token. A view of ``input`` where
+        nothing is padding.
+
+    Raises:
+        TypeError: ``input`` is not a floating-point tensor.
+        ValueError: ``input`` is not of the packing's batch and length, or on another device.
+
+    Source: Zeng et al., Boosting Distributed Training Performance of the Unpadded BERT Model,
+    arXiv:2208.08124.
+    """
+    _check("pack", input, packing, (packing.batch, packing.length), "batch, length")
+    rows = input.flatten(0, 1)
+    if packing.is_whole:
+        return rows.contiguous()
+    packed = ops.gather_rows(
+        rows.flatten(1), packing.indices, packing.inverse, holes=packing.has_tail, unused=True
+    )
+    return packed.reshape(packing.total, *input.shape[2:])
+
+
+def unpack(input: Tensor, packing: Packing) -> Tensor:
+    """The inverse of :func:`pack`, with zeros where there is no token; differentiable.
+
+    Args:
+        input: ``[total, *]``.
+        packing: with that many tokens.
+
+    Returns:
+        ``[batch, length, *]``, contiguous.
+
+    Raises:
+        TypeError: ``input`` is not a floating-point tensor.
+        ValueError: ``input`` has not as many rows as the packing, or is on another device.
+    """
+    _check("unpack", input, packing, (packing.total,), "total")
+    if packing.is_whole:
+        return torch.unflatten(input.contiguous(), 0, (packing.batch, packing.length))
+    rows = ops.gather_rows(
+        input.flatten(1),
+        packing.inverse,
+        packing.indices,
+        holes=True,
+        unused=packing.has_tail,
+    )
+    return rows.reshape(packing.batch, packing.length, *input.shape[1:])
+
+
+def _check(
+    function: str, input: Tensor, packing: Packing, leading: tuple[int, ...], of: str
+) -> None:
+    checks.check_tensor(function, "input", input)
+    checks.check_floating(function, "input", input)
+    if tuple(input.shape[: len(leading)]) != leading or input.dim() <= len(leading):
+        raise BadValueError(
+            f"{function}(): expected 'input' to have shape {leading} ({of}) and more, "
+            f"but got {tuple(input.shape)}"
+        )
+    checks.check_same_device(function, {"input": input, "packing": packing.indices})

@@ -1,0 +1,179 @@
+"""The search: prune by what the compiler says, check each that is left, time those that pass."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusedformer.testing import compare
+from fusedformer.tools.tune.workloads import HALF, Call, Workload, workloads
+from fusedformer_kernels.runtime.configs import Target, assume_target
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.tuned import Fields, forced
+
+
+@dataclass
+class Found:
+    """What came of one workload.
+
+    Attributes:
+        name: the key's words.
+        best: the fields to use, empty where the default is the fastest.
+        speedup: of ``best`` over the default, the geometric mean over the shapes.
+        times_us: by shape the medians of the default and of ``best``.
+        tried, pruned, wrong: numbers of candidates: timed, left out by the compiler's report, and
+            left out because their results were further from the truth than the default's.
+    """
+
+    name: str
+    best: Fields = field(default_factory=dict)
+    speedup: float = 1.0
+    times_us: dict[str, tuple[float, float]] = field(default_factory=dict)
+    tried: int = 0
+    pruned: int = 0
+    wrong: int = 0
+
+
+def reason_against(workload: Workload, fields: Fields | None, target: Target) -> str:
+    """Why a candidate will not be tried on ``target``, or "": compiled ahead, run nowhere.
+
+    ``None`` stands for the default.
+    """
+    from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+
+    size = next(iter(workload.shapes.values()))
+    for launch in _launches(workload, fields, size, target):
+        if launch.config.num_warps * 32 > 1024:
+            return "more than 1024 threads"
+        try:
+            compiled = compile_launch(launch, target)
+        except Exception as error:  # a compiler may raise anything
+            return f"does not compile: {type(error).__name__}"
+        if compiled.spills:
+            return f"{compiled.spills} spills in {launch.name}"
+        if compiled.shared_bytes > target.shared_memory:
+            return f"{compiled.shared_bytes} bytes of shared memory in {launch.name}"
+    return ""
+
+
+def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> float:
+    """Microseconds that the machine code for sm_90 promises, summed over the shapes."""
+    from fusedformer_kernels.compiler.ahead_of_time import compile_launch
+    from fusedformer_kernels.compiler.prediction import predict
+
+    total = 0.0
+    for size in workload.shapes.values():
+        for launch in _launches(workload, fields, size, target):
+            total += predict(launch, compile_launch(launch, target)).microseconds
+    return total
+
+
+def _launches(
+    workload: Workload, fields: Fields | None, size: tuple[int, ...], target: Target
+) -> list[Launch]:
+    """What a call at ``size`` launches with these fields, those of making its inputs left out."""
+    with assume_target(target), recorded_launches(run=False) as launches:
+        call = workload.make(size, torch.device("meta"), HALF)
+        launches.clear()
+        with forced(workload.key, fields or {}):
+            call()
+    return launches
+
+
+def _judge(item: tuple[int, Fields, Target]) -> str:
+    index, fields, target = item
+    return reason_against(workloads()[index], fields, target)
+
+
+def prune(index: int, target: Target, processes: int | None = None) -> list[tuple[Fields, str]]:
+    """Each candidate of the workload at ``index``, and why not to try it, if so."""
+    candidates = workloads()[index].candidates
+    # spawn: a fork would copy torch's threads and its state of the GPU.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes or os.cpu_count()) as pool:
+        work = [(index, fields, target) for fields in candidates]
+        reasons = pool.map(_judge, work, chunksize=4)
+    return list(zip(candidates, reasons, strict=True))
+
+
+def fault_of(workload: Workload, fields: Fields, device: torch.device) -> str:
+    """What the criterion of parity finds in a candidate's results, or "".
+
+    The default is the baseline, and the truth the same kernels on the same numbers in float32,
+    whose configs are other ones.
+    """
+    call = workload.make(workload.small, device, HALF)
+    truth = workload.make(workload.small, device, torch.float32)()
+    wanted = call()
+    with forced(workload.key, fields):
+        found = call()
+    for i, (one, stock, true) in enumerate(zip(found, wanted, truth, strict=True)):
+        if one is not None and stock is not None and true is not None:
+            fault = compare(f"result {i}", one, stock, true.double()).fault
+            if fault:
+                return fault
+    return ""
+
+
+def median_us(call: Call) -> float:
+    """By CUDA events, with the L2 cache flushed between calls."""
+    from triton.testing import do_bench
+
+    median: Any = do_bench(call, warmup=10, rep=40, return_mode="median")
+    return 1e3 * float(median)
+
+
+def search(
+    index: int,
+    target: Target,
+    device: torch.device,
+    *,
+    timer: Callable[[Call], float] = median_us,
+    processes: int | None = None,
+    deadline: float = math.inf,
+    least: float = 1.02,
+) -> Found:
+    """The fastest right config of the workload at ``index``.
+
+    Args:
+        index: into :func:`workloads`.
+        target: of ``device``.
+        device: where candidates run.
+        timer: microseconds of a call.
+        processes: compilers at once.
+        deadline: by time.monotonic(): no candidate is timed after it.
+        least: speed-up below which the default stays.
+    """
+    workload = workloads()[index]
+    found = Found(workload.name)
+    candidates = []
+    for fields, reason in prune(index, target, processes):
+        if reason:
+            found.pruned += 1
+        elif fault_of(workload, fields, device):
+            found.wrong += 1
+        else:
+            candidates.append(fields)
+    calls = {name: workload.make(size, device, HALF) for name, size in workload.shapes.items()}
+    default = {name: timer(call) for name, call in calls.items()}
+    for fields in candidates:
+        if time.monotonic() > deadline:
+            break
+        found.tried += 1
+        with forced(workload.key, fields):
+            times = {name: timer(call) for name, call in calls.items()}
+        gains = [math.log(default[name] / times[name]) for name in calls]
+        speedup = math.exp(sum(gains) / len(gains))
+        if speedup > max(least, found.speedup):
+            found.best, found.speedup = fields, speedup
+            found.times_us = {name: (default[name], times[name]) for name in calls}
+    if not found.times_us:
+        found.times_us = {name: (t, t) for name, t in default.items()}
+    return found
