@@ -60,6 +60,18 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _launch_plans_hold_everything() -> Iterator[None]:
+    """No launcher does what a plan of its launches would leave out."""
+    if not INTERPRETED:
+        yield
+        return
+    from fusedformer_kernels.runtime import plans
+
+    with plans.verified():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _interpreter() -> Iterator[None]:
     with thrifty_interpreter() if INTERPRETED else contextlib.nullcontext():
         yield

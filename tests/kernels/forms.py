@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from fusedformer_kernels.attention.arguments import AttentionTerms
 from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import ahead_of_time, compile_cases
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.runtime import primitives

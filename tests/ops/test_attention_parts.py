@@ -63,8 +63,9 @@ def test_structured_masks(name: str, causal: bool, device: str) -> None:
 
 def test_empty_tiles_are_not_walked_and_full_ones_do_not_read_the_mask(device: str) -> None:
     """Tiles with a True are listed; NaN in keys that only empty tiles hold does no harm."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms, attention_arguments
+    from fusedformer_kernels.attention.arguments import attention_arguments
     from fusedformer_kernels.attention.mask_tiles import mask_tiles
+    from fusedformer_kernels.attention.terms import AttentionTerms
 
     mask = torch.zeros(1, 1, 130, 200, dtype=torch.bool, device=device)
     mask[..., :64, 64:128] = True  # full in the first row of blocks
@@ -94,8 +95,9 @@ def test_empty_tiles_are_not_walked_and_full_ones_do_not_read_the_mask(device: s
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 70), (1, 3, 1, 70), (1, 1, 50, 1)], ids=str)
 def test_a_mask_that_broadcasts_is_listed_once(shape: tuple[int, ...], device: str) -> None:
-    from fusedformer_kernels.attention.arguments import AttentionTerms, attention_arguments
+    from fusedformer_kernels.attention.arguments import attention_arguments
     from fusedformer_kernels.attention.mask_tiles import mask_tiles
+    from fusedformer_kernels.attention.terms import AttentionTerms
 
     mask = torch.rand(shape, device=device) > 0.5
     query, key = torch.randn(2, 3, 50, 16, device=device), torch.randn(2, 3, 70, 16, device=device)
@@ -243,7 +245,7 @@ def test_weights_are_those_that_made_the_output(kind: Any, dropout: float, devic
 
 
 def test_averaged_weights_take_no_more_memory_than_they_are(device: str) -> None:
-    from fusedformer_kernels.attention.arguments import AttentionTerms
+    from fusedformer_kernels.attention.terms import AttentionTerms
     from fusedformer_kernels.attention.weights import attention_weights
 
     query, key, _ = (t.detach() for t in qkv(64, 128, device, heads=8).values())
@@ -365,9 +367,9 @@ MEMORY: dict[str, Callable[[int, str], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_grows_linearly(name: str, queries: str, device: str) -> None:
     """All that forward and backward allocate, at lengths of which one is four times the other."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.backward import attention_backward
     from fusedformer_kernels.attention.forward import attention_forward
+    from fusedformer_kernels.attention.terms import AttentionTerms
 
     used = []
     for length in (4096, 16384):

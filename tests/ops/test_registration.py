@@ -358,9 +358,3 @@ def test_every_registered_op_is_checked() -> None:
         if name.startswith("fusedformer::")
     }
     assert registered == {name for name, _ in CASES.values()}
-
-
-def test_the_kernels_know_the_terms_by_the_same_names() -> None:
-    from fusedformer_kernels.attention import arguments as attention_arguments
-
-    assert attention_arguments.AttentionTerms._fields == AttentionTerms._fields

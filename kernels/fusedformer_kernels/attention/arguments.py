@@ -9,30 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.strided import contiguous_vector
-
-
-class AttentionTerms(NamedTuple):
-    """What scores depend on besides queries and keys: see ``fusedformer.ops.attention.terms``."""
-
-    mask: torch.Tensor | None = None
-    key_mask: torch.Tensor | None = None
-    key_lengths: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None
-    table: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    starts_q: torch.Tensor | None = None
-    starts_k: torch.Tensor | None = None
-    seed: torch.Tensor | None = None
-    p: float = 0.0
-    left: int | None = None
-    right: int | None = None
-    align_end: bool = False
-    scale: float = 1.0
-    softcap: float | None = None
-    max_queries: int = 0
-    max_keys: int = 0
 
 
 class Sizes(NamedTuple):
@@ -135,7 +114,7 @@ class AttentionArguments:
 def attention_arguments(
     query: torch.Tensor, key: torch.Tensor, value_dim: int, terms: AttentionTerms
 ) -> AttentionArguments:
-    """Arguments of one call; tensors as ``AttentionTerms`` of the library documents them."""
+    """Arguments of one call; tensors as :class:`AttentionTerms` documents them."""
     packed = terms.starts_q is not None
     sequences = terms.starts_q.numel() - 1 if terms.starts_q is not None else query.shape[0]
     mask, slopes, table = terms.mask, terms.slopes, terms.table

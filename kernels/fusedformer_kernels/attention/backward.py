@@ -19,7 +19,6 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
-    AttentionTerms,
     attention_arguments,
     layout_of,
 )
@@ -28,6 +27,7 @@ from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.position_gradient import attention_position_gradients
 from fusedformer_kernels.attention.schedule import work_list
 from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
@@ -47,6 +47,7 @@ from fusedformer_kernels.attention.tiles import (
 )
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned, unplanned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
@@ -340,6 +341,7 @@ def _attention_backward_queries(
         tl.store(row_pointer(dlse_ptr, sizes, place, lse_rows) + rows, -row_sum, mask=row_valid)
 
 
+@planned
 def attention_backward(
     grad: torch.Tensor | None,
     lse_grad: torch.Tensor | None,
@@ -360,6 +362,7 @@ def attention_backward(
     """
     batch, heads, n_rows, _ = query.shape
     if grad is None:
+        unplanned()
         grad = torch.zeros_like(output)
     delta = torch.empty_like(statistics[0])
     if delta.numel():
@@ -415,6 +418,7 @@ def score_gradients_of(
     value_dim = query.shape[3] if value is None else value.shape[3]
     arguments = attention_arguments(query, key, value_dim, terms)
     if statistics.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
+        unplanned()
         wanted = zip((mask, slopes, table), needs[3:], strict=True)
         zeros = [None if t is None or not need else torch.zeros_like(t) for t, need in wanted]
         first = [None if g is None else g.zero_() for g in (dq, dk, dv)]

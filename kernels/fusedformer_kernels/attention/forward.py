@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
-    AttentionTerms,
     attention_arguments,
     layout_of,
 )
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.merge import merge_splits
 from fusedformer_kernels.attention.schedule import work_list
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     load_tile,
@@ -44,6 +44,7 @@ from fusedformer_kernels.attention.tiles import (
 )
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned, unplanned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
@@ -164,12 +165,12 @@ def _attention_forward(
     store(o_rows[:, None] + dims[None, :], o, row_valid[:, None] & (dims < VALUE_DIM)[None, :])
 
 
+@planned
 def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     terms: AttentionTerms,
-    *,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(output [B, H, L, Ev], log-sum-exp float32 [B, H, L] if asked for, statistics [2, B, H, L]).
@@ -192,6 +193,7 @@ def attention_forward(
         return output, lse, statistics
     arguments = attention_arguments(query, key, value_dim, terms)
     if arguments.sequences == 0 or arguments.max_queries == 0:
+        unplanned()
         statistics[0] = -torch.inf
         statistics[1] = 1.0
         return output.zero_(), None if lse is None else lse.fill_(-torch.inf), statistics

@@ -25,6 +25,7 @@ from fusedformer_kernels.attention.tiles import (
 )
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, fma, row_offsets, store
 from fusedformer_kernels.runtime.strided import collapsed
 
@@ -182,6 +183,7 @@ def _merge_states_backward(
     tl.store(dlse2_ptr + rows, weight2 * (lse_grad - weight1 * apart), mask=row_valid)
 
 
+@planned
 def merge_states(
     output1: torch.Tensor, lse1: torch.Tensor, output2: torch.Tensor, lse2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,6 +203,7 @@ def merge_states(
     return output, lse
 
 
+@planned
 def merge_states_backward(
     grad: torch.Tensor,
     lse_grad: torch.Tensor,

@@ -32,6 +32,7 @@ from fusedformer_kernels.attention.tiles import (
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import unplanned
 from fusedformer_kernels.runtime.primitives import COUNTS
 
 
@@ -159,6 +160,7 @@ def attention_position_gradients(
         rest = (lse_grad, tensors, layouts, arguments, target)
         dslopes, _ = attention_position_gradients(slopes, None, *rest)
         return dslopes, attention_position_gradients(None, table, *rest)[1]
+    unplanned()  # sums are zeroed first, and cast
     config = configs.attention_mask_gradient_config(arguments.kind, target)
     sequences, heads = arguments.sequences, arguments.sizes.heads
     blocks = configs.ceil_div(arguments.max_queries, config.block_m)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import step
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
@@ -60,6 +61,7 @@ def _list_work(
         tl.store(entry + 1, number, mask=valid)
 
 
+@step
 def work_list(
     starts: torch.Tensor,
     other_starts: torch.Tensor,

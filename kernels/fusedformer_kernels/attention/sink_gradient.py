@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.attention.arguments import AttentionTerms, scores_are_scaled
+from fusedformer_kernels.attention.arguments import scores_are_scaled
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import load_row_terms, sink_of, taken_by_sink
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import unplanned
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
@@ -58,6 +60,7 @@ def attention_sink_gradient(
         return None
     batch, heads, n_rows = delta.shape
     if delta.numel() == 0:
+        unplanned()
         return torch.zeros_like(sinks)
     target = configs.target_of(delta.device)
     shares = min(

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
-    AttentionTerms,
     attention_arguments,
     layout_of,
 )
 from fusedformer_kernels.attention.backward import score_gradients_of
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
@@ -32,6 +32,7 @@ from fusedformer_kernels.attention.tiles import (
 )
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     dot,
@@ -90,6 +91,7 @@ def _attention_weights(
     store(w_ptr + offsets, total / members, valid)
 
 
+@planned
 def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -119,6 +121,7 @@ def attention_weights(
     return weights
 
 
+@planned
 def attention_weights_backward(
     grad: torch.Tensor,
     query: torch.Tensor,

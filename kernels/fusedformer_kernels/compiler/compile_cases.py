@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fusedformer_kernels.attention.arguments import AttentionTerms
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.merge import merge_states, merge_states_backward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.rows import contrastive
 from fusedformer_kernels.rows.activation import (

@@ -16,6 +16,7 @@ import triton.language as tl
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LOG2_E,
@@ -169,6 +170,7 @@ def _bias_activation_backward(
         tl.store(partials_ptr + row + columns, tl.sum(dbias, 0), mask=in_row)
 
 
+@planned
 def bias_activation_forward(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -195,6 +197,7 @@ def bias_activation_forward(
     return y
 
 
+@planned
 def bias_activation_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

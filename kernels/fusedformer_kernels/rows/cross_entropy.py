@@ -24,6 +24,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LN_2,
@@ -207,6 +208,7 @@ def _cross_entropy_gradient(
     store(dx_ptr + offsets * stride_dx + columns, dx, valid)
 
 
+@planned
 def cross_entropy_rows(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -241,7 +243,7 @@ def cross_entropy_rows(
     statistics = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
     if n_rows:
         (view,), _ = collapsed([x])
-        target, weight = target.contiguous(), contiguous_vector(weight)
+        target, weight = contiguous_vector(target), contiguous_vector(weight)
         config = _tile(n_columns, x.device)
         launch(
             _cross_entropy_rows, (configs.ceil_div(n_rows, config.block_m),), config,
@@ -256,6 +258,7 @@ def cross_entropy_rows(
     return losses, statistics
 
 
+@planned
 def cross_entropy_gradient(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -280,7 +283,7 @@ def cross_entropy_gradient(
     if not n_rows:
         return dx
     (view,), _ = collapsed([x])
-    target, weight = target.contiguous(), contiguous_vector(weight)
+    target, weight = contiguous_vector(target), contiguous_vector(weight)
     config = _tile(n_columns, x.device)
     blocks = configs.ceil_div(n_rows, config.block_m)
     blocks *= configs.ceil_div(n_columns, config.block_n)

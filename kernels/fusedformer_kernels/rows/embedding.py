@@ -23,6 +23,7 @@ from fusedformer_kernels.rows.norm import affine, store_input_grads
 from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
 from fusedformer_kernels.runtime.strided import rows_of
 
@@ -170,6 +171,7 @@ def _embedding_backward(
     )
 
 
+@planned
 def embedding_forward(
     tables: Tables,
     weight: torch.Tensor | None,
@@ -196,6 +198,7 @@ def embedding_forward(
     return y, mean, rstd
 
 
+@planned
 def embedding_backward(
     dy: torch.Tensor,
     tables: Tables,

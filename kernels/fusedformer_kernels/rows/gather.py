@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS
 
 
@@ -34,6 +35,7 @@ def _gather_rows(
     tl.store(y_ptr + y_offsets, x, mask=valid)
 
 
+@planned
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of ``x`` [N, D] in the order of ``index`` [M] as a contiguous [M, D]; 0 where < 0."""
     n_rows, n_columns = index.shape[0], x.shape[1]

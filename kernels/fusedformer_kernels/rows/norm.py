@@ -23,6 +23,7 @@ import triton.language as tl
 from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
@@ -355,6 +356,7 @@ def _norm_backward_long_columns(
     )
 
 
+@planned
 def norm_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -406,6 +408,7 @@ def norm_forward(
     return y, z, mean, rstd
 
 
+@planned
 def norm_backward(
     dy: torch.Tensor | None,
     sum_grad: torch.Tensor | None,

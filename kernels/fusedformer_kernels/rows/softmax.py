@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LN_2,
@@ -176,6 +177,7 @@ def _softmax_backward(
             store(dx_rows + columns + start, ds * scale, valid)
 
 
+@planned
 def softmax_forward(
     x: torch.Tensor,
     mask: torch.Tensor | None,
@@ -215,6 +217,7 @@ def softmax_forward(
     return y
 
 
+@planned
 def softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> torch.Tensor:

@@ -147,9 +147,18 @@ def row_programs(row_blocks: int, target: Target) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of float32 products: torch's own setting for matrix products."""
-    # Read by the name that torch's newer settings do not forbid.
-    narrow = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    narrow = dtype == torch.float32 and precision_of_products() == "tf32"
     return "tf32" if narrow else "ieee"
+
+
+def precision_of_products() -> str:
+    """What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul")
+
+
+def assumed_target() -> Target | None:
+    """What :func:`assume_target` says."""
+    return _assumed
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,8 +32,55 @@ class Launch:
         return str(self.kernel.__name__)
 
 
+class Compiled(NamedTuple):
+    """How to enqueue a kernel that is compiled."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    owners: tuple[Any, ...]  # which live as long as this
+
+
 _replacement: Callable[[Launch], None] | None = None
 _observer: Callable[[Launch], None] | None = None
+
+
+class _Recording(threading.local):
+    recorder: Any = None  # a recording.Recorder, in the thread whose launcher is recorded
+
+
+_recording = _Recording()
+
+
+def recorder() -> Any:
+    """Who notes the launches of this thread, or None."""
+    return _recording.recorder
+
+
+@contextlib.contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Have ``recorder`` note the launches of this thread; None for nobody."""
+    previous, _recording.recorder = _recording.recorder, recorder
+    try:
+        yield
+    finally:
+        _recording.recorder = previous
+
+
+def is_observed() -> bool:
+    """Whether somebody wants to see every launch."""
+    return _observer is not None or _replacement is not None or _is_watched()
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether ``kernel`` runs in Triton's interpreter."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that launches on ``device`` go to."""
+    stream: int = driver.active.get_current_stream(device.index or 0)
+    return stream
 
 
 def launch(
@@ -51,13 +99,26 @@ def launch(
         if _replacement is not None:
             _replacement(record)
             return
+    noted = _recording.recorder
+    if noted is not None:
+        with recording(None):
+            compiled = _run(kernel, grid, config, args, constants)
+        noted.launched(kernel, grid, config, args, constants, compiled)
+    else:
+        _run(kernel, grid, config, args, constants)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], config: LaunchConfig, args: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> Compiled | None:  # fmt: skip
+    """Enqueue a kernel; how it can be enqueued again, or None."""
     kinds: list[Any] = []
     device = _append_kinds(args, kinds, _counts_of(kernel))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, config, device, kinds, args, constants)
-    else:
-        _launch(kernel, grid, config, device, kinds, args, constants)
+            return _launch(kernel, grid, config, device, kinds, args, constants)
+    return _launch(kernel, grid, config, device, kinds, args, constants)
 
 
 def _launch(
@@ -68,15 +129,16 @@ def _launch(
     kinds: list[Any],
     args: tuple[Any, ...],
     constants: dict[str, Any],
-) -> None:
+) -> Compiled | None:
     key = (id(kernel), config, device, *kinds, *constants, *constants.values())
     known = _compiled.get(key)
     if known is None or _is_watched():
         compiled = kernel[grid](*args, **constants, **config.options())
         if _IS_KNOWN and type(compiled) is CompiledKernel and not _is_instrumented():
             run = compiled.run, compiled.function, compiled.packed_metadata
-            _compiled[key] = *run, (kernel, compiled)  # which live as long as this
-        return
+            _compiled[key] = Compiled(*run, (kernel, compiled))
+            return _compiled[key]
+        return None
     run, function, metadata, _ = known
     width, height, depth = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(device.index or 0)
@@ -85,10 +147,11 @@ def _launch(
         width, height, depth, stream, function, metadata, None, None, None, *args,
         *constants.values(),
     )  # fmt: skip
+    return known
 
 
 # How to enqueue a compiled kernel, by all that decides which one a launch needs.
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_compiled: dict[tuple[Any, ...], Compiled] = {}
 # Versions whose specialization _append_kinds follows; AMD's looks at the sizes of buffers too.
 _IS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and (
     torch.version.hip is None
@@ -97,9 +160,11 @@ _IS_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 
 
 def _is_watched() -> bool:
     """Whether a profiler is to be told of launches, as Triton's own way to a kernel does."""
-    runtime = triton.knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+_runtime = triton.knobs.runtime
 
 
 def _is_instrumented() -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
+
+from fusedformer_kernels.runtime.plans import unplanned
 
 
 def contiguous_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -16,9 +19,16 @@ def contiguous_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> t
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+@overload
+def contiguous_vector(vector: torch.Tensor) -> torch.Tensor: ...
+@overload
+def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None: ...
 def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None:
     """A vector as kernels read it, elements one after another; copied where they do not lie so."""
-    return None if vector is None else vector.contiguous()
+    if vector is None or vector.is_contiguous():
+        return vector
+    unplanned()  # a copy
+    return vector.contiguous()
 
 
 def collapsed(
@@ -50,6 +60,8 @@ def collapsed(
         sizes = [math.prod(sizes[: excess + 1]), *sizes[excess + 1 :]]
     # Sizes of 1 come last where they may: of the row's number they leave no division to a kernel.
     sizes += [1] * (3 - len(sizes) - len(kept)) + kept + [shape[-1]]
+    if excess > 0:
+        unplanned()  # copies
     return [t.reshape(sizes) for t in tensors], excess > 0
 
 
@@ -64,5 +76,12 @@ def rows_of(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     """
     if tensor.dim() == 2 and tensor.shape[1] == columns and tensor.stride(1) == 1:
         return tensor
-    rows = tensor.reshape(tensor.numel() // columns if columns else 0, columns)
-    return rows if rows.stride(-1) == 1 or columns == 1 else rows.contiguous()
+    try:
+        rows = tensor.view(tensor.numel() // columns if columns else 0, columns)
+    except RuntimeError:
+        unplanned()
+        rows = tensor.reshape(-1, columns)
+    if rows.stride(-1) == 1 or columns == 1:
+        return rows
+    unplanned()
+    return rows.contiguous()

@@ -35,6 +35,7 @@ SHIPPED = Path(__file__).parents[1] / "tuned"
 
 _forced: dict[Key, Fields] = {}
 _caches: list[Any] = []
+_told: list[Callable[[], None]] = []
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +56,18 @@ def clear_caches() -> None:
     """Read the tables again when they are next asked."""
     for cached in (_table, *_caches):
         cached.cache_clear()
+    for forget in _told:
+        forget()
+
+
+def when_cleared(forget: Callable[[], None]) -> None:
+    """Have :func:`clear_caches` call ``forget`` too."""
+    _told.append(forget)
+
+
+def is_forced() -> bool:
+    """Whether :func:`forced` is in force."""
+    return bool(_forced)
 
 
 def tuned_config(key: Key, target: Target, default: C) -> C:

@@ -67,6 +67,13 @@ def chosen_backend(tensor: Tensor) -> Backend:
     return "torch"
 
 
+def kernels_run_on(tensor: Tensor) -> bool:
+    """Whether :func:`chosen_backend` is the kernels, where nothing of torch.func is active."""
+    kind = tensor.device.type
+    here = kind == "cuda" or (INTERPRETER_IS_ON and kind == "cpu")
+    return here and TRITON_IS_INSTALLED and _forced != "torch"
+
+
 def _check_transforms() -> None:
     """Raise inside a torch.func transform that differentiates; vmap goes through."""
     names = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fusedformer._internal.onlookers import is_batched, is_traced
+from fusedformer._internal.plans import unplanned
 from fusedformer.errors import BadTypeError, BadValueError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,12 +84,15 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether there are numbers to look at: not while anyone traces or maps, on meta, in fakes."""
-    return not (
+    if (
         is_traced()
         or tensor.is_meta
         or isinstance(tensor, FakeTensor)
         or (torch._C._are_functorch_transforms_active() and is_batched(tensor))
-    )
+    ):
+        return False
+    unplanned()  # they will be looked at
+    return True
 
 
 def check_floating(function: str, name: str, tensor: Tensor) -> None:

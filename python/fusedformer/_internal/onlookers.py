@@ -63,10 +63,16 @@ def is_batched(tensor: Tensor) -> bool:
 def is_eager() -> bool:
     """Whether nothing looks on between a call and its kernels."""
     return not (
-        _modes()
+        (_modes() and not _only_looks())
         or _is_included(_PRE_DISPATCH)
         or _are_transforms_active()
         or _is_included(_VMAP_MODE)
         or forward_ad._current_level >= 0
         or _tracing_state()
     )
+
+
+def _only_looks() -> bool:
+    """Whether the mode that there is says that it changes nothing."""
+    only = _modes() == 1
+    return only and getattr(torch._C._get_dispatch_stack_at(0), "only_looks", False)

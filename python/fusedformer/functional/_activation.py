@@ -8,12 +8,14 @@ from torch import Tensor
 
 from fusedformer import ops
 from fusedformer._internal import checks
+from fusedformer._internal.plans import planned
 from fusedformer.errors import BadValueError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
+@planned
 def bias_activation(
     input: Tensor,
     bias: Tensor | None = None,

@@ -11,6 +11,7 @@ from fusedformer import ops
 from fusedformer._internal import attention_checks
 from fusedformer._internal.autocast import autocast_dtype, cast
 from fusedformer._internal.jagged import jagged_like
+from fusedformer._internal.plans import planned
 
 Alignment = Literal["top_left", "bottom_right"]
 
@@ -59,6 +60,7 @@ def scaled_dot_product_attention(
     return_lse: bool = ...,
     return_weights: Literal[False, "per_head", "averaged"] = ...,
 ) -> Any: ...
+@planned
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -157,7 +159,10 @@ def scaled_dot_product_attention(
         query,
         key,
         value,
-        **options,
+        ops.attention_terms(query, options),
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        return_weights=return_weights,
         weights_dtype=autocast_dtype("softmax", query) if return_weights else None,
     )
 
@@ -249,6 +254,7 @@ def varlen_attention(
     causal_alignment: Alignment = ...,
     return_lse: bool = ...,
 ) -> Any: ...
+@planned
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -315,7 +321,13 @@ def varlen_attention(
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     attention_checks.check_varlen(query, key, value, *where, options)
-    return ops.varlen_attention(query, key, value, *where, return_lse=return_lse, **options)
+    terms = ops.attention_terms(query, options)._replace(
+        starts_q=cu_seqlens_q,
+        starts_k=cu_seqlens_k,
+        max_queries=max_seqlen_q,
+        max_keys=max_seqlen_k,
+    )
+    return ops.varlen_attention(query, key, value, terms, return_lse=return_lse)
 
 
 def merge_attention_states(

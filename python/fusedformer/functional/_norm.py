@@ -10,9 +10,11 @@ from torch import Tensor
 from fusedformer import ops
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype
+from fusedformer._internal.plans import planned
 from fusedformer.errors import BadTypeError, BadValueError
 
 
+@planned
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -44,6 +46,7 @@ def layer_norm(
     return ops.layer_norm(input, shape, weight, bias, eps, autocast_dtype("layer_norm", input))
 
 
+@planned
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -96,6 +99,7 @@ def dropout_add_layer_norm(
     training: bool = ...,
     return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@planned
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -180,6 +184,7 @@ def dropout_add_rms_norm(
     training: bool = ...,
     return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@planned
 def dropout_add_rms_norm(
     input: Tensor,
     residual: Tensor,
@@ -222,6 +227,7 @@ def dropout_add_rms_norm(
     )
 
 
+@planned
 def dropout_add(
     input: Tensor,
     residual: Tensor,

@@ -11,9 +11,11 @@ from torch import Tensor
 from fusedformer import ops
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype
+from fusedformer._internal.plans import planned, unplanned
 from fusedformer.errors import BadTypeError, BadValueError
 
 
+@planned
 def softmax(
     input: Tensor,
     dim: int | None = None,
@@ -55,6 +57,7 @@ def softmax(
     return _softmax("softmax", input, dim, _stacklevel, dtype, scale, mask, is_causal)
 
 
+@planned
 def log_softmax(
     input: Tensor,
     dim: int | None = None,
@@ -86,14 +89,16 @@ def _softmax(
     checks.check_tensor(function, "input", input)
     if dim is None:
         dim = 0 if input.dim() in (0, 1, 3) else 1
+        unplanned()  # but warned of each time
         warnings.warn(
             f"Implicit dimension choice for {function} has been deprecated. "
             f"Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel,
+            stacklevel=stacklevel + 1,  # the decorator is called too
         )
     checked = _check_softmax(function, input, dim, dtype, scale, mask, is_causal)
     dtype = dtype or autocast_dtype(function, input) or checked
     if not input.is_floating_point():
+        unplanned()
         input = input.to(dtype)
     return ops.softmax(
         input,

@@ -5,6 +5,7 @@ from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
     attention_part,
     attention_part_backward,
+    attention_terms,
     check_for_kernels,
     merge_attention_states,
     merge_parts,
@@ -34,6 +35,7 @@ __all__ = [
     "FeedForward",
     "attention_part",
     "attention_part_backward",
+    "attention_terms",
     "bias_activation",
     "check_for_kernels",
     "contrastive_loss",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedformer._internal.plans import unplanned
+
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
     """A dropout seed from torch's generator of ``device``, or None if nothing is dropped.
@@ -20,6 +22,7 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
     """
     if p == 0.0:
         return None
+    unplanned()
     drawn, used = _seeds.drawn, _seeds.used
     if torch.compiler.is_compiling() or used >= _seeds.count:
         own = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)

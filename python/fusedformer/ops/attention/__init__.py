@@ -9,17 +9,17 @@ attention over some of the keys, to be merged.
 from fusedformer.ops.attention.calls import (
     check_for_kernels,
     merge_attention_states,
-    scale_of,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
-    window_bounds,
 )
 from fusedformer.ops.attention.part import attention_part, attention_part_backward, merge_parts
+from fusedformer.ops.attention.terms import attention_terms, scale_of, window_bounds
 
 __all__ = [
     "attention_part",
     "attention_part_backward",
+    "attention_terms",
     "check_for_kernels",
     "merge_attention_states",
     "merge_parts",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer._internal import attention_checks, checks
 from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.plans import unplanned
 from fusedformer.errors import BadValueError
 from fusedformer.ops._shared import draw_seed
 from fusedformer.ops.attention import packed, registered
@@ -18,7 +19,7 @@ from fusedformer.ops.attention.aten import (
     attention_weights_aten,
     merge_attention_states_aten,
 )
-from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.attention.terms import AttentionTerms, scale_of
 
 MAX_HEAD_DIM = 256
 
@@ -27,26 +28,17 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
+    terms: AttentionTerms,
     *,
-    scale: float | None,
     enable_gqa: bool,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    relative_bias: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    causal_alignment: str,
     return_lse: bool,
     return_weights: bool | str,
     weights_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
     batch = attention_checks.attention_batch_shape(query, key, value, enable_gqa)
+    if len(batch) != 2:
+        unplanned()  # reshaping may copy
     squeeze = enable_gqa and query.dim() == 3  # the one leading dimension is that of the heads
     if squeeze:
         batch = (1, *batch)
@@ -55,21 +47,8 @@ def scaled_dot_product_attention(
     q = _as_4d(query, batch, None)
     k = _as_4d(key, batch, heads_of)
     v = _as_4d(value, batch, heads_of)
-    left, right = window_bounds(window, is_causal)
-    terms = AttentionTerms(
-        mask=None if attn_mask is None else _mask_4d(attn_mask, batch, query, key),
-        key_mask=key_mask,
-        key_lengths=key_lengths,
-        slopes=_slopes_2d(alibi_slopes),
-        table=relative_bias,
-        sinks=sinks,
-        p=dropout_p,
-        left=left,
-        right=right,
-        align_end=causal_alignment == "bottom_right",
-        scale=scale_of(scale, query),
-        softcap=softcap,
-    )
+    if terms.mask is not None:
+        terms = terms._replace(mask=_mask_4d(terms.mask, batch, query, key))
     average, dtype = return_weights == "averaged", weights_dtype or query.dtype
     lse: Tensor | None
     weights: Tensor | None = None
@@ -82,7 +61,7 @@ def scaled_dot_product_attention(
             output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
     else:
         check_for_kernels("scaled_dot_product_attention", query, value)
-        terms = terms._replace(seed=draw_seed(dropout_p, query.device))
+        terms = terms._replace(seed=draw_seed(terms.p, query.device))
         wants_lse = return_lse or bool(return_weights)
         output, lse, statistics = registered.attention(q, k, v, wants_lse, *terms)
         if return_weights:
@@ -102,53 +81,20 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    is_causal: bool,
+    terms: AttentionTerms,
     *,
-    scale: float | None,
-    enable_gqa: bool,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    relative_bias: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-    attn_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    causal_alignment: str,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`fusedformer.functional.varlen_attention`."""
-    left, right = window_bounds(window, is_causal)
-    if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    terms = AttentionTerms(
-        mask=attn_mask,
-        key_lengths=key_lengths,
-        slopes=_slopes_2d(alibi_slopes),
-        table=relative_bias,
-        sinks=sinks,
-        starts_q=cu_seqlens_q,
-        starts_k=cu_seqlens_k,
-        p=dropout_p,
-        left=left,
-        right=right,
-        align_end=causal_alignment == "bottom_right",
-        scale=scale_of(scale, query),
-        softcap=softcap,
-        max_queries=max_seqlen_q,
-        max_keys=max_seqlen_k,
-    )
+    """See :func:`fusedformer.functional.varlen_attention`; ``terms`` have the starts."""
+    if terms.mask is not None:
+        terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     lse: Tensor | None
     if chosen_backend(query) == "torch":
         output, lse = _packed_aten(q, k, v, terms, return_lse)
     else:
         check_for_kernels("varlen_attention", query, value)
-        terms = terms._replace(seed=draw_seed(dropout_p, query.device))
+        terms = terms._replace(seed=draw_seed(terms.p, query.device))
         output, lse, _ = registered.attention(q, k, v, return_lse, *terms)
     output = output[0].transpose(0, 1)
     return (output, lse[0]) if return_lse and lse is not None else output
@@ -215,23 +161,6 @@ def _packed_aten(
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
     output, lse = packed.packed_attention_aten(query, key, value, return_lse, *terms)
     return output, lse if return_lse else None
-
-
-def scale_of(scale: float | None, query: Tensor) -> float:
-    """The factor on the scores, of what may be None."""
-    return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-
-
-def window_bounds(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
-    """(left, right) reach of the visible keys, None if unbounded; causality is right = 0."""
-    left, right = (-1, -1) if window is None else window
-    if is_causal:
-        right = 0
-    return None if left < 0 else left, None if right < 0 else right
-
-
-def _slopes_2d(slopes: Tensor | None) -> Tensor | None:
-    return slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
 
 
 def _as_4d(tensor: Tensor, batch: tuple[int, ...], heads: int | None) -> Tensor:

@@ -21,11 +21,10 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp) of queries and some keys, in the forms of :class:`AttentionTerms`."""
     if chosen_backend(query) == "triton":
-        from fusedformer_kernels.attention.arguments import AttentionTerms as KernelTerms
         from fusedformer_kernels.attention.arguments import lse_of
 
         part, _, statistics = registered.attention(query, key, value, False, *terms)
-        return part, lse_of(statistics, query.dtype, KernelTerms(*terms))
+        return part, lse_of(statistics, query.dtype, terms)
     given = [query, key, value, *terms]
     output, lse = packed.seeded_aten(given, return_lse=True, wide_lse=True)
     return output, lse
@@ -56,11 +55,10 @@ def attention_part_backward(
     forward, which ran on ``backend``.
     """
     if backend == "triton":
-        from fusedformer_kernels.attention.arguments import AttentionTerms as KernelTerms
         from fusedformer_kernels.attention.arguments import statistics_of
 
         needs_all = [*needs, *[False] * 4]
-        statistics = statistics_of(lse, query.dtype, KernelTerms(*terms))
+        statistics = statistics_of(lse, query.dtype, terms)
         grads = registered.attention_backward(
             grad, lse_grad, query, key, value, output, statistics, needs_all, *terms
         )

@@ -78,10 +78,9 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(output, log-sum-exp or None, statistics ``[2, B, H, L]`` of each query's softmax)."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.forward import attention_forward
 
-    return attention_forward(query, key, value, AttentionTerms(*terms), return_lse=return_lse)
+    return attention_forward(query, key, value, AttentionTerms(*terms), return_lse)
 
 
 @attention.register_fake
@@ -114,7 +113,6 @@ def attention_backward(
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and what is learned; None where ``needs`` says False."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.backward import attention_backward as launch
 
     given = query, key, value, output, statistics
@@ -176,7 +174,6 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 )  # fmt: skip
 def self_attention(qkv: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
     """(output, statistics) of ``[B, L, 3, H, D]``; terms that are learned get no gradient."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.forward import attention_forward
 
     output, _, statistics = attention_forward(*split_heads(qkv), AttentionTerms(*terms))
@@ -198,7 +195,6 @@ def self_attention_backward(
     grad: Tensor, qkv: Tensor, output: Tensor, statistics: Tensor, *terms: Any
 ) -> Tensor:
     """Gradient of qkv, laid out as it is."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.backward import attention_backward as launch
 
     found = torch.empty_like(qkv)
@@ -259,7 +255,6 @@ def attention_weights(
     They are computed from the statistics. The log-sum-exp is there for its gradient, by which what
     a weight takes from the others of its row reaches the attention's backward.
     """
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.weights import attention_weights as launch
 
     return launch(query, key, statistics, AttentionTerms(*terms), average, dtype)
@@ -294,7 +289,6 @@ def attention_weights_backward(
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, lse, mask, slopes and table; None where ``needs`` says False."""
-    from fusedformer_kernels.attention.arguments import AttentionTerms
     from fusedformer_kernels.attention.weights import attention_weights_backward as launch
 
     return launch(grad, query, key, statistics, AttentionTerms(*terms), average, needs)

@@ -1,38 +1,45 @@
-"""What attention scores depend on besides queries and keys, in the one form that ops pass on."""
+"""The terms of attention's scores, from the arguments of the public functions."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-
-class AttentionTerms(NamedTuple):
-    """Arguments of the registered attention ops after their tensors, in order.
-
-    B sequences, H query heads, L queries, S keys. Query i sits at key position i + offset, with
-    offset 0, or S - L of each sequence if ``align_end``; the distance of key j is j - i - offset.
-    Padded form (``starts_q`` is None): query ``[B, H, L, E]``, key and value ``[B, Hk, S, E]``.
-    Packed form: ``[1, H, tokens, E]``, where sequence b has the tokens from ``starts[b]`` on.
-    """
-
-    mask: Tensor | None = None  # [1 or B, 1 or H, 1 or L, 1 or S]: boolean (True = keep) or added
-    key_mask: Tensor | None = None  # boolean [B, S], True = keep; padded form only
-    key_lengths: Tensor | None = None  # integer [B]: keys at and beyond are hidden; S is then this
-    slopes: Tensor | None = None  # [1 or B, H]: -slope * abs(distance) is added
-    table: Tensor | None = None  # [1 or H, 2R + 1]: entry R + clamp(distance, -R, R) is added
-    sinks: Tensor | None = None  # [H]: a logit in each query's sum that no key and no value has
-    starts_q: Tensor | None = None  # integer [B + 1]
-    starts_k: Tensor | None = None  # integer [B + 1]
-    seed: Tensor | None = None  # int64 [1], of the dropout mask; None: nothing is dropped
-    p: float = 0.0  # dropout probability
-    left: int | None = None  # visible iff distance >= -left; None: unbounded
-    right: int | None = None  # visible iff distance <= right (causal: 0); None: unbounded
-    align_end: bool = False
-    scale: float = 1.0
-    softcap: float | None = None  # scaled scores become softcap * tanh(score / softcap), then terms
-    max_queries: int = 0  # longest sequence of the packed form
-    max_keys: int = 0
+from fusedformer_kernels.attention.terms import N_TENSORS as N_TENSORS
+from fusedformer_kernels.attention.terms import AttentionTerms as AttentionTerms
 
 
-N_TENSORS = 9  # fields that are tensors or None; they come first
+def attention_terms(query: Tensor, options: Mapping[str, Any]) -> AttentionTerms:
+    """The terms that checked ``options`` mean, the arguments of the functions by name."""
+    left, right = window_bounds(options["window"], options["is_causal"])
+    slopes: Tensor | None = options["alibi_slopes"]
+    return AttentionTerms(
+        mask=options["attn_mask"],
+        key_mask=options.get("key_mask"),
+        key_lengths=options["key_lengths"],
+        slopes=slopes[None] if slopes is not None and slopes.dim() == 1 else slopes,
+        table=options["relative_bias"],
+        sinks=options["sinks"],
+        p=options["dropout_p"],
+        left=left,
+        right=right,
+        align_end=options["causal_alignment"] == "bottom_right",
+        scale=scale_of(options["scale"], query),
+        softcap=options["softcap"],
+    )
+
+
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores, of what may be None."""
+    return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+
+
+def window_bounds(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) reach of the visible keys, None if unbounded; causality is right = 0."""
+    left, right = (-1, -1) if window is None else window
+    if is_causal:
+        right = 0
+    return None if left < 0 else left, None if right < 0 else right

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer_kernels.attention.arguments import AttentionTerms
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.rows.activation import bias_activation_backward, bias_activation_forward
 from fusedformer_kernels.rows.norm import norm_backward, norm_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward

@@ -1,0 +1,201 @@
+"""Launch plans: what a launcher did for one kind of call, done again without working it out.
+
+A launcher allocates, makes views and launches kernels. All of it but addresses follows from the
+kinds of its arguments: dtypes, shapes, strides, devices and alignment of tensors, and the numbers.
+The first call of a kind is recorded as it runs: which launches it made, and for each pointer that a
+kernel got, whether it lies in an argument, in what a :func:`step` gave, or in memory of the call's
+own. Later calls of that kind allocate, and launch.
+
+So a launcher may not read values, copy, or fill memory. Where one has to, it says so by
+:func:`unplanned`, and that kind of call is worked out each time. Under :func:`verified`, as in the
+tests, each recording looks at every operator of torch that runs, and raises at one that a plan
+would leave out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime import launch as launches
+from fusedformer_kernels.runtime.recording import Plan, Recorder
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MOST = 1024  # plans of one launcher
+_NUMBERS = frozenset({bool, int, float, str, torch.dtype})
+_planners: weakref.WeakSet[Planner] = weakref.WeakSet()
+_is_verified = False
+
+
+def planned(launcher: F) -> F:
+    """A launcher whose calls are planned by their kinds; a decorator.
+
+    Arguments are tensors, numbers, names, dtypes, None, and tuples or lists of these.
+    Results are tensors or None, and tuples of them.
+    """
+    planner = Planner(launcher)
+
+    @functools.wraps(launcher)
+    def run(*args: Any, **named: Any) -> Any:
+        return planner(args, named)
+
+    run.planner = planner  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+class Planner:
+    """The plans of one launcher, by kinds of arguments.
+
+    Args:
+        launcher: see :func:`planned`.
+        is_public: whether it is the function that users call. Its arguments may be any tensors, and
+            its calls have plans only where no gradient is wanted.
+    """
+
+    def __init__(self, launcher: Callable[..., Any], *, is_public: bool = False) -> None:
+        self.plans: dict[Any, Plan | None] = {}
+        self._launcher = launcher
+        self._is_public = is_public
+        _planners.add(self)
+
+    def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What ``launcher(*args, **named)`` returns."""
+        kinds = _Kinds(self._is_public)
+        values = (*args, *named.values(), *named) if named else args
+        if _is_watched() or not kinds.append(values):
+            return self._launcher(*args, **named)
+        key = kinds.key()
+        plan = self.plans.get(key, _UNKNOWN)
+        if plan is None:
+            return self._launcher(*args, **named)
+        if plan is not _UNKNOWN:
+            return plan.run(kinds.tensors, kinds.pointers)
+        recorder = Recorder(kinds.tensors)
+        result = recorder.watch(self._launcher, args, named, verify=_is_verified)
+        if len(self.plans) >= _MOST:
+            self.plans.clear()
+        self.plans[key] = recorder.plan(result)
+        return result
+
+
+_UNKNOWN: Any = object()
+
+
+def step(function: F) -> F:
+    """What a plan calls anew each time, since more than kinds decides what it does; a decorator.
+
+    It takes whole arguments of the launcher, and numbers, and returns a tensor whose size and
+    layout follow from kinds.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        recorder = launches.recorder()
+        if recorder is None:
+            return function(*args)
+        with launches.recording(None):
+            result = function(*args)
+        recorder.called(function, args, result)
+        return result
+
+    return run  # type: ignore[return-value]
+
+
+def unplanned() -> None:
+    """Say that the call that is running does more than a plan can hold."""
+    recorder = launches.recorder()
+    if recorder is not None:
+        recorder.failed = True
+
+
+def clear() -> None:
+    """Forget all plans: a setting has changed that decides what launchers do."""
+    for planner in list(_planners):
+        planner.plans.clear()
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[None]:
+    """Look at what torch runs while calls are recorded, and raise where a plan would miss it."""
+    global _is_verified
+    previous, _is_verified = _is_verified, True
+    try:
+        yield
+    finally:
+        _is_verified = previous
+
+
+tuned.when_cleared(clear)
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at launches or forces configs, or an outer call is being recorded."""
+    return launches.is_observed() or tuned.is_forced() or launches.recorder() is not None
+
+
+@functools.cache
+def _acts_alone(cls: type) -> bool:
+    """Whether ``cls`` is a subclass of tensors without a say in what torch does with them."""
+    return (
+        issubclass(cls, Tensor)
+        and cls.__torch_function__ is torch._C._disabled_torch_function_impl
+        and cls.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+class _Kinds:
+    """What decides the plan of a call."""
+
+    def __init__(self, is_public: bool) -> None:
+        self.tensors: list[Tensor] = []
+        self.pointers: list[int] = []
+        self._found: list[Any] = []
+        self._refuses_gradients = is_public and torch.is_grad_enabled()
+        self._is_public = is_public
+
+    def key(self) -> tuple[Any, ...]:
+        """All that was appended, and the settings that launchers look at."""
+        return configs.assumed_target(), configs.precision_of_products(), *self._found
+
+    def append(self, values: Any) -> bool:
+        """Add what matters of ``values``; False if there is one that no plan is made for."""
+        found = self._found
+        for value in values:
+            cls = type(value)
+            if cls is Tensor or _acts_alone(cls):
+                for place, known in enumerate(self.tensors):
+                    if known is value:
+                        found.append(place)
+                        break
+                else:
+                    if self._refuses_gradients and value.requires_grad:
+                        return False
+                    # What torch.func left behind has no address, and a negative view a sign.
+                    try:
+                        pointer = value.data_ptr()
+                    except RuntimeError:
+                        return False
+                    if self._is_public and value.is_neg():
+                        return False
+                    self.tensors.append(value)
+                    self.pointers.append(pointer)
+                    found += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
+            elif value is None:
+                found.append(None)
+            elif cls in _NUMBERS:
+                found += (cls, value)
+            elif isinstance(value, tuple | list):
+                found.append(len(value))
+                if not self.append(value):
+                    return False
+            else:
+                return False
+        return True

@@ -1,0 +1,58 @@
+"""Whole calls of public functions as plans of their launches.
+
+Without gradients a call is checks, choices and a launcher, and all that its kinds of arguments do
+not decide is addresses: the second of a kind is looked up. ``fusedformer_kernels.runtime.plans``
+says what a plan holds; with gradients the launchers' own plans serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedformer._internal.backend import kernels_run_on
+from fusedformer._internal.onlookers import is_eager
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PLANS = "fusedformer_kernels.runtime.plans"
+_is_compiling = torch.compiler.is_compiling
+_is_autocast = torch._C._is_any_autocast_enabled
+_is_profiled = torch._C._autograd._profiler_enabled
+
+
+def planned(function: F) -> F:
+    """Plan the calls of ``function``, whose first argument is a tensor; a decorator."""
+    planner: Any = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        nonlocal planner
+        if (
+            _is_compiling()
+            or not args
+            or type(args[0]) is not Tensor
+            or not kernels_run_on(args[0])
+            or _is_autocast()
+            or _is_profiled()
+            or not is_eager()
+        ):
+            return function(*args, **named)
+        if planner is None:
+            from fusedformer_kernels.runtime.plans import Planner
+
+            planner = Planner(function, is_public=True)
+        return planner(args, named)
+
+    return call  # type: ignore[return-value]
+
+
+def unplanned() -> None:
+    """Say that the call that is running does what a plan of launches does not hold."""
+    if _PLANS in sys.modules:
+        sys.modules[_PLANS].unplanned()
