@@ -44,7 +44,7 @@ from fusedformer_kernels.attention.tiles import (
 )
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.plans import planned, unplanned
+from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
@@ -53,6 +53,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     store,
 )
+from fusedformer_kernels.runtime.steps import unplanned
 
 
 @triton.jit

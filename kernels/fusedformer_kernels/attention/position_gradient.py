@@ -32,8 +32,8 @@ from fusedformer_kernels.attention.tiles import (
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.plans import unplanned
 from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.steps import unplanned
 
 
 @triton.jit

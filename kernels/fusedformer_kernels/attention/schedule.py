@@ -13,8 +13,8 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.plans import step
 from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.steps import step
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
 # Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once

@@ -19,8 +19,8 @@ from fusedformer_kernels.attention.tiles import load_row_terms, sink_of, taken_b
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.plans import unplanned
 from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.steps import unplanned
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
 BLOCK = 1024

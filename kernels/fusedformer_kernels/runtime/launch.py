@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fusedformer_kernels.runtime import steps
 from fusedformer_kernels.runtime.configs import LaunchConfig
 
 
@@ -43,28 +43,6 @@ class Compiled(NamedTuple):
 
 _replacement: Callable[[Launch], None] | None = None
 _observer: Callable[[Launch], None] | None = None
-
-
-class _Recording(threading.local):
-    recorder: Any = None  # a recording.Recorder, in the thread whose launcher is recorded
-
-
-_recording = _Recording()
-
-
-def recorder() -> Any:
-    """Who notes the launches of this thread, or None."""
-    return _recording.recorder
-
-
-@contextlib.contextmanager
-def recording(recorder: Any) -> Iterator[None]:
-    """Have ``recorder`` note the launches of this thread; None for nobody."""
-    previous, _recording.recorder = _recording.recorder, recorder
-    try:
-        yield
-    finally:
-        _recording.recorder = previous
 
 
 def is_observed() -> bool:
@@ -99,9 +77,9 @@ def launch(
         if _replacement is not None:
             _replacement(record)
             return
-    noted = _recording.recorder
+    noted = steps.recorder()
     if noted is not None:
-        with recording(None):
+        with steps.recording(None):
             compiled = _run(kernel, grid, config, args, constants)
         noted.launched(kernel, grid, config, args, constants, compiled)
     else:

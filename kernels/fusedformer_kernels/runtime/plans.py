@@ -3,13 +3,13 @@
 A launcher allocates, makes views and launches kernels. All of it but addresses follows from the
 kinds of its arguments: dtypes, shapes, strides, devices and alignment of tensors, and the numbers.
 The first call of a kind is recorded as it runs: which launches it made, and for each pointer that a
-kernel got, whether it lies in an argument, in what a :func:`step` gave, or in memory of the call's
-own. Later calls of that kind allocate, and launch.
+kernel got, whether it lies in an argument, in what a :func:`~steps.step` gave, or in memory of the
+call's own. Later calls of that kind allocate, and launch.
 
-So a launcher may not read values, copy, or fill memory. Where one has to, it says so by
-:func:`unplanned`, and that kind of call is worked out each time. Under :func:`verified`, as in the
-tests, each recording looks at every operator of torch that runs, and raises at one that a plan
-would leave out.
+So a launcher may not read values, copy, or fill memory, but within a :func:`~steps.step`. Where one
+has to, it says so by :func:`~steps.unplanned`, and that kind of call is worked out each time.
+Under :func:`verified`, as in the tests, each recording looks at every operator of torch that runs,
+and raises at one that a plan would leave out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime import configs, steps, tuned
 from fusedformer_kernels.runtime import launch as launches
-from fusedformer_kernels.runtime.recording import Plan, Recorder
+from fusedformer_kernels.runtime.plan import Plan
+from fusedformer_kernels.runtime.recording import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,52 +69,62 @@ class Planner:
 
     def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """What ``launcher(*args, **named)`` returns."""
+        return self.run(args, named)[0]
+
+    def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Plan | None]:
+        """The same, and the plan of such calls, if there is one."""
         kinds = _Kinds(self._is_public)
         values = (*args, *named.values(), *named) if named else args
         if _is_watched() or not kinds.append(values):
-            return self._launcher(*args, **named)
+            return self._launcher(*args, **named), None
         key = kinds.key()
         plan = self.plans.get(key, _UNKNOWN)
         if plan is None:
-            return self._launcher(*args, **named)
+            return self._launcher(*args, **named), None
         if plan is not _UNKNOWN:
-            return plan.run(kinds.tensors, kinds.pointers)
+            return plan.run(kinds.tensors, kinds.pointers), plan
         recorder = Recorder(kinds.tensors)
         result = recorder.watch(self._launcher, args, named, verify=_is_verified)
         if len(self.plans) >= _MOST:
             self.plans.clear()
-        self.plans[key] = recorder.plan(result)
+        plan = self.plans[key] = recorder.plan(result)
+        return result, plan
+
+    def follow(self, before: Plan | None, first: Tensor, kind: Any, args: tuple[Any, ...]) -> Any:
+        """What ``launcher(first, *args)`` returns.
+
+        All tensors of ``args`` were arguments or results of a call of ``before``, so that its kind,
+        that of ``first``, and ``kind`` for what else there is, decide. A backward, say.
+        """
+        cls = type(first)
+        if before is None or _is_watched() or not (cls is Tensor or _acts_alone(cls)):
+            return self((first, *args), {})
+        tensors = _tensors_of((first, *args))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = first.dtype, first.shape, first.stride(), kind
+        plan = before.followers.get(key)
+        if plan is not None and [p & 15 for p in pointers] == plan.alignments:
+            return plan.run(tensors, pointers)
+        result, plan = self.run((first, *args), {})
+        if len(before.followers) < _MOST:
+            before.followers[key] = plan
         return result
+
+
+def _tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    """Each tensor once, in order."""
+    found: dict[int, Tensor] = {}
+    waiting = list(reversed(args))
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, tuple):
+            waiting += reversed(value)
+    return list(found.values())
 
 
 _UNKNOWN: Any = object()
-
-
-def step(function: F) -> F:
-    """What a plan calls anew each time, since more than kinds decides what it does; a decorator.
-
-    It takes whole arguments of the launcher, and numbers, and returns a tensor whose size and
-    layout follow from kinds.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        recorder = launches.recorder()
-        if recorder is None:
-            return function(*args)
-        with launches.recording(None):
-            result = function(*args)
-        recorder.called(function, args, result)
-        return result
-
-    return run  # type: ignore[return-value]
-
-
-def unplanned() -> None:
-    """Say that the call that is running does more than a plan can hold."""
-    recorder = launches.recorder()
-    if recorder is not None:
-        recorder.failed = True
 
 
 def clear() -> None:
@@ -138,7 +149,7 @@ tuned.when_cleared(clear)
 
 def _is_watched() -> bool:
     """Whether somebody looks at launches or forces configs, or an outer call is being recorded."""
-    return launches.is_observed() or tuned.is_forced() or launches.recorder() is not None
+    return launches.is_observed() or tuned.is_forced() or steps.recorder() is not None
 
 
 @functools.cache

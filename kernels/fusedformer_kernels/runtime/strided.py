@@ -8,7 +8,7 @@ from typing import overload
 
 import torch
 
-from fusedformer_kernels.runtime.plans import unplanned
+from fusedformer_kernels.runtime.steps import unplanned
 
 
 def contiguous_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

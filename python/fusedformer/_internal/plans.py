@@ -8,7 +8,6 @@ says what a plan holds; with gradients the launchers' own plans serve.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from fusedformer._internal.backend import kernels_run_on
 from fusedformer._internal.onlookers import is_eager
+from fusedformer_kernels.runtime.steps import step as step
+from fusedformer_kernels.runtime.steps import unplanned as unplanned
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PLANS = "fusedformer_kernels.runtime.plans"
 _is_compiling = torch.compiler.is_compiling
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_profiled = torch._C._autograd._profiler_enabled
@@ -50,9 +50,3 @@ def planned(function: F) -> F:
         return planner(args, named)
 
     return call  # type: ignore[return-value]
-
-
-def unplanned() -> None:
-    """Say that the call that is running does what a plan of launches does not hold."""
-    if _PLANS in sys.modules:
-        sys.modules[_PLANS].unplanned()

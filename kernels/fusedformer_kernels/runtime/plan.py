@@ -1,0 +1,275 @@
+"""A plan: the memory, launches and steps of one kind of call, to be done for other addresses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedformer_kernels.runtime import launch as launches
+
+NOWHERE = -1  # the slot of tensors without elements
+_ALIGNMENT = 256  # bytes, of the parts of a call's scratch memory
+
+
+class Place(NamedTuple):
+    """Where a pointer leads: ``offset`` bytes into a slot, and what a tensor there is like."""
+
+    slot: int
+    offset: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(slot: int, offset: int, tensor: Tensor) -> Place:
+        """That of a tensor."""
+        return Place(slot, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    def tensor(self, owner: Tensor, shift: int = 0) -> Tensor:
+        """The tensor there, if the slot begins ``shift`` bytes into ``owner``."""
+        storage = owner.untyped_storage()
+        start = owner.data_ptr() - storage.data_ptr() + shift + self.offset
+        found = torch.empty(0, dtype=self.dtype, device=owner.device)
+        return found.set_(storage, start // self.dtype.itemsize, self.size, self.stride)
+
+
+class Memory(NamedTuple):
+    """What a call allocates for itself."""
+
+    slot: int
+    size: int  # bytes
+
+
+class Launched(NamedTuple):
+    """One launch; tensors among ``args``, in tuples too, are places."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    compiled: launches.Compiled | None  # None under the interpreter
+
+
+class Stepped(NamedTuple):
+    """One call of a step; tensors among ``args`` are places."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    slot: int  # of what it gives
+
+
+class _Slot(int):
+    """The tensor that a slot is, in a template of arguments or results."""
+
+
+class Plan:
+    """What a call of one kind does.
+
+    Memory is allocated before its first use and let go after its last; what no step and no result
+    sees as a tensor is one piece of scratch memory.
+    """
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        whole: dict[int, Place],
+        done: list[Launched | Stepped],
+        memories: list[Memory],
+        count: int,
+        result: Any,
+    ) -> None:
+        self._device = tensors[0].device
+        self._interpreted = any(isinstance(o, Launched) and o.compiled is None for o in done)
+        self._more = [None] * (count + 1 - len(tensors))  # the last slot is NOWHERE
+        self._nowhere = [0] * len(self._more)
+        self.alignments = [tensor.data_ptr() & 15 for tensor in tensors]
+        self.followers: dict[Any, Plan | None] = {}  # of calls on what this one returns
+
+        seen: dict[int, set[Place]] = {}  # by slot, as what it is seen
+        as_tensors = [result, *(one.args for one in done if isinstance(one, Stepped))]
+        for place in _places(as_tensors):
+            seen.setdefault(place.slot, set()).add(place)
+        allocations: dict[int, tuple[Any, Any, Any]] = {}  # by slot, what :meth:`_like` gives
+        self._scratch: list[tuple[int, int]] = []  # slot, offset
+        self._scratch_size = 0
+        for slot, size in memories:
+            places = seen.get(slot, set())
+            if not places:
+                self._scratch.append((slot, self._scratch_size))
+                self._scratch_size += -(-size // _ALIGNMENT) * _ALIGNMENT
+                continue
+            one = next(iter(places))
+            if len(places) == 1 and math.prod(one.size) * one.dtype.itemsize == size:
+                whole = {**whole, slot: one}
+                allocations[slot] = self._like(one, tensors)
+            else:
+                empty = torch.empty(0, dtype=torch.uint8, device=self._device)
+                allocations[slot] = empty, (size,), (1,)
+        self._result = _settled(result, whole)
+        firsts: dict[int, int] = {}
+        lasts: dict[int, int] = {}
+        for index, one_done in enumerate(done):
+            for place in _places(one_done.args):
+                firsts.setdefault(place.slot, index)
+                lasts[place.slot] = index
+        kept = {place.slot for place in _places(result)} | {slot for slot, _ in self._scratch}
+        self._done: list[tuple[list[Any], _Prepared | Stepped, list[int]]] = []
+        for index, one_done in enumerate(done):
+            allocated = [(s, *how) for s, how in allocations.items() if firsts.get(s) == index]
+            freed = [s for s, last in lasts.items() if last == index and s not in kept]
+            if isinstance(one_done, Launched):
+                self._done.append((allocated, _Prepared(one_done), freed))
+            else:
+                args = _settled(one_done.args, whole)
+                self._done.append((allocated, one_done._replace(args=args), freed))
+        self._never_used = [(s, *how) for s, how in allocations.items() if s not in firsts]
+
+    def _like(self, place: Place, tensors: list[Tensor]) -> tuple[Any, Any, Any]:
+        """How to allocate what is at ``place``: (argument, None, None), or (tensor, size, stride).
+
+        ``torch.empty_like`` of an argument is the fastest way there is.
+        """
+        for index, tensor in enumerate(tensors):
+            same = Place.of(place.slot, 0, tensor) == place
+            if same and place.stride == torch.empty_like(tensor).stride():
+                return index, None, None
+        empty = torch.empty(0, dtype=place.dtype, device=self._device)
+        return empty, place.size, place.stride
+
+    def run(self, tensors: list[Tensor], pointers: list[int]) -> Any:
+        """Do it for a call's tensors, which are of the kinds that were recorded."""
+        device = self._device
+        owners: list[Any] = [*tensors, *self._more]
+        pointers = [*pointers, *self._nowhere]
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(owners, pointers, tensors)
+        else:
+            self._run(owners, pointers, tensors)
+        return _with_tensors(self._result, owners)
+
+    def _run(self, owners: list[Any], pointers: list[int], tensors: list[Tensor]) -> None:
+        shifts: dict[int, int] = {}
+        if self._scratch:
+            scratch = torch.empty(self._scratch_size, dtype=torch.uint8, device=self._device)
+            begin = scratch.data_ptr()
+            for slot, offset in self._scratch:
+                pointers[slot] = begin + offset
+            if self._interpreted:
+                shifts = dict(self._scratch)
+                for slot in shifts:
+                    owners[slot] = scratch
+        stream = None if self._interpreted else launches.current_stream(self._device)
+        for allocated, one, freed in self._done:
+            if allocated:
+                _allocate(allocated, owners, pointers, tensors)
+            if isinstance(one, Stepped):
+                owners[one.slot] = found = one.function(
+                    *[owners[a] if type(a) is _Slot else _with_tensors(a, owners) for a in one.args]
+                )
+                pointers[one.slot] = found.data_ptr()
+            elif stream is None:
+                one.interpret(owners, shifts)
+            else:
+                one.enqueue(pointers, stream)
+            for slot in freed:
+                owners[slot] = None
+        if self._never_used:
+            _allocate(self._never_used, owners, pointers, tensors)
+
+
+class _Prepared:
+    """A launch whose arguments are a list to be filled with pointers."""
+
+    def __init__(self, launched: Launched) -> None:
+        self.args = launched.args
+        self._launched = launched
+        self._flat = [*launched.args, *launched.constants.values()]
+        self._pointers: list[tuple[int, int, int]] = []  # position, slot, offset
+        self._tuples: list[tuple[int, Any]] = []
+        for position, value in enumerate(launched.args):
+            if isinstance(value, Place):
+                self._pointers.append((position, value.slot, value.offset))
+            elif isinstance(value, tuple) and any(True for _ in _places(value)):
+                self._tuples.append((position, value))
+        grid = launched.grid
+        self._grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+
+    def enqueue(self, pointers: list[int], stream: int) -> None:
+        """Launch what is compiled."""
+        flat = self._flat.copy()
+        for position, slot, offset in self._pointers:
+            flat[position] = pointers[slot] + offset
+        for position, value in self._tuples:
+            flat[position] = _with_pointers(value, pointers)
+        compiled = self._launched.compiled
+        assert compiled is not None
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.metadata, None, None, None, *flat
+        )
+
+    def interpret(self, owners: list[Any], shifts: dict[int, int]) -> None:
+        """Launch by way of the interpreter, which wants tensors."""
+        kernel, grid, config, args, constants, _ = self._launched
+        launches.launch(kernel, grid, config, *_with_tensors(args, owners, shifts), **constants)
+
+
+def _allocate(
+    allocated: list[Any], owners: list[Any], pointers: list[int], tensors: list[Tensor]
+) -> None:
+    for slot, like, size, stride in allocated:
+        if size is None:
+            owner = torch.empty_like(tensors[like])
+        else:
+            owner = like.new_empty_strided(size, stride)
+        owners[slot] = owner
+        pointers[slot] = owner.data_ptr()
+
+
+def _with_pointers(value: Any, pointers: list[int]) -> Any:
+    if type(value) is Place:
+        return pointers[value.slot] + value.offset
+    if isinstance(value, tuple):
+        return tuple([_with_pointers(one, pointers) for one in value])
+    return value
+
+
+def _with_tensors(value: Any, owners: list[Any], shifts: dict[int, int] | None = None) -> Any:
+    """A template with tensors for slots and places, tuples as they were."""
+    kind = type(value)
+    if kind is _Slot:
+        return owners[value]
+    if kind is Place:
+        if value.slot == NOWHERE:
+            like = next(owner for owner in owners if owner is not None)
+            return like.new_empty(0, dtype=value.dtype).as_strided(value.size, value.stride)
+        return value.tensor(owners[value.slot], shifts.get(value.slot, 0) if shifts else 0)
+    if kind is tuple:
+        return tuple([_with_tensors(one, owners, shifts) for one in value])
+    if isinstance(value, tuple):
+        return kind(*[_with_tensors(one, owners, shifts) for one in value])
+    return value
+
+
+def _settled(value: Any, whole: dict[int, Place]) -> Any:
+    """A template with slots in place of places that are all that their slots are."""
+    if type(value) is Place:
+        return _Slot(value.slot) if whole.get(value.slot) == value else value
+    if isinstance(value, tuple):
+        settled = tuple(_settled(one, whole) for one in value)
+        return type(value)(*settled) if hasattr(value, "_fields") else settled
+    return value
+
+
+def _places(value: Any) -> Iterator[Place]:
+    if type(value) is Place:
+        if value.slot != NOWHERE:
+            yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _places(one)
