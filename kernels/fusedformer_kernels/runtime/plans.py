@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +31,8 @@ from fusedformer_kernels.runtime.recording import Recorder
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MOST = 1024  # plans of one launcher
-_NUMBERS = frozenset({bool, int, float, str, torch.dtype})
+_NUMBERS = frozenset({type(None), bool, int, float, str, torch.dtype})
+_TENSORS: set[type] = {Tensor}
 _planners: weakref.WeakSet[Planner] = weakref.WeakSet()
 _is_verified = False
 
@@ -90,38 +91,32 @@ class Planner:
         plan = self.plans[key] = recorder.plan(result)
         return result, plan
 
-    def follow(self, before: Plan | None, first: Tensor, kind: Any, args: tuple[Any, ...]) -> Any:
-        """What ``launcher(first, *args)`` returns.
+    def follow(
+        self,
+        before: Plan | None,
+        first: Tensor,
+        others: Iterable[Tensor | None],
+        kind: Any,
+        args: Callable[[], tuple[Any, ...]],
+    ) -> Any:
+        """What ``launcher(*args())`` returns, of which ``first`` and ``others`` are the tensors.
 
-        All tensors of ``args`` were arguments or results of a call of ``before``, so that its kind,
-        that of ``first``, and ``kind`` for what else there is, decide. A backward, say.
+        The others were arguments or results of a call of ``before``, in the order of ``args()``, so
+        that its kind, that of ``first``, and ``kind`` for what else there is, decide. It may be a
+        backward.
         """
-        cls = type(first)
-        if before is None or _is_watched() or not (cls is Tensor or _acts_alone(cls)):
-            return self((first, *args), {})
-        tensors = _tensors_of((first, *args))
+        if before is None or _is_watched() or type(first) not in _TENSORS:
+            return self(args(), {})
+        tensors = list({id(t): t for t in (first, *others) if t is not None}.values())
         pointers = [tensor.data_ptr() for tensor in tensors]
         key = first.dtype, first.shape, first.stride(), kind
         plan = before.followers.get(key)
         if plan is not None and [p & 15 for p in pointers] == plan.alignments:
             return plan.run(tensors, pointers)
-        result, plan = self.run((first, *args), {})
+        result, plan = self.run(args(), {})
         if len(before.followers) < _MOST:
             before.followers[key] = plan
         return result
-
-
-def _tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
-    """Each tensor once, in order."""
-    found: dict[int, Tensor] = {}
-    waiting = list(reversed(args))
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            found[id(value)] = value
-        elif isinstance(value, tuple):
-            waiting += reversed(value)
-    return list(found.values())
 
 
 _UNKNOWN: Any = object()
@@ -152,14 +147,16 @@ def _is_watched() -> bool:
     return launches.is_observed() or tuned.is_forced() or steps.recorder() is not None
 
 
-@functools.cache
-def _acts_alone(cls: type) -> bool:
-    """Whether ``cls`` is a subclass of tensors without a say in what torch does with them."""
-    return (
+def _is_tensor(cls: type) -> bool:
+    """Whether ``cls`` is a class of tensors without a say in what torch does with them."""
+    if not (
         issubclass(cls, Tensor)
         and cls.__torch_function__ is torch._C._disabled_torch_function_impl
         and cls.__torch_dispatch__ is Tensor.__torch_dispatch__
-    )
+    ):
+        return False
+    _TENSORS.add(cls)
+    return True
 
 
 class _Kinds:
@@ -169,6 +166,7 @@ class _Kinds:
         self.tensors: list[Tensor] = []
         self.pointers: list[int] = []
         self._found: list[Any] = []
+        self._places: dict[int, int] = {}
         self._refuses_gradients = is_public and torch.is_grad_enabled()
         self._is_public = is_public
 
@@ -177,32 +175,33 @@ class _Kinds:
         return configs.assumed_target(), configs.precision_of_products(), *self._found
 
     def append(self, values: Any) -> bool:
-        """Add what matters of ``values``; False if there is one that no plan is made for."""
-        found = self._found
+        """Add what matters of ``values``; False if there is one that no plan is made for.
+
+        Numbers that are equal are one to a launcher, whatever their type.
+        """
+        found, places = self._found, self._places
         for value in values:
             cls = type(value)
-            if cls is Tensor or _acts_alone(cls):
-                for place, known in enumerate(self.tensors):
-                    if known is value:
-                        found.append(place)
-                        break
-                else:
-                    if self._refuses_gradients and value.requires_grad:
-                        return False
-                    # What torch.func left behind has no address, and a negative view a sign.
-                    try:
-                        pointer = value.data_ptr()
-                    except RuntimeError:
-                        return False
-                    if self._is_public and value.is_neg():
-                        return False
-                    self.tensors.append(value)
-                    self.pointers.append(pointer)
-                    found += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
-            elif value is None:
-                found.append(None)
-            elif cls in _NUMBERS:
-                found += (cls, value)
+            if cls in _NUMBERS:
+                found.append(value)
+            elif cls in _TENSORS or _is_tensor(cls):
+                name = id(value)
+                if name in places:
+                    found.append(places[name])
+                    continue
+                # What torch.func left behind has no address, and a negative view a sign.
+                try:
+                    pointer = value.data_ptr()
+                except RuntimeError:
+                    return False
+                if self._is_public and (
+                    value.is_neg() or (self._refuses_gradients and value.requires_grad)
+                ):
+                    return False
+                places[name] = len(places)
+                self.tensors.append(value)
+                self.pointers.append(pointer)
+                found += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
             elif isinstance(value, tuple | list):
                 found.append(len(value))
                 if not self.append(value):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
-from fusedformer._internal.plans import step
+from fusedformer._internal.onlookers import is_mapped
+from fusedformer._internal.plans import saved_as_they_are, step
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, common_dtype, draw_seed
 from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
@@ -131,7 +132,14 @@ class _Needs(NamedTuple):
 
 
 # What is no launch. The products are torch's.
-_seed, _product, _add_product = step(draw_seed), step(product), step(product_add)
+_seed, _product = step(draw_seed), step(product)
+
+
+@step
+def _add_product(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    if is_mapped():  # nothing of many may be written in place
+        return x @ weight if addend is None else addend + x @ weight
+    return product_add(x, weight, addend)
 
 
 @step
@@ -250,6 +258,8 @@ class _EncoderLayer(torch.autograd.Function):
         own, (how, terms, norm_dtype) = EncoderParameters(*rest[:-3]), rest[-3:]
         (output, total, kept), ctx.plan = _run(x, residual, own, how, terms, norm_dtype, keeps=True)
         needs = _Needs(*ctx.needs_input_grad[:-3])
+        if not saved_as_they_are():
+            ctx.plan = None
         if how.checkpoint_activation or not needs.weight2:
             kept = kept._replace(hidden=None)
         if not needs.weight1:
@@ -268,22 +278,27 @@ class _EncoderLayer(torch.autograd.Function):
             return (None,) * (len(needs) + 3)
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("an encoder layer"))
-        saved = ctx.saved_tensors
-        kept = _Kept(*saved[:_KEPT])
-        own = EncoderParameters(*saved[_KEPT:_OWN])
-        terms = AttentionTerms(*saved[_OWN:], *ctx.numbers)
+        saved, numbers, batch = ctx.saved_tensors, ctx.numbers, shape[0] if len(shape) == 3 else 1
         if grad is None:
             assert sum_grad is not None
             grad = torch.zeros_like(sum_grad)
         rows = grad.reshape(-1, shape[-1])
         if sum_grad is not None:
             sum_grad = sum_grad.reshape(-1, shape[-1])
-        batch = shape[0] if len(shape) == 3 else 1
+
+        def args() -> tuple[Any, ...]:
+            terms = AttentionTerms(*saved[_OWN:], *numbers)
+            own = EncoderParameters(*saved[_KEPT:_OWN])
+            return rows, sum_grad, _Kept(*saved[:_KEPT]), own, how, terms, batch, needs
+
         kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
         with autocast_off(rows):  # the forward decided on the dtypes
-            x_grad, residual_grad, *found = _launchers().backward.follow(
-                ctx.plan, rows, kind, (sum_grad, kept, own, how, terms, batch, needs)
-            )
+            if is_mapped():
+                x_grad, residual_grad, *found = _backward(*args())
+            else:
+                x_grad, residual_grad, *found = _launchers().backward.follow(
+                    ctx.plan, rows, (sum_grad, *saved), kind, args
+                )
         if x_grad is not None:
             x_grad = x_grad.view(shape)
         if residual_grad is not None:
@@ -307,7 +322,7 @@ def _backward(
     needs: _Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``x``, ``residual`` and the parameters, None where they are not asked for."""
-    run, opened = _launchers(), how.last_eps is None
+    run, opened = _registered() if is_mapped() else _launchers(), how.last_eps is None
     found: dict[str, Tensor | None] = dict.fromkeys(_Needs._fields)
     needs_heads = needs.x or needs.in_weight or needs.in_bias
     needs_sum1 = (
@@ -322,7 +337,7 @@ def _backward(
     if not opened:
         through, found["last_weight"], found["last_bias"], found["bias2"], block_grad = (
             _norm_gradients(
-                grad, None, kept.sum2, kept.mean2, kept.rstd2, own.last_weight, own.last_bias,
+                run, grad, None, kept.sum2, kept.mean2, kept.rstd2, own.last_weight, own.last_bias,
                 own.bias2, kept.seed2, how.last_p, needs.last_weight, needs.last_bias,
                 needs.bias2, kept.before.dtype,
             )
@@ -351,7 +366,7 @@ def _backward(
         return tuple(found.values())
     residual_grad, found["middle_weight"], found["middle_bias"], found["out_bias"], inner_grad = (
         _norm_gradients(
-            _add_product(before_grad, own.weight1, through), sum_grad, kept.sum1, kept.mean1,
+            run, _add_product(before_grad, own.weight1, through), sum_grad, kept.sum1, kept.mean1,
             kept.rstd1, own.middle_weight, own.middle_bias, own.out_bias, kept.seed1,
             how.middle_p, needs.middle_weight, needs.middle_bias, needs.out_bias,
             kept.projected.dtype,
@@ -382,6 +397,7 @@ def _backward(
 
 
 def _norm_gradients(
+    run: _Launchers,
     grad: Tensor,
     sum_grad: Tensor | None,
     total: Tensor | None,
@@ -400,7 +416,7 @@ def _norm_gradients(
     """Gradients of the residual, weight, bias, what is added to the input, and the input."""
     parameters = weight, bias, input_bias
     dtype = common_dtype([None if t is None else t.dtype for t in parameters])
-    residual_grad, input_grad, *grads = _launchers().norm_backward(
+    residual_grad, input_grad, *grads = run.norm_backward(
         grad, sum_grad, total, mean, rstd, weight, seed, p, "layer", 1, needs_weight, needs_bias,
         needs_input_bias, input_dtype, dtype,
     )  # fmt: skip
@@ -444,4 +460,34 @@ def _launchers() -> _Launchers:
         norm_backward,
         bias_activation_forward,
         bias_activation_backward,
+    )
+
+
+def _registered() -> _Launchers:
+    """The same by the dispatcher, for batches of gradients: it calls the kernels for each."""
+    from fusedformer.ops import activation, norm
+    from fusedformer.ops.attention import registered
+
+    def attention_backward(
+        grad: Tensor,
+        projected: Tensor,
+        merged: Tensor,
+        statistics: Tensor,
+        batch: int,
+        heads: int,
+        terms: AttentionTerms,
+    ) -> Tensor:
+        qkv = projected.view(batch, -1, 3, heads, merged.shape[1] // heads)
+        output, output_grad = (
+            t.reshape(batch, -1, heads, merged.shape[1] // heads).transpose(1, 2)
+            for t in (merged, grad)
+        )
+        found = registered.self_attention_backward(output_grad, qkv, output, statistics, *terms)
+        return found.reshape(projected.shape)
+
+    return _launchers()._replace(
+        attention_backward=attention_backward,
+        norm_backward=norm._norm_backward,
+        activation=activation._bias_activation,
+        activation_backward=activation._bias_activation_backward,
     )
