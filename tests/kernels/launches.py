@@ -1,4 +1,4 @@
-"""Compares launches past Triton with Triton's own, in the process that ``test_launch.py`` starts.
+"""Compares launches past Triton, and of plans, with Triton's own, for ``test_launch.py``.
 
 Nothing is compiled and no device is needed: what would be handed to the driver is written down.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -16,11 +17,11 @@ from triton.runtime import driver
 
 from fusedformer_kernels.compiler import compile_cases
 from fusedformer_kernels.rows import gather as rows
-from fusedformer_kernels.runtime import launch
+from fusedformer_kernels.runtime import launch, plan, plans
 from fusedformer_kernels.runtime.configs import LaunchConfig
 from harness.no_driver import kernels_go_nowhere
 
-launched: list[tuple[Any, ...]] = []
+launched: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
 
 
 def plain(value: Any) -> Any:
@@ -30,15 +31,31 @@ def plain(value: Any) -> Any:
     return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
-def described(source: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One launch: kernel, specialization, grid, and the arguments that the launcher looks at."""
+def described(source: Any, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """One launch: kernel, specialization, grid, and the arguments that the launcher looks at.
+
+    Second, the same with no more of pointers than their alignment.
+    """
     *grid, _stream, _function, metadata, _, _, _ = arguments[:9]
     attributes = sorted(map(str, source.attrs.items()))
     chosen = source.fn.__name__, str(source.signature), str(source.constants), attributes
     given = arguments[9:]  # constants come in any order: the launcher looks at none
     kinds = source.signature.values()
-    looked_at = [a for a, kind in zip(given, kinds, strict=False) if kind != "constexpr"]
-    return (*chosen, metadata, tuple(grid), len(given), plain(tuple(looked_at)))
+    looked_at = [each for each in zip(given, kinds, strict=False) if each[1] != "constexpr"]
+    by_kind = tuple(itertools.starmap(plain_by_kind, looked_at))
+    return (
+        (*chosen, metadata, tuple(grid), len(given), plain(tuple(a for a, _ in looked_at))),
+        (*chosen, metadata, tuple(grid), len(given), by_kind),
+    )
+
+
+def plain_by_kind(value: Any, kind: Any) -> Any:
+    """An argument of a launch; of a pointer, which plans hand on as a number, its alignment."""
+    if isinstance(value, tuple):
+        return tuple(itertools.starmap(plain_by_kind, zip(value, kind, strict=True)))
+    if isinstance(kind, str) and kind.startswith("*"):
+        return (value if isinstance(value, int) else value.data_ptr()) % 16
+    return plain(value)
 
 
 def stand_in(source: Any, target: Any, options: dict[str, Any], **others: Any) -> CompiledKernel:
@@ -50,14 +67,14 @@ def stand_in(source: Any, target: Any, options: dict[str, Any], **others: Any) -
     return kernel
 
 
-def launches_of(call: Callable[[], object], known: bool) -> list[tuple[Any, ...]]:
-    """Those of a call; past Triton where it can be if ``known``."""
+def launches_of(call: Callable[[], object], known: bool, which: int = 0) -> list[tuple[Any, ...]]:
+    """Those of a call, as ``described``; past Triton where it can be if ``known``."""
     launch._IS_KNOWN = known
     if not known:
         launch._compiled.clear()
     launched.clear()
     call()
-    return list(launched)
+    return [each[which] for each in launched]
 
 
 def check(call: Callable[[], object], name: str) -> None:
@@ -77,6 +94,36 @@ def check_every_case() -> None:
     """Every compile case."""
     for case in compile_cases.compile_cases():
         check(case.call, case.name)
+
+
+# Launchers that are called between operators of torch, with no plans of their own.
+UNPLANNED = ("dropout mask", "contrastive", "sigmoid contrastive")
+
+
+def on_the_cpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Memory that the system gives once somebody writes to it."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def check_plans() -> None:
+    """Every compile case, on memory that nobody touches: planned calls launch what others do."""
+    planned: list[plan.Plan] = []
+    original = plan.Plan.run
+
+    def run(self: plan.Plan, *args: Any) -> Any:
+        planned.append(self)
+        return original(self, *args)
+
+    with (
+        mock.patch.object(compile_cases, "_empty", on_the_cpu),
+        mock.patch.object(plan.Plan, "run", run),
+    ):
+        for case in compile_cases.compile_cases():
+            plans.clear()
+            unplanned = launches_of(case.call, True, 1)
+            planned.clear()
+            assert launches_of(case.call, True, 1) == unplanned, case.name
+            assert planned or case.name.startswith(UNPLANNED), case.name
 
 
 def check_listeners() -> None:
@@ -131,13 +178,14 @@ def main() -> None:
     kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
     original = launch._launch
 
-    def with_stand_in(kernel: Any, *others: Any) -> None:
+    def with_stand_in(kernel: Any, *others: Any) -> Any:
         kernel.device_caches[0]  # makes what compiles
         kernel.compile = stand_in
-        original(kernel, *others)
+        return original(kernel, *others)
 
     setattr(launch, "_launch", with_stand_in)  # noqa: B010
     check_every_case()
+    check_plans()
     check_listeners()
     check_kinds_of_arguments()
 

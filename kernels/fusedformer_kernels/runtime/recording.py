@@ -78,6 +78,7 @@ class Recorder:
     def plan(self, result: Any) -> Plan | None:
         """What was recorded, of a call that returned ``result``; None if it cannot be planned."""
         places = None if self.failed else self._placed(result)
+        self._looker = None  # which knows of this one: nothing is left that holds tensors
         if self.failed:
             return None
         return Plan(

@@ -15,7 +15,6 @@ from fusedformer._internal.plans import planned, unplanned
 from fusedformer.errors import BadTypeError, BadValueError
 
 
-@planned
 def softmax(
     input: Tensor,
     dim: int | None = None,
@@ -54,10 +53,11 @@ def softmax(
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
     """
-    return _softmax("softmax", input, dim, _stacklevel, dtype, scale, mask, is_causal)
+    if dim is None:
+        dim = _implicit_dim("softmax", input, _stacklevel)
+    return _softmax(input, "softmax", dim, dtype, scale, mask, is_causal)
 
 
-@planned
 def log_softmax(
     input: Tensor,
     dim: int | None = None,
@@ -73,28 +73,33 @@ def log_softmax(
     Arguments and errors are those of :func:`softmax`. Masked elements, and rows that are masked
     whole, are -inf; their gradient is 0.
     """
-    return _softmax("log_softmax", input, dim, _stacklevel, dtype, scale, mask, is_causal)
+    if dim is None:
+        dim = _implicit_dim("log_softmax", input, _stacklevel)
+    return _softmax(input, "log_softmax", dim, dtype, scale, mask, is_causal)
 
 
+def _implicit_dim(function: str, input: Tensor, stacklevel: int) -> int:
+    """The dimension that torch picks, and warns of; ``stacklevel`` as for torch's function."""
+    checks.check_tensor(function, "input", input)
+    warnings.warn(
+        f"Implicit dimension choice for {function} has been deprecated. "
+        f"Change the call to include dim=X as an argument.",
+        stacklevel=stacklevel,
+    )
+    return 0 if input.dim() in (0, 1, 3) else 1
+
+
+@planned
 def _softmax(
-    function: Literal["softmax", "log_softmax"],
     input: Tensor,
-    dim: int | None,
-    stacklevel: int,
+    function: Literal["softmax", "log_softmax"],
+    dim: int,
     dtype: torch.dtype | None,
     scale: float,
     mask: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
     checks.check_tensor(function, "input", input)
-    if dim is None:
-        dim = 0 if input.dim() in (0, 1, 3) else 1
-        unplanned()  # but warned of each time
-        warnings.warn(
-            f"Implicit dimension choice for {function} has been deprecated. "
-            f"Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel + 1,  # the decorator is called too
-        )
     checked = _check_softmax(function, input, dim, dtype, scale, mask, is_causal)
     dtype = dtype or autocast_dtype(function, input) or checked
     if not input.is_floating_point():
