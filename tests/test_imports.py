@@ -39,9 +39,10 @@ ALLOWED = {
     ),
     "parity": (
         "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",
-        "fusedformer.reference", "fusedformer.testing", "fusedformer.backend", "transformers",
+        "fusedformer.reference", "fusedformer.backend", "transformers",
         "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
+    "testing": ("fusedformer.parity",),
     "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
     "_internal": (*_SHARED, "matplotlib"),
     "_version": (),
@@ -200,6 +201,15 @@ def test_importing_loads_no_kernels_and_wakes_no_device() -> None:
         "assert not {name for name in new if name.split('.')[0] in late}, new\n"
         "assert not [name for name in new if name.startswith('torch.distributed.')], new\n"
         "assert not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_the_criterion_needs_torch_alone() -> None:
+    """Neither what parity's pages, models and fixtures import, nor the kernels."""
+    run_python(
+        "import sys, fusedformer.testing\n"
+        "late = {'matplotlib', 'transformers', 'pytest', 'triton', 'fusedformer_kernels'}\n"
+        "assert not late & {name.split('.')[0] for name in sys.modules}\n"
     )
 
 

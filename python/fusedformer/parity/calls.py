@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedformer import testing
 from fusedformer._internal.outputs import tensors_of
+from fusedformer.parity import criterion
 
 Called = Callable[..., Any]
 
@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
 
     def copied(self, dtype: torch.dtype | None = None) -> Arguments:
         """Leaves of their own, strides kept; floating-point tensors in ``dtype`` if given."""
-        return self.mapped(lambda x: testing.copied(x, dtype))
+        return self.mapped(lambda x: criterion.copied(x, dtype))
 
     def mapped(self, change: Callable[[Any], Any]) -> Arguments:
         """Each argument through ``change``."""

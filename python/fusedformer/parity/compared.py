@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fusedformer.parity import calls, submodules
 from fusedformer.parity.calls import Arguments, Called
+from fusedformer.parity.criterion import ParityError
 from fusedformer.parity.measure import Measured, measured
 from fusedformer.parity.tables import compared
-from fusedformer.testing import ParityError
 
 _LARGE = 2**16  # elements; gradients of smaller tensors are judged over several draws
 
@@ -115,7 +115,8 @@ def compare(
     """Compare two functions, or two modules of the same parameters, against float64.
 
     A tensor passes iff the candidate's largest error is at most twice the baseline's plus two
-    roundings of the largest truth, and its RMS error likewise: see :mod:`fusedformer.testing`.
+    roundings of the largest truth, and its RMS error likewise: see
+    :mod:`fusedformer.parity.criterion`.
 
     Args:
         candidate: under test: a function or a module.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import testing
-from fusedformer.testing import Comparison
+from fusedformer.parity import criterion
+from fusedformer.parity.criterion import Comparison
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Measured:
 
 def measured(kind: str, name: str, candidate: Tensor, baseline: Tensor, truth: Tensor) -> Measured:
     """All figures of one tensor."""
-    found = testing.compare(name, candidate, baseline, truth)
+    found = criterion.compare_tensors(name, candidate, baseline, truth)
     nan = float("nan")
     if candidate.shape != truth.shape or baseline.shape != truth.shape:
         return Measured(kind, name, tuple(truth.shape), found, nan, nan, nan, nan, (), True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fusedformer import testing
 from fusedformer._internal import backend as backends
+from fusedformer.parity import criterion
 from fusedformer.parity.cases import Case, all_cases
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> list[Recor
     functions = (case.op.candidate, case.op.stock, case.op.truth)
     ours, stock, truth = (partial(function, **case.settings) for function in functions)
     # Another seed than that of the inputs: a gradient equal to the input has special effects.
-    found = testing.parity(ours, stock, truth, inputs, dtype=dtype, seed=1)
+    found = criterion.parity(ours, stock, truth, inputs, dtype=dtype, seed=1)
     return [{"op": case.op.name, "case": case.name, "tensor": c.name, **c.as_dict()} for c in found]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.models import BertEncoderModel, sentence_embeddings
-from fusedformer.testing import Comparison, compare
+from fusedformer.testing import Comparison, compare_tensors
 from fusedformer.tools.report.minilm import Batch, hidden_states, layers
 from fusedformer.tools.report.neighbours import compare_rankings, similarities
 
@@ -48,11 +48,13 @@ def embedding_report(embeddings: dict[str, Tensor], truth: Tensor) -> dict[str, 
     """Errors, cosines with truth and nearest neighbours of ``stock`` and ``fused``, ``[N, d]``."""
     right = similarities(truth)
     found = {name: similarities(rows) for name, rows in embeddings.items()}
-    moved = compare("similarities", found["fused"], found["stock"], right)
+    moved = compare_tensors("similarities", found["fused"], found["stock"], right)
     # Twice what the criterion lets one similarity move: two may move towards each other.
     tie = 2 * moved.limit
     return {
-        "errors": compare("embeddings", embeddings["fused"], embeddings["stock"], truth).as_dict(),
+        "errors": compare_tensors(
+            "embeddings", embeddings["fused"], embeddings["stock"], truth
+        ).as_dict(),
         "similarities": moved.as_dict(),
         "cosine_loss": {
             name: _cosine_loss(rows.double(), truth).tolist() for name, rows in embeddings.items()
@@ -80,7 +82,7 @@ def layer_report(models: Models, truth: nn.Module, batch: Batch) -> list[dict[st
     right = _traced(truth, batch)
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(right)))]
     return [
-        compare(name, fused, stock, true).as_dict()
+        compare_tensors(name, fused, stock, true).as_dict()
         for name, fused, stock, true in zip(
             names, found["fused"], found["stock"], right, strict=True
         )
@@ -114,7 +116,7 @@ def gradient_report(models: Models, truth: nn.Module, batch: Batch) -> list[dict
     found = {name: _gradients(model, batch) for name, model in models.items()}
     right = _gradients(truth, batch)
     return [
-        _judged(compare(kind, found["fused"][kind], found["stock"][kind], true))
+        _judged(compare_tensors(kind, found["fused"][kind], found["stock"][kind], true))
         for kind, true in right.items()
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 from fusedformer.tools.tune.workloads import HALF, Call, Workload, workloads
 from fusedformer_kernels.runtime.configs import Target, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
@@ -116,7 +116,7 @@ def fault_of(workload: Workload, fields: Fields, device: torch.device) -> str:
         found = call()
     for i, (one, stock, true) in enumerate(zip(found, wanted, truth, strict=True)):
         if one is not None and stock is not None and true is not None:
-            fault = compare(f"result {i}", one, stock, true.double()).fault
+            fault = compare_tensors(f"result {i}", one, stock, true.double()).fault
             if fault:
                 return fault
     return ""
