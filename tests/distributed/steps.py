@@ -76,6 +76,22 @@ class Case(NamedTuple):
 TINY = Case(layers=1, heads=2, lengths=(3, 1))
 
 
+def whole(tensor: Any) -> Tensor:
+    """Gather a DTensor."""
+    full: Tensor = tensor.full_tensor()
+    return full
+
+
+def reset_parameters(model: torch.nn.Module) -> None:
+    """Draw the parameters anew of every module that can."""
+
+    def reset(module: Any) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    model.apply(reset)
+
+
 def part(inputs: Tensors, rank: int, size: int) -> Tensors:
     """The sequences of one rank of ``size``."""
     return {name: tensor.chunk(size)[rank] for name, tensor in inputs.items()}

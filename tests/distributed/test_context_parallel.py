@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -178,7 +178,7 @@ def misuse(mesh: DeviceMesh) -> list[str]:
     """What is said where attention over a group has no meaning."""
     group, x = mesh.get_group(), torch.randn(1, 4, E)
     one = context_parallel(nn.MultiheadAttention(E, 2, batch_first=True), group)
-    stack = stock_stack(False)
+    stack: Any = stock_stack(False)
     fusedformer.fuse(stack)
     context_parallel(stack, group)
     lonely = torch.nn.Linear(2, 2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel

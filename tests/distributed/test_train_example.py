@@ -43,7 +43,7 @@ runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
 def example() -> Any:
     spec = importlib.util.spec_from_file_location("train_distributed", EXAMPLE)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.stdlib_passages = functools.cache(module.stdlib_passages)
     return module

@@ -37,6 +37,7 @@ import fusedformer
 from fusedformer import backend, nn, parity
 from fusedformer import functional as F
 from fusedformer._internal import autocast as _autocast
+from fusedformer._internal.backend import Backend
 from fusedformer.testing import assert_parity, compare
 
 HAS_GPU = torch.cuda.is_available()
@@ -124,7 +125,7 @@ def test_what_autocast_cannot_cast_is_refused() -> None:
         with pytest.raises(TypeError, match="'input' must be Tensor"):
             F.layer_norm(None, (D,))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="'query' must be Tensor"):
-            F.scaled_dot_product_attention(None, query, query)  # type: ignore[arg-type]
+            F.scaled_dot_product_attention(None, query, query)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="'src' to have the dtype of the parameters"):
         layer(query[0].to(BF16))
     assert norm(query.to(BF16)).dtype == BF16
@@ -138,7 +139,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if HAS_GPU:
         yield
         return
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("aten", "IMPL")
 
     def wide(value: Any) -> Any:
         return _autocast.cast(value, F32)
@@ -158,7 +159,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rules = _autocast._RULES | {(op, "cpu") for op in WIDENED}
     monkeypatch.setattr(_autocast, "_RULES", rules)
     yield
-    library._destroy()  # type: ignore[no-untyped-call]
+    library._destroy()
 
 
 def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -444,7 +445,8 @@ def test_a_compiled_encoder(name: Any, device: str, cuda_rules: None) -> None:
     compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     compiled.compile(fullgraph=True, backend="aot_eager")
     results = []
-    for module, chosen in ((compiled, name), (eager, name), (exact, "torch")):
+    torchs: Backend = "torch"
+    for module, chosen in ((compiled, name), (eager, name), (exact, torchs)):
         wide = F64 if module is exact else F32
         generator = torch.Generator(device).manual_seed(7)
         src, dy = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from fusedformer.parity.cases import stock_contrastive, stock_sigmoid_contrastiv
 from fusedformer.testing import assert_parity
 
 NAMES = ["contrastive_loss", "sigmoid_contrastive_loss"]
-STOCK = {"contrastive_loss": stock_contrastive, NAMES[1]: stock_sigmoid_contrastive}
+STOCK: dict[str, Callable[..., Any]] = {
+    "contrastive_loss": stock_contrastive,
+    NAMES[1]: stock_sigmoid_contrastive,
+}
 
 
 def pairs(
@@ -129,7 +133,7 @@ def test_numbers_in_place_of_tensors(name: str, device: str) -> None:
     given = pairs(name, 9, 9, 16, device)
     numbers = {k: v.item() if v.dim() == 0 else v for k, v in given.items()}
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             assert torch.equal(getattr(F, name)(**given), getattr(F, name)(**numbers))
 
 
@@ -153,7 +157,7 @@ def test_autocast_narrows_embeddings_as_it_does_products(name: str, device: str)
     given = pairs(name, 20, 20, 16, device)
     narrow = {k: v.detach().bfloat16() if v.dim() else v for k, v in given.items()}
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             want = getattr(F, name)(**narrow)
             with torch.autocast(device, dtype=torch.bfloat16):
                 found = getattr(F, name)(**given)
@@ -180,7 +184,7 @@ def test_no_rows(name: str, columns: int, device: str) -> None:
     given = pairs(name, 0, columns, 8, device, reduction="sum")
     leaves = [v for v in given.values() if isinstance(v, Tensor)]
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             loss = getattr(F, name)(**given)
             grads = torch.autograd.grad(loss, leaves)
             assert loss == 0

@@ -33,7 +33,7 @@ def inputs(
 
 def check(dtype: torch.dtype | None, given: dict[str, Any]) -> None:
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             assert_parity(
                 functional.embedding_layer_norm,
                 stock,
@@ -56,7 +56,7 @@ def test_rows_of_one_value(width: int, value: float, device: str) -> None:
     given["weight"] = torch.full((TOKENS, width), value, device=device)
     given["token_type_weight"] = torch.zeros(TYPES, width, device=device)
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = functional.embedding_layer_norm(**given)
         assert torch.equal(output, given["norm_bias"].expand_as(output))
 
@@ -87,7 +87,7 @@ def test_what_may_be_left_out(leave_out: tuple[str, ...], device: str) -> None:
 def test_ids_of_any_shape(shape: tuple[int, ...], device: str) -> None:
     given = inputs(device, 20, *shape, ids=torch.int32)
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = functional.embedding_layer_norm(**given)
             assert output.shape == (*shape, 20)
             wanted = [value for value in given.values() if value.requires_grad]
