@@ -35,9 +35,9 @@ assert_parity = assert_function_parity
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Make ``torch.empty`` and its kin return NaN (integers: their maximum) instead of leftovers.
+    """Make ``torch.empty`` and its like return NaN, or the largest integer.
 
-    What a kernel forgets to write then shows. Built on torch's own deterministic mode.
+    An element that a kernel does not write then shows. Built on torch's own deterministic mode.
     """
     was_on = torch.are_deterministic_algorithms_enabled()
     was_warn = torch.is_deterministic_algorithms_warn_only_enabled()

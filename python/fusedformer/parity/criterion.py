@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Candidate's error as a multiple of stock's, 1 where both are exact."""
+        """The candidate's error as a multiple of stock's; 1 where both are exact."""
         if self.stock_error == 0.0:
             return 1.0 if self.error == 0.0 else float("inf")
         return self.error / self.stock_error
@@ -68,8 +68,8 @@ def compare_tensors(name: str, candidate: Tensor, stock: Tensor, truth: Tensor) 
     Args:
         name: what the tensor is, for messages.
         candidate: the result under test; its dtype sets eps, and is no coarser than stock's.
-        stock: stock PyTorch's result. Where it is not finite and the truth is, it is no yardstick:
-            such elements never loosen the limit.
+        stock: stock PyTorch's result. Elements that are not finite where the truth is never loosen
+            the limit.
         truth: the definition's result in float64.
 
     Non-finite values must stand where the truth has them, and be the same ones. A case whose limit
@@ -138,7 +138,7 @@ def _rms(tensor: Tensor) -> float:
 
 
 def _worst(score: Tensor) -> tuple[int, ...]:
-    """Index of the largest element."""
+    """Return the index of the largest element."""
     return tuple(int(i) for i in torch.unravel_index(score.double().argmax(), score.shape))
 
 
@@ -160,13 +160,13 @@ def parity(
             own copies, with the same strides and alignment: non-contiguous, expanded and
             overlapping tensors stay so. A candidate that writes to one is at fault.
         dtype: floating-point inputs are first rounded to it; None leaves them as they are.
-        seed: of the random output gradients, the same for all three. Not that of the inputs: a
-            gradient equal to the input has effects of its own (through a norm it vanishes).
+        seed: of the random output gradients, the same for all three. Take another than that of
+            the inputs: a gradient equal to the input vanishes in a norm.
 
     Returns:
         One :class:`Comparison` per output ("output 0", ...) and gradient ("grad of NAME"). A
-        gradient that the candidate does not have counts as zero; one that stock does not have is
-        no yardstick.
+        gradient that the candidate does not have counts as zero; one that stock does not have
+        never loosens the limit.
     """
     rounded = {name: copied(value, dtype) for name, value in inputs.items()}
     arguments = [
@@ -227,14 +227,14 @@ def assert_function_parity(
 
 
 def copied(value: Any, dtype: torch.dtype | None) -> Any:
-    """A leaf of its own with the strides and alignment of ``value``; floats in ``dtype``."""
+    """Copy a tensor to a new leaf of the same strides and alignment; floats to ``dtype``."""
     if not isinstance(value, Tensor):
         return value
     if dtype is None or not value.is_floating_point():
         dtype = value.dtype
     if value.numel() == 0:
         copy = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
-    else:  # what the strides span of the storage, from an aligned element on
+    else:  # copy the part of the storage that the strides span, from an aligned element on
         offset = value.storage_offset() % 16
         start = value.storage_offset() - offset
         last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
@@ -244,14 +244,14 @@ def copied(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """What a function returned, without the places that it left empty."""
+    """List the tensors of a result; None is left out."""
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
 def _gradients(
     outputs: Sequence[Tensor], drawn: Sequence[Tensor], inputs: Mapping[str, Any], missing: float
 ) -> dict[str, Tensor]:
-    """By name of each input that requires a gradient; full of ``missing`` where there is none."""
+    """Return the gradients of inputs by name, filled with ``missing`` where there is none."""
     wanted = {n: t for n, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
     reached = [(o, g.to(o)) for o, g in zip(outputs, drawn, strict=True) if o.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(wanted)
