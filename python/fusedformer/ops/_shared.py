@@ -72,7 +72,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
-    """Return the dtype in which kernels write gradients of parameters; None has none."""
+    """Return the dtype that all given parameters share, or float32 if they differ."""
     found = {dtype for dtype in dtypes if dtype is not None}
     return found.pop() if len(found) == 1 else torch.float32
 

@@ -32,7 +32,7 @@ from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.onlookers import is_traced_by_jit
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
-from fusedformer.ops.cross_entropy import cross_entropy, sum_of, total_weight
+from fusedformer.ops.cross_entropy import cross_entropy, total_weight, weight_sum
 from fusedformer.ops.logit_chunks import (
     ChunkLoss,
     each_block,
@@ -139,7 +139,9 @@ def _linear_cross_entropy(
     Products are computed in ``dtype``. Gradients are None where the backward computes them.
     """
     (every, features), wide = input.shape, wide_dtype(dtype)
-    loss = ChunkLoss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
+    loss = ChunkLoss(
+        weight, weight_sum(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
     rows = _rows_not_ignored(target, ignore_index, static_shapes)
     total = total_weight(target, weight, ignore_index).to(wide) if reduction == "mean" else None
     losses = input.new_zeros(every, dtype=wide)
@@ -274,7 +276,9 @@ def _linear_cross_entropy_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of input, weight and bias, computed by blocks of classes."""
     wide = wide_dtype(dtype)
-    loss = ChunkLoss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
+    loss = ChunkLoss(
+        weight, weight_sum(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
     rows = _rows_not_ignored(target, ignore_index, static_shapes)
     kept: slice | Tensor = slice(None) if rows is None else rows
     x, targets = input[kept].to(dtype), target[kept]
