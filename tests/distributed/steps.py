@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.nn
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 E, HIDDEN = 16, 24
 Tensors = dict[str, Tensor]
@@ -154,7 +154,7 @@ def faults_of(case: Case, results: list[Tensors], stock: Tensors) -> list[str]:
     faults = []
     for rank, result in enumerate(results):
         assert set(result) == set(stock), set(result) ^ set(stock)
-        found = (compare(n, result[n], stock[n], truth[n]) for n in stock)
+        found = (compare_tensors(n, result[n], stock[n], truth[n]) for n in stock)
         faults += [f"rank {rank}: {one.fault}" for one in found if one.fault]
     return faults
 

@@ -19,7 +19,7 @@ from fusedformer import backend, reference
 from fusedformer import functional as F
 from fusedformer.functional.steps import self_attention
 from fusedformer.nn.masks import AttentionMasks
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 WHOLE = Replicate()
 ROWS, COLUMNS = Shard(0), Shard(2)
@@ -204,7 +204,7 @@ def test_nothing_is_communicated(ranks: Ranks, call: Call, name: Any, uneven: bo
         assert count == 0
         assert alike
         assert set(results) == set(truth)
-        found = [compare(n, results[n], stock[n], truth[n]) for n in truth]
+        found = [compare_tensors(n, results[n], stock[n], truth[n]) for n in truth]
         assert [one.fault for one in found if one.fault] == []
 
 

@@ -23,7 +23,7 @@ from fusedformer.distributed import (
     ring_varlen_attention,
     split_sequence,
 )
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 B, H, E, EV, L = 2, 2, 8, 16, 24
 NAMES = ("output", "lse", "grad of query", "grad of key", "grad of value")
@@ -69,7 +69,7 @@ def definition(query: Tensor, key: Tensor, value: Tensor, return_lse: bool, **se
 
 def judge(found: list[Tensor], stock: list[Tensor], truth: list[Tensor]) -> None:
     """By the parity criterion."""
-    faults = [compare(*each).fault for each in zip(NAMES, found, stock, truth, strict=True)]
+    faults = [compare_tensors(*each).fault for each in zip(NAMES, found, stock, truth, strict=True)]
     assert not any(faults), "\n".join(faults)
 
 

@@ -38,7 +38,7 @@ import fusedformer
 from fusedformer import backend
 from fusedformer.distributed import TransformerParallel, tensor_parallel_plan
 from fusedformer.distributed._region import Region
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 PLAIN = Case()
 PRE = PLAIN._replace(norm_first=True)
@@ -193,7 +193,7 @@ def test_a_layer_by_itself(ranks: Ranks) -> None:
         runs.append(step(layer.to(dtype), {n: t.to(dtype) for n, t in inputs.items()}))
     stock, truth = runs
     for result in ranks.run(layer_alone, case, size=2):
-        found = [compare(n, result[n], stock[n], truth[n]) for n in stock]
+        found = [compare_tensors(n, result[n], stock[n], truth[n]) for n in stock]
         assert [one.fault for one in found if one.fault] == []
 
 

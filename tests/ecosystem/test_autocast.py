@@ -38,7 +38,7 @@ from fusedformer import backend, nn, parity
 from fusedformer import functional as F
 from fusedformer._internal import autocast as _autocast
 from fusedformer._internal.backend import Backend
-from fusedformer.testing import assert_parity, compare
+from fusedformer.testing import assert_function_parity, compare_tensors
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -182,7 +182,9 @@ def test_values_under_the_rules_of_cuda(
     candidate, stock, make = VALUES[case]
     inputs = on(device, make())
     with backend(name):
-        assert_parity(under(BF16, device, candidate), under(BF16, device, stock), stock, inputs)
+        assert_function_parity(
+            under(BF16, device, candidate), under(BF16, device, stock), stock, inputs
+        )
 
 
 @pytest.mark.parametrize("op", WIDENED)
@@ -219,7 +221,7 @@ def test_float32_weights_and_bfloat16_activations(case: str, name: Any, device: 
     candidate, stock, make = WITHOUT[case]
     inputs = on(device, make())
     with backend(name):
-        compared = assert_parity(candidate, stock, stock, inputs)
+        compared = assert_function_parity(candidate, stock, stock, inputs)
     assert compared[0].dtype == "bfloat16"
 
 
@@ -457,7 +459,7 @@ def test_a_compiled_encoder(name: Any, device: str, cuda_rules: None) -> None:
         results.append([output, *torch.autograd.grad(output, list(module.parameters()), dy)])
     assert {t.dtype for t in results[0]} == {F32}
     for number, three in enumerate(zip(*results, strict=True)):
-        judged = compare(str(number), *three)
+        judged = compare_tensors(str(number), *three)
         assert judged.passed, judged.fault
 
 
@@ -485,7 +487,7 @@ def test_grad_scaler(dtype: torch.dtype, device: str) -> None:
     scaler.unscale_(optimizer)
     for parameter, *others in zip(parameters, plain, truth, strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == F32
-        judged = compare("unscaled", parameter.grad, *others)
+        judged = compare_tensors("unscaled", parameter.grad, *others)
         assert judged.passed, judged.fault
     expected = [p.detach() - 0.1 * p.grad for p in parameters if p.grad is not None]
     scaler.step(optimizer)

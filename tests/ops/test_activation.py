@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedformer import functional as F
 from fusedformer import reference
 from fusedformer.functional import ACTIVATIONS, Activation
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,7 +66,7 @@ def test_dropout_is_the_mask_of_the_seed(activation: Activation, p: float, devic
     def truth(**arguments: Any) -> Tensor:
         return reference.bias_activation(activation=activation, p=p, keep=keep, **arguments)
 
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedformer import backend, nn, reference
 from fusedformer import functional as F
-from fusedformer.testing import Comparison, compare, copied
+from fusedformer.testing import Comparison, compare_tensors, copied
 
 NAME = "scaled_dot_product_attention"
 BACKENDS: Any = pytest.mark.parametrize("name", ["triton", "torch"])
@@ -249,7 +249,7 @@ def _compared(number: int, sample: Any, name: Any, device: str) -> Iterator[Comp
         found = zip(leaves, grads, strict=True)
         runs.append({"output": output, **{str(n): g for n, g in found if g is not None}})
     for key in runs[0]:
-        yield compare(f"{number} {key}", *(run[key] for run in runs))
+        yield compare_tensors(f"{number} {key}", *(run[key] for run in runs))
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

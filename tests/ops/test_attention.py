@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 
@@ -274,7 +274,7 @@ def test_dropout_is_the_mask_of_the_seed(
             )
         )
 
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 def test_dropout_of_everything(device: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 QUERIES, KEYS = 20, 30
@@ -171,7 +171,7 @@ def test_dropout_with_grouped_heads_and_lengths(key_heads: int, device: str) -> 
     def truth(**inputs: Any) -> Any:
         return reference.scaled_dot_product_attention(keep=keep, **common, **inputs)
 
-    assert_parity(candidate, truth, truth, qkv(device, heads=4, key_heads=key_heads))
+    assert_function_parity(candidate, truth, truth, qkv(device, heads=4, key_heads=key_heads))
 
 
 @pytest.mark.parametrize("wanted", ["query", "key", "value", "attn_mask"])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 
@@ -190,7 +190,9 @@ def test_merged_parts_are_the_whole(dtype: torch.dtype, device: str) -> None:
         with backend("torch"):
             return in_parts(**arguments)
 
-    assert_parity(in_parts, whole, reference.scaled_dot_product_attention, inputs, dtype=dtype)
+    assert_function_parity(
+        in_parts, whole, reference.scaled_dot_product_attention, inputs, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,7 +209,9 @@ def test_merge(dtype: torch.dtype, device: str) -> None:
         with backend("torch"):
             return F.merge_attention_states(**arguments)
 
-    assert_parity(F.merge_attention_states, torchs, reference.merge_attention_states, inputs)
+    assert_function_parity(
+        F.merge_attention_states, torchs, reference.merge_attention_states, inputs
+    )
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
@@ -291,7 +295,7 @@ def test_t5_bias_is_learned_through_its_buckets(device: str) -> None:
             **arguments, attn_mask=table[:, index.clamp(-50, 50) + 50]
         )
 
-    assert_parity(
+    assert_function_parity(
         lambda **arguments: call(F, **arguments), materialized,
         lambda **arguments: call(reference, **arguments)[0], inputs, dtype=torch.float32,
     )  # fmt: skip

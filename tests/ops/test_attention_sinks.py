@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 BACKENDS: Any = pytest.mark.parametrize("name", ["triton", "torch"])
@@ -61,7 +61,7 @@ def test_beside_the_softmax_of_one_more_column(name: Any, device: str) -> None:
         with backend(name):
             return F.scaled_dot_product_attention(**arguments)
 
-    assert_parity(ours, eager, eager, inputs, dtype=torch.float32)
+    assert_function_parity(ours, eager, eager, inputs, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
@@ -159,7 +159,7 @@ def test_one_part_of_the_keys_has_the_sink(name: Any, device: str) -> None:
             return F.scaled_dot_product_attention(**arguments, return_lse=True)
 
     truth = reference.scaled_dot_product_attention
-    assert_parity(in_parts, whole, truth, inputs, dtype=torch.float32)
+    assert_function_parity(in_parts, whole, truth, inputs, dtype=torch.float32)
 
 
 def test_rows_behind_the_last_sequence_do_not_reach_the_gradient(device: str) -> None:
@@ -227,7 +227,7 @@ def test_chunks_are_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
     def stock(**arguments: Any) -> Any:
         return eager(**arguments, hidden=hidden)
 
-    assert_parity(ours, stock, stock, inputs, dtype=torch.float32)
+    assert_function_parity(ours, stock, stock, inputs, dtype=torch.float32)
 
 
 def test_a_batch_of_gradients() -> None:

@@ -16,7 +16,7 @@ from fusedformer import functional as F
 from fusedformer.ops import contrastive as ops
 from fusedformer.ops import contrastive_aten
 from fusedformer.parity.cases import stock_contrastive, stock_sigmoid_contrastive
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAMES = ["contrastive_loss", "sigmoid_contrastive_loss"]
 STOCK: dict[str, Callable[..., Any]] = {
@@ -70,14 +70,16 @@ def test_strips(name: str, reduction: str, device: str, monkeypatch: pytest.Monk
     check(name, torch.float32, **given)
     definition = getattr(reference, name)
     with backend("torch"):
-        assert_parity(getattr(F, name), definition, definition, given, dtype=torch.float32)
+        assert_function_parity(getattr(F, name), definition, definition, given, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_beside_what_training_code_does(name: str, dtype: torch.dtype, device: str) -> None:
     given = pairs(name, 70, 70, 32, device, scale=100.0)
-    assert_parity(getattr(F, name), STOCK[name], getattr(reference, name), given, dtype=dtype)
+    assert_function_parity(
+        getattr(F, name), STOCK[name], getattr(reference, name), given, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("scale", [-3.0, 0.0, 1000.0])
@@ -149,7 +151,9 @@ def test_float16_holds_the_gradients_of_a_mean_over_many(device: str) -> None:
             return F.contrastive_loss(**arguments)
 
     definition = less(reference.contrastive_loss)
-    assert_parity(less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16)
+    assert_function_parity(
+        less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, functional, reference
 from fusedformer.parity.cases import stock_embedding as stock
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 TOKENS, POSITIONS, TYPES = 11, 7, 2
 
@@ -34,7 +34,7 @@ def inputs(
 def check(dtype: torch.dtype | None, given: dict[str, Any]) -> None:
     for name in ("triton", "torch"):
         with backend(name):
-            assert_parity(
+            assert_function_parity(
                 functional.embedding_layer_norm,
                 stock,
                 reference.embedding_layer_norm,
@@ -148,7 +148,7 @@ def test_dropout(device: str) -> None:
         return torch.where(keep, stock(**settings), 0.0) / (1 - p)
 
     with backend("triton"):
-        assert_parity(dropped, steps, truth, given)
+        assert_function_parity(dropped, steps, truth, given)
         whole = functional.embedding_layer_norm(**given)
         assert torch.equal(functional.embedding_layer_norm(**given, p=p, training=False), whole)
         assert not functional.embedding_layer_norm(**given, p=1.0).any()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedformer import backend, reference
 from fusedformer import functional as F
 from fusedformer.ops import logit_chunks
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 from fusedformer.tools.measure import peak_memory
 from fusedformer_kernels.runtime.launch import recorded_launches
 
@@ -36,7 +36,7 @@ def judge(dtype: torch.dtype, static_shapes: bool = False, **inputs: Any) -> Non
     def ours(**given: Any) -> Tensor:
         return F.linear_cross_entropy(**given, static_shapes=static_shapes)
 
-    assert_parity(ours, naive, reference.linear_cross_entropy, inputs, dtype=dtype)
+    assert_function_parity(ours, naive, reference.linear_cross_entropy, inputs, dtype=dtype)
 
 
 def tensors(
@@ -109,7 +109,7 @@ def test_shapes(shape: str, reduction: str, name: Any, device: str) -> None:
         return reference.linear_cross_entropy(**inputs)
 
     with backend(name):
-        assert_parity(F.linear_cross_entropy, truth, truth, given, dtype=torch.float32)
+        assert_function_parity(F.linear_cross_entropy, truth, truth, given, dtype=torch.float32)
 
 
 @BACKENDS

@@ -8,7 +8,7 @@ from tests.ops.judge import DTYPES, check, first, grad
 
 from fusedformer import functional as F
 from fusedformer import reference
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 WIDTHS = {
     3: "the least whose gradient does not vanish",
@@ -133,7 +133,7 @@ def test_dropout_is_the_mask_of_the_seed(name: str, width: int, p: float, device
         return outputs if name == "dropout_add" else outputs[0]
 
     # Stock is the definition in float32: with a given mask ATen has nothing else to offer.
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 LAYOUTS = {

@@ -68,7 +68,7 @@ class Task(ABC):
 
     @abstractmethod
     def stock_model(self) -> nn.Module:
-        """Make torch's model; it takes the ``state_dict`` and the ``loss`` arguments of ``model``."""
+        """Make torch's model, which takes the ``state_dict`` and the batches of ``model``."""
 
     @abstractmethod
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
