@@ -1,7 +1,9 @@
 """Test functions against stock PyTorch and the truth: the criterion, and memory made of NaN.
 
-The criterion itself is stated in :mod:`fusedformer.parity.criterion`. This module imports neither
-pytest nor matplotlib nor transformers.
+An error may be at most twice stock's plus two roundings: :mod:`fusedformer.parity.criterion` states
+it in full. ``compare`` and ``assert_parity`` are older names of :func:`compare_tensors` and
+:func:`assert_function_parity`; :mod:`fusedformer.parity` has functions of those names for modules.
+Importing this imports neither pytest nor matplotlib nor transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ __all__ = [
     "assert_parity", "compare", "compare_tensors", "copied", "parity", "poisoned_memory",
 ]  # fmt: skip
 
-# Their names before fusedformer.parity had functions of these names for modules.
 compare = compare_tensors
 assert_parity = assert_function_parity
 
