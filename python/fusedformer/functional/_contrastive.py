@@ -45,7 +45,7 @@ def contrastive_loss(
         group: ranks that hold a piece of one batch each, M = N rows on all of them. The loss is
             that of the whole batch, on every rank (with ``"none"`` of its own rows). ``b`` is
             gathered and each rank computes the scores of its rows. Autograd differentiates the sum
-            of what the ranks return, so that averaging gradients over them, as
+            of all ranks' results, so that averaging gradients over them, as
             ``DistributedDataParallel`` does, gives those of one process with the whole batch.
 
     Returns:

@@ -53,7 +53,7 @@ def cross_entropy(
         ValueError: shapes that do not belong together, devices that differ, an unknown
             ``reduction``, ``label_smoothing`` outside [0, 1], a ``weight`` that wants a gradient.
         IndexError: on the CPU, a target that is no class. On a GPU, where looking would wait for
-            it, the loss of such a row is NaN.
+            it, the loss of that row is NaN.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision,
     arXiv:1512.00567 (label smoothing).

@@ -1,6 +1,6 @@
 """Run collectives over the ranks of a process group, differentiable by autograd.
 
-Autograd differentiates the sum of what all ranks return, so a rank's gradient includes the effects
+Autograd differentiates the sum of all ranks' results, so a rank's gradient includes the effects
 of its tensor on every rank.
 """
 

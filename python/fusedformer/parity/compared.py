@@ -21,7 +21,7 @@ _LARGE = 2**16  # elements; gradients of smaller tensors are judged over several
 
 
 class ParityReport:
-    """What :func:`compare` found; ``str()`` of it is a table.
+    """The result of :func:`compare`; ``str()`` of it is a table.
 
     Attributes:
         rows: a :class:`Measured` for every output and gradient, and every submodule in the order

@@ -18,7 +18,7 @@ class Measured:
     Attributes:
         kind: "output", "gradient" or "submodule".
         name: of the tensor, by its place in what was returned, or of the parameter or module.
-        shape: of what was compared: of real positions alone where ``where`` was given.
+        shape: of the compared tensor, which has real positions alone if ``where`` was given.
         comparison: largest and RMS errors, the limits, and the verdict of the criterion.
         max_ulp, baseline_max_ulp: largest error in units in the last place of the truth there,
             taken as no smaller than eps times the largest truth.

@@ -46,7 +46,7 @@ class Difference:
 
 
 class SamenessReport:
-    """What :func:`determinism` or :func:`batch_invariance` found; ``str()`` of it is a table.
+    """The result of :func:`determinism` or :func:`batch_invariance`; ``str()`` is a table.
 
     Attributes:
         title: what was compared.

@@ -21,7 +21,7 @@ Gaps = dict[str, list[float]]
 
 
 class TrainingReport:
-    """What :func:`training` found; ``str()`` of it is a table.
+    """The result of :func:`training`; ``str()`` of it is a table.
 
     Runs are named "baseline", "candidate" and "nudged 1", "nudged 2", ...: the baseline again with
     every weight moved by one rounding, which shows how far rounding alone takes a run.
@@ -201,15 +201,15 @@ def nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def add_gaps(
-    gaps: Gaps, runs: dict[str, nn.Module], of: Callable[[nn.Parameter], Tensor | None]
+    gaps: Gaps, runs: dict[str, nn.Module], pick: Callable[[nn.Parameter], Tensor | None]
 ) -> None:
-    """Append the relative distance, over all parameters, of what ``of`` picks."""
-    base = {n: of(p) for n, p in runs["baseline"].named_parameters()}
+    """Append each run's relative distance from the baseline, over all picked tensors."""
+    base = {n: pick(p) for n, p in runs["baseline"].named_parameters()}
     norm = sum(x.double().square().sum().item() for x in base.values() if x is not None) ** 0.5
     for name, values in gaps.items():
         squares = 0.0
         for key, parameter in runs[name].named_parameters():
-            x, y = of(parameter), base[key]
+            x, y = pick(parameter), base[key]
             if x is not None and y is not None:
                 squares += (x.double() - y.double()).square().sum().item()
         values.append(squares**0.5 / norm if norm else 0.0)

@@ -152,7 +152,7 @@ def varlen_attention(
         value: ``[total_k, heads, e]``.
         cu_seqlens_q: ``[sequences + 1]``, where the queries of each sequence begin and end.
         cu_seqlens_k: the same for keys.
-        max_seqlen_q, max_seqlen_k: sizes of what ``attn_mask`` and ``keep`` broadcast to.
+        max_seqlen_q, max_seqlen_k: the sizes to which ``attn_mask`` and ``keep`` broadcast.
         attn_mask: broadcast to ``[sequences, heads, max_seqlen_q, max_seqlen_k]``.
         alibi_slopes: ``[heads]`` or ``[sequences, heads]``.
         key_lengths: integer ``[sequences]``.

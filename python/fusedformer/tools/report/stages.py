@@ -22,14 +22,15 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """How much to measure.
 
     Attributes:
-        passages, batch: of the corpus, and of one batch.
-        layer_passages: whose hidden states are compared at every depth.
-        gradient_passages, gradient_tokens: whose gradients are compared, cut to so many tokens.
-        step_passages: of the one batch that is timed forward and backward, and of peak memory.
-        forward_seconds, step_seconds: of timing, at least one round over the batches.
+        passages, batch: number of passages, in all and in a batch.
+        layer_passages: number of passages whose hidden states are compared at every depth.
+        gradient_passages, gradient_tokens: number of passages whose gradients are compared, and
+            of tokens to which they are cut.
+        step_passages: size of the batch whose training step is timed, and its peak memory.
+        forward_seconds, step_seconds: time for timing, at least one round over the batches.
     """
 
     passages: int = 256

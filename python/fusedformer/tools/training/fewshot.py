@@ -1,9 +1,9 @@
 """Prompt a decoder with examples of a toy task: ``python -m fusedformer fewshot``.
 
-Words of a few kinds (animals, colours, ...), each kind under a letter that is drawn anew for every
-prompt: "cat B, red D, owl B, blue" goes on with "D". Nothing but the prompt's examples tells which
-letter is meant, so accuracy rises with their number although no weight changes any more. Prompts
-are judged with assignments of letters that training has never had.
+Each kind of words (animals, colours, ...) has a letter that is drawn again for every prompt: the
+answer to "cat B, red D, owl B, blue" is "D". Only the examples in the prompt tell the letters, so
+accuracy rises with their number although no weight changes. Prompts are judged with assignments of
+letters that training has never had.
 """
 
 from __future__ import annotations

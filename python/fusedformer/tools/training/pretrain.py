@@ -1,9 +1,9 @@
 """Pretrain a small model on text that is here: ``python -m fusedformer pretrain``.
 
-BERT's objectives, GPT's, or CLIP's on pairs of a function's signature and its docstring. The folder
-of the run has the checkpoint, from which ``--resume`` goes on, ``metrics.json``, ``loss.svg``, and
-the model as transformers loads it. On the same machine, with as many threads, a run that was
-stopped or killed ends with the bits of one that was not.
+The objectives are BERT's, GPT's, or CLIP's on pairs of a function's signature and its docstring.
+The folder of the run gets the checkpoint for ``--resume``, ``metrics.json``, ``loss.svg``, and the
+model as transformers loads it. On the same machine, with the same number of threads, a run that
+was stopped or killed, and then resumed, ends with the bits of one that was not.
 """
 
 from __future__ import annotations

@@ -35,11 +35,11 @@ class Workload:
     """One key of the tables.
 
     Attributes:
-        key: of the choice.
-        candidates: fields that are tried.
-        shapes: names and sizes, of which the time counts alike.
-        make: of a size, a device and a dtype the call. Inputs are made once, the same numbers each
-            time: those that bfloat16 has.
+        key: its words.
+        candidates: the fields to try.
+        shapes: sizes by name, whose times have equal weight.
+        make: makes the call from a size, a device and a dtype. Inputs are made once, of the same
+            numbers each time, which bfloat16 can represent.
         small: the size at which a candidate is checked.
     """
 
