@@ -37,7 +37,6 @@ import fusedformer
 from fusedformer import backend, nn, parity
 from fusedformer import functional as F
 from fusedformer._internal import autocast as _autocast
-from fusedformer._internal.backend import Backend
 from fusedformer.testing import assert_function_parity, compare_tensors
 
 HAS_GPU = torch.cuda.is_available()
@@ -182,9 +181,8 @@ def test_values_under_the_rules_of_cuda(
     candidate, stock, make = VALUES[case]
     inputs = on(device, make())
     with backend(name):
-        assert_function_parity(
-            under(BF16, device, candidate), under(BF16, device, stock), stock, inputs
-        )
+        ours, torchs = (under(BF16, device, call) for call in (candidate, stock))
+        assert_function_parity(ours, torchs, stock, inputs)
 
 
 @pytest.mark.parametrize("op", WIDENED)
@@ -447,14 +445,14 @@ def test_a_compiled_encoder(name: Any, device: str, cuda_rules: None) -> None:
     compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     compiled.compile(fullgraph=True, backend="aot_eager")
     results = []
-    torchs: Backend = "torch"
-    for module, chosen in ((compiled, name), (eager, name), (exact, torchs)):
+    for module in (compiled, eager, exact):
         wide = F64 if module is exact else F32
         generator = torch.Generator(device).manual_seed(7)
         src, dy = (
             torch.randn(N, S, D, generator=generator, device=device).to(wide) for _ in range(2)
         )
-        with backend(chosen), torch.autocast(device, BF16):
+        on_backend = backend("torch") if module is exact else backend(name)
+        with on_backend, torch.autocast(device, BF16):
             output = module(src, src_key_padding_mask=padding(src))
         results.append([output, *torch.autograd.grad(output, list(module.parameters()), dy)])
     assert {t.dtype for t in results[0]} == {F32}

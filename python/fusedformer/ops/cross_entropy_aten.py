@@ -1,7 +1,7 @@
 """Compute cross entropy of rows of logits by ATen, in place, step by step as the kernels do.
 
 Like the kernels, it computes in at least float32, and keeps the log-sum-exp as two numbers: the
-largest logit, and the logarithm of the sum of the others relative to it.
+largest logit, and the logarithm of the sum of exponentials relative to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Judge results by the parity criterion: is a fused op as close to the truth as stock PyTorch is?
+"""Judge results by the parity criterion: as close to the truth as stock PyTorch, or not.
 
 With ``truth`` the definition evaluated in float64 on the same inputs, ``e`` the largest error of
 the candidate against it and ``b`` that of stock PyTorch in the same dtype, the candidate passes iff

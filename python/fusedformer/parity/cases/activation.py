@@ -1,4 +1,4 @@
-"""Cases of bias and activation."""
+"""List cases of bias and activation."""
 
 from __future__ import annotations
 

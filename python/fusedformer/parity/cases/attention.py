@@ -1,4 +1,4 @@
-"""Cases of attention: padded, packed and in parts."""
+"""List cases of attention: padded, packed and in parts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _stock_attention(
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
     if not return_lse:
         return output
-    # In at least float32, as the log-sum-exp is kept: in half precision it would be no yardstick.
+    # In at least float32: the error of a log-sum-exp in half precision would loosen the limit.
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * query.shape[-1] ** -0.5
     return output, scores.logsumexp(-1)
@@ -142,7 +142,7 @@ def _true_packed(**arguments: Any) -> Tensor:
 
 
 def _with_wide_lse(merge: Function) -> Function:
-    """``merge`` with log-sum-exps in at least float32, as attention returns them."""
+    """Call ``merge`` with log-sum-exps in at least float32, as attention returns them."""
 
     def call(output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor) -> Any:
         wide = torch.promote_types(lse1.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Cases of the contrastive losses."""
+"""List cases of the contrastive losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusedformer.parity.cases.case import Case, Op, normal
 def stock_contrastive(
     a: Tensor, b: Tensor, logit_scale: Tensor, label_offset: int = 0, reduction: str = "mean"
 ) -> Tensor:
-    """As CLIP's training computes it under autocast: scores in their dtype, losses in float32."""
+    """Compute CLIP's loss as training code does: scores in their dtype, losses in float32."""
     logits = (logit_scale * (a @ b.T)).to(torch.promote_types(a.dtype, torch.float32))
     labels = torch.arange(label_offset, label_offset + a.shape[0], device=a.device)
     rows = F.cross_entropy(logits, labels, reduction=reduction)
@@ -33,7 +33,7 @@ def stock_sigmoid_contrastive(
     label_offset: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
-    """As SigLIP's is, with every pair's sign in a matrix."""
+    """Compute SigLIP's loss as training code does, with every pair's sign in a matrix."""
     logits = logit_scale * (a @ b.T) + logit_bias
     logits = logits.to(torch.promote_types(a.dtype, torch.float32))
     signs = -torch.ones_like(logits)

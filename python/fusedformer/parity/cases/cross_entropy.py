@@ -1,4 +1,4 @@
-"""Cases of cross entropy, of logits and of a product."""
+"""List cases of cross entropy, of logits and of a product."""
 
 from __future__ import annotations
 

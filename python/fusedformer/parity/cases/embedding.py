@@ -1,4 +1,4 @@
-"""Cases of embeddings with their norm."""
+"""List cases of embeddings with their norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases of the norms, and of the sums that are fused with them."""
+"""List cases of the norms, and of the sums that are fused with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _stock_added_norm(norm: Function) -> Function:
 
 
 def _true_added_norm(function: Function) -> Function:
-    """The definition returns norm and sum always."""
+    """Drop the sum, which the definition always returns, unless it is asked for."""
 
     def truth(*args: Any, return_sum: bool = False, **settings: Any) -> Any:
         both = function(*args, **settings)

@@ -1,4 +1,4 @@
-"""Cases of packing and unpacking."""
+"""List cases of packing and unpacking."""
 
 from __future__ import annotations
 

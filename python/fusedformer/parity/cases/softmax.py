@@ -1,4 +1,4 @@
-"""Cases of softmax and log_softmax."""
+"""List cases of softmax and log_softmax."""
 
 from __future__ import annotations
 
