@@ -16,7 +16,7 @@ import fusedformer
 from fusedformer import Graphed, backend, graphed, nn
 from fusedformer.models import BertConfig, BertEncoderModel, sentence_embeddings
 from fusedformer.serving import graphs as _graphs
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 D, H = 16, 2
 VOCABULARY = 40
@@ -136,7 +136,7 @@ def test_all_lengths_are_as_the_eager_encoder_computes_them(name: Any) -> None:
             assert (output[padding] == 0).all()
             with torch.no_grad(), backend("torch"):
                 found = [m(**wide(given, m))[~padding] for m in (stock, truth)]
-            compared = compare("output", output[~padding], *found)
+            compared = compare_tensors("output", output[~padding], *found)
             assert compared.passed, compared.fault
 
 

@@ -41,9 +41,10 @@ ALLOWED = {
     ),
     "parity": (
         "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",
-        "fusedformer.reference", "fusedformer.testing", "fusedformer.backend", "transformers",
+        "fusedformer.reference", "fusedformer.backend", "transformers",
         "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
+    "testing": ("fusedformer.parity",),
     "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
     "_internal": (*_SHARED, "fusedformer_kernels.runtime.plans", "matplotlib"),
     "_version": (),
@@ -203,6 +204,15 @@ def test_importing_loads_no_kernels_and_wakes_no_device() -> None:
         "assert 'fusedformer_kernels.runtime' not in new\n"
         "assert not [name for name in new if name.startswith('torch.distributed.')], new\n"
         "assert not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_the_criterion_needs_torch_alone() -> None:
+    """Neither what parity's pages, models and fixtures import, nor the kernels."""
+    run_python(
+        "import sys, fusedformer.testing\n"
+        "late = {'matplotlib', 'transformers', 'pytest', 'triton', 'fusedformer_kernels'}\n"
+        "assert not late & {name.split('.')[0] for name in sys.modules}\n"
     )
 
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from fusedformer import reference
 from fusedformer.objectives import causal_lm_loss, mask_tokens
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 MASK, VOCABULARY = 103, 1000
 
@@ -129,7 +129,7 @@ def test_packed_sequences(starts: str, dtype: torch.dtype, static: bool, device:
     def ours(**given: Any) -> Tensor:
         return causal_lm_loss(**given, static_shapes=static)
 
-    assert_parity(ours, each_sequence, each_sequence, inputs, dtype=dtype)
+    assert_function_parity(ours, each_sequence, each_sequence, inputs, dtype=dtype)
 
 
 def test_no_sequence_at_all(device: str) -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer import reference
+from fusedformer import reference, testing
 from fusedformer.testing import (
     ParityError,
     ProvesNothingError,
-    assert_parity,
-    compare,
+    assert_function_parity,
+    compare_tensors,
     parity,
     poisoned_memory,
 )
@@ -108,13 +108,15 @@ FAULTS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_attention_fail(fault: str, dtype: torch.dtype) -> None:
     with pytest.raises(ParityError) as error:
-        assert_parity(FAULTS[fault], attention, attention_truth, attention_inputs(), dtype=dtype)
+        assert_function_parity(
+            FAULTS[fault], attention, attention_truth, attention_inputs(), dtype=dtype
+        )
     assert not isinstance(error.value, ProvesNothingError)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_right_passes(dtype: torch.dtype) -> None:
-    comparisons = assert_parity(
+    comparisons = assert_function_parity(
         attention, attention, attention_truth, attention_inputs(), dtype=dtype
     )
     names = ["output 0", "grad of query", "grad of key", "grad of value"]
@@ -165,7 +167,9 @@ NORM_FAULTS: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("fault", NORM_FAULTS)
 def test_faults_of_layer_norm_fail(fault: str) -> None:
     with pytest.raises(ParityError, match="output 0"):
-        assert_parity(NORM_FAULTS[fault], F.layer_norm, reference.layer_norm, norm_inputs())
+        assert_function_parity(
+            NORM_FAULTS[fault], F.layer_norm, reference.layer_norm, norm_inputs()
+        )
 
 
 def test_a_low_precision_sum_fails() -> None:
@@ -181,7 +185,7 @@ def test_a_low_precision_sum_fails() -> None:
     stock = lambda input: torch.softmax(input, -1)
     truth = lambda input: reference.softmax(input, -1)
     with pytest.raises(ParityError):
-        assert_parity(candidate, stock, truth, {"input": x}, dtype=torch.bfloat16)
+        assert_function_parity(candidate, stock, truth, {"input": x}, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,7 +200,7 @@ def test_all_zeros_fail_for_every_op(dtype: torch.dtype) -> None:
     ):
         zeros = lambda input, f=function: 0.0 * f(input)
         with pytest.raises(ParityError):
-            assert_parity(zeros, function, function, x, dtype=dtype)
+            assert_function_parity(zeros, function, function, x, dtype=dtype)
 
 
 class TestDegenerateCases:
@@ -208,14 +212,14 @@ class TestDegenerateCases:
         truth = lambda input: reference.softmax(input, -1).sum(-1)
         x = {"input": torch.randn(4, 30).requires_grad_()}
         with pytest.raises(ProvesNothingError, match=r"grad of input: this case proves nothing"):
-            assert_parity(total, total, truth, x)
+            assert_function_parity(total, total, truth, x)
 
     def test_a_real_fault_beside_it_is_the_one_raised(self) -> None:
         total = lambda input: torch.softmax(input, -1).sum(-1)
         truth = lambda input: reference.softmax(input, -1).sum(-1)
         x = {"input": torch.randn(4, 30).requires_grad_()}
         with pytest.raises(ParityError) as error:
-            assert_parity(lambda input: 2 * total(input), total, truth, x)
+            assert_function_parity(lambda input: 2 * total(input), total, truth, x)
         assert not isinstance(error.value, ProvesNothingError)
 
     def test_stock_that_is_wrong_is_no_yardstick(self) -> None:
@@ -223,13 +227,13 @@ class TestDegenerateCases:
         truth = lambda input: input * 2
         stock = lambda input: input * -2
         with pytest.raises(ProvesNothingError, match="all-zero"):
-            assert_parity(truth, stock, truth, x)
+            assert_function_parity(truth, stock, truth, x)
 
     def test_zero_truth_wants_zeros(self) -> None:
         """Where the truth is zero throughout, zero is the answer and the only one."""
         zeros = torch.zeros(3, 4)
-        assert compare("x", zeros, zeros, zeros.double()).passed
-        assert not compare("x", zeros + 1e-30, zeros, zeros.double()).passed
+        assert compare_tensors("x", zeros, zeros, zeros.double()).passed
+        assert not compare_tensors("x", zeros + 1e-30, zeros, zeros.double()).passed
 
 
 class TestCompare:
@@ -241,12 +245,12 @@ class TestCompare:
         for error, passes in ((1.9e-3, True), (2.1e-3, False)):
             candidate = self.truth.float()
             candidate[2, 3] += error
-            assert compare("x", candidate, stock, self.truth).passed is passes
+            assert compare_tensors("x", candidate, stock, self.truth).passed is passes
 
     def test_many_small_errors_fail_by_root_mean_square(self) -> None:
         stock = self.truth.float()
         stock[0, 0] += 1e-3
-        result = compare("x", self.truth.float() + 1e-3, stock, self.truth)
+        result = compare_tensors("x", self.truth.float() + 1e-3, stock, self.truth)
         assert result.error <= result.limit
         assert result.rms_error > result.rms_limit
         assert not result.passed
@@ -254,7 +258,7 @@ class TestCompare:
     def test_message_names_the_worst_element(self) -> None:
         candidate = self.truth.float()
         candidate[1, 2] += 0.25
-        fault = compare("grad of weight", candidate, self.truth.float(), self.truth).fault
+        fault = compare_tensors("grad of weight", candidate, self.truth.float(), self.truth).fault
         assert fault.startswith("grad of weight(1, 2): got ")
         assert "times the limit" in fault
 
@@ -263,37 +267,40 @@ class TestCompare:
         truth = self.truth.clone()
         truth[1, 1] = value
         right = truth.float()
-        assert compare("x", right, right, truth).passed
-        assert not compare("x", self.truth.float(), right, truth).passed
-        assert not compare("x", right, right, self.truth).passed
-        assert not compare("x", right.neg().nan_to_num(3.0), right, truth).passed
+        assert compare_tensors("x", right, right, truth).passed
+        assert not compare_tensors("x", self.truth.float(), right, truth).passed
+        assert not compare_tensors("x", right, right, self.truth).passed
+        assert not compare_tensors("x", right.neg().nan_to_num(3.0), right, truth).passed
 
     def test_coarser_result_than_stock_fails(self) -> None:
         low = self.truth.bfloat16()
-        assert "stock is torch.float32" in compare("x", low, self.truth.float(), self.truth).fault
+        assert (
+            "stock is torch.float32"
+            in compare_tensors("x", low, self.truth.float(), self.truth).fault
+        )
 
     def test_finer_result_than_stock_is_held_to_its_own_rounding(self) -> None:
         """A float32 log-sum-exp, say, beside stock's in bfloat16."""
         stock = self.truth.bfloat16()
-        result = compare("x", self.truth.float(), stock, self.truth)
+        result = compare_tensors("x", self.truth.float(), stock, self.truth)
         assert result.passed
         eps = torch.finfo(torch.float32).eps
         assert result.limit == 2 * result.stock_error + 2 * eps * result.largest
 
     def test_zero_truth_is_not_loosened_by_stock_that_is_not_finite(self) -> None:
         zeros, stock = torch.zeros(3, 4), torch.full((3, 4), torch.nan)
-        assert compare("x", zeros, stock, zeros.double()).passed
-        assert not compare("x", zeros + 1e9, stock, zeros.double()).passed
+        assert compare_tensors("x", zeros, stock, zeros.double()).passed
+        assert not compare_tensors("x", zeros + 1e9, stock, zeros.double()).passed
 
     def test_stock_not_finite_loosens_nothing(self) -> None:
         stock = self.truth.float()
         stock[0] = torch.nan
-        assert compare("x", self.truth.float(), stock, self.truth).passed
-        assert not compare("x", self.truth.float() + 1e-3, stock, self.truth).passed
+        assert compare_tensors("x", self.truth.float(), stock, self.truth).passed
+        assert not compare_tensors("x", self.truth.float() + 1e-3, stock, self.truth).passed
 
     def test_empty(self) -> None:
         empty = torch.empty(0, 3)
-        assert compare("x", empty, empty, empty.double()).passed
+        assert compare_tensors("x", empty, empty, empty.double()).passed
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -316,7 +323,7 @@ def test_layouts_are_kept(layout: str) -> None:
         seen.append((input.stride(), input.storage_offset() % 16, input.dtype))
         return input * 2
 
-    assert_parity(record, record, record, {"input": x})
+    assert_function_parity(record, record, record, {"input": x})
     wanted = (x.stride(), x.storage_offset() % 16)
     assert seen == [(*wanted, d) for d in (torch.float32, torch.float32, torch.float64)]
 
@@ -325,7 +332,7 @@ def test_no_gradient_at_all_fails() -> None:
     """A result cut off from its inputs has gradients of zero, not gradients that nobody judges."""
     detached = lambda **i: attention(**i).detach()
     with pytest.raises(ParityError, match="grad of query") as error:
-        assert_parity(detached, attention, attention_truth, attention_inputs())
+        assert_function_parity(detached, attention, attention_truth, attention_inputs())
     assert "grad of value" in str(error.value)
 
 
@@ -353,7 +360,7 @@ def test_output_gradients_are_not_the_inputs(seed: int) -> None:
 
     candidate = lambda input: WithGradient.apply(input, look)
     double = lambda input: input.clone()
-    assert_parity(candidate, double, double, {"input": x})
+    assert_function_parity(candidate, double, double, {"input": x})
     assert not torch.equal(seen[0], x)
 
 
@@ -361,7 +368,7 @@ def test_nothing_returned_in_a_place_is_no_output() -> None:
     """As attention weights that were not asked for."""
     pair = lambda input: (2 * input, None)
     x = {"input": torch.randn(3, 4)}
-    assert [c.name for c in assert_parity(pair, pair, pair, x)] == ["output 0"]
+    assert [c.name for c in assert_function_parity(pair, pair, pair, x)] == ["output 0"]
 
 
 def test_writing_to_an_input_fails() -> None:
@@ -373,7 +380,7 @@ def test_writing_to_an_input_fails() -> None:
 
     x = {"input": torch.randn(3, 4)}
     with pytest.raises(ParityError, match="input: the candidate wrote to it"):
-        assert_parity(candidate, torch.relu, lambda input: torch.relu(input), x)
+        assert_function_parity(candidate, torch.relu, lambda input: torch.relu(input), x)
 
 
 @poisoned_memory()
@@ -398,3 +405,8 @@ def test_poisoned_memory_is_nan_and_restored_after_an_error(before: bool) -> Non
         poisoned_and_raising()
     assert torch.are_deterministic_algorithms_enabled() is before
     assert settings.fill_uninitialized_memory is before
+
+
+def test_the_old_names_mean_the_functions_that_have_new_ones() -> None:
+    assert testing.compare is compare_tensors
+    assert testing.assert_parity is assert_function_parity

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedformer COMMAND``."""
+"""Run the command line: ``python -m fusedformer COMMAND``."""
 
 from __future__ import annotations
 

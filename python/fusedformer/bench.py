@@ -1,4 +1,4 @@
-"""The name that :mod:`fusedformer.tools.bench` had, and still answers to."""
+"""Import :mod:`fusedformer.tools.bench` under its old name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The name that :mod:`fusedformer.tools.compile_report` had, and still answers to."""
+"""Import :mod:`fusedformer.tools.compile_report` under its old name."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""What is raised for bad arguments, caught as what it is and as what torch raises in its place.
+"""Define the errors for bad arguments, which are also those that torch raises for them.
 
-Torch answers most bad arguments by ``RuntimeError``, and those of its attention modules by
-``AssertionError``. Here they are ``ValueError`` or ``TypeError``, by what is wrong. So that code
-which catches the one or the other keeps working, each of these classes is all of them; an
-``IndexError`` is one in both libraries.
+Torch answers most bad arguments with ``RuntimeError``, and those of its attention modules with
+``AssertionError``. Here they are ``ValueError`` or ``TypeError``, by what is wrong. Each class here
+is a subclass of torch's too, so that code which catches those keeps working; an ``IndexError`` is
+one in both libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training objectives of language models: what is masked or shifted, and the loss of it.
+"""Train language models: mask tokens or shift labels, and compute the loss.
 
 The losses are :func:`fusedformer.functional.linear_cross_entropy`: no logits of all tokens are in
 memory, and tokens without a label are not projected.
@@ -25,16 +25,16 @@ def mask_tokens(
     probability: float = 0.15,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids as BERT is trained on them, and the labels: what stood where a token was chosen.
+    """Mask tokens as BERT's training does; return the ids, and the labels to predict.
 
-    Of the tokens that are chosen, each with ``probability``, 80% become the mask token, 10% any
-    token, and 10% stay. One random number a token decides; nothing is waited for.
+    Each token is chosen with ``probability``. Of the chosen ones 80% become the mask token, 10% any
+    token, and 10% stay. One random number a token decides, so that this never waits for a GPU.
 
     Args:
         input_ids: int64, any shape.
-        mask_token_id: what takes the place of a token.
+        mask_token_id: the mask token.
         vocab_size: random tokens are drawn from 0 to ``vocab_size - 1``.
-        special_tokens_mask: where a token is never chosen: boolean or integer (not 0), of the shape
+        special_tokens_mask: where no token is chosen: boolean or integer (not 0), of the shape
             of ``input_ids``. Padding belongs there.
         probability: that a token is chosen, in [0, 1].
         generator: of the device of ``input_ids``; the same state gives the same result.
@@ -92,10 +92,10 @@ def causal_lm_loss(
     label_smoothing: float = 0.0,
     static_shapes: bool = True,
 ) -> Tensor:
-    """Loss of predicting each token from the hidden state before it; hidden states stay in place.
+    """Compute the loss of predicting each token from the hidden state before it.
 
-    It is the labels that are shifted: the last position of each sequence gets none, and
-    ``input`` is neither sliced nor copied.
+    The labels are shifted, so that the last position of each sequence gets none, and ``input`` is
+    neither sliced nor copied.
 
     Args:
         input: hidden states ``[batch, length, D]``, or of packed sequences ``[total, D]``.
@@ -107,12 +107,12 @@ def causal_lm_loss(
         linear_bias, reduction, ignore_index, label_smoothing: see
             :func:`fusedformer.functional.linear_cross_entropy`. Of ``reduction="none"`` the result
             is shaped as ``labels``.
-        static_shapes: compute all positions, which waits for nothing. False is better where many
+        static_shapes: compute all positions, without waiting for a GPU. False is better where many
             labels are ``ignore_index``: those positions are then dropped before any product.
 
     Raises:
-        TypeError: ``labels`` is not int64, ``cu_seqlens`` not int32 or int64; what the loss raises.
-        ValueError: shapes that do not belong together; what the loss raises.
+        TypeError: ``labels`` is not int64, ``cu_seqlens`` not int32 or int64; as the loss.
+        ValueError: shapes that do not belong together; as the loss.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
     """
@@ -145,7 +145,7 @@ def causal_lm_loss(
 def _within_sequences(
     function: str, shifted: Tensor, cu_seqlens: Tensor, ignore_index: int
 ) -> Tensor:
-    """Without the targets of last positions, and of rows that are in no sequence."""
+    """Ignore the targets of last positions, and of rows outside all sequences."""
     name = "cu_seqlens"
     checks.check_tensor(function, name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

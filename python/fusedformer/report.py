@@ -1,4 +1,4 @@
-"""The name that :mod:`fusedformer.tools.report` had, and still answers to."""
+"""Import :mod:`fusedformer.tools.report` under its old name."""
 
 import sys
 

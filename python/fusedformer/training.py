@@ -1,4 +1,4 @@
-"""The name that :mod:`fusedformer.tools.training` had, and still answers to."""
+"""Import :mod:`fusedformer.tools.training` under its old name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The name that :mod:`fusedformer.tools.tune` had, and still answers to."""
+"""Import :mod:`fusedformer.tools.tune` under its old name."""
 
 import sys
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -115,7 +115,7 @@ class Ranks:
             if not ready:
                 errors |= dict.fromkeys(pending.values(), "did not answer in time")
                 break
-            for connection in ready:
+            for connection in cast(list[Connection], ready):
                 rank = pending.pop(connection)
                 try:
                     fine, answer = pickle.loads(connection.recv_bytes())
@@ -131,13 +131,13 @@ class Ranks:
 
 def _start_server() -> None:
     """Start what ranks are forked from, unless it runs; Python 3.11 does not tell it the path."""
-    _context.set_forkserver_preload(["rank"])
+    _context.set_forkserver_preload(["tests.distributed.rank"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
 
 
 def _serve(*args: Any) -> None:
-    import rank  # only where it is to run: it changes the environment
+    from tests.distributed import rank  # only where it is to run: it changes the environment
 
     rank.serve(*args)

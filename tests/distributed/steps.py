@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.nn
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 E, HIDDEN = 16, 24
 Tensors = dict[str, Tensor]
@@ -76,6 +76,22 @@ class Case(NamedTuple):
 TINY = Case(layers=1, heads=2, lengths=(3, 1))
 
 
+def whole(tensor: Any) -> Tensor:
+    """Gather a DTensor."""
+    full: Tensor = tensor.full_tensor()
+    return full
+
+
+def reset_parameters(model: torch.nn.Module) -> None:
+    """Draw the parameters anew of every module that can."""
+
+    def reset(module: Any) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    model.apply(reset)
+
+
 def part(inputs: Tensors, rank: int, size: int) -> Tensors:
     """The sequences of one rank of ``size``."""
     return {name: tensor.chunk(size)[rank] for name, tensor in inputs.items()}
@@ -138,7 +154,7 @@ def faults_of(case: Case, results: list[Tensors], stock: Tensors) -> list[str]:
     faults = []
     for rank, result in enumerate(results):
         assert set(result) == set(stock), set(result) ^ set(stock)
-        found = (compare(n, result[n], stock[n], truth[n]) for n in stock)
+        found = (compare_tensors(n, result[n], stock[n], truth[n]) for n in stock)
         faults += [f"rank {rank}: {one.fault}" for one in found if one.fault]
     return faults
 

@@ -107,7 +107,11 @@ def test_an_epoch_goes_on_where_it_was() -> None:
 
 def test_it_is_a_batch_sampler_of_a_data_loader() -> None:
     sampler = samplers(2)[0]
-    loader = DataLoader(natural(300), batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        natural(300),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=list,
+    )
     assert len(loader) == len(sampler)
     want = [[natural(300)[i] for i in batch] for batch in sampler]
     assert list(loader) == want

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,7 @@ from fusedformer.distributed import (
     split_sequence,
     sum_gradients,
 )
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 N, S, E = 2, 16, 16
 Results = dict[str, Tensor]
@@ -115,7 +115,7 @@ def test_a_training_step_is_that_of_one_process(
         tensors = [results[key] for results in (everyone[0], stock, truth)]
         if key == "output":  # torch leaves numbers at padding
             tensors = [t[real] for t in tensors]
-        faults.append(compare(key, *tensors).fault)
+        faults.append(compare_tensors(key, *tensors).fault)
     assert not any(faults), "\n".join(filter(None, faults))
     for other in everyone[1:]:
         assert all(torch.equal(other[key], everyone[0][key]) for key in truth)
@@ -161,7 +161,7 @@ def test_under_autocast_it_is_as_close_to_the_truth_as_one_process(ranks: Ranks)
     x = torch.randn(N, S, E)
     truth = stock_stack(norm_first=False, layers=1).double()(x.double()).detach()
     found, stock = (ranks.run(autocast, x, size=size)[0] for size in (2, 1))
-    comparison = compare("output", found, stock, truth)
+    comparison = compare_tensors("output", found, stock, truth)
     assert comparison.passed, comparison.fault
 
 
@@ -178,7 +178,7 @@ def misuse(mesh: DeviceMesh) -> list[str]:
     """What is said where attention over a group has no meaning."""
     group, x = mesh.get_group(), torch.randn(1, 4, E)
     one = context_parallel(nn.MultiheadAttention(E, 2, batch_first=True), group)
-    stack = stock_stack(False)
+    stack: Any = stock_stack(False)
     fusedformer.fuse(stack)
     context_parallel(stack, group)
     lonely = torch.nn.Linear(2, 2)

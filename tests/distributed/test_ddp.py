@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ranks import Ranks
-from steps import TINY, Case, Tensors, joined, judge, part, step, unread
+from tests.distributed.ranks import Ranks
+from tests.distributed.steps import TINY, Case, Tensors, joined, judge, part, step, unread
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
+from tests.distributed.steps import whole
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -18,7 +19,7 @@ from fusedformer import backend, reference
 from fusedformer import functional as F
 from fusedformer.functional.steps import self_attention
 from fusedformer.nn.masks import AttentionMasks
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 WHOLE = Replicate()
 ROWS, COLUMNS = Shard(0), Shard(2)
@@ -146,7 +147,8 @@ def spread(
         ]
         torch.autograd.backward(outputs, dys)
     results = {f"output {i}": output.detach().full_tensor() for i, output in enumerate(outputs)}
-    results |= {f"grad of {n}": t.grad.full_tensor() for n, t in given.items() if t.requires_grad}
+    learned = {n: t for n, t in given.items() if t.requires_grad}
+    results |= {f"grad of {n}": whole(t.grad) for n, t in learned.items()}
     alike = all(output.placements == (call.output,) for output in outputs)
     return results, communication.get_total_counts(), alike
 
@@ -172,8 +174,8 @@ def truth_of(call: Call) -> Callable[..., Any]:
         found = getattr(reference, call.name)(**arguments)
         if weights is not None:
             del arguments["value"]
-            averaged = {"average": True} if weights == "averaged" else {}
-            return found[0], reference.attention_weights(**arguments, **averaged)
+            average = weights == "averaged"
+            return found[0], reference.attention_weights(**arguments, average=average)
         all_of_it = any(asked) or isinstance(found, Tensor) or call.name.startswith("merge")
         return found if all_of_it else found[0]
 
@@ -202,7 +204,7 @@ def test_nothing_is_communicated(ranks: Ranks, call: Call, name: Any, uneven: bo
         assert count == 0
         assert alike
         assert set(results) == set(truth)
-        found = [compare(n, results[n], stock[n], truth[n]) for n in truth]
+        found = [compare_tensors(n, results[n], stock[n], truth[n]) for n in truth]
         assert [one.fault for one in found if one.fault] == []
 
 
@@ -214,8 +216,8 @@ def on_a_2d_mesh(mesh: DeviceMesh) -> tuple[Tensor, Tensor, int, bool]:
     query, key, value = (distribute_tensor(t, both, [BATCH, HEADS]) for t in qkv)
     with backend("triton"), CommDebugMode() as communication:
         output = F.scaled_dot_product_attention(query, key, value)
-    alike = output.placements == (BATCH, HEADS)
-    return output.full_tensor(), want, communication.get_total_counts(), alike
+    alike = isinstance(output, DTensor) and output.placements == (BATCH, HEADS)
+    return whole(output), want, communication.get_total_counts(), alike
 
 
 def test_batch_and_heads_at_once(ranks: Ranks) -> None:
@@ -239,14 +241,12 @@ def not_to_be_spread(mesh: DeviceMesh, how: str) -> tuple[Tensor, Tensor]:
             query, key = torch.randn(1, 6, 2, 4), torch.randn(1, 3, 3, 4)
             given = place(query, HEADS), place(key, HEADS), place(key, HEADS)
             got = F.scaled_dot_product_attention(*given, enable_gqa=True)
-            return got.full_tensor(), F.scaled_dot_product_attention(
-                query, key, key, enable_gqa=True
-            )
+            return whole(got), F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
         x, causal = torch.randn(4, 4), how == "causal rows"
         spread = place(x, Shard(0 if causal else 1))
         F.softmax(spread, -1)  # which is not what is remembered for the next
         got = F.softmax(spread, -1, is_causal=causal)
-        return got.full_tensor(), F.softmax(x, -1, is_causal=causal)
+        return whole(got), F.softmax(x, -1, is_causal=causal)
 
 
 @pytest.mark.parametrize("how", ["dropout", "keys", "causal rows", "columns"])
@@ -281,7 +281,7 @@ def on_one_projection(mesh: DeviceMesh, place: Placement) -> tuple[list[Tensor],
         with CommDebugMode() as communication:
             output = self_attention(leaf, 0.0, **masks)
             grads = torch.autograd.grad(output, leaf, spread_dy)
-        got = [t.detach().full_tensor() for t in (output, *grads)]
+        got = [whole(t.detach()) for t in (output, *grads)]
     return got, [t.detach() for t in want], communication.get_total_counts()
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, Ranks
-from steps import Case
+from tests.distributed.ranks import RankError, Ranks
+from tests.distributed.steps import Case
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module

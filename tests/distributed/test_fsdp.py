@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, Ranks
-from steps import TINY, Case, Tensors, joined, judge, part, step, unread
+from tests.distributed.ranks import RankError, Ranks
+from tests.distributed.steps import (
+    TINY,
+    Case,
+    Tensors,
+    joined,
+    judge,
+    part,
+    reset_parameters,
+    step,
+    unread,
+    whole,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,11 +41,6 @@ def shard(model: Any, mesh: DeviceMesh, **settings: Any) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, **settings)
     fully_shard(model, mesh=mesh, **settings)
-
-
-def whole(tensor: Any) -> Tensor:
-    full: Tensor = tensor.full_tensor()
-    return full
 
 
 def trained(mesh: DeviceMesh, case: Case, name: Any, how: str) -> Tensors:
@@ -113,12 +119,11 @@ def initialized(mesh: DeviceMesh, case: Case) -> tuple[Tensors, Tensors]:
     model.to_empty(device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "DTensor random operators")
-        model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        reset_parameters(model)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    before = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    set_model_state_dict(
-        model, case.weights() if mesh.get_local_rank() == 0 else {}, options=options
-    )
+    before: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    weights: dict[str, Any] = {**case.weights()} if mesh.get_local_rank() == 0 else {}
+    set_model_state_dict(model, weights, options=options)
     inputs = part(unread(case.batch()), mesh.get_local_rank(), mesh.size())
     with backend("torch"):
         return before, step(model, inputs, times=mesh.size(), whole=whole)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, Ranks
+from tests.distributed.ranks import RankError, Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, Ranks
+from tests.distributed.ranks import RankError, Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,7 @@ from fusedformer.distributed import (
     ring_varlen_attention,
     split_sequence,
 )
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 B, H, E, EV, L = 2, 2, 8, 16, 24
 NAMES = ("output", "lse", "grad of query", "grad of key", "grad of value")
@@ -63,13 +63,13 @@ def on_ranks(
     return [join_sequence(t, group, 2, **order) for t in found]
 
 
-def definition(*tensors: Tensor, return_lse: bool, **settings: Any) -> Any:
-    return reference.scaled_dot_product_attention(*tensors, **settings)
+def definition(query: Tensor, key: Tensor, value: Tensor, return_lse: bool, **settings: Any) -> Any:
+    return reference.scaled_dot_product_attention(query, key, value, **settings)
 
 
 def judge(found: list[Tensor], stock: list[Tensor], truth: list[Tensor]) -> None:
     """By the parity criterion."""
-    faults = [compare(*each).fault for each in zip(NAMES, found, stock, truth, strict=True)]
+    faults = [compare_tensors(*each).fault for each in zip(NAMES, found, stock, truth, strict=True)]
     assert not any(faults), "\n".join(faults)
 
 
@@ -153,7 +153,7 @@ def pairs(mesh: DeviceMesh, load_balance: bool) -> int:
     q, k, v = (split_sequence(torch.randn(1, 1, 16, 4), group, 2, **order) for _ in range(3))
     with pytest.MonkeyPatch.context() as patch, backend("torch"):
         patch.setattr(ops, "attention_part", counted)
-        ring_attention(q, k, v, group=group, is_causal=True, **order)
+        ring_attention(q, k, v, group=group, is_causal=True, load_balance=load_balance)
     return sum(computed)
 
 
@@ -176,8 +176,8 @@ def packed_on_ranks(
     own = {k: split_sequence(t[0].transpose(0, 1), group, 0, **order) for k, t in inputs.items()}
     own["dlse"] = own["dlse"].t()
 
-    def attend(*tensors: Tensor, **settings: Any) -> Any:
-        return ring_varlen_attention(*tensors, STARTS, 13, group=group, **settings)
+    def attend(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Any:
+        return ring_varlen_attention(query, key, value, STARTS, 13, group=group, **settings)
 
     with backend(name):
         found = results(attend, own, settings)
@@ -220,8 +220,8 @@ def test_dropout_is_a_mask_of_its_own_for_each_part_and_the_same_in_the_backward
     parts = [keep[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half)]
     assert not any(torch.equal(parts[0], part) for part in parts[1:])
 
-    def kept(*tensors: Tensor, **settings: Any) -> Any:
-        return definition(*tensors, keep=keep, **settings)
+    def kept(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Any:
+        return definition(query, key, value, keep=keep, **settings)
 
     stock = results(kept, inputs, settings)
     truth = results(kept, {k: t.double() for k, t in inputs.items()}, settings)
@@ -309,9 +309,9 @@ def test_what_one_rank_does_otherwise_is_an_error_on_all(
 
 
 def packed_misfit(mesh: DeviceMesh, starts: list[int]) -> str:
-    rows = [torch.randn(3, 2, 8)] * 3
+    x = torch.randn(3, 2, 8)
     group = mesh.get_group()
-    return error_of(lambda: ring_varlen_attention(*rows, torch.tensor(starts), 9, group=group))
+    return error_of(lambda: ring_varlen_attention(x, x, x, torch.tensor(starts), 9, group=group))
 
 
 @pytest.mark.parametrize(

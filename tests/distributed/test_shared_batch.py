@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from tests.distributed.ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedformer import backend, nn, reference
 from fusedformer import functional as F
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 NAMES = ["contrastive_loss", "sigmoid_contrastive_loss"]
 ROWS, DIMS = 24, 16
@@ -72,7 +72,7 @@ def test_ranks_compute_the_whole_batch(
             together[key] = pieces.sum(0)
     if reduction != "none":  # each rank has the loss, and its gradient is that of all of them
         together |= {k: v / size for k, v in together.items() if k != "losses"}
-    faults = [compare(k, together[k], stock[k], truth[k]).fault for k in truth]
+    faults = [compare_tensors(k, together[k], stock[k], truth[k]).fault for k in truth]
     assert not any(faults), faults
 
 
@@ -114,7 +114,7 @@ def test_ddp_trains_as_one_process_does(ranks: Ranks) -> None:
         truth = gradients(Towers().double(), *inputs.double())
     assert set(stock) == set(dict(Towers().named_parameters()))
     for each in found:
-        faults = [compare(k, each[k], stock[k], truth[k]).fault for k in truth]
+        faults = [compare_tensors(k, each[k], stock[k], truth[k]).fault for k in truth]
         assert not any(faults), faults
 
 

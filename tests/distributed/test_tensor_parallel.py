@@ -11,8 +11,19 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, Ranks
-from steps import TINY, Case, Tensors, joined, judge, part, single, step, unread
+from tests.distributed.ranks import RankError, Ranks
+from tests.distributed.steps import (
+    TINY,
+    Case,
+    Tensors,
+    joined,
+    judge,
+    part,
+    reset_parameters,
+    single,
+    step,
+    unread,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,7 +38,7 @@ import fusedformer
 from fusedformer import backend
 from fusedformer.distributed import TransformerParallel, tensor_parallel_plan
 from fusedformer.distributed._region import Region
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 PLAIN = Case()
 PRE = PLAIN._replace(norm_first=True)
@@ -40,6 +51,11 @@ def whole(tensor: Any) -> Tensor:
     full: Tensor = tensor.full_tensor()
     three = full.dim() > 1 and full.shape[0] == 3
     return full.flatten(0, 1) if three else full
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state_dict with all parameters gathered."""
+    return get_model_state_dict(model, options=FULL)
 
 
 def parallel(case: Case, mesh: DeviceMesh, rows: bool = False, fused: bool = False) -> Any:
@@ -153,7 +169,7 @@ def test_output_rows(ranks: Ranks, rows: bool) -> None:
 
 
 def layer_alone(mesh: DeviceMesh, case: Case) -> Tensors:
-    layer = case.model().layers[0]
+    layer = case.model().get_submodule("layers.0")
     layer.load_state_dict(layer_weights(case))
     parallelize_module(layer, mesh, TransformerParallel(sequence_parallel=True))
     inputs = case.batch()
@@ -172,12 +188,12 @@ def test_a_layer_by_itself(ranks: Ranks) -> None:
     inputs = {n: case.batch()[n] for n in ("src", "dy")}
     runs = []
     for dtype in (torch.float32, torch.float64):
-        layer = case.model(nn).layers[0]
+        layer = case.model(nn).get_submodule("layers.0")
         layer.load_state_dict(layer_weights(case))
         runs.append(step(layer.to(dtype), {n: t.to(dtype) for n, t in inputs.items()}))
     stock, truth = runs
     for result in ranks.run(layer_alone, case, size=2):
-        found = [compare(n, result[n], stock[n], truth[n]) for n in stock]
+        found = [compare_tensors(n, result[n], stock[n], truth[n]) for n in stock]
         assert [one.fault for one in found if one.fault] == []
 
 
@@ -226,15 +242,15 @@ def test_ranks_agree_with_dropout(ranks: Ranks, case: Case, name: Any, rows: boo
 
 def saved_and_loaded(mesh: DeviceMesh, case: Case) -> tuple[Tensors, bool]:
     model = parallel(case, mesh)
-    saved = get_model_state_dict(model, options=FULL)
+    saved = whole_state(model)
     other = parallel(case._replace(seed=9), mesh)
     set_model_state_dict(other, dict(saved), options=FULL)  # it writes to what it gets
-    again = get_model_state_dict(other, options=FULL)
+    again = whole_state(other)
     same = all(torch.equal(again[n], t) for n, t in saved.items())
     third = parallel(case._replace(seed=9), mesh)
     broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(third, dict(saved) if dist.get_rank() == 0 else {}, options=broadcast)
-    again = get_model_state_dict(third, options=FULL)
+    again = whole_state(third)
     return saved, same and all(torch.equal(again[n], t) for n, t in saved.items())
 
 
@@ -269,8 +285,8 @@ def made_on_meta(mesh: DeviceMesh) -> Tensors:
     model.to_empty(device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "DTensor random operators")
-        model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-    return get_model_state_dict(model, options=FULL)
+        reset_parameters(model)
+    return whole_state(model)
 
 
 def test_a_model_made_on_meta(ranks: Ranks) -> None:

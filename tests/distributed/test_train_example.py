@@ -16,7 +16,7 @@ import torch
 
 from fusedformer import backend
 from fusedformer.distributed import LengthBalancedSampler
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "train_distributed.py"
@@ -43,7 +43,7 @@ runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
 def example() -> Any:
     spec = importlib.util.spec_from_file_location("train_distributed", EXAMPLE)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.stdlib_passages = functools.cache(module.stdlib_passages)
     return module
@@ -101,7 +101,9 @@ def test_two_processes_train_as_one_and_end_when_one_dies(
     truth = torch.tensor(train(example, *settings), dtype=torch.float64)
     assert truth[2] < truth[0]
     for name, losses in (("of two processes", spread), ("of two batches in turn", accumulated)):
-        comparison = compare(f"losses {name}", torch.tensor(losses), torch.tensor(stock), truth)
+        comparison = compare_tensors(
+            f"losses {name}", torch.tensor(losses), torch.tensor(stock), truth
+        )
         assert comparison.passed, comparison.fault
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 from fusedformer import functional as F
+from fusedformer._internal.autocast import Op
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 N, S, D, H = 2, 5, 16, 2
-WIDENED = ("layer_norm", "rms_norm", "softmax", "log_softmax")
+WIDENED: tuple[Op, ...] = ("layer_norm", "rms_norm", "softmax", "log_softmax")
 
 
 # Each function of this library, and what torch makes of what it replaces.
@@ -40,6 +41,11 @@ class Given:
 
 def dropped_and_added(g: Given, residual: Tensor) -> Tensor:
     return TF.dropout(g.x, 0.0) + residual
+
+
+def packed_attention(g: Given, key: Tensor) -> Tensor:
+    other, starts = g(S, 1, D), g.starts()
+    return F.varlen_attention(other, key, other, starts, starts, S, S)
 
 
 Pair = tuple[Callable[[Given], Any], Callable[[Given], Any]]
@@ -120,7 +126,7 @@ FUNCTIONS: dict[str, Pair] = {
         ),
     ),
     "attention, packed": (
-        lambda g: F.varlen_attention(*[g(S, 1, D)] * 3, *[g.starts()] * 2, S, S),
+        lambda g: packed_attention(g, g(S, 1, D)),
         lambda g: TF.scaled_dot_product_attention(g.q, g.q, g.q),
     ),
     "attention, mixed": (
@@ -128,9 +134,7 @@ FUNCTIONS: dict[str, Pair] = {
         lambda g: TF.scaled_dot_product_attention(g.q, g(N, H, S, D, dtype=g.wide), g.q),
     ),
     "attention, mixed, packed": (
-        lambda g: F.varlen_attention(
-            g(S, 1, D), g(S, 1, D, dtype=g.wide), g(S, 1, D), *[g.starts()] * 2, S, S
-        ),
+        lambda g: packed_attention(g, g(S, 1, D, dtype=g.wide)),
         lambda g: TF.scaled_dot_product_attention(g.q, g(N, H, S, D, dtype=g.wide), g.q),
     ),
 }  # fmt: skip

@@ -37,7 +37,7 @@ import fusedformer
 from fusedformer import backend, nn, parity
 from fusedformer import functional as F
 from fusedformer._internal import autocast as _autocast
-from fusedformer.testing import assert_parity, compare
+from fusedformer.testing import assert_function_parity, compare_tensors
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -124,7 +124,7 @@ def test_what_autocast_cannot_cast_is_refused() -> None:
         with pytest.raises(TypeError, match="'input' must be Tensor"):
             F.layer_norm(None, (D,))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="'query' must be Tensor"):
-            F.scaled_dot_product_attention(None, query, query)  # type: ignore[arg-type]
+            F.scaled_dot_product_attention(None, query, query)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="'src' to have the dtype of the parameters"):
         layer(query[0].to(BF16))
     assert norm(query.to(BF16)).dtype == BF16
@@ -138,7 +138,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if HAS_GPU:
         yield
         return
-    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("aten", "IMPL")
 
     def wide(value: Any) -> Any:
         return _autocast.cast(value, F32)
@@ -158,7 +158,7 @@ def cuda_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rules = _autocast._RULES | {(op, "cpu") for op in WIDENED}
     monkeypatch.setattr(_autocast, "_RULES", rules)
     yield
-    library._destroy()  # type: ignore[no-untyped-call]
+    library._destroy()
 
 
 def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,8 @@ def test_values_under_the_rules_of_cuda(
     candidate, stock, make = VALUES[case]
     inputs = on(device, make())
     with backend(name):
-        assert_parity(under(BF16, device, candidate), under(BF16, device, stock), stock, inputs)
+        ours, torchs = (under(BF16, device, call) for call in (candidate, stock))
+        assert_function_parity(ours, torchs, stock, inputs)
 
 
 @pytest.mark.parametrize("op", WIDENED)
@@ -218,7 +219,7 @@ def test_float32_weights_and_bfloat16_activations(case: str, name: Any, device: 
     candidate, stock, make = WITHOUT[case]
     inputs = on(device, make())
     with backend(name):
-        compared = assert_parity(candidate, stock, stock, inputs)
+        compared = assert_function_parity(candidate, stock, stock, inputs)
     assert compared[0].dtype == "bfloat16"
 
 
@@ -444,18 +445,19 @@ def test_a_compiled_encoder(name: Any, device: str, cuda_rules: None) -> None:
     compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     compiled.compile(fullgraph=True, backend="aot_eager")
     results = []
-    for module, chosen in ((compiled, name), (eager, name), (exact, "torch")):
+    for module in (compiled, eager, exact):
         wide = F64 if module is exact else F32
         generator = torch.Generator(device).manual_seed(7)
         src, dy = (
             torch.randn(N, S, D, generator=generator, device=device).to(wide) for _ in range(2)
         )
-        with backend(chosen), torch.autocast(device, BF16):
+        on_backend = backend("torch") if module is exact else backend(name)
+        with on_backend, torch.autocast(device, BF16):
             output = module(src, src_key_padding_mask=padding(src))
         results.append([output, *torch.autograd.grad(output, list(module.parameters()), dy)])
     assert {t.dtype for t in results[0]} == {F32}
     for number, three in enumerate(zip(*results, strict=True)):
-        judged = compare(str(number), *three)
+        judged = compare_tensors(str(number), *three)
         assert judged.passed, judged.fault
 
 
@@ -483,7 +485,7 @@ def test_grad_scaler(dtype: torch.dtype, device: str) -> None:
     scaler.unscale_(optimizer)
     for parameter, *others in zip(parameters, plain, truth, strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == F32
-        judged = compare("unscaled", parameter.grad, *others)
+        judged = compare_tensors("unscaled", parameter.grad, *others)
         assert judged.passed, judged.fault
     expected = [p.detach() - 0.1 * p.grad for p in parameters if p.grad is not None]
     scaler.step(optimizer)

@@ -84,7 +84,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_embedding, "_check_range", lambda *args: None)
     monkeypatch.setattr(_cross_entropy, "_check_range", lambda *args: None)
     loss = sys.modules["fusedformer.ops.linear_cross_entropy"]
-    monkeypatch.setattr(loss, "_rows_that_count", lambda *args: None)
+    monkeypatch.setattr(loss, "_rows_not_ignored", lambda *args: None)
     monkeypatch.setattr(attention_checks, "_check_starts", lambda *args: None)
 
 

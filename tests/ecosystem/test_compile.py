@@ -126,7 +126,7 @@ def test_the_padded_encoder(dynamic: bool, device: str) -> None:
             results = [call(src, src_key_padding_mask=padding) for call in (compiled, stack)]
             dy = torch.randn_like(src)
             grads = [torch.autograd.grad(r, list(stack.parameters()), dy) for r in results]
-        assert torch.allclose(*results, atol=1e-6)
+        assert torch.allclose(results[0], results[1], atol=1e-6)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
         counts.append(counter.frame_count)
     assert len(set(counts)) == (1 if dynamic else 3)
@@ -195,5 +195,5 @@ def test_a_fused_hugging_face_bert(dynamic: bool) -> None:
             learned = [p for p in model.encoder.parameters() if p.requires_grad]
             dy = torch.randn_like(results[0])
             grads = [torch.autograd.grad(r, learned, dy) for r in results]
-        assert torch.allclose(*results, atol=1e-5)
+        assert torch.allclose(results[0], results[1], atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))

@@ -30,7 +30,7 @@ from torch import Tensor
 from fusedformer import backend, graphed
 from fusedformer import functional as F
 from fusedformer.parity.cases import Case
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 gpu = pytest.mark.skipif(not HAS_GPU, reason="captures need a GPU")
 
@@ -136,7 +136,7 @@ def in_float64(module: torch.nn.Module) -> Callable[..., Tensor]:
 
 
 def passes(name: str, found: Tensor, eager: Tensor, truth: Tensor) -> None:
-    one = compare(name, found.detach(), eager.detach(), truth.detach())
+    one = compare_tensors(name, found.detach(), eager.detach(), truth.detach())
     assert one.passed, one.fault
 
 

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from fusedformer import backend, nn
 from fusedformer.models import BertConfig, BertEncoderModel
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 D, H, S = 16, 2, 9
 BATCH, LENGTH = Dim("batch", max=64), Dim("length", min=2, max=S)
@@ -71,7 +71,7 @@ def check(program: Any, module: torch.nn.Module, inputs: Inputs) -> None:
         wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
         with backend("torch"):
             eager, true = module(**given), truth(**wide)
-        compared = compare(f"lengths {lengths}", program(**given), eager, true)
+        compared = compare_tensors(f"lengths {lengths}", program(**given), eager, true)
         assert compared.passed, compared.fault
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def described(tensors: list[Any], *, strides: bool) -> list[Any]:
     ]  # fmt: skip
 
 
-def results(case: Case, tensors: dict[str, Tensor]) -> list[Any]:
+def results(case: Case, tensors: Mapping[str, Tensor]) -> list[Any]:
     given = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
     outputs = tree_leaves(case.op.candidate(**given, **case.settings))
     leaves = [t for t in given.values() if t.requires_grad]
@@ -170,7 +170,7 @@ def test_every_module(what: str) -> None:
     with backend("torch"):
         want = described(learned(real, given), strides=False)
     for name in ("torch", "triton"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             found = learned(made, {n: t.to("meta") for n, t in given.items()})
             assert described(found, strides=False) == want
             with mode:
@@ -191,7 +191,7 @@ def faked(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     """A copy whose parameters and buffers are fakes."""
     found = copy.deepcopy(module)
     for part in found.modules():
-        for held in (part._parameters, part._buffers):
+        for held in cast(list[dict[str, Tensor | None]], [part._parameters, part._buffers]):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = mode.from_tensor(tensor)

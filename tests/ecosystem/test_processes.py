@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def _work(queue: SimpleQueue[list[float]]) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_that_are_started_after_the_import(method: str) -> None:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue: SimpleQueue[list[float]] = context.SimpleQueue()
     process = context.Process(target=_work, args=(queue,))
     process.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -119,7 +119,9 @@ def by_jit(module: torch.nn.Module, example: Inputs) -> Any:
     return torch.jit.load(file)
 
 
-def by_make_fx(mode: str, pre_dispatch: bool) -> Callable[[torch.nn.Module, Inputs], Any]:
+def by_make_fx(
+    mode: Literal["real", "symbolic"], pre_dispatch: bool
+) -> Callable[[torch.nn.Module, Inputs], Any]:
     def trace(module: torch.nn.Module, example: Inputs) -> Any:
         with torch.no_grad():
             return make_fx(

@@ -40,7 +40,7 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
 def test_vjp(op: str, device: str) -> None:
     x, dy = torch.randn(2, 1, 3, 5, 8, device=device)
     with backend("torch"):
-        _, vjp = torch.func.vjp(OPS[op], x)
+        vjp = torch.func.vjp(OPS[op], x)[1]
         (got,) = vjp(dy)
         leaf = x.clone().requires_grad_()
         (want,) = torch.autograd.grad(OPS[op](leaf), leaf, dy)
@@ -63,8 +63,8 @@ def test_jvp(op: str, device: str) -> None:
     if op == "scaled_dot_product_attention":  # ATen's attention has no forward derivative
         return
     with backend("torch"):
-        _, moved = torch.func.jvp(OPS[op], (x,), (direction,))
-        _, vjp = torch.func.vjp(OPS[op], x)
+        moved = torch.func.jvp(OPS[op], (x,), (direction,))[1]
+        vjp = torch.func.vjp(OPS[op], x)[1]
     assert torch.allclose((moved * dy).sum(), (vjp(dy)[0] * direction).sum(), atol=1e-4)
 
 
@@ -270,7 +270,8 @@ def test_functional_attention_of_mapped_masks() -> None:
     for name, own in (("attn_mask", boolean), ("attn_mask", added), ("key_lengths", lengths)):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, own: Tensor, name: str = name) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, **{name: own})
+            given: dict[str, Any] = {name: own}
+            return F.scaled_dot_product_attention(q, k, v, **given)
 
         with backend("torch"):
             got = torch.func.vmap(attend)(q, k, v, own)

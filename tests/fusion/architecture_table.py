@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from tests.fusion.architectures import BUILDABLE, KNOWN, SECONDS, deadline, examine, quiet, told
+from tests.fusion.architectures import BUILDABLE, KNOWN, SECONDS, deadline, examine, quiet
+from tests.fusion.fused_beside_stock import told
 from tests.fusion.small_models import VARIANTS, runnable, types
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"

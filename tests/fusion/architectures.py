@@ -1,4 +1,4 @@
-"""Every architecture of transformers that can be built small: fused beside stock.
+"""Examine every architecture of transformers that can be built small, fused beside stock.
 
 ``architecture_table.py`` looks at all of them, ``test_architectures.py`` at a third.
 """
@@ -19,21 +19,29 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from tests.fusion.small_models import padded, runnable
+from tests.fusion.fused_beside_stock import (
+    RealPositions,
+    bits_of,
+    compare_all,
+    computable_cases,
+    differences,
+    run,
+    same_bits,
+    told,
+)
+from tests.fusion.small_models import runnable
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 import fusedformer
-from fusedformer.testing import compare
 
 HERE = Path(__file__).parent
 BUILDABLE = HERE / "architectures.json"
-SIDES = "right", "left", "middle"
 SECONDS = 90
 
 
 class Found(NamedTuple):
-    """What became of a type: its level, what is wrong, and what could not be looked at."""
+    """A model type's level of fusion, what is wrong, and what could not be examined."""
 
     level: str
     faults: list[str]
@@ -41,14 +49,14 @@ class Found(NamedTuple):
 
 
 def examine(model_type: str, recipe: list[int]) -> Found:
-    """Build it as the recipe says, fuse it, and compare all there is with stock."""
+    """Build the model as the recipe says, fuse it, and compare everything with stock."""
     model, inputs = runnable(model_type, recipe)
     notes: list[str] = []
-    cases = _cases(model, inputs, notes)
+    cases = computable_cases(model, inputs, notes)
     if not cases:
         return Found("-", [], notes)
     stock = copy.deepcopy(model)
-    before, kept = _state(model), [_bits(model, given) for given in cases.values()]
+    before, kept = _state(model), [bits_of(model, given) for given in cases.values()]
     try:
         report = fusedformer.fuse(model)
     except Exception as error:
@@ -56,7 +64,7 @@ def examine(model_type: str, recipe: list[int]) -> Found:
     level, faults = _level(report), []
     faults += _calls(model, report, next(iter(cases.values())))
     for name, given in cases.items():
-        faults += _tried(name, functools.partial(_differences, model, stock, given, notes))
+        faults += _tried(name, functools.partial(differences, model, stock, given, notes))
     first = next(iter(cases.values()))
     faults += _tried("pickle", lambda: _pickled(model, stock, cases, notes))
     left = report.left
@@ -64,10 +72,6 @@ def examine(model_type: str, recipe: list[int]) -> Found:
     faults += _tried("hook", lambda: _hooked(model, stock, first, notes))
     faults += _tried("unfuse", lambda: _unfused(model, before, kept, cases))
     return Found(level, faults, sorted(set(notes)))
-
-
-def told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _tried(name: str, check: Callable[[], list[str]]) -> list[str]:
@@ -90,206 +94,8 @@ def _level(report: Any) -> str:
     return ("C" if norms else "D") if attends else "E" if norms else "-"
 
 
-# ---- running
-
-
-def run(model: Any, inputs: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-    """Every tensor of floats in the output, by name; whatever draws, draws the same."""
-    torch.manual_seed(0)
-    _seed_numpy()
-    return dict(_flat("", model(**inputs, **kwargs)))
-
-
-def _seed_numpy() -> None:
-    import random
-
-    import numpy
-
-    numpy.random.seed(0)
-    random.seed(0)
-
-
-def _flat(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.dim():
-            yield name.strip("."), output
-    elif hasattr(output, "items"):
-        for key, value in output.items():
-            if "past_key_values" not in str(key):
-                yield from _flat(f"{name}.{key}", value)
-    elif isinstance(output, (tuple, list)):
-        for i, value in enumerate(output):
-            yield from _flat(f"{name}.{i}", value)
-
-
-def _bits(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return run(model, inputs)
-
-
-class _Real:
-    """Picks what stock computes without regard to what stands in the padding."""
-
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
-        mask = inputs.get("attention_mask")
-        self.mask = None if mask is None else mask.bool()
-        self.steady: dict[str, Tensor] = {}
-        if self.mask is not None and not bool(self.mask.all()) and "input_ids" in inputs:
-            ids = inputs["input_ids"]
-            other = {**inputs, "input_ids": torch.where(self.mask, ids, ids[0, -1:] - 1)}
-            a, b = _bits(model, inputs), _bits(model, other)
-            for name in a.keys() & b.keys():
-                if a[name].shape == b[name].shape:
-                    close = torch.isclose(a[name], b[name], 1e-4, 1e-6, equal_nan=True)
-                    self.steady[name] = close.flatten(2).all(-1) if close.dim() > 2 else close
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        if self.mask is None or bool(self.mask.all()):
-            return tensor
-        if tensor.shape[:2] == self.mask.shape:
-            return tensor[self.mask]
-        return tensor[self.steady[name]] if name in self.steady else tensor
-
-
-def _cases(model: Any, inputs: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The inputs that stock computes, twice the same, and finite."""
-    sides = SIDES if "attention_mask" in inputs and "input_ids" in inputs else ()
-    tried = {**{side: padded(inputs, side) for side in sides}, "unpadded": inputs}
-    found = {}
-    for name, given in tried.items():
-        try:
-            first, again = _bits(model, given), _bits(model, given)
-            real = _Real(model, given)
-            finite = all(bool(real(n, x).isfinite().all()) for n, x in first.items())
-        except TimeoutError:
-            raise
-        except Exception as error:
-            notes.append(f"stock can't, {name}: {told(error)}")
-            continue
-        if not first:
-            notes.append("its output has no floats")
-        elif not finite:
-            notes.append(f"stock isn't finite, {name}")
-        elif not _equal(first, again):
-            notes.append("stock isn't the same twice")
-        else:
-            found[name] = given
-    return found
-
-
-def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[n].shape == b[n].shape and bool(((a[n] == b[n]) | (a[n].isnan() & b[n].isnan())).all())
-        for n in a
-    )
-
-
-# ---- comparing
-
-
-def _judged(
-    name: str, ours: Tensor, stock: Tensor, truth: Tensor | None, largest: float
-) -> list[str]:
-    """By the project's criterion, loosened for tens of thousands of tensors that are drawn once.
-
-    An error of sixteen times stock's, or of float32's rounding of the largest of its kind, is luck.
-    """
-    if ours.shape != stock.shape:
-        return [f"{name}: shape {tuple(ours.shape)}, but stock has {tuple(stock.shape)}"]
-    if truth is None:
-        error = (ours - stock).abs().max().item() if ours.numel() else 0.0
-        limit = 1e-4 * stock.abs().max().item() + 1e-6 * largest if ours.numel() else 0.0
-        told = "stock (no float64)"
-    else:
-        found = compare(name, ours, stock, truth)
-        if found.passed:
-            return []
-        error, told = found.error, "float64"
-        limit = 16 * found.stock_error + 32 * torch.finfo(torch.float32).eps * largest
-    if error <= limit:
-        return []
-    return [f"{name}: off by {error:.2g} of {largest:.2g} from {told}"]
-
-
-def _compared(
-    ours: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor] | None
-) -> list[str]:
-    if ours.keys() != stock.keys():
-        return [f"other outputs: {sorted(ours.keys() ^ stock.keys())[:4]}"]
-    largest = max((x.abs().max().item() for x in stock.values() if x.numel()), default=0.0)
-    faults = []
-    for name in stock:
-        of_kind = largest
-        if not name.startswith("grad of") and stock[name].numel():
-            of_kind = stock[name].abs().max().item()
-        true = None if truth is None else truth.get(name)
-        faults += _judged(name, ours[name], stock[name], true, of_kind)
-    return faults[:2] + ([f"and {len(faults) - 2} more"] if len(faults) > 2 else [])
-
-
-def _gradients(model: Any, outputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    roots = {n: x for n, x in outputs.items() if x.requires_grad and x.numel()}
-    dys = [torch.randn(x.shape, generator=draw).to(x) for x in roots.values()]
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(
-        list(roots.values()), list(parameters.values()), dys, allow_unused=True
-    )
-    return {f"grad of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
-
-
-def _differences(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) -> list[str]:
-    """Outputs and gradients of all parameters, at real positions."""
-    real = _Real(stock, inputs)
-
-    def both(module: Any, given: dict[str, Any], backwards: bool) -> tuple[Any, Any]:
-        outputs = {n: real(n, x) for n, x in run(module, given).items()}
-        grads = _gradients(module, outputs, 1) if backwards else {}
-        return {n: x.detach() for n, x in outputs.items()}, grads
-
-    backwards = True
-    try:
-        wanted = both(stock, inputs, True)
-    except TimeoutError:
-        raise
-    except Exception as error:
-        notes.append(f"stock has no gradients: {told(error)}")
-        backwards, wanted = False, both(stock, inputs, False)
-    truth: Any = None, None
-    try:
-        wide = {n: x.double() if _is_float(x) else x for n, x in inputs.items()}
-        with contextlib.redirect_stderr(None):
-            truth = both(copy.deepcopy(stock).double(), wide, backwards)
-        wide_ones = [x for kind in truth for x in kind.values()]
-        if not all(x.dtype == torch.float64 and x.isfinite().all() for x in wide_ones):
-            truth = None, None
-    except TimeoutError:
-        raise
-    except Exception:
-        truth = None, None
-    if truth[0] is None:
-        notes.append("stock doesn't run in float64")
-    found = both(model, inputs, backwards)
-    if not any(x.numel() for x in wanted[0].values()):
-        return ["nothing to compare"]
-    faults = []
-    kinds = "outputs", "gradients"
-    for kind, ours, theirs, true in zip(kinds, found, wanted, truth, strict=True):
-        zeros = {n: torch.zeros_like(x) for n, x in theirs.items()}
-        if not _compared(zeros, theirs, true):  # stock is too far from float64 to be judged by it
-            true = None
-        faults += _compared(ours, theirs, true)
-        if zeros and not _compared(zeros, theirs, true):
-            faults.append(f"{kind} of zeros would pass")
-    return faults
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:
-    """Attention that is reported as replaced is called, if the model that has it is."""
+    """Check that attention reported as replaced is called, if its module is called at all."""
     paths = [one.path for one in report.replaced if one.before.endswith(" attention")]
     called: list[Any] = []
     used: list[bool] = []
@@ -306,7 +112,7 @@ def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:
 
             stack.enter_context(mock.patch.object(fusedformer.functional, name, spy))
         with contextlib.suppress(Exception):
-            _bits(model, inputs)
+            bits_of(model, inputs)
         if used and not called:
             return ["attention is reported as replaced, but never called"]
     return []
@@ -315,7 +121,7 @@ def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:
 def _attentions(
     model: Any, stock: Any, inputs: dict[str, Any], left: Any, notes: list[str]
 ) -> list[str]:
-    """The weights that the eager model returns, where they are numbers."""
+    """Compare attention weights with the eager model's, where those are finite."""
     try:
         eager = copy.deepcopy(stock)
         eager.set_attn_implementation("eager")
@@ -349,11 +155,11 @@ def _attentions(
     if not wanted:
         notes.append("stock returns no weights of attention")
         return []
-    return _compared(found, wanted, None)
+    return compare_all(found, wanted, None)
 
 
 def _hooked(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) -> list[str]:
-    """A hook on a module inside a layer changes the batch's second row."""
+    """Check that a hook inside a layer, which doubles the second row, does so in both models."""
     called: list[str] = []
     rows = next(x.shape[0] for x in inputs.values() if isinstance(x, Tensor))
     handles = [
@@ -365,7 +171,7 @@ def _hooked(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) ->
         if any(part.isdigit() for part in path.split(".")) and not any(module.children())
         and not path.rsplit(".", 1)[-1].isdigit()
     ]  # fmt: skip
-    _bits(stock, inputs)
+    bits_of(stock, inputs)
     for handle in handles:
         handle.remove()
     if not called:
@@ -378,22 +184,22 @@ def _hooked(model: Any, stock: Any, inputs: dict[str, Any], notes: list[str]) ->
         changed[1] *= 2
         return changed
 
-    real, results = _Real(stock, inputs), []
+    real, results = RealPositions(stock, inputs), []
     for one in (model, stock):
         handle = one.get_submodule(path).register_forward_hook(twice)
         try:
-            results.append({n: real(n, x) for n, x in _bits(one, inputs).items()})
+            results.append({n: real(n, x) for n, x in bits_of(one, inputs).items()})
         finally:
             handle.remove()
     ours, theirs = results
-    return [f"on {path}, {fault}" for fault in _compared(ours, theirs, None)]
+    return [f"on {path}, {fault}" for fault in compare_all(ours, theirs, None)]
 
 
 # ---- in another process
 
 
 def serve(requests: Any) -> None:
-    """Load models that were saved whole and send their outputs, in a process that fuses none."""
+    """Load models that were saved whole, and send their outputs; run in a process of its own."""
     torch.set_num_threads(1)
     quiet()
     while True:
@@ -401,7 +207,7 @@ def serve(requests: Any) -> None:
         try:
             with fusedformer.backend("torch"):
                 model = torch.load(path, weights_only=False)
-                requests.send({name: _bits(model, given) for name, given in cases.items()})
+                requests.send({name: bits_of(model, given) for name, given in cases.items()})
         except Exception as error:
             requests.send(told(error))
 
@@ -415,7 +221,7 @@ def _elsewhere() -> Any:
 
 
 def _pickled(model: Any, stock: Any, cases: dict[str, Any], notes: list[str]) -> list[str]:
-    """The bits that it gives here; saving leaves it as it was."""
+    """Check that a saved model gives the same bits elsewhere, and still does here."""
     try:
         torch.save(stock, io.BytesIO())
     except Exception as error:
@@ -430,7 +236,7 @@ def _pickled(model: Any, stock: Any, cases: dict[str, Any], notes: list[str]) ->
     return [
         f"{name}, {fault}"
         for name, given in cases.items()
-        for fault in _compared(found[name], _bits(model, given), None)
+        for fault in compare_all(found[name], bits_of(model, given), None)
     ]
 
 
@@ -438,7 +244,7 @@ def _pickled(model: Any, stock: Any, cases: dict[str, Any], notes: list[str]) ->
 
 
 def _state(model: Any) -> dict[str, Any]:
-    """Classes, and the attention of every configuration in it."""
+    """Return the classes of all modules, and the attention that each configuration names."""
     found: dict[str, Any] = {}
 
     def walk(where: str, config: Any) -> None:
@@ -464,7 +270,7 @@ def _unfused(
     changed = [n for n in before if before[n] != after.get(n)]
     faults = [f"{n}: {after.get(n)}, but was {before[n]}"[:160] for n in changed[:2]]
     for (name, given), bits in zip(cases.items(), kept, strict=True):
-        if not _equal(_bits(model, given), bits):
+        if not same_bits(bits_of(model, given), bits):
             faults.append(f"other bits than before, {name}")
     return faults
 

@@ -126,7 +126,7 @@ class Call:
         dim, value_dim = choice["dims"]
         key_heads = heads // choice["group"]
         if choice["form"] == "padded":
-            shapes = {
+            shapes: dict[str, tuple[int, ...]] = {
                 "query": (sequences, heads, queries, dim),
                 "key": (sequences, key_heads, keys, dim),
                 "value": (sequences, key_heads, keys, value_dim),

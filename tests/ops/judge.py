@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend, functional, reference
-from fusedformer.testing import Comparison, assert_parity, parity
+from fusedformer.testing import Comparison, assert_function_parity, parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -40,7 +40,7 @@ def check(
         at_fault = own if at_fault is None else at_fault & own
         if not at_fault:
             return found
-    return assert_parity(function, beside, truth, inputs, dtype=dtype)
+    return assert_function_parity(function, beside, truth, inputs, dtype=dtype)
 
 
 def yardstick(name: str, inputs: dict[str, Any]) -> Callable[..., Any]:

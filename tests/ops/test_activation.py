@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fusedformer import functional as F
 from fusedformer import reference
-from fusedformer.functional import ACTIVATIONS
-from fusedformer.testing import assert_parity
+from fusedformer.functional import ACTIVATIONS, Activation
+from fusedformer.testing import assert_function_parity
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, bias: bool, dtype: torch.dtype, device: str) -> None:
-    inputs = {"input": grad(33, 70, device=device)}
+def test_activations(activation: Activation, bias: bool, dtype: torch.dtype, device: str) -> None:
+    inputs: dict[str, Any] = {"input": grad(33, 70, device=device)}
     if bias:
         inputs["bias"] = grad(70, device=device)
     check("bias_activation", dtype, activation=activation, **inputs)
@@ -27,19 +27,22 @@ def test_activations(activation: str, bias: bool, dtype: torch.dtype, device: st
 @pytest.mark.parametrize("shape", [(1, 1), (3, 513), (2, 3, 31), (200, 17), (5,)], ids=str)
 def test_shapes(shape: tuple[int, ...], device: str) -> None:
     """One element, just above a tile, several leading dimensions, many rows, none."""
-    inputs = {"input": grad(*shape, device=device), "bias": grad(shape[-1], device=device)}
+    inputs: dict[str, Any] = {
+        "input": grad(*shape, device=device),
+        "bias": grad(shape[-1], device=device),
+    }
     check("bias_activation", torch.float32, activation="gelu", **inputs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_far_from_zero(activation: str, device: str) -> None:
+def test_far_from_zero(activation: Activation, device: str) -> None:
     """No overflow turns into NaN where the function is flat or linear."""
     x = torch.tensor([-1e4, -90.0, -30.0, -5.0, 0.0, 5.0, 30.0, 90.0, 1e4], device=device)
     check("bias_activation", torch.float32, activation=activation, input=x.requires_grad_())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_pass_through_as_in_torch(activation: str, device: str) -> None:
+def test_nan_and_infinity_pass_through_as_in_torch(activation: Activation, device: str) -> None:
     y = F.bias_activation(torch.tensor([torch.nan, torch.inf], device=device), None, activation)
     assert y[0].isnan()
     assert y[1] == torch.inf
@@ -47,7 +50,7 @@ def test_nan_and_infinity_pass_through_as_in_torch(activation: str, device: str)
 
 @pytest.mark.parametrize("p", [0.1, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_dropout_is_the_mask_of_the_seed(activation: str, p: float, device: str) -> None:
+def test_dropout_is_the_mask_of_the_seed(activation: Activation, p: float, device: str) -> None:
     from fusedformer_kernels.rows.dropout import dropout_mask
 
     torch.manual_seed(5)
@@ -63,7 +66,7 @@ def test_dropout_is_the_mask_of_the_seed(activation: str, p: float, device: str)
     def truth(**arguments: Any) -> Tensor:
         return reference.bias_activation(activation=activation, p=p, keep=keep, **arguments)
 
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -81,9 +84,9 @@ def test_layouts(layout: str, device: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_empty(shape: tuple[int, ...], device: str) -> None:
-    inputs = [torch.randn(s, device=device, requires_grad=True) for s in (shape, shape[-1:])]
-    y = F.bias_activation(*inputs)
-    gradient, bias_gradient = torch.autograd.grad(y, inputs, torch.randn_like(y))
+    x, bias = (torch.randn(s, device=device, requires_grad=True) for s in (shape, shape[-1:]))
+    y = F.bias_activation(x, bias)
+    gradient, bias_gradient = torch.autograd.grad(y, (x, bias), torch.randn_like(y))
     assert gradient.shape == shape
     assert (bias_gradient == 0).all()
 
@@ -106,5 +109,5 @@ def test_backward_is_one_kernel_and_the_sum_of_its_partials(device: str) -> None
 
 def test_biases_that_are_not_contiguous(device: str) -> None:
     for bias in (torch.randn(32, device=device)[::2], torch.randn(1, device=device).expand(16)):
-        given = {"input": grad(5, 16, device=device), "bias": bias.requires_grad_()}
+        given: dict[str, Any] = {"input": grad(5, 16, device=device), "bias": bias.requires_grad_()}
         check("bias_activation", torch.float32, activation="relu", **given)

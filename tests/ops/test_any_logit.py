@@ -16,14 +16,14 @@ from torch import Tensor
 
 from fusedformer import backend, nn, reference
 from fusedformer import functional as F
-from fusedformer.testing import Comparison, compare, copied
+from fusedformer.testing import Comparison, compare_tensors, copied
 
 NAME = "scaled_dot_product_attention"
 BACKENDS: Any = pytest.mark.parametrize("name", ["triton", "torch"])
 LOWEST = torch.finfo(torch.float32).min
 
 
-def qkv(scale: float, device: str, length: int = 70, dim: int = 64) -> dict[str, Tensor]:
+def qkv(scale: float, device: str, length: int = 70, dim: int = 64) -> dict[str, Any]:
     inputs = {n: torch.randn(1, 2, length, dim, device=device) for n in ("query", "key", "value")}
     inputs["query"] *= scale
     return {n: t.requires_grad_() for n, t in inputs.items()}
@@ -57,12 +57,12 @@ def test_float32_gradients_are_those_of_the_unfused_form(
         torch.manual_seed(seed)
         inputs = qkv(scale, device)
         dy = torch.randn_like(inputs["value"])
-        wide = [copied(t, torch.float64) for t in inputs.values()]
-        truth = unfused(*wide, None if hidden is None else hidden.double())
-        truth_of = [truth, *torch.autograd.grad(truth, wide, dy.double())]
+        wide = {n: copied(t, torch.float64) for n, t in inputs.items()}
+        truth = unfused(**wide, mask=None if hidden is None else hidden.double())
+        truth_of = [truth, *torch.autograd.grad(truth, list(wide.values()), dy.double())]
         with backend(name):
             ours = F.scaled_dot_product_attention(**inputs, is_causal=causal)
-        for key, output in (("ours", ours), ("unfused", unfused(*inputs.values(), hidden))):
+        for key, output in (("ours", ours), ("unfused", unfused(**inputs, mask=hidden))):
             found = [output, *torch.autograd.grad(output, tuple(inputs.values()), dy)]
             errors = [(a - b).pow(2).mean() for a, b in zip(found, truth_of, strict=True)]
             squares[key] += torch.stack(errors).detach().float().cpu()
@@ -86,7 +86,7 @@ def finite_mask(value: float, length: int, device: str) -> Tensor:
 def test_weights_add_up_to_one_for_any_finite_mask(
     average: Any, value: float, dtype: torch.dtype, name: Any, device: str
 ) -> None:
-    inputs = {n: t.detach().to(dtype) for n, t in qkv(1.0, device).items()}
+    inputs: dict[str, Any] = {n: t.detach().to(dtype) for n, t in qkv(1.0, device).items()}
     mask = finite_mask(value, 70, device)
     with backend(name):
         _, weights = F.scaled_dot_product_attention(
@@ -131,7 +131,7 @@ def test_queries_whose_keys_all_have_a_finite_mask(
     wanted = [want, *torch.autograd.grad(want, tuple(leaves.values()), dy)]
     for name in ("triton", "torch"):
         own = {n: t.to(dtype).requires_grad_() for n, t in inputs.items()}
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = F.scaled_dot_product_attention(**own, attn_mask=mask, **terms)
         found = [output, *torch.autograd.grad(output, tuple(own.values()), dy.to(dtype))]
         eps = torch.finfo(dtype).eps
@@ -193,7 +193,7 @@ def test_a_query_that_is_sure_gives_its_score_no_gradient(dtype: torch.dtype, de
     inputs = qkv(1.0, device, length=33)
     sure = {n: (t.detach() * (30.0 if n != "value" else 1.0)).to(dtype) for n, t in inputs.items()}
     sure["key"] = sure["query"].clone()
-    leaves = {n: t.requires_grad_() for n, t in sure.items()}
+    leaves: dict[str, Any] = {n: t.requires_grad_() for n, t in sure.items()}
     output = F.scaled_dot_product_attention(**leaves)
     assert torch.equal(output, leaves["value"])
     dq, dk, _ = torch.autograd.grad(output, tuple(leaves.values()), torch.randn_like(output))
@@ -249,7 +249,7 @@ def _compared(number: int, sample: Any, name: Any, device: str) -> Iterator[Comp
         found = zip(leaves, grads, strict=True)
         runs.append({"output": output, **{str(n): g for n, g in found if g is not None}})
     for key in runs[0]:
-        yield compare(f"{number} {key}", *(run[key] for run in runs))
+        yield compare_tensors(f"{number} {key}", *(run[key] for run in runs))
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
@@ -274,7 +274,10 @@ def test_a_query_without_keys_gets_zero_whatever_the_kernel_gives(
         keep[4] = False
         additive = torch.zeros(9, 9, dtype=dtype).masked_fill(~keep, -torch.inf)
         lengths = torch.tensor([0])
-        for masks in ({"attn_mask": keep}, {"attn_mask": additive}, {"key_lengths": lengths}):
+        forms: list[dict[str, Any]] = [
+            {"attn_mask": keep}, {"attn_mask": additive}, {"key_lengths": lengths},
+        ]  # fmt: skip
+        for masks in forms:
             with backend("torch"):
                 output = F.scaled_dot_product_attention(**inputs, **masks)
             rows = output if "key_lengths" in masks else output[:, :, 4]
@@ -300,7 +303,7 @@ def test_a_scale_that_is_not_positive(
     want = reference.scaled_dot_product_attention(**wide, **settings)[0]
     wanted = [want, *torch.autograd.grad(want, tuple(wide.values()), dy.double())]
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = F.scaled_dot_product_attention(**inputs, **settings, return_lse=lse)
         output = output[0] if lse else output
         found = [output, *torch.autograd.grad(output, tuple(inputs.values()), dy.to(dtype))]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 
@@ -23,7 +23,7 @@ def qkv(
     heads: int = 2,
     key_heads: int = 0,
     device: str = "cpu",
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     queries, keys = lengths
     key_heads = key_heads or heads
     return {
@@ -170,14 +170,14 @@ def test_grouped_heads(key_heads: int, causal: bool, device: str) -> None:
 
 def test_grouped_heads_of_one_sequence(device: str) -> None:
     """3-D: the one leading dimension is that of the heads."""
-    inputs = {"query": grad(6, 5, 8, device=device)}
+    inputs: dict[str, Any] = {"query": grad(6, 5, 8, device=device)}
     inputs |= {name: grad(2, 7, 8, device=device) for name in ("key", "value")}
     lengths = torch.tensor([4], device=device)
     check(NAME, torch.float32, only=first, enable_gqa=True, **inputs)
     check(NAME, torch.float32, return_lse=True, enable_gqa=True, key_lengths=lengths, **inputs)
 
 
-def removed_queries(device: str) -> dict[str, dict[str, Tensor]]:
+def removed_queries(device: str) -> dict[str, dict[str, Any]]:
     keep = torch.ones(20, 30, dtype=torch.bool, device=device)
     keep[3] = False
     return {
@@ -232,7 +232,7 @@ def test_interleaved_projection_is_read_in_place(device: str) -> None:
     packed = torch.randn(2, 20, 3, 2, 16, device=device)
     views = [packed[:, :, i].transpose(1, 2).requires_grad_() for i in range(3)]
     assert not views[0].is_contiguous()
-    inputs = dict(zip(("query", "key", "value"), views, strict=True))
+    inputs: dict[str, Any] = dict(zip(("query", "key", "value"), views, strict=True))
     check(NAME, torch.float32, only=first, **inputs)
     output = F.scaled_dot_product_attention(**inputs)
     assert output.transpose(1, 2).is_contiguous()
@@ -274,7 +274,7 @@ def test_dropout_is_the_mask_of_the_seed(
             )
         )
 
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 def test_dropout_of_everything(device: str) -> None:

@@ -11,7 +11,7 @@ from tests.ops.judge import grad
 
 from fusedformer import backend
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 PLAIN: Shapes = ((2, 2, 20, 16), (2, 2, 30, 16), (2, 2, 30, 24))
@@ -60,4 +60,4 @@ def test_the_same_function(case: str, name: Any, device: str) -> None:
     def torchs(**arguments: Any) -> Any:
         return stock.scaled_dot_product_attention(**arguments, **settings)
 
-    assert_parity(ours, torchs, torchs, inputs, dtype=torch.float16)
+    assert_function_parity(ours, torchs, torchs, inputs, dtype=torch.float16)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 QUERIES, KEYS = 20, 30
@@ -116,7 +116,7 @@ def test_large_scores_do_not_overflow(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_that_grow_along_the_keys(dtype: torch.dtype, device: str) -> None:
     """Each tile of keys raises the maximum, so what was summed before is rescaled every time."""
-    inputs = {"query": grad(1, 1, QUERIES, 16, device=device)}
+    inputs: dict[str, Any] = {"query": grad(1, 1, QUERIES, 16, device=device)}
     inputs |= {name: grad(1, 1, 300, 16, device=device) for name in ("key", "value")}
     ramp = torch.linspace(-3, 3, 300, device=device)
     check(NAME, dtype, return_lse=True, attn_mask=ramp, **inputs)
@@ -171,7 +171,7 @@ def test_dropout_with_grouped_heads_and_lengths(key_heads: int, device: str) -> 
     def truth(**inputs: Any) -> Any:
         return reference.scaled_dot_product_attention(keep=keep, **common, **inputs)
 
-    assert_parity(candidate, truth, truth, qkv(device, heads=4, key_heads=key_heads))
+    assert_function_parity(candidate, truth, truth, qkv(device, heads=4, key_heads=key_heads))
 
 
 @pytest.mark.parametrize("wanted", ["query", "key", "value", "attn_mask"])
@@ -181,7 +181,7 @@ def test_one_gradient_alone_is_that_of_all(wanted: str, device: str) -> None:
     y = F.scaled_dot_product_attention(**inputs)
     dy = torch.randn_like(y)
     together = torch.autograd.grad(y, inputs[wanted], dy)[0]
-    frozen: dict[str, Tensor] = {k: t if k == wanted else t.detach() for k, t in inputs.items()}
+    frozen: dict[str, Any] = {k: t if k == wanted else t.detach() for k, t in inputs.items()}
     alone = torch.autograd.grad(F.scaled_dot_product_attention(**frozen), frozen[wanted], dy)[0]
     assert torch.equal(together, alone)
 
@@ -204,9 +204,9 @@ def test_gradients_of_gradients_of_what_is_in_chunks() -> None:
     mask = torch.randn(3, 4, dtype=torch.float64)
     mask[1] = -torch.inf
 
-    def call(*tensors: Tensor) -> Any:
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
         with backend("torch"):
-            return F.scaled_dot_product_attention(*tensors, mask)
+            return F.scaled_dot_product_attention(query, key, value, mask)
 
     assert torch.autograd.gradgradcheck(call, leaves)
 
@@ -232,10 +232,12 @@ def test_what_is_beyond_key_lengths_is_not_read(
     q, k, v = (torch.randn(3, 2, n, 8, device=device) for n in (7, 9, 9))
     lengths = torch.tensor([9, 4, 0], device=device)
     beyond = (torch.arange(9, device=device) >= lengths[:, None])[:, None, :, None]
-    settings = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in BEYOND[form].items()}
+    settings: dict[str, Any] = {
+        n: t.to(device) if isinstance(t, Tensor) else t for n, t in BEYOND[form].items()
+    }
     found = []
     for key, value in ((k, v), (k.masked_fill(beyond, bad), v.masked_fill(beyond, bad))):
-        leaves = [t.clone().requires_grad_() for t in (q, key, value)]
+        leaves: list[Any] = [t.clone().requires_grad_() for t in (q, key, value)]
         torch.manual_seed(1)
         with backend(name):
             output = F.scaled_dot_product_attention(*leaves, key_lengths=lengths, **settings)

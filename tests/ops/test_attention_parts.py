@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 
 
-def qkv(queries: int, keys: int, device: str, heads: int = 2, dim: int = 16) -> dict[str, Tensor]:
+def qkv(queries: int, keys: int, device: str, heads: int = 2, dim: int = 16) -> dict[str, Any]:
     return {
         "query": grad(1, heads, queries, dim, device=device),
         "key": grad(1, heads, keys, dim, device=device),
@@ -140,7 +140,11 @@ def test_tiles_outside_the_window_are_not_walked(align: Any, device: str) -> Non
 @pytest.mark.parametrize("queries", [1, 16])
 def test_few_queries(queries: int, dtype: torch.dtype, device: str) -> None:
     """In three draws: one log-sum-exp's rounding was shared by all weights of a query."""
-    form = {"return_lse": True, "is_causal": True, "causal_alignment": "bottom_right"}
+    form: dict[str, Any] = {
+        "return_lse": True,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    }
     for seed in (1, 2, 3):
         torch.manual_seed(seed)
         check(NAME, dtype, **form, **qkv(queries, 1300, device))
@@ -188,7 +192,9 @@ def test_merged_parts_are_the_whole(dtype: torch.dtype, device: str) -> None:
         with backend("torch"):
             return in_parts(**arguments)
 
-    assert_parity(in_parts, whole, reference.scaled_dot_product_attention, inputs, dtype=dtype)
+    assert_function_parity(
+        in_parts, whole, reference.scaled_dot_product_attention, inputs, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -205,7 +211,9 @@ def test_merge(dtype: torch.dtype, device: str) -> None:
         with backend("torch"):
             return F.merge_attention_states(**arguments)
 
-    assert_parity(F.merge_attention_states, torchs, reference.merge_attention_states, inputs)
+    assert_function_parity(
+        F.merge_attention_states, torchs, reference.merge_attention_states, inputs
+    )
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
@@ -262,7 +270,7 @@ def test_averaged_weights_take_no_more_memory_than_they_are(device: str) -> None
 def test_t5_buckets(bidirectional: bool, buckets: int, distance: int, device: str) -> None:
     """The very buckets of transformers' T5, and of the definition."""
     weight = torch.arange(float(buckets), device=device)[:, None].repeat(1, 2)
-    settings = {"bidirectional": bidirectional, "max_distance": distance}
+    settings: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": distance}
     table = F.relative_position_bias(weight, **settings)
     assert table.shape == (2, 2 * distance + 1)
     assert torch.equal(table, reference.relative_position_bias(weight, **settings))
@@ -283,13 +291,13 @@ def test_t5_bias_is_learned_through_its_buckets(device: str) -> None:
         table = module.relative_position_bias(arguments.pop("weight"), max_distance=50)
         return module.scaled_dot_product_attention(**arguments, relative_bias=table)
 
-    def materialized(weight: Tensor, **arguments: Tensor) -> Tensor:
+    def materialized(weight: Tensor, **arguments: Any) -> Tensor:
         table = reference.relative_position_bias(weight, max_distance=50)
         return stock.scaled_dot_product_attention(
             **arguments, attn_mask=table[:, index.clamp(-50, 50) + 50]
         )
 
-    assert_parity(
+    assert_function_parity(
         lambda **arguments: call(F, **arguments), materialized,
         lambda **arguments: call(reference, **arguments)[0], inputs, dtype=torch.float32,
     )  # fmt: skip
@@ -374,14 +382,16 @@ def test_memory_grows_linearly(name: str, queries: str, device: str) -> None:
     used = []
     for length in (4096, 16384):
         rows = length if queries == "as many" or name == "packed" else 4
-        tensors = [t.detach() for t in qkv(rows, length, device).values()]
+        query, key, value = (t.detach() for t in qkv(rows, length, device).values())
         terms = AttentionTerms(**MEMORY[name](length, device))
         learned = [t is not None for t in (terms.mask, terms.slopes, terms.table, terms.sinks)]
 
-        def both(tensors: Any = tensors, terms: Any = terms, learned: Any = learned) -> None:
-            output, _, statistics = attention_forward(*tensors, terms)
+        def both(
+            q: Any = query, k: Any = key, v: Any = value, terms: Any = terms, learned: Any = learned
+        ) -> None:
+            output, _, statistics = attention_forward(q, k, v, terms)
             needs = [True, True, True, *learned]
-            attention_backward(output, None, *tensors, output, statistics, terms, needs)
+            attention_backward(output, None, q, k, v, output, statistics, terms, needs)
 
         used.append(allocated(both))
     inputs = 3 * 2 * 16384 * 16 * 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAME = "scaled_dot_product_attention"
 BACKENDS: Any = pytest.mark.parametrize("name", ["triton", "torch"])
@@ -25,7 +25,7 @@ FORMS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-def inputs_of(queries: int, keys: int, device: str, key_heads: int = 4) -> dict[str, Tensor]:
+def inputs_of(queries: int, keys: int, device: str, key_heads: int = 4) -> dict[str, Any]:
     shapes = {"query": (2, 4, queries, 16)}
     shapes |= dict.fromkeys(("key", "value"), (2, key_heads, keys, 16))
     return {n: grad(*s, device=device) for n, s in shapes.items()} | {
@@ -57,11 +57,11 @@ def test_the_criterion(form: str, dtype: torch.dtype, device: str) -> None:
 def test_beside_the_softmax_of_one_more_column(name: Any, device: str) -> None:
     inputs = inputs_of(37, 45, device)
 
-    def ours(**arguments: Tensor) -> Any:
+    def ours(**arguments: Any) -> Any:
         with backend(name):
             return F.scaled_dot_product_attention(**arguments)
 
-    assert_parity(ours, eager, eager, inputs, dtype=torch.float32)
+    assert_function_parity(ours, eager, eager, inputs, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
@@ -154,12 +154,12 @@ def test_one_part_of_the_keys_has_the_sink(name: Any, device: str) -> None:
             ]
             return F.merge_attention_states(*parts[0], *parts[1])
 
-    def whole(**arguments: Tensor) -> Any:
+    def whole(**arguments: Any) -> Any:
         with backend("torch"):
             return F.scaled_dot_product_attention(**arguments, return_lse=True)
 
     truth = reference.scaled_dot_product_attention
-    assert_parity(in_parts, whole, truth, inputs, dtype=torch.float32)
+    assert_function_parity(in_parts, whole, truth, inputs, dtype=torch.float32)
 
 
 def test_rows_behind_the_last_sequence_do_not_reach_the_gradient(device: str) -> None:
@@ -193,10 +193,11 @@ def test_gradients_of_gradients(form: str) -> None:
     """What is in chunks too."""
     tensors = [torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 4, 4)]
     tensors.append(torch.randn(2, dtype=torch.float64))
-    settings: dict[str, Any] = {
+    forms: dict[str, dict[str, Any]] = {
         "causal": {"is_causal": True}, "capped": {"softcap": 2.0}, "dropout": {"dropout_p": 0.5},
         "mask": {"attn_mask": torch.tensor([[True] * 4, [False] * 4, [True, False] * 2])},
-    }.get(form, {})  # fmt: skip
+    }  # fmt: skip
+    settings = forms.get(form, {})
 
     def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Any:
         torch.manual_seed(1)
@@ -219,14 +220,14 @@ def test_chunks_are_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
     hidden = torch.rand(2, 1, 11, 13) > 0.7
     hidden[1, :, 3] = True
 
-    def ours(**arguments: Tensor) -> Any:
+    def ours(**arguments: Any) -> Any:
         with backend("torch"):
             return F.scaled_dot_product_attention(**arguments, attn_mask=~hidden)
 
-    def stock(**arguments: Tensor) -> Any:
+    def stock(**arguments: Any) -> Any:
         return eager(**arguments, hidden=hidden)
 
-    assert_parity(ours, stock, stock, inputs, dtype=torch.float32)
+    assert_function_parity(ours, stock, stock, inputs, dtype=torch.float32)
 
 
 def test_a_batch_of_gradients() -> None:

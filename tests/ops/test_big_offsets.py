@@ -150,4 +150,6 @@ def test_attention_key_mask(distant: Distant) -> None:
 def test_packed_attention(dim: int, distant: Distant) -> None:
     q, k, v = (distant(torch.randn(5, 2, 3).half(), NEAR, dim) for _ in range(3))
     starts = torch.tensor([0, 2, 5])
-    same_bits(lambda *qkv: F.varlen_attention(*qkv, starts, starts, 3, 3), [q, k, v], [True] * 3)
+    same_bits(
+        lambda q, k, v: F.varlen_attention(q, k, v, starts, starts, 3, 3), [q, k, v], [True] * 3
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from fusedformer import functional as F
 from fusedformer.ops import contrastive as ops
 from fusedformer.ops import contrastive_aten
 from fusedformer.parity.cases import stock_contrastive, stock_sigmoid_contrastive
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 NAMES = ["contrastive_loss", "sigmoid_contrastive_loss"]
-STOCK = {"contrastive_loss": stock_contrastive, NAMES[1]: stock_sigmoid_contrastive}
+STOCK: dict[str, Callable[..., Any]] = {
+    "contrastive_loss": stock_contrastive,
+    NAMES[1]: stock_sigmoid_contrastive,
+}
 
 
 def pairs(
@@ -66,14 +70,16 @@ def test_strips(name: str, reduction: str, device: str, monkeypatch: pytest.Monk
     check(name, torch.float32, **given)
     definition = getattr(reference, name)
     with backend("torch"):
-        assert_parity(getattr(F, name), definition, definition, given, dtype=torch.float32)
+        assert_function_parity(getattr(F, name), definition, definition, given, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_beside_what_training_code_does(name: str, dtype: torch.dtype, device: str) -> None:
     given = pairs(name, 70, 70, 32, device, scale=100.0)
-    assert_parity(getattr(F, name), STOCK[name], getattr(reference, name), given, dtype=dtype)
+    assert_function_parity(
+        getattr(F, name), STOCK[name], getattr(reference, name), given, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("scale", [-3.0, 0.0, 1000.0])
@@ -129,7 +135,7 @@ def test_numbers_in_place_of_tensors(name: str, device: str) -> None:
     given = pairs(name, 9, 9, 16, device)
     numbers = {k: v.item() if v.dim() == 0 else v for k, v in given.items()}
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             assert torch.equal(getattr(F, name)(**given), getattr(F, name)(**numbers))
 
 
@@ -145,7 +151,9 @@ def test_float16_holds_the_gradients_of_a_mean_over_many(device: str) -> None:
             return F.contrastive_loss(**arguments)
 
     definition = less(reference.contrastive_loss)
-    assert_parity(less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16)
+    assert_function_parity(
+        less(F.contrastive_loss), less(exact), definition, given, dtype=torch.float16
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +161,7 @@ def test_autocast_narrows_embeddings_as_it_does_products(name: str, device: str)
     given = pairs(name, 20, 20, 16, device)
     narrow = {k: v.detach().bfloat16() if v.dim() else v for k, v in given.items()}
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             want = getattr(F, name)(**narrow)
             with torch.autocast(device, dtype=torch.bfloat16):
                 found = getattr(F, name)(**given)
@@ -180,7 +188,7 @@ def test_no_rows(name: str, columns: int, device: str) -> None:
     given = pairs(name, 0, columns, 8, device, reduction="sum")
     leaves = [v for v in given.values() if isinstance(v, Tensor)]
     for which in ("triton", "torch"):
-        with backend(which):  # type: ignore[arg-type]
+        with backend(which):
             loss = getattr(F, name)(**given)
             grads = torch.autograd.grad(loss, leaves)
             assert loss == 0

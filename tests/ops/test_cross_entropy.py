@@ -43,7 +43,7 @@ def test_widths(width: int, dtype: torch.dtype, device: str) -> None:
 def test_settings(
     reduction: str, smoothing: float, weighted: bool, dtype: torch.dtype, device: str
 ) -> None:
-    settings = dict(reduction=reduction, label_smoothing=smoothing, ignore_index=3)
+    settings: dict[str, Any] = dict(reduction=reduction, label_smoothing=smoothing, ignore_index=3)
     check(
         "cross_entropy", dtype, input=grad(19, 40, device=device),
         target=classes(19, of=40, device=device, ignored=3),
@@ -76,7 +76,7 @@ def test_a_shift_does_not_cost_accuracy(smoothing: float, device: str) -> None:
     """As it would if the log-sum-exp were kept as one number."""
     x = (3 * torch.randn(5, 5000, device=device) + 1000.0).requires_grad_()
     target = classes(5, of=5000, device=device)
-    settings = dict(reduction="none", label_smoothing=smoothing)
+    settings: dict[str, Any] = dict(reduction="none", label_smoothing=smoothing)
     check("cross_entropy", torch.float32, input=x, target=target, **settings)
 
 
@@ -145,10 +145,13 @@ def test_dtypes_are_those_of_torch(device: str) -> None:
 def test_strided_targets_and_weights(device: str) -> None:
     target = classes(14, of=9, device=device)[::2]
     weight = torch.rand(18, device=device)[::2]
-    for given in ({"weight": weight}, {"weight": weight[:1].expand(9)}, {}):
+    cases: list[dict[str, Any]] = [{"weight": weight}, {"weight": weight[:1].expand(9)}, {}]
+    for given in cases:
         logits = grad(7, 9, device=device)
         check("cross_entropy", torch.float32, input=logits, target=target, **given)
-        judged = dict(input=grad(7, 5, device=device), linear_weight=grad(9, 5, device=device))
+        judged: dict[str, Any] = dict(
+            input=grad(7, 5, device=device), linear_weight=grad(9, 5, device=device)
+        )
         check("linear_cross_entropy", torch.float32, target=target, **judged, **given)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import backend, functional, reference
 from fusedformer.parity.cases import stock_embedding as stock
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 TOKENS, POSITIONS, TYPES = 11, 7, 2
 
@@ -33,8 +33,8 @@ def inputs(
 
 def check(dtype: torch.dtype | None, given: dict[str, Any]) -> None:
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
-            assert_parity(
+        with backend(name):
+            assert_function_parity(
                 functional.embedding_layer_norm,
                 stock,
                 reference.embedding_layer_norm,
@@ -56,7 +56,7 @@ def test_rows_of_one_value(width: int, value: float, device: str) -> None:
     given["weight"] = torch.full((TOKENS, width), value, device=device)
     given["token_type_weight"] = torch.zeros(TYPES, width, device=device)
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = functional.embedding_layer_norm(**given)
         assert torch.equal(output, given["norm_bias"].expand_as(output))
 
@@ -87,7 +87,7 @@ def test_what_may_be_left_out(leave_out: tuple[str, ...], device: str) -> None:
 def test_ids_of_any_shape(shape: tuple[int, ...], device: str) -> None:
     given = inputs(device, 20, *shape, ids=torch.int32)
     for name in ("triton", "torch"):
-        with backend(name):  # type: ignore[arg-type]
+        with backend(name):
             output = functional.embedding_layer_norm(**given)
             assert output.shape == (*shape, 20)
             wanted = [value for value in given.values() if value.requires_grad]
@@ -148,7 +148,7 @@ def test_dropout(device: str) -> None:
         return torch.where(keep, stock(**settings), 0.0) / (1 - p)
 
     with backend("triton"):
-        assert_parity(dropped, steps, truth, given)
+        assert_function_parity(dropped, steps, truth, given)
         whole = functional.embedding_layer_norm(**given)
         assert torch.equal(functional.embedding_layer_norm(**given, p=p, training=False), whole)
         assert not functional.embedding_layer_norm(**given, p=1.0).any()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedformer import backend, reference
 from fusedformer import functional as F
-from fusedformer.testing import assert_parity
+from fusedformer.ops import logit_chunks
+from fusedformer.testing import assert_function_parity
 from fusedformer.tools.measure import peak_memory
 from fusedformer_kernels.runtime.launch import recorded_launches
 
@@ -35,7 +36,7 @@ def judge(dtype: torch.dtype, static_shapes: bool = False, **inputs: Any) -> Non
     def ours(**given: Any) -> Tensor:
         return F.linear_cross_entropy(**given, static_shapes=static_shapes)
 
-    assert_parity(ours, naive, reference.linear_cross_entropy, inputs, dtype=dtype)
+    assert_function_parity(ours, naive, reference.linear_cross_entropy, inputs, dtype=dtype)
 
 
 def tensors(
@@ -52,8 +53,8 @@ def tensors(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that tiny cases take several; blocks of classes are of 64 at least."""
-    monkeypatch.setattr(op, "_FEWEST", 4)
+    """Make tiny cases take several chunks; blocks of classes have at least 64."""
+    monkeypatch.setattr(logit_chunks, "_FEWEST_ROWS", 4)
 
 
 REGIMES = {
@@ -108,7 +109,7 @@ def test_shapes(shape: str, reduction: str, name: Any, device: str) -> None:
         return reference.linear_cross_entropy(**inputs)
 
     with backend(name):
-        assert_parity(F.linear_cross_entropy, truth, truth, given, dtype=torch.float32)
+        assert_function_parity(F.linear_cross_entropy, truth, truth, given, dtype=torch.float32)
 
 
 @BACKENDS
@@ -268,15 +269,15 @@ def test_peak_memory_is_a_third_of_the_naive_form_at_most(
 
 def test_sizes_of_chunks() -> None:
     half, full = torch.bfloat16, torch.float32
-    assert op.rows_at_once(8192, 50257, 768, half, "cuda") == 2048
-    assert op.rows_at_once(2458, 30522, 768, full, "cpu") == 274  # 32 MiB
-    assert op.rows_at_once(500, 128256, 4096, half, "cuda") == 500
-    assert op.classes_at_once(8192, 128256, half, "cuda") * 8192 * 2 <= 2**30 // 2
-    assert op.gradients_in_forward(8192, 768, half, "mean")
-    assert not op.gradients_in_forward(8192, 4096, half, "mean")
-    assert op.gradients_in_forward(8192, 4096, full, "sum")
-    assert not op.gradients_in_forward(8192, 768, torch.float16, "mean")
-    assert not op.gradients_in_forward(8192, 768, full, "none")
+    assert logit_chunks.rows_at_once(8192, 50257, 768, half, "cuda") == 2048
+    assert logit_chunks.rows_at_once(2458, 30522, 768, full, "cpu") == 274  # 32 MiB
+    assert logit_chunks.rows_at_once(500, 128256, 4096, half, "cuda") == 500
+    assert logit_chunks.classes_at_once(8192, 128256, half, "cuda") * 8192 * 2 <= 2**30 // 2
+    assert logit_chunks.gradients_in_forward(8192, 768, half, "mean")
+    assert not logit_chunks.gradients_in_forward(8192, 4096, half, "mean")
+    assert logit_chunks.gradients_in_forward(8192, 4096, full, "sum")
+    assert not logit_chunks.gradients_in_forward(8192, 768, torch.float16, "mean")
+    assert not logit_chunks.gradients_in_forward(8192, 768, full, "none")
 
 
 def test_float16_gradients_survive_where_a_loss_scale_is_what_keeps_them(device: str) -> None:

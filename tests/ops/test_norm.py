@@ -8,7 +8,7 @@ from tests.ops.judge import DTYPES, check, first, grad
 
 from fusedformer import functional as F
 from fusedformer import reference
-from fusedformer.testing import assert_parity
+from fusedformer.testing import assert_function_parity
 
 WIDTHS = {
     3: "the least whose gradient does not vanish",
@@ -24,7 +24,7 @@ WIDTHS = {
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_widths(name: str, width: int, dtype: torch.dtype, device: str) -> None:
-    parameters = {"weight": grad(width, device=device)}
+    parameters: dict[str, Any] = {"weight": grad(width, device=device)}
     if name == "layer_norm":
         parameters["bias"] = grad(width, device=device)
     x = grad(13, width, device=device)
@@ -95,7 +95,7 @@ def test_every_form(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_sum_alone(dtype: torch.dtype, bias: bool, device: str) -> None:
-    inputs = {key: grad(9, 24, device=device) for key in ("input", "residual")}
+    inputs: dict[str, Any] = {key: grad(9, 24, device=device) for key in ("input", "residual")}
     if bias:
         inputs["input_bias"] = grad(24, device=device)
     check("dropout_add", dtype, **inputs)
@@ -133,7 +133,7 @@ def test_dropout_is_the_mask_of_the_seed(name: str, width: int, p: float, device
         return outputs if name == "dropout_add" else outputs[0]
 
     # Stock is the definition in float32: with a given mask ATen has nothing else to offer.
-    assert_parity(candidate, truth, truth, inputs, dtype=torch.float32)
+    assert_function_parity(candidate, truth, truth, inputs, dtype=torch.float32)
 
 
 LAYOUTS = {
@@ -282,4 +282,4 @@ def test_gradients_of_parameters_are_tensors_of_their_own(device: str) -> None:
     kept = (second * scale).sum()
     first.add_(1.0)
     kept.backward()
-    assert torch.equal(scale.grad, second)
+    assert scale.grad is not None and torch.equal(scale.grad, second)

@@ -53,7 +53,10 @@ def test_what_a_packing_says(device: str) -> None:
     assert packing.indices.tolist() == [0, 2, 6, 7, 8]
     assert packing.inverse.tolist() == [0, -1, 1, -1, -1, -1, 2, 3, 4]
     for got, want in zip(Packing.of(keep, lengths=[2, 0, 3]), packing, strict=True):
-        assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
+        if isinstance(want, Tensor):
+            assert isinstance(got, Tensor) and torch.equal(got, want)
+        else:
+            assert got == want
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
@@ -92,8 +95,8 @@ def test_attention_spends_nothing_behind_the_last_token(
     dy = torch.randn(shape, device=device)
     with backend(name):
         found, wanted = (
-            F.varlen_attention(*given, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen, p.max_seqlen)
-            for given, p in ((leaves, static), (parts, exact))
+            F.varlen_attention(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen, p.max_seqlen)
+            for (q, k, v), p in ((leaves, static), (parts, exact))
         )
         grads = torch.autograd.grad(found, leaves, dy)
         wanted_grads = torch.autograd.grad(wanted, parts, dy[:count])

@@ -348,7 +348,7 @@ def test_opcheck(case: str, device: str) -> None:
         a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
         for a in arguments()
     ]
-    torch.library.opcheck(getattr(torch.ops.fusedformer, name).default, moved)
+    torch.library.opcheck(getattr(torch.ops.fusedformer, name).default, tuple(moved))
 
 
 def test_every_registered_op_is_checked() -> None:

@@ -26,7 +26,8 @@ def packed_call(tensors: list[Tensor], lengths: list[int], **settings: Any) -> T
     starts = starts_of(lengths, str(tensors[0].device))
     longest = max(lengths)
     torch.manual_seed(5)
-    return F.varlen_attention(*tensors, starts, starts, longest, longest, **settings)
+    query, key, value = tensors
+    return F.varlen_attention(query, key, value, starts, starts, longest, longest, **settings)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ def test_alone_padded_and_packed_are_the_same_bits(
     name: str, dtype: torch.dtype, device: str
 ) -> None:
     """Forward and backward, of every sequence."""
-    settings = {
+    settings: dict[str, Any] = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in SETTINGS[name].items()
     }
@@ -72,16 +73,18 @@ def test_alone_padded_and_packed_are_the_same_bits(
             whole[sequence, :, :length] = rows(tensor.detach(), sequence)[0]
     leaves = [tensor.requires_grad_() for tensor in padded[:3]]
     lengths = torch.tensor(LENGTHS, device=device)
-    real = {"key_lengths": lengths}
+    real: dict[str, Any] = {"key_lengths": lengths}
     if name == "full":  # the other way to say it
         real = {"key_mask": torch.arange(longest, device=device) < lengths[:, None]}
-    together = F.scaled_dot_product_attention(*leaves, **real, **settings)
+    query, key, value = leaves
+    together = F.scaled_dot_product_attention(query, key, value, **real, **settings)
     in_batch = [together, *torch.autograd.grad(together, leaves, padded[3])]
     for sequence, length in enumerate(LENGTHS):
         if length == 0:
             continue
         single = [rows(t.detach(), sequence).requires_grad_() for t in packed]
-        alone = F.scaled_dot_product_attention(*single, **settings)
+        query, key, value = single
+        alone = F.scaled_dot_product_attention(query, key, value, **settings)
         alone_grads = torch.autograd.grad(alone, single, rows(dy, sequence))
         for own, pack, pad in zip((alone, *alone_grads), results, in_batch, strict=True):
             assert torch.equal(own, rows(pack, sequence))
@@ -99,7 +102,8 @@ def test_dropout_is_the_same_packed_and_padded(device: str) -> None:
         whole[1] = tensor[30:].transpose(0, 1)
     torch.manual_seed(5)
     real = torch.tensor(lengths, device=device)
-    together = F.scaled_dot_product_attention(*padded, dropout_p=0.5, key_lengths=real)
+    query, key, value = padded
+    together = F.scaled_dot_product_attention(query, key, value, dropout_p=0.5, key_lengths=real)
     assert torch.equal(together[0, :, :30], output[:30].transpose(0, 1))
     assert torch.equal(together[1], output[30:].transpose(0, 1))
     plain = packed_call(packed, lengths)
@@ -126,9 +130,9 @@ def test_what_lies_in_other_sequences_does_not_matter(device: str) -> None:
 
 @pytest.mark.parametrize("sequences", [0, 1, 3])
 def test_nothing_but_empty_sequences(sequences: int, device: str) -> None:
-    tensors = [grad(0, HEADS, DIM, device=device) for _ in range(3)]
+    q, k, v = tensors = [grad(0, HEADS, DIM, device=device) for _ in range(3)]
     starts = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
-    output, lse = F.varlen_attention(*tensors, starts, starts, 0, 0, return_lse=True)
+    output, lse = F.varlen_attention(q, k, v, starts, starts, 0, 0, return_lse=True)
     assert output.shape == (0, HEADS, DIM)
     assert lse.shape == (HEADS, 0)
     for gradient in torch.autograd.grad(output, tensors, torch.randn_like(output)):
@@ -146,10 +150,10 @@ def test_sequences_without_keys_or_queries(device: str) -> None:
 
 
 def test_a_bound_on_the_longest_is_enough(device: str) -> None:
-    packed = [torch.randn(107, HEADS, DIM, device=device) for _ in range(3)]
+    q, k, v = (torch.randn(107, HEADS, DIM, device=device) for _ in range(3))
     starts = starts_of([37, 70], device).long()
-    exact = F.varlen_attention(*packed, starts, starts, 70, 70)
-    assert torch.equal(exact, F.varlen_attention(*packed, starts, starts, 1000, 512))
+    exact = F.varlen_attention(q, k, v, starts, starts, 70, 70)
+    assert torch.equal(exact, F.varlen_attention(q, k, v, starts, starts, 1000, 512))
 
 
 def test_long_sequences_start_first(device: str) -> None:
@@ -181,7 +185,7 @@ def test_more_sequences_than_one_chunk_of_the_schedule(device: str) -> None:
 
 def test_jagged_in_and_out(device: str) -> None:
     """A nested tensor comes back with the query's own ragged dimension, and gradients flow."""
-    values = [grad(107, HEADS, DIM, device=device) for _ in range(3)]
+    q, k, v = values = [grad(107, HEADS, DIM, device=device) for _ in range(3)]
     offsets = starts_of([37, 0, 70], device).long()
     query, key, value = (
         torch.nested.nested_tensor_from_jagged(v, offsets).transpose(1, 2) for v in values
@@ -191,7 +195,7 @@ def test_jagged_in_and_out(device: str) -> None:
     assert output.shape == query.shape
     total = query + output  # the same ragged dimension
     flat = total.transpose(1, 2).values() - values[0]
-    direct = F.varlen_attention(*values, offsets, offsets, 70, 70, is_causal=True)
+    direct = F.varlen_attention(q, k, v, offsets, offsets, 70, 70, is_causal=True)
     assert torch.allclose(flat, direct, atol=1e-6)
     dy = torch.randn_like(direct)
     through = torch.autograd.grad(output.transpose(1, 2).values(), values, dy)
@@ -210,7 +214,7 @@ def test_jagged_results_are_padded_as_their_query_is(name: Any) -> None:
     """To the longest sequence, or to what the query was given as its most."""
     query = jagged([3, 7, 5])
     rows: Any = query.transpose(1, 2)
-    settings = {"min_seqlen": 0, "max_seqlen": 9}
+    settings: dict[str, Any] = {"min_seqlen": 0, "max_seqlen": 9}
     wider = torch.nested.nested_tensor_from_jagged(rows.values(), rows.offsets(), **settings)
     for given, length in ((query, 7), (wider.transpose(1, 2), 9)):
         with backend(name):
@@ -288,11 +292,11 @@ def test_what_nested_tensors_cannot_be_asked_for(
 def test_no_recompilation_by_length_and_no_graph_break(device: str) -> None:
     compiled = torch.compile(F.varlen_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([20, 33], [9, 50], [41, 41]):
-        tensors = [grad(sum(lengths), HEADS, DIM, device=device) for _ in range(3)]
+        q, k, v = tensors = [grad(sum(lengths), HEADS, DIM, device=device) for _ in range(3)]
         starts = starts_of(lengths, device)
         longest = max(lengths)
-        output = compiled(*tensors, starts, starts, longest, longest)
-        want = F.varlen_attention(*tensors, starts, starts, longest, longest)
+        output = compiled(q, k, v, starts, starts, longest, longest)
+        want = F.varlen_attention(q, k, v, starts, starts, longest, longest)
         assert torch.equal(output, want)
         dy = torch.randn_like(output)
         pairs = zip(

@@ -1,1 +1,1 @@
-"""What packages share: checks of arguments, autocast, backend, who looks on; tables and pages."""
+"""Share between packages: checks of arguments, autocast, backend, tracing; tables and pages."""

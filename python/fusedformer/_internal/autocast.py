@@ -1,7 +1,7 @@
-"""Autocast: the dtype in which torch runs the function that one of ours replaces, asked of torch.
+"""Follow autocast: ask torch for the dtype in which it runs what a function of ours replaces.
 
-Torch's functions follow ``torch.autocast`` in one of three ways. Ours follow them, a fused form
-the composition that it replaces; float64 is left as it is.
+Torch's functions follow ``torch.autocast`` in one of three ways. Ours do as theirs, and a fused
+form as the composition that it replaces; float64 is left as it is.
 
 | | CUDA and ROCm | CPU |
 | --- | --- | --- |
@@ -10,8 +10,8 @@ the composition that it replaces; float64 is left as it is.
 | layer_norm, softmax, log_softmax; rms_norm from torch 2.12 on | float32 | as without autocast |
 | embedding, dropout, gelu, relu, silu, sums | as without autocast | as without autocast |
 
-Ops of ``torch.library`` have no rule of their own: the public functions decide, and what is below
-them computes in the dtypes that it is given.
+Ops of ``torch.library`` have no rule of their own: the public functions choose the dtypes, and the
+ops compute in those.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OVERLOADS: dict[Op, str] = {
     "log_softmax": "log_softmax.int", "cross_entropy": "nll_loss",
 }  # fmt: skip
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
-# What has a rule in the torch that is installed.
+# The pairs of function and device for which the installed torch has a rule.
 _RULES = frozenset(
     (op, device)
     for op, overload in _OVERLOADS.items()
@@ -48,8 +48,8 @@ _RULES = frozenset(
 
 
 def autocast_dtype(op: Op, *inputs: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast runs torch's ``op``; None if it leaves these inputs alone."""
-    # One call that asks for no device: this is on the way of every eager call.
+    """Return the dtype in which autocast runs torch's ``op``, or None if it casts nothing."""
+    # First the check that needs no device, since every eager call comes by.
     if not torch._C._is_any_autocast_enabled():
         return None
     if not all(_is_cast(value) for value in inputs):
@@ -61,17 +61,17 @@ def autocast_dtype(op: Op, *inputs: Tensor) -> torch.dtype | None:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` in ``dtype``, if it is a tensor that autocast casts."""
+    """Cast ``value`` to ``dtype`` if it is a tensor that autocast casts."""
     return value.to(dtype) if _is_cast(value) else value
 
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which calls on tensors like ``tensor`` compute in the dtypes that they get."""
+    """Return a context without autocast on the device of ``tensor``."""
     if torch._C._is_any_autocast_enabled() and tensor.device.type in _KEYS:
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _is_cast(value: object) -> bool:
-    # What is no tensor is for the checks to complain of.
+    # Other types pass through to the checks, which name them in an error.
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -1,4 +1,4 @@
-"""Choice of backend: the Triton kernels, or the fastest composition of ATen calls."""
+"""Choose the backend: the Triton kernels, or the fastest composition of ATen calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Backend = Literal["triton", "torch"]
 
-# A plain global, as torch's own switches are: torch.compile traces it and guards on its value.
+# A plain global, like torch's switches: torch.compile reads it and guards on its value.
 _forced: Backend | None = None
 
 # Triton has no wheel for macOS or Windows on Arm.
@@ -48,7 +48,7 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def chosen_backend(tensor: Tensor) -> Backend:
-    """The backend that an op on ``tensor`` runs on, from its device and :func:`backend`."""
+    """Choose the backend of an op on ``tensor``, by its device and :func:`backend`."""
     forced = _forced
     kind = tensor.device.type
     kernels_run_here = kind == "cuda" or (kind in ("cpu", "meta") and INTERPRETER_IS_ON)
@@ -75,7 +75,7 @@ def kernels_run_on(tensor: Tensor) -> bool:
 
 
 def _check_transforms() -> None:
-    """Raise inside a torch.func transform that differentiates; vmap goes through."""
+    """Raise inside a torch.func transform that differentiates; torch.vmap is allowed."""
     names = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}
     if names & {"Grad", "Jvp"}:
         raise RuntimeError(

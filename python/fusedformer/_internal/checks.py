@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: errors that say what came and what was wanted."""
+"""Check arguments of the public functions; errors say what came and what was wanted."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fusedformer._internal.plans import unplanned
 from fusedformer.errors import BadTypeError, BadValueError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # those that can be computed with: no float8
+FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)  # not float8, which has no arithmetic
 
 
 Check = TypeVar("Check", bound=Callable[..., Any])
 
-_MOST = 4096  # kinds of calls that are remembered of each check
+_MOST = 4096  # kinds of calls that each check remembers
 _UNKNOWN = object()
 
 
 def remembered(check: Check) -> Check:
-    """A check that passes over calls like one that has passed before; a decorator.
+    """Remember the kinds of calls that passed a check, and skip it for them; a decorator.
 
-    It may look at nothing of a tensor but its dtype, shape, device and layout. An eager call of a
-    small op takes less time than its checks would every time.
+    The check may depend on a tensor's dtype, shape, device and layout alone. Without this the
+    checks of a small op would take longer than the op.
     """
     passed: dict[tuple[Any, ...], Any] = {}
 
@@ -50,7 +50,7 @@ def remembered(check: Check) -> Check:
 
 
 def _kinds(values: Any) -> tuple[Any, ...] | None:
-    """What a remembered check may look at, hashable; None where that cannot be."""
+    """Return all that a remembered check may depend on, hashable, or None if it is not."""
     found: list[Any] = []
     for value in values:
         kind = type(value)
@@ -83,7 +83,7 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at: not while anyone traces or maps, on meta, in fakes."""
+    """Tell whether a tensor has values to check: not if traced, mapped, fake or on meta."""
     if (
         is_traced()
         or tensor.is_meta
@@ -96,7 +96,7 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def check_floating(function: str, name: str, tensor: Tensor) -> None:
-    """Raise ``TypeError`` unless ``tensor`` holds real numbers that can be computed with."""
+    """Raise ``TypeError`` unless ``tensor`` has a dtype of :data:`FLOATING_DTYPES`."""
     if tensor.dtype not in FLOATING_DTYPES:
         raise BadTypeError(
             f"{function}(): expected '{name}' to have a floating-point dtype, "

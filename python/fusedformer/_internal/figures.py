@@ -1,4 +1,4 @@
-"""Figures in one style: files, or SVG in data URIs, so that a page needs nothing besides itself."""
+"""Draw figures in one style: to files, or to SVG in data URIs for pages of one file."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _STYLE: Any = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """A context in which figures are drawn in the style."""
+    """Return a context in which figures are drawn in the style."""
     context: AbstractContextManager[None] = plt.rc_context(_STYLE)
     return context
 
 
 @contextmanager
 def drawn(path: Path, height: float = 3.6) -> Iterator[Axes]:
-    """The axes of a figure that is then saved, as its ending says; an SVG has no date."""
+    """Yield the axes of a figure, then save it in the format of its ending, SVG undated."""
     with styled():
         figure, axis = plt.subplots(figsize=(7.2, height), layout="constrained")
         yield axis
@@ -54,7 +54,7 @@ def drawn(path: Path, height: float = 3.6) -> Iterator[Axes]:
 
 
 def source(figure: Figure) -> str:
-    """``src`` of an image; the figure is closed."""
+    """Return the figure as the ``src`` of an image, and close it."""
     target = io.BytesIO()
     figure.savefig(target, format="svg", metadata={"Date": None})
     plt.close(figure)

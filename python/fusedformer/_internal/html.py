@@ -1,4 +1,4 @@
-"""The parts of a page that is one file and needs nothing besides itself."""
+"""Write the parts of a page that is a single file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ img { width: 100%; height: auto; }
 
 
 def page(title: str, heading: str, subtitle: str, parts: Iterable[str]) -> str:
-    """The whole of it."""
+    """Write the page."""
     body = "\n".join([f"<h1>{escape(heading)}</h1>", f'<p class="soft">{subtitle}</p>', *parts])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -44,19 +44,19 @@ def page(title: str, heading: str, subtitle: str, parts: Iterable[str]) -> str:
 
 
 def verdict(passed: bool, title: str, lines: Iterable[str]) -> str:
-    """A coloured box."""
+    """Write a coloured box."""
     found = "".join(f"<p>{escape(line)}</p>" for line in lines)
     word = "pass" if passed else "fail"
     return f'<section class="verdict {word}"><h2>{escape(title)}</h2>{found}</section>'
 
 
 def section(title: str, *parts: str) -> str:
-    """A box with a title."""
+    """Write a box with a title."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str | bool]]) -> str:
-    """Booleans become "pass" and "fail"."""
+    """Write a table; booleans become "pass" and "fail"."""
 
     def cell(value: str | bool) -> str:
         if isinstance(value, bool):
@@ -70,5 +70,5 @@ def table(head: Sequence[str], body: Iterable[Sequence[str | bool]]) -> str:
 
 
 def image(source: str, alt: str) -> str:
-    """``source`` is a data URI."""
+    """Write an image; ``source`` is a data URI."""
     return f'<img src="{source}" alt="{escape(alt)}">'

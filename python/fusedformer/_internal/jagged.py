@@ -1,4 +1,4 @@
-"""Jagged ``torch.nested`` tensors: checked, and made of rows like another one."""
+"""Check jagged ``torch.nested`` tensors, and make rows into one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fusedformer.errors import BadTypeError, BadValueError
 
 
 def check_jagged(function: str, name: str, tensor: Tensor, shape: str) -> None:
-    """Raise ``TypeError`` unless ``tensor`` is jagged where ``shape`` says so, without holes.
+    """Raise ``TypeError`` unless ``tensor`` is jagged as ``shape`` says, and without holes.
 
-    ``shape`` is ``"batch, heads, jagged, dim"``, say.
+    ``shape`` names the dimensions, as in ``"batch, heads, jagged, dim"``.
     """
     sizes = shape.split(", ")
     expected = f"{function}(): expected a nested '{name}' to be jagged, [{shape}]"
@@ -41,7 +41,7 @@ def check_same_lengths(
 ) -> None:
     """Raise ``ValueError`` unless both have sequences of the same lengths.
 
-    Nothing is looked at where they share their offsets; else a GPU is waited for.
+    Unless they share their offsets, this waits for a GPU.
     """
     one, other = (tensor.offsets() for tensor in (first, second))  # type: ignore[attr-defined]
     if one is other or not (checks.has_values(one) and checks.has_values(other)):
@@ -54,7 +54,7 @@ def check_same_lengths(
 
 
 def jagged_like(rows: Tensor, like: Tensor) -> Tensor:
-    """``rows`` ``[total, *]`` as the sequences of jagged ``like`` ``[batch, jagged, *]``."""
+    """Make ``rows`` ``[total, *]`` the sequences of a tensor like ``[batch, jagged, *]``."""
     jagged: Any = like
     nested: Tensor = torch.nested.nested_tensor_from_jagged(
         rows, jagged.offsets(), min_seqlen=jagged._maybe_min_seqlen,

@@ -1,7 +1,7 @@
-"""Who looks on while functions of this library run: tracers, and those who map over tensors.
+"""Ask whether a call is being traced, compiled, mapped or differentiated forward.
 
-To a tracer the values of tensors are an example's: what is decided by them holds for no other
-input. A tensor that torch.vmap maps stands for many, and has no values to decide by.
+A tracer records a call for other inputs, so nothing may be decided by the values of its tensors.
+A tensor that torch.vmap maps is a whole batch, and has no single value to decide by.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 
 _Mode = torch._C._TorchDispatchModeKey
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-# Of autograd's batches of gradients (is_grads_batched), which are not torch.vmap's.
+# Set while autograd computes a batch of gradients (is_grads_batched), without torch.vmap.
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
-# By names of their own, and without calls of each other: these are on the way of every eager call.
+# Bound to names here, and never calling each other, since every eager call asks them.
 _is_compiling = torch.compiler.is_compiling
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _modes = torch._C._len_torch_dispatch_stack
@@ -25,7 +25,7 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def is_traced() -> bool:
-    """Whether calls are recorded for other inputs: compiled, exported, torch.jit's or make_fx's."""
+    """Tell whether calls are recorded by torch.compile, torch.export, torch.jit or make_fx."""
     return bool(
         _is_compiling()
         or _tracing_state()
@@ -35,24 +35,24 @@ def is_traced() -> bool:
 
 
 def is_traced_by_jit() -> bool:
-    """Whether torch.jit.trace looks on, to which sizes are tensors."""
+    """Tell whether torch.jit.trace records, for which sizes are tensors."""
     return not _is_compiling() and bool(_tracing_state())
 
 
 def is_mapped() -> bool:
-    """Whether tensors may stand for many: torch.func looks on, or there is a batch of gradients."""
+    """Tell whether tensors may be batches: under torch.func, or in a batch of gradients."""
     return _are_transforms_active() or _is_included(_VMAP_MODE)
 
 
 def stands_for_many(*tensors: Tensor | None) -> bool:
-    """Whether torch.vmap maps over one of them."""
+    """Tell whether torch.vmap maps over one of the tensors."""
     if _is_compiling() or not _are_transforms_active():
         return False
     return any(tensor is not None and is_batched(tensor) for tensor in tensors)
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """The same of one tensor, in eager calls."""
+    """Tell whether torch.vmap maps over a tensor; for eager calls."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             return True
@@ -61,7 +61,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_eager() -> bool:
-    """Whether nothing looks on between a call and its kernels."""
+    """Tell whether a call may go to its kernels directly: no mode, trace or transform is on."""
     return not (
         (_modes() and not _only_looks())
         or _is_included(_PRE_DISPATCH)

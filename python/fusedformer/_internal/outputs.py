@@ -1,4 +1,4 @@
-"""What a function or module returned, as tensors by name."""
+"""Name the tensors that a function or module returned."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def tensors_of(returned: Any) -> dict[str, Tensor]:
-    """The floating-point tensors in ``returned``, by their place in it."""
+    """Return the floating-point tensors in ``returned``, by their place in it."""
     found: dict[str, Tensor] = {}
     _collect("output", returned, found)
     return found
 
 
 def first_tensor(returned: Any) -> Tensor | None:
-    """The first floating-point tensor of what a module returned."""
+    """Return the first floating-point tensor in ``returned``, if there is one."""
     return next(iter(tensors_of(returned).values()), None)
 
 
 def _collect(name: str, value: Any, found: dict[str, Tensor]) -> None:
     if isinstance(value, Tensor):
-        if value.is_nested:  # padded with zeros, or the packed rows
+        if value.is_nested:  # padded with zeros; or, if jagged, its packed rows
             strided = value.layout == torch.strided
             value = value.to_padded_tensor(0.0) if strided else value.values()
         if value.is_floating_point():

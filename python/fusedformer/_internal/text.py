@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Write tables in plain text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their cells, those whose index is in ``right`` flush right."""
+    """Write columns as wide as their cells, those of indices ``right`` flush right."""
     rows = [list(head), *map(list, body)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [

@@ -1,4 +1,4 @@
-"""The public functions: ``torch.nn.functional``'s names and arguments, and the fused forms.
+"""Call the public functions: those of ``torch.nn.functional``, and the fused forms.
 
 Each function checks its arguments, then calls the op of the same name in :mod:`fusedformer.ops`,
 which runs the Triton kernels or the ATen composition (see :func:`fusedformer.backend`). The

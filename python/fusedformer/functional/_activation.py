@@ -1,4 +1,4 @@
-"""Bias and activation."""
+"""Add a bias and apply an activation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bias_activation(
     p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``dropout(activation(input + bias))`` in one kernel, the middle of a feed-forward block.
+    """Compute ``dropout(activation(input + bias))`` in one kernel, inside a feed-forward block.
 
     Args:
         input: ``[..., d]``, the output of a product without its bias.

@@ -1,4 +1,4 @@
-"""Contrastive losses over all pairs of two batches of embeddings."""
+"""Compute contrastive losses over all pairs of two batches of embeddings."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def contrastive_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Symmetric cross entropy over all pairs, the loss of CLIP (InfoNCE in both directions).
+    """Compute symmetric cross entropy over all pairs: CLIP's loss, InfoNCE in both directions.
 
     With ``s = logit_scale * a @ b.T`` and p = i + label_offset, the positive of row i,
     ``loss_i = (logsumexp(s[i, :]) + logsumexp(s[:, p])) / 2 - s[i, p]``. No M x N matrix is kept:
     scores are computed in tiles, and computed again in the backward; memory is linear in M and N.
 
     Args:
-        a: ``[M, D]`` embeddings, as they are compared: normalize them first. Autocast makes them
-            narrow, as it does the factors of a product.
-        b: ``[N, D]``, N >= M; rows that are no row's positive are negatives of all.
+        a: ``[M, D]`` embeddings; they are not normalized here. Autocast casts them as it does the
+            factors of a product.
+        b: ``[N, D]``, N >= M; rows that are the positive of no row are negatives of all.
         logit_scale: factor on the products (CLIP: ``exp`` of a learned parameter); a number, or a
             tensor of one element, which may require a gradient.
         label_offset: row of ``b`` that is the positive of row 0, from 0 to N - M.
@@ -45,7 +45,7 @@ def contrastive_loss(
         group: ranks that hold a piece of one batch each, M = N rows on all of them. The loss is
             that of the whole batch, on every rank (with ``"none"`` of its own rows). ``b`` is
             gathered and each rank computes the scores of its rows. Autograd differentiates the sum
-            of what the ranks return, so that averaging gradients over them, as
+            of all ranks' results, so that averaging gradients over them, as
             ``DistributedDataParallel`` does, gives those of one process with the whole batch.
 
     Returns:
@@ -80,7 +80,7 @@ def sigmoid_contrastive_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """A binary decision for every pair, the loss of SigLIP.
+    """Decide for every pair whether it matches: SigLIP's loss.
 
     With ``s = logit_scale * a @ b.T + logit_bias``,
     ``loss_i = -sum_j log(sigmoid(z_ij * s_ij))``, where z is 1 for the positive of row i,
@@ -109,7 +109,7 @@ def sigmoid_contrastive_loss(
 
 
 def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """As autocast has the factors of a product."""
+    """Cast to the dtype in which autocast has the factors of a product."""
     dtype = autocast_dtype("linear", a, b)
     return (a, b) if dtype is None else (cast(a, dtype), cast(b, dtype))
 

@@ -1,4 +1,4 @@
-"""Cross entropy, of given logits and of a product that is never whole in memory."""
+"""Compute cross entropy of given logits, and of a product that is never whole in memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``-log softmax(input)`` at the target classes, as ``torch.nn.functional.cross_entropy``.
+    """Compute ``-log softmax(input)`` at the target classes, as ``F.cross_entropy`` of torch.
 
     One kernel reads the logits, by their strides; the backward reads them once more and writes
-    their gradient. What is kept between is two float32 numbers a row, where torch keeps the
+    their gradient. Between the two, two float32 numbers a row are kept, where torch keeps the
     logarithms of all probabilities.
 
     Args:
@@ -37,8 +37,8 @@ def cross_entropy(
         weight: of each class, ``[C]``, without a gradient.
         size_average, reduce: torch's deprecated forms of ``reduction``.
         ignore_index: rows with this target have loss and gradient 0 and count in no mean.
-        reduction: ``"none"``, ``"mean"`` (over the weights of the rows that count, NaN if none
-            does) or ``"sum"``.
+        reduction: ``"none"``, ``"mean"`` (over the weights of the rows that are not ignored, NaN if
+            all are) or ``"sum"``.
         label_smoothing: in [0, 1]: how much of each target is spread over all classes.
 
     Returns:
@@ -53,7 +53,7 @@ def cross_entropy(
         ValueError: shapes that do not belong together, devices that differ, an unknown
             ``reduction``, ``label_smoothing`` outside [0, 1], a ``weight`` that wants a gradient.
         IndexError: on the CPU, a target that is no class. On a GPU, where looking would wait for
-            it, the loss of such a row is NaN.
+            it, the loss of that row is NaN.
 
     Source: Szegedy et al., Rethinking the Inception Architecture for Computer Vision,
     arXiv:1512.00567 (label smoothing).
@@ -92,21 +92,21 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     static_shapes: bool = False,
 ) -> Tensor:
-    """``cross_entropy(input @ linear_weight.T + linear_bias, target)``, a chunk at a time.
+    """Compute ``cross_entropy(input @ linear_weight.T + linear_bias, target)`` by chunks.
 
     The logits of all rows are never in memory together. Rows that are ignored are dropped before
-    any product: of masked language modelling the masked positions alone are projected. The weight's
+    any product: masked language modelling projects the masked positions alone. The weight's
     gradient is accumulated in float32.
 
     With ``"mean"`` and ``"sum"`` the gradients are computed in the forward, while a chunk of logits
-    is there: three products, as many as without chunks. With ``"none"``, in float16, and in
+    is in memory: three products, as many as without chunks. With ``"none"``, in float16, and in
     bfloat16 where between one and four times as many rows as features are given, the backward
     computes the logits again: four products. Memory is bounded as ``fusedformer.ops.
     linear_cross_entropy`` states: about a quarter of the logits, and in half precision a float32
     sum.
 
     Args:
-        input: ``[*, D]``, what is projected.
+        input: ``[*, D]``, the rows to project.
         linear_weight: ``[C, D]``, of the dtype of ``input`` unless autocast is on.
         target: classes, int64 or uint8 ``[*]``; or probabilities ``[*, C]``, for which all logits
             are computed at once.
@@ -117,7 +117,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         static_shapes: compute all rows, ignored ones too, whose ``input`` then must be finite.
             Otherwise a GPU is waited for, once in the forward and once in a backward that computes
-            logits again, to learn which rows count; never while a CUDA graph is captured.
+            logits again, to learn which rows are not ignored; never while a CUDA graph is captured.
 
     Returns:
         The loss, as of :func:`cross_entropy`; shaped ``[*]`` for ``reduction="none"``.
@@ -176,7 +176,7 @@ def linear_cross_entropy(
 def _checked_target(
     function: str, target: Tensor, positions: tuple[int, ...], logits: tuple[int, ...]
 ) -> Tensor:
-    """``target``, classes in int64."""
+    """Check ``target``; return it with classes in int64."""
     probabilities = target.dtype in checks.FLOATING_DTYPES
     if not probabilities and target.dtype not in (torch.int64, torch.uint8):
         raise BadTypeError(
@@ -208,7 +208,7 @@ def _check_settings(
 def _check_range(function: str, target: Tensor, classes: int, ignore_index: int) -> None:
     if target.is_floating_point():
         return
-    # On a GPU, looking would wait for it.
+    # Reading values would wait for a GPU.
     if target.device.type != "cpu" or not target.numel() or not checks.has_values(target):
         return
     low, high = (int(bound) for bound in torch.aminmax(target))

@@ -1,4 +1,4 @@
-"""Embeddings of tokens, positions and types with the norm and dropout after them."""
+"""Look up embeddings of tokens, positions and types, and apply their norm and dropout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def embedding_layer_norm(
     p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """The entry of an encoder in one kernel: the norm of added embeddings, and dropout.
+    """Compute the entry of an encoder in one kernel: added embeddings, their norm, dropout.
 
     ``dropout(layer_norm(weight[input] + position_weight[position_ids]
-    + token_type_weight[token_type_ids]))``. For the backward nothing but ids and two numbers a
-    token are kept.
+    + token_type_weight[token_type_ids]))``. Only the ids and two numbers a token are kept for the
+    backward.
 
     Args:
         input: token ids, int32 or int64 ``[*]``: padded, packed or of any other shape.
@@ -40,8 +40,8 @@ def embedding_layer_norm(
         norm_weight: gain of shape ``[E]``, or None for 1.
         norm_bias: offset of shape ``[E]``, or None for 0.
         eps: added to the (biased) variance.
-        position_ids, token_type_ids: like ``input``. ``position_ids`` are there if, and only if,
-            ``position_weight`` is; without ``token_type_ids`` all tokens are of type 0.
+        position_ids, token_type_ids: like ``input``. ``position_ids`` and ``position_weight`` come
+            together; without ``token_type_ids`` all tokens are of type 0.
         position_weight, token_type_weight: vectors ``[n, E]``, or None to add none.
         padding_idx: this row of ``weight`` gets no gradient; negative counts from the end.
         p: probability that an element is dropped, in [0, 1].
@@ -55,8 +55,8 @@ def embedding_layer_norm(
             in dtype.
         ValueError: shapes or devices that differ; ids without their table or the reverse;
             ``padding_idx`` or ``p`` out of range; on the triton backend more than 8,192 columns.
-        IndexError: an id without a vector, on the CPU. A GPU would have to be waited for: there
-            such a token's output is NaN.
+        IndexError: an id without a vector, on the CPU. On a GPU, where the check would have to
+            wait, the output of that token is NaN.
 
     Source: Devlin et al., BERT, arXiv:1810.04805, section 3 (the sum); norm and dropout as in its
     code.
@@ -152,7 +152,7 @@ def _check_tables(tables: dict[str, Tensor | None]) -> None:
 
 
 def _check_range(name: str, ids: Tensor, table: str, count: int) -> None:
-    # On a GPU, looking would wait for it.
+    # Reading values would wait for a GPU.
     if ids.device.type != "cpu" or not checks.has_values(ids) or not ids.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(ids))

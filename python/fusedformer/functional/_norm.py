@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, alone and with what comes before them in a block."""
+"""Compute LayerNorm and RMSNorm, alone and with the bias, dropout and sum before them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions.
+    """Compute ``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions.
 
     Args:
         input: ``[..., *normalized_shape]``.
@@ -53,7 +53,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimensions.
+    """Compute ``x / sqrt(mean(x**2) + eps) * weight`` over the last dimensions.
 
     Args:
         input: ``[..., *normalized_shape]``.
@@ -113,7 +113,7 @@ def dropout_add_layer_norm(
     training: bool = True,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``layer_norm(dropout(input + input_bias) + residual)`` in one kernel.
+    """Compute ``layer_norm(dropout(input + input_bias) + residual)`` in one kernel.
 
     Args:
         input: ``[..., *normalized_shape]``, the output of a projection.
@@ -197,7 +197,7 @@ def dropout_add_rms_norm(
     training: bool = True,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``rms_norm(dropout(input + input_bias) + residual)`` in one kernel.
+    """Compute ``rms_norm(dropout(input + input_bias) + residual)`` in one kernel.
 
     Arguments, result and errors as for :func:`dropout_add_layer_norm`; ``eps`` as for
     :func:`rms_norm`.
@@ -236,7 +236,7 @@ def dropout_add(
     p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``dropout(input + input_bias) + residual`` in one kernel (the end of a pre-norm block).
+    """Compute ``dropout(input + input_bias) + residual`` in one kernel, for pre-norm blocks.
 
     Args:
         input: ``[..., d]``.

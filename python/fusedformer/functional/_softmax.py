@@ -1,4 +1,4 @@
-"""softmax and log_softmax."""
+"""Compute softmax and log_softmax."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``exp(scale * input + mask)`` normalized to sum to 1 along ``dim``.
+    """Normalize ``exp(scale * input + mask)`` to sum to 1 along ``dim``.
 
     Args:
         input: any shape; read in place by its strides, never copied to be made contiguous.
@@ -41,7 +41,7 @@ def softmax(
 
     Returns:
         Tensor of the shape of ``input``. A row of -inf gives NaN as in torch; a row that ``mask``
-        or ``is_causal`` removes whole gives 0, and gradient 0.
+        or ``is_causal`` removes entirely gives 0, and gradient 0.
 
     Raises:
         TypeError: ``input`` is complex, or not floating-point and no ``dtype`` is given; ``dtype``
@@ -68,10 +68,10 @@ def log_softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Logarithm of :func:`softmax`, computed stably: ``s - log(sum(exp(s)))``.
+    """Compute the logarithm of :func:`softmax` without overflow: ``s - log(sum(exp(s)))``.
 
-    Arguments and errors are those of :func:`softmax`. Masked elements, and rows that are masked
-    whole, are -inf; their gradient is 0.
+    Arguments and errors are those of :func:`softmax`. Masked elements, and entirely masked rows,
+    are -inf; their gradient is 0.
     """
     if dim is None:
         dim = _implicit_dim("log_softmax", input, _stacklevel)
@@ -126,7 +126,7 @@ def _check_softmax(
     mask: Tensor | None,
     is_causal: bool,
 ) -> torch.dtype:
-    """The dtype of the result without autocast, if all is well."""
+    """Check the arguments; return the dtype of the result without autocast."""
     if not isinstance(dim, (int, torch.SymInt)):
         raise BadTypeError(
             f"{function}(): expected 'dim' to be an int, but got {type(dim).__name__}"

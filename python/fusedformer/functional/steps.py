@@ -1,6 +1,6 @@
-"""Steps of the encoder layer, for the modules; their arguments are checked there.
+"""Call steps of the encoder layer; for the modules, which check their arguments.
 
-They are not public: what each gives is stated where it is defined.
+They are not public; each is documented where it is defined.
 """
 
 from fusedformer.ops import FeedForward as FeedForward

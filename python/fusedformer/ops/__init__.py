@@ -1,4 +1,4 @@
-"""One file per op: registration with ``torch.library``, autograd, choice of backend."""
+"""Run the ops, a file each: register with ``torch.library``, differentiate, choose backends."""
 
 from fusedformer.ops._shared import draw_seed, seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation

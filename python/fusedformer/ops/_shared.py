@@ -1,4 +1,4 @@
-"""What the op files share: dropout seeds, and the error for double backward."""
+"""Draw dropout seeds, and refuse double backward; shared by the op files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fusedformer._internal.plans import unplanned
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
-    """A dropout seed from torch's generator of ``device``, or None if nothing is dropped.
+    """Draw a dropout seed from torch's generator of ``device``, or None if nothing is dropped.
 
-    It is a tensor: drawing it is captured by CUDA graphs, traced by torch.compile, and repeated
-    under activation checkpointing like any other use of the generator.
+    It is a tensor, so that CUDA graphs capture the draw, torch.compile traces it, and activation
+    checkpointing repeats it like any other use of the generator.
     """
     if p == 0.0:
         return None
@@ -26,20 +26,22 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
     drawn, used = _seeds.drawn, _seeds.used
     if torch.compiler.is_compiling() or used >= _seeds.count:
         own = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-        return own + _seeds.added if _seeds.added else own
-    # Every other one is left out: kernels are compiled for pointers to multiples of 16 bytes.
+        return own + _seeds.offset if _seeds.offset else own
+    # Every other number is skipped: kernels are compiled for pointers to multiples of 16 bytes.
     if drawn is None or drawn.device != device:
         drawn = torch.randint(0, 2**63 - 1, (2 * _seeds.count,), dtype=torch.int64, device=device)
     _seeds.drawn, _seeds.used = drawn, used + 1
     own = drawn[2 * used : 2 * used + 1]
-    return own + _seeds.added if _seeds.added else own
+    return own + _seeds.offset if _seeds.offset else own
 
 
 class _Seeds(threading.local):
+    """The seeds of a thread: ``count`` are drawn at once, and ``used`` of them are given out."""
+
     count = 0
     used = 0
     drawn: Tensor | None = None
-    added = 0
+    offset = 0
 
 
 _seeds = _Seeds()
@@ -47,7 +49,7 @@ _seeds = _Seeds()
 
 @contextlib.contextmanager
 def seeds_drawn_at_once(count: int) -> Iterator[None]:
-    """Inside, the first ``count`` seeds come of one launch; an outer such context prevails."""
+    """Draw the first ``count`` seeds inside in one launch; an outer context of this kind wins."""
     if _seeds.count or torch.compiler.is_compiling():
         yield
         return
@@ -59,9 +61,9 @@ def seeds_drawn_at_once(count: int) -> Iterator[None]:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow, for which something is to be kept.
+    """Tell whether a backward may follow, so that tensors must be saved for it.
 
-    Within ``vmap`` tensors hide that those behind them require a gradient.
+    Under torch.func, wrapped tensors do not say whether they require a gradient.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -73,24 +75,24 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
-    """The dtype in which kernels write the gradients of parameters, of those that there are."""
+    """Return the dtype that all given parameters share, or float32 if they differ."""
     found = {dtype for dtype in dtypes if dtype is not None}
     return found.pop() if len(found) == 1 else torch.float32
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks on."""
+    """Tell whether ``torch.func`` or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @contextlib.contextmanager
 def seeds_added_to(number: int) -> Iterator[None]:
-    """Inside, seeds are others: those drawn, and ``number``; for ranks that draw the same."""
-    before, _seeds.added = _seeds.added, number
+    """Add ``number`` to the seeds drawn inside, so that ranks of one generator differ."""
+    before, _seeds.offset = _seeds.offset, number
     try:
         yield
     finally:
-        _seeds.added = before
+        _seeds.offset = before
 
 
 NO_DOUBLE_BACKWARD = (
@@ -100,7 +102,7 @@ NO_DOUBLE_BACKWARD = (
 
 
 def no_double_backward(op: str) -> Any:
-    """An autograd formula, for the backward of ``op``, that raises a clear error."""
+    """Return an autograd formula for the backward of ``op`` that raises a clear error."""
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(NO_DOUBLE_BACKWARD.format(op))

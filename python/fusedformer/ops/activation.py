@@ -1,4 +1,4 @@
-"""bias + activation + dropout: registration, autograd, choice of backend."""
+"""Add a bias, apply an activation and dropout: the op, its autograd, its backends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bias_activation_gradients(
     seed: Tensor | None,
     needs_bias_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``input`` and, if needed, ``bias``, by the kernels; not differentiable."""
+    """Compute gradients of ``input`` and, if needed, ``bias``, by kernels; no double backward."""
     input_grad, bias_grad = _bias_activation_backward(
         grad, input, bias, seed, p, activation, needs_bias_grad
     )
@@ -46,7 +46,7 @@ def bias_activation_gradients(
 
 
 def activate_aten(x: Tensor, activation: str) -> Tensor:
-    """The activation by ATen."""
+    """Apply the activation by ATen."""
     if activation == "relu":
         return torch.relu(x)
     if activation == "silu":
@@ -57,13 +57,13 @@ def activate_aten(x: Tensor, activation: str) -> Tensor:
 
 
 def activation_gradient_in_place(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """``grad`` of what :func:`activate_aten` gives, turned into that of ``x``."""
+    """Turn the gradient of the result of :func:`activate_aten` into that of ``x``, in place."""
     aten = torch.ops.aten
     if activation == "relu":
         found = aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
     elif activation in ("silu", "quick_gelu"):
-        steeper = x if activation == "silu" else x * QUICK
-        found = aten.silu_backward.grad_input(grad, steeper, grad_input=grad)
+        scaled = x if activation == "silu" else x * QUICK
+        found = aten.silu_backward.grad_input(grad, scaled, grad_input=grad)
     else:
         form = _form(activation)
         found = aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)

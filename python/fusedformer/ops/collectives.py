@@ -1,6 +1,7 @@
-"""Collectives over the ranks of a process group that autograd goes through.
+"""Run collectives over the ranks of a process group, differentiable by autograd.
 
-It differentiates the sum of what the ranks return: each rank's gradient is that of all of them.
+Autograd differentiates the sum of all ranks' results, so a rank's gradient includes the effects
+of its tensor on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 def check_equal_shapes(function: str, tensor: Tensor, group: Any) -> None:
     """Raise ``ValueError`` on every rank unless ``tensor`` has one shape on all of them.
 
-    Not while a compiler traces, as it asks the device.
+    A compiler's trace skips it, since the answer takes values from the device.
     """
     if torch.compiler.is_compiling():
         return
@@ -32,19 +33,19 @@ def check_equal_shapes(function: str, tensor: Tensor, group: Any) -> None:
 
 
 def all_gather(x: Tensor, group: Any) -> Tensor:
-    """The ranks' tensors, one after another along dimension 0."""
+    """Concatenate the ranks' tensors along dimension 0."""
     found: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
 
 def all_to_all(x: Tensor, group: Any) -> Tensor:
-    """Of each rank the piece of dimension 0 that is at this rank's place."""
+    """Exchange pieces of dimension 0: piece r goes to rank r, which gets one of each rank."""
     found: Tensor = _AllToAll.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
 
 def all_reduce(x: Tensor, group: Any) -> Tensor:
-    """The sum of the ranks' tensors."""
+    """Add up the ranks' tensors."""
     found: Tensor = _AllReduce.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 

@@ -1,7 +1,7 @@
-"""Contrastive losses: registration, autograd, choice of backend, and ranks that share a batch.
+"""Compute contrastive losses: the ops, their autograd, backends, and ranks that share a batch.
 
-The registered ops give log-sum-exps of rows and columns, of which a loss is a short sum: what
-ranks have of a column is merged, and differentiated, by torch's own operations.
+The registered ops return log-sum-exps of rows and columns; a loss is a short sum of them. Where
+each rank has a part of a column, torch's own operations merge and differentiate the parts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def contrastive_loss(
         collectives.check_equal_shapes(name, a, group)
         b = collectives.all_gather(b, group)
         row, column, matched = _lse(a, b, scale, group.rank() * a.shape[0], backend)
-        # Every rank has a part of each column: those of its own columns go to a rank.
+        # Each rank has its rows' part of every column; a rank collects the parts of its columns.
         parts = collectives.all_to_all(column, group).view(group.size(), a.shape[0])
         column = parts.logsumexp(0)
     return _reduced((row + column) * 0.5 - matched, reduction, group)
@@ -76,13 +76,13 @@ def sigmoid_contrastive_loss(
 def _prepared(
     name: str, a: Tensor, b: Tensor, logit_scale: float | Tensor
 ) -> tuple[str, Tensor, Tensor, Tensor]:
-    """(backend, a, b, scale), each in the dtype that it is computed with."""
+    """Choose the backend, and cast a, b and scale to the dtypes that it computes with."""
     backend = chosen_backend(a)
     if backend == "triton":
         checks.check_kernel_dtype(name, "a", a)
     wide = torch.promote_types(a.dtype, torch.float32)
     scale = _scalar(logit_scale, a.new_empty((), dtype=wide))
-    if backend == "torch":  # which has no products that are wider than their factors
+    if backend == "torch":  # ATen rounds a product to the dtype of its factors
         a, b = a.to(wide), b.to(wide)
     return backend, a, b, scale
 
@@ -129,7 +129,7 @@ def _softplus(
 def _row_and_column_lse(
     a: Tensor, b: Tensor, scale: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-sum-exp of the rows of ``scale * a @ b.T``, of its columns, its matched scores)."""
+    """Return log-sum-exps of rows and columns of ``scale * a @ b.T``, and its matched scores."""
     if backend == "torch":
         with autocast_off(a):
             return row_and_column_lse_aten(a, b, scale, offset)
@@ -153,7 +153,7 @@ def _row_and_column_lse_fake(
 def _softplus_sums(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int, backend: str
 ) -> Tensor:
-    """Loss of each row of the sigmoid form."""
+    """Return the sigmoid loss of each row."""
     if backend == "torch":
         with autocast_off(a):
             return softplus_sums_aten(a, b, scale, bias, offset)
@@ -189,9 +189,10 @@ def _pairs_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a, b, scale and bias; None where ``needs`` says False.
+    """Return the gradients of a, b, scale and bias; None where ``needs`` says False.
 
-    A strip of gradients of the scores at a time, by kernel or ATen, and its products by torch.
+    For one strip of scores at a time, a kernel or ATen computes their gradients, and torch the
+    products of those.
     """
     if backend == "torch":
         gradients: Callable[..., Any] = score_gradients_aten
@@ -201,7 +202,7 @@ def _pairs_backward(
     grads = [None if g is None else g.contiguous() for g in (row_grad, column_grad, matched_grad)]
     unit = None
     if a.dtype == torch.float16 and a.shape[0]:
-        # Gradients of a mean over thousands of pairs are below what float16 holds.
+        # Gradients of a mean over thousands of pairs would underflow in float16.
         largest = [g.abs().amax() for g in grads if g is not None]
         unit = torch.stack(largest).amax().clamp_(min=1e-30)
         grads = [None if g is None else g / unit for g in grads]
@@ -251,7 +252,7 @@ def _pairs_backward_fake(
 
 
 def _wide_product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y``, of half precision in float32."""
+    """Return ``x @ y``, in float32 if the factors are in half precision."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return x @ y
     if x.device.type == "cpu":
@@ -294,7 +295,7 @@ def _softplus_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _by_autograd(
     ctx: Any, function: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, of all scores at once."""
+    """Return gradients that can be differentiated again, computed from all scores at once."""
     needs = ctx.needs_input_grad[: len(inputs)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     outputs = function(*inputs, ctx.offset)

@@ -1,7 +1,7 @@
-"""Contrastive losses by ATen calls: in strips of rows, with memory linear in the batch.
+"""Compute contrastive losses by ATen: in strips of rows, with memory linear in the batch.
 
 The counterparts of ``fusedformer_kernels.rows.contrastive``, in the dtype of ``scale``; and the
-plain formulas, for what has to be differentiated by autograd itself.
+plain formulas, where autograd itself has to differentiate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STRIP_ROWS = 1024
 def row_and_column_lse_aten(
     a: Tensor, b: Tensor, scale: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-sum-exp of each row, of each column, matched scores)."""
+    """Return log-sum-exps of rows and columns, and matched scores."""
     row, matched = (scale.new_empty(a.shape[0]) for _ in range(2))
     column = scale.new_full((b.shape[0],), -torch.inf)
     for rows, products in _strips(a, b):
@@ -31,7 +31,7 @@ def row_and_column_lse_aten(
 
 
 def softplus_sums_aten(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
-    """The sigmoid form's loss of each row."""
+    """Return the sigmoid loss of each row."""
     losses = scale.new_empty(a.shape[0])
     for rows, products in _strips(a, b):
         scores = products.mul_(scale).add_(bias).neg_()
@@ -50,7 +50,7 @@ def score_gradients_aten(
     lse: Sequence[Any],
     bias_grad: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, the gradients of their scores), strip by strip."""
+    """Yield (rows, the gradients of their scores) for each strip."""
     row_grad, column_grad, matched_grad = grads
     row, column = lse
     for rows, products in _strips(a, b):
@@ -69,7 +69,7 @@ def score_gradients_aten(
 
 
 def _strips(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows of a strip of ``a``, their products with all of ``b``)."""
+    """Yield (rows of ``a``, their products with all of ``b``) for each strip."""
     for start in range(0, a.shape[0], STRIP_ROWS):
         rows = slice(start, min(start + STRIP_ROWS, a.shape[0]))
         yield rows, a[rows] @ b.T
@@ -78,7 +78,7 @@ def _strips(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def row_and_column_lse_plain(
     a: Tensor, b: Tensor, scale: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`row_and_column_lse_aten`, of all scores at once."""
+    """Compute :func:`row_and_column_lse_aten` from all scores at once."""
     scores = scale * (a.to(scale.dtype) @ b.to(scale.dtype).T)
     return scores.logsumexp(1), scores.logsumexp(0), scores.diagonal(offset)[: a.shape[0]]
 
@@ -86,7 +86,7 @@ def row_and_column_lse_plain(
 def softplus_sums_plain(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int
 ) -> tuple[Tensor]:
-    """As :func:`softplus_sums_aten`, of all scores at once."""
+    """Compute :func:`softplus_sums_aten` from all scores at once."""
     scores = scale * (a.to(scale.dtype) @ b.to(scale.dtype).T) + bias
     columns = torch.arange(b.shape[0], device=a.device)
     matched = columns == torch.arange(offset, offset + a.shape[0], device=a.device)[:, None]

@@ -1,4 +1,4 @@
-"""Cross entropy of given logits: registration, autograd, choice of backend."""
+"""Compute cross entropy of given logits: the op, its autograd, its backends."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def cross_entropy(
 
 
 def class_dim(input: Tensor) -> int:
-    """The dimension of the classes, as torch has it."""
+    """Return the dimension of the classes, as torch has it."""
     return 0 if input.dim() == 1 else 1
 
 
 def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What a mean divides by: the sum of the weights of the rows that count, float32."""
+    """Sum the weights of the rows that are not ignored, which a mean divides by, in float32."""
     kept = target != ignore_index
     if weight is None:
         return kept.sum(dtype=torch.float32)
@@ -62,8 +62,8 @@ def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Te
     return torch.where(kept, weights.index_select(0, index), 0.0).sum()
 
 
-def sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
-    """The sum of all class weights, which label smoothing needs."""
+def weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+    """Sum all class weights, if label smoothing needs the sum."""
     if weight is None or not label_smoothing:
         return None
     return weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -72,7 +72,7 @@ def sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
 def _losses_of_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """By the kernel of log_softmax: what follows is not worth one."""
+    """Compute losses for targets that are probabilities, by the kernel of log_softmax."""
     dim = class_dim(input)
     log_probabilities = softmax(
         input, dim, scale=1.0, mask=None, is_causal=False, dtype=torch.float32, log=True
@@ -105,11 +105,11 @@ def _cross_entropy(
     reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, statistics of the rows, divisor of a mean), of ``input`` ``[..., C]``."""
+    """Return (loss, statistics of the rows, divisor of a mean) for ``input`` ``[..., C]``."""
     from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
 
     losses, statistics = cross_entropy_rows(
-        input, target, weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing
+        input, target, weight, weight_sum(weight, label_smoothing), ignore_index, label_smoothing
     )
     if reduction == "none":
         return losses.to(dtype), statistics, None
@@ -158,7 +158,7 @@ def _cross_entropy_backward(
         input,
         target,
         weight,
-        sum_of(weight, label_smoothing),
+        weight_sum(weight, label_smoothing),
         statistics,
         grad if total is None else grad / total,
         ignore_index,

@@ -1,7 +1,7 @@
-"""Cross entropy of rows of logits by ATen, in place: the kernels' form in plain calls.
+"""Compute cross entropy of rows of logits by ATen, in place, step by step as the kernels do.
 
-As the kernels do, it computes in at least float32 and keeps of the log-sum-exp the largest logit
-and the logarithm of the rest.
+Like the kernels, it computes in at least float32, and keeps the log-sum-exp as two numbers: the
+largest logit, and the logarithm of the sum of exponentials relative to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STATE = 4  # numbers of a row that go from one block of its classes to the next
+STATE = 4  # numbers per row that one block of classes hands on to the next
 
 
 def cross_entropy_rows_aten(
@@ -25,10 +25,10 @@ def cross_entropy_rows_aten(
     n_classes: int,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(losses, statistics) of rows ``x`` ``[N, c]``, which is overwritten; None before the last.
+    """Return (losses, statistics) of rows ``x`` ``[N, c]``; None before the last block.
 
-    Arguments are those of ``fusedformer_kernels.rows.cross_entropy.cross_entropy_rows``; ``x``
-    holds the gradient afterwards if ``factor`` is given, else nothing of use. ``state`` is
+    Arguments are those of ``fusedformer_kernels.rows.cross_entropy.cross_entropy_rows``. ``x`` is
+    overwritten: by its gradient if ``factor`` is given, else by scratch values. ``state`` is
     ``[STATE, N]``: largest logit, sum of exponentials, weighted sum of logits less the largest,
     target's logit.
     """
@@ -43,7 +43,7 @@ def cross_entropy_rows_aten(
         before, total, linear, found = state
         top = torch.maximum(before, top)
         at_target = torch.where(here, at_target, found)
-    base = torch.where(top == -torch.inf, 0.0, top)  # a later block may hold the first finite one
+    base = torch.where(top == -torch.inf, 0.0, top)  # a later block may be finite
     wide.sub_(base[:, None])
     if label_smoothing:
         part = None if weight is None else weight[first_class:last].to(wide.dtype)
@@ -90,7 +90,7 @@ def cross_entropy_gradient_aten(
     first_class: int,
     n_classes: int,
 ) -> None:
-    """Logits ``x`` ``[N, c]`` of the classes from ``first_class`` on become their gradient."""
+    """Overwrite logits ``x`` ``[N, c]`` of the classes from ``first_class`` on by gradients."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     last = first_class + x.shape[1]
     kept = target != ignore_index
@@ -116,7 +116,7 @@ def _factors(
     label_smoothing: float,
     classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What multiplies each row's probabilities, the target's one and the class weights."""
+    """Return the factors of each row's probabilities, of its target, of the class weights."""
     factor = torch.where(kept, factor, 0.0)
     of_target = (1.0 - label_smoothing) * row_weight * factor
     everywhere = label_smoothing / classes * factor

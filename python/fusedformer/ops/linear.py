@@ -1,12 +1,12 @@
-"""Products around a residual connection, as one node of autograd each.
+"""Compute the products around a residual connection, each as one node of autograd.
 
-The products are torch's. What a node of its own saves is what autograd puts between them: a
-gradient that comes by way of the residual is the accumulator of the product that computes the
-other (``beta = 1``), not another tensor to be added; and the feed-forward block keeps what its
-backward reads, and nothing for parameters that are frozen.
+The products are torch's. A node of our own saves the work between them: the gradient that arrives
+through the residual is the accumulator of the product that computes the other one (``beta = 1``),
+not a tensor to be added later; and the feed-forward block saves only what its backward reads,
+nothing for frozen parameters.
 
-Nodes of their own are left to the compositions of the same calls while a compiler traces, under
-``torch.func`` transforms, and in the backward of a backward.
+While a compiler traces, under ``torch.func`` transforms, and in the backward of a backward,
+compositions of torch's differentiable calls take the nodes' place.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fusedformer.ops.product import product, product_activation, product_add
 
 
 class FeedForward(NamedTuple):
-    """``linear2(dropout(activation(linear1(x))))``: parameters and settings.
+    """The parameters and settings of ``linear2(dropout(activation(linear1(x))))``.
 
     A callable ``activation`` is applied as it is; a name is one that
     :func:`fusedformer.functional.bias_activation` knows.
@@ -57,20 +57,20 @@ class FeedForward(NamedTuple):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, fork: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(``x @ weight.T + bias``, ``x``); with ``fork``, ``x`` goes on to nothing but this.
+    """Return (``x @ weight.T + bias``, ``x``).
 
     Args:
         x: ``[..., d_in]``.
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]``.
-        fork: the second result is a view whose gradient is added within the product that gives
-            the gradient of ``x``; it must have one consumer.
+        fork: the gradient of the second result is added within the product that computes the
+            gradient of ``x``. Then ``x`` must not be used elsewhere, and the second result once.
     """
     fork = fork and x.requires_grad
-    how = _path_for(x, weight, bias)
-    if how == "plain":
+    path = _path_for(x, weight, bias)
+    if path == "plain":
         return product(x, weight, bias), x
-    if how == "composed" or not (fork or x.device.type == "cpu"):
+    if path == "composed" or not (fork or x.device.type == "cpu"):
         return F.linear(x, weight, bias), x
     weight, bias = _narrowed(x, weight), _narrowed(x, bias)
     found = _linear(x, weight, bias, fork)
@@ -80,7 +80,7 @@ def linear(
 def feed_forward(
     x: Tensor, block: FeedForward, *, fork: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(``block`` of ``x``, the bias that is still to be added to it, ``x`` as in :func:`linear`).
+    """Return (``block`` of ``x``, the bias that is still to be added, ``x`` as :func:`linear`).
 
     ATen adds the last bias within the product; the kernels add it when they read the result.
     """
@@ -89,10 +89,10 @@ def feed_forward(
     if triton:
         block = block._replace(bias2=None)
     name = None if callable(block.activation) else block.activation
-    how = _path_for(x, *block[:4])
-    if name is None or how == "composed" or (triton and how == "plain"):
+    path = _path_for(x, *block[:4])
+    if name is None or path == "composed" or (triton and path == "plain"):
         return _composed(x, block), late_bias, x
-    if how == "plain":
+    if path == "plain":
         hidden = product_activation(x, block.weight1, block.bias1, name)
         drop_in_place(hidden, block.p)
         return product(hidden, block.weight2, block.bias2), late_bias, x
@@ -113,7 +113,7 @@ def feed_forward(
 
 
 def _path_for(*tensors: Tensor | None) -> Literal["plain", "node", "composed"]:
-    """Without autograd; as a node of it; or by calls that have theirs."""
+    """Choose: no autograd, a node of our own, or a composition of differentiable calls."""
     if is_traced() or is_transformed():
         return "composed"
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -125,13 +125,13 @@ def _narrowed(x: Tensor, parameter: Tensor) -> Tensor: ...
 @overload
 def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None: ...
 def _narrowed(x: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """The parameter in the dtype of products with ``x``, which autocast may make narrower."""
+    """Cast a parameter to the dtype of products with ``x``, which autocast may narrow."""
     dtype = autocast_dtype("linear", x)
     return parameter if parameter is None or dtype is None else cast(parameter, dtype)
 
 
 def _composed(x: Tensor, block: FeedForward) -> Tensor:
-    """The block as differentiable calls."""
+    """Compute the block by differentiable calls."""
     if callable(block.activation):
         hidden = block.activation(F.linear(x, block.weight1, block.bias1))
         hidden = dropout_aten(hidden, block.p)
@@ -145,7 +145,7 @@ def _composed(x: Tensor, block: FeedForward) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Saves what ``F.linear`` does."""
+    """``F.linear``, with the gradient of the residual added in a product."""
 
     @staticmethod
     def forward(
@@ -167,7 +167,7 @@ class _Linear(torch.autograd.Function):
             return through, None, None, None
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        with autocast_off(grad):  # the forward decided on the dtypes
+        with autocast_off(grad):  # the forward chose the dtypes
             return (
                 _input_gradient(grad, weight, through) if needs_x else None,
                 _weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
@@ -177,7 +177,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _FeedForward(torch.autograd.Function):
-    """Saves ``x``, what comes before the activation, and unless it is computed again after it."""
+    """The feed-forward block; its backward may compute the activation again."""
 
     @staticmethod
     def forward(
@@ -204,7 +204,7 @@ class _FeedForward(torch.autograd.Function):
             drawn = drop_in_place(hidden, p)
         output = product(hidden, weight2, bias2)
         _, needs_w1, _, needs_w2, _ = ctx.needs_input_grad[:5]
-        ctx.again = needs_w2 and checkpoint_activation
+        ctx.recompute = needs_w2 and checkpoint_activation
         needs_before = any(ctx.needs_input_grad[:3])
         saved = (narrow if needs_w1 else None) if ctx.triton else x
         ctx.save_for_backward(
@@ -213,8 +213,8 @@ class _FeedForward(torch.autograd.Function):
             bias1,
             weight2,
             bias2,
-            before if needs_before or ctx.again else None,
-            hidden if needs_w2 and not ctx.again else None,
+            before if needs_before or ctx.recompute else None,
+            hidden if needs_w2 and not ctx.recompute else None,
             drawn,
         )
         return (output, x) if fork else output
@@ -223,20 +223,20 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, through: Tensor | None = None) -> tuple[Any, ...]:
         if grad is None:
             return through, *(None,) * 8
-        with autocast_off(grad):  # the forward decided on the dtypes
-            mapped = is_mapped() and not ctx.triton  # nothing of many may be written in place
-            again = torch.is_grad_enabled() or mapped
-            find = _differentiable_gradients if again else _gradients
+        with autocast_off(grad):  # the forward chose the dtypes
+            mapped = is_mapped() and not ctx.triton  # in-place calls do not take batches
+            differentiable = torch.is_grad_enabled() or mapped
+            find = _differentiable_gradients if differentiable else _gradients
             return *find(ctx, grad, through), *(None,) * 4
 
 
 def _gradients(ctx: Any, grad: Tensor, through: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the five inputs."""
+    """Compute the gradients of the five inputs."""
     x, weight1, bias1, weight2, _, before, hidden, drawn = ctx.saved_tensors
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
-    if ctx.again and ctx.triton:
+    if ctx.recompute and ctx.triton:
         hidden = bias_activation(before, bias1, ctx.activation, ctx.p, seed=drawn)
-    elif ctx.again:
+    elif ctx.recompute:
         hidden = activate_aten(before, ctx.activation)
         drop_again_in_place(hidden, drawn, ctx.p)
     grad_w2 = _weight_gradient(grad, hidden) if needs_w2 else None
@@ -263,7 +263,7 @@ _linear, _feed_forward = plain_apply(_Linear), plain_apply(_FeedForward)
 def _differentiable_gradients(
     ctx: Any, grad: Tensor, through: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients of the five inputs that have a graph of their own, on the torch backend."""
+    """Compute gradients of the five inputs that can be differentiated again; torch backend."""
     if ctx.triton:
         raise RuntimeError(NO_DOUBLE_BACKWARD.format("the feed-forward block"))
     *inputs, _, _, kept = ctx.saved_tensors
@@ -283,7 +283,7 @@ def _differentiable_gradients(
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
-    """Of a product and, by way of the residual, of all after it; ``through`` is used up."""
+    """Add ``through``, the residual's gradient, to that of a product; may overwrite it."""
     if not torch.is_grad_enabled() and not is_mapped():
         return product_add(grad, weight, through)
     return grad @ weight if through is None else through + grad @ weight
@@ -298,5 +298,5 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    # Not by flatten, which batches of gradients do not know.
+    # flatten has no rule for batches of gradients.
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -1,16 +1,16 @@
-"""Cross entropy of a product of which only a part is in memory at once.
+"""Compute cross entropy of a product without holding all its logits in memory.
 
-Products are torch's; between them stands the loss of a chunk of logits, which becomes their
-gradient in place. Two ways to the gradients:
+The products are torch's. The loss of a chunk of logits overwrites them by their gradient. The
+gradients of inputs and weights are computed in one of two places:
 
 - *in the forward*, by chunks of rows: logits, loss and both products of their gradient, while the
-  chunk is there. Three products. The weight's gradient is added up in at least float32.
+  chunk is in memory. Three products. The weight's gradient is added up in at least float32.
 - *in the backward*, by blocks of classes, whose logits are computed again: four products. For
-  ``reduction="none"``, where the rows' factors come with the backward; for float16, which has no
-  room for gradients that a loss scale has not yet multiplied; and in bfloat16 where a float32
-  sum of the weight's size would be much of what is saved (:func:`gradients_in_forward`).
+  ``reduction="none"``, where the rows' factors come with the backward; for float16, which
+  underflows where the loss scale has not yet multiplied the gradients; and in bfloat16 where a
+  float32 sum of the weight's size would undo much of the saving (:func:`gradients_in_forward`).
 
-Peak memory beyond inputs and results, with N rows that count, C classes, D features, s bytes an
+Peak memory beyond inputs and results, with N rows not ignored, C classes, D features, s bytes an
 element: a chunk of logits, at most N C s / 4 (on the CPU N C s / 8, and in half precision twice
 that in float32; all of them if N <= D in half precision), and in half precision 4 C D for the
 float32 sum, or 4 N D for that of the input's gradient.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +30,17 @@ from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.onlookers import is_traced_by_jit
-from fusedformer.ops import cross_entropy_aten
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
-from fusedformer.ops.cross_entropy import cross_entropy, sum_of, total_weight
-from fusedformer.ops.product import add_product, product
-
-# Bytes of logits that are there at once, at most. The CPU's allocator keeps blocks of up to 32 MiB;
-# on larger ones each chunk would wait for the system to map pages.
-_BYTES = {"cpu": 2**25, "cuda": 2**30}
-# A sum of C x D float32 is read and written with each chunk: more rows make that matter less.
-_MOST_ROWS, _FEWEST = 2048, 128
+from fusedformer.ops.cross_entropy import cross_entropy, total_weight, weight_sum
+from fusedformer.ops.logit_chunks import (
+    ChunkLoss,
+    each_block,
+    gradients_in_forward,
+    rows_at_once,
+    wide_dtype,
+)
+from fusedformer.ops.product import add_product
 
 
 def linear_cross_entropy(
@@ -85,130 +85,15 @@ def linear_cross_entropy(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def gradients_in_forward(rows: int, features: int, dtype: torch.dtype, reduction: str) -> bool:
-    """Whether the forward computes the gradients: a pure function of these.
+def _rows_not_ignored(target: Tensor, ignore_index: int, static_shapes: bool) -> Tensor | None:
+    """Return the rows that are not ignored, or None for all.
 
-    In bfloat16 not where a float32 sum of C x D would be more than a quarter of the logits, unless
-    the rows are so few that one chunk does and no sum is needed.
+    It waits for the GPU, except while a CUDA graph is captured.
     """
-    if reduction == "none" or dtype == torch.float16:
-        return False
-    return dtype != torch.bfloat16 or rows <= features or rows >= 4 * features
-
-
-def rows_at_once(rows: int, classes: int, features: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk: a quarter (CPU: an eighth), within bounds. A pure function of these."""
-    if dtype.itemsize == 2 and rows <= features:
-        return max(rows, 1)
-    bound = _BYTES.get(device, 2**30) // (classes * dtype.itemsize)
-    return max(min(-(-rows // _share(device)), bound, _MOST_ROWS), _FEWEST)
-
-
-def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
-    """Classes of a block, a multiple of 64, by the same bounds. A pure function of these."""
-    bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
-    return max(min(-(-classes // _share(device)), bound) // 64 * 64, 64)
-
-
-def _share(device: str) -> int:
-    """One over the share of all logits that are there at once; ATen needs room for steps."""
-    return 8 if device == "cpu" else 4
-
-
-class _Loss(NamedTuple):
-    """What the loss of a row depends on besides its logits and target, and who computes it.
-
-    The kernels get logits in memory of their own, with aligned rows, which all chunks share; on
-    the CPU the product that is fastest brings its own.
-    """
-
-    weight: Tensor | None
-    weight_total: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    triton: bool
-
-    def memory(self, rows: int, columns: int, like: Tensor) -> Tensor | None:
-        """For :meth:`logits` of up to so many rows and columns."""
-        if not self.triton:
-            return None
-        from fusedformer_kernels.rows.cross_entropy import padded_rows
-
-        return padded_rows(rows, columns, like)
-
-    def logits(
-        self, x: Tensor, matrix: Tensor, bias: Tensor | None, memory: Tensor | None
-    ) -> Tensor:
-        """``x @ matrix.T + bias``, in ``memory`` if there is some."""
-        if memory is None:
-            return product(x, matrix, bias)
-        out = memory[: x.shape[0], : matrix.shape[0]]
-        if bias is None:
-            return torch.mm(x, matrix.t(), out=out)
-        return torch.addmm(bias, x, matrix.t(), out=out)
-
-    def of_rows(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        factor: Tensor | None,
-        first_class: int = 0,
-        n_classes: int | None = None,
-        state: Tensor | None = None,
-    ) -> Any:
-        """(losses, statistics), of use after the last block of classes.
-
-        Logits become their gradient if there is a ``factor``.
-        """
-        given = logits, target, *self[:4], factor
-        where: dict[str, Any] = {
-            "first_class": first_class, "n_classes": n_classes or logits.shape[1], "state": state,
-        }  # fmt: skip
-        if not self.triton:
-            return cross_entropy_aten.cross_entropy_rows_aten(*given, **where)
-        from fusedformer_kernels.rows.cross_entropy import cross_entropy_rows
-
-        return cross_entropy_rows(*given, **where, padded=True)
-
-    def state(self, rows: int, like: Tensor) -> Tensor:
-        """What :meth:`of_rows` carries from block to block."""
-        if not self.triton:
-            return like.new_empty((cross_entropy_aten.STATE, rows), dtype=_wide(like.dtype))
-        from fusedformer_kernels.rows.cross_entropy import STATE
-
-        return like.new_empty((STATE, rows), dtype=torch.float32)
-
-    def gradient_(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        statistics: Tensor,
-        factor: Tensor,
-        first_class: int,
-        n_classes: int,
-    ) -> None:
-        """Logits of a block of classes become their gradient."""
-        given = (logits, target, self.weight, self.weight_total, statistics, factor,
-                 self.ignore_index, self.label_smoothing)  # fmt: skip
-        where: dict[str, Any] = {"first_class": first_class, "n_classes": n_classes}
-        if self.triton:
-            from fusedformer_kernels.rows.cross_entropy import cross_entropy_gradient
-
-            cross_entropy_gradient(*given, **where, in_place=True)
-        else:
-            cross_entropy_aten.cross_entropy_gradient_aten(*given, **where)
-
-
-def _rows_that_count(target: Tensor, ignore_index: int, static_shapes: bool) -> Tensor | None:
-    """Their numbers, or None for all; this waits for a GPU, but never while it is captured."""
     if static_shapes or (target.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     rows = (target != ignore_index).nonzero().squeeze(1)
     return None if rows.shape[0] == target.shape[0] else rows
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 _SETTINGS = (
@@ -218,7 +103,7 @@ _SETTINGS = (
 
 
 def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The dtypes are decided on before an op is called."""
+    """Switch autocast off around an op: its caller has chosen the dtypes."""
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
@@ -249,30 +134,34 @@ def _linear_cross_entropy(
     triton: bool,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """(loss, statistics of the rows, divisor of a mean, three gradients if they are wanted now).
+    """Return (loss, statistics of the rows, divisor of a mean, three gradients).
 
-    Products are computed in ``dtype``.
+    Products are computed in ``dtype``. Gradients are None where the backward computes them.
     """
-    (every, features), wide = input.shape, _wide(dtype)
-    loss = _Loss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
-    rows = _rows_that_count(target, ignore_index, static_shapes)
+    (every, features), wide = input.shape, wide_dtype(dtype)
+    loss = ChunkLoss(
+        weight, weight_sum(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
+    rows = _rows_not_ignored(target, ignore_index, static_shapes)
     total = total_weight(target, weight, ignore_index).to(wide) if reduction == "mean" else None
     losses = input.new_zeros(every, dtype=wide)
     statistics = input.new_zeros((2, every), dtype=wide)
     now = any(needs) and gradients_in_forward(every, features, dtype, reduction)
     grads: list[Tensor | None] = [None] * 3
     if any(needs) and not now:
-        # As the backward will compute the logits: from others it would not get the same bits.
-        chosen: slice | Tensor = slice(None) if rows is None else rows
-        x, targets = input[chosen].to(dtype), target[chosen]
-        state = loss.state(x.shape[0], x)
+        # By blocks, as the backward will: logits from other products would have other bits.
+        kept: slice | Tensor = slice(None) if rows is None else rows
+        x, targets = input[kept].to(dtype), target[kept]
+        state = loss.new_state(x.shape[0], x)
 
-        def see(block: slice, matrix: Tensor, logits: Tensor) -> None:
-            found = loss.of_rows(logits, targets, None, block.start, linear_weight.shape[0], state)
+        def add_losses(block: slice, matrix: Tensor, logits: Tensor) -> None:
+            found = loss.rows_loss(
+                logits, targets, None, block.start, linear_weight.shape[0], state
+            )
             if block.stop == linear_weight.shape[0]:
-                losses[chosen], statistics[:, chosen] = found
+                losses[kept], statistics[:, kept] = found
 
-        _each_block(loss, x, linear_weight, linear_bias, see)
+        each_block(loss, x, linear_weight, linear_bias, add_losses)
     else:
         factor = None
         if now:
@@ -280,7 +169,7 @@ def _linear_cross_entropy(
         tensors = input, linear_weight, linear_bias
         wanted = [now and need for need in needs]
         summed = _by_rows(loss, tensors, target, rows, factor, wanted, losses, statistics, dtype)
-        # Not before the memory of the logits is free again.
+        # Only now: the memory of the logits is free again.
         for i, tensor in enumerate(tensors):
             found = summed[i]
             if tensor is not None and found is not None:
@@ -291,7 +180,7 @@ def _linear_cross_entropy(
 
 
 def _by_rows(
-    loss: _Loss,
+    loss: ChunkLoss,
     tensors: tuple[Tensor, Tensor, Tensor | None],
     target: Tensor,
     rows: Tensor | None,
@@ -301,9 +190,9 @@ def _by_rows(
     statistics: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Fill ``losses`` and ``statistics`` by chunks of rows; the gradients, as they are summed."""
+    """Fill ``losses`` and ``statistics`` by chunks of rows, and return the sums of gradients."""
     input, linear_weight, linear_bias = tensors
-    (every, features), classes, wide = input.shape, linear_weight.shape[0], _wide(dtype)
+    (every, features), classes, wide = input.shape, linear_weight.shape[0], wide_dtype(dtype)
     count = every if rows is None else rows.shape[0]
     step = rows_at_once(count, classes, features, dtype, input.device.type)
     matrix = linear_weight.to(dtype)
@@ -312,12 +201,12 @@ def _by_rows(
     input_grad = torch.zeros_like(input) if wanted[0] else None
     weight_grad = linear_weight.new_zeros(matrix.shape, dtype=summed) if wanted[1] else None
     bias_grad = linear_weight.new_zeros(classes, dtype=wide) if wanted[2] else None
-    memory = loss.memory(min(step, count), classes, matrix)
+    buffer = loss.buffer(min(step, count), classes, matrix)
 
-    def compute(chunk: slice | Tensor) -> None:  # what it makes is gone when the next begins
+    def compute(chunk: slice | Tensor) -> None:  # a function, so that its tensors are freed
         x = input[chunk].to(dtype)
-        logits = loss.logits(x, matrix, bias, memory)
-        losses[chunk], statistics[:, chunk] = loss.of_rows(logits, target[chunk], factor)
+        logits = loss.logits(x, matrix, bias, buffer)
+        losses[chunk], statistics[:, chunk] = loss.rows_loss(logits, target[chunk], factor)
         if input_grad is not None:
             input_grad[chunk] = (logits @ matrix).to(input.dtype)
         if weight_grad is not None:
@@ -329,24 +218,6 @@ def _by_rows(
         part = slice(start, min(start + step, count))
         compute(part if rows is None else rows[part])
     return input_grad, weight_grad, bias_grad
-
-
-def _each_block(
-    loss: _Loss,
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    use: Callable[[slice, Tensor, Tensor], None],
-) -> None:
-    """``use(classes, their rows of the weight, their logits)`` for all blocks of classes."""
-    classes = linear_weight.shape[0]
-    step = classes_at_once(x.shape[0], classes, x.dtype, x.device.type)
-    memory = loss.memory(x.shape[0], min(step, classes), x)
-    for first in range(0, classes, step):
-        block = slice(first, min(first + step, classes))
-        matrix = linear_weight[block].to(x.dtype)
-        bias = None if linear_bias is None else linear_bias[block].to(x.dtype)
-        use(block, matrix, loss.logits(x, matrix, bias, memory))
 
 
 @_linear_cross_entropy.register_fake
@@ -365,7 +236,7 @@ def _linear_cross_entropy_fake(
     triton: bool,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    (rows, features), wide = input.shape, _wide(dtype)
+    (rows, features), wide = input.shape, wide_dtype(dtype)
     now = any(needs) and gradients_in_forward(rows, features, dtype, reduction)
     grads = [
         nothing(input) if t is None or not (now and need) else t.new_empty(t.shape)
@@ -403,23 +274,25 @@ def _linear_cross_entropy_backward(
     triton: bool,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight and bias, by blocks of classes."""
-    wide = _wide(dtype)
-    loss = _Loss(weight, sum_of(weight, label_smoothing), ignore_index, label_smoothing, triton)
-    rows = _rows_that_count(target, ignore_index, static_shapes)
-    chosen: slice | Tensor = slice(None) if rows is None else rows
-    x, targets = input[chosen].to(dtype), target[chosen]
-    statistics = statistics[:, chosen].contiguous()
+    """Return the gradients of input, weight and bias, computed by blocks of classes."""
+    wide = wide_dtype(dtype)
+    loss = ChunkLoss(
+        weight, weight_sum(weight, label_smoothing), ignore_index, label_smoothing, triton
+    )
+    rows = _rows_not_ignored(target, ignore_index, static_shapes)
+    kept: slice | Tensor = slice(None) if rows is None else rows
+    x, targets = input[kept].to(dtype), target[kept]
+    statistics = statistics[:, kept].contiguous()
     factor = grad.to(wide) if total is None else grad.to(wide) / total
     if factor.dim():
-        factor = factor[chosen]
+        factor = factor[kept]
     found = torch.zeros(x.shape, dtype=wide, device=x.device) if needs[0] else None
     weight_grad = torch.empty_like(linear_weight) if needs[1] else None
     bias_grad = None
     if needs[2] and linear_bias is not None:
         bias_grad = torch.empty_like(linear_bias)
 
-    def use(block: slice, matrix: Tensor, logits: Tensor) -> None:
+    def add_gradients(block: slice, matrix: Tensor, logits: Tensor) -> None:
         first, classes = block.start, linear_weight.shape[0]
         loss.gradient_(logits, targets, statistics, factor, first, classes)
         if found is not None:
@@ -429,7 +302,7 @@ def _linear_cross_entropy_backward(
         if bias_grad is not None:
             bias_grad[block] = logits.sum(0, dtype=wide)
 
-    _each_block(loss, x, linear_weight, linear_bias, use)
+    each_block(loss, x, linear_weight, linear_bias, add_gradients)
     input_grad = None
     if found is not None:
         input_grad = found.to(input.dtype)
@@ -461,7 +334,7 @@ def _linear_cross_entropy_backward_fake(
     "-> (Tensor, Tensor, Tensor)",
 )
 def _scaled(grad: Tensor, *computed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward computed, times that of the loss."""
+    """Multiply the gradients that the forward computed by that of the loss."""
     return tuple(None if t is None else t * grad for t in computed)
 
 
@@ -480,7 +353,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     kept = (None,) * 5 if ctx.now and ctx.triton else tensors
     ctx.save_for_backward(*kept, statistics, total, *(grads if ctx.now else (None,) * 3))
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-    ctx.set_materialize_grads(False)  # zeros of the size of all gradients
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of all gradients
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -494,7 +367,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         found = [None if t is None else t.mul_(grad) for t in (input_grad, weight_grad, bias_grad)]
     elif ctx.now:
         if torch.is_grad_enabled() and not grad.requires_grad:
-            grad = grad.detach().requires_grad_()  # a double backward then meets the refusal
+            grad = grad.detach().requires_grad_()  # so that a double backward is refused
         found = _scaled(grad, input_grad, weight_grad, bias_grad)
     else:
         found = _linear_cross_entropy_backward(
@@ -512,7 +385,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 def _differentiable_gradients(
     ctx: Any, grad: Tensor, tensors: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients that have a graph of their own, from all logits at once."""
+    """Return gradients that can be differentiated again, from all logits at once."""
     input, linear_weight, target, linear_bias, weight = tensors
     assert input is not None and linear_weight is not None and target is not None
     dtype, loss_dtype, reduction, ignore_index, label_smoothing, *_ = ctx.settings

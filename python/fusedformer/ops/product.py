@@ -1,4 +1,4 @@
-"""Matrix products with a bias, and where it costs nothing an activation: torch's, never ours."""
+"""Call torch for matrix products with a bias, and with an activation where that is free."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fusedformer.ops.activation import activate_aten
 
-# Below so many multiplications a product takes less time than setting it up in oneDNN may.
+# Products of fewer multiplications may take less time than their setup in oneDNN.
 _WORTH_ONEDNN = 2**26
-# Elements of a slice of a product that is added to a wider sum: 32 MiB of float32.
+# Elements of a slice, where a product is added to a wider sum: 32 MiB of float32.
 _SLICE = 2**23
 _POST_OPS = {
     "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"),
@@ -19,7 +19,7 @@ _POST_OPS = {
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; not differentiable.
+    """Compute ``x @ weight.T + bias``; not differentiable.
 
     float32 products of some size on the CPU go to oneDNN by the operator that torch.compile uses:
     MKL, which ``F.linear`` takes, is slower there on AMD's processors.
@@ -30,14 +30,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``activation(x @ weight.T + bias)``; not differentiable. oneDNN applies it on the way."""
+    """Compute ``activation(x @ weight.T + bias)``, in oneDNN in one pass; not differentiable."""
     if activation in _POST_OPS and _prefers_onednn(x, weight, bias):
         return _onednn(x, weight, bias, *_POST_OPS[activation])
     return activate_aten(product(x, weight, bias), activation)
 
 
 def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
-    """``x @ weight + addend``, in the memory of ``addend`` where it can be; not differentiable."""
+    """Compute ``x @ weight + addend``, over ``addend`` if possible; not differentiable."""
     if addend is not None and addend.dtype != weight.dtype:
         return addend + x @ weight
     if _prefers_onednn(x, weight, addend):
@@ -76,14 +76,14 @@ def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, accumulated in the dtype of ``total``, which may be wider than theirs."""
+    """Add ``a @ b`` to ``total``, accumulating in its dtype, which may be wider than theirs."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    # In slices that a GPU's L2 cache holds: what is added need not go to memory first.
+    # In slices that a GPU's L2 cache holds, so that products are added without going to memory.
     rows = max(_SLICE // b.shape[1], 1)
     for start in range(0, a.shape[0], rows):
         part = a[start : start + rows]
-        # Products of half precision with a wider result are CUDA's alone.
+        # Only CUDA has products of half precision with a wider result.
         found = torch.mm(part, b, out_dtype=total.dtype) if a.is_cuda else part @ b
         total[start : start + rows] += found

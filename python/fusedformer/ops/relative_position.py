@@ -1,4 +1,4 @@
-"""T5's buckets of relative positions, as a table by distance; small, so plain ATen everywhere."""
+"""Look up T5's buckets of relative positions by distance; small, so by ATen everywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: in
     else:
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
-    # In float32, step by step as models were trained with: a bucket's edge must not move.
+    # In float32 and in T5's order of steps, so that the edges of buckets do not move.
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     wide = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
     return F.embedding(first + torch.where(distance < exact, distance, wide), weight).t()

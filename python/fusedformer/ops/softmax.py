@@ -1,4 +1,4 @@
-"""softmax and log_softmax: registration, autograd, choice of backend."""
+"""Compute softmax and log_softmax: the op, its autograd, its backends."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _softmax_aten(
     if not masked:
         return function(scores, dim).to(dtype)
     removed = (scores == -torch.inf).all(dim, keepdim=True)
-    # A removed row is computed from zeros, and then cut off: no NaN arises in either direction.
+    # Removed rows are computed from zeros and then masked: no NaN, forward or backward.
     probabilities = function(scores.masked_fill(removed, 0.0), dim)
     return probabilities.masked_fill(removed, -torch.inf if log else 0.0).to(dtype)
 
@@ -132,7 +132,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
     input_grad = mask_grad = None
     if ctx.needs_input_grad[1]:
-        # The gradient of the scores serves both: of the input it is a multiple.
+        # The input's gradient is a multiple of that of the scores, which is the mask's.
         scores_grad = _softmax_backward(grad, output, 1.0, torch.float32, ctx.log, ctx.masked)
         mask_grad = scores_grad.to(ctx.mask[1])
         if ctx.needs_input_grad[0]:

@@ -9,7 +9,7 @@ For any two functions, or modules of the same parameters, this library's or not:
 - :func:`batch_invariance`: the same bits alone, padded and packed.
 
 ``python -m fusedformer parity`` runs this library's ops, or with ``--model`` a Hugging Face model
-fused and as it was. The criterion is that of :mod:`fusedformer.testing`.
+fused and as it was. The criterion is that of :mod:`fusedformer.parity.criterion`.
 """
 
 from fusedformer.parity.command import main

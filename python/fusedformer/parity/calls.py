@@ -1,4 +1,4 @@
-"""Calling functions and modules alike: arguments copied, what they return by name."""
+"""Call functions and modules alike: copy arguments, and name what is returned."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedformer import testing
 from fusedformer._internal.outputs import tensors_of
-
-Called = Callable[..., Any]
+from fusedformer.parity.criterion import Function, copied
 
 
 class Arguments(NamedTuple):
-    """Of a call."""
+    """The positional and keyword arguments of a call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @staticmethod
     def of(function: str, inputs: Any) -> Arguments:
-        """Of a mapping to keyword arguments, a sequence of positional ones, or the only one."""
+        """Read a mapping as keyword arguments, a sequence as positional ones, a tensor as one."""
         if isinstance(inputs, Tensor):
             return Arguments((inputs,), {})
         if isinstance(inputs, Mapping):
@@ -36,21 +34,21 @@ class Arguments(NamedTuple):
         )
 
     def copied(self, dtype: torch.dtype | None = None) -> Arguments:
-        """Leaves of their own, strides kept; floating-point tensors in ``dtype`` if given."""
-        return self.mapped(lambda x: testing.copied(x, dtype))
+        """Copy to new leaves of the same strides; floating-point tensors to ``dtype`` if given."""
+        return self.mapped(lambda x: copied(x, dtype))
 
     def mapped(self, change: Callable[[Any], Any]) -> Arguments:
-        """Each argument through ``change``."""
+        """Apply ``change`` to each argument."""
         return Arguments(
             tuple(map(change, self.args)), {n: change(x) for n, x in self.kwargs.items()}
         )
 
     def named(self) -> dict[str, Any]:
-        """All of them, by name or place."""
+        """Return all arguments, by name or by place."""
         return {**{f"argument {i}": x for i, x in enumerate(self.args)}, **self.kwargs}
 
     def leaves(self) -> dict[str, Tensor]:
-        """Those that require a gradient."""
+        """Return the tensors that require a gradient, by name."""
         return {
             name: value
             for name, value in self.named().items()
@@ -58,20 +56,20 @@ class Arguments(NamedTuple):
         }
 
 
-def call(function: Called, given: Arguments) -> dict[str, Tensor]:
-    """The floating-point tensors that are returned, by their place in it."""
+def call(function: Function, given: Arguments) -> dict[str, Tensor]:
+    """Call ``function``; return its floating-point tensors, by their place in the result."""
     return tensors_of(function(*given.args, **given.kwargs))
 
 
-def parameters(function: Called) -> dict[str, nn.Parameter]:
-    """Those that are trained, if it is a module."""
+def parameters(function: Function) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained; none of a function."""
     if not isinstance(function, nn.Module):
         return {}
     return {n: p for n, p in function.named_parameters() if p.requires_grad}
 
 
-def in_float64(baseline: Called, truth: Called | str, function: str) -> Called:
-    """The truth: ``truth`` itself, or ``baseline`` with its parameters in float64."""
+def truth_function(baseline: Function, truth: Function | str, function: str) -> Function:
+    """Return ``truth`` itself, or for "float64" the baseline with its parameters in float64."""
     if callable(truth):
         return truth
     if truth != "float64":
@@ -82,9 +80,9 @@ def in_float64(baseline: Called, truth: Called | str, function: str) -> Called:
     return copy.deepcopy(baseline).double() if isinstance(baseline, nn.Module) else baseline
 
 
-def check_called(function: str, /, **called: Any) -> None:
-    """Raise unless they can be called."""
-    for name, one in called.items():
+def check_callable(function: str, /, **given: Any) -> None:
+    """Raise unless each of ``given`` can be called."""
+    for name, one in given.items():
         if not callable(one):
             raise TypeError(
                 f"{function}(): expected '{name}' to be a function or a Module, "
@@ -92,7 +90,7 @@ def check_called(function: str, /, **called: Any) -> None:
             )
 
 
-def check_same_parameters(function: str, candidate: Called, baseline: Called) -> None:
+def check_same_parameters(function: str, candidate: Function, baseline: Function) -> None:
     """Raise unless both modules have the same parameters, equal in value."""
     if not (isinstance(candidate, nn.Module) and isinstance(baseline, nn.Module)):
         return
@@ -111,8 +109,8 @@ def check_same_parameters(function: str, candidate: Called, baseline: Called) ->
             )
 
 
-def check_repeats(function: str, name: str, called: Called, given: Arguments) -> None:
-    """Raise if two calls with other random numbers differ: then there is nothing to compare."""
+def check_deterministic(function: str, name: str, called: Function, given: Arguments) -> None:
+    """Raise if results depend on the random generator, which leaves nothing to compare."""
     results = []
     with torch.random.fork_rng(), torch.no_grad():
         for seed in (1, 2):

@@ -1,4 +1,4 @@
-"""The command ``parity``: this library's ops, or a Hugging Face model fused and as it was."""
+"""Run the command ``parity``: on this library's ops, or on a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROW = "{:<30}{:<34}{:<10}{:<22}{:>11}{:>11}{:>8}  {}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0 if every tensor passes, 1 if one does not, 2 for what cannot be run."""
+    """Run it; return 0 if every tensor passes, 1 if one does not, 2 if it cannot run."""
     given = _parser().parse_args(argv)
     if given.model is not None:
         return _model(given)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best: backends.Backend = "triton" if backends.TRITON_IS_INSTALLED else "torch"
     backend: backends.Backend = given.backend or best
     if backend == "triton" and not on_gpu and not backends.INTERPRETER_IS_ON:
-        # Triton reads the variable when it is first imported, so it takes another process.
+        # Triton reads the variable when it is imported, so only a new process sees it.
         arguments = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "fusedformer", "parity", *arguments]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
@@ -55,7 +55,7 @@ def _ops(given: argparse.Namespace, backend: backends.Backend, device: torch.dev
     if given.html is not None:
         from fusedformer.parity import pages
 
-        given.html.write_text(pages.ops(result), encoding="utf-8")
+        given.html.write_text(pages.ops_page(result), encoding="utf-8")
     records = result["records"]
     failed = [record for record in records if not record["passed"]]
     for record in failed:
@@ -68,7 +68,7 @@ def _ops(given: argparse.Namespace, backend: backends.Backend, device: torch.dev
 
 
 def _model(given: argparse.Namespace) -> int:
-    """One dtype after the other; files get the dtype in their names if there are several."""
+    """Compare a model in each dtype; with several, file names get the dtype."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend: backends.Backend = given.backend or ("triton" if device.type == "cuda" else "torch")
     dtypes = given.dtype or ["float32"]
@@ -78,7 +78,7 @@ def _model(given: argparse.Namespace) -> int:
             from fusedformer.parity import models
 
             with backends.backend(backend):
-                done, report = models.compared(
+                done, report = models.compare_fused(
                     given.model, getattr(torch, name), device, layers=given.layers
                 )
         except (ModuleNotFoundError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A candidate beside a baseline: every output, every gradient, every submodule."""
+"""Compare a candidate with a baseline: every output, every gradient, every submodule."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fusedformer.parity import calls, submodules
-from fusedformer.parity.calls import Arguments, Called
+from fusedformer.parity.calls import Arguments
+from fusedformer.parity.criterion import Function, ParityError
 from fusedformer.parity.measure import Measured, measured
-from fusedformer.parity.tables import compared
-from fusedformer.testing import ParityError
+from fusedformer.parity.tables import report_text
 
 _LARGE = 2**16  # elements; gradients of smaller tensors are judged over several draws
 
 
 class ParityReport:
-    """What :func:`compare` found; ``str()`` of it is a table.
+    """The result of :func:`compare`; ``str()`` of it is a table.
 
     Attributes:
         rows: a :class:`Measured` for every output and gradient, and every submodule in the order
@@ -45,7 +45,7 @@ class ParityReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What fails, tensor by tensor: index, values, and how far over the limit."""
+        """A line for each tensor that fails: index, values, and how far over the limit."""
         judged = [row for row in self.rows if row.kind != "submodule"]
         return (*self.faults, *(row.comparison.fault for row in judged if not row.passed))
 
@@ -60,11 +60,11 @@ class ParityReport:
         return next((row for row in self.of("submodule") if row.drifts), None)
 
     def of(self, kind: str) -> list[Measured]:
-        """The rows of a kind: "output", "gradient" or "submodule"."""
+        """Return the rows of a kind: "output", "gradient" or "submodule"."""
         return [row for row in self.rows if row.kind == kind]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything as JSON takes it."""
         drift = self.first_drift
         return {
             "schema": 1, "torch": torch.__version__, "passed": self.passed,
@@ -74,11 +74,11 @@ class ParityReport:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """All figures as JSON."""
+        """Write all figures as JSON."""
         Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:
-        """Error growth by depth, candidate and baseline; the file's ending says the format.
+        """Draw how errors grow with depth, in the format that the file's ending names.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -89,23 +89,23 @@ class ParityReport:
         pages.growth(self).savefig(path)
 
     def html(self, path: str | Path) -> None:
-        """One page that needs nothing besides itself, with the picture if matplotlib is there."""
+        """Write one page without further files, with the picture if matplotlib is installed."""
         from fusedformer.parity import pages
 
-        Path(path).write_text(pages.compared(self), encoding="utf-8")
+        Path(path).write_text(pages.report_page(self), encoding="utf-8")
 
     def __str__(self) -> str:
-        return compared(self)
+        return report_text(self)
 
     __repr__ = __str__
 
 
 def compare(
-    candidate: Called,
-    baseline: Called,
+    candidate: Function,
+    baseline: Function,
     inputs: Any,
     *,
-    truth: Called | str = "float64",
+    truth: Function | str = "float64",
     where: Tensor | None = None,
     gradients: bool = True,
     each_submodule: bool = True,
@@ -115,7 +115,8 @@ def compare(
     """Compare two functions, or two modules of the same parameters, against float64.
 
     A tensor passes iff the candidate's largest error is at most twice the baseline's plus two
-    roundings of the largest truth, and its RMS error likewise: see :mod:`fusedformer.testing`.
+    roundings of the largest truth, and its RMS error likewise: see
+    :mod:`fusedformer.parity.criterion`.
 
     Args:
         candidate: under test: a function or a module.
@@ -124,34 +125,34 @@ def compare(
             gets copies. Gradients are taken for those that require one, and for parameters.
         truth: "float64", which is the baseline in float64 on the same inputs; or a function or a
             module that takes float64.
-        where: boolean ``[N, S]``, True = real token: what stands elsewhere in outputs and
-            submodules is nobody's contract, and gets no gradient. Packed ``[tokens, *]`` and
+        where: boolean ``[N, S]``, True = real token: other positions of outputs and submodules
+            are undefined; they are not compared, and get no gradient. Packed ``[tokens, *]`` and
             ``[1, tokens, *]`` are compared with the real rows of ``[N, S, *]``.
         gradients: compare them, for random gradients of all outputs.
         each_submodule: compare the outputs of all submodules too, if both are modules.
         seed: of the random gradients of the outputs.
-        draws: how many gradients of outputs small tensors are judged over, since the largest error
-            of a few elements is luck.
+        draws: how many draws of the outputs' gradients small tensors are judged over, since the
+            largest error of a few elements is luck.
 
     Raises:
         TypeError: something is not callable; ``inputs`` is neither tensor, sequence nor mapping.
         ValueError: parameters differ; a call draws random numbers (dropout in training); ``truth``
             is another word than "float64"; ``draws`` is not positive.
     """
-    calls.check_called("compare", candidate=candidate, baseline=baseline)
+    calls.check_callable("compare", candidate=candidate, baseline=baseline)
     if draws < 1:
         raise ValueError(f"compare(): expected 'draws' to be positive, but got {draws}")
     calls.check_same_parameters("compare", candidate, baseline)
     given = Arguments.of("compare", inputs)
-    exact = calls.in_float64(baseline, truth, "compare")
+    exact = calls.truth_function(baseline, truth, "compare")
     for name, one in (("candidate", candidate), ("baseline", baseline)):
-        calls.check_repeats("compare", name, one, given)
-    three = candidate, baseline, exact
+        calls.check_deterministic("compare", name, one, given)
+    functions = candidate, baseline, exact
     arguments = [given.copied(), given.copied(), given.copied(torch.float64)]
     with torch.set_grad_enabled(gradients):
-        found = [calls.call(one, own) for one, own in zip(three, arguments, strict=True)]
+        found = [calls.call(one, own) for one, own in zip(functions, arguments, strict=True)]
     rows: list[Measured] = []
-    faults = _written(given, arguments[0])
+    faults = _overwritten_inputs(given, arguments[0])
     for name in found[2]:
         if name not in found[0] or name not in found[1]:
             faults.append(
@@ -159,24 +160,24 @@ def compare(
                 f"{'baseline' if name in found[0] else 'candidate'}"
             )
             continue
-        tensors = [real(outputs[name], where) for outputs in found]
+        tensors = [real_rows(outputs[name], where) for outputs in found]
         rows.append(measured("output", name, *tensors))
     measurable = not any(math.isnan(row.comparison.error) for row in rows)  # shapes agree
     if gradients and measurable and not faults:
-        rows += _gradients(three, arguments, found, where, seed, draws)
+        rows += _gradients(functions, arguments, found, where, seed, draws)
     not_called: list[str] = []
-    modules = [one for one in three if isinstance(one, nn.Module)]
+    modules = [one for one in functions if isinstance(one, nn.Module)]
     if each_submodule and len(modules) == 3:
         more, not_called = _submodules(modules, given, where)
         rows += more
-    names = tuple(map(_named, (candidate, baseline)))
+    names = tuple(map(_name_of, (candidate, baseline)))
     if names[0] == names[1]:
         names = "candidate", "baseline"
     return ParityReport(rows, faults, not_called, (names[0], names[1]))
 
 
-def assert_parity(candidate: Called, baseline: Called, inputs: Any, **settings: Any) -> None:
-    """:func:`compare`, without submodules, raising for what fails.
+def assert_parity(candidate: Function, baseline: Function, inputs: Any, **settings: Any) -> None:
+    """Raise unless all outputs and gradients that :func:`compare` measures pass.
 
     Raises:
         ParityError: names each tensor that fails, its worst element, the values, and how far over
@@ -196,8 +197,8 @@ def assert_parity(candidate: Called, baseline: Called, inputs: Any, **settings: 
     raise ParityError("\n".join(lines))
 
 
-def real(tensor: Tensor, where: Tensor | None) -> Tensor:
-    """The rows of real tokens ``[tokens, *]``, packed or not; all of it if that does not apply."""
+def real_rows(tensor: Tensor, where: Tensor | None) -> Tensor:
+    """Return the rows of real tokens ``[tokens, *]`` of a padded or packed tensor, else all."""
     if where is None or tensor.dim() < 2:
         return tensor
     if tensor.shape[:2] == where.shape:
@@ -209,7 +210,7 @@ def real(tensor: Tensor, where: Tensor | None) -> Tensor:
 
 
 def _gradients(
-    three: Sequence[Called],
+    functions: Sequence[Function],
     arguments: Sequence[Arguments],
     found: Sequence[Mapping[str, Tensor]],
     where: Tensor | None,
@@ -217,7 +218,8 @@ def _gradients(
     draws: int,
 ) -> list[Measured]:
     leaves = [
-        {**calls.parameters(one), **own.leaves()} for one, own in zip(three, arguments, strict=True)
+        {**calls.parameters(one), **own.leaves()}
+        for one, own in zip(functions, arguments, strict=True)
     ]
     names = [n for n in leaves[2] if all(n in one for one in leaves)]
     outputs = [n for n in found[2] if all(one[n].requires_grad for one in found)]
@@ -229,7 +231,7 @@ def _gradients(
         wanted = [n for n in names if not draw or leaves[2][n].numel() < _LARGE]
         if not wanted:
             break
-        dys = {n: _drawn(found[1][n], where, generator) for n in outputs}
+        dys = {n: _random_gradient(found[1][n], where, generator) for n in outputs}
         for one, own, stack in zip(found, leaves, stacks, strict=True):
             grads = torch.autograd.grad(
                 [one[n] for n in outputs],
@@ -245,21 +247,21 @@ def _gradients(
     for name in names:
         tensors = [torch.stack(stack[name]) for stack in stacks]
         if not any(bool(x.any()) for x in tensors):
-            continue  # it is not used
+            continue  # the parameter is not used
         several = len(tensors[0]) > 1
         label = f"{name} ({len(tensors[0])} draws)" if several else name
         rows.append(measured("gradient", label, *(x if several else x[0] for x in tensors)))
     return rows
 
 
-def _drawn(output: Tensor, where: Tensor | None, generator: torch.Generator) -> Tensor:
+def _random_gradient(output: Tensor, where: Tensor | None, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(output.shape, generator=generator).to(output)
     if where is not None and output.shape[:2] == where.shape:
         drawn[~where.to(drawn.device)] = 0.0
     return drawn
 
 
-def _written(given: Arguments, own: Arguments) -> list[str]:
+def _overwritten_inputs(given: Arguments, own: Arguments) -> list[str]:
     before, after = given.named(), own.named()
     return [
         f"{name}: the candidate wrote to it"
@@ -270,17 +272,17 @@ def _written(given: Arguments, own: Arguments) -> list[str]:
 
 
 def _submodules(
-    three: Sequence[nn.Module], given: Arguments, where: Tensor | None
+    models: Sequence[nn.Module], given: Arguments, where: Tensor | None
 ) -> tuple[list[Measured], list[str]]:
-    """In the order in which the truth's finish, and the names of those not called."""
+    """Measure submodules, in the order in which the truth's finish; name those not called."""
     wide = given.copied(torch.float64)
-    place = {name: i for i, name in enumerate(submodules.order_of_calls(three[2], wide))}
+    place = {name: i for i, name in enumerate(submodules.order_of_calls(models[2], wide))}
     rows: list[Measured] = []
     not_called: list[str] = []
-    for level in submodules.levels(three[2]):
+    for level in submodules.levels(models[2]):
         seen = [
             submodules.outputs_of(model, level, own)
-            for model, own in zip(three, (given.copied(), given.copied(), wide), strict=True)
+            for model, own in zip(models, (given.copied(), given.copied(), wide), strict=True)
         ]
         for name in seen[2]:
             if name not in seen[1]:
@@ -288,14 +290,14 @@ def _submodules(
             if name not in seen[0]:
                 not_called.append(name)
                 continue
-            tensors = [real(one[name], where) for one in seen]
+            tensors = [real_rows(one[name], where) for one in seen]
             if len({t.shape for t in tensors}) == 1:
                 rows.append(measured("submodule", name, *tensors))
     rows.sort(key=lambda row: place.get(row.name, len(place)))
     return rows, sorted(not_called, key=lambda name: place.get(name, len(place)))
 
 
-def _named(called: Called) -> str:
+def _name_of(called: Function) -> str:
     if isinstance(called, nn.Module):
         return type(called).__name__
     name: str = getattr(called, "__qualname__", "function")

@@ -1,4 +1,4 @@
-"""A pytest fixture for the test suite of a user.
+"""Provide a pytest fixture to the test suites of users.
 
 In its ``conftest.py``::
 
@@ -19,7 +19,7 @@ from fusedformer import parity
 
 @pytest.fixture
 def assert_parity(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """:func:`fusedformer.parity.assert_parity`, with output gradients seeded by the test's name."""
+    """Return :func:`fusedformer.parity.assert_parity`, seeded by the name of the test."""
 
     def check(candidate: Any, baseline: Any, inputs: Any, **settings: Any) -> None:
         __tracebackhide__ = True

@@ -1,4 +1,4 @@
-"""One tensor of a candidate beside a baseline's, both against the truth."""
+"""Measure one tensor of a candidate and of a baseline, both against the truth."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer import testing
-from fusedformer.testing import Comparison
+from fusedformer.parity.criterion import Comparison, compare_tensors
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Errors of a tensor, and whether they pass.
+    """The errors of a tensor, and whether they pass.
 
     Attributes:
         kind: "output", "gradient" or "submodule".
         name: of the tensor, by its place in what was returned, or of the parameter or module.
-        shape: of what was compared: of real positions alone where ``where`` was given.
+        shape: of the compared tensor, which has real positions alone if ``where`` was given.
         comparison: largest and RMS errors, the limits, and the verdict of the criterion.
         max_ulp, baseline_max_ulp: largest error in units in the last place of the truth there,
             taken as no smaller than eps times the largest truth.
@@ -42,7 +41,7 @@ class Measured:
 
     @property
     def passed(self) -> bool:
-        """By the criterion; what cannot be judged passes."""
+        """Whether it meets the criterion, or cannot be judged."""
         return self.comparison.passed or not self.judged
 
     @property
@@ -51,14 +50,14 @@ class Measured:
         return self.judged and not self.comparison.rms_error <= self.comparison.rms_limit
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything as JSON takes it."""
         own = {n: v for n, v in asdict(self).items() if n != "comparison"}
         return {**self.comparison.as_dict(), **own, "passed": self.passed}
 
 
 def measured(kind: str, name: str, candidate: Tensor, baseline: Tensor, truth: Tensor) -> Measured:
-    """All figures of one tensor."""
-    found = testing.compare(name, candidate, baseline, truth)
+    """Measure one tensor."""
+    found = compare_tensors(name, candidate, baseline, truth)
     nan = float("nan")
     if candidate.shape != truth.shape or baseline.shape != truth.shape:
         return Measured(kind, name, tuple(truth.shape), found, nan, nan, nan, nan, (), True)
@@ -84,7 +83,7 @@ def measured(kind: str, name: str, candidate: Tensor, baseline: Tensor, truth: T
 
 
 def cosine_loss(a: Tensor, b: Tensor) -> float:
-    """``1 - cos(a, b)`` in float64 without cancellation: half the squared chord."""
+    """Compute ``1 - cos(a, b)`` in float64, as half the squared chord: nothing cancels."""
     norms = a.norm().item(), b.norm().item()
     if 0.0 in norms:
         return 0.0 if norms == (0.0, 0.0) else 1.0
@@ -93,7 +92,7 @@ def cosine_loss(a: Tensor, b: Tensor) -> float:
 
 
 def _unit_in_the_last_place(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring numbers of ``dtype`` at ``x``, in float64."""
+    """Return the distance of neighbouring numbers of ``dtype`` at ``x``, in float64."""
     info = torch.finfo(dtype)
     size = x.abs().nan_to_num(1.0, posinf=1.0)
     least = max(info.eps * size.max().item(), info.tiny)

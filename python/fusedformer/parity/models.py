@@ -1,4 +1,4 @@
-"""A Hugging Face model fused, beside itself as it was."""
+"""Compare a fused Hugging Face model with the model as it was."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fusedformer.parity.compared import ParityReport, compare
 LENGTHS = (37, 5, 64, 18)  # of the padded batch
 
 
-def compared(
+def compare_fused(
     source: str, dtype: torch.dtype, device: torch.device, *, layers: int | None = None
 ) -> tuple[FusionReport, ParityReport]:
-    """What ``fuse`` did to the model, and its errors beside the stock model's.
+    """Fuse a model; return what ``fuse`` did, and its errors beside the stock model's.
 
     Args:
         source: a folder with weights, a folder or a file with a configuration alone, or the name
             of a model type ("bert"); without weights they are random.
         dtype, device: of the model.
-        layers: only so many, of a model without weights.
+        layers: how many, of a model without weights; None for all.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        ValueError: ``source`` is none of these, or the model takes neither tokens nor images.
+        ValueError: ``source`` names no model, or one that takes neither tokens nor images.
     """
     stock = load(source, layers).to(device, dtype).eval()
     inputs, where = example(stock, device, dtype)
@@ -43,7 +43,7 @@ def compared(
 
 
 def load(source: str, layers: int | None = None) -> Any:
-    """The model, on the CPU in float32."""
+    """Load the model, on the CPU in float32."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -74,7 +74,7 @@ def load(source: str, layers: int | None = None) -> Any:
                 break
     torch.manual_seed(0)
     model = t.AutoModel.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # as trained weights are not: gains of one and biases of zero
+    with torch.no_grad():  # else gains are 1 and biases 0, which hides errors in both
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return model
@@ -83,7 +83,7 @@ def load(source: str, layers: int | None = None) -> Any:
 def example(
     model: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A padded batch of random tokens and its mask, or images; what the model takes."""
+    """Draw what the model takes: images, or a padded batch of random tokens and its mask."""
     name = model.main_input_name
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def example(
         ids = torch.randint(low, high, tuple(where.shape), generator=generator)
         eos = special[2]
         if "pixel_values" in inputs and isinstance(eos, int) and eos < text.vocab_size:
-            ids[torch.arange(len(LENGTHS)), lengths - 1] = eos  # where CLIP's text is pooled
+            ids[torch.arange(len(LENGTHS)), lengths - 1] = eos  # CLIP pools its text there
         inputs["input_ids"] = ids.to(device)
         inputs["attention_mask"] = where.long()
         if getattr(config, "is_encoder_decoder", False):
@@ -116,7 +116,7 @@ def example(
 
 
 def _free_ids(special: list[Any], size: int) -> tuple[int, int]:
-    """The longest range of token ids without special ones."""
+    """Return the longest range of token ids without special ones."""
     taken = sorted({-1, size, *(i for i in special if isinstance(i, int) and 0 <= i < size)})
     ranges = [(a + 1, b) for a, b in itertools.pairwise(taken)]
     return max(ranges, key=lambda r: r[1] - r[0])

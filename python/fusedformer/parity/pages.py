@@ -1,4 +1,4 @@
-"""Reports of the parity tool as pages, and their pictures."""
+"""Write the reports of the parity tool as pages, and draw their pictures."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 GREY, BLUE = "#94a3b8", "#2563eb"
 
 
-def compared(report: ParityReport) -> str:
-    """The page of a comparison."""
+def report_page(report: ParityReport) -> str:
+    """Write the page of a comparison."""
     lines = tables.verdict(report)
     parts = [verdict(report.passed, lines[-1].partition(":")[0], lines[::-1])]
     if report.of("submodule") and importlib.util.find_spec("matplotlib") is not None:
@@ -47,8 +47,8 @@ def compared(report: ParityReport) -> str:
     )
 
 
-def ops(result: dict[str, Any]) -> str:
-    """The page of a run over the ops, the tensors nearest to their limits first."""
+def ops_page(result: dict[str, Any]) -> str:
+    """Write the page of a run over the ops, tensors nearest to their limits first."""
     records = sorted(result["records"], key=share_of_limit, reverse=True)
     failed = [record for record in records if not record["passed"]]
     said = [f"{len(records) - len(failed)} of {len(records)} tensors pass"]
@@ -74,7 +74,7 @@ def ops(result: dict[str, Any]) -> str:
 
 
 def growth(report: ParityReport) -> Figure:
-    """RMS errors of the layers, or of all submodules where none are numbered."""
+    """Draw RMS errors of the layers, or of all submodules where none are numbered."""
     from fusedformer._internal.figures import plt, styled
 
     rows = tables.layers(report.of("submodule"))
@@ -97,7 +97,7 @@ def growth(report: ParityReport) -> Figure:
 
 
 def curves(report: TrainingReport) -> Figure:
-    """Losses, and how far losses, weights and gradients are from the baseline's."""
+    """Draw losses, and how far losses, weights and gradients are from the baseline's."""
     from fusedformer._internal.figures import plt, styled
 
     with styled():
@@ -127,6 +127,6 @@ def _body(rows: Sequence[Measured]) -> list[list[str | bool]]:
 
 
 def _short(name: str) -> str:
-    """The end of a dotted name."""
+    """Shorten a dotted name to its last two parts."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if len(parts) > 2 else name

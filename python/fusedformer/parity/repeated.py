@@ -1,4 +1,4 @@
-"""The same again: from run to run, and in other company."""
+"""Check that results repeat: from run to run, and in batches of other sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fusedformer._internal.text import table
 from fusedformer.parity import calls
-from fusedformer.parity.calls import Arguments, Called
+from fusedformer.parity.calls import Arguments
+from fusedformer.parity.criterion import Function
 from fusedformer.parity.measure import measured
 from fusedformer.parity.tables import SHOWN
 
@@ -22,13 +23,13 @@ Packed = Callable[[dict[str, Any], Tensor, int], Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a tensor from what it is compared with.
+    """How far a tensor is from the same one computed in another way.
 
     Attributes:
         name: of the output or gradient.
-        way: which run, or the company in which a sequence was computed.
-        elements: how many differ in their bits, of ``of``.
-        max_difference, max_ulp: the largest, absolute and in units in the last place.
+        way: the other way: "run 2", or "alone", "packed" and the like.
+        elements, of: how many elements differ in their bits, of how many.
+        max_difference, max_ulp: the largest difference, and in units in the last place.
     """
 
     name: str
@@ -45,10 +46,10 @@ class Difference:
 
 
 class SamenessReport:
-    """What :func:`determinism` or :func:`batch_invariance` found; ``str()`` of it is a table.
+    """The result of :func:`determinism` or :func:`batch_invariance`; ``str()`` is a table.
 
     Attributes:
-        title: what was asked.
+        title: what was compared.
         rows: a :class:`Difference` for each tensor and way.
     """
 
@@ -62,14 +63,14 @@ class SamenessReport:
         return all(row.equal for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything as JSON takes it."""
         return {
             "schema": 1, "torch": torch.__version__, "title": self.title, "passed": self.passed,
             "rows": [asdict(row) for row in self.rows],
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """All figures as JSON."""
+        """Write all figures as JSON."""
         Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def __str__(self) -> str:
@@ -93,9 +94,9 @@ class SamenessReport:
 
 
 def determinism(
-    function: Called, inputs: Any, *, runs: int = 3, gradients: bool = True, seed: int = 0
+    function: Function, inputs: Any, *, runs: int = 3, gradients: bool = True, seed: int = 0
 ) -> SamenessReport:
-    """Whether outputs and gradients have the same bits in every run.
+    """Check that outputs and gradients have the same bits in every run.
 
     Args:
         function: a function or a module, in training with dropout too: the generator is seeded
@@ -109,11 +110,13 @@ def determinism(
         TypeError: ``function`` cannot be called, or ``inputs`` cannot be passed.
         ValueError: fewer than two ``runs``.
     """
-    calls.check_called("determinism", function=function)
+    calls.check_callable("determinism", function=function)
     if runs < 2:
         raise ValueError(f"determinism(): expected 'runs' to be at least 2, but got {runs}")
     given = Arguments.of("determinism", inputs)
-    first, *others = [_run(function, given.copied(), gradients, seed) for _ in range(runs)]
+    first, *others = [
+        _outputs_and_gradients(function, given.copied(), gradients, seed) for _ in range(runs)
+    ]
     rows = [
         difference(name, f"run {number}", other[name], tensor)
         for number, other in enumerate(others, 2)
@@ -123,25 +126,25 @@ def determinism(
 
 
 def batch_invariance(
-    function: Called,
+    function: Function,
     inputs: Any,
     lengths: Sequence[int],
     *,
     packed: Packed | None = None,
     batch_first: bool = True,
 ) -> SamenessReport:
-    """Whether each sequence of a padded batch has the same bits in other company.
+    """Check that a sequence has the same bits whatever is computed with it.
 
-    Each is computed alone without padding; alone, padded; and in the batch in reverse order; with
-    ``packed`` also one after another without padding. Matrix products choose their algorithm by
-    the number of rows, so a module that contains some may fail where attention, softmax and norms
-    by themselves do not; the columns say by how much.
+    Each sequence of a padded batch is computed again alone, without padding; alone, padded; and in
+    the reversed batch; with ``packed`` also in a packed batch. Matrix products choose their
+    algorithm by the number of rows, so a module that contains some may fail where attention,
+    softmax and norms by themselves do not; the columns say by how much.
 
     Args:
         function: a function or a module, without dropout.
         inputs: a tensor, a sequence of positional or a mapping of keyword arguments. Tensors
-            ``[N, S, *]`` (masks included) and ``[N]`` are taken apart by sequence, others passed
-            as they are.
+            ``[N, S, *]`` (masks included) and ``[N]`` are split by sequence, others passed as
+            they are.
         lengths: of the ``N`` sequences.
         packed: called with the arguments by name (``"argument 0"`` for positional ones), tensors
             packed to ``[tokens, *]``; with ``cu_seqlens``, int32 ``[N + 1]``; and with the largest
@@ -153,7 +156,7 @@ def batch_invariance(
         ValueError: no input has ``N`` sequences of the largest length; ``function`` draws random
             numbers; a length is not positive.
     """
-    calls.check_called("batch_invariance", function=function)
+    calls.check_callable("batch_invariance", function=function)
     given = Arguments.of("batch_invariance", inputs)
     count, longest = len(lengths), max(lengths, default=0)
     if min(lengths, default=0) < 1:
@@ -166,86 +169,86 @@ def batch_invariance(
             f"batch_invariance(): expected an input of {count} sequences of length {longest}, but "
             f"none has this shape"
         )
-    calls.check_repeats("batch_invariance", "function", function, given)
+    calls.check_deterministic("batch_invariance", "function", function, given)
     rows: list[Difference] = []
 
-    def part(which: int, length: int) -> dict[str, Tensor]:
-        return calls.call(function, given.mapped(lambda x: batch.of(x, which, length)))
+    def run_one(which: int, length: int) -> dict[str, Tensor]:
+        return calls.call(function, given.mapped(lambda x: batch.one(x, which, length)))
 
     with torch.no_grad():
         whole = calls.call(function, given.copied())
-        backwards = calls.call(function, given.mapped(batch.reversed))
+        in_reverse = calls.call(function, given.mapped(batch.reversed))
         for i, length in enumerate(lengths):
-            ways = {"alone": part(i, length), "alone, padded": part(i, longest)}
+            ways = {"alone": run_one(i, length), "alone, padded": run_one(i, longest)}
             for name, tensor in whole.items():
                 if not batch.has_sequences(tensor):
                     continue
                 own = batch.rows(tensor, i, length)
                 found = {way: batch.rows(one[name], 0, length) for way, one in ways.items()}
-                found["reversed batch"] = batch.rows(backwards[name], count - 1 - i, length)
+                found["reversed batch"] = batch.rows(in_reverse[name], count - 1 - i, length)
                 rows += [
                     difference(f"{name}, sequence {i} of length {length}", way, other, own)
                     for way, other in found.items()
                 ]
         if packed is not None:
-            rows += list(_packed(packed, given, whole, batch, lengths))
+            rows += list(_packed_differences(packed, given, whole, batch, lengths))
     return SamenessReport("alone, padded, packed", rows)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Which tensors hold the sequences, and how they are taken out of them."""
+    """The shape of the batch: which tensors hold its sequences, and how to take them out."""
 
     count: int
     longest: int
     batch_first: bool
 
     def has_sequences(self, value: Any) -> bool:
-        """Whether it is ``[N, S, *]``."""
+        """Whether ``value`` holds the sequences, as ``[N, S, *]`` or ``[S, N, *]``."""
         shape = (self.count, self.longest) if self.batch_first else (self.longest, self.count)
-        # Masks of padding are batch first whatever the rest is.
-        either = shape, (self.count, self.longest)
-        return isinstance(value, Tensor) and tuple(value.shape[:2]) in either
+        # Padding masks are always batch first.
+        shapes = shape, (self.count, self.longest)
+        return isinstance(value, Tensor) and tuple(value.shape[:2]) in shapes
 
-    def of(self, value: Any, which: int, length: int) -> Any:
-        """A batch of one sequence, cut to ``length``."""
+    def one(self, value: Any, which: int, length: int) -> Any:
+        """Return a batch of one sequence, cut to ``length``."""
         if isinstance(value, Tensor) and tuple(value.shape) == (self.count,):
             return value[which : which + 1]
         if not self.has_sequences(value):
             return value
-        return self._as(value, self._batch_first(value)[which : which + 1, :length])
+        return self._laid_out_as(value, self._as_batch_first(value)[which : which + 1, :length])
 
     def reversed(self, value: Any) -> Any:
-        """The batch, last sequence first."""
+        """Return the batch, last sequence first."""
         if isinstance(value, Tensor) and tuple(value.shape) == (self.count,):
             return value.flip(0)
         if not self.has_sequences(value):
             return value
-        return self._as(value, self._batch_first(value).flip(0))
+        return self._laid_out_as(value, self._as_batch_first(value).flip(0))
 
-    def _as(self, value: Tensor, rows: Tensor) -> Tensor:
-        """Batch-first ``rows`` in the order of dimensions of ``value``."""
-        return (rows if self._is_first(value) else rows.transpose(0, 1)).contiguous()
+    def _laid_out_as(self, value: Tensor, rows: Tensor) -> Tensor:
+        """Order the dimensions of batch-first ``rows`` as those of ``value``."""
+        return (rows if self._is_batch_first(value) else rows.transpose(0, 1)).contiguous()
 
     def rows(self, output: Tensor, which: int, length: int) -> Tensor:
-        """``[length, *]`` of one sequence of a batch of any size."""
+        """Return the ``[length, *]`` of one sequence of an output."""
         return (output if self.batch_first else output.transpose(0, 1))[which, :length]
 
-    def _is_first(self, value: Tensor) -> bool:
+    def _is_batch_first(self, value: Tensor) -> bool:
         return self.batch_first or value.dim() == 2
 
-    def _batch_first(self, value: Tensor) -> Tensor:
-        return value if self._is_first(value) else value.transpose(0, 1)
+    def _as_batch_first(self, value: Tensor) -> Tensor:
+        return value if self._is_batch_first(value) else value.transpose(0, 1)
 
     def packed(self, value: Any, lengths: Sequence[int]) -> Any:
-        """``[tokens, *]``."""
+        """Return the real rows of all sequences, ``[tokens, *]``."""
         if not self.has_sequences(value):
             return value
-        rows = self._batch_first(value)
+        rows = self._as_batch_first(value)
         return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
 
-def _packed(
+def _packed_differences(
     packed: Packed,
     given: Arguments,
     whole: dict[str, Tensor],
@@ -263,7 +266,9 @@ def _packed(
             yield difference(name, "packed", found[name], wanted)
 
 
-def _run(function: Called, own: Arguments, gradients: bool, seed: int) -> dict[str, Tensor]:
+def _outputs_and_gradients(
+    function: Function, own: Arguments, gradients: bool, seed: int
+) -> dict[str, Tensor]:
     leaves = {**calls.parameters(function), **own.leaves()} if gradients else {}
     with torch.random.fork_rng(), torch.set_grad_enabled(gradients):
         torch.manual_seed(seed)
@@ -281,7 +286,7 @@ def _run(function: Called, own: Arguments, gradients: bool, seed: int) -> dict[s
 
 
 def difference(name: str, way: str, tensor: Tensor, wanted: Tensor) -> Difference:
-    """Of two tensors; NaN equals NaN."""
+    """Compare the bits of two tensors; NaN equals NaN."""
     if tensor.shape != wanted.shape:
         nan = float("nan")
         return Difference(name, way, wanted.numel(), wanted.numel(), nan, nan)

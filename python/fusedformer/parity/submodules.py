@@ -1,4 +1,4 @@
-"""What every named submodule puts out, looked at one level of the tree at a time.
+"""Record the output of every named submodule, one level of the tree at a time.
 
 A hook on a child of a fused layer makes the layer call its children one by one, so hooks on all
 modules at once would show another computation than the one under test. With those of one level
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from fusedformer._internal.outputs import first_tensor
 from fusedformer.parity.calls import Arguments
 
-Seen = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 
 def levels(model: nn.Module) -> list[list[str]]:
-    """Names of all submodules by their depth in the tree."""
+    """List the names of all submodules by their depth in the tree."""
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if name and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -30,7 +30,7 @@ def levels(model: nn.Module) -> list[list[str]]:
 
 
 def order_of_calls(model: nn.Module, given: Arguments) -> list[str]:
-    """In which submodules finish; a module called more than once is ``name (call 2)``."""
+    """List submodules as they finish; the second call of a module is ``name (call 2)``."""
     finished: list[str] = []
     names = [name for level in levels(model) for name in level]
     with torch.no_grad(), _hooked(model, names, lambda name, _: finished.append(name)):
@@ -38,9 +38,9 @@ def order_of_calls(model: nn.Module, given: Arguments) -> list[str]:
     return finished
 
 
-def outputs_of(model: nn.Module, names: list[str], given: Arguments) -> Seen:
-    """The first tensor that each of ``names`` returns; those that were not called are missing."""
-    seen: Seen = {}
+def outputs_of(model: nn.Module, names: list[str], given: Arguments) -> Outputs:
+    """Return the first tensor of each of ``names`` that is called."""
+    seen: Outputs = {}
 
     def keep(name: str, returned: Any) -> None:
         tensor = first_tensor(returned)

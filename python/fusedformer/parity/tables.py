@@ -1,4 +1,4 @@
-"""Reports of the parity tool as plain text."""
+"""Write the reports of the parity tool as plain text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HEAD = (
     "", "max error", "stock's", "ratio", "RMS error", "stock's", "max ULP", "stock's",
     "1 - cosine", "worst at", "",
 )  # fmt: skip
-SHOWN = 12  # of a kind, where all pass: the nearest to their limits
+SHOWN = 12  # rows of a kind at most, those nearest to their limits
 
 
-def compared(report: ParityReport) -> str:
-    """Outputs, the gradients nearest to their limits, the layers, and the verdict."""
+def report_text(report: ParityReport) -> str:
+    """Write outputs, the gradients nearest to their limits, the layers, and the verdict."""
     parts = []
     for kind in ("output", "gradient", "submodule"):
         rows = report.of(kind)
@@ -38,7 +38,7 @@ def compared(report: ParityReport) -> str:
 
 
 def cells(row: Measured) -> list[str]:
-    """Of one tensor, as :data:`HEAD`."""
+    """Write the cells of one tensor, under :data:`HEAD`."""
     c = row.comparison
     verdict = "pass" if row.passed else "FAIL"
     if row.kind == "submodule":
@@ -53,7 +53,7 @@ def cells(row: Measured) -> list[str]:
 
 
 def nearest(rows: Sequence[Measured]) -> list[Measured]:
-    """Failures first, then by how much of what the criterion allows was used."""
+    """Sort: failures first, then by how much of its limit the error used."""
 
     def used(row: Measured) -> tuple[bool, float]:
         c = row.comparison
@@ -64,7 +64,7 @@ def nearest(rows: Sequence[Measured]) -> list[Measured]:
 
 
 def layers(rows: Sequence[Measured]) -> list[Measured]:
-    """The longest series of submodules that differ in one number of their names, or all."""
+    """Return the longest series of submodules whose names differ in one number, or all."""
     groups: dict[str, list[Measured]] = {}
     for row in rows:
         if re.search(r"(^|\.)\d+( \(call \d+\))?$", row.name):
@@ -73,7 +73,7 @@ def layers(rows: Sequence[Measured]) -> list[Measured]:
 
 
 def verdict(report: ParityReport) -> list[str]:
-    """Lines that say what it comes to."""
+    """Write the lines of the verdict."""
     judged = [row for row in report.rows if row.kind != "submodule"]
     lines = []
     if report.not_called:

@@ -1,4 +1,4 @@
-"""Two models trained side by side from the same state."""
+"""Train two models side by side from the same state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Gaps = dict[str, list[float]]
 
 
 class TrainingReport:
-    """What :func:`training` found; ``str()`` of it is a table.
+    """The result of :func:`training`; ``str()`` of it is a table.
 
     Runs are named "baseline", "candidate" and "nudged 1", "nudged 2", ...: the baseline again with
     every weight moved by one rounding, which shows how far rounding alone takes a run.
@@ -51,7 +51,7 @@ class TrainingReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is further from the baseline than two times what one rounding does."""
+        """A line for what is over twice as far from the baseline as one rounding takes it."""
         found = []
         for name, gaps in (("losses", self.loss_gaps), ("weights", self.weight_gaps)):
             values, limit = gaps["candidate"], self.limits[name]
@@ -69,7 +69,7 @@ class TrainingReport:
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything as JSON takes it."""
         return {
             "schema": 1, "torch": torch.__version__, "passed": self.passed,
             "failures": list(self.failures), "losses": self.losses, "limits": self.limits,
@@ -78,11 +78,11 @@ class TrainingReport:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """All figures as JSON."""
+        """Write all figures as JSON."""
         Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:
-        """Loss curves and distances; the file's ending says the format. Needs matplotlib."""
+        """Draw loss curves and distances, as the file's ending says; needs matplotlib."""
         from fusedformer.parity import pages
 
         pages.curves(self).savefig(path)
@@ -161,7 +161,7 @@ def training(
     loss_of = loss or (lambda model, batch: model(**batch).loss)
     for name, model in (("candidate", candidate), ("baseline", baseline)):
         first = functools.partial(loss_of, model, steps[0])
-        calls.check_repeats("training", name, first, Arguments((), {}))
+        calls.check_deterministic("training", name, first, Arguments((), {}))
     make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     generator = torch.Generator().manual_seed(seed)
     runs = {"baseline": copy.deepcopy(baseline), "candidate": copy.deepcopy(candidate)}
@@ -191,7 +191,7 @@ def training(
 
 
 def nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """``model`` itself, with each element of each parameter at a neighbour of its value."""
+    """Move each element of each parameter to a neighbouring number; return ``model``."""
     with torch.no_grad():
         for parameter in model.parameters():
             up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
@@ -201,15 +201,15 @@ def nudged(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def add_gaps(
-    gaps: Gaps, runs: dict[str, nn.Module], of: Callable[[nn.Parameter], Tensor | None]
+    gaps: Gaps, runs: dict[str, nn.Module], pick: Callable[[nn.Parameter], Tensor | None]
 ) -> None:
-    """Relative distances of what ``of`` picks from the baseline's, over all parameters."""
-    base = {n: of(p) for n, p in runs["baseline"].named_parameters()}
+    """Append each run's relative distance from the baseline, over all picked tensors."""
+    base = {n: pick(p) for n, p in runs["baseline"].named_parameters()}
     norm = sum(x.double().square().sum().item() for x in base.values() if x is not None) ** 0.5
     for name, values in gaps.items():
         squares = 0.0
         for key, parameter in runs[name].named_parameters():
-            x, y = of(parameter), base[key]
+            x, y = pick(parameter), base[key]
             if x is not None and y is not None:
                 squares += (x.double() - y.double()).square().sum().item()
         values.append(squares**0.5 / norm if norm else 0.0)

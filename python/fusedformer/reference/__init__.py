@@ -1,4 +1,4 @@
-"""The definitions: each op as plain torch mathematics, in any dtype, float64 included.
+"""Define each op as plain torch mathematics, in any dtype, float64 included.
 
 Differentiable by autograd in every floating-point argument. Dropout takes its mask ``keep`` as an
 argument. Nothing here is fast, and nothing here imports more than torch.

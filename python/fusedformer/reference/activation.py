@@ -1,4 +1,4 @@
-"""bias + activation + dropout: the definition."""
+"""Define bias, activation and dropout in one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bias_activation(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``dropout(activation(input + bias))`` with the given dropout mask.
+    """Compute ``dropout(activation(input + bias))`` with the given dropout mask.
 
     Args:
         input: ``[..., d]``.

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the definition."""
+"""Define scaled dot-product attention."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def scaled_dot_product_attention(
     causal_alignment: str = "top_left",
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``dropout(softmax(scores)) @ value``, and the log-sum-exp of the scores.
+    """Compute ``dropout(softmax(scores)) @ value``, and the log-sum-exp of the scores.
 
-    In the letters of the products: queries l, keys s, head dim d, value head dim e. The distance of
+    Letters of dimensions: queries l, keys s, head dim d, value head dim e. The distance of
     key s from query l is s - l - offset; offset is 0, or aligned at the bottom right the number of
     keys (those within ``key_lengths``) less that of queries.
 
@@ -101,7 +101,7 @@ def attention_weights(
     keep: Tensor | None = None,
     average: bool = False,
 ) -> Tensor:
-    """The weights ``[*batch, heads, l, s]`` after dropout, or their mean over heads.
+    """Compute the weights ``[*batch, heads, l, s]`` after dropout, or their mean over heads.
 
     Arguments as for :func:`scaled_dot_product_attention`. ``average`` needs a dimension of heads,
     or counts its absence as one head.
@@ -144,7 +144,7 @@ def varlen_attention(
     keep: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each sequence by itself, of sequences that lie one after another.
+    """Compute the attention of packed sequences, each by itself.
 
     Args:
         query: ``[total_q, heads, d]``.
@@ -152,7 +152,7 @@ def varlen_attention(
         value: ``[total_k, heads, e]``.
         cu_seqlens_q: ``[sequences + 1]``, where the queries of each sequence begin and end.
         cu_seqlens_k: the same for keys.
-        max_seqlen_q, max_seqlen_k: sizes of what ``attn_mask`` and ``keep`` broadcast to.
+        max_seqlen_q, max_seqlen_k: the sizes to which ``attn_mask`` and ``keep`` broadcast.
         attn_mask: broadcast to ``[sequences, heads, max_seqlen_q, max_seqlen_k]``.
         alibi_slopes: ``[heads]`` or ``[sequences, heads]``.
         key_lengths: integer ``[sequences]``.
@@ -190,7 +190,7 @@ def varlen_attention(
 def merge_attention_states(
     output1: Tensor, lse1: Tensor, output2: Tensor, lse2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from attentions of the same queries over two parts of them.
+    """Merge attentions of the same queries over two parts of the keys into one over all.
 
     Args:
         output1, output2: ``[..., l, e]``.
@@ -210,7 +210,7 @@ def merge_attention_states(
 def relative_position_bias(
     weight: Tensor, *, bidirectional: bool = True, max_distance: int = 128
 ) -> Tensor:
-    """T5's biases ``weight [buckets, heads]`` by distance: ``[heads, 2 * max_distance + 1]``."""
+    """Look up T5's biases by distance: ``[heads, 2 * max_distance + 1]``, of buckets' weights."""
 
     def bucket(distance: int) -> int:
         count, start = weight.shape[0], 0
@@ -245,7 +245,7 @@ def _scores(
     key_lengths: Tensor | None,
     causal_alignment: str,
 ) -> tuple[Tensor, Tensor]:
-    """Scores ``[*batch, heads, l, s]``, -inf where hidden; and values of as many heads."""
+    """Compute the scores ``[*batch, heads, l, s]``, -inf where hidden; repeat grouped values."""
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
     if enable_gqa:
@@ -289,7 +289,7 @@ def _scores(
 def _distances(
     queries: int, keys: int, key_lengths: Tensor | None, alignment: str, device: torch.device
 ) -> Tensor:
-    """``[sequences or 1, 1, l, s]``: how far each key is from each query."""
+    """Return how far each key is from each query: ``[sequences or 1, 1, l, s]``."""
     row = torch.arange(queries, device=device)[:, None]
     column = torch.arange(keys, device=device)
     distance = (column - row)[None, None]
@@ -300,12 +300,12 @@ def _distances(
 
 
 def _probabilities(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax and log-sum-exp over the keys; 0 and -inf where none is visible, nor a sink."""
+    """Compute softmax and log-sum-exp over the keys; 0 and -inf without any key or sink."""
     keys = scores.shape[-1]
     if sinks is not None:  # as one more key
         column = sinks.reshape(-1, *(1,) * min(scores.dim() - 1, 2))
         scores = torch.cat((scores, column.expand(*scores.shape[:-1], 1)), -1)
     removed = (scores == -torch.inf).all(-1, keepdim=True)
-    s = scores.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
+    s = scores.masked_fill(removed, 0.0)  # avoids inf - inf, forward and backward
     lse = s.logsumexp(-1).masked_fill(removed.squeeze(-1), -torch.inf)
     return normalized(s, -1).exp().masked_fill(removed, 0.0)[..., :keys], lse

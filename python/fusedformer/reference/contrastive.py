@@ -1,4 +1,4 @@
-"""Contrastive losses over all pairs of two batches: the definition."""
+"""Define contrastive losses over all pairs of two batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def contrastive_loss(
     label_offset: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross entropy over rows and over columns of ``s = logit_scale * a @ b.T``, averaged.
+    """Average cross entropy over rows and over columns of ``s = logit_scale * a @ b.T``.
 
     The positive of row i is column p = i + label_offset:
     ``loss_i = (logsumexp(s[i, :]) + logsumexp(s[:, p])) / 2 - s[i, p]``.
@@ -35,7 +35,7 @@ def sigmoid_contrastive_loss(
     label_offset: int = 0,
     reduction: str = "mean",
 ) -> Tensor:
-    """A binary decision a pair: ``loss_i = sum_j log(1 + exp(-z_ij * s_ij))``.
+    """Decide for every pair: ``loss_i = sum_j log(1 + exp(-z_ij * s_ij))``.
 
     ``s = logit_scale * a @ b.T + logit_bias``; z is 1 where j = i + label_offset, and -1 elsewhere.
     """
@@ -47,5 +47,5 @@ def sigmoid_contrastive_loss(
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """``"none"``, ``"mean"`` or ``"sum"`` of one loss a row."""
+    """Reduce the losses of rows by ``"none"``, ``"mean"`` or ``"sum"``."""
     return losses if reduction == "none" else getattr(losses, reduction)()

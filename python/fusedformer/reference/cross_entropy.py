@@ -1,4 +1,4 @@
-"""Cross entropy of logits, given or a product: the definition."""
+"""Define cross entropy of logits, given or computed by a product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``-sum_c w_c q_c log p_c`` of each row, with ``p`` the softmax of its logits.
+    """Compute ``-sum_c w_c q_c log p_c`` of each row, with ``p`` the softmax of its logits.
 
     Args:
         input: logits ``[C]`` or ``[N, C, *]``.
@@ -44,7 +44,7 @@ def cross_entropy(
         q = torch.nn.functional.one_hot(known, classes).to(log_p.dtype)
         counted = torch.where(kept, weights[known], 0.0)
     q = q * (1.0 - label_smoothing) + label_smoothing / classes
-    # A class of no probability adds nothing, whatever its logit.
+    # A class of probability 0 adds nothing, even if its logit is -inf.
     terms = torch.where(q == 0.0, 0.0, weights * q * log_p)
     losses = torch.where(kept, -terms.sum(-1), 0.0)
     if reduction == "none":
@@ -63,7 +63,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """:func:`cross_entropy` of ``input @ linear_weight.T + linear_bias``.
+    """Compute :func:`cross_entropy` of ``input @ linear_weight.T + linear_bias``.
 
     Args:
         input: ``[*, D]``.

@@ -1,4 +1,4 @@
-"""Embeddings, their norm and dropout: the definition."""
+"""Define embeddings with their norm and dropout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def embedding_layer_norm(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``dropout(layer_norm(weight[input] + position_weight[...] + token_type_weight[...]))``.
+    """Compute ``dropout(layer_norm(weight[input] + position_weight[...] + ...))``.
 
-    Types without ids are 0. The row ``padding_idx`` of ``weight`` has no gradient.
+    The third term is ``token_type_weight[...]``; without ids all types are 0. The row
+    ``padding_idx`` of ``weight`` has no gradient.
     """
     total = weight[input.long()]
     if padding_idx is not None:

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and their forms with bias, dropout and residual: the definition."""
+"""Define LayerNorm, RMSNorm and their forms with bias, dropout and residual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, var without Bessel's correction."""
+    """Compute ``(x - mean) / sqrt(var + eps) * weight + bias``; var has no Bessel correction."""
     dims = tuple(range(-len(normalized_shape), 0))
     mean = input.mean(dims, keepdim=True)
     variance = (input - mean).square().mean(dims, keepdim=True)
@@ -31,7 +31,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """``x / sqrt(mean(x**2) + eps) * weight``; eps defaults to float32's, whatever the dtype.
+    """Compute ``x / sqrt(mean(x**2) + eps) * weight``; eps defaults to float32's.
 
     (torch takes the epsilon of the dtype that it computes in: float32 for half precision. The
     truth of a float32 kernel, evaluated in float64, keeps that epsilon.)
@@ -44,9 +44,9 @@ def rms_norm(
 
 
 def dropped(input: Tensor, p: float, keep: Tensor | None) -> Tensor:
-    """``input`` with elements outside ``keep`` at 0 and the rest scaled by ``1 / (1 - p)``.
+    """Set elements outside ``keep`` to 0, and scale the rest by ``1 / (1 - p)``.
 
-    At p = 1 all is 0. Without ``keep`` nothing is dropped, and then p must be 0.
+    At p = 1 all are 0. Without ``keep`` nothing is dropped, and then p must be 0.
     """
     if keep is None:
         if p != 0.0:
@@ -63,7 +63,7 @@ def dropout_add(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``dropout(input + input_bias) + residual`` with the given dropout mask."""
+    """Compute ``dropout(input + input_bias) + residual`` with the given dropout mask."""
     x = input if input_bias is None else input + input_bias
     return dropped(x, p, keep) + residual
 
@@ -80,7 +80,7 @@ def dropout_add_layer_norm(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(``layer_norm(sum)``, ``sum = dropout(input + input_bias) + residual``)."""
+    """Return (``layer_norm(sum)``, ``sum = dropout(input + input_bias) + residual``)."""
     total = dropout_add(input, residual, input_bias=input_bias, p=p, keep=keep)
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
@@ -96,6 +96,6 @@ def dropout_add_rms_norm(
     p: float = 0.0,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(``rms_norm(sum)``, ``sum = dropout(input + input_bias) + residual``)."""
+    """Return (``rms_norm(sum)``, ``sum = dropout(input + input_bias) + residual``)."""
     total = dropout_add(input, residual, input_bias=input_bias, p=p, keep=keep)
     return rms_norm(total, normalized_shape, weight, eps), total

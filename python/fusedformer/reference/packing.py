@@ -1,4 +1,4 @@
-"""Padded batches as packed rows: the definition."""
+"""Define packing: the rows of real tokens of a padded batch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def pack(input: Tensor, keep: Tensor) -> Tensor:
-    """``[total, *]``: of ``[batch, length, *]`` what is real, by ``keep [batch, length]``."""
+    """Take the real rows ``[total, *]`` of ``[batch, length, *]``, by ``keep [batch, length]``."""
     return input[keep]
 
 
 def unpack(input: Tensor, keep: Tensor) -> Tensor:
-    """``[total, *]`` back to ``[batch, length, *]``, with zeros where ``keep`` is False."""
+    """Spread ``[total, *]`` over ``[batch, length, *]``, with zeros where ``keep`` is False."""
     output = input.new_zeros(*keep.shape, *input.shape[1:])
     return output.index_put((keep,), input)

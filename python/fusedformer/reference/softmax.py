@@ -1,4 +1,4 @@
-"""softmax and log_softmax: the definition."""
+"""Define softmax and log_softmax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def log_softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``s - log(sum(exp(s)))`` with ``s = scale * input + mask``; -inf where masked.
+    """Compute ``s - log(sum(exp(s)))`` with ``s = scale * input + mask``; -inf where masked.
 
     Args:
         input: any shape with at least one dimension, any floating-point dtype.
@@ -26,14 +26,14 @@ def log_softmax(
         is_causal: keep column j of row i (dimensions -1 and -2) only if j <= i.
 
     Returns:
-        Tensor of the shape of ``input``. A slice that the mask removes whole is -inf, with
+        Tensor of the shape of ``input``. A slice that the mask removes entirely is -inf, with
         gradient 0; one that is -inf without a mask is NaN, as in torch.
     """
     s = masked(scale * input.to(dtype or input.dtype), mask, is_causal)
     if mask is None and not is_causal:
         return normalized(s, dim)
     removed = (s == -torch.inf).all(dim, keepdim=True)
-    s = s.masked_fill(removed, 0.0)  # so that no inf - inf arises in either direction
+    s = s.masked_fill(removed, 0.0)  # avoids inf - inf, forward and backward
     return normalized(s, dim).masked_fill(removed, -torch.inf)
 
 
@@ -46,16 +46,16 @@ def softmax(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """``exp(s) / sum(exp(s))`` with ``s = scale * input + mask``; 0 where masked.
+    """Compute ``exp(s) / sum(exp(s))`` with ``s = scale * input + mask``; 0 where masked.
 
     Arguments as for :func:`log_softmax`, whose exponential it is: a slice that the mask removes
-    whole is 0, with gradient 0; one that is -inf without a mask is NaN, as in torch.
+    entirely is 0, with gradient 0; one that is -inf without a mask is NaN, as in torch.
     """
     return log_softmax(input, dim, dtype, scale=scale, mask=mask, is_causal=is_causal).exp()
 
 
 def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """``scores + mask`` for a floating-point mask; -inf where a boolean one or causality hides."""
+    """Add a floating-point mask; put -inf where a boolean one or causality hides scores."""
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
@@ -68,7 +68,7 @@ def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def normalized(scores: Tensor, dim: int) -> Tensor:
-    """``s - log(sum(exp(s)))``, from scores less their largest: large ones keep their digits."""
+    """Compute ``s - log(sum(exp(s)))``, after subtracting the largest score for accuracy."""
     if scores.numel():
         scores = scores - scores.detach().amax(dim, keepdim=True)
     return scores - scores.logsumexp(dim, keepdim=True)

@@ -1,1 +1,1 @@
-"""What the commands of ``python -m fusedformer`` are made of; the library imports none of it."""
+"""Run the commands of ``python -m fusedformer``; the library imports none of this."""

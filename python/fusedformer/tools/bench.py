@@ -1,4 +1,4 @@
-"""``python -m fusedformer bench``: the benchmark suites of the checkout.
+"""Run the benchmark suites of the checkout: ``python -m fusedformer bench``.
 
 They are not installed with the package: their code is in ``benchmarks/`` of the source.
 
@@ -18,7 +18,7 @@ SCRIPTS = {"report": "page.py", "compare": "compare.py"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its script's exit status, or 2 outside a checkout."""
+    """Run the command; return its script's exit status, or 2 outside a checkout."""
     words = list(sys.argv[1:] if argv is None else argv)
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
     if not (folder / "run.py").exists():

@@ -1,4 +1,4 @@
-"""``python -m fusedformer compile-report``: every kernel, compiled for GPUs that need not be here.
+"""Compile every kernel for GPUs that need not be here: ``python -m fusedformer compile-report``.
 
 For each shipped variant and target: registers, shared memory, spills, tensor-core instructions,
 waits, TMA loads and compile time, and on sm_90 how many programs an SM holds; and which of them
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942": "MFMA"}
-# Kernels without a product in calls that have some, which the tensor-core rule leaves out.
+# Kernels without a product, in cases whose other kernels must use the tensor cores.
 NO_PRODUCTS = (
     "_attention_delta", "_attention_sink_gradient", "_list_mask_tiles", "_list_work",
     "_merge_parts", "_merge_splits", "_sum_partials",
@@ -71,7 +71,7 @@ def compile_case(index: int, target_name: str) -> list[Row]:
             matrix = case.matrix and launch.name not in NO_PRODUCTS
             expected = TENSOR_CORES[target_name]
             if getattr(launch.config, "keys_per_split", 0) and target_name != "gfx942":
-                expected = "HMMA"  # a tile of few queries is below what the wider instructions take
+                expected = "HMMA"  # a tile of few queries is too small for the wider instructions
             faults = _faults(facts, target_name, expected if matrix else "")
             if facts["shared_bytes"] > target.shared_memory:
                 faults += (f"shared memory over {target.shared_memory}",)
@@ -109,10 +109,10 @@ def compile_all(
     quick: bool = False,
     progress: bool = False,
 ) -> list[Row]:
-    """Rows for the cases whose name matches the regular expression ``pattern``.
+    """Compile the cases whose name matches the regular expression ``pattern``.
 
-    ``core`` leaves the core cases: every kernel, not every variant. ``quick`` does so for targets
-    but sm_90, and leaves sm_90 without those that differ from another in nothing but a size.
+    ``core`` takes the core cases alone: every kernel, not every variant. ``quick`` does so for all
+    targets but sm_90, where it leaves out cases that differ from another in a size alone.
     """
     from fusedformer_kernels.compiler.compile_cases import compile_cases
 
@@ -141,7 +141,7 @@ def compile_all(
 
 
 def table(rows: list[Row]) -> str:
-    """The report as text, one line a kernel."""
+    """Write the report as text, one line a kernel."""
     header = (
         f"{'case':34} {'dtype':9} {'target':7} {'kernel':29} {'tile':>16} {'regs':>5} "
         f"{'shared':>7} {'spills':>6} {'tensor core':>13} {'waits':>5} {'TMA':>4} {'an SM':>5} "
@@ -163,9 +163,9 @@ def table(rows: list[Row]) -> str:
 
 
 def mixes(rows: list[Row]) -> str:
-    """What each kernel of sm_90 does in its main loop, one line a kernel.
+    """Write what each kernel of sm_90 does in its main loop, one line a kernel.
 
-    Warp instructions of one pass, then the clocks of an SM for which the pass keeps its units busy.
+    First the warp instructions of one pass, then the clocks that it takes of each unit of an SM.
     """
     from fusedformer_kernels.compiler.machine_code import CLASSES
 
@@ -185,7 +185,7 @@ def mixes(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns 1 if any kernel falls short."""
+    """Run the command; return 1 if any kernel falls short."""
     parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
     parser.add_argument("--case", default="", help="only cases that match this regular expression")

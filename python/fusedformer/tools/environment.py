@@ -1,4 +1,4 @@
-"""Where and with what a report was made."""
+"""Describe where and with which versions a report was made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "gt
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, device, date, and the commit if this is a checkout of git."""
+    """Return versions, device, date, and the commit if this is a checkout of git."""
     commit = _git("rev-parse", "HEAD")
     versions = {"fusedformer": __version__, "python": platform.python_version()}
     return {
@@ -32,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """Output of git in the checkout of this package; empty where there is none."""
+    """Return the output of git in the checkout of this package, or "" if there is none."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""Time and peak memory of two programs, in the same run, in turns."""
+"""Measure time and peak memory of two programs, in turns in the same run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def interleaved(
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each program for each batch, in rounds over all batches.
+    """Time each program on each batch, in seconds, in rounds over all batches.
 
     The programs take turns at every batch, and who is first changes each time, so that a drift
     of clocks or load falls on all alike: the i-th samples of all programs belong together.
 
     Args:
         calls: for each program its calls, one for each batch, in the same order.
-        seconds: no batch is begun after this time, except that the first round is completed.
+        seconds: no batch begins after this time, but the first round is always completed.
         device: a GPU is waited for before and after each call.
         advance: called after each batch of the first round (for a progress bar).
     """
@@ -53,7 +53,7 @@ def interleaved(
 
 
 def summary(samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians with the 20th and 80th percentile, and the same of the paired ratio stock/fused."""
+    """Summarize times, and the paired ratio stock/fused: medians, 20th and 80th percentiles."""
     ratios = [a / b for a, b in zip(samples["stock"], samples["fused"], strict=True)]
     found = {name: {**_spread(values), "samples_s": values} for name, values in samples.items()}
     return {**found, "speedup": _spread(ratios)}
@@ -68,13 +68,13 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; nothing on a CPU."""
+    """Wait for a GPU; on a CPU do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
-    """The most bytes alive at once during ``call``, beyond those alive before it.
+    """Return the most bytes alive at once during ``call``, beyond those alive before it.
 
     On a GPU the caching allocator counts. On a CPU the profiler reports every allocation and
     release of torch's allocator, workspaces inside operators that use it included; what a

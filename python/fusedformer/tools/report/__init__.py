@@ -1,4 +1,4 @@
-"""Stock against fused on a real pretrained encoder and real text: ``python -m fusedformer report``.
+"""Compare stock and fused on a pretrained encoder and real text: ``python -m fusedformer report``.
 
 Errors against float64, nearest neighbours, time and peak memory of all-MiniLM-L6-v2 as Hugging
 Face runs it and on this library's encoder with the same weights; then the parity of every op.
@@ -16,7 +16,7 @@ import torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``report``: 0 if everything passes, 1 if not, 2 if an extra is missing."""
+    """Run the command; return 0 if everything passes, 1 if not, 2 if an extra is missing."""
     given = _parser().parse_args(argv)
     from fusedformer.tools.report.minilm import MissingExtra, require_extras
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    # Only now: these need the extras.
+    # Imported here because they need the extras.
     from rich.console import Console
 
     from fusedformer.tools import environment

@@ -1,4 +1,4 @@
-"""Errors of two models against a third in float64: by layer, in gradients, in embeddings."""
+"""Measure errors of two models against float64: by layer, in gradients, in embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.models import BertEncoderModel, sentence_embeddings
-from fusedformer.testing import Comparison, compare
+from fusedformer.testing import Comparison, compare_tensors
 from fusedformer.tools.report.minilm import Batch, hidden_states, layers
 from fusedformer.tools.report.neighbours import compare_rankings, similarities
 
@@ -21,7 +21,7 @@ Models = dict[str, nn.Module]  # "stock" and "fused"
 
 
 def embedding(model: nn.Module, batch: Batch) -> Tensor:
-    """Sentence embeddings ``[B, d]``: mean pooling in at least float32, scaled to length 1."""
+    """Compute sentence embeddings ``[B, d]``: mean pooling in at least float32, length 1."""
     return sentence_embeddings(hidden_states(model, batch), batch.attention_mask)
 
 
@@ -29,7 +29,7 @@ def embedding(model: nn.Module, batch: Batch) -> Tensor:
 def embed(
     model: nn.Module, batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Embeddings of all passages ``[N, d]``, on the CPU, in the order of the passages."""
+    """Embed all passages ``[N, d]``, on the CPU, in the order of the passages."""
     rows: list[Tensor] = []
     for batch in batches:
         rows.append(embedding(model, batch).cpu())
@@ -38,21 +38,23 @@ def embed(
 
 
 def in_order(rows: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
-    """The rows of all batches together, each at the place of its passage."""
+    """Concatenate the rows of all batches, each at the place of its passage."""
     together = torch.cat(list(rows))
     place = torch.tensor([i for batch in batches for i in batch.index])
     return torch.empty_like(together).index_copy_(0, place, together)
 
 
 def embedding_report(embeddings: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
-    """Errors, cosines with truth and nearest neighbours of ``stock`` and ``fused``, ``[N, d]``."""
+    """Report errors, cosines with the truth and nearest neighbours of embeddings ``[N, d]``."""
     right = similarities(truth)
     found = {name: similarities(rows) for name, rows in embeddings.items()}
-    moved = compare("similarities", found["fused"], found["stock"], right)
-    # Twice what the criterion lets one similarity move: two may move towards each other.
+    moved = compare_tensors("similarities", found["fused"], found["stock"], right)
+    # Twice the criterion's limit for one similarity, since two may move towards each other.
     tie = 2 * moved.limit
     return {
-        "errors": compare("embeddings", embeddings["fused"], embeddings["stock"], truth).as_dict(),
+        "errors": compare_tensors(
+            "embeddings", embeddings["fused"], embeddings["stock"], truth
+        ).as_dict(),
         "similarities": moved.as_dict(),
         "cosine_loss": {
             name: _cosine_loss(rows.double(), truth).tolist() for name, rows in embeddings.items()
@@ -68,19 +70,19 @@ def embedding_report(embeddings: dict[str, Tensor], truth: Tensor) -> dict[str, 
 
 
 def _cosine_loss(rows: Tensor, truth: Tensor) -> Tensor:
-    """``1 - cosine`` of each pair of rows, without the cancellation: half the squared chord."""
+    """Compute ``1 - cosine`` of each pair of rows, as half the squared chord: nothing cancels."""
     chord = F.normalize(rows, dim=-1) - F.normalize(truth, dim=-1)
     return 0.5 * (chord * chord).sum(-1)
 
 
 @torch.no_grad()
 def layer_report(models: Models, truth: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-    """Error of the hidden states of real tokens after the embeddings and after each layer."""
+    """Report errors of the hidden states of real tokens, after the embeddings and each layer."""
     found = {name: _traced(model, batch) for name, model in models.items()}
     right = _traced(truth, batch)
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(right)))]
     return [
-        compare(name, fused, stock, true).as_dict()
+        compare_tensors(name, fused, stock, true).as_dict()
         for name, fused, stock, true in zip(
             names, found["fused"], found["stock"], right, strict=True
         )
@@ -88,7 +90,7 @@ def layer_report(models: Models, truth: nn.Module, batch: Batch) -> list[dict[st
 
 
 def _traced(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """For each depth the hidden states of all real tokens ``[tokens, d]``."""
+    """Return the hidden states of all real tokens ``[tokens, d]`` at each depth."""
     real = batch.attention_mask != 0
     states: list[Tensor] = []
 
@@ -105,22 +107,22 @@ def _traced(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def gradient_report(models: Models, truth: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-    """Error of the gradients, for random gradients of the embeddings.
+    """Report errors of the gradients, for random gradients of the embeddings.
 
     Parameters of the same kind are judged together over all layers, and biases and norms over
-    several gradients of the embeddings: their largest error is that of one or two channels on
-    which this model's states are extreme, and from a single draw it says little about either.
+    several gradients of the embeddings: their largest error is in one or two channels where this
+    model's states are extreme, so that a single draw says little.
     """
     found = {name: _gradients(model, batch) for name, model in models.items()}
     right = _gradients(truth, batch)
     return [
-        _judged(compare(kind, found["fused"][kind], found["stock"][kind], true))
+        _judged(compare_tensors(kind, found["fused"][kind], found["stock"][kind], true))
         for kind, true in right.items()
     ]
 
 
 def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Gradients by kind, ``[layers * draws, ...]``; of matrices for the first draw alone."""
+    """Return gradients by kind, ``[layers * draws, ...]``; matrices have the first draw alone."""
     output = embedding(model, batch)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     vectors = {n: p for n, p in parameters.items() if p.dim() == 1}
@@ -140,9 +142,10 @@ def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _judged(found: Comparison) -> dict[str, Any]:
-    """As JSON. The bias of the keys has no gradient, since it shifts all scores of a query alike:
+    """Return a comparison as JSON takes it; the gradient of the keys' bias is not judged.
 
-    what is computed for it is rounding alone, in stock as in ours, and there is nothing to judge.
+    That bias shifts all scores of a query alike, so its true gradient is 0, and both models compute
+    rounding errors alone.
     """
     if found.largest <= found.limit:
         return {**found.as_dict(), "judged": False, "passed": found.error <= found.limit}

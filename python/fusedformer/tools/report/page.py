@@ -1,4 +1,4 @@
-"""``index.html``, one file that needs nothing besides itself, and ``report.json``."""
+"""Write the report as ``index.html``, a single file, and as ``report.json``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ not judged: the verdict is about correctness alone.</p>
 
 
 def write(result: dict[str, Any], out: Path) -> list[Path]:
-    """Write both files into ``out``, which is made if it is not there; returns their paths."""
+    """Write both files into the folder ``out``, made if missing; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     index, data = out / "index.html", out / "report.json"
     data.write_text(json.dumps(result, indent=1) + "\n")
@@ -38,7 +38,7 @@ def write(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def html(result: dict[str, Any]) -> str:
-    """The page."""
+    """Write the page."""
     drawn = plots.draw(result)
     return page(
         "fusedformer report",

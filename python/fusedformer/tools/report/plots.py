@@ -1,4 +1,4 @@
-"""The plots of the page."""
+"""Draw the plots of the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def draw(result: dict[str, Any]) -> dict[str, str]:
-    """``src`` attributes by name: layers, cosine, time, memory, lengths."""
+    """Draw the plots; return the ``src`` attributes of layers, cosine, time, memory, lengths."""
     drawings = {
         "layers": _layers,
         "cosine": _cosine,
@@ -30,7 +30,7 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
 def _panels(
     result: dict[str, Any], height: float = 3.2
 ) -> tuple[Figure, list[tuple[Axes, str, Any]]]:
-    """A figure with one panel for each dtype."""
+    """Make a figure with one panel for each dtype."""
     found = result["dtypes"]
     figure, axes = plt.subplots(1, len(found), figsize=(9.2, height), layout="constrained")
     rows = zip(list(getattr(axes, "flat", [axes])), found.items(), strict=True)
@@ -44,7 +44,7 @@ def _layers(result: dict[str, Any]) -> Figure:
         names = ["emb." if i == 0 else str(i) for i in range(len(depths))]
         for name, key in (("stock", "stock_rms_error"), ("fused", "rms_error")):
             values = [depth[key] for depth in depths]
-            # Stock's line is wider and below: where the two agree both can be seen.
+            # Stock's line is wider and below, so that both show where they agree.
             width, size = (5.0, 8) if name == "stock" else (1.8, 4)
             axis.plot(
                 names, values, marker="o", linewidth=width, markersize=size,
@@ -116,7 +116,7 @@ def _bars(
     values: dict[str, dict[str, float]],
     spread: dict[str, dict[str, tuple[float, float]]] | None,
 ) -> None:
-    """A pair of bars for each dtype, with the value on it and whiskers for the spread."""
+    """Draw a pair of bars for each dtype, with values, and whiskers for the spread."""
     for side, name in enumerate(COLOURS):
         for place, (dtype, row) in enumerate(values.items()):
             x, value = place + 0.38 * (side - 0.5), row[name]

@@ -1,4 +1,4 @@
-"""The other programs whose results the report shows, run as processes of their own."""
+"""Run the other programs whose results the report shows, each in its own process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUDGET_SECONDS = 120
 
 
 def op_parity(watch: Stopwatch, *, quick: bool) -> dict[str, Any]:
-    """The result of ``fusedformer parity``; its process may need Triton's interpreter."""
+    """Run ``fusedformer parity``, in Triton's interpreter if need be; return its result."""
     with tempfile.TemporaryDirectory() as folder, watch.stage("Parity of all ops", None) as advance:
         path = Path(folder) / "parity.json"
         options = ["--quick"] if quick else []
@@ -29,7 +29,7 @@ def op_parity(watch: Stopwatch, *, quick: bool) -> dict[str, Any]:
 
 
 def op_timings(watch: Stopwatch, given: Path | None, device: torch.device) -> dict[str, Any]:
-    """A benchmark result file: a given one, or a new one on a GPU; else ``{"skipped": why}``."""
+    """Read a benchmark result file, or make one on a GPU; else return ``{"skipped": why}``."""
     if given is not None:
         earlier: dict[str, Any] = json.loads(given.read_text())
         return earlier
@@ -49,7 +49,7 @@ def op_timings(watch: Stopwatch, given: Path | None, device: torch.device) -> di
 
 
 def _run(arguments: list[str], result: Path, advance: Callable[[], None]) -> None:
-    """Run Python, a step for each line that it prints; a failure that left a result is a result."""
+    """Run Python, and advance with each line that it prints; raise if it leaves no result."""
     lines: list[str] = []
     with subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

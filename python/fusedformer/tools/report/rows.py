@@ -1,4 +1,4 @@
-"""The rows of the tables, as text: the same in the terminal and on the page."""
+"""Write the rows of the tables as text, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ErrorRow = tuple[str, str, str, str, bool]
 
 
 def error_rows(one: dict[str, Any]) -> Iterator[ErrorRow]:
-    """(what, our error, stock's, ratio, passed) of one dtype."""
+    """Return rows (what, our error, stock's, ratio, passed) of one dtype."""
     errors, last = one["errors"], one["layers"][-1]
     judged = [gradient for gradient in one["gradients"] if gradient["judged"]]
     worst = max(judged, key=share_of_limit)
@@ -34,7 +34,7 @@ def _short(parameter: str) -> str:
 
 
 def neighbour_rows(one: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """(what, ours, stock) of one dtype, in passages."""
+    """Return rows (what, ours, stock) of one dtype, in passages."""
     ours, stock = one["neighbours"]["fused"], one["neighbours"]["stock"]
     for name, key in (
         ("same nearest neighbour as float64", "top1_unchanged"),
@@ -47,14 +47,14 @@ def neighbour_rows(one: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def cosine_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(dtype, ours, stock): one minus the lowest cosine with the truth of any passage."""
+    """Return rows (dtype, ours, stock): 1 less the lowest cosine of a passage with the truth."""
     for dtype, one in result["dtypes"].items():
         ours, stock = (max(one["cosine_loss"][name]) for name in ("fused", "stock"))
         yield dtype, f"1 - {ours:.1e}", f"1 - {stock:.1e}"
 
 
 def speed_cells(timing: dict[str, Any]) -> tuple[str, str, str]:
-    """Our time, stock's, and their paired ratio: medians with the 20th and 80th percentile."""
+    """Write our time, stock's, and their paired ratio: medians, 20th and 80th percentiles."""
     ratio = timing["speedup"]
     return (
         _seconds(timing["fused"]),
@@ -70,13 +70,13 @@ def _seconds(spread: dict[str, float]) -> str:
 
 
 def memory_cells(one: dict[str, Any], kind: str) -> tuple[str, str, str]:
-    """Our peak memory, stock's, and stock's as a multiple of ours."""
+    """Write our peak memory, stock's, and stock's as a multiple of ours."""
     ours, stock = (one["peak_memory_bytes"][kind][name] for name in ("fused", "stock"))
     return f"{ours / MIB:.0f} MiB", f"{stock / MIB:.0f} MiB", f"{stock / ours:.2f}x"
 
 
 def op_rows(ops: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str, str, bool]]:
-    """(op, dtype, passed of all, the worst, our error, stock's, passed) for each op and dtype."""
+    """Return rows (op, dtype, passed of all, the worst, our error, stock's, passed)."""
     for group in worst_of(ops["records"]):
         worst = group["worst"]
         yield (
@@ -91,7 +91,7 @@ def op_rows(ops: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str, str,
 
 
 def op_summary(ops: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(dtypes, rows): for each op and dtype how many pass and the largest share of its limit."""
+    """Return (dtypes, rows): by op and dtype how many pass, and the largest share of a limit."""
     groups = worst_of(ops["records"])
     dtypes = list(dict.fromkeys(group["dtype"] for group in groups))
     cells: dict[str, dict[str, str]] = {}
@@ -103,7 +103,7 @@ def op_summary(ops: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def timing_rows(benchmarks: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """(suite, case, direction, ours, the fastest peer, its time over ours) of a result file."""
+    """Return rows (suite, case, direction, ours, the fastest peer, its time over ours)."""
     groups: dict[tuple[str, ...], dict[str, float]] = {}
     for record in benchmarks["records"]:
         if record["median_us"] is not None:

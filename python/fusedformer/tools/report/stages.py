@@ -1,4 +1,4 @@
-"""What the report measures, stage by stage, as one JSON document."""
+"""Measure stage by stage what the report shows, as one JSON document."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """How much to measure.
 
     Attributes:
-        passages, batch: of the corpus, and of one batch.
-        layer_passages: whose hidden states are compared at every depth.
-        gradient_passages, gradient_tokens: whose gradients are compared, cut to so many tokens.
-        step_passages: of the one batch that is timed forward and backward, and of peak memory.
-        forward_seconds, step_seconds: of timing, at least one round over the batches.
+        passages, batch: number of passages, in all and in a batch.
+        layer_passages: number of passages whose hidden states are compared at every depth.
+        gradient_passages, gradient_tokens: number of passages whose gradients are compared, and
+            of tokens to which they are cut.
+        step_passages: size of the batch whose training step is timed, and its peak memory.
+        forward_seconds, step_seconds: time for timing, at least one round over the batches.
     """
 
     passages: int = 256
@@ -46,14 +47,14 @@ QUICK = Plan(passages=64, step_passages=8, forward_seconds=4.0, step_seconds=4.0
 
 
 class Watcher(Protocol):
-    """Who is told what is going on."""
+    """Receives the progress of stages."""
 
     def stage(self, name: str, steps: int | None) -> AbstractContextManager[Advance]:
-        """A stage of so many steps (None: unknown); yields what to call after each."""
+        """Open a stage of ``steps`` steps (None: unknown); yield what to call after each."""
 
 
 class Stopwatch:
-    """Stages, and the seconds that each took."""
+    """Runs stages, and keeps the seconds that each took."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -68,7 +69,7 @@ class Stopwatch:
 
 
 def measure_model(plan: Plan, device: torch.device, watch: Stopwatch) -> dict[str, Any]:
-    """``{"corpus": ..., "dtypes": {"float32": ..., "bfloat16": ...}}``."""
+    """Measure the model; return ``{"corpus": ..., "dtypes": {"float32": ..., ...}}``."""
     with watch.stage("Read text and weights", 2) as advance:
         passages = stdlib_passages(plan.passages)
         advance()
@@ -115,7 +116,7 @@ def _measure_dtype(
     models = {"stock": minilm.stock(dtype, device), "fused": minilm.fused(dtype, device)}
     truth = minilm.truth(dtype, device)
 
-    # Sorted by length: the truth is the same, with less padding to compute.
+    # Sorted by length, which computes less padding and gives the same truth.
     sorted_batches = minilm.batches(ids, plan.batch, device, by_length=True)
     with watch.stage(f"{name}: float64 truth", len(batches)) as advance:
         right = accuracy.embed(truth, sorted_batches, advance)
@@ -177,18 +178,18 @@ def _time_forward(
 def _time_step(
     models: accuracy.Models, batch: Batch, plan: Plan, device: torch.device
 ) -> dict[str, Any]:
-    """After :func:`_peak_memory`, which warms up."""
+    """Time steps, after :func:`_peak_memory` has warmed up."""
     calls = {name: [partial(_step, model, batch)] for name, model in models.items()}
     return measure.summary(measure.interleaved(calls, plan.step_seconds, device))
 
 
 def _warm_up(batch: Batch) -> Batch:
-    """A few passages: enough for what is done once, such as compiling kernels."""
+    """Run a few passages, so that kernels are compiled before anything is timed."""
     return Batch(batch.input_ids[:4], batch.attention_mask[:4], batch.index[:4])
 
 
 def _step(model: torch.nn.Module, batch: Batch) -> None:
-    """Forward and backward as in training, dropout included; gradients are let go at the end."""
+    """Run forward and backward as in training, dropout included; then free the gradients."""
     model.train()
     embeddings = accuracy.embedding(model, batch)
     torch.autograd.backward(embeddings, torch.ones_like(embeddings))

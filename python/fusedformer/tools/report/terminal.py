@@ -1,4 +1,4 @@
-"""What is seen in the terminal: progress, then tables."""
+"""Show progress in the terminal, then tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedformer.tools.report.verdict import Check
 
 
 class Bars:
-    """A progress bar for each stage; on a console that is no terminal, a line when it ends."""
+    """Shows a progress bar for each stage; without a terminal, a line when it ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -35,7 +35,7 @@ class Bars:
 
 
 def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
-    """Tables of errors, times and memory, and ops; then what passed."""
+    """Print tables of errors, times, memory and ops; then what passed."""
     table = new_table("Errors against float64", "", "fusedformer", "stock", "ratio", "")
     for dtype, one in result["dtypes"].items():
         for name, ours, stock, ratio, passed in rows.error_rows(one):
@@ -68,7 +68,7 @@ def show(console: Console, result: dict[str, Any], found: list[Check]) -> None:
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """Without rows; all but the first column flush right."""
+    """Make a table without rows, all columns but the first flush right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")

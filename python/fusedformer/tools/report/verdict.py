@@ -1,4 +1,4 @@
-"""From the numbers to what passed, in words."""
+"""Judge the numbers, and say in words what passed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One statement that is true or not."""
+    """A statement, and whether it is true."""
 
     name: str
     passed: bool
@@ -16,7 +16,7 @@ class Check:
 
 
 def checks(result: dict[str, Any]) -> list[Check]:
-    """All that must hold for the report to pass; times are no part of it."""
+    """Return all that must hold for the report to pass; times are not judged."""
     found: list[Check] = []
     for dtype, one in result["dtypes"].items():
         found += _of_dtype(dtype, one)

@@ -1,4 +1,4 @@
-"""What the commands share: options, the device, and how they end."""
+"""Share options, the choice of device, and exit statuses between the commands."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run(
     argv: Sequence[str] | None,
     extras: Sequence[str] = EXTRAS,
 ) -> int:
-    """The exit status of ``command``; 2, with what is wrong, for what it could not do."""
+    """Run ``command``; return its exit status, or 2 after printing what is wrong."""
     given = parser.parse_args(argv)
-    if getattr(given, "text", None) is not None:  # a run may go on from elsewhere
+    if getattr(given, "text", None) is not None:  # a run may be resumed in another folder
         given.text = str(Path(given.text).resolve())
     missing = [name for name in extras if importlib.util.find_spec(name) is None]
     try:
@@ -40,14 +40,14 @@ def run(
 
 
 def common_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Where results go, and what computes them."""
+    """Add the options ``--out`` and ``--device``."""
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR",
                         help=f"for all that a run writes (default: {out})")  # fmt: skip
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
 
 
 def device_of(name: str | None) -> torch.device:
-    """The one that is asked for, or a GPU where there is one.
+    """Return the device that is asked for, else a GPU if there is one.
 
     Raises:
         ValueError: there is none of that name.

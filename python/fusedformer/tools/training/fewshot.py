@@ -1,9 +1,9 @@
-"""Few-shot prompting of a decoder on a toy task: ``python -m fusedformer fewshot``.
+"""Prompt a decoder with examples of a toy task: ``python -m fusedformer fewshot``.
 
-Words of a few kinds (animals, colours, ...), each kind under a letter that is drawn anew for every
-prompt: "cat B, red D, owl B, blue" goes on with "D". Nothing but the prompt's examples tells which
-letter is meant, so accuracy rises with their number although no weight changes any more. Prompts
-are judged with assignments of letters that training has never had.
+Each kind of words (animals, colours, ...) has a letter that is drawn again for every prompt: the
+answer to "cat B, red D, owl B, blue" is "D". Only the examples in the prompt tell the letters, so
+accuracy rises with their number although no weight changes. Prompts are judged with assignments of
+letters that training has never had.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ KINDS = {
 }
 LETTERS = "ABCD"
 SHOTS = (0, 1, 2, 4, 8, 16)
-HELD_OUT = 2  # of the 6 Latin squares of assignments: in each, a kind has every letter once
+HELD_OUT = 2  # of the 6 Latin squares of assignments, in which each kind has every letter once
 _BATCH, _RATE, _HEADS = 64, 3e-3, 4
-_PROMPTS = 2000  # that each accuracy is of
+_PROMPTS = 2000  # for each accuracy
 
 
 class Task:
-    """Prompts as token ids: a token for each word and letter; 0 begins."""
+    """Prompts as token ids: one for each word and letter, and 0 for the beginning."""
 
     def __init__(self, seed: int) -> None:
         self.words = [(kind, word) for kind in KINDS for word in KINDS[kind].split()]
@@ -56,7 +56,7 @@ class Task:
     def prompts(
         self, count: int, shots: int, assignments: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """``[count, 2 + 2 * shots]``, the last column a word without its letter; that letter."""
+        """Draw prompts ``[count, 2 + 2 * shots]``, which end in a word; and that word's letters."""
         order = torch.rand(count, len(self.words), generator=generator).argsort(1)
         words = order[:, : shots + 1]
         drawn = torch.randint(len(assignments), (count, 1), generator=generator)
@@ -66,19 +66,19 @@ class Task:
         return torch.cat((begin, rows[:, :-1]), 1), letters[:, -1]
 
     def text(self, ids: Tensor) -> str:
-        """Of a prompt."""
+        """Write a prompt as text."""
         return " ".join(self.tokens[i] for i in ids.tolist()).strip()
 
     @staticmethod
     def best(shots: int) -> float:
-        """The accuracy of knowing the kinds: all other words are as likely to be examples.
+        """Compute the accuracy of knowing the kinds, for examples drawn from all other words.
 
-        A kind that is among the examples is known, else the letters that are left are equal.
+        The letter of a kind among the examples is known; else the letters left are equally likely.
         """
         kinds, each = len(KINDS), len(next(iter(KINDS.values())).split())
         total = math.comb(kinds * each - 1, shots)
         right = 0.0
-        # By how many of the other kinds are among the examples, and whether the word's own is.
+        # Sum over how many other kinds are among the examples, and whether the word's own is.
         for others in range(kinds):
             for own in (0, 1):
                 ways = math.comb(kinds - 1, others) * _covering(others, own, each, shots)
@@ -87,7 +87,7 @@ class Task:
 
 
 def _covering(others: int, own: int, each: int, shots: int) -> int:
-    """Choices of ``shots`` words that have some of each of ``others`` kinds, and of the own or not.
+    """Count choices of ``shots`` words from all of ``others`` kinds, and from the own or not.
 
     By inclusion and exclusion; of the own kind one word is the query.
     """
@@ -104,7 +104,7 @@ def _covering(others: int, own: int, each: int, shots: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 for wrong usage."""
+    """Run the command; return 0, or 2 for wrong usage."""
     return commands.run(_parser(), _fewshot, argv, ("matplotlib", "rich"))
 
 
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fewshot(given: argparse.Namespace) -> int:
-    # Only now: these need the extras.
+    # Imported here because they need the extras.
     from rich.console import Console
 
     from fusedformer.tools.environment import describe
@@ -135,7 +135,7 @@ def _fewshot(given: argparse.Namespace) -> int:
     if given.layers < 1:
         raise ValueError(f"expected --layers to be positive, but got {given.layers}")
     console, device = Console(), commands.device_of(given.device)
-    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
+    given.out.mkdir(parents=True, exist_ok=True)  # fails, if at all, before the work
     task = Task(given.seed)
     torch.manual_seed(given.seed)
     config = GPTConfig(
@@ -170,7 +170,7 @@ def _fewshot(given: argparse.Namespace) -> int:
 def train(
     model: GPTDecoderModel, task: Task, steps: int, seed: int, device: torch.device, advance: Any
 ) -> list[float]:
-    """The losses of training on prompts with the letters of seen assignments."""
+    """Train on prompts with the letters of seen assignments; return the losses."""
     from fusedformer.tools.training.trainer import adamw, descend, set_rate
 
     optimizer = adamw(model.parameters(), _RATE)
@@ -179,7 +179,7 @@ def train(
     for step in range(steps):
         ids, letters = task.prompts(_BATCH, max(SHOTS), task.seen, generator)
         ids = torch.cat((ids, letters[:, None]), 1).to(device)
-        labels = ids.masked_fill((ids < 1) | (ids > len(LETTERS)), -100)  # words are not learned
+        labels = ids.masked_fill((ids < 1) | (ids > len(LETTERS)), -100)  # only letters are learned
         set_rate(optimizer, _RATE, step, steps)
         losses.append(descend(optimizer, model.loss(ids, labels)))
         advance(f"loss {losses[-1]:.3f}")
@@ -189,7 +189,7 @@ def train(
 def accuracies(
     model: GPTDecoderModel, task: Task, shots: int, device: torch.device
 ) -> dict[str, float]:
-    """Share of prompts that go on with the right letter, and where the examples' are random."""
+    """Return the shares of right letters, after right examples and after random ones."""
     generator = torch.Generator().manual_seed(shots)
     ids, letters = task.prompts(_PROMPTS, shots, task.unseen, generator)
     lettered = ids.clone()
@@ -205,12 +205,12 @@ HEAD = ("examples", "accuracy", "best possible", "letters of examples random")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it."""
+    """Write a row of the table."""
     return [str(row["shots"]), *(f"{row[name]:.3f}" for name in ("accuracy", "best", "random"))]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy by number of examples."""
+    """Draw accuracy by number of examples."""
     from fusedformer._internal.figures import drawn
 
     lines = {"best": ("best possible", "--"), "accuracy": ("decoder", "-"),

@@ -1,9 +1,9 @@
 """Fine-tune a pretrained model to say which package a docstring is of: ``... finetune``.
 
-All of it, its head alone, or a learned prefix; beside the same model from scratch, the package that
-is most frequent, and logistic regression on TF-IDF, which reads all of a docstring where models
-read as many tokens as they have positions. The text is that of the pretraining run, which has not
-seen the docstrings that accuracies are of.
+All of the model is trained, its head alone, or a learned prefix. Baselines are the same model from
+scratch, the most frequent package, and logistic regression on TF-IDF, which reads whole docstrings
+where models read as many tokens as they have positions. The text is that of the pretraining run,
+which has not seen the docstrings on which accuracies are measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusedformer.tools.training import settings as options
 from fusedformer.tools.training.text import CLS, SEP, encode
 
 BATCH = 32
-# Largest learning rates, by what is trained.
+# The largest learning rate of each method.
 RATES = {"full": 1e-3, "frozen": 5e-3, "prefix": 3e-2, "scratch": 1e-3}
 METHODS = {
     "full": "all weights",
@@ -39,7 +39,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Docstrings as ids, and which of ``names`` each is of."""
+    """Docstrings as token ids, and the package of each, an index into ``names``."""
 
     names: list[str]
     texts: list[str]
@@ -48,7 +48,7 @@ class Labelled:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 for wrong usage."""
+    """Run the command; return 0, or 2 for wrong usage."""
     return commands.run(_parser(), _finetune, argv)
 
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune(given: argparse.Namespace) -> int:
-    # Only now: these need the extras.
+    # Imported here because they need the extras.
     from rich.console import Console
 
     from fusedformer.tools.environment import describe
@@ -87,7 +87,7 @@ def _finetune(given: argparse.Namespace) -> int:
             )
     console, device = Console(), commands.device_of(given.device)
     state = read_checkpoint(given.pretrained / CHECKPOINT)
-    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
+    given.out.mkdir(parents=True, exist_ok=True)  # fails, if at all, before the work
     settings = options.Settings(**state["settings"])
     task, source, _ = load_task(settings, state)
     train, test = labelled(task, given.classes)
@@ -129,7 +129,7 @@ def _finetune(given: argparse.Namespace) -> int:
 
 
 def labelled(task: Any, classes: int) -> tuple[Labelled, Labelled]:
-    """Of the packages with most docstrings: those to train on, and held-out ones.
+    """Take the packages with most docstrings; return those to train on, and held-out ones.
 
     Raises:
         ValueError: fewer packages, or none of their docstrings held out.
@@ -159,7 +159,7 @@ def labelled(task: Any, classes: int) -> tuple[Labelled, Labelled]:
 def prepare(
     method: str, model: Any, classes: int, prefix_length: int
 ) -> finetuning.SequenceClassifier:
-    """A classifier on ``model``, of which the method's part is trained."""
+    """Make a classifier on ``model``, and freeze what the method does not train."""
     if method == "frozen":
         finetuning.freeze(model, layers=len(model.encoder.layers))
     elif method == "prefix":
@@ -177,7 +177,7 @@ def fit(
     device: torch.device,
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train, and say what came of it: accuracy by epoch, times, how many numbers were trained."""
+    """Train; return accuracy by epoch, times, and how many numbers were trained."""
     from fusedformer.tools.training.trainer import adamw, descend, set_rate
 
     parameters = [p for p in classifier.parameters() if p.requires_grad]
@@ -209,7 +209,7 @@ def fit(
 def accuracy(
     classifier: finetuning.SequenceClassifier, test: Labelled, device: torch.device
 ) -> float:
-    """Share of ``test`` that is told rightly."""
+    """Return the share of ``test`` that is classified rightly."""
     classifier.eval()
     right = 0
     for start in range(0, len(test.ids), 8 * BATCH):
@@ -230,13 +230,13 @@ def _batch(
 
 
 def majority(train: Labelled, test: Labelled) -> float:
-    """Accuracy of always naming the package that is most frequent."""
+    """Return the accuracy of always naming the most frequent package."""
     most = Counter(train.labels).most_common(1)[0][0]
     return test.labels.count(most) / len(test.labels)
 
 
 def tfidf(train: Labelled, test: Labelled) -> float:
-    """Accuracy of logistic regression on TF-IDF of words."""
+    """Return the accuracy of logistic regression on TF-IDF of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -249,7 +249,7 @@ def tfidf(train: Labelled, test: Labelled) -> float:
 
 
 def with_error(share: float, test: Labelled) -> dict[str, float]:
-    """An accuracy and its standard error."""
+    """Return an accuracy and its standard error."""
     return {
         "accuracy": share, "standard_error": math.sqrt(share * (1.0 - share) / len(test.ids))
     }  # fmt: skip
@@ -259,7 +259,7 @@ HEAD = ("", "accuracy", "trained parameters", "ms a step")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it."""
+    """Write a row of the table."""
     name = row["method"] + (f": {row['trained']}" if "trained" in row else "")
     shown = [name, f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}"]
     if "ms_per_step" not in row:
@@ -268,7 +268,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Accuracy by epoch of each method, and the baselines."""
+    """Draw the accuracy of each method by epoch, and the baselines."""
     from fusedformer._internal.figures import drawn
 
     with drawn(path) as axis:

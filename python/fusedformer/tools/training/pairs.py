@@ -1,4 +1,4 @@
-"""Two texts that belong together: one tower for both, and what word counts alone can tell."""
+"""Match pairs of texts: by one tower for both sides, and by counts of words as a baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedformer.tools.training import stock
 from fusedformer.tools.training.settings import Settings
 from fusedformer.tools.training.text import SEP
 
-# Words within names too: getLineNumber and line_number have "line" and "number".
+# Splits names too: getLineNumber and line_number have "line" and "number".
 WORDS = r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+"
 
 
@@ -49,24 +49,24 @@ class PairEncoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[B, width]`` of length 1."""
+        """Return features ``[B, width]`` of length 1."""
         hidden = self.tower(input_ids, attention_mask)
         return F.normalize(self.projection(hidden), dim=-1)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of a batch whose first half belongs to its second, row by row."""
+        """Return the loss of a batch whose first half matches its second, row by row."""
         a, b = self.features(input_ids, attention_mask).chunk(2)
         loss: Tensor = self.contrast(a, b)
         return loss
 
 
 def words(text: str) -> list[str]:
-    """In lower case."""
+    """Split a text into words, in lower case."""
     return [word.lower() for word in re.findall(WORDS, text)]
 
 
 def tfidf_retrieval(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """How often a first text finds its second one among all, by cosines of TF-IDF vectors."""
+    """Return how often a text finds its partner among all, by cosines of TF-IDF vectors."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     first, second = zip(*pairs, strict=True)
@@ -74,6 +74,6 @@ def tfidf_retrieval(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     b = vectorizer.fit_transform(second)
     scores = torch.from_numpy((vectorizer.transform(first) @ b.T).toarray())
     own = scores.diagonal()[:, None]
-    # Of ties half are thought to come first.
+    # Half of the ties count as ahead.
     places = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
     return {f"top-{n}": float((places < n).double().mean()) for n in (1, 5)}

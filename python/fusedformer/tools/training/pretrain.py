@@ -1,9 +1,9 @@
 """Pretrain a small model on text that is here: ``python -m fusedformer pretrain``.
 
-BERT's objectives, GPT's, or CLIP's on pairs of a function's signature and its docstring. The folder
-of the run has the checkpoint, from which ``--resume`` goes on, ``metrics.json``, ``loss.svg``, and
-the model as transformers loads it. On the same machine, with as many threads, a run that was
-stopped or killed ends with the bits of one that was not.
+The objectives are BERT's, GPT's, or CLIP's on pairs of a function's signature and its docstring.
+The folder of the run gets the checkpoint for ``--resume``, ``metrics.json``, ``loss.svg``, and the
+model as transformers loads it. On the same machine, with the same number of threads, a run that
+was stopped or killed, and then resumed, ends with the bits of one that was not.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fusedformer.tools.training import settings as options
 from fusedformer.tools.training.settings import Settings
 
 CHECKPOINT = "checkpoint.pt"
-_EVALUATIONS = 10  # in a run
+_EVALUATIONS = 10  # times in a run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, 1 if stock's loss curve is another one, 2 for wrong usage, 130 if stopped."""
+    """Run it; return 0, 1 if stock's loss curve differs, 2 for wrong usage, 130 if stopped."""
     return commands.run(_parser(), _pretrain, argv)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Signals that ask to stop, as they come, so that none ends a step half way; two do."""
+    """Collect signals that ask to stop, so that a step is finished first; a second one stops it."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -41,7 +41,7 @@ def stop_requests() -> Iterator[list[int]]:
         came.append(number)
 
     wanted = [signal.SIGINT, signal.SIGTERM]
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is not threading.main_thread():  # the only one that gets signals
         wanted = []
     before = {number: signal.signal(number, note) for number in wanted}
     try:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(given: argparse.Namespace) -> int:
-    # Only now: these need the extras.
+    # Imported here because they need the extras.
     from rich.console import Console
 
     from fusedformer.tools.training import results, terminal
@@ -76,7 +76,7 @@ def _pretrain(given: argparse.Namespace) -> int:
     console, device = Console(), commands.device_of(given.device)
     path = given.out / CHECKPOINT
     state = _state(path, given)
-    given.out.mkdir(parents=True, exist_ok=True)  # or fail before the work
+    given.out.mkdir(parents=True, exist_ok=True)  # fails, if at all, before the work
     named = options.given_settings(given)
     settings = options.resumed(state["settings"], named) if state else options.new(named)
     task, source, tokenizer = load_task(settings, state)
@@ -137,7 +137,7 @@ def _pretrain(given: argparse.Namespace) -> int:
 
 
 def _state(path: Path, given: argparse.Namespace) -> dict[str, Any] | None:
-    """Of the run to go on with, if there is to be one."""
+    """Read the state of the run to resume, if one is to be resumed."""
     if not given.resume:
         if path.exists():
             raise ValueError(
@@ -152,7 +152,7 @@ def _state(path: Path, given: argparse.Namespace) -> dict[str, Any] | None:
 def load_task(
     settings: Settings, state: dict[str, Any] | None = None
 ) -> tuple[Any, dict[str, Any], str]:
-    """(task, what its text is, the tokenizer as JSON), the tokenizer of a checkpoint's ``state``.
+    """Make (task, description of its text, tokenizer as JSON), from ``state`` if resumed.
 
     Raises:
         ValueError: the text is not that of the checkpoint.

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: figures as JSON, the loss curve, the model for transformers."""
+"""Write the results of a run: figures as JSON, the loss curve, the model for transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES = {
 def figures(
     trainer: Trainer, source: dict[str, Any], baselines: dict[str, float], examples: list[str]
 ) -> dict[str, Any]:
-    """All that was measured, for JSON.
+    """Collect all that was measured, as JSON takes it.
 
     Args:
         source: of the text: where it is from, how much it is.
@@ -51,21 +51,21 @@ def figures(
 
 
 def write_figures(folder: Path, found: dict[str, Any]) -> Path:
-    """``metrics.json`` in ``folder``."""
+    """Write ``metrics.json`` into ``folder``."""
     path = folder / "metrics.json"
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return path
 
 
 def draw(found: dict[str, Any], chance: str, path: Path) -> None:
-    """Loss by step, smoothed, of ours and of stock; held-out text; what can be had without."""
+    """Draw the smoothed losses of ours and of stock, that of held-out text, and baselines."""
     from fusedformer._internal.figures import drawn
 
     with drawn(path) as axis:
         for name in (STOCK, OURS):
             losses = found["losses"].get(name)
             if losses:
-                # Stock's line is wider and below: where the two agree both can be seen.
+                # Stock's line is wider and below, so that both show where they agree.
                 axis.plot(
                     range(1, len(losses) + 1), smoothed(losses), color=_COLOURS[name], label=name,
                     linewidth=5.0 if name == STOCK else 1.6,
@@ -82,13 +82,13 @@ def draw(found: dict[str, Any], chance: str, path: Path) -> None:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Each with those shortly before it: the mean of up to a fiftieth of all."""
+    """Average each loss with those before it, over up to a fiftieth of all."""
     width = max(1, len(losses) // 50)
     return [statistics.fmean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
 
 
 def export(folder: Path, model: Any, task: Task) -> list[Path]:
-    """The weights, by Hugging Face's names, and the tokenizer, where transformers has the model.
+    """Write weights by Hugging Face's names, and the tokenizer, if transformers has the model.
 
     ``transformers.AutoModelForPreTraining.from_pretrained(folder)`` and, of the causal one,
     ``AutoModelForCausalLM``, load it.
@@ -101,7 +101,7 @@ def export(folder: Path, model: Any, task: Task) -> list[Path]:
     files = [folder / name for name in ("model.safetensors", "config.json", "tokenizer.json")]
     tied = set(model._tied())
     weights = model.to_huggingface_state_dict()
-    alone = {  # the file has no views
+    alone = {  # safetensors takes no views
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in weights.items()
         if name not in tied
@@ -115,7 +115,7 @@ def export(folder: Path, model: Any, task: Task) -> list[Path]:
 
 
 def rows(found: dict[str, Any], chance: str) -> list[list[str]]:
-    """The table that a run ends with: names and values."""
+    """Return names and values of the table that a run ends with."""
     last = found["evaluations"][-1]
     body = [["held-out " + name, f"{value:.4g}"] for name, value in last.items() if name != "step"]
     body += [[name, f"{v:.4g}"] for name, v in found["baselines"].items()]

@@ -1,4 +1,4 @@
-"""What a run is: all that its result depends on, as the command line gives it."""
+"""Read the settings of a run: all that its result depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from fusedformer.tools.training.text import LEAST_VOCABULARY
 
-# Steps, which take minutes on two cores, and the largest learning rate.
+# By objective: steps, for minutes on two cores, and the largest learning rate.
 DEFAULTS = {"mlm+nsp": (2500, 3e-3), "causal": (1000, 1e-3), "contrastive": (400, 1e-3)}
 _FIRST = "mlm+nsp"
 STEPS, RATES = (", ".join(map(str, column)) for column in zip(*DEFAULTS.values(), strict=True))
@@ -17,7 +17,7 @@ STEPS, RATES = (", ".join(map(str, column)) for column in zip(*DEFAULTS.values()
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a pretraining run; sizes are such that one takes minutes on two cores.
+    """The settings of a pretraining run, which by default takes minutes on two cores.
 
     Raises:
         ValueError: a value out of range, or two that exclude each other.
@@ -107,12 +107,12 @@ class Settings:
 
 
 def option(name: str) -> str:
-    """The option of a field."""
+    """Name the option of a field."""
     return "--" + name.replace("_", "-")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option for each field; those that are not given are not in the result."""
+    """Add an option for each field; those not given are left out of the parsed result."""
     for field in dataclasses.fields(Settings):
         given: dict[str, Any] = dict(field.metadata)
         if field.type == "bool":
@@ -125,22 +125,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the command line names."""
+    """Return the fields that the command line names."""
     names = [field.name for field in dataclasses.fields(Settings)]
     return {name: value for name, value in vars(parsed).items() if name in names}
 
 
 def new(given: dict[str, Any]) -> Settings:
-    """Those of a run that begins."""
+    """Make the settings of a new run."""
     objective = given.get("objective", Settings.objective)
     return Settings(**dict(zip(("steps", "lr"), DEFAULTS[objective], strict=True)) | given)
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
-    """Those of a saved run, which is not to be gone on with otherwise.
+    """Return the settings of a saved run, which must not change when it is resumed.
 
     Raises:
-        ValueError: ``given`` says otherwise.
+        ValueError: ``given`` differs from them.
     """
     other = [name for name, value in given.items() if saved[name] != value]
     if other:

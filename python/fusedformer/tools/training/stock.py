@@ -1,4 +1,4 @@
-"""The models of :mod:`fusedformer.models` of torch's own modules: padded, with all logits.
+"""Build the models of :mod:`fusedformer.models` of torch's own modules: padded, with all logits.
 
 Parameters have the same names and shapes, so either loads the other's ``state_dict``; ``loss``
 takes the same arguments.
@@ -31,7 +31,7 @@ def _encoder(
 
 
 class StockBert(nn.Module):
-    """As ``BertEncoderModel`` with its heads ``"mlm"`` and ``"nsp"``, without dropout."""
+    """``BertEncoderModel`` with its heads ``"mlm"`` and ``"nsp"``, without dropout."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StockBert(nn.Module):
         self, input_ids: Tensor, labels: Tensor, next_sentence_label: Tensor,
         attention_mask: Tensor, token_type_ids: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Masked language modelling and next sentence, added."""
+        """Add the losses of masked language modelling and next sentence."""
         tables, head = self.embeddings, self.mlm
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = tables["word"](input_ids) + tables["token_type"](token_type_ids)
@@ -82,7 +82,7 @@ class _Causal(nn.Module):
         self.encoder = _encoder(width, pre_norm=True, final_norm=True, **encoder)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
-        """Hidden states ``[B, L, d]``."""
+        """Return hidden states ``[B, L, d]``."""
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)
         x = self.embeddings["token"](input_ids) + self.embeddings["position"](positions)
@@ -92,7 +92,7 @@ class _Causal(nn.Module):
 
 
 class StockGPT(_Causal):
-    """As ``GPTDecoderModel``, without dropout."""
+    """``GPTDecoderModel`` without dropout."""
 
     def __init__(self, config: GPTConfig) -> None:
         width = config.n_embd
@@ -103,14 +103,14 @@ class StockGPT(_Causal):
         )  # fmt: skip
 
     def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
-        """Each token from those before it."""
+        """Return the loss of predicting each token from those before it."""
         logits = F.linear(self.hidden(input_ids)[:, :-1], self.embeddings["token"].weight)
         wanted = labels[:, 1:].masked_fill(attention_mask[:, 1:] == 0, IGNORED)
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
 
 
 class StockTextTower(_Causal):
-    """As CLIP's text tower: the hidden state of the last real token."""
+    """CLIP's text tower, which returns the hidden state of the last real token."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(
@@ -121,20 +121,20 @@ class StockTextTower(_Causal):
         )  # fmt: skip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """``[B, d]``."""
+        """Return ``[B, d]``."""
         last = attention_mask.sum(1) - 1
         return self.hidden(input_ids)[torch.arange(len(last), device=last.device), last]
 
 
 class StockContrastive(nn.Module):
-    """As ``ContrastiveLoss``, with the matrix of all scores."""
+    """``ContrastiveLoss`` with the matrix of all scores."""
 
     def __init__(self) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The mean of both directions' cross entropies."""
+        """Return the mean of both directions' cross entropies."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
         scores = self.logit_scale.exp() * a @ b.t()

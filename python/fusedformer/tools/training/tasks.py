@@ -1,4 +1,4 @@
-"""The objectives of pretraining: batches, models, and what a loss is to be compared with."""
+"""Define the objectives of pretraining: batches, models, and baselines of the loss."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fusedformer.tools.training.text import (
 
 Batch = dict[str, Tensor]
 
-_SHORTEST = 5  # tokens: what is left of a passage that was cut is dropped if it has fewer
+_SHORTEST = 5  # tokens; a shorter rest of a passage that was cut is dropped
 _SHOWN = 3
-_DROPPED = 0.2  # of the tokens of a pair, anew each time: pairs are few
-_ALIKE = 8  # ranks by length, either way, among which another second half is found
+_DROPPED = 0.2  # share of a pair's tokens, drawn each time, since pairs are few
+_ALIKE = 8  # ranks by length, up and down, among which a wrong second half is chosen
 
 
 class Task(ABC):
-    """An objective on a corpus. All that is drawn is by the generator that is given.
+    """An objective on a corpus. All random numbers come from the generator that is given.
 
     Attributes:
         chance: what ``baselines`` has that the training loss must fall below.
@@ -48,7 +48,7 @@ class Task(ABC):
 
     @staticmethod
     def text(passage: Passage) -> str:
-        """What is learned of it."""
+        """Return the text of a passage that is learned."""
         return passage.text
 
     def __init__(self, settings: Settings, corpus: Corpus, tokenizer: Any) -> None:
@@ -60,43 +60,43 @@ class Task(ABC):
 
     @abstractmethod
     def read(self) -> None:
-        """Samples of both parts of the corpus."""
+        """Make samples of both parts of the corpus."""
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """This library's, whose ``loss`` takes a batch as keyword arguments."""
+        """Make this library's model, whose ``loss`` takes a batch as keyword arguments."""
 
     @abstractmethod
     def stock_model(self) -> nn.Module:
-        """torch's: it loads the ``state_dict`` of ``model``, and has such a ``loss`` too."""
+        """Make torch's model, which takes the ``state_dict`` and the batches of ``model``."""
 
     @abstractmethod
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
-        """The part of ``model`` that has ``pooled``, with its weights of a checkpoint."""
+        """Make the part of ``model`` that has ``pooled``, and load its weights."""
 
     @abstractmethod
     def batches(self, epoch: int) -> list[list[int]]:
-        """The samples of each step of an epoch."""
+        """Group the samples of an epoch by step."""
 
     @abstractmethod
     def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
-        """What ``loss`` takes."""
+        """Return what ``loss`` takes."""
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:
-        """What can be had without a model."""
+        """Compute what is reached without a model."""
 
     @abstractmethod
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Of held-out text as it is: ``"loss"`` and other figures."""
+        """Evaluate on unchanged held-out text: ``"loss"`` and other figures."""
 
     @abstractmethod
     def examples(self, model: Any) -> list[str]:
-        """A few lines that show what the model does."""
+        """Write a few lines that show what the model does."""
 
 
 class _Windows(Task):
-    """Tasks on passages, the long ones cut; batches of about as many tokens."""
+    """Tasks on passages, long ones cut, in batches of about equal numbers of tokens."""
 
     special: int  # tokens of a sample besides those of the passage
 
@@ -118,7 +118,7 @@ class _Windows(Task):
         return self.held_out if held_out else self.windows
 
     def _sampled(self, shuffle: bool) -> LengthBalancedSampler:
-        """Of what is trained on, in other orders each epoch; or of what is held out."""
+        """Group the samples to train on, in a new order each epoch; or the held-out ones."""
         lengths = [len(window) + self.special for window in self._part(not shuffle)]
         given = self.settings
         return LengthBalancedSampler(
@@ -140,16 +140,16 @@ class _Windows(Task):
 
     @abstractmethod
     def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
-        """What ``loss`` takes of some windows of a part."""
+        """Make a batch of some windows of a part."""
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """The same each time."""
+        """Make the held-out batches, the same each time."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         for samples in self._sampled(shuffle=False):
             yield self.batch_of(True, samples, generator)
 
     def unigram(self, *others: int) -> float:
-        """The loss of knowing how often each token is, and that ``others`` end each window."""
+        """Compute the loss of knowing how often each token is, and that ``others`` end windows."""
         train, held_out = (
             [[*window, *others] for window in part] for part in (self.windows, self.held_out)
         )
@@ -157,7 +157,7 @@ class _Windows(Task):
 
 
 class MaskedAndNext(_Windows):
-    """BERT's: masked tokens, and whether the second half belongs to the first."""
+    """BERT's objectives: masked tokens, and whether the second half belongs to the first."""
 
     chance = "unigram + coin"
     special = 3
@@ -168,7 +168,7 @@ class MaskedAndNext(_Windows):
         super().read()
         parts = self.windows, self.held_out
         self._halves = [[self._halved(window) for window in part] for part in parts]
-        # A half that does not belong is of about the same length: else lengths would tell.
+        # A wrong half has about the same length, so that lengths do not tell.
         self._orders = [
             sorted(range(len(halves)), key=lambda i: len(halves[i][1])) for halves in self._halves
         ]
@@ -179,7 +179,7 @@ class MaskedAndNext(_Windows):
         return window[:middle], window[middle:]
 
     def config(self) -> BertConfig:
-        """Sizes of the model."""
+        """Return the sizes of the model."""
         given = self.settings
         return BertConfig(
             self.vocab_size,
@@ -201,7 +201,7 @@ class MaskedAndNext(_Windows):
 
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
         model = BertEncoderModel(self.config(), heads=["pooler"])
-        return _loaded(model, weights)
+        return _with_weights(model, weights)
 
     def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
         halves, order = self._halves[held_out], self._orders[held_out]
@@ -229,7 +229,7 @@ class MaskedAndNext(_Windows):
         }  # fmt: skip
 
     def _middle(self, window: list[int]) -> int:
-        """Where the word nearest to the middle begins."""
+        """Find the beginning of the word nearest to the middle."""
         half = len(window) // 2
         starts = [i for i in range(1, len(window)) if self._begins_word[window[i]]]
         return min(starts, key=lambda i: abs(i - half), default=half)
@@ -240,7 +240,8 @@ class MaskedAndNext(_Windows):
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
-        sums = torch.zeros(5, dtype=torch.float64)  # loss, masked; loss, right; sequences
+        # Loss and number of masked tokens; loss, right answers and number of sequences.
+        sums = torch.zeros(5, dtype=torch.float64)
         for batch in self.held_out_batches():
             batch = moved(batch, model)
             labels, follows = batch.pop("labels"), batch.pop("next_sentence_label")
@@ -272,13 +273,13 @@ class MaskedAndNext(_Windows):
 
 
 class Causal(_Windows):
-    """GPT's: each token from those before it."""
+    """GPT's objective: each token from those before it."""
 
     chance = "unigram"
     special = 2
 
     def config(self) -> GPTConfig:
-        """Sizes of the model."""
+        """Return the sizes of the model."""
         given = self.settings
         return GPTConfig(
             self.vocab_size,
@@ -299,7 +300,7 @@ class Causal(_Windows):
         return stock.StockGPT(self.config())
 
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
-        return _loaded(self.model(), weights)
+        return _with_weights(self.model(), weights)
 
     def batch_of(self, held_out: bool, samples: Sequence[int], generator: Generator) -> Batch:
         ids, mask = padded([[CLS, *self._part(held_out)[i], SEP] for i in samples])
@@ -334,7 +335,7 @@ class Causal(_Windows):
 
 
 class Contrastive(Task):
-    """CLIP's loss on how a function is called, and its docstring."""
+    """CLIP's objective, on a function's signature and its docstring."""
 
     chance = "uniform"
 
@@ -357,7 +358,7 @@ class Contrastive(Task):
 
     def _encoded(self, passages: list[Passage]) -> list[tuple[list[int], list[int]]]:
         longest = self.settings.length - 2
-        sides = [_spoken(p.signature) for p in passages], [self.text(p) for p in passages]
+        sides = [_signature_words(p.signature) for p in passages], [self.text(p) for p in passages]
         encoded = (encode(self.tokenizer, side) for side in sides)
         cut = ([[CLS, *ids[:longest], SEP] for ids in side] for side in encoded)
         return list(zip(*cut, strict=True))
@@ -369,18 +370,18 @@ class Contrastive(Task):
         return PairEncoder(self.settings, self.vocab_size, of_torch=True)
 
     def encoder_for_classes(self, weights: Mapping[str, Tensor] | None) -> Any:
-        return _loaded(self.model(), weights).tower
+        return _with_weights(self.model(), weights).tower
 
     def batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.settings.seed + epoch)
         order = torch.randperm(len(self.pairs), generator=generator)
-        size = self.settings.pairs  # what is left over comes in another epoch
+        size = self.settings.pairs  # the rest is part of another epoch
         found: list[list[int]] = order[: len(order) // size * size].view(-1, size).tolist()
         return found
 
     def batch(self, samples: Sequence[int], generator: Generator) -> Batch:
-        sides = _sides([self._ids[0][i] for i in samples])
-        return _masked([_thinned(side, generator) for side in sides])
+        sides = _all_sides([self._ids[0][i] for i in samples])
+        return _padded_batch([_without_some(side, generator) for side in sides])
 
     def baselines(self) -> dict[str, float]:
         pairs = [(p.signature, p.text) for p in self.held_out]
@@ -411,11 +412,11 @@ class Contrastive(Task):
         return found
 
     def _features(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Those of held-out calls and docstrings."""
+        """Compute the features of held-out signatures and docstrings."""
         found = []
         size = self.settings.pairs
         for start in range(0, len(self._ids[1]), size):
-            batch = moved(_masked(_sides(self._ids[1][start : start + size])), model)
+            batch = moved(_padded_batch(_all_sides(self._ids[1][start : start + size])), model)
             found.append(model.features(**batch).float().chunk(2))
         a, b = zip(*found, strict=True)
         return torch.cat(a), torch.cat(b)
@@ -426,8 +427,8 @@ TASKS: dict[str, type[Task]] = {
 }  # fmt: skip
 
 
-def _loaded(model: Any, weights: Mapping[str, Tensor] | None) -> Any:
-    """With those of ``weights`` that it has a place for, which must be all of its own."""
+def _with_weights(model: Any, weights: Mapping[str, Tensor] | None) -> Any:
+    """Load from ``weights`` all that the model has; others are left out."""
     if weights is not None:
         own = model.state_dict()
         model.load_state_dict({name: weights[name] for name in own})
@@ -439,30 +440,30 @@ def _cut(ids: list[int], longest: int) -> list[list[int]]:
     return [part for part in parts if len(part) >= _SHORTEST]
 
 
-def _spoken(signature: str) -> str:
-    """Its words, so that the tokens of names are those of English."""
+def _signature_words(signature: str) -> str:
+    """Split a signature into words, so that names have the tokens of English."""
     return " " + " ".join(words(signature))
 
 
-def _sides(pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
-    """All first sides, then all second ones."""
+def _all_sides(pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """List all first sides, then all second ones."""
     return [side for sides in zip(*pairs, strict=True) for side in sides]
 
 
-def _thinned(ids: list[int], generator: Generator) -> list[int]:
-    """Without some tokens, but for the first and the last."""
+def _without_some(ids: list[int], generator: Generator) -> list[int]:
+    """Drop some tokens, but neither the first nor the last."""
     kept = (torch.rand(len(ids), generator=generator) >= _DROPPED).tolist()
     kept[0] = kept[-1] = True
     return [token for token, keep in zip(ids, kept, strict=True) if keep]
 
 
-def _masked(rows: Sequence[Sequence[int]]) -> Batch:
+def _padded_batch(rows: Sequence[Sequence[int]]) -> Batch:
     ids, mask = padded(rows)
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(``[B, L]``, 1 where a row has something), zeros behind."""
+    """Pad rows with zeros; return (``[B, L]``, a mask of 1 for real tokens)."""
     tensors = [torch.tensor(row) for row in rows]
     ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)
     lengths = torch.tensor([len(row) for row in rows])
@@ -470,6 +471,6 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def moved(batch: Batch, model: nn.Module) -> Batch:
-    """To the device of ``model``."""
+    """Move a batch to the device of ``model``."""
     device = next(model.parameters()).device
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""Progress of a training, and tables, in the terminal; lines where it is no terminal."""
+"""Show the progress of a training, and tables; plain lines if there is no terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rich.progress import (
 
 from fusedformer.tools.report.terminal import new_table
 
-_LINES = 20  # where there is no bar
+_LINES = 20  # printed in place of a bar
 
 
 @contextmanager
 def progress(
     console: Console, name: str, steps: int, done: int = 0
 ) -> Iterator[Callable[[str], None]]:
-    """A bar of ``steps``, of which some are done; the function says that one more is, and how."""
+    """Show a bar of ``steps``; yield the function that reports a step and its figures."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[said]}"), console=console,
@@ -48,14 +48,14 @@ def progress(
 
 
 def say(console: Console, line: str) -> None:
-    """As it is: brackets in it are no markup, and nothing is cut."""
+    """Print a line unchanged: brackets are not markup, and nothing is cut."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    """All but the first column flush right."""
+    """Print a table, all columns but the first flush right."""
     table = new_table(title, *columns)
     for row in rows:
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""Passages of English, a part of them held out, and the tokenizer that is trained on the rest."""
+"""Read passages of English, hold some out, and train a tokenizer on the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Passages to train on and held-out ones, about a tenth, whatever else is there."""
+    """Passages to train on, and held-out ones: about a tenth, the same in any corpus."""
 
     source: str
     train: list[Passage]
@@ -31,7 +31,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """Of all text: another one is another corpus."""
+        """A hash of all text, by which a checkpoint knows its corpus."""
         found = hashlib.sha256()
         for passage in (*self.train, *self.held_out):
             found.update(f"{passage.name}\0{passage.signature}\0{passage.text}\0".encode())
@@ -39,7 +39,7 @@ class Corpus:
 
 
 def read_corpus(root: Path | None = None) -> Corpus:
-    """Docstrings of the ``.py`` files of ``root``, and paragraphs of its text files.
+    """Read docstrings of the ``.py`` files of ``root``, and paragraphs of its text files.
 
     Args:
         root: folder, searched at all depths (folders of tests are left out); the docstrings of
@@ -72,7 +72,7 @@ def read_corpus(root: Path | None = None) -> Corpus:
 
 
 def _paragraphs(root: Path) -> list[Passage]:
-    """Each paragraph of at least five words once."""
+    """Return each paragraph of at least five words once."""
     unique: dict[str, Passage] = {}
     files = {p: parts for end in _PROSE for parts, p in files_under(root, end).items()}
     for path, parts in sorted(files.items()):
@@ -83,7 +83,7 @@ def _paragraphs(root: Path) -> list[Passage]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A ``tokenizers.Tokenizer``: byte-level byte-pair encoding, which can write any text back.
+    """Train a ``tokenizers.Tokenizer``: byte-level byte-pair encoding, which is lossless.
 
     Ids 0 to 3 are ``[PAD]``, ``[CLS]``, ``[MASK]`` and ``[SEP]``.
 
@@ -115,15 +115,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens."""
-    tokenizer.encode_special_tokens = True  # a text that has "[MASK]" has no mask
+    """Return the ids of each text, without special tokens."""
+    tokenizer.encode_special_tokens = True  # "[MASK]" within a text is no special token
     return [one.ids for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def unigram_loss(
     train: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], vocab_size: int
 ) -> float:
-    """Cross entropy in nats of held-out tokens by how often each is in ``train``, plus one."""
+    """Compute the cross entropy in nats of held-out tokens by their counts in ``train`` plus 1."""
     counts = Counter(token for tokens in train for token in tokens)
     total = sum(counts.values()) + vocab_size
     wanted = Counter(token for tokens in held_out for token in tokens)

@@ -1,4 +1,4 @@
-"""Training that can be stopped at any step and goes on with the same bits."""
+"""Train so that a run can stop at any step, and resume with the same bits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fusedformer.parity.trained import Gaps, TrainingReport, add_gaps, nudged
 from fusedformer.tools.training.tasks import Task, moved
 
 OURS, STOCK, NUDGED = "fusedformer", "stock", "stock, nudged"
-# As a training report names them.
+# By the names of a training report.
 _ROLES = {OURS: "candidate", STOCK: "baseline", NUDGED: "nudged 1"}
-_WARMUP = 0.1  # of the steps
+_WARMUP = 0.1  # share of the steps
 _LARGEST_NORM = 1.0  # of all gradients together
-_SKIPPED = 3  # steps that are not counted in times: buffers are made in them
+_SKIPPED = 3  # steps not timed, since they allocate buffers
 
 
 @dataclass
@@ -36,20 +36,20 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "losses": self.losses, "seconds": self.seconds,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """What :meth:`state` gave."""
+        """Load what :meth:`state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
 
     def milliseconds(self) -> dict[str, float]:
-        """Of a step: median, 20th and 80th percentile; without the first ones, if there are more.
+        """The median, 20th and 80th percentile of steps, without the first ones if there are more.
 
         Forward, backward and the optimizer's step; not the making of batches.
         """
@@ -62,10 +62,10 @@ class Run:
 
 
 class Trainer:
-    """A task, its model in training, and with ``settings.stock`` two of torch's modules beside it.
+    """Trains the model of a task, and with ``settings.stock`` two of torch's modules beside it.
 
-    All start from the same weights, one of them moved by one rounding: how far that one comes from
-    its twin is what rounding alone does, by which the difference of ours is judged.
+    All start from the same weights, but those of one stock model are moved by one rounding: how far
+    the two stock models part is the effect of rounding, by which the difference of ours is judged.
 
     A step depends on weights, optimizer and its number alone: batches, masks and dropout are drawn
     by generators that are seeded with the number.
@@ -96,16 +96,16 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """How many."""
+        """The number of steps done."""
         return len(self.tokens)
 
     @property
     def model(self) -> Any:
-        """This library's."""
+        """This library's model."""
         return self.runs[OURS].model
 
     def step(self) -> float:
-        """One step of all models on the same batch; the loss of ours."""
+        """Take a step with all models on the same batch; return the loss of ours."""
         number = self.steps_done
         if self._done == len(self._batches):
             self._epoch, self._done = self._epoch + 1, 0
@@ -140,7 +140,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _timed(self, run: Run, again: bool = False) -> Iterator[None]:
-        """Count what is inside as a step of ``run``, or ``again`` as more of its last one."""
+        """Time a step of ``run``, or with ``again`` add to the time of its last one."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -156,7 +156,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def evaluate(self) -> dict[str, float]:
-        """Of held-out text, now; kept with the number of the step."""
+        """Evaluate on held-out text, and keep the result with the number of the step."""
         self.model.eval()
         with torch.random.fork_rng(), self._autocast():
             found = {"step": self.steps_done, **self.task.evaluate(self.model)}
@@ -165,7 +165,7 @@ class Trainer:
         return found
 
     def check_finite(self) -> None:
-        """Raise ValueError if the last step or evaluation was not."""
+        """Raise ``ValueError`` if a loss of the last step or evaluation is not finite."""
         last = {f"loss of {name}": run.losses[-1] for name, run in self.runs.items()}
         if self.evaluations:
             last["held-out loss"] = self.evaluations[-1]["loss"]
@@ -176,7 +176,7 @@ class Trainer:
                 )
 
     def report(self) -> TrainingReport | None:
-        """Our loss curve beside stock's; None without stock."""
+        """Compare our loss curve with stock's; None without stock."""
         if not self.settings.stock:
             return None
         losses = {_ROLES[name]: run.losses for name, run in self.runs.items()}
@@ -184,13 +184,13 @@ class Trainer:
         return TrainingReport(losses, self.gaps["gradients"], self.gaps["weights"], eps)
 
     def tokens_per_second(self) -> float:
-        """Of this library's model: the median step's; padding is not counted."""
+        """Tokens a second of our model's median step; padding is not counted."""
         seconds = self.runs[OURS].seconds
         rates = [n / time for n, time in zip(self.tokens, seconds, strict=True)]
         return statistics.median(rates[_SKIPPED:] or rates)
 
     def save(self, path: Path, **others: Any) -> None:
-        """A file that is whole, or the one that was there before."""
+        """Write a checkpoint so that an interruption leaves the one before it."""
         state = {
             "settings": asdict(self.settings), "tokens": self.tokens, "gaps": self.gaps,
             "evaluations": self.evaluations, "reached": (self._epoch, self._done),
@@ -204,7 +204,7 @@ class Trainer:
         os.replace(part, path)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`save` wrote, of the same settings and task."""
+        """Load what :meth:`save` wrote for the same settings and task."""
         for name, run in self.runs.items():
             run.load(state["runs"][name])
         self.tokens, self.evaluations = state["tokens"], state["evaluations"]
@@ -214,12 +214,12 @@ class Trainer:
 
 
 def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
-    """The optimizer of all that is trained here."""
+    """Make the optimizer of every training here."""
     return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, largest: float, step: int, steps: int) -> None:
-    """Up to the largest rate in a tenth of the steps, then down to a tenth of it."""
+    """Raise the rate for a tenth of the steps, then lower it to a tenth of the largest."""
     warmup = max(1, round(_WARMUP * steps))
     if step < warmup:
         share = (step + 1) / warmup
@@ -236,7 +236,7 @@ def clip(optimizer: torch.optim.Optimizer) -> None:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-    """A step down ``loss``, whose value it returns, after waiting for the device."""
+    """Take a step down ``loss``; return its value after waiting for the device."""
     loss.backward()  # type: ignore[no-untyped-call]
     clip(optimizer)
     optimizer.step()
@@ -245,17 +245,17 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What :meth:`Trainer.save` wrote, on the CPU.
+    """Read what :meth:`Trainer.save` wrote, to the CPU.
 
     Raises:
-        ValueError: there is none, or it is something else.
+        ValueError: there is no file, or it is not a checkpoint.
     """
     if not path.exists():
         raise ValueError(f"expected a checkpoint, but there is no {path}")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu")
         complete = state.keys() >= {"settings", "runs", "tokens", "text", "tokenizer"}
-    except Exception as error:  # what is damaged raises all kinds
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"expected {path} to be a checkpoint: {error!r}") from None
     if not complete:
         raise ValueError(f"expected {path} to be a checkpoint of 'pretrain', but it is not")

@@ -1,8 +1,8 @@
-"""``python -m fusedformer tune``: tile configs for the GPU that is here.
+"""Tune tile configs for the GPU of this machine: ``python -m fusedformer tune``.
 
-Candidates that spill, or do not fit in shared memory, are left out by compiling them ahead of time;
-of the others each is checked, and timed with the L2 cache flushed. What beats the default goes into
-a table in the user's cache directory, which the kernels read from then on. Without a GPU
+Candidates that spill, or do not fit in shared memory, are found by compiling ahead of time, and
+left out; the others are checked, and timed with the L2 cache flushed. Those that beat the default
+go into a table in the user's cache directory, which the kernels read from then on. Without a GPU
 ``--dry-run --target sm_90`` says what would be tried, and what its machine code promises.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 0, or 2 where there is nothing to tune on."""
+    """Run the command; return 0, or 2 where there is no GPU to tune for."""
     given = _parser().parse_args(argv)
     try:
         from fusedformer.tools.tune import search
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def line(found: Found) -> str:
-    """One workload in a line."""
+    """Describe the result of a workload in one line."""
     times = ", ".join(f"{n} {a:.1f} -> {b:.1f} us" for n, (a, b) in found.times_us.items())
     said = f"{found.speedup:.2f}x with {_words(found.best)}" if found.best else "default stays"
     return (
@@ -91,7 +91,7 @@ def line(found: Found) -> str:
 
 
 def write(path: Path, found: Sequence[Found], target: Target) -> None:
-    """The table, with what is in the file already for other keys."""
+    """Write the table, keeping the entries that the file has for other keys."""
     import triton
 
     entries: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The search: prune by what the compiler says, check each that is left, time those that pass."""
+"""Search: prune candidates by the compiler's report, check the others, time those that pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 from fusedformer.tools.tune.workloads import HALF, Call, Workload, workloads
 from fusedformer_kernels.runtime.configs import Target, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
@@ -21,7 +21,7 @@ from fusedformer_kernels.runtime.tuned import Fields, forced
 
 @dataclass
 class Found:
-    """What came of one workload.
+    """The result of one workload.
 
     Attributes:
         name: the key's words.
@@ -42,7 +42,7 @@ class Found:
 
 
 def reason_against(workload: Workload, fields: Fields | None, target: Target) -> str:
-    """Why a candidate will not be tried on ``target``, or "": compiled ahead, run nowhere.
+    """Compile a candidate for ``target``; return why it will not be tried, or "".
 
     ``None`` stands for the default.
     """
@@ -64,7 +64,7 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
 
 
 def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> float:
-    """Microseconds that the machine code for sm_90 promises, summed over the shapes."""
+    """Predict microseconds from the machine code for sm_90, summed over the shapes."""
     from fusedformer_kernels.compiler.ahead_of_time import compile_launch
     from fusedformer_kernels.compiler.prediction import predict
 
@@ -78,7 +78,7 @@ def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> f
 def _launches(
     workload: Workload, fields: Fields | None, size: tuple[int, ...], target: Target
 ) -> list[Launch]:
-    """What a call at ``size`` launches with these fields, those of making its inputs left out."""
+    """Record what a call at ``size`` launches with these fields, without making its inputs."""
     with assume_target(target), recorded_launches(run=False) as launches:
         call = workload.make(size, torch.device("meta"), HALF)
         launches.clear()
@@ -93,7 +93,7 @@ def _judge(item: tuple[int, Fields, Target]) -> str:
 
 
 def prune(index: int, target: Target, processes: int | None = None) -> list[tuple[Fields, str]]:
-    """Each candidate of the workload at ``index``, and why not to try it, if so."""
+    """Return each candidate of the workload at ``index``, and why not to try it, or ""."""
     candidates = workloads()[index].candidates
     # spawn: a fork would copy torch's threads and its state of the GPU.
     context = multiprocessing.get_context("spawn")
@@ -104,10 +104,10 @@ def prune(index: int, target: Target, processes: int | None = None) -> list[tupl
 
 
 def fault_of(workload: Workload, fields: Fields, device: torch.device) -> str:
-    """What the criterion of parity finds in a candidate's results, or "".
+    """Return what the criterion of parity finds in a candidate's results, or "".
 
-    The default is the baseline, and the truth the same kernels on the same numbers in float32,
-    whose configs are other ones.
+    The default config is the baseline; the truth are the same kernels on the same numbers in
+    float32, which have other configs.
     """
     call = workload.make(workload.small, device, HALF)
     truth = workload.make(workload.small, device, torch.float32)()
@@ -116,14 +116,14 @@ def fault_of(workload: Workload, fields: Fields, device: torch.device) -> str:
         found = call()
     for i, (one, stock, true) in enumerate(zip(found, wanted, truth, strict=True)):
         if one is not None and stock is not None and true is not None:
-            fault = compare(f"result {i}", one, stock, true.double()).fault
+            fault = compare_tensors(f"result {i}", one, stock, true.double()).fault
             if fault:
                 return fault
     return ""
 
 
 def median_us(call: Call) -> float:
-    """By CUDA events, with the L2 cache flushed between calls."""
+    """Return the median time of a call, by CUDA events, with the L2 cache flushed between calls."""
     from triton.testing import do_bench
 
     median: Any = do_bench(call, warmup=10, rep=40, return_mode="median")
@@ -140,7 +140,7 @@ def search(
     deadline: float = math.inf,
     least: float = 1.02,
 ) -> Found:
-    """The fastest right config of the workload at ``index``.
+    """Find the fastest right config of the workload at ``index``.
 
     Args:
         index: into :func:`workloads`.

@@ -1,4 +1,4 @@
-"""What is tuned: calls of the launchers, one key of the config tables each.
+"""List what is tuned: calls of the launchers, one key of the config tables each.
 
 A workload makes its calls on any device: on ``meta`` they are recorded and compiled ahead of time,
 on a GPU they are checked and timed.
@@ -35,11 +35,11 @@ class Workload:
     """One key of the tables.
 
     Attributes:
-        key: of the choice.
-        candidates: fields that are tried.
-        shapes: names and sizes, of which the time counts alike.
-        make: of a size, a device and a dtype the call. Inputs are made once, the same numbers each
-            time: those that bfloat16 has.
+        key: its words.
+        candidates: the fields to try.
+        shapes: sizes by name, whose times have equal weight.
+        make: makes the call from a size, a device and a dtype. Inputs are made once, of the same
+            numbers each time, which bfloat16 can represent.
         small: the size at which a candidate is checked.
     """
 
@@ -51,17 +51,17 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """The key's words."""
+        """The key in words."""
         return " ".join(map(str, self.key))
 
     @property
     def kernel(self) -> str:
-        """The first of them."""
+        """The name of the kernel, the first word of the key."""
         return str(self.key[0])
 
 
 def workloads() -> list[Workload]:
-    """All of them, in bfloat16; the ones that matter most come first."""
+    """List all workloads, in bfloat16, those that matter most first."""
     return [*_attention(), *_rows()]
 
 
@@ -157,7 +157,7 @@ def _rows() -> Iterator[Workload]:
                 for m, w in product(rows, (1, 2, 4, 8, 16, 32))
                 if 4 <= m * n // (32 * w) <= 64
             )
-            # Elementwise tiles are 512 wide; what they run over is a feed-forward's width.
+            # Elementwise tiles are 512 wide, and run over the width of a feed-forward block.
             width = 3072 if name.startswith("activation") else n
             sizes = {f"{2**25 // width}x{width}": (2**25 // width, width)}
             yield Workload((name, n), candidates, sizes, make, (67, width))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 from fusedformer.tools import environment, measure, report
 from fusedformer.tools.report import verdict
 
@@ -20,7 +20,7 @@ from fusedformer.tools.report import verdict
 def comparison(name: str) -> dict[str, Any]:
     truth = torch.linspace(-1, 1, 9, dtype=torch.float64)
     near = (truth * (1 + 1e-7)).float()
-    return compare(name, near, near, truth).as_dict()
+    return compare_tensors(name, near, near, truth).as_dict()
 
 
 @pytest.fixture

@@ -61,6 +61,6 @@ def trainer(text: Path) -> Callable[..., Trainer]:
 def environment() -> dict[str, str]:
     """For commands in processes of their own, without the interpreter."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parent.parent.parent
+    root = Path(__file__).parent.parent.parent.parent
     paths = os.pathsep.join(str(root / name) for name in ("python", "kernels"))
     return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.training.conftest import words
+from tests.tools.training.conftest import words
 
 from fusedformer.tools.training import pretrain, settings
 from fusedformer.tools.training.tasks import TASKS

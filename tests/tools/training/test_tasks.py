@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.conftest import SMALL
+from tests.tools.training.conftest import SMALL
 
 from fusedformer import nn
 from fusedformer.tools.training import pretrain

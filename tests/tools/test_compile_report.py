@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 

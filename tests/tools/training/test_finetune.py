@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.conftest import PACKAGES, words
+from tests.tools.training.conftest import PACKAGES, words
 
 from fusedformer.tools.training import finetune, pretrain
 from fusedformer.tools.training.finetune import Labelled
