@@ -1,7 +1,7 @@
-"""Attention of one projection's rows to themselves, its gradient written in one piece.
+"""Attention of projected rows to themselves, between the projections of a layer.
 
-What is between the projections of a layer: views of ``[batch * length, 3 * heads * dim]``, which
-the kernels read and write by their strides, and merged heads ``[batch * length, heads * dim]``.
+Rows are ``[batch * length, heads * dim]``, or ``3 * heads * dim`` where one product has given
+query, key and value: views of them are read, and their gradients written, by their strides.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from fusedformer_kernels.runtime.plans import planned
 
 _NEEDS = [True] * 3 + [False] * 4
 
+Projected = tuple[torch.Tensor, ...]  # of all three, or query, key and value
+
 
 @planned
 def self_attention_forward(
-    projected: torch.Tensor, batch: int, heads: int, terms: AttentionTerms
+    projected: Projected, batch: int, heads: int, terms: AttentionTerms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(merged heads, statistics) of contiguous ``projected`` rows; packed rows are a batch of 1."""
+    """(merged heads, statistics) of contiguous rows; packed rows are a batch of 1."""
     query, key, value = _views(projected, batch, heads)
     output, _, statistics = attention_forward(query, key, value, terms)
-    return output.transpose(1, 2).reshape(projected.shape[0], -1), statistics
+    return output.transpose(1, 2).reshape(projected[0].shape[0], -1), statistics
 
 
 @planned
 def self_attention_backward(
     grad: torch.Tensor,
-    projected: torch.Tensor,
+    projected: Projected,
     merged: torch.Tensor,
     statistics: torch.Tensor,
     batch: int,
     heads: int,
     terms: AttentionTerms,
-) -> torch.Tensor:
-    """Gradient of ``projected``, from that of ``merged``; no term gets one."""
-    found = torch.empty_like(projected)
+) -> Projected:
+    """Gradients of ``projected``, from that of ``merged``; no term gets one."""
+    found = tuple(torch.empty_like(rows) for rows in projected)
     query, key, value = _views(projected, batch, heads)
     attention_backward(
         _heads(grad, batch, heads), None, query, key, value, _heads(merged, batch, heads),
@@ -46,13 +48,16 @@ def self_attention_backward(
     return found
 
 
-def _views(projected: torch.Tensor, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
+def _views(projected: Projected, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
     """Query, key and value ``[batch, heads, length, dim]``."""
-    qkv = projected.view(batch, projected.shape[0] // max(batch, 1), 3, heads, -1)
+    if len(projected) == 3:
+        return tuple(_heads(rows, batch, heads) for rows in projected)
+    length = projected[0].shape[0] // max(batch, 1)
+    qkv = projected[0].view(batch, length, 3, heads, projected[0].shape[1] // (3 * heads))
     return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
 
 
-def _heads(merged: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+def _heads(rows: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
     """``[batch, heads, length, dim]``."""
-    rows = merged.shape[0] // max(batch, 1)
-    return merged.view(batch, rows, heads, merged.shape[1] // heads).transpose(1, 2)
+    length = rows.shape[0] // max(batch, 1)
+    return rows.view(batch, length, heads, rows.shape[1] // heads).transpose(1, 2)

@@ -29,8 +29,12 @@ from fusedformer.ops.product import product, product_add
 class EncoderParameters(NamedTuple):
     """The parameters of a layer, but those of a norm before attention."""
 
-    in_weight: Tensor  # [3E, E]
+    in_weight: Tensor  # [3E, E], of query, key and value; or [E, E] of the query alone
     in_bias: Tensor | None
+    key_weight: Tensor | None  # None where ``in_weight`` is that of all three
+    key_bias: Tensor | None
+    value_weight: Tensor | None
+    value_bias: Tensor | None
     out_weight: Tensor  # [E, E]
     out_bias: Tensor | None
     middle_weight: Tensor | None  # [E], of the norm between attention and feed-forward block
@@ -76,9 +80,8 @@ def encoder_layer(
     """
     dtype = autocast_dtype("linear", x)
     if dtype is not None:
-        weights = ("in_weight", "in_bias", "out_weight", "weight1", "weight2")
         parameters = parameters._replace(
-            **{name: cast(getattr(parameters, name), dtype) for name in weights}
+            **{name: cast(getattr(parameters, name), dtype) for name in _OF_PRODUCTS}
         )
     norm_dtype = autocast_dtype("layer_norm", x)
     given = x, residual, *parameters
@@ -90,11 +93,17 @@ def encoder_layer(
     return results[0], results[1]
 
 
+# Parameters that products read; the kernels take the others as they are.
+_OF_PRODUCTS = (*EncoderParameters._fields[:7], "weight1", "weight2")
+
+
 class _Kept(NamedTuple):
     """What a backward reads of what the forward has computed."""
 
     source: Tensor | None  # of attention, in the dtype of its product
-    projected: Tensor
+    projected: Tensor  # query, key and value, or the query
+    key: Tensor | None
+    value: Tensor | None
     merged: Tensor
     statistics: Tensor
     sum1: Tensor | None
@@ -119,6 +128,10 @@ class _Needs(NamedTuple):
     residual: bool
     in_weight: bool
     in_bias: bool
+    key_weight: bool
+    key_bias: bool
+    value_weight: bool
+    value_bias: bool
     out_weight: bool
     out_bias: bool
     middle_weight: bool
@@ -197,7 +210,7 @@ def _forward(
     run, device, opened = _launchers(), x.device, how.last_eps is None
     source = _in(own.in_weight.dtype, x)
     seed = _seed(terms.p, device)
-    projected = _product(source, own.in_weight, own.in_bias)
+    projected = tuple(_product(source, weight, bias) for weight, bias in _projections(own))
     merged, statistics = run.attention(projected, batch, how.heads, terms._replace(seed=seed))
     inner = _product(merged, own.out_weight, None)
     seed1 = _seed(how.middle_p, device)
@@ -242,8 +255,9 @@ def _forward(
     kept = None
     if keeps:
         kept = _Kept(
-            source, projected, merged, statistics, sum1, mean1, rstd1, middle, before, hidden,
-            sum2, mean2, rstd2, seed, seed1, hidden_seed, seed2,
+            source, projected[0], *(projected[1:] or (None, None)), merged, statistics,
+            sum1, mean1, rstd1, middle, before, hidden, sum2, mean2, rstd2, seed, seed1,
+            hidden_seed, seed2,
         )  # fmt: skip
     return output, sum1 if opened else None, kept
 
@@ -264,7 +278,7 @@ class _EncoderLayer(torch.autograd.Function):
             kept = kept._replace(hidden=None)
         if not needs.weight1:
             kept = kept._replace(middle=None)
-        if not needs.in_weight:
+        if not (needs.in_weight or needs.key_weight or needs.value_weight):
             kept = kept._replace(source=None)
         ctx.save_for_backward(*kept, *own, *terms[:N_TENSORS])
         ctx.needs, ctx.how, ctx.numbers, ctx.shape = needs, how, terms[N_TENSORS:], x.shape
@@ -324,7 +338,7 @@ def _backward(
     """Gradients of ``x``, ``residual`` and the parameters, None where they are not asked for."""
     run, opened = _registered() if is_mapped() else _launchers(), how.last_eps is None
     found: dict[str, Tensor | None] = dict.fromkeys(_Needs._fields)
-    needs_heads = needs.x or needs.in_weight or needs.in_bias
+    needs_heads = needs.x or any(needs[2:8])
     needs_sum1 = (
         needs_heads
         or needs.residual
@@ -378,22 +392,46 @@ def _backward(
         found["out_weight"] = _weight_gradient(inner_grad, kept.merged)
     if not needs_heads:
         return tuple(found.values())
-    projected_grad = run.attention_backward(
+    projected: tuple[Tensor, ...] = (kept.projected,)
+    if kept.key is not None and kept.value is not None:
+        projected = kept.projected, kept.key, kept.value
+    grads = run.attention_backward(
         _add_product(inner_grad, own.out_weight, None),
-        kept.projected,
+        projected,
         kept.merged,
         kept.statistics,
         batch,
         how.heads,
         terms._replace(seed=kept.seed),
     )
-    if needs.in_weight and kept.source is not None:
-        found["in_weight"] = _weight_gradient(projected_grad, kept.source)
-    if needs.in_bias:
-        found["in_bias"] = _bias_gradient(projected_grad)
+    x_grad = None if opened else residual_grad
+    # The last first: what comes by the residual goes from one product to the one before.
+    for name, (weight, _), grad in reversed(
+        list(zip(_NAMES, _projections(own), grads, strict=False))
+    ):
+        if getattr(needs, f"{name}_weight") and kept.source is not None:
+            found[f"{name}_weight"] = _weight_gradient(grad, kept.source)
+        if getattr(needs, f"{name}_bias"):
+            found[f"{name}_bias"] = _bias_gradient(grad)
+        if needs.x:
+            x_grad = _add_product(grad, weight, x_grad)
     if needs.x:
-        found["x"] = _add_product(projected_grad, own.in_weight, None if opened else residual_grad)
+        found["x"] = x_grad
     return tuple(found.values())
+
+
+_NAMES = "in", "key", "value"
+
+
+def _projections(own: EncoderParameters) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the one product, or of query, key and value."""
+    if own.key_weight is None or own.value_weight is None:
+        return [(own.in_weight, own.in_bias)]
+    return [
+        (own.in_weight, own.in_bias),
+        (own.key_weight, own.key_bias),
+        (own.value_weight, own.value_bias),
+    ]
 
 
 def _norm_gradients(
@@ -470,20 +508,29 @@ def _registered() -> _Launchers:
 
     def attention_backward(
         grad: Tensor,
-        projected: Tensor,
+        projected: tuple[Tensor, ...],
         merged: Tensor,
         statistics: Tensor,
         batch: int,
         heads: int,
         terms: AttentionTerms,
-    ) -> Tensor:
-        qkv = projected.view(batch, -1, 3, heads, merged.shape[1] // heads)
+    ) -> tuple[Tensor, ...]:
+        dim = merged.shape[1] // heads
         output, output_grad = (
-            t.reshape(batch, -1, heads, merged.shape[1] // heads).transpose(1, 2)
-            for t in (merged, grad)
+            t.reshape(batch, -1, heads, dim).transpose(1, 2) for t in (merged, grad)
         )
-        found = registered.self_attention_backward(output_grad, qkv, output, statistics, *terms)
-        return found.reshape(projected.shape)
+        if len(projected) == 1:
+            qkv = projected[0].view(batch, -1, 3, heads, dim)
+            found = registered.self_attention_backward(output_grad, qkv, output, statistics, *terms)
+            return (found.reshape(projected[0].shape),)
+        views = (rows.view(batch, -1, heads, dim).transpose(1, 2) for rows in projected)
+        needs = [True] * 3 + [False] * 4
+        grads = registered.attention_backward(
+            output_grad, None, *views, output, statistics, needs, *terms
+        )
+        return tuple(
+            g.transpose(1, 2).reshape(rows.shape) for g, rows in zip(grads, projected, strict=False)
+        )
 
     return _launchers()._replace(
         attention_backward=attention_backward,
