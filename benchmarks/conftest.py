@@ -1,4 +1,4 @@
-"""The suites under pytest-benchmark: ``pytest benchmarks/bench_softmax.py``.
+"""The suites under pytest-benchmark: ``pytest benchmarks/suites/bench_softmax.py``.
 
 A test is one provider of one case in one direction, checked first: a failing check fails the test,
 an unsupported case skips it. The times are pytest-benchmark's, wall time until the device is idle,

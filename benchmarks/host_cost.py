@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from bench_host import SUITE, eager, fused
 from fusedformer._internal.text import table
 from fusedformer.ops import _registered
 from fusedformer.tools.environment import describe
 from harness.case import Case, Inputs, Program, Sizes
 from harness.no_driver import kernels_go_nowhere
+from suites.bench_host import SUITE, eager, fused
 
 CPU = torch.device("cpu")
 REPEATS, ROUNDS = 150, 15

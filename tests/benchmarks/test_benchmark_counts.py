@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests.benchmarks.square import CPU
 
-import bench_attention
 from harness import counting
+from suites import bench_attention
 
 # Floors that were worked out by hand for an H200: 4300 GB/s, 790 TFLOP/s, 16,384 tokens, bf16.
 BY_HAND = {

@@ -20,12 +20,10 @@ from tests.benchmarks.square import (
     square_suite,
 )
 
-import compare
-import page
-import table
 from harness import records, timing
 from harness.case import REFERENCE
 from harness.runner import run_suite
+from reporting import compare, page, table
 
 
 def test_interrupted_run_keeps_what_it_measured_and_goes_on_from_there(tmp_path: Path) -> None:

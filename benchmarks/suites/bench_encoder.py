@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import random
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Sizes, Suite

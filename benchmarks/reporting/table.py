@@ -1,4 +1,4 @@
-"""Result files as Markdown tables: ``python benchmarks/table.py FILE...``.
+"""Result files as Markdown tables: ``python benchmarks/reporting/table.py FILE...``.
 
 One table for each suite and direction; a row for each case, a column for each provider with its
 median time, how many times as fast the library is, and for the library the share of the floor: the
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.records import problems, rates
 

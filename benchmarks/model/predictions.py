@@ -1,4 +1,4 @@
-"""Predicted times of the benchmark's cases on an H200: ``python benchmarks/predictions.py``.
+"""Predicted times of the benchmark's cases on an H200: ``python benchmarks/model/predictions.py``.
 
 Nothing is run: what the library would launch is recorded and compiled for sm_90, and
 ``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write FILE`` replaces the
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from floors import replace_between
 from fusedformer import functional as F
 from fusedformer._internal import backend as backends
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
@@ -31,6 +30,7 @@ from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
 from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
+from model.floors import replace_between
 
 BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
 PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
@@ -108,7 +108,7 @@ def rows(chosen: str) -> list[str]:
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
     copied = Gpu().copy_bytes / 1e9
     for name in PREDICTED:
-        suite = importlib.import_module(f"bench_{name}")
+        suite = importlib.import_module(f"suites.bench_{name}")
         for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
             if chosen not in f"{name} {case.name}" or case.options.get("projected"):
                 continue  # the time of a projection is that of ATen's products
@@ -118,13 +118,13 @@ def rows(chosen: str) -> list[str]:
                 floor = max(case.costs[direction].times_us(copied, PRODUCTS / 1e12))
                 lines.append(line(name, case.name, direction, found, floor, remark))
                 print(lines[-1], flush=True)
-    for case in importlib.import_module("bench_contrastive").SUITE.cases(
+    for case in importlib.import_module("suites.bench_contrastive").SUITE.cases(
         Sizes.of("full"), torch.bfloat16
     ):
         if chosen in f"contrastive {case.name}":
             lines += contrastive_rows(case)
             print(*lines[-2:], sep="\n", flush=True)
-    for case in importlib.import_module("bench_encoder").SUITE.cases(
+    for case in importlib.import_module("suites.bench_encoder").SUITE.cases(
         Sizes.of("full"), torch.bfloat16
     ):
         if chosen in f"encoder {case.name}":
@@ -166,7 +166,7 @@ def encoder_rows(case: Case) -> list[str]:
 def contrastive_rows(case: Case) -> list[str]:
     """The kernels as predicted, the products of the backward at the measured rate, and the bytes
     of torch's steps around them at that of a copy."""
-    fused = importlib.import_module("bench_contrastive").fused(case)
+    fused = importlib.import_module("suites.bench_contrastive").fused(case)
     costs = case.costs
     product = costs["forward"].flops / PRODUCTS * 1e6
     with Untouched():

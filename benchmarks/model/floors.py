@@ -1,4 +1,4 @@
-"""FLOPs, bytes and floor times of the benchmark's cases: ``python benchmarks/floors.py``.
+"""FLOPs, bytes and floor times of the benchmark's cases: ``python benchmarks/model/floors.py``.
 
 Nothing is run: the counts are those of ``harness/counting.py``, the ceilings are given (by default
 those measured on an H200). ``--write FILE`` replaces the table between the two marks in FILE.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.case import Sizes
 from harness.suites import SUITES
@@ -30,7 +30,7 @@ def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in SUITES:
-        suite = importlib.import_module(f"bench_{name}").SUITE
+        suite = importlib.import_module(f"suites.bench_{name}").SUITE
         if suite.clock == "host":
             continue
         for case in suite.cases(Sizes.of("full"), torch.bfloat16):

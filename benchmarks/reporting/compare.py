@@ -1,4 +1,4 @@
-"""What became faster or slower: ``python benchmarks/compare.py OLD NEW``.
+"""What became faster or slower: ``python benchmarks/reporting/compare.py OLD NEW``.
 
 Two runs differ in more than the code: clocks, load, temperature. So a time has changed only where
 the spreads of the two (20th to 80th percentile) do not meet; and beside the ratio of the times
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fusedformer._internal.text import table
 from harness.case import REFERENCE

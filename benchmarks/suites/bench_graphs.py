@@ -5,20 +5,16 @@ What is timed is one call from its start until the device is idle, as a server s
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import bench_encoder
 from harness.case import REFERENCE, Case, Program, Provider, Sizes, Suite
 from harness.encoder_peers import hugging_face
 from harness.providers import GRAPHED, REDUCED, present
+from suites import bench_encoder
 
 BUCKETS = [(1, 64), (1, 128), (1, 256)]
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_encoder import natural_lengths
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
 from harness.providers import compiled, present
+from suites.bench_encoder import natural_lengths
 
 # name: (layers, width, heads, feed-forward width, longest sequence)
 MODELS = {

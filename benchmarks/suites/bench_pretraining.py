@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_encoder import natural_lengths
-from bench_huggingface import without_key_biases
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
 from harness.providers import compiled, present
+from suites.bench_encoder import natural_lengths
+from suites.bench_huggingface import without_key_biases
 
 # name: (width, heads, feed-forward width, vocabulary)
 MODELS = {"BERT-base": (768, 12, 3072, 30522), "tiny": (64, 4, 128, 500)}
