@@ -4,12 +4,16 @@ One table for each suite and direction; a row for each case, a column for each p
 median time, how many times as fast the library is, and for the library the share of the floor: the
 time that the counted bytes or FLOPs need at the ceilings measured in the same run. Where a case
 counts tokens, their rate and the peak of memory stand beside each time.
+
+``--fill PAGE...`` writes the tables into pages instead: each between a line
+``<!-- table: FILE... -->``, with files from the checkout's root, and ``<!-- end of table -->``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness import CHECKOUT
 from harness.records import problems, rates
+from reporting import commands
 
 OURS = "fusedformer"
+MARKED = re.compile(
+    r"(?P<begin><!-- table: (?P<files>[^>]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL
+)
 
 
 def markdown(
@@ -44,6 +53,24 @@ def markdown(
         lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in body]
     return "\n".join(lines)
+
+
+def tables(documents: Sequence[dict[str, Any]], headline: bool = False) -> str:
+    """The tables of documents of any kind: the benchmark's, then those of other commands."""
+    found = [markdown(document, headline) for document in documents if "records" in document]
+    others = [document for document in documents if "records" not in document]
+    return "\n\n".join([*found, *([commands.tables(others)] if others else [])])
+
+
+def filled(page: str) -> str:
+    """The text of a page with the tables that its marks name."""
+
+    def fill(found: re.Match[str]) -> str:
+        paths = [path for name in found["files"].split() for path in sorted(CHECKOUT.glob(name))]
+        documents = [json.loads(path.read_text()) for path in paths]
+        return f"{found['begin']}\n{tables(documents)}\n\n{found['end']}"
+
+    return MARKED.sub(fill, page)
 
 
 def groups(
@@ -79,7 +106,7 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
     rate = rates(record, ceilings)
     time = _scaled(record["median_us"], "µs", "ms", "s")
     if rate.tokens_s is not None:
-        time += f", {_scaled(rate.tokens_s, 'tokens/s', 'k tokens/s')}"
+        time += f", {_scaled(rate.tokens_s, 'tokens/s', 'k tokens/s', 'M tokens/s')}"
         if record["peak_memory_bytes"] is not None:
             time += f", {_scaled(record['peak_memory_bytes'], 'B', 'kB', 'MB', 'GB')}"
     if record is ours:
@@ -104,14 +131,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--headline", action="store_true", help="headline cases only")
+    parser.add_argument("--fill", action="store_true", help="the files are pages: write into them")
     given = parser.parse_args()
+    if given.fill:
+        for path in given.files:
+            path.write_text(filled(path.read_text()))
+        return 0
+    documents = []
     for path in given.files:
         document = json.loads(path.read_text())
-        wrong = problems(document)
+        wrong = [] if commands.is_known(document) else problems(document)
         if wrong:
             print(f"{path}: not a result file: {wrong[0]}", file=sys.stderr)
             return 1
-        print(markdown(document, given.headline) + "\n")
+        documents.append(document)
+    print(tables(documents, given.headline))
     return 0
 
 
