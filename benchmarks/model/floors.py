@@ -1,7 +1,7 @@
 """FLOPs, bytes and floor times of the benchmark's cases: ``python benchmarks/model/floors.py``.
 
 Nothing is run: the counts are those of ``harness/counting.py``, the ceilings are given (by default
-those measured on an H200). ``--write FILE`` replaces the table between the two marks in FILE.
+those measured on an H200). ``--write`` puts the table into ``tables/floors.md``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.case import Sizes
 from harness.suites import SUITES
+from model import TABLES, page
 
-BEGIN, END = "<!-- floors: begin -->", "<!-- floors: end -->"
+COPY, PRODUCT = 4300.0, 790.0  # GB/s read plus written, TFLOP/s
 
 
 def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
@@ -29,40 +30,46 @@ def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
         "| suite | case | direction | MB | GFLOP | bytes µs | FLOPs µs | floor µs |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name in SUITES:
-        suite = importlib.import_module(f"suites.bench_{name}").SUITE
-        if suite.clock == "host":
-            continue
-        for case in suite.cases(Sizes.of("full"), torch.bfloat16):
-            for direction, cost in case.costs.items():
-                moving, computing = cost.times_us(copy_gb_s, matmul_tflop_s)
-                lines.append(
-                    f"| {name} | {case.name} | {direction} | {cost.bytes / 1e6:.1f} | "
-                    f"{cost.flops / 1e9:.1f} | {moving:.1f} | {computing:.1f} | "
-                    f"**{max(moving, computing):.1f}** |"
-                )
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, *(row for name in SUITES for row in rows(name, copy_gb_s, matmul_tflop_s))]
+    )
+
+
+def rows(name: str, copy_gb_s: float = COPY, matmul_tflop_s: float = PRODUCT) -> list[str]:
+    """The lines of one suite; none of one whose clock is the host's."""
+    suite = importlib.import_module(f"suites.bench_{name}").SUITE
+    if suite.clock == "host":
+        return []
+    found = []
+    for case in suite.cases(Sizes.of("full"), torch.bfloat16):
+        for direction, cost in case.costs.items():
+            moving, computing = cost.times_us(copy_gb_s, matmul_tflop_s)
+            found.append(
+                f"| {name} | {case.name} | {direction} | {cost.bytes / 1e6:.1f} | "
+                f"{cost.flops / 1e9:.1f} | {moving:.1f} | {computing:.1f} | "
+                f"**{max(moving, computing):.1f}** |"
+            )
+    return found
 
 
 def main() -> None:
     """Print the table, or put it into a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--copy", type=float, default=4300.0, help="GB/s, read plus written")
-    parser.add_argument("--matmul", type=float, default=790.0, help="TFLOP/s")
-    parser.add_argument("--write", type=Path, help="file whose marked table is replaced")
+    parser.add_argument("--copy", type=float, default=COPY, help="GB/s, read plus written")
+    parser.add_argument("--matmul", type=float, default=PRODUCT, help="TFLOP/s")
+    parser.add_argument("--write", action="store_true", help="into tables/floors.md")
     given = parser.parse_args()
     found = table(given.copy, given.matmul)
-    if given.write is None:
+    if given.write:
+        (TABLES / "floors.md").write_text(text(found))
+    else:
         print(found)
-        return
-    replace_between(given.write, BEGIN, found, END)
 
 
-def replace_between(file: Path, begin: str, text: str, end: str) -> None:
-    """Put ``text`` in the place of what stands between two marks of ``file``."""
-    before, _, rest = file.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def text(found: str) -> str:
+    """The whole file of a table."""
+    about = "Bytes and FLOPs are those of `harness/counting.py`; notes/counts.md says what counts."
+    return page("Floors on an H200", "floors", about, found)
 
 
 if __name__ == "__main__":

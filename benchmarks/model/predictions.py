@@ -1,8 +1,8 @@
 """Predicted times of the benchmark's cases on an H200: ``python benchmarks/model/predictions.py``.
 
 Nothing is run: what the library would launch is recorded and compiled for sm_90, and
-``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write FILE`` replaces the
-table between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
+``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write`` puts the
+table into ``tables/predictions.md``. Some minutes on a laptop, as every kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
 from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
-from model.floors import replace_between
+from model import TABLES, page
 
-BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
 PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
 TARGET = TARGETS["sm_90"]
 PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
@@ -224,11 +223,21 @@ def main() -> None:
     """Print the table, or put it into a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="", help="part of a suite's and case's name")
-    parser.add_argument("--write", type=Path, help="file whose marked table is replaced")
+    parser.add_argument("--write", action="store_true", help="into tables/predictions.md")
     given = parser.parse_args()
     found = "\n".join(rows(given.case))
-    if given.write is not None:
-        replace_between(given.write, BEGIN, found, END)
+    if given.write:
+        (TABLES / "predictions.md").write_text(text(found))
+
+
+def text(found: str) -> str:
+    """The whole file of a table."""
+    about = (
+        "Of attention's cases with masks or lengths the pairs that are computed are counted, not "
+        "the tiles that they touch; the encoder is the sum of its products at 790 TFLOP/s, its "
+        "kernels and AdamW on bfloat16 states."
+    )
+    return page("Predictions on an H200", "predictions", about, found)
 
 
 if __name__ == "__main__":

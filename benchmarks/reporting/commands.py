@@ -137,7 +137,7 @@ _BY_ROW: dict[str, Callable[[Document], str]] = {
 
 def _by_row(document: Document) -> Callable[[Document], str] | None:
     """The table for what its rows hold."""
-    first = next(iter(document.get("rows", [])), {})
+    first: Document = next(iter(document.get("rows", [])), {})
     return next((table for key, table in _BY_ROW.items() if key in first), None)
 
 
