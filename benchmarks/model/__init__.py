@@ -9,6 +9,6 @@ TABLES = Path(__file__).parent / "tables"
 
 
 def page(title: str, module: str, about: str, table: str) -> str:
-    """The file of a table: what it is, which command writes it, and the table."""
+    """Write the text of a file: what the table is, which command writes it, and the table."""
     command = f"python benchmarks/model/{module}.py --write"
     return f"# {title}\n\nWritten by `{command}`. {about}\n\n{table}\n"

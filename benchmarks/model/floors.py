@@ -23,7 +23,7 @@ COPY, PRODUCT = 4300.0, 790.0  # GB/s read plus written, TFLOP/s
 
 
 def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
-    """A Markdown table of every case and direction at full size in bfloat16."""
+    """Make a Markdown table of every case and direction at full size in bfloat16."""
     lines = [
         f"At {copy_gb_s:g} GB/s copied and {matmul_tflop_s:g} TFLOP/s multiplied, bfloat16.",
         "",
@@ -36,7 +36,7 @@ def table(copy_gb_s: float, matmul_tflop_s: float) -> str:
 
 
 def rows(name: str, copy_gb_s: float = COPY, matmul_tflop_s: float = PRODUCT) -> list[str]:
-    """The lines of one suite; none of one whose clock is the host's."""
+    """Make the lines of one suite; none of one whose clock is the host's."""
     suite = importlib.import_module(f"suites.bench_{name}").SUITE
     if suite.clock == "host":
         return []
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def text(found: str) -> str:
-    """The whole file of a table."""
+    """Put a table into the text of its file."""
     about = "Bytes and FLOPs are those of `harness/counting.py`; notes/counts.md says what counts."
     return page("Floors on an H200", "floors", about, found)
 

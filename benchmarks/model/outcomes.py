@@ -22,7 +22,7 @@ HEAD = "| suite | case | direction | predicted µs | measured µs | measured ove
 
 
 def table(document: dict[str, Any]) -> str:
-    """A row for each case and direction of the library that was predicted and timed."""
+    """Make a row for each case and direction of the library that was predicted and timed."""
     lines = (TABLES / "predictions.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     predicted = {tuple(row[:3]): row[3] for row in rows}
@@ -37,7 +37,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def text(file: str = RESULTS) -> str:
-    """The whole file."""
+    """Put the table of a result file into the text of its file."""
     document = json.loads((CHECKOUT / file).read_text())
     about = (
         f"Measured: `{file}`, commit {document['commit'][:12]}; predicted: the kernels of "

@@ -55,7 +55,7 @@ class Untouched(TorchDispatchMode):
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
-    """What ``call`` would launch on an H200; its tensors are on the CPU and hold anything."""
+    """Record what ``call`` would launch on an H200, with tensors on the CPU."""
     with ExitStack() as stack:
         switch = backends.INTERPRETER_IS_ON
         stack.callback(setattr, backends, "INTERPRETER_IS_ON", switch)
@@ -68,19 +68,19 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
 
 
 def prediction_of(launch: Launch, pairs: float | None) -> Prediction:
-    """Of one launch."""
+    """Predict one launch."""
     return predict(launch, compile_launch(launch, TARGET), pairs=pairs)
 
 
 def told(call: Callable[[], object], pairs: float | None = None) -> tuple[float, str]:
-    """Microseconds of all launches of ``call``, and what is to be said about the longest."""
+    """Predict the microseconds of all launches of ``call``, and name the longest and its limit."""
     found = [(prediction_of(launch, pairs), launch.name) for launch in launches_of(call)]
     longest, name = max(found, key=lambda each: each[0].microseconds)
     return sum(each.microseconds for each, _ in found), f"{name.strip('_')}: {longest.limit}"
 
 
 def predicted(case: Case, program: Any, direction: str) -> tuple[float, str]:
-    """Of one direction of a case."""
+    """Predict one direction of a case."""
     with Untouched():
         inputs = program.own(case.make(torch.device("cpu")))
     flops = case.costs["forward"].flops
@@ -98,12 +98,12 @@ def predicted(case: Case, program: Any, direction: str) -> tuple[float, str]:
 
 
 def line(suite: str, case: str, direction: str, found: float, floor: float, remark: str) -> str:
-    """A row of the table."""
+    """Make a row of the table."""
     return f"| {suite} | {case} | {direction} | {found:.1f} | {found / floor:.2f} | {remark} |"
 
 
 def rows(chosen: str) -> list[str]:
-    """The lines of the table."""
+    """Make the lines of the table, and print each as soon as it is there."""
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
     copied = Gpu().copy_bytes / 1e9
     for name in PREDICTED:
@@ -133,7 +133,7 @@ def rows(chosen: str) -> list[str]:
 
 
 def encoder_rows(case: Case) -> list[str]:
-    """Products of a layer at the measured rate, its kernels as predicted; a step also AdamW."""
+    """Add up a layer: products at the measured rate, kernels as predicted; a step also AdamW."""
     o = case.options
     tokens, width, heads = o["batch"] * o["mean"], o["width"], o["heads"]
     costs = case.costs
@@ -187,7 +187,7 @@ def contrastive_rows(case: Case) -> list[str]:
 
 
 def _layer_calls(tokens: int, o: dict[str, Any], p: float) -> dict[str, Callable[[str], object]]:
-    """The kernels of one layer on packed tokens, by name, as calls of a direction."""
+    """Make calls of the kernels of one layer on packed tokens, by name."""
     width, inner, heads = o["width"], o["feedforward"], o["heads"]
     packed = (tokens, heads, width // heads)
     starts = torch.arange(o["batch"] + 1, dtype=torch.int32) * o["mean"]
@@ -231,7 +231,7 @@ def main() -> None:
 
 
 def text(found: str) -> str:
-    """The whole file of a table."""
+    """Put a table into the text of its file."""
     about = (
         "Of attention's cases with masks or lengths the pairs that are computed are counted, not "
         "the tiles that they touch; the encoder is the sum of its products at 790 TFLOP/s, its "

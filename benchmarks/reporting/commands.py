@@ -19,12 +19,12 @@ _BASELINES = {
 
 
 def is_known(document: Document) -> bool:
-    """Whether one of these commands wrote it."""
+    """Say whether one of these commands wrote it."""
     return "settings" in document or _by_row(document) is not None
 
 
 def tables(documents: Sequence[Document]) -> str:
-    """The tables of documents, those of ``pretrain`` together."""
+    """Make the tables of documents, those of ``pretrain`` together."""
     parts = []
     pretrained = [document for document in documents if "settings" in document]
     if pretrained:
@@ -37,7 +37,7 @@ def tables(documents: Sequence[Document]) -> str:
 
 
 def measured_on(document: Document) -> str:
-    """The machine, the versions, the commit and the day, in one line."""
+    """Name the machine, the versions, the commit and the day, in one line."""
     versions, changed = document["versions"], " with changes" if document["dirty"] else ""
     threads = document["threads"]
     return (
@@ -48,7 +48,7 @@ def measured_on(document: Document) -> str:
 
 
 def pretraining(documents: Sequence[Document]) -> str:
-    """Held-out values beside their baselines; of runs with ``--stock``, steps and curves."""
+    """Show held-out values beside their baselines; of runs with ``--stock`` steps and curves."""
     alone = [document for document in documents if not document["settings"]["stock"]]
     beside = [document for document in documents if document["settings"]["stock"]]
     places: dict[str, list[str]] = {}
@@ -95,7 +95,7 @@ def _beside_stock(document: Document) -> list[str]:
 
 
 def finetuning(document: Document) -> str:
-    """Accuracy of each way to fine-tune, and what it trains."""
+    """Show the accuracy of each way to fine-tune, and what it trains."""
     rows = [
         [
             row["method"] + (f": {row['trained']}" if "trained" in row else ""),
@@ -110,7 +110,7 @@ def finetuning(document: Document) -> str:
 
 
 def fewshot(document: Document) -> str:
-    """Accuracy by the number of examples in the prompt."""
+    """Show accuracy by the number of examples in the prompt."""
     rows = document["rows"]
     names = {
         "accuracy": "accuracy",
@@ -122,7 +122,7 @@ def fewshot(document: Document) -> str:
 
 
 def host_cost(document: Document) -> str:
-    """Microseconds of the host's thread by op and direction."""
+    """Show microseconds of the host's thread by op and direction."""
     keys = ("case", "direction", "fusedformer_us", "registered_us", "torch_us")
     head = ["µs of the host's thread", "", "fusedformer", "by the registered ops", "torch, on CPU"]
     return _table(head, [[str(row[key]) for key in keys] for row in document["rows"]], left=2)
@@ -136,12 +136,12 @@ _BY_ROW: dict[str, Callable[[Document], str]] = {
 
 
 def _by_row(document: Document) -> Callable[[Document], str] | None:
-    """The table for what its rows hold."""
+    """Find the table for what the rows of a document hold."""
     first: Document = next(iter(document.get("rows", [])), {})
     return next((table for key, table in _BY_ROW.items() if key in first), None)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Markdown, with the columns after the first ``left`` flush right."""
+    """Write Markdown, with the columns after the first ``left`` flush right."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

@@ -26,7 +26,7 @@ COLOURS = ("#2563eb", "#94a3b8", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#1
 
 
 def html(documents: dict[str, dict[str, Any]]) -> str:
-    """The page of result documents by file name."""
+    """Make the page of result documents by file name."""
     parts: list[str] = []
     for name, document in documents.items():
         parts.append(section(name, f"<p>{escape(_measured(document))}</p>", *_absent(document)))
@@ -70,7 +70,7 @@ def _suite(document: dict[str, Any], suite: str) -> Iterable[str]:
 
 
 def _bars(records: list[dict[str, Any]]) -> str:
-    """Times as multiples of the library's, a group of bars for each case."""
+    """Draw times as multiples of the library's, a group of bars for each case."""
     from fusedformer._internal.figures import plt, source, styled
 
     timed = [r for r in records if r["status"] == "timed"]

@@ -34,7 +34,7 @@ MARKED = re.compile(
 def markdown(
     document: dict[str, Any], headline: bool = False, suites: Sequence[str] | None = None
 ) -> str:
-    """The tables of one result document, under one line that says where it was measured."""
+    """Make the tables of a benchmark document, under one line that says where it was measured."""
     ceilings = document["ceilings"]
     lines = [
         f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit "
@@ -56,14 +56,14 @@ def markdown(
 
 
 def tables(documents: Sequence[dict[str, Any]], headline: bool = False) -> str:
-    """The tables of documents of any kind: the benchmark's, then those of other commands."""
+    """Make the tables of documents of any kind: the benchmark's, then other commands'."""
     found = [markdown(document, headline) for document in documents if "records" in document]
     others = [document for document in documents if "records" not in document]
     return "\n\n".join([*found, *([commands.tables(others)] if others else [])])
 
 
 def filled(page: str) -> str:
-    """The text of a page with the tables that its marks name."""
+    """Write the tables that the marks of a page name into its text."""
 
     def fill(found: re.Match[str]) -> str:
         paths = [path for name in found["files"].split() for path in sorted(CHECKOUT.glob(name))]
@@ -76,7 +76,7 @@ def filled(page: str) -> str:
 def groups(
     records: Sequence[dict[str, Any]],
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Records by suite and direction."""
+    """Group records by suite and direction."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         found.setdefault((record["suite"], record["direction"]), []).append(record)
@@ -86,7 +86,7 @@ def groups(
 def cells(
     records: Sequence[dict[str, Any]], ceilings: dict[str, Any]
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of one table: a row for each case, a column for each provider."""
+    """Make the head and the rows of a table: a row for each case, a column for each provider."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
@@ -118,7 +118,7 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
 
 
 def _scaled(value: float, *units: str) -> str:
-    """Three significant digits, in the unit that needs no exponent; each is 1000 of the last."""
+    """Write three significant digits, in the unit, 1000 of the last, that needs no exponent."""
     for unit in units[:-1]:
         if value < 999.5:
             return f"{value:.3g} {unit}"
