@@ -18,6 +18,7 @@ def main(dist: Path) -> None:
     assert {"LICENSE", "README.md", "CHANGELOG.md", "setup.py", "pyproject.toml"} <= held, held
     with zipfile.ZipFile(wheel) as zipped:
         about = {Path(name).name: name for name in zipped.namelist() if ".dist-info/" in name}
+        assert "fusedformer/tools/bench.py" in zipped.namelist()  # the commands
         assert b"Apache License" in zipped.read(about["LICENSE"])
         metadata = message_from_bytes(zipped.read(about["METADATA"]))
     assert metadata["License-Expression"] == "Apache-2.0", metadata.items()

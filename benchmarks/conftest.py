@@ -1,4 +1,4 @@
-"""The suites under pytest-benchmark: ``pytest benchmarks/bench_softmax.py``.
+"""The suites under pytest-benchmark: ``pytest benchmarks/suites/bench_softmax.py``.
 
 A test is one provider of one case in one direction, checked first: a failing check fails the test,
 an unsupported case skips it. The times are pytest-benchmark's, wall time until the device is idle,
@@ -22,7 +22,7 @@ from harness.runner import Contender, check_all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Sizes and peers; device and dtype are chosen by what is there."""
+    """Add options of sizes and peers; device and dtype are chosen by what is there."""
     group = parser.getgroup("fusedformer benchmarks")
     group.addoption("--bench-sizes", choices=("full", "cpu", "tiny"))
     group.addoption("--bench-quick", action="store_true", help="headline cases only")
@@ -34,7 +34,7 @@ def _device() -> torch.device:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each provider, direction and case of the module's ``SUITE``."""
+    """Make a test for each provider, direction and case of the module's ``SUITE``."""
     if "contest" not in metafunc.fixturenames:
         return
     suite: Suite = metafunc.module.SUITE
@@ -57,7 +57,7 @@ _last: dict[str, tuple[Inputs, list[Contender]]] = {}
 
 
 def _checked(suite: Suite, case: Case, compile: str) -> tuple[Inputs, list[Contender]]:
-    """Inputs and checked contenders of a case; kept until a test asks for another case."""
+    """Make inputs and checked contenders of a case; kept until a test asks for another case."""
     key = f"{suite.name} {case.name}"
     if key not in _last:
         _last.clear()
@@ -70,7 +70,7 @@ def _checked(suite: Suite, case: Case, compile: str) -> tuple[Inputs, list[Conte
 
 @pytest.fixture
 def contest(request: pytest.FixtureRequest) -> Callable[[Any], None]:
-    """Times one provider with the ``benchmark`` fixture, if it passed its check."""
+    """Time one provider with the ``benchmark`` fixture, if it passed its check."""
     suite, case, name, direction = request.param
 
     def time_it(benchmark: Any) -> None:

@@ -149,10 +149,10 @@ print(said("nvidia-smi") or "no nvidia-smi")
 {
     [ ! -s "$out/tests.log" ] || echo "tests: $(tail -n 1 "$out/tests.log")"
     if [ -s "$out/bench.json" ]; then
-        "$python" benchmarks/table.py --headline "$out/bench.json"
-        "$python" benchmarks/page.py "$out/bench.json" --out "$out/bench.html"
+        "$python" benchmarks/reporting/table.py --headline "$out/bench.json"
+        "$python" benchmarks/reporting/page.py "$out/bench.json" --out "$out/bench.html"
         [ ! -s "$out/retimed.json" ] \
-            || "$python" benchmarks/compare.py "$out/bench.json" "$out/retimed.json"
+            || "$python" benchmarks/reporting/compare.py "$out/bench.json" "$out/retimed.json"
     fi
     echo "stages that failed or were cut short:${failed:- none}"
 } 2>&1 | tee "$out/summary.txt"

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from bench_host import SUITE, eager, fused
 from fusedformer._internal.text import table
 from fusedformer.ops import _registered
 from fusedformer.tools.environment import describe
 from harness.case import Case, Inputs, Program, Sizes
 from harness.no_driver import kernels_go_nowhere
+from suites.bench_host import SUITE, eager, fused
 
 CPU = torch.device("cpu")
 REPEATS, ROUNDS = 150, 15
@@ -39,7 +39,7 @@ DIRECTIONS = ("inference", "forward", "forward + backward")
 
 
 def least(call: Callable[[], Any]) -> float:
-    """us of thread time a call."""
+    """Time a call in microseconds of the thread, the least of several rounds."""
     for _ in range(20):
         call()
     times = []
@@ -53,13 +53,13 @@ def least(call: Callable[[], Any]) -> float:
 
 @contextlib.contextmanager
 def by_the_dispatcher() -> Iterator[None]:
-    """Eager calls take the registered ops, as compilers and tensor subclasses do."""
+    """Send eager calls to the registered ops, as compilers and tensor subclasses do."""
     with mock.patch.object(_registered, "is_eager", lambda: False):  # noqa: PT008, a Mock is slow
         yield
 
 
 def measure(program: Program, inputs: Inputs) -> list[float]:
-    """By direction."""
+    """Time a program in each direction."""
     leaves = list(program.leaves(inputs).values())
     output = program.function(**inputs)
     grad = torch.randn_like(output)
@@ -71,7 +71,7 @@ def measure(program: Program, inputs: Inputs) -> list[float]:
 
 
 def rows_of(case: Case) -> list[dict[str, Any]]:
-    """A case in all directions."""
+    """Time a case in all directions, ours and torch's."""
     inputs = case.make(CPU)
     ours = measure(fused(case, CPU), inputs)
     with by_the_dispatcher():

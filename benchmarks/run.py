@@ -23,7 +23,7 @@ from harness.providers import absent_peers
 from harness.records import ResultFile, clocks, new_document
 from harness.runner import Options, run_suite
 from harness.suites import SUITES
-from table import markdown
+from reporting.table import markdown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
         for name in given.suite or SUITES:
-            suite = importlib.import_module(f"bench_{name}").SUITE
+            suite = importlib.import_module(f"suites.bench_{name}").SUITE
             cases = suite.cases(sizes, dtype)
             if given.quick:
                 cases = [case for case in cases if case.headline]

@@ -163,7 +163,7 @@ def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> No
 
 @pytest.mark.parametrize("case", ["softmax masked softmax", "relative bias B=128 H=8 S=128 d=128"])
 def test_predictions_of_the_benchmark_are_near_above_its_floors(case: str) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "predictions.py"
+    script = Path(__file__).parents[1] / "benchmarks/model/predictions.py"
     compiling = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, script, "--case", case], capture_output=True, text=True, check=True,

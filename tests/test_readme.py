@@ -83,7 +83,7 @@ def test_the_readmes_times_are_those_of_the_results_page() -> None:
         assert any(
             f"| {ours}" in line and f"| {stock.partition(' (')[0]}" in line
             and f"({stock.partition(' (')[2]}" in line
-            for line in TEXTS["docs/results.md"].splitlines()
+            for line in (TEXTS["docs/results.md"] + TEXTS["docs/results-cpu.md"]).splitlines()
         ), (stock, ours)  # fmt: skip
 
 
@@ -100,7 +100,10 @@ def test_an_error_that_is_explained_exists() -> None:
             assert part.strip(", ()") in source, error
 
 
-@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+OTHERS = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks").rglob("*.md"))
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", *OTHERS])
 def test_links_to_files_lead_somewhere(name: str) -> None:
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / name).read_text()):
         assert ((ROOT / name).parent / link).exists(), link

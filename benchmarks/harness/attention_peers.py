@@ -27,19 +27,19 @@ PLAIN = ("full", "causal", "dropout", "1 query", "16 queries")
 
 
 def real_positions(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
-    """Boolean ``[batch, longest]``: True where a padded batch holds a real token."""
+    """Make ``[batch, longest]``: True where a padded batch holds a real token."""
     ends = torch.tensor(lengths, device=device)
     return torch.arange(longest, device=device) < ends[:, None]
 
 
 def within_window(length: int, window: int, device: torch.device) -> Tensor:
-    """Boolean ``[length, length]``: True where a key is no further than ``window`` from a query."""
+    """Make ``[length, length]``: True where a key is no further than ``window`` from a query."""
     positions = torch.arange(length, device=device)
     return (positions[:, None] - positions).abs() <= window
 
 
 def padded(lengths: Sequence[int]) -> Layout:
-    """Packed ``[tokens, heads, dim]`` as ``[batch, heads, longest, dim]``, zeros after the ends."""
+    """Hold packed ``[tokens, heads, dim]`` as ``[batch, heads, longest, dim]``, padding zero."""
     real = functools.cache(lambda device: real_positions(lengths, max(lengths), device))
 
     def own(name: str, tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def padded(lengths: Sequence[int]) -> Layout:
 
 
 def materialized(length: int, radius: int) -> Layout:
-    """``relative_bias [heads, 2 radius + 1]`` as the bias ``[1, heads, length, length]``."""
+    """Hold ``relative_bias [heads, 2 radius + 1]`` as a bias ``[1, heads, length, length]``."""
 
     @functools.cache
     def entry(device: torch.device) -> Tensor:
@@ -77,7 +77,7 @@ def materialized(length: int, radius: int) -> Layout:
 
 
 def stock(backend: SDPBackend | None = None) -> Provider:
-    """torch's attention on one backend alone, or on the one that torch picks."""
+    """Call torch's attention on one backend alone, or on the one that torch picks."""
 
     def run(*args: Any) -> Tensor:
         if backend is None:
@@ -122,7 +122,7 @@ def stock(backend: SDPBackend | None = None) -> Provider:
 
 
 def flash_attn(case: Case) -> Program:
-    """Dao's package; ``[batch, length, heads, dim]``, so the transposes below are views."""
+    """Call Dao's package; ``[batch, length, heads, dim]``, so the transposes below are views."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     o = case.options
@@ -149,7 +149,7 @@ def flash_attn(case: Case) -> Program:
 
 
 def torch_varlen(case: Case) -> Program:
-    """torch's own attention of packed sequences."""
+    """Call torch's own attention of packed sequences."""
     if case.options["kind"] != "packed":
         raise NotApplicable("takes packed sequences only")
     from torch.nn.attention.varlen import varlen_attn
@@ -163,7 +163,7 @@ def torch_varlen(case: Case) -> Program:
 
 
 def xformers_attention(case: Case) -> Program:
-    """``xformers.ops.memory_efficient_attention`` on the backend that it picks."""
+    """Call ``xformers.ops.memory_efficient_attention`` on the backend that it picks."""
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     if case.options["kind"] not in PLAIN:
@@ -181,7 +181,7 @@ def xformers_attention(case: Case) -> Program:
 
 
 def flex_attention(case: Case) -> Program:
-    """torch's FlexAttention, compiled for the exact shapes, with block masks made beforehand.
+    """Call torch's FlexAttention, compiled for the exact shapes, block masks made beforehand.
 
     It takes the table of relative biases as it is, and packed sequences as one with a mask.
     """

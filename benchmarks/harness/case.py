@@ -26,7 +26,7 @@ class NotApplicable(Unsupported):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor is compared with the truth."""
+    """Take all of a tensor to compare it with the truth."""
     return tensor
 
 
@@ -40,7 +40,7 @@ class Sizes:
 
     @staticmethod
     def of(name: str) -> Sizes:
-        """``"full"``, ``"cpu"`` or ``"tiny"``."""
+        """Look up ``"full"``, ``"cpu"`` or ``"tiny"``."""
         return {
             "full": Sizes("full", 2**25, 2**14),
             "cpu": Sizes("cpu", 2**20, 2**9),
@@ -101,11 +101,11 @@ class Program:
     merged: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # see ``gradients``
 
     def gradients(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of ``leaves``, under the names and in the pieces that the reference has."""
+        """Name the gradients of ``leaves`` as the reference does, in the same pieces."""
         return found if self.merged is None else self.merged(found)
 
     def own(self, inputs: Inputs) -> Inputs:
-        """The case's inputs in the form that this program takes; leaves where those are."""
+        """Bring the case's inputs into the form that this program takes; leaves where those are."""
         if self.layout is None:
             return inputs
         return {
@@ -114,16 +114,16 @@ class Program:
         }
 
     def back(self, name: str, tensor: Tensor) -> Tensor:
-        """An output or a gradient in the case's form."""
+        """Bring an output or a gradient back into the case's form."""
         return tensor if self.layout is None else self.layout.back(name, tensor)
 
     def outputs(self, inputs: Inputs, function: Callable[..., Any] | None = None) -> list[Tensor]:
-        """The outputs as a list."""
+        """Compute the outputs, as a list."""
         found = (function or self.function)(**inputs)
         return [found] if isinstance(found, Tensor) else list(found)
 
     def leaves(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What gets a gradient, by name: inputs that require one, and the module's parameters."""
+        """Name what gets a gradient: inputs that require one, and the module's parameters."""
         named = {
             name: value
             for name, value in inputs.items()
@@ -134,7 +134,7 @@ class Program:
         return named
 
     def call(self, direction: str, inputs: Inputs, grads: Sequence[Tensor]) -> Callable[[], object]:
-        """The zero-argument call that is timed for ``direction``."""
+        """Make the zero-argument call that is timed for ``direction``."""
         if self.module is not None:
             self.module.train(direction == "step")
         leaves = list(self.leaves(inputs).values())

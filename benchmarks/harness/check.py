@@ -42,7 +42,7 @@ class Checker:
         self.baseline |= _gradients(reference, inputs, self.grads, case.part)
 
     def judge(self, program: Program) -> dict[str, Verdict]:
-        """A verdict for each direction of the case: outputs for forward, gradients for the rest."""
+        """Give a verdict for each direction of the case: outputs for forward, else gradients."""
         if self.case.before is not None:
             self.case.before(program, self.inputs)
         found = _outputs(program, self.inputs, self.case.part)
@@ -72,7 +72,7 @@ class Checker:
 
 
 def _outputs(program: Program, inputs: Inputs, part: Part) -> dict[str, Tensor]:
-    """The outputs by name, computed as ``forward`` is timed: no gradient is wanted."""
+    """Compute the outputs by name, as ``forward`` is timed: no gradient is wanted."""
     if program.module is not None:
         program.module.eval()  # no dropout
     with torch.no_grad():
@@ -86,7 +86,7 @@ def _outputs(program: Program, inputs: Inputs, part: Part) -> dict[str, Tensor]:
 def _gradients(
     program: Program, inputs: Inputs, grads: list[Tensor], part: Part
 ) -> dict[str, Tensor]:
-    """The gradient of every input and parameter that wants one, by name."""
+    """Compute the gradient of every input and parameter that wants one, by name."""
     inputs = program.own(inputs)
     leaves = program.leaves(inputs)
     if not leaves:
@@ -106,7 +106,7 @@ def _gradients(
 
 
 def _in_float64(inputs: Inputs, part: Part) -> Inputs:
-    """The compared part of the inputs; floating-point ones in float64, as leaves of their own."""
+    """Take the compared part of the inputs, floating-point ones as leaves in float64."""
     wide = {}
     for name, value in inputs.items():
         value = part(value.detach())
@@ -124,7 +124,7 @@ def check_kept_share(share: float, draws: int, p: float) -> None:
 
 
 def status_of(error: Exception) -> tuple[str, str]:
-    """The status and the reason that a record gets for what a provider raised."""
+    """Say which status and reason a record gets for what a provider raised."""
     text = f"{type(error).__name__}: {error}".strip()[:2000]
     if isinstance(error, AssertionError):
         return "failed check", text
@@ -135,7 +135,7 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 def reraise_if_device_is_lost(error: Exception) -> None:
-    """After a sticky CUDA error nothing in this process works: let the next suite's do its part."""
+    """Raise a sticky CUDA error again: after it nothing in this process works."""
     sticky = ("illegal", "device-side assert", "launch failure", "misaligned address")
     if "CUDA error" in str(error) and any(word in str(error) for word in sticky):
         raise error

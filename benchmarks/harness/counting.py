@@ -25,11 +25,11 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor_us(self, copy_gb_s: float, matmul_tflop_s: float) -> float:
-        """The time no version can beat: the larger of moving the bytes and doing the products."""
+        """Give the time that no version can beat: of the bytes or of the products."""
         return max(self.times_us(copy_gb_s, matmul_tflop_s))
 
     def times_us(self, copy_gb_s: float, matmul_tflop_s: float) -> tuple[float, float]:
-        """Microseconds to move the bytes, and to do the FLOPs, at these ceilings."""
+        """Give the microseconds to move the bytes, and to do the FLOPs, at these ceilings."""
         return self.bytes / copy_gb_s / 1e3, self.flops / matmul_tflop_s / 1e6
 
 
@@ -37,7 +37,7 @@ Costs = dict[str, Cost]
 
 
 def softmax(rows: int, columns: int, itemsize: int) -> Costs:
-    """Forward reads x, writes y. Backward reads dy and y, writes dx."""
+    """Count softmax: forward reads x, writes y; backward reads dy and y, writes dx."""
     n = rows * columns
     forward = Cost(5 * n, 2 * n * itemsize)  # max, subtract, exp, sum, divide
     backward = Cost(4 * n, 3 * n * itemsize)  # y * dy, sum, subtract, multiply
@@ -54,7 +54,7 @@ def layer_norm(
     return_sum: bool = False,
     dropout: bool = False,
 ) -> Costs:
-    """``norm(dropout(x) + residual)``; without ``residual`` the plain norm of x.
+    """Count ``norm(dropout(x) + residual)``; without ``residual`` the plain norm of x.
 
     Forward reads x (and residual), writes y (and the sum, if returned). Backward reads dy (and the
     gradient of the sum) and the normalized input, writes dx; residual's gradient is the same tensor
@@ -89,7 +89,7 @@ def embedding(rows: int, columns: int, tables: Sequence[int], itemsize: int) -> 
 
 
 def cross_entropy(rows: int, classes: int, itemsize: int) -> Costs:
-    """Forward reads the logits and a class a row. Backward reads them again, writes dx."""
+    """Count the loss: forward reads logits and classes; backward reads them again, writes dx."""
     n, ids = rows * classes, 8 * rows
     forward = Cost(4 * n, n * itemsize + ids)  # max, subtract, exp, sum
     backward = Cost(3 * n, 2 * n * itemsize + ids)  # subtract, exp, multiply
@@ -99,7 +99,7 @@ def cross_entropy(rows: int, classes: int, itemsize: int) -> Costs:
 def linear_cross_entropy(
     rows: int, counted: int, classes: int, features: int, itemsize: int
 ) -> Costs:
-    """The projection of the rows that count, one product; a training step has two more.
+    """Count the projection of the rows that count, one product, and two more in training.
 
     Forward reads those rows, all of the weight and the targets; a step also writes the gradients
     of both, of the rows all. The logits need not be moved.
@@ -120,7 +120,7 @@ def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
 
 
 def contrastive(rows: int, dims: int, itemsize: int) -> Costs:
-    """Loss over all pairs of two batches of ``rows`` embeddings.
+    """Count the loss over all pairs of two batches of ``rows`` embeddings.
 
     One product forward, three backward: the scores again, and the gradients of both sides. Forward
     reads both sides; backward reads them and writes their gradients, and reads what is kept of each
@@ -149,7 +149,7 @@ def attention(
     mask_bytes: int = 0,
     bias_bytes: int = 0,
 ) -> Costs:
-    """Attention of ``length`` queries a sequence to ``keys`` keys, as many if None.
+    """Count attention of ``length`` queries a sequence to ``keys`` keys, as many if None.
 
     ``pairs`` are the visible (query, key) pairs over batch and heads, ``real_keys`` the keys over
     the batch that any query sees; all if None. ``bias_bytes`` are those of what is added to the
@@ -186,7 +186,7 @@ def encoder(
     gated: bool = False,
     windows: Sequence[int | None] = (),
 ) -> Costs:
-    """A stack of Transformer encoder layers over the real tokens of sequences of these lengths.
+    """Count a stack of Transformer encoder layers over the real tokens of sequences.
 
     ``gated`` feed-forwards have three products; ``windows`` are how far to each side the layers
     see, all of it for None.
@@ -216,7 +216,7 @@ def masked_lm(
     classes: int,
     itemsize: int,
 ) -> Costs:
-    """An encoder and the loss over its tied embeddings, of so many tokens with a label a sequence.
+    """Count an encoder and the loss over its tied embeddings of the tokens with a label.
 
     Only of those the last layer has to compute more than keys and values, and the head anything.
     The lookup of embeddings isn't counted, nor is the optimizer.
@@ -237,7 +237,7 @@ def masked_lm(
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """Of queries and keys of one sequence that are at most ``window`` apart."""
+    """Count the queries and keys of one sequence that are at most ``window`` apart."""
     if window is None or window >= length:
         return length * length
     return length * (2 * window + 1) - window * (window + 1)

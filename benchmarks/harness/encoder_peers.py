@@ -22,7 +22,7 @@ _PROJECTED = "attention.self.{}.{}"
 def hugging_face(
     stock: nn.Module, program: Callable[[nn.Module], Program], options: dict[str, Any]
 ) -> Program:
-    """transformers' BertEncoder with scaled_dot_product_attention, in stock's weights."""
+    """Call transformers' BertEncoder with scaled_dot_product_attention, in stock's weights."""
     if importlib.util.find_spec("transformers") is None:
         raise Unsupported("transformers is not installed")
     from transformers import BertConfig
@@ -70,7 +70,7 @@ def hugging_face(
 
 
 def _merged(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients by stock's names."""
+    """Name gradients as stock does."""
     found: dict[str, Tensor] = {}
     back = {other: mine for mine, other in _NAMES.items()}
     for name, gradient in gradients.items():

@@ -52,7 +52,7 @@ class NoDriver:
 
 
 def kernels_go_nowhere(launched: Launched = lambda source, arguments: None) -> None:
-    """From here on, in this process: CPU tensors take the kernels of sm_90, which do not run.
+    """Let CPU tensors take the kernels of sm_90, which do not run, in this process.
 
     ``launched`` is called with each compiled kernel's source and the launcher's arguments.
 

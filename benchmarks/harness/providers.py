@@ -18,7 +18,7 @@ _mode: list[str | None] = [None]  # of torch.compile, while a provider is built
 
 
 def absent_peers(device: torch.device) -> dict[str, str]:
-    """The peers that cannot be timed here, and why."""
+    """List the peers that cannot be timed here, and why."""
     absent = {}
     for name in PEER_MODULES:
         if importlib.util.find_spec(name) is None:
@@ -38,7 +38,7 @@ def absent_peers(device: torch.device) -> dict[str, str]:
 def present(
     providers: dict[str, Provider], device: torch.device, compile: str
 ) -> dict[str, Provider]:
-    """``providers`` without those that are absent, those that compile as ``Options.compile``."""
+    """Leave out the providers that are absent, or that compile where nothing shall."""
     found = {}
     absent = absent_peers(device)
     if compile == "thorough" and "torch.compile" in providers:
@@ -52,7 +52,7 @@ def present(
 
 
 def _on_headlines(provider: Provider) -> Provider:
-    """A provider that takes seconds to compile for each shape, on headline cases only."""
+    """Keep a provider that takes seconds to compile for each shape to headline cases."""
 
     def build(case: Case) -> Program:
         if not case.headline:
@@ -63,7 +63,7 @@ def _on_headlines(provider: Provider) -> Provider:
 
 
 def compiled(program: Program) -> Program:
-    """The same program through ``torch.compile`` for its exact shapes."""
+    """Send the same program through ``torch.compile`` for its exact shapes."""
     module, mode = program.module, _mode[-1]
     if module is not None:
         module.compile(dynamic=False, mode=mode)
@@ -76,7 +76,7 @@ def compiled(program: Program) -> Program:
 
 
 def _autotuned(provider: Provider) -> Provider:
-    """A provider that compiles, with torch's own search for configs."""
+    """Let a provider that compiles search for configs as torch does."""
 
     def build(case: Case) -> Program:
         _mode.append("max-autotune-no-cudagraphs")  # a graph would hide the launches from timing
@@ -89,7 +89,7 @@ def _autotuned(provider: Provider) -> Provider:
 
 
 def liger(kind: str) -> Provider:
-    """liger_kernel's autograd functions for a softmax or a plain norm."""
+    """Call liger_kernel's autograd functions for a softmax or a plain norm."""
 
     def build(case: Case) -> Program:
         if kind == "softmax":
@@ -114,7 +114,7 @@ def liger(kind: str) -> Provider:
 
 
 def apex_layer_norm(case: Case) -> Program:
-    """apex's fused LayerNorm."""
+    """Call apex's fused LayerNorm."""
     if case.options["kind"] != "layer_norm":
         raise Unsupported("apex is timed here on the plain LayerNorm only")
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
@@ -125,7 +125,7 @@ def apex_layer_norm(case: Case) -> Program:
 
 
 def transformer_engine_norm(case: Case) -> Program:
-    """transformer_engine's modules, with the case's weights."""
+    """Call transformer_engine's modules, with the case's weights."""
     kind = case.options["kind"]
     if kind not in ("layer_norm", "rms_norm"):
         raise Unsupported("transformer_engine is timed here on plain norms only")

@@ -102,7 +102,7 @@ class Rates:
 
 
 def rates(record: dict[str, Any], ceilings: dict[str, Any]) -> Rates:
-    """The rates of a timed record."""
+    """Work out the rates of a timed record."""
     median, tokens = record["median_us"], record.get("tokens")
     moving, computing = Cost(record["flops"], record["bytes"]).times_us(
         ceilings["copy_gb_s"], ceilings["matmul_tflop_s"]
@@ -117,7 +117,7 @@ def rates(record: dict[str, Any], ceilings: dict[str, Any]) -> Rates:
 
 
 def problems(document: Any) -> list[str]:
-    """What is wrong with a result document; an empty list if it meets the schema."""
+    """List what is wrong with a result document; an empty list if it meets the schema."""
     found = _mistyped(document, _DOCUMENT, "document")
     if found:
         return found
@@ -179,7 +179,7 @@ class ResultFile:
             mine[name] = max(mine[name], value) if isinstance(mine.get(name), float) else value
 
     def measured(self) -> set[tuple[str, str, str]]:
-        """(suite, case, dtype) of what is there."""
+        """List the (suite, case, dtype) that are there."""
         return {(r["suite"], r["case"], r["dtype"]) for r in self.document["records"]}
 
     def add(self, records: list[Record]) -> None:
@@ -196,14 +196,14 @@ class ResultFile:
 
 
 def _text(document: dict[str, Any]) -> str:
-    """JSON with a line for each record, so that a version's changes can be read."""
+    """Write JSON with a line for each record, so that a version's changes can be read."""
     head = json.dumps({**document, "records": []}, indent=1).removesuffix("[]\n}")
     rows = ",\n".join("  " + json.dumps(record) for record in document["records"])
     return f"{head}[\n{rows}\n ]\n}}\n"
 
 
 def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]:
-    """A result document without ceilings and records, with what there is to know of this run."""
+    """Make a document without ceilings and records, with all that is known of this run."""
     commit, dirty = _commit()
     try:
         import triton
@@ -227,13 +227,13 @@ def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads that torch uses."""
+    """Name the GPU, or the processor with the number of threads that torch uses."""
     name = environment.device_name(device)
     return name if device.type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads"
 
 
 def clocks(device: torch.device) -> str:
-    """Clocks, temperature and power of the GPU right now; empty where nobody can say."""
+    """Read clocks, temperature and power of the GPU right now; empty where nobody can say."""
     if device.type != "cuda":
         return ""
     wanted = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
@@ -241,7 +241,7 @@ def clocks(device: torch.device) -> str:
 
 
 def _commit() -> tuple[str, bool]:
-    """The commit measured and whether the tree differs from it, from git or the environment."""
+    """Find the commit measured and whether the tree differs, by git or the environment."""
     given = os.environ.get("FUSEDFORMER_COMMIT", "")
     commit = _output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
     if not commit:

@@ -67,7 +67,7 @@ def run_suite(suite: Suite, cases: list[Case], results: ResultFile, options: Opt
 def run_case(
     suite: Suite, case: Case, providers: dict[str, Provider], options: Options
 ) -> list[Record]:
-    """The records of one case: every provider in every direction, timed or with the reason."""
+    """Make the records of one case: each provider and direction, timed or with the reason."""
     torch.manual_seed(0)
     _forget_compiled()
     with warnings.catch_warnings():
@@ -172,7 +172,7 @@ def _time_direction(
 
 
 def summary_lines(records: list[Record], ceilings: dict[str, Any]) -> list[str]:
-    """One line for each provider and direction: time, rates, error beside the reference's."""
+    """Describe each provider and direction: time, rates, error beside the reference's."""
     lines = []
     for r in records:
         head = f"{r.direction:9}{r.provider:16}"
@@ -193,7 +193,7 @@ def _key(case: Case) -> tuple[str, str, str]:
 
 
 def _forget_compiled() -> None:
-    """Fresh compile caches for each case: past eight shapes torch.compile quietly falls back."""
+    """Clear compile caches: past eight shapes torch.compile quietly falls back."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -43,7 +43,7 @@ class Samples:
     method: str
 
     def percentile(self, share: float) -> float:
-        """The value below which ``share`` of the samples lie, linearly interpolated."""
+        """Give the value below which ``share`` of the samples lie, linearly interpolated."""
         ordered = sorted(self.samples_us)
         place = share * (len(ordered) - 1)
         low = math.floor(place)
@@ -56,7 +56,7 @@ class Samples:
 
 
 def input_sets(bytes_per_set: int, device: torch.device) -> int:
-    """How many input sets rotate: together at least three times the L2 of a GPU; one on CPU."""
+    """Say how many input sets rotate: together thrice the L2 of a GPU; one on CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size or 64 * 2**20
@@ -78,14 +78,14 @@ def measure(
 def measure_host(
     calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
-    """What a call costs the host; on the CPU, where that is all of it, as :func:`measure`."""
+    """Time what a call costs the host; on the CPU, where that is all of it, by :func:`measure`."""
     return _measure_wall(calls, device, seconds, "host", HOST_CALLS)
 
 
 def measure_latency(
     calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float
 ) -> dict[str, Samples]:
-    """What one call takes until its result is there; on the CPU as :func:`measure`."""
+    """Time one call until its result is there; on the CPU by :func:`measure`."""
     return _measure_wall(calls, device, seconds, "latency", 1)
 
 
@@ -198,7 +198,7 @@ def _flushed(call: Call, flush: torch.Tensor, count: int) -> list[float]:
 
 
 def _batched(calls: Sequence[Call], batch: int, lead_us: float) -> tuple[float, float]:
-    """Microseconds of the device for one call, and of the host to enqueue the whole batch."""
+    """Time the device for one call, and the host to enqueue the whole batch, in microseconds."""
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -214,7 +214,7 @@ def _batched(calls: Sequence[Call], batch: int, lead_us: float) -> tuple[float, 
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict[str, object]:
-    """The two ceilings, measured here and now: a large copy, and a large matrix product.
+    """Measure the two ceilings here and now: a large copy, and a large matrix product.
 
     The copy counts bytes read plus bytes written. Both on random numbers: a product of zeros draws
     less power and runs faster than any real one.

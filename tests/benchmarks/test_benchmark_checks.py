@@ -9,14 +9,13 @@ import pytest
 import torch
 from tests.benchmarks.square import CPU, new_results, run_options, square_case, square_suite
 
-import bench_attention
-import bench_norm
 from fusedformer import backend
 from harness import records
 from harness.attention_peers import materialized, padded, stock
 from harness.case import REFERENCE, Case, Layout, NotApplicable, Program, Sizes, Suite, Unsupported
 from harness.providers import PEER_MODULES, absent_peers
 from harness.runner import check_all, run_suite
+from suites import bench_attention, bench_norm
 
 
 def _declines(input: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 
 
 def test_the_list_of_suites_is_what_is_there() -> None:
-    assert {path.stem for path in BENCHMARKS.glob("bench_*.py")} == {f"bench_{s}" for s in SUITES}
+    assert {path.stem for path in BENCHMARKS.glob("suites/bench_*.py")} == {
+        f"bench_{s}" for s in SUITES
+    }
 
 
 STAGES = "environment confirm tests bench tune memory compile"
@@ -80,7 +82,7 @@ def test_suite_runs_under_pytest_benchmark() -> None:
             "no:cacheprovider",
             "-p",
             "no:xdist",
-            str(BENCHMARKS / "bench_softmax.py"),
+            str(BENCHMARKS / "suites" / "bench_softmax.py"),
             "--bench-sizes=tiny",
             "--bench-quick",
             "--benchmark-max-time=0.01",

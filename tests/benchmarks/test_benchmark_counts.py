@@ -8,8 +8,9 @@ import pytest
 import torch
 from tests.benchmarks.square import CPU
 
-import bench_attention
 from harness import counting
+from model import TABLES, floors, outcomes
+from suites import bench_attention
 
 # Floors that were worked out by hand for an H200: 4300 GB/s, 790 TFLOP/s, 16,384 tokens, bf16.
 BY_HAND = {
@@ -117,3 +118,13 @@ def test_flops_with_all_tokens_labelled_are_those_of_an_encoder_and_a_head() -> 
     head = 2 * 11 * 8 * 8 + 2 * 11 * 8 * 50
     assert found["forward"].flops == whole["forward"].flops + head
     assert found["step"].flops == whole["step"].flops + 3 * head
+
+
+@pytest.mark.parametrize("suite", ["softmax", "norm", "attention", "losses"])
+def test_the_table_of_floors_is_what_its_command_writes(suite: str) -> None:
+    written = (TABLES / "floors.md").read_text().splitlines()
+    assert floors.rows(suite) == [row for row in written if row.startswith(f"| {suite} |")]
+
+
+def test_the_table_of_outcomes_is_what_its_command_writes() -> None:
+    assert outcomes.text() == (TABLES / "outcomes.md").read_text()

@@ -20,12 +20,10 @@ from tests.benchmarks.square import (
     square_suite,
 )
 
-import compare
-import page
-import table
 from harness import records, timing
 from harness.case import REFERENCE
 from harness.runner import run_suite
+from reporting import compare, page, table
 
 
 def test_interrupted_run_keeps_what_it_measured_and_goes_on_from_there(tmp_path: Path) -> None:
@@ -191,9 +189,39 @@ def test_order_of_providers_rotates() -> None:
     assert "".join(leads[3:]) in ("abcbcacab", "bcacab", "cbcacab", "bcbcacab")
 
 
-@pytest.mark.parametrize("what", ["encoder", "huggingface", "losses", "pretraining"])
-def test_the_results_page_has_the_tables_of_the_result_file(what: str) -> None:
-    root = Path(__file__).parents[2]
-    (file,) = (root / "benchmarks/results/cpu").glob(f"*-{what}.json")
-    page = (root / "docs/results.md").read_text()
-    assert table.markdown(json.loads(file.read_text())) in page
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/results*.md"))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_tables_of_a_page_are_those_of_the_result_files(name: str) -> None:
+    page = _text(name)
+    assert table.filled(page) == page, f"python benchmarks/reporting/table.py --fill {name}"
+
+
+def test_every_result_file_is_shown() -> None:
+    marks = [mark["files"] for name in RESULTS for mark in table.MARKED.finditer(_text(name))]
+    shown = {path for mark in marks for pattern in mark.split() for path in ROOT.glob(pattern)}
+    files = set(ROOT.glob("benchmarks/results/*/*.json"))
+    assert {path.name for path in files - shown} == {"2026-11-28-tiles.json"}  # of the notes
+    assert shown <= files
+
+
+def test_a_changed_number_leaves_the_page() -> None:
+    page = _text("docs/results-cpu.md")
+    wrong = page.replace("| 0.837 ± ", "| 0.937 ± ")
+    assert wrong != page == table.filled(wrong)
+
+
+def test_what_no_command_wrote_is_no_result_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "other.json"
+    file.write_text('{"rows": [{"name": "other"}]}')
+    monkeypatch.setattr(sys, "argv", ["table", str(file)])
+    assert table.main() == 1
+    assert "not a result file" in capsys.readouterr().err
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text()

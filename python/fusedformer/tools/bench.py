@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SCRIPTS = {"report": "page.py", "compare": "compare.py"}
+SCRIPTS = {"report": "reporting/page.py", "compare": "reporting/compare.py"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -24,7 +20,7 @@ KINDS = ("softmax", "sigmoid")
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """Both losses of each batch."""
+    """List both losses of each batch."""
     return [_case(kind, rows, dtype) for kind in KINDS for rows in BATCHES[sizes.name]]
 
 
@@ -49,7 +45,7 @@ def _case(kind: str, rows: int, dtype: torch.dtype) -> Case:
 
 
 def fused(case: Case) -> Program:
-    """The library's op."""
+    """Call the library's op."""
     from fusedformer import functional as F
 
     losses = {"softmax": F.contrastive_loss, "sigmoid": F.sigmoid_contrastive_loss}
@@ -57,7 +53,7 @@ def fused(case: Case) -> Program:
 
 
 def eager(case: Case) -> Program:
-    """torch's, with all scores in memory, as training code has it."""
+    """Call torch with all scores in memory, as training code has it."""
 
     def softmax(a: Tensor, b: Tensor, logit_scale: Tensor) -> Tensor:
         logits = (logit_scale * (a @ b.T)).to(_wide(a))
@@ -74,7 +70,7 @@ def eager(case: Case) -> Program:
 
 
 def _without_scalars(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of one number that terms cancel to, which provider errs less is luck: the tests judge it."""
+    """Leave out gradients of one number, which terms cancel to: the tests judge them."""
     return {name: g for name, g in gradients.items() if g.dim()}
 
 
@@ -83,7 +79,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition."""
+    """Compute the library's definition."""
     from fusedformer import reference
 
     losses = {
@@ -93,7 +89,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -106,5 +102,5 @@ SUITE = Suite("contrastive", cases, providers, truth)
 
 
 def test_contrastive(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

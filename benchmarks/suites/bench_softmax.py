@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -20,7 +16,7 @@ HEADLINE = (128, 4096, 131072)
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """About ``sizes.elements`` elements in each case, whatever the length of a row."""
+    """List cases of about ``sizes.elements`` elements, whatever the length of a row."""
     found = [
         _case(sizes.elements // columns, columns, dtype, headline=columns in HEADLINE)
         for columns in COLUMNS
@@ -65,7 +61,7 @@ def _case(
 
 
 def fused(case: Case) -> Program:
-    """The library's op, which takes the mask along."""
+    """Call the library's op, which takes the mask along."""
     from fusedformer import functional as F
 
     op = F.log_softmax if case.options["log"] else F.softmax
@@ -73,7 +69,7 @@ def fused(case: Case) -> Program:
 
 
 def eager(case: Case) -> Program:
-    """torch's, with the mask filled in beforehand."""
+    """Call torch with the mask filled in beforehand."""
     op = torch.log_softmax if case.options["log"] else torch.softmax
 
     def call(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,7 +81,7 @@ def eager(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition."""
+    """Compute the library's definition."""
     from fusedformer import reference
 
     op = reference.log_softmax if case.options["log"] else reference.softmax
@@ -93,7 +89,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -107,5 +103,5 @@ SUITE = Suite("softmax", cases, providers, truth)
 
 
 def test_softmax(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

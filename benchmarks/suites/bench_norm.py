@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -38,7 +34,7 @@ KINDS = {
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """``sizes.tokens`` rows of each hidden size; dropout at two of them."""
+    """List ``sizes.tokens`` rows of each hidden size; dropout at two of them."""
     return [
         _case(kind, sizes.tokens, hidden, dtype)
         for hidden in (HIDDEN[:1] if sizes.name == "tiny" else HIDDEN)
@@ -83,7 +79,7 @@ def _case(kind: str, rows: int, hidden: int, dtype: torch.dtype) -> Case:
 
 
 def fused(case: Case) -> Program:
-    """The library's op; residual, dropout and norm are one kernel."""
+    """Call the library's op; residual, dropout and norm are one kernel."""
     from fusedformer import functional as F
 
     kind, shape = case.options["kind"], (case.options["hidden"],)
@@ -103,7 +99,7 @@ def fused(case: Case) -> Program:
 
 
 def eager(case: Case) -> Program:
-    """torch's, step by step."""
+    """Call torch step by step."""
     kind, shape = case.options["kind"], (case.options["hidden"],)
     if kind == "layer_norm":
         return Program(
@@ -126,7 +122,7 @@ def eager(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition, without dropout."""
+    """Compute the library's definition, without dropout."""
     from fusedformer import reference
 
     kind, shape = case.options["kind"], (case.options["hidden"],)
@@ -145,7 +141,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def _check_dropout(program: Program, inputs: Inputs) -> None:
-    """On ones with no residual the norm's sign shows what was kept, and so must the gradient."""
+    """Check on ones that the output and the gradient show one mask of the asked share."""
     ones = torch.ones_like(inputs["input"]).requires_grad_()
     gain = torch.ones_like(inputs["weight"])
     zeros, offset = torch.zeros_like(inputs["residual"]), torch.zeros_like(inputs["bias"])
@@ -158,7 +154,7 @@ def _check_dropout(program: Program, inputs: Inputs) -> None:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -174,5 +170,5 @@ SUITE = Suite("norm", cases, providers, truth)
 
 
 def test_norm(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.attention_peers import (
@@ -76,7 +72,7 @@ HEADLINE = {
 
 
 def natural_lengths(tokens: int, longest: int) -> list[int]:
-    """Log-normal lengths of sequences with about ``tokens`` real tokens, half of them padded.
+    """Draw log-normal lengths with about ``tokens`` real tokens, half of the batch padded.
 
     The first is the longest, as padded batches have one; the mean is half of it or, of a batch of
     two or so, a little more. The same for the same arguments.
@@ -90,7 +86,7 @@ def natural_lengths(tokens: int, longest: int) -> list[int]:
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """About ``sizes.tokens`` real keys in sequences of each length, heads of 64 and of 128."""
+    """List about ``sizes.tokens`` real keys in sequences of each length, heads of 64 and of 128."""
     if sizes.name == "tiny":
         return [_case(kind, sizes.tokens, 32, 64, dtype, headline=True) for kind in LENGTHS]
     return [
@@ -191,14 +187,14 @@ def _costs(
 
 
 def _part(kind: str, lengths: list[int] | None) -> Part:
-    """What the truth is computed for: all scores of all heads in float64 would not fit."""
+    """Take what the truth is computed for: all scores of all heads in float64 would not fit."""
     if kind == "packed" and lengths is not None:
         return functools.partial(_last_two_sequences, tokens=sum(lengths[-2:]))
     return _all_sequences if kind in ("biased", "relative bias") else _last_sequence
 
 
 def _last_sequence(tensor: Tensor) -> Tensor:
-    """Its first and last head.
+    """Take the first and last head of the last sequence.
 
     Masks that all sequences or heads share keep their size of 1.
     """
@@ -207,19 +203,19 @@ def _last_sequence(tensor: Tensor) -> Tensor:
 
 
 def _all_sequences(tensor: Tensor) -> Tensor:
-    """First and last head of all: the gradient of a bias is a sum over sequences."""
+    """Take the first and last head of all: the gradient of a bias is a sum over sequences."""
     return tensor[:, :: tensor.shape[1] - 1] if tensor.dim() == 4 else tensor[:: len(tensor) - 1]
 
 
 def _last_two_sequences(tensor: Tensor, tokens: int) -> Tensor:
-    """First and last head of packed ones, and where they begin: a boundary is among them."""
+    """Take the first and last head of the last two packed ones, and where they begin."""
     if tensor.dim() == 1:
         return tensor[-3:] - tensor[-3]
     return tensor[-tokens:, :: tensor.shape[1] - 1]
 
 
 def fused(case: Case) -> Program:
-    """The library's ops, which take lengths, windows and tables of biases as they come."""
+    """Call the library's ops, which take lengths, windows and tables of biases as they come."""
     from fusedformer import functional as F
 
     o = case.options
@@ -244,7 +240,7 @@ def fused(case: Case) -> Program:
 
 
 def fused_padded(case: Case) -> Program:
-    """The library on packed sequences as a padded batch: what packing is worth."""
+    """Call the library on packed sequences as a padded batch: what packing is worth."""
     from fusedformer import functional as F
 
     o = case.options
@@ -264,7 +260,7 @@ def fused_padded(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition, without dropout and without the log-sum-exp."""
+    """Compute the library's definition, without dropout and without the log-sum-exp."""
     from fusedformer import reference
 
     o = case.options
@@ -287,7 +283,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def _check_dropout(program: Program, inputs: Inputs) -> None:
-    """Dropout drops the asked share, and the backward drops what the forward dropped.
+    """Check that dropout drops the asked share, and the same in the backward.
 
     With zero queries every weight is 1/S. Values that are a row of the identity for some of the
     keys then show those keys' weights alone: 0 where dropped, 1/(S (1 - p)) where kept. And the
@@ -318,7 +314,7 @@ def _check_dropout(program: Program, inputs: Inputs) -> None:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here; each of SDPA's backends is a peer by name."""
+    """List who computes it, those that are here; each of SDPA's backends by name."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         "fusedformer padded": fused_padded,
@@ -336,5 +332,5 @@ SUITE = Suite("attention", cases, providers, truth)
 
 
 def test_attention(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_encoder import natural_lengths
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
 from harness.providers import compiled, present
+from suites.bench_encoder import natural_lengths
 
 # name: (layers, width, heads, feed-forward width, longest sequence)
 MODELS = {
@@ -29,7 +25,7 @@ PATCH, LOCAL = 16, 128  # of ViT; keys that ModernBERT's local layers see
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """Text of natural lengths, images, and sentences if the pretrained weights are installed."""
+    """List texts of natural lengths, images, and sentences if the pretrained weights are here."""
     if importlib.util.find_spec("transformers") is None:
         return []
     if sizes.name == "tiny":
@@ -97,7 +93,7 @@ def _images(batch: int, dtype: torch.dtype, layers: int | None) -> Case:
 
 
 def _sentences(batch: int, count: int, dtype: torch.dtype) -> list[Case]:
-    """Texts to unit vectors: tokenizer, model, mean pooling, normalization; in batches."""
+    """Turn texts into unit vectors in batches: tokenizer, model, mean pooling, normalization."""
     from fusedformer.tools.report.corpus import stdlib_passages
     from fusedformer.tools.report.minilm import MiniLM, MissingExtra
 
@@ -189,7 +185,7 @@ def _program(case: Case, model: nn.Module, device: torch.device) -> Program:
 
 
 def without_key_biases(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Softmax cancels a key's bias: its gradient is 0, and what is computed is rounding alone."""
+    """Leave out gradients of keys' biases: they are 0, and what is computed is rounding."""
     biases = "key.bias", "k_proj.bias"
     return {name: g for name, g in gradients.items() if not name.endswith(biases)}
 
@@ -203,12 +199,12 @@ def _fused(case: Case, device: torch.device) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The stock model, with the same weights in float64."""
+    """Compute the stock model, with the same weights in float64."""
     return _program(case, copy.deepcopy(_stock(case, device)).double(), device)
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     stock: Callable[[Case], Program] = lambda case: _program(case, _stock(case, device), device)
     found: dict[str, Provider] = {
         "fusedformer": lambda case: _fused(case, device),
@@ -222,5 +218,5 @@ SUITE = Suite("huggingface", cases, providers, truth)
 
 
 def test_huggingface(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -25,7 +21,7 @@ _PAIRS = (("input", "weight"), ("position_ids", "position_weight"),
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """``sizes.tokens`` tokens of each width; dropout, as in training, at one of them."""
+    """List ``sizes.tokens`` tokens of each width; dropout, as in training, at one of them."""
     tiny = sizes.name == "tiny"
     tokens = 500 if tiny else TOKENS
     found = [
@@ -60,7 +56,7 @@ def _case(rows: int, width: int, p: float, dtype: torch.dtype, tokens: int) -> C
 
 
 def fused(case: Case) -> Program:
-    """The library's op, one kernel forward."""
+    """Call the library's op, one kernel forward."""
     from fusedformer import functional as F
 
     def embed(p: float) -> Any:
@@ -70,7 +66,7 @@ def fused(case: Case) -> Program:
 
 
 def eager(case: Case) -> Program:
-    """torch's, step by step."""
+    """Call torch step by step."""
 
     def embed(p: float) -> Any:
         def call(norm_weight: Tensor, norm_bias: Tensor, **inputs: Tensor) -> Tensor:
@@ -85,14 +81,14 @@ def eager(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition, without dropout."""
+    """Compute the library's definition, without dropout."""
     from fusedformer import reference
 
     return Program(reference.embedding_layer_norm)
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -105,5 +101,5 @@ SUITE = Suite("embedding", cases, providers, truth)
 
 
 def test_embedding(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

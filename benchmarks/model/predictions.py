@@ -1,8 +1,8 @@
-"""Predicted times of the benchmark's cases on an H200: ``python benchmarks/predictions.py``.
+"""Predicted times of the benchmark's cases on an H200: ``python benchmarks/model/predictions.py``.
 
 Nothing is run: what the library would launch is recorded and compiled for sm_90, and
-``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write FILE`` replaces the
-table between the two marks in FILE. Some minutes on a laptop, as every kernel is compiled once.
+``fusedformer_kernels.compiler.prediction`` reads the machine code. ``--write`` puts the
+table into ``tables/predictions.md``. Some minutes on a laptop, as every kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from floors import replace_between
 from fusedformer import functional as F
 from fusedformer._internal import backend as backends
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
@@ -31,8 +30,8 @@ from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
 from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 from harness.case import Case, Sizes
+from model import TABLES, page
 
-BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
 PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
 TARGET = TARGETS["sm_90"]
 PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
@@ -56,7 +55,7 @@ class Untouched(TorchDispatchMode):
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
-    """What ``call`` would launch on an H200; its tensors are on the CPU and hold anything."""
+    """Record what ``call`` would launch on an H200, with tensors on the CPU."""
     with ExitStack() as stack:
         switch = backends.INTERPRETER_IS_ON
         stack.callback(setattr, backends, "INTERPRETER_IS_ON", switch)
@@ -69,19 +68,19 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
 
 
 def prediction_of(launch: Launch, pairs: float | None) -> Prediction:
-    """Of one launch."""
+    """Predict one launch."""
     return predict(launch, compile_launch(launch, TARGET), pairs=pairs)
 
 
 def told(call: Callable[[], object], pairs: float | None = None) -> tuple[float, str]:
-    """Microseconds of all launches of ``call``, and what is to be said about the longest."""
+    """Predict the microseconds of all launches of ``call``, and name the longest and its limit."""
     found = [(prediction_of(launch, pairs), launch.name) for launch in launches_of(call)]
     longest, name = max(found, key=lambda each: each[0].microseconds)
     return sum(each.microseconds for each, _ in found), f"{name.strip('_')}: {longest.limit}"
 
 
 def predicted(case: Case, program: Any, direction: str) -> tuple[float, str]:
-    """Of one direction of a case."""
+    """Predict one direction of a case."""
     with Untouched():
         inputs = program.own(case.make(torch.device("cpu")))
     flops = case.costs["forward"].flops
@@ -99,16 +98,16 @@ def predicted(case: Case, program: Any, direction: str) -> tuple[float, str]:
 
 
 def line(suite: str, case: str, direction: str, found: float, floor: float, remark: str) -> str:
-    """A row of the table."""
+    """Make a row of the table."""
     return f"| {suite} | {case} | {direction} | {found:.1f} | {found / floor:.2f} | {remark} |"
 
 
 def rows(chosen: str) -> list[str]:
-    """The lines of the table."""
+    """Make the lines of the table, and print each as soon as it is there."""
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
     copied = Gpu().copy_bytes / 1e9
     for name in PREDICTED:
-        suite = importlib.import_module(f"bench_{name}")
+        suite = importlib.import_module(f"suites.bench_{name}")
         for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
             if chosen not in f"{name} {case.name}" or case.options.get("projected"):
                 continue  # the time of a projection is that of ATen's products
@@ -118,13 +117,13 @@ def rows(chosen: str) -> list[str]:
                 floor = max(case.costs[direction].times_us(copied, PRODUCTS / 1e12))
                 lines.append(line(name, case.name, direction, found, floor, remark))
                 print(lines[-1], flush=True)
-    for case in importlib.import_module("bench_contrastive").SUITE.cases(
+    for case in importlib.import_module("suites.bench_contrastive").SUITE.cases(
         Sizes.of("full"), torch.bfloat16
     ):
         if chosen in f"contrastive {case.name}":
             lines += contrastive_rows(case)
             print(*lines[-2:], sep="\n", flush=True)
-    for case in importlib.import_module("bench_encoder").SUITE.cases(
+    for case in importlib.import_module("suites.bench_encoder").SUITE.cases(
         Sizes.of("full"), torch.bfloat16
     ):
         if chosen in f"encoder {case.name}":
@@ -134,7 +133,7 @@ def rows(chosen: str) -> list[str]:
 
 
 def encoder_rows(case: Case) -> list[str]:
-    """Products of a layer at the measured rate, its kernels as predicted; a step also AdamW."""
+    """Add up a layer: products at the measured rate, kernels as predicted; a step also AdamW."""
     o = case.options
     tokens, width, heads = o["batch"] * o["mean"], o["width"], o["heads"]
     costs = case.costs
@@ -166,7 +165,7 @@ def encoder_rows(case: Case) -> list[str]:
 def contrastive_rows(case: Case) -> list[str]:
     """The kernels as predicted, the products of the backward at the measured rate, and the bytes
     of torch's steps around them at that of a copy."""
-    fused = importlib.import_module("bench_contrastive").fused(case)
+    fused = importlib.import_module("suites.bench_contrastive").fused(case)
     costs = case.costs
     product = costs["forward"].flops / PRODUCTS * 1e6
     with Untouched():
@@ -188,7 +187,7 @@ def contrastive_rows(case: Case) -> list[str]:
 
 
 def _layer_calls(tokens: int, o: dict[str, Any], p: float) -> dict[str, Callable[[str], object]]:
-    """The kernels of one layer on packed tokens, by name, as calls of a direction."""
+    """Make calls of the kernels of one layer on packed tokens, by name."""
     width, inner, heads = o["width"], o["feedforward"], o["heads"]
     packed = (tokens, heads, width // heads)
     starts = torch.arange(o["batch"] + 1, dtype=torch.int32) * o["mean"]
@@ -224,11 +223,21 @@ def main() -> None:
     """Print the table, or put it into a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="", help="part of a suite's and case's name")
-    parser.add_argument("--write", type=Path, help="file whose marked table is replaced")
+    parser.add_argument("--write", action="store_true", help="into tables/predictions.md")
     given = parser.parse_args()
     found = "\n".join(rows(given.case))
-    if given.write is not None:
-        replace_between(given.write, BEGIN, found, END)
+    if given.write:
+        (TABLES / "predictions.md").write_text(text(found))
+
+
+def text(found: str) -> str:
+    """Put a table into the text of its file."""
+    about = (
+        "Of attention's cases with masks or lengths the pairs that are computed are counted, not "
+        "the tiles that they touch; the encoder is the sum of its products at 790 TFLOP/s, its "
+        "kernels and AdamW on bfloat16 states."
+    )
+    return page("Predictions on an H200", "predictions", about, found)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -21,7 +17,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """``sizes.tokens`` rows of each width."""
+    """List ``sizes.tokens`` rows of each width."""
     return [
         _case(activation, sizes.tokens, width, dtype)
         for width in (WIDTHS[:1] if sizes.name == "tiny" else WIDTHS)
@@ -48,14 +44,14 @@ def _case(activation: str, rows: int, width: int, dtype: torch.dtype) -> Case:
 
 
 def fused(case: Case) -> Program:
-    """The library's op."""
+    """Call the library's op."""
     from fusedformer import functional as F
 
     return Program(lambda input, bias: F.bias_activation(input, bias, case.options["activation"]))
 
 
 def eager(case: Case) -> Program:
-    """torch's, an addition and an activation."""
+    """Call torch's addition and activation."""
     activation = case.options["activation"]
 
     def call(input: Tensor, bias: Tensor) -> Tensor:
@@ -68,7 +64,7 @@ def eager(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The library's definition."""
+    """Compute the library's definition."""
     from fusedformer import reference
 
     return Program(
@@ -77,7 +73,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -90,5 +86,5 @@ SUITE = Suite("activation", cases, providers, truth)
 
 
 def test_activation(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Sizes, Suite
@@ -29,7 +25,7 @@ _SMALLER = {"full": (1, 1), "cpu": (16, 8), "tiny": (256, 64)}
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """The sizes of known models, divided alike where the machine is small."""
+    """List the sizes of known models, divided alike where the machine is small."""
     tokens, others = _SMALLER[sizes.name]
     found = [
         _projection(name, n // tokens, c // others, d // others, share, dtype)
@@ -87,25 +83,25 @@ def _logits(rows: int, classes: int, dtype: torch.dtype) -> Case:
 
 
 def fused(case: Case) -> Program:
-    """The library's op."""
+    """Call the library's op."""
     from fusedformer import functional as F
 
     return Program(F.linear_cross_entropy if case.options["projected"] else F.cross_entropy)
 
 
 def naive(input: Tensor, target: Tensor, linear_weight: Tensor | None = None) -> Tensor:
-    """The projection of all rows, if there is one, and torch's loss."""
+    """Call the projection of all rows, if there is one, and torch's loss."""
     logits = input if linear_weight is None else torch_F.linear(input, linear_weight)
     return torch_F.cross_entropy(logits, target)
 
 
 def eager(case: Case) -> Program:
-    """torch's, with all logits in memory."""
+    """Call torch with all logits in memory."""
     return Program(naive)
 
 
 def gathered(case: Case) -> Program:
-    """torch's, with the rows that count picked out first."""
+    """Call torch with the rows that count picked out first."""
     if not case.options["dropped"]:
         raise NotApplicable("all rows count")
 
@@ -117,7 +113,7 @@ def gathered(case: Case) -> Program:
 
 
 def chunked(case: Case) -> Program:
-    """torch's own form in chunks, which it has from 2.13 on."""
+    """Call torch's own form in chunks, which it has from 2.13 on."""
     if not case.options["projected"] or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise NotApplicable("it is of projections, and not in every torch")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -129,7 +125,7 @@ def chunked(case: Case) -> Program:
 
 
 def liger(case: Case) -> Program:
-    """liger_kernel's loss, and its projection with the loss; both return float32."""
+    """Call liger_kernel's loss, and its projection with the loss; both return float32."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
 
     if not case.options["projected"]:
@@ -143,12 +139,12 @@ def liger(case: Case) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """In float64 what the definition says, by torch's function: that needs less memory."""
+    """Compute the definition in float64 by torch's function: that needs less memory."""
     return eager(case)
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     found: dict[str, Any] = {
         "fusedformer": fused,
         REFERENCE: eager,
@@ -164,5 +160,5 @@ SUITE = Suite("losses", cases, providers, truth)
 
 
 def test_losses(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

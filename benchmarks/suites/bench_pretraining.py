@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_encoder import natural_lengths
-from bench_huggingface import without_key_biases
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
 from harness.providers import compiled, present
+from suites.bench_encoder import natural_lengths
+from suites.bench_huggingface import without_key_biases
 
 # name: (width, heads, feed-forward width, vocabulary)
 MODELS = {"BERT-base": (768, 12, 3072, 30522), "tiny": (64, 4, 128, 500)}
@@ -28,7 +24,7 @@ TRUTH_SEQUENCES = 8  # at once in float64
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """BERT-base on about 32k real tokens, 1k on CPU; and with float32 weights under autocast."""
+    """List BERT-base on about 32k real tokens, 1k on CPU; also float32 weights under autocast."""
     if importlib.util.find_spec("transformers") is None:
         return []
     name, layers, lengths = {
@@ -67,7 +63,7 @@ def _case(
 
 
 def _masked_batch(lengths: Sequence[int], vocabulary: int) -> Inputs:
-    """The same for each device, since the costs depend on how many tokens have a label."""
+    """Make the same batch for each device: the costs depend on how many tokens have a label."""
     from fusedformer.objectives import mask_tokens
 
     draw = torch.Generator().manual_seed(0)
@@ -113,7 +109,7 @@ def _program(
 
 
 def _hugging_face(case: Case, device: torch.device, model: Any) -> Program:
-    """The loss of transformers' model, which projects every position to the vocabulary."""
+    """Call the loss of transformers' model, which projects every position to the vocabulary."""
 
     def loss(**inputs: Tensor) -> Tensor:
         found: Tensor = model(**inputs).loss
@@ -123,7 +119,7 @@ def _hugging_face(case: Case, device: torch.device, model: Any) -> Program:
 
 
 def _fused(case: Case, device: torch.device) -> Program:
-    """The library's model, with stock's weights."""
+    """Call the library's model, with stock's weights."""
     from fusedformer.models import BertEncoderModel
 
     stock = _stock(case, device)
@@ -134,7 +130,7 @@ def _fused(case: Case, device: torch.device) -> Program:
 
 
 def _fuse(case: Case, device: torch.device) -> Program:
-    """transformers' model after ``fuse``."""
+    """Call transformers' model after ``fuse``."""
     import fusedformer
 
     model = _stock(case, device)
@@ -143,7 +139,7 @@ def _fuse(case: Case, device: torch.device) -> Program:
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """The stock model in float64, some sequences at a time: all would not fit a GPU's memory."""
+    """Compute the stock model in float64, some sequences at a time: all would not fit."""
     model = copy.deepcopy(_stock(case, device)).double()
 
     def part(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     stock: Provider = lambda case: _hugging_face(case, device, _stock(case, device))
     found: dict[str, Provider] = {
         "fusedformer": lambda case: _fused(case, device),
@@ -174,5 +170,5 @@ SUITE = Suite("pretraining", cases, providers, truth)
 
 
 def test_pretraining(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -1,4 +1,4 @@
-"""Result files as one page of its own: ``python benchmarks/page.py FILE...``.
+"""Result files as one page of its own: ``python benchmarks/reporting/page.py FILE...``.
 
 For each file and suite the tables of ``table.py``, bars of how many times the library's time the
 others take, and a roofline: what was computed a second over FLOPs a byte, under the two ceilings
@@ -15,18 +15,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fusedformer._internal.html import image, page, section
 from fusedformer._internal.html import table as html_table
 from harness.records import problems, rates
-from table import OURS, cells, groups, markdown
+from reporting.table import OURS, cells, groups, markdown
 
 COLOURS = ("#2563eb", "#94a3b8", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#64748b")
 
 
 def html(documents: dict[str, dict[str, Any]]) -> str:
-    """The page of result documents by file name."""
+    """Make the page of result documents by file name."""
     parts: list[str] = []
     for name, document in documents.items():
         parts.append(section(name, f"<p>{escape(_measured(document))}</p>", *_absent(document)))
@@ -70,7 +70,7 @@ def _suite(document: dict[str, Any], suite: str) -> Iterable[str]:
 
 
 def _bars(records: list[dict[str, Any]]) -> str:
-    """Times as multiples of the library's, a group of bars for each case."""
+    """Draw times as multiples of the library's, a group of bars for each case."""
     from fusedformer._internal.figures import plt, source, styled
 
     timed = [r for r in records if r["status"] == "timed"]

@@ -1,31 +1,40 @@
-"""Result files as Markdown tables: ``python benchmarks/table.py FILE...``.
+"""Result files as Markdown tables: ``python benchmarks/reporting/table.py FILE...``.
 
 One table for each suite and direction; a row for each case, a column for each provider with its
 median time, how many times as fast the library is, and for the library the share of the floor: the
 time that the counted bytes or FLOPs need at the ceilings measured in the same run. Where a case
 counts tokens, their rate and the peak of memory stand beside each time.
+
+``--fill PAGE...`` writes the tables into pages instead: each between a line
+``<!-- table: FILE... -->``, with files from the checkout's root, and ``<!-- end of table -->``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness import CHECKOUT
 from harness.records import problems, rates
+from reporting import commands
 
 OURS = "fusedformer"
+MARKED = re.compile(
+    r"(?P<begin><!-- table: (?P<files>[^>]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL
+)
 
 
 def markdown(
     document: dict[str, Any], headline: bool = False, suites: Sequence[str] | None = None
 ) -> str:
-    """The tables of one result document, under one line that says where it was measured."""
+    """Make the tables of a benchmark document, under one line that says where it was measured."""
     ceilings = document["ceilings"]
     lines = [
         f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit "
@@ -46,10 +55,28 @@ def markdown(
     return "\n".join(lines)
 
 
+def tables(documents: Sequence[dict[str, Any]], headline: bool = False) -> str:
+    """Make the tables of documents of any kind: the benchmark's, then other commands'."""
+    found = [markdown(document, headline) for document in documents if "records" in document]
+    others = [document for document in documents if "records" not in document]
+    return "\n\n".join([*found, *([commands.tables(others)] if others else [])])
+
+
+def filled(page: str) -> str:
+    """Write the tables that the marks of a page name into its text."""
+
+    def fill(found: re.Match[str]) -> str:
+        paths = [path for name in found["files"].split() for path in sorted(CHECKOUT.glob(name))]
+        documents = [json.loads(path.read_text()) for path in paths]
+        return f"{found['begin']}\n{tables(documents)}\n\n{found['end']}"
+
+    return MARKED.sub(fill, page)
+
+
 def groups(
     records: Sequence[dict[str, Any]],
 ) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Records by suite and direction."""
+    """Group records by suite and direction."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         found.setdefault((record["suite"], record["direction"]), []).append(record)
@@ -59,7 +86,7 @@ def groups(
 def cells(
     records: Sequence[dict[str, Any]], ceilings: dict[str, Any]
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of one table: a row for each case, a column for each provider."""
+    """Make the head and the rows of a table: a row for each case, a column for each provider."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
@@ -79,7 +106,7 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
     rate = rates(record, ceilings)
     time = _scaled(record["median_us"], "µs", "ms", "s")
     if rate.tokens_s is not None:
-        time += f", {_scaled(rate.tokens_s, 'tokens/s', 'k tokens/s')}"
+        time += f", {_scaled(rate.tokens_s, 'tokens/s', 'k tokens/s', 'M tokens/s')}"
         if record["peak_memory_bytes"] is not None:
             time += f", {_scaled(record['peak_memory_bytes'], 'B', 'kB', 'MB', 'GB')}"
     if record is ours:
@@ -91,7 +118,7 @@ def _cell(record: dict[str, Any] | None, ours: dict[str, Any] | None, ceilings: 
 
 
 def _scaled(value: float, *units: str) -> str:
-    """Three significant digits, in the unit that needs no exponent; each is 1000 of the last."""
+    """Write three significant digits, in the unit, 1000 of the last, that needs no exponent."""
     for unit in units[:-1]:
         if value < 999.5:
             return f"{value:.3g} {unit}"
@@ -104,14 +131,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--headline", action="store_true", help="headline cases only")
+    parser.add_argument("--fill", action="store_true", help="the files are pages: write into them")
     given = parser.parse_args()
+    if given.fill:
+        for path in given.files:
+            path.write_text(filled(path.read_text()))
+        return 0
+    documents = []
     for path in given.files:
         document = json.loads(path.read_text())
-        wrong = problems(document)
+        wrong = [] if commands.is_known(document) else problems(document)
         if wrong:
             print(f"{path}: not a result file: {wrong[0]}", file=sys.stderr)
             return 1
-        print(markdown(document, given.headline) + "\n")
+        documents.append(document)
+    print(tables(documents, given.headline))
     return 0
 
 

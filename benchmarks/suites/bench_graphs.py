@@ -5,26 +5,22 @@ What is timed is one call from its start until the device is idle, as a server s
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import bench_encoder
 from harness.case import REFERENCE, Case, Program, Provider, Sizes, Suite
 from harness.encoder_peers import hugging_face
 from harness.providers import GRAPHED, REDUCED, present
+from suites import bench_encoder
 
 BUCKETS = [(1, 64), (1, 128), (1, 256)]
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """A sequence that fills its bucket, one that is padded to it, and a smaller encoder."""
+    """List a sequence that fills its bucket, one that is padded to it, and a smaller encoder."""
     if sizes.name == "tiny":
         return [_case("MiniLM", 16, dtype, layers=1, headline=True)]
     if sizes.name == "cpu":
@@ -44,7 +40,7 @@ def _case(
 
 
 def graphed(case: Case, device: torch.device) -> Program:
-    """The library's encoder behind CUDA graphs of a few lengths."""
+    """Call the library's encoder behind CUDA graphs of a few lengths."""
     import fusedformer
 
     stack = bench_encoder.fused_stack(case, device).eval()
@@ -52,7 +48,7 @@ def graphed(case: Case, device: torch.device) -> Program:
 
 
 def reduced(case: Case, device: torch.device) -> Program:
-    """torch's encoder compiled into CUDA graphs."""
+    """Call torch's encoder compiled into CUDA graphs."""
     program = bench_encoder.eager(device)(case)
     stack: Any = torch.compile(program.module, mode="reduce-overhead", dynamic=False)
 
@@ -66,7 +62,7 @@ def reduced(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     stock = bench_encoder.eager(device)
     found: dict[str, Provider] = {
         GRAPHED: lambda case: graphed(case, device),
@@ -86,5 +82,5 @@ SUITE = Suite("graphs", cases, providers, bench_encoder.truth, clock="latency")
 
 
 def test_graphs(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

@@ -4,16 +4,12 @@ counts. On a GPU it is the time to enqueue a call, on the CPU all of it."""
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as torch_F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suite
@@ -23,7 +19,7 @@ ROWS, WIDTH, HEADS = 16, 64, 2
 
 
 def _functions(library: str) -> dict[str, Callable[..., Tensor]]:
-    """By op, this library's or torch's."""
+    """List this library's or torch's functions by op."""
     if library == "torch":
         f: Any = torch_F
         fused_norm = lambda x, residual, weight: torch_F.layer_norm(x + residual, (WIDTH,), weight)
@@ -53,7 +49,7 @@ LAYER = "encoder layer"
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """The same at every size: small."""
+    """List the ops on small inputs, the same at every size."""
     costs = counting.softmax(ROWS, WIDTH, dtype.itemsize)
     found = [
         Case("host", op, dtype, _maker(names, dtype), costs, {"op": op}, headline=True)
@@ -94,7 +90,7 @@ def _layer(case: Case, library: Any, device: torch.device) -> Program:
 
 
 def fused(case: Case, device: torch.device) -> Program:
-    """The library's op or layer."""
+    """Call the library's op or layer."""
     from fusedformer import nn
 
     if case.options["op"] == LAYER:
@@ -103,14 +99,14 @@ def fused(case: Case, device: torch.device) -> Program:
 
 
 def eager(case: Case, device: torch.device) -> Program:
-    """torch's."""
+    """Call torch's."""
     if case.options["op"] == LAYER:
         return _layer(case, torch.nn, device)
     return Program(_functions("torch")[case.options["op"]])
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """torch's in float64."""
+    """Compute torch's in float64."""
     program = eager(case, device)
     if program.module is None:
         return program
@@ -119,7 +115,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Both."""
+    """List the library and torch."""
     found: dict[str, Provider] = {
         "fusedformer": lambda case: fused(case, device),
         REFERENCE: lambda case: eager(case, device),
@@ -131,5 +127,5 @@ SUITE = Suite("host", cases, providers, truth, clock="host")
 
 
 def test_host(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

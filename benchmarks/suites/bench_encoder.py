@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import random
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import counting
 from harness.case import REFERENCE, Case, Inputs, NotApplicable, Program, Provider, Sizes, Suite
@@ -29,7 +25,7 @@ DROPOUT = 0.1
 
 
 def natural_lengths(count: int, longest: int) -> list[int]:
-    """``count`` log-normal lengths, cut at ``longest``, which one has; about half is padding."""
+    """Draw ``count`` log-normal lengths up to ``longest``, which one has; about half is padding."""
     draw = random.Random(0)
     lengths = [longest]
     while len(lengths) < count:
@@ -39,7 +35,7 @@ def natural_lengths(count: int, longest: int) -> list[int]:
 
 
 def passage_lengths(count: int, longest: int) -> list[int]:
-    """Lengths of the report's passages in words and signs, cut at ``longest``."""
+    """Count the words and signs of the report's passages, up to ``longest``."""
     from fusedformer.tools.report.corpus import stdlib_passages
 
     words = (re.findall(r"\w+|[^\w\s]", p.text) for p in stdlib_passages(count))
@@ -47,7 +43,7 @@ def passage_lengths(count: int, longest: int) -> list[int]:
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
-    """The stacks, on each kind of lengths; on CPU two layers, and one in a dry run."""
+    """List the stacks, on each kind of lengths; on CPU two layers, and one in a dry run."""
     if sizes.name == "tiny":
         return [stack_case("MiniLM", "natural", natural_lengths(4, 16), dtype, layers=1)]
     if sizes.name == "cpu":
@@ -152,7 +148,7 @@ def stock_stack(case: Case, device: torch.device) -> nn.Module:
 
 
 def fused_stack(case: Case, device: torch.device) -> nn.Module:
-    """The library's encoder, with stock's weights through its state_dict."""
+    """Make the library's encoder, with stock's weights through its state_dict."""
     from fusedformer import nn as fused_nn
 
     stack = _stack(fused_nn.TransformerEncoderLayer, fused_nn.TransformerEncoder, case, device)
@@ -161,7 +157,7 @@ def fused_stack(case: Case, device: torch.device) -> nn.Module:
 
 
 def fused_padded(device: torch.device) -> Provider:
-    """The library's layers on the padded batch: a mask of -inf is not packed."""
+    """Call the library's layers on the padded batch: a mask of -inf is not packed."""
 
     def build(case: Case) -> Program:
         if not case.options["padded"]:
@@ -182,7 +178,7 @@ def fused_padded(device: torch.device) -> Provider:
 
 
 def fused_unpadded(device: torch.device) -> Provider:
-    """The library's encoder on as many tokens in sequences of one length: the ideal of packing.
+    """Call the library's encoder on as many tokens in sequences of one length.
 
     Its check runs the case itself; what is timed differs from it in the lengths alone.
     """
@@ -200,18 +196,18 @@ def fused_unpadded(device: torch.device) -> Provider:
 
 
 def eager(device: torch.device) -> Provider:
-    """torch's encoder; in inference it takes its own nested-tensor path."""
+    """Call torch's encoder; in inference it takes its own nested-tensor path."""
     return lambda case: program_of(stock_stack(case, device))
 
 
 def truth(case: Case, device: torch.device) -> Program:
-    """torch's encoder with the same weights in float64."""
+    """Compute torch's encoder with the same weights in float64."""
     stack = copy.deepcopy(stock_stack(case, device)).double()
     return Program(stack, stack, checked=_real_tokens(stack))
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """Who computes it, those that are here."""
+    """List who computes it, those that are here."""
     stock = eager(device)
     found: dict[str, Any] = {
         "fusedformer": lambda case: program_of(fused_stack(case, device)),
@@ -230,5 +226,5 @@ SUITE = Suite("encoder", cases, providers, truth)
 
 
 def test_encoder(benchmark: Any, contest: Any) -> None:
-    """One provider of one case in one direction; see conftest.py."""
+    """Time one provider of one case in one direction; see conftest.py."""
     contest(benchmark)

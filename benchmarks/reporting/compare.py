@@ -1,4 +1,4 @@
-"""What became faster or slower: ``python benchmarks/compare.py OLD NEW``.
+"""What became faster or slower: ``python benchmarks/reporting/compare.py OLD NEW``.
 
 Two runs differ in more than the code: clocks, load, temperature. So a time has changed only where
 the spreads of the two (20th to 80th percentile) do not meet; and beside the ratio of the times
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fusedformer._internal.text import table
 from harness.case import REFERENCE
@@ -26,7 +26,7 @@ Key = tuple[str, str, str, str, str]
 def compare(
     old: dict[str, Any], new: dict[str, Any], provider: str | None = "fusedformer"
 ) -> list[dict[str, Any]]:
-    """For each record in both, ``verdict`` "faster", "slower" or "", and the two ratios.
+    """Compare each record in both: ``verdict`` "faster", "slower" or "", and two ratios.
 
     ``ratio`` is new over old time, ``relative`` that of the times as multiples of torch eager's in
     the same run, None where that was not timed. ``provider`` None takes all.
@@ -67,7 +67,7 @@ def _timed(document: dict[str, Any]) -> dict[Key, dict[str, Any]]:
 
 
 def text(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str, Any]], all: bool) -> str:
-    """The changes, or with ``all`` every row, under what the two runs are."""
+    """Show the changes, or with ``all`` every row, under what the two runs are."""
     lines = [
         f"{word}: {d['device']}, torch {d['torch']}, triton {d['triton']}, commit "
         f"{d['commit'][:12]}, {d['date'][:10]}"
