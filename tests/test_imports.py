@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "python" / "fusedformer"
 KERNELS = ROOT / "kernels" / "fusedformer_kernels"
 STANDARD = {*sys.stdlib_module_names, "torch"}
-# Of the kernels, what imports no triton: the object that ops and kernels share.
-WITHOUT_TRITON = ("fusedformer_kernels.attention.terms",)
+# Of the kernels, what imports no triton: the objects that the library shares with them.
+WITHOUT_TRITON = ("fusedformer_kernels.attention.terms", "fusedformer_kernels.runtime.steps")
 # What each layer may import besides torch, the standard library and the errors, by the start of
 # its name.
 _SHARED = ("fusedformer._internal",)
@@ -46,7 +46,7 @@ ALLOWED = {
     ),
     "testing": ("fusedformer.parity",),
     "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
-    "_internal": (*_SHARED, "fusedformer_kernels.runtime.plans", "matplotlib"),
+    "_internal": (*_SHARED, "fusedformer_kernels.runtime", "matplotlib"),
     "_version": (),
     "errors": (),
 }  # fmt: skip
@@ -201,7 +201,7 @@ def test_importing_loads_no_kernels_and_wakes_no_device() -> None:
         "import fusedformer\n"
         "new = set(sys.modules) - before\n"
         "assert not [name for name in new if name.split('.')[0] == 'triton'], new\n"
-        "assert 'fusedformer_kernels.runtime' not in new\n"
+        "assert 'fusedformer_kernels.runtime.launch' not in new\n"
         "assert not [name for name in new if name.startswith('torch.distributed.')], new\n"
         "assert not torch.cuda.is_initialized()\n"
     )
@@ -211,14 +211,15 @@ def test_the_criterion_needs_torch_alone() -> None:
     """Neither what parity's pages, models and fixtures import, nor the kernels."""
     run_python(
         "import sys, fusedformer.testing\n"
-        "late = {'matplotlib', 'transformers', 'pytest', 'triton', 'fusedformer_kernels'}\n"
+        "late = {'matplotlib', 'transformers', 'pytest', 'triton'}\n"
         "assert not late & {name.split('.')[0] for name in sys.modules}\n"
     )
 
 
 def test_the_torch_backend_loads_no_kernels() -> None:
     run_python(
-        USE_EVERY_OP + "import sys\nassert 'fusedformer_kernels.runtime' not in sys.modules\n"
+        USE_EVERY_OP
+        + "import sys\nassert 'fusedformer_kernels.runtime.launch' not in sys.modules\n"
     )
 
 
@@ -235,7 +236,7 @@ def test_without_triton_everything_runs_on_the_torch_backend(interpret: str) -> 
         "        raise AssertionError('entered')\n"
         "except RuntimeError as error:\n"
         "    assert 'triton is not installed' in str(error), error\n"
-        "late = 'triton.', 'fusedformer_kernels.runtime'\n"
+        "late = 'triton.', 'fusedformer_kernels.runtime.launch'\n"
         "assert not [m for m in sys.modules if m.startswith(late)]\n",
         TRITON_INTERPRET=interpret,
     )

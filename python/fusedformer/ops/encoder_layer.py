@@ -254,9 +254,9 @@ def _forward(
         )
     kept = None
     if keeps:
-        beside: Any = projected[1:] or (None, None)
+        key, value = projected[1:] if len(projected) == 3 else (None, None)
         kept = _Kept(
-            source, projected[0], *beside, merged, statistics,
+            source, projected[0], key, value, merged, statistics,
             sum1, mean1, rstd1, middle, before, hidden, sum2, mean2, rstd2, seed, seed1,
             hidden_seed, seed2,
         )  # fmt: skip
