@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal import checks
-from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.backend import (
+    INTERPRETER_IS_ON,
+    TRITON_IS_INSTALLED,
+    chosen_backend,
+)
 from fusedformer.ops._registered import registered
 
 
@@ -37,13 +41,15 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unuse
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
-    """``starts`` of sequences, marked as never to change: kernels plan their work on it once.
+    """Return ``starts`` of sequences, promised never to change: kernels plan work on it once.
 
     Those that a CUDA graph makes change with each replay, and are for the graph alone.
     """
-    by_graph = starts.is_cuda and not torch.compiler.is_compiling()
-    by_graph = by_graph and torch.cuda.is_current_stream_capturing()
-    starts.fusedformer_work_lists = {"by_graph": by_graph}  # type: ignore[attr-defined]
+    kernels_may_run = TRITON_IS_INSTALLED and (starts.is_cuda or INTERPRETER_IS_ON)
+    if kernels_may_run and not torch.compiler.is_compiling():
+        from fusedformer_kernels.attention.schedule import share
+
+        share(starts)
     return starts
 
 
