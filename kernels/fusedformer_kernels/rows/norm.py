@@ -39,20 +39,23 @@ KINDS = {"none": 0, "layer": 1, "rms": 2}
 _NONE, _LAYER = map(tl.constexpr, (KINDS["none"], KINDS["layer"]))
 
 
-class Summands(NamedTuple):
-    """What z is the sum of, as kernels get it. What a call lacks is None: no code is made for it."""
+class Inputs(NamedTuple):
+    """What the forward reads, as its kernels get it. Nothing is compiled for what is None."""
 
     x: Any
     residual: Any
     input_bias: Any
+    weight: Any
+    bias: Any
     seed: Any  # of dropout
     p: Any
+    eps: Any
     x_stride: Any  # elements from a row to the next
     residual_stride: Any
 
 
 class Saved(NamedTuple):
-    """What the backward reads, as its kernels get it; None as in :class:`Summands`.
+    """What the backward reads, as its kernels get it; None as in :class:`Inputs`.
 
     Without a norm there is neither ``grad`` nor ``rstd``; only layers have a ``mean``.
     """
@@ -71,22 +74,22 @@ class Saved(NamedTuple):
 
 
 @triton.jit
-def _load_sum(s, rows, first_column, n_columns, row_valid, BLOCK_N: tl.constexpr):
+def _load_sum(inputs, rows, first_column, n_columns, row_valid, BLOCK_N: tl.constexpr):
     """float32 tile of ``dropout(x + input_bias) + residual``, 0 outside. [BLOCK_M, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     in_row = columns < n_columns
     valid = row_valid[:, None] & in_row[None, :]
-    z = tl.load(s.x + (rows * s.x_stride)[:, None] + columns[None, :], mask=valid, other=0.0)
+    z = tl.load(inputs.x + (rows * inputs.x_stride)[:, None] + columns[None, :], mask=valid, other=0.0)
     z = z.to(tl.float32)
-    if s.input_bias is not None:
-        z += tl.load(s.input_bias + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if s.seed is not None:
-        keep = dropout_keep(tl.load(s.seed), 0, rows, first_column, s.p, BLOCK_N)
-        z = tl.where(keep, z * dropout_scale(s.p), 0.0)
-    if s.residual is not None:
-        offsets = (rows * s.residual_stride)[:, None] + columns[None, :]
-        z += tl.load(s.residual + offsets, mask=valid, other=0.0).to(tl.float32)
-    if s.input_bias is not None:  # without it the loads put 0 where it belongs
+    if inputs.input_bias is not None:
+        z += tl.load(inputs.input_bias + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if inputs.seed is not None:
+        keep = dropout_keep(tl.load(inputs.seed), 0, rows, first_column, inputs.p, BLOCK_N)
+        z = tl.where(keep, z * dropout_scale(inputs.p), 0.0)
+    if inputs.residual is not None:
+        offsets = (rows * inputs.residual_stride)[:, None] + columns[None, :]
+        z += tl.load(inputs.residual + offsets, mask=valid, other=0.0).to(tl.float32)
+    if inputs.input_bias is not None:  # without it the loads put 0 where it belongs
         z = tl.where(valid, z, 0.0)
     return z
 
@@ -120,18 +123,18 @@ def affine(normed, weight_ptr, bias_ptr, columns, in_row):
 
 @triton.jit
 def _store_normed(
-    y_ptr, z, mean, rstd, weight_ptr, bias_ptr, rows, columns, n_columns, row_valid,
+    y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid
 ):
     """Write the norm of the tile ``z`` [BLOCK_M, BLOCK_N] from statistics [BLOCK_M]."""
     in_row = columns < n_columns
-    y = affine((z - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, columns, in_row)
+    y = affine((z - mean[:, None]) * rstd[:, None], inputs.weight, inputs.bias, columns, in_row)
     offsets = (rows * n_columns)[:, None] + columns[None, :]
     store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _norm_forward(
-    s, weight_ptr, bias_ptr, y_ptr, z_ptr, mean_ptr, rstd_ptr, eps, n_rows, n_columns,
+    inputs, y_ptr, z_ptr, mean_ptr, rstd_ptr, n_rows, n_columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, KIND: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -139,7 +142,7 @@ def _norm_forward(
     mean = tl.zeros([BLOCK_M], tl.float32)
     rounding = tl.zeros([BLOCK_M], tl.float32)
     if ONE_PASS:
-        z = _load_sum(s, rows, 0, n_columns, row_valid, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+        z = _load_sum(inputs, rows, 0, n_columns, row_valid, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         columns = tl.arange(0, BLOCK_N)
         in_row = (columns < n_columns)[None, :]
         if z_ptr is not None:
@@ -148,14 +151,12 @@ def _norm_forward(
             if KIND == _LAYER:
                 mean = row_mean(z, in_row, n_columns)
             centered = tl.where(in_row, z - mean[:, None], 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
-            _store_normed(
-                y_ptr, z, mean, rstd, weight_ptr, bias_ptr, rows, columns, n_columns, row_valid
-            )
+            rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + inputs.eps)
+            _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid)
     else:
         squares = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, n_columns, BLOCK_N):
-            z = _load_sum(s, rows, start, n_columns, row_valid, BLOCK_N)  # [BLOCK_M, BLOCK_N]
+            z = _load_sum(inputs, rows, start, n_columns, row_valid, BLOCK_N)  # [BLOCK_M, BLOCK_N]
             columns = start + tl.arange(0, BLOCK_N)
             in_row = (columns < n_columns)[None, :]
             if z_ptr is not None:
@@ -172,13 +173,11 @@ def _norm_forward(
             else:
                 squares += tl.sum(z * z, 1)
         if KIND != _NONE:
-            rstd = 1.0 / tl.sqrt(squares / n_columns + eps)
+            rstd = 1.0 / tl.sqrt(squares / n_columns + inputs.eps)
             for start in range(0, n_columns, BLOCK_N):
-                z = _load_sum(s, rows, start, n_columns, row_valid, BLOCK_N)
+                z = _load_sum(inputs, rows, start, n_columns, row_valid, BLOCK_N)
                 columns = start + tl.arange(0, BLOCK_N)
-                _store_normed(
-                    y_ptr, z, mean, rstd, weight_ptr, bias_ptr, rows, columns, n_columns, row_valid
-                )
+                _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
         if KIND == _LAYER:  # the mean of what the backward will read
@@ -400,12 +399,13 @@ def norm_forward(
         )
         x, x_stride = _rows_and_stride(x, n_columns)
         residual, residual_stride = _rows_and_stride(residual, n_columns)
-        summands = Summands(
-            x, residual, _flat(input_bias), seed, p, x_stride, residual_stride
+        inputs = Inputs(
+            x, residual, _flat(input_bias), _flat(weight), _flat(bias), seed, p, eps, x_stride,
+            residual_stride,
         )
         launch(
-            _norm_forward, (configs.ceil_div(n_rows, config.block_m),), config, summands,
-            _flat(weight), _flat(bias), y, z, mean, rstd, eps, n_rows, n_columns,
+            _norm_forward, (configs.ceil_div(n_rows, config.block_m),), config, inputs, y, z, mean,
+            rstd, n_rows, n_columns,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, ONE_PASS=n_columns <= config.block_n,
             KIND=KINDS[kind],
         )
