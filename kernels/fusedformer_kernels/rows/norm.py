@@ -40,7 +40,7 @@ _NONE, _LAYER = map(tl.constexpr, (KINDS["none"], KINDS["layer"]))
 
 
 class Inputs(NamedTuple):
-    """What the forward reads, as its kernels get it. Nothing is compiled for what is None."""
+    """What the forward's kernel reads; nothing is compiled for what is None."""
 
     x: Any
     residual: Any
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads, as its kernels get it; None as in :class:`Inputs`.
+    """What the backward's kernels read; None as in :class:`Inputs`.
 
     Without a norm there is neither ``grad`` nor ``rstd``; only layers have a ``mean``.
     """
@@ -75,12 +75,12 @@ class Saved(NamedTuple):
 
 @triton.jit
 def _load_sum(inputs, rows, first_column, n_columns, row_valid, BLOCK_N: tl.constexpr):
-    """float32 tile of ``dropout(x + input_bias) + residual``, 0 outside. [BLOCK_M, BLOCK_N]."""
+    """float32 ``dropout(x + input_bias) + residual`` [BLOCK_M, BLOCK_N], 0 outside."""
     columns = first_column + tl.arange(0, BLOCK_N)
     in_row = columns < n_columns
     valid = row_valid[:, None] & in_row[None, :]
-    z = tl.load(inputs.x + (rows * inputs.x_stride)[:, None] + columns[None, :], mask=valid, other=0.0)
-    z = z.to(tl.float32)
+    x_rows = inputs.x + (rows * inputs.x_stride)[:, None]
+    z = tl.load(x_rows + columns[None, :], mask=valid, other=0.0).to(tl.float32)
     if inputs.input_bias is not None:
         z += tl.load(inputs.input_bias + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if inputs.seed is not None:
@@ -122,9 +122,7 @@ def affine(normed, weight_ptr, bias_ptr, columns, in_row):
 
 
 @triton.jit
-def _store_normed(
-    y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid
-):
+def _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid):
     """Write the norm of the tile ``z`` [BLOCK_M, BLOCK_N] from statistics [BLOCK_M]."""
     in_row = columns < n_columns
     y = affine((z - mean[:, None]) * rstd[:, None], inputs.weight, inputs.bias, columns, in_row)
@@ -134,8 +132,8 @@ def _store_normed(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _norm_forward(
-    inputs, y_ptr, z_ptr, mean_ptr, rstd_ptr, n_rows, n_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, KIND: tl.constexpr,
+    inputs, y_ptr, z_ptr, mean_ptr, rstd_ptr, n_rows, n_columns, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, KIND: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_valid = rows < n_rows
@@ -197,7 +195,7 @@ def _load_statistics(saved, rows, row_valid):
 
 
 @triton.jit
-def _load_normed_and_grad(saved, mean, rstd, rows, columns, n_columns, row_valid):
+def _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid):
     """float32 (normalized z, its gradient) of a tile [BLOCK_M, BLOCK_N], both 0 outside."""
     valid = row_valid[:, None] & (columns < n_columns)[None, :]
     normed = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
@@ -212,11 +210,9 @@ def _load_normed_and_grad(saved, mean, rstd, rows, columns, n_columns, row_valid
 
 
 @triton.jit
-def _load_normed_and_weighted(saved, mean, rstd, rows, columns, n_columns, row_valid):
-    """The same, with the gradient multiplied by the weight."""
-    normed, weighted = _load_normed_and_grad(
-        saved, mean, rstd, rows, columns, n_columns, row_valid
-    )
+def _load_weighted(saved, mean, rstd, rows, columns, n_columns, row_valid):
+    """float32 (normalized z, its gradient times the weight), as :func:`_load_normed`."""
+    normed, weighted = _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid)
     if saved.weight is not None:
         weight = tl.load(saved.weight + columns, mask=columns < n_columns, other=0.0)
         weighted *= weight.to(tl.float32)[None, :]
@@ -275,9 +271,7 @@ def _norm_backward(
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
         row_valid = rows < n_rows
         mean, rstd = _load_statistics(saved, rows, row_valid)
-        normed, dy = _load_normed_and_grad(
-            saved, mean, rstd, rows, columns, n_columns, row_valid
-        )  # [BLOCK_M, BLOCK_N]
+        normed, dy = _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid)
         weighted = dy
         if saved.weight is not None:
             weighted = dy * weight[None, :]
@@ -312,7 +306,7 @@ def _norm_backward_long_rows(saved, dz_ptr, dx_ptr, n_rows, n_columns, BLOCK_N: 
     if saved.rstd is not None:
         for start in range(0, n_columns, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
-            normed, weighted = _load_normed_and_weighted(
+            normed, weighted = _load_weighted(
                 saved, mean, rstd, rows, columns, n_columns, row_valid
             )  # [1, BLOCK_N]
             mean_product += tl.sum(weighted * normed, 1) / n_columns
@@ -320,9 +314,7 @@ def _norm_backward_long_rows(saved, dz_ptr, dx_ptr, n_rows, n_columns, BLOCK_N: 
                 mean_weighted += tl.sum(weighted, 1) / n_columns
     for start in range(0, n_columns, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        normed, weighted = _load_normed_and_weighted(
-            saved, mean, rstd, rows, columns, n_columns, row_valid
-        )  # [1, BLOCK_N]
+        normed, weighted = _load_weighted(saved, mean, rstd, rows, columns, n_columns, row_valid)
         _store_input_grads(
             sum_gradient(normed, weighted, mean_product, mean_weighted, rstd), saved, dz_ptr,
             dx_ptr, rows, start, n_columns, row_valid, BLOCK_N,
@@ -346,9 +338,7 @@ def _norm_backward_long_columns(
         row_valid = rows < n_rows
         if NEEDS_WEIGHT or NEEDS_BIAS:
             mean, rstd = _load_statistics(saved, rows, row_valid)
-            normed, dy = _load_normed_and_grad(
-                saved, mean, rstd, rows, columns, n_columns, row_valid
-            )  # [BLOCK_M, BLOCK_N]
+            normed, dy = _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid)
             dweight = fma(dy, normed, dweight)
             dbias += dy
         if NEEDS_INPUT_BIAS:
@@ -438,11 +428,10 @@ def norm_backward(
     shape = z.shape[-dims:]
     n_columns = math.prod(shape)
     n_rows = math.prod(z.shape[:-dims])
-    device = z.device
-    if dy is None:
-        kind = "none"
-    mean = mean if kind == "layer" else None
-    rstd = None if kind == "none" else rstd
+    if dy is None or kind == "none":
+        dy = mean = rstd = None
+    elif kind == "rms":
+        mean = None
     dz = contiguous_like(z)
     dx = None
     if seed is not None or input_dtype != z.dtype:
@@ -451,26 +440,23 @@ def norm_backward(
     if z.numel() == 0:
         sums = [z.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
         return dz, dx, *_distribute(sums, wanted, shape)
-    target = configs.target_of(device)
+    target = configs.target_of(z.device)
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
     config = configs.row_tile("norm_backward", n_columns, longest, 4096, 16, target)
     one_pass = n_columns <= config.block_n
     block_m = config.block_m if one_pass else 8
-    row_blocks = configs.ceil_div(n_rows, block_m)
-    programs = configs.row_programs(row_blocks, target)
-    partials = torch.empty((programs, sum(wanted) * n_columns), dtype=torch.float32, device=device)
+    programs = configs.row_programs(configs.ceil_div(n_rows, block_m), target)
+    partials = z.new_empty((programs, sum(wanted) * n_columns), dtype=torch.float32)
     dy, dy_stride = _rows_and_stride(dy, n_columns)
     sum_grad, sum_grad_stride = _rows_and_stride(sum_grad, n_columns)
     z, z_stride = _rows_and_stride(z, n_columns)
     saved = Saved(
         dy, sum_grad, z, mean, rstd, _flat(weight), seed, p, dy_stride, sum_grad_stride, z_stride
     )
-    needs = {
-        "NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias,
-        "NEEDS_INPUT_BIAS": needs_input_bias,
-    }  # fmt: skip
+    names = "NEEDS_WEIGHT", "NEEDS_BIAS", "NEEDS_INPUT_BIAS"
+    needs = dict(zip(names, wanted, strict=True))
     if one_pass:
         launch(
             _norm_backward, (programs,), config, saved, dz, dx, partials, n_rows, n_columns,
@@ -489,9 +475,7 @@ def norm_backward(
                 dz if dx is None else dx, partials, n_rows, n_columns, partials.shape[1],
                 BLOCK_M=block_m, BLOCK_N=block_n, **needs,
             )
-    sums = []
-    if any(wanted):
-        sums = sums_of_partials(partials, sum(wanted), parameter_dtype)
+    sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
     return dz, dx, *_distribute(sums, wanted, shape)
 
 
