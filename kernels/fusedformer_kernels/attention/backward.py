@@ -32,16 +32,20 @@ from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
     given_gradient,
+    key_rows,
     key_tiles_of_rows,
     keys_of,
+    load_pair,
     load_row_terms,
+    load_strided_rows,
     load_tile,
     matrix_of,
     place_of,
+    query_rows,
     row_pointer,
-    row_stride,
     score_gradients,
     score_tile,
+    store_rows,
     tile_of,
     which_block,
 )
@@ -55,7 +59,6 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     fma,
     negative,
-    store,
 )
 
 
@@ -91,9 +94,9 @@ def _attention_delta(
     else:
         delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if lse_grad_ptr is not None:
-        offsets = batch * lse_grad_strides[0] + head * lse_grad_strides[1]
-        offsets += rows.to(tl.int64) * lse_grad_strides[2]
-        delta -= tl.load(lse_grad_ptr + offsets, mask=row_valid, other=0.0)
+        delta -= load_strided_rows(
+            lse_grad_ptr, lse_grad_strides, batch, head, rows.to(tl.int64), row_valid
+        )
     tl.store(delta_ptr + plane * n_rows + rows, delta, mask=row_valid)
 
 
@@ -174,16 +177,10 @@ def _attention_backward_keys(
     first_column = block * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     place = place_of(s, sizes, sequence, key_head * s.group)
-    k = load_tile(
-        matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start), first_column,
-        place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
-    )  # [BLOCK_N, BLOCK_D]
-    v = k
-    if given.pointer is None:
-        v = load_tile(
-            matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
-            first_column, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
-        )  # [BLOCK_N, BLOCK_DV]
+    k, v = load_pair(
+        key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place), first_column,
+        place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+    )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
 
     # Queries that see any of these keys: [first, last); from `full` on they see all.
     first = place.n_queries * 0
@@ -204,14 +201,10 @@ def _attention_backward_keys(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, s.group):
         place = place_of(s, sizes, sequence, key_head * s.group + member)
-        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-        grad_base = None
-        if given.pointer is None:
-            grad_base = matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start)
+        q_base = query_rows(q_ptr, q_layout, place)
+        grad_base = query_rows(grad_ptr, grad_layout, place)
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-        delta_base = None
-        if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         listed = None
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
@@ -229,20 +222,18 @@ def _attention_backward_keys(
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
             NEEDS_V, True,
         )
-    stored = (columns < place.stored_keys)[:, None]
+    stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
     if NEEDS_K:
-        dims = tl.arange(0, BLOCK_D)
-        base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
-        rows_k = base + columns * row_stride(dk_layout)
         dk = tl.where(visible, dk * s.scale, 0.0)
-        store(rows_k[:, None] + dims[None, :], dk, stored & (dims < HEAD_DIM)[None, :])
+        store_rows(
+            key_rows(dk_ptr, dk_layout, place), dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D
+        )
     if NEEDS_V:
-        dims_v = tl.arange(0, BLOCK_DV)
-        base_v = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
-        rows_v = base_v + columns * row_stride(dv_layout)
         dv = tl.where(visible, dv, 0.0)
-        store(rows_v[:, None] + dims_v[None, :], dv, stored & (dims_v < VALUE_DIM)[None, :])
+        store_rows(
+            key_rows(dv_ptr, dv_layout, place), dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV
+        )
 
 
 @triton.jit
@@ -256,14 +247,10 @@ def _walk_keys(
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_N)
-        k = load_tile(
-            k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, not CHECKED
-        )  # [BLOCK_N, BLOCK_D]
-        v = k
-        if given.pointer is None:
-            v = load_tile(
-                v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
-            )  # [BLOCK_N, BLOCK_DV]
+        k, v = load_pair(
+            k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, not CHECKED,
+        )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         dscores, dproduct, _ = score_gradients(
             q, grad, k, v, terms, first_row, start, partial, given, s, sizes, place, BLOCK_N,
             CHECKED, SCALED, PRECISION,
@@ -289,25 +276,16 @@ def _attention_backward_queries(
         if sequence < 0:
             return
     place = place_of(s, sizes, sequence, head)
-    k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    q = load_tile(
-        matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start), first_row,
-        place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False,
-    )  # [BLOCK_M, BLOCK_D]
-    grad = q
-    v_base = k_base
-    if given.pointer is None:
-        v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
-        grad = load_tile(
-            matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start), first_row,
-            place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-        )  # [BLOCK_M, BLOCK_DV]
+    q, grad = load_pair(
+        query_rows(q_ptr, q_layout, place), query_rows(grad_ptr, grad_layout, place), first_row,
+        place.n_queries, q_layout, grad_layout, BLOCK_M, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        False,
+    )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
+    k_base, v_base = key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place)
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-    delta_base = None
-    if delta_ptr is not None:
-        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+    delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -330,12 +308,9 @@ def _attention_backward_queries(
         place, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         True, SCALED, PRECISION, ONE_LOOP,
     )
-    dims = tl.arange(0, BLOCK_D)
     row_valid = rows < place.n_queries
-    base = matrix_of(dq_ptr, dq_layout, place.batch, place.head, place.q_start)
-    dq_rows = base + rows * row_stride(dq_layout)
-    valid = row_valid[:, None] & (dims < HEAD_DIM)[None, :]
-    store(dq_rows[:, None] + dims[None, :], dq * s.scale, valid)
+    dq_base = query_rows(dq_ptr, dq_layout, place)
+    store_rows(dq_base, dq_layout, rows, row_valid, dq * s.scale, HEAD_DIM, BLOCK_D)
     if dlse_ptr is not None:
         tl.store(row_pointer(dlse_ptr, sizes, place, lse_rows) + rows, -row_sum, mask=row_valid)
 

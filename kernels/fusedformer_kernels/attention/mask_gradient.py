@@ -15,10 +15,11 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
 from fusedformer_kernels.attention.tiles import (
+    key_rows,
+    load_pair,
     load_row_terms,
-    load_tile,
-    matrix_of,
     place_of,
+    query_rows,
     row_pointer,
     score_gradients,
 )
@@ -51,34 +52,23 @@ def _attention_mask_gradient(
     for member in range(0, shared_batch * shared_heads):
         sequence = mask_plane // mask_heads + member // shared_heads
         place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
-        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-        k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+        q_base = query_rows(q_ptr, q_layout, place)
+        grad_base = query_rows(grad_ptr, grad_layout, place)
+        k_base, v_base = key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place)
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-        delta_base = None
-        if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
             rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-            q = load_tile(
-                q_base, row_start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
-            )  # [BLOCK_M, BLOCK_D]
-            grad = q
-            if given.pointer is None:
-                grad = load_tile(
-                    matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
-                    row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-                )  # [BLOCK_M, BLOCK_DV]
+            q, grad = load_pair(
+                q_base, grad_base, row_start, place.n_queries, q_layout, grad_layout, BLOCK_M,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+            )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
             terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
             for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
-                k = load_tile(
-                    k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
-                )  # [BLOCK_N, BLOCK_D]
-                v = k
-                if given.pointer is None:
-                    v = load_tile(
-                        matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
-                        start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
-                    )  # [BLOCK_N, BLOCK_DV]
+                k, v = load_pair(
+                    k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM,
+                    VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+                )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
                 dscores, _, _ = score_gradients(
                     q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N,
                     True, SCALED, PRECISION,

@@ -26,6 +26,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     fma,
     negative,
+    store,
     tanh,
 )
 
@@ -177,6 +178,58 @@ def load_tile(
     if not IN_BOUNDS:
         valid = valid & (rows < n_rows - first)[:, None]
     return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def query_rows(pointer, layout, place):
+    """Pointer to the first query of a place, in a tensor with a row for each; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = matrix_of(pointer, layout, place.batch, place.head, place.q_start)
+    return rows
+
+
+@triton.jit
+def key_rows(pointer, layout, place):
+    """Pointer to the first key of a place, in a tensor with a row for each; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = matrix_of(pointer, layout, place.batch, place.key_head, place.k_start)
+    return rows
+
+
+@triton.jit
+def load_pair(
+    base, other_base, first, n_rows, layout, other_layout, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, IN_BOUNDS: tl.constexpr,
+):
+    """Tiles of queries and of the output's gradient, or of keys and values, as by load_tile.
+
+    Without a second tensor, where the gradient of the weights is given, the first stands in for it.
+    """
+    tile = load_tile(base, first, n_rows, layout, BLOCK, HEAD_DIM, BLOCK_D, IN_BOUNDS)
+    other = tile
+    if other_base is not None:
+        other = load_tile(
+            other_base, first, n_rows, other_layout, BLOCK, VALUE_DIM, BLOCK_DV, IN_BOUNDS
+        )
+    return tile, other
+
+
+@triton.jit
+def store_rows(base, layout, rows, row_valid, tile, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a float32 tile [rows, BLOCK_D] in a [sequence, head_dim] matrix of contiguous rows."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = (base + rows * row_stride(layout))[:, None] + dims[None, :]
+    store(pointers, tile, row_valid[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def load_strided_rows(pointer, strides, batch, head, rows, row_valid):
+    """Elements of a strided tensor [batch, heads, rows], 0 where not valid; ``rows`` are int64."""
+    offsets = batch * strides[0] + head * strides[1] + rows * strides[2]
+    return tl.load(pointer + offsets, mask=row_valid, other=0.0)
 
 
 @triton.jit
@@ -352,8 +405,11 @@ def log_sum_exp(top, total, SCALED: tl.constexpr):
 
 @triton.jit
 def row_pointer(pointer, sizes, place, lse_rows):
-    """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]."""
-    return pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
+    """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
+    return rows
 
 
 @triton.jit

@@ -22,11 +22,12 @@ from fusedformer_kernels.attention.backward import score_gradients_of
 from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
+    key_rows,
     keys_of,
     load_row_terms,
     load_tile,
-    matrix_of,
     place_of,
+    query_rows,
     row_pointer,
     score_tile,
 )
@@ -62,12 +63,12 @@ def _attention_weights(
     for member in range(0, members):
         place = place_of(s, sizes, own_plane // planes, own_plane % planes + member)
         q = load_tile(
-            matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start), first_row,
-            place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False,
+            query_rows(q_ptr, q_layout, place), first_row, place.n_queries, q_layout, BLOCK_M,
+            HEAD_DIM, BLOCK_D, False,
         )  # [BLOCK_M, BLOCK_D]
         k = load_tile(
-            matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start), first_column,
-            place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
+            key_rows(k_ptr, k_layout, place), first_column, place.n_keys, k_layout, BLOCK_N,
+            HEAD_DIM, BLOCK_D, False,
         )  # [BLOCK_N, BLOCK_D]
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         minus_top, inverse, _ = load_row_terms(row_base, plane, None, rows, sizes.queries, SCALED)
