@@ -183,7 +183,7 @@ def _attention_backward_keys(
     )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
 
     # Queries that see any of these keys: [first, last); from `full` on they see all.
-    first = place.n_queries * 0
+    first = tl.zeros_like(place.n_queries)
     full = first
     last = place.n_queries
     if s.right is not None:
@@ -208,7 +208,7 @@ def _attention_backward_keys(
         listed = None
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
-            full = last * 0
+            full = tl.zeros_like(last)
         if s.right is not None and not ONE_LOOP:
             dk, dv = _walk_queries(
                 k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, full, listed,
@@ -294,7 +294,7 @@ def _attention_backward_queries(
     listed = None
     if tiles.entries is not None:
         listed, last = tiles_of(tiles, sequence, head, block)
-        first = last * 0
+        first = tl.zeros_like(last)
     if ONE_LOOP:
         full = first
     else:

@@ -1,8 +1,8 @@
-"""Work lists of packed sequences: which program computes which block of which sequence.
+"""List the work on packed sequences: which program computes which block of which sequence.
 
-One program a sequence counts the blocks of all sequences that go before it, those with more work
-a block first, and writes its own blocks behind them; so that a long sequence never starts last.
-Lengths stay on the device. Reads the starts once a program, writes 8 bytes a block.
+Sequences with more work a block go first, so that a long one never starts last. One program for
+each sequence counts the blocks of all that go before it, and writes its own behind them. Lengths
+stay on the device. Each program reads the starts once; 8 bytes are written for each block.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _list_work(
     starts_ptr, others_ptr, work_ptr, n_sequences, capacity, LENGTH: tl.constexpr,
     LAST_FIRST: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """Sequences are split in blocks of LENGTH rows; a block costs the length on the other side."""
+    """Write one sequence's blocks of LENGTH rows; a block costs the length of the other side."""
     sequence = tl.program_id(0)
     is_real = sequence < n_sequences  # the last program fills up what is left with -1
     own = tl.minimum(sequence, n_sequences - 1)
@@ -84,7 +84,7 @@ def _list_work(
         number = block
         if LAST_FIRST:
             number = count - 1 - block
-        tl.store(entry, tl.where(is_real, sequence, -1) + block * 0, mask=valid)
+        tl.store(entry, tl.zeros_like(block) + tl.where(is_real, sequence, -1), mask=valid)
         tl.store(entry + 1, number, mask=valid)
 
 
@@ -96,7 +96,7 @@ def work_list(
     block: int,
     last_first: bool,
 ) -> torch.Tensor:
-    """int32 [capacity, 2] of (sequence, block of rows), -1 behind the last; no host sync.
+    """Make or find int32 [capacity, 2] of (sequence, block of rows), -1 behind the last.
 
     Args:
         starts: ``[sequences + 1]`` of the side that is split in blocks.

@@ -89,8 +89,8 @@ def place_of(s, sizes, sequence, head):
     """Where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
     wide = head.to(tl.int64)
-    q_start = batch * 0
-    k_start = batch * 0
+    q_start = tl.zeros_like(batch)
+    k_start = tl.zeros_like(batch)
     stored_queries = tl.cast(sizes.queries, tl.int32)
     stored_keys = tl.cast(keys_of(sizes), tl.int32)
     index = batch
@@ -99,11 +99,11 @@ def place_of(s, sizes, sequence, head):
         k_start = tl.load(s.starts_k + sequence).to(tl.int64)
         stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
         stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
-        index = batch * 0
+        index = tl.zeros_like(batch)
     n_keys = stored_keys
     if s.key_lengths is not None:
         n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
-    offset = stored_keys * 0
+    offset = tl.zeros_like(stored_keys)
     if s.align_end is not None:
         offset = n_keys - stored_queries
     # Stand-ins for what is absent: never read.
@@ -235,7 +235,7 @@ def load_strided_rows(pointer, strides, batch, head, rows, row_valid):
 @triton.jit
 def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first, full, last): tiles of keys that any of the rows sees; before `full` all see all."""
-    first = place.n_keys * 0
+    first = tl.zeros_like(place.n_keys)
     full = place.n_keys
     last = place.n_keys
     if s.right is not None:

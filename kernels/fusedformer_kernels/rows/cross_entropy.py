@@ -46,7 +46,7 @@ STATE = 5
 @triton.jit
 def _load_targets(target_ptr, weight_ptr, rows, n_rows, n_classes, ignore_index,
                   WEIGHTED: tl.constexpr):
-    """(target, whether the row counts, whether its target is a class, its weight), [BLOCK_M, 1]."""
+    """Load (target, whether the row counts, whether its target is a class, its weight), [M, 1]."""
     target = tl.load(target_ptr + rows, mask=rows < n_rows, other=ignore_index)[:, None]
     kept = target != ignore_index
     known = kept & (target >= 0) & (target < n_classes)
@@ -59,12 +59,15 @@ def _load_targets(target_ptr, weight_ptr, rows, n_rows, n_classes, ignore_index,
 @triton.jit
 def _row_factors(factor_ptr, factor_stride, weight_total_ptr, rows, kept, known, weight, smoothing,
                  n_classes, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
-    """What multiplies the probabilities, the target's one and the class weights, [BLOCK_M, 1]."""
+    """Compute the factors of the probabilities, of the target's one and of the class weights.
+
+    Each is [BLOCK_M, 1].
+    """
     offsets = (rows * tl.cast(factor_stride, tl.int64))[:, None]
     factor = tl.load(factor_ptr + offsets, mask=known, other=0.0).to(tl.float32)
     factor = tl.where(kept & (known == 0), float("nan"), factor)
     at_target = (1.0 - smoothing) * weight * factor
-    everywhere = factor * 0.0
+    everywhere = tl.zeros_like(factor)
     total = at_target
     if SMOOTHED:
         everywhere = factor * (smoothing / n_classes)
@@ -76,7 +79,7 @@ def _row_factors(factor_ptr, factor_stride, weight_total_ptr, rows, kept, known,
 @triton.jit
 def _gradient(x, classes, in_row, target, top, log_total, total, at_target, everywhere, weight_ptr,
               WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
-    """Gradient of a tile of logits [BLOCK_M, BLOCK_N] of these ``classes`` [1, BLOCK_N]."""
+    """Compute the gradient [BLOCK_M, BLOCK_N] of logits of these ``classes`` [1, BLOCK_N]."""
     wanted = tl.where(classes == target.to(tl.int32), negative(at_target), 0.0)
     if SMOOTHED:
         if WEIGHTED:
