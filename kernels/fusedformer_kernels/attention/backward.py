@@ -226,14 +226,12 @@ def _attention_backward_keys(
     visible = (columns < place.n_keys)[:, None]
     if NEEDS_K:
         dk = tl.where(visible, dk * s.scale, 0.0)
-        store_rows(
-            key_rows(dk_ptr, dk_layout, place), dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D
-        )
+        dk_base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
+        store_rows(dk_base, dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D)
     if NEEDS_V:
         dv = tl.where(visible, dv, 0.0)
-        store_rows(
-            key_rows(dv_ptr, dv_layout, place), dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV
-        )
+        dv_base = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
+        store_rows(dv_base, dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV)
 
 
 @triton.jit
