@@ -1,14 +1,14 @@
-"""Scaled dot-product attention, backward: gradients of query, key, value and of the terms.
+"""Compute attention's backward: gradients of query, key, value and of the terms.
 
     p = exp(s - top) / sum;  dv = dropout(p)^T do;  dp = dropout'(do v^T)
     delta = rowsum(do * o) - dlse;  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
 
-Three kernels, none with atomics, so the same inputs give the same bits; what is learned of the
-terms has files of its own. One computes delta per query. One owns a block of keys (of all query
-heads that share it) and walks the queries: dk, dv. One owns a block of queries and walks the keys:
-dq. Scores are recomputed from q and k, seven products in all. For the gradient of the attention
-weights themselves (attention_weights.py), dp is a given tensor and delta 0. Source: Dao,
-FlashAttention-2, arXiv:2307.08691.
+Three kernels, none with atomics, so that the same inputs give the same bits; the gradients of the
+terms have files of their own. One computes delta of each query. In one a program owns a block of
+keys (of all query heads that share it) and walks the queries: dk, dv. In one it owns a block of
+queries and walks the keys: dq. Scores are recomputed from q and k, seven products in all. For the
+gradient of the attention weights themselves (weights.py), dp is a given tensor and delta 0. Source:
+Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _attention_delta(
     lse_grad_strides, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta [BLOCK_M] = rowsum(do * o) - dlse, the term that every score's gradient shares.
+    """Write delta [BLOCK_M] = rowsum(do * o) - dlse, which all scores' gradients of a row share.
 
     In float32 it is the diagonal of a product, which adds in the order of do v^T: where a query is
     sure of one key, delta is exactly what that key's weight gets, and its score no gradient.
@@ -108,9 +108,9 @@ def _walk_queries(
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr,
 ):
-    """Add to dk, dv what the tiles of queries from ``first`` to ``last`` give.
+    """Add to dk and dv the shares of the tiles of queries from ``first`` to ``last``.
 
-    Score tiles are [keys, queries]. Keys beyond the length are the caller's to drop.
+    Score tiles are [keys, queries]. The caller drops keys beyond the length.
     """
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
@@ -241,7 +241,7 @@ def _walk_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
-    """Add to dq what the tiles of keys from ``first`` to ``last`` give."""
+    """Add to dq the shares of the tiles of keys from ``first`` to ``last``."""
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_N)
@@ -325,7 +325,7 @@ def attention_backward(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, value, mask, slopes, table, sinks), None where not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, sinks), None if not needed.
 
     ``statistics`` are those of the forward, of all keys; ``grad`` and ``lse_grad`` those of the
     output and of the log-sum-exp, either of which may be None. The first three gradients are
@@ -365,9 +365,9 @@ def score_gradients_of(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, value, mask, slopes, table, lse), None where not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, lse), None if not needed.
 
-    From ``grad`` and ``delta``, or from ``given``; that of lse only in the second case.
+    They come from ``grad`` and ``delta``, or from ``given``; that of lse only in the second case.
     """
     needs_q, needs_k, needs_v, needs_mask, needs_slopes, needs_table = needs
     mask, slopes, table = terms.mask, terms.slopes, terms.table
@@ -438,7 +438,7 @@ def score_gradients_of(
 def _work(
     arguments: AttentionArguments, terms: AttentionTerms, tokens: int, block: int, *, of_keys: bool
 ) -> tuple[torch.Tensor | None, int]:
-    """(work list of packed sequences or None, number of blocks for each head)."""
+    """Find (the work list of packed sequences or None, the number of blocks of each head)."""
     longest = arguments.max_keys if of_keys else arguments.max_queries
     starts, others = terms.starts_q, terms.starts_k
     if starts is None or others is None:

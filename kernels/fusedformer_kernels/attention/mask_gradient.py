@@ -1,4 +1,4 @@
-"""Gradient of attention's additive mask, summed over the dimensions that the mask broadcasts.
+"""Compute the gradient of attention's additive mask, summed where the mask broadcasts.
 
 One program owns a tile of the mask (whole rows or columns of the scores where the mask has size 1
 there) and walks, in a fixed order, everything that shares it: batches, heads, rows, columns. The
@@ -94,9 +94,9 @@ def attention_mask_gradient(
     arguments: AttentionArguments,
     target: configs.Target,
 ) -> torch.Tensor:
-    """Gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts, in its own dtype.
+    """Compute the gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts.
 
-    ``tensors`` and ``layouts`` are those that the other backward kernels get.
+    It has the mask's dtype. ``tensors`` and ``layouts`` are those of the other backward kernels.
     """
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if dmask.numel() == 0:

@@ -1,4 +1,4 @@
-"""Gradients of attention's terms by distance: ALiBi slopes, and the table of relative biases.
+"""Compute gradients of attention's terms by distance: ALiBi slopes, table of relative biases.
 
     dslope = -sum(ds * abs(distance));  dtable[r] = sum of ds where clamp(distance) = r
 
@@ -39,7 +39,7 @@ from fusedformer_kernels.runtime.primitives import COUNTS
 
 @triton.jit
 def diagonal_sums(tile, first, BLOCK: tl.constexpr):
-    """Sums [BLOCK] of a [BLOCK, BLOCK] tile along its diagonals ``column - row`` from first on."""
+    """Sum a [BLOCK, BLOCK] tile along BLOCK diagonals ``column - row``, from ``first`` on."""
     rows = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :] + rows + first  # of the tile, for each sum
     inside = (column >= 0) & (column < BLOCK)
@@ -55,7 +55,7 @@ def _attention_position_gradients(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """``dslope`` [sequences, shares, heads], ``dtable`` [..., heads, 2 * radius + 1] of zeros."""
+    """Write ``dslope`` [sequences, shares, heads]; add to ``dtable`` [..., 2 * radius + 1]."""
     pid = tl.program_id(0)
     share = pid % shares
     sequence, head = pid // shares // sizes.heads, pid // shares % sizes.heads
@@ -143,7 +143,7 @@ def attention_position_gradients(
     arguments: AttentionArguments,
     target: configs.Target,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
+    """Compute gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
 
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """

@@ -1,4 +1,4 @@
-"""Attention weights from the statistics of the forward, for those who want to look at them.
+"""Compute attention weights from the statistics of the forward, for callers that ask for them.
 
     w = dropout(exp(s - top) / sum),  per head, or its mean over the heads
 
@@ -50,7 +50,7 @@ def _attention_weights(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``w`` is contiguous [sequences, planes, queries, keys], a mean over ``members`` heads."""
+    """Write ``w``, contiguous [sequences, planes, queries, keys], a mean over ``members`` heads."""
     column_blocks = tl.cdiv(keys_of(sizes), BLOCK_N)
     row_blocks = tl.cdiv(sizes.queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -99,7 +99,10 @@ def attention_weights(
     average: bool,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Weights [B, H, L, S], or their mean over heads [B, 1, L, S]; ``dtype`` as ``query``'s."""
+    """Compute weights [B, H, L, S] or their mean over heads [B, 1, L, S].
+
+    They have the dtype of ``query`` unless ``dtype`` is given.
+    """
     batch, heads, n_queries, dim = query.shape
     n_keys = key.shape[2]
     planes, members = (1, heads) if average else (heads, 1)
@@ -129,7 +132,7 @@ def attention_weights_backward(
     average: bool,
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, lse, mask, slopes, table), None where ``needs`` says False."""
+    """Compute gradients of (query, key, lse, mask, slopes, table), None where not needed."""
     heads = query.shape[1]
     batch_stride, head_stride, row_stride, column_stride = grad.stride()
     if average:

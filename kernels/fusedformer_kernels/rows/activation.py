@@ -49,7 +49,7 @@ def _gelu_inner(x):
 
 @triton.jit
 def _normal(x):
-    """(cumulative distribution, exp(-x**2 / 2)) of the standard normal distribution at float32 x.
+    """Compute (cumulative distribution, exp(-x**2 / 2)) of the standard normal distribution.
 
     erfc(z) = exp(-z**2) * t * polynomial(t), t = 1 / (1 + 0.3 z), z >= 0: the form of Hastings
     (Abramowitz and Stegun 7.1.26), coefficients fitted to a relative error of 2e-8 up to z = 9.5.
@@ -76,7 +76,7 @@ def _normal(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """``activation(x)`` in float32."""
+    """Compute ``activation(x)`` in float32."""
     if ACTIVATION == _RELU:
         # A NaN stays one, as in torch.
         y = tl.where(x < 0.0, 0.0, x)
@@ -95,7 +95,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _activation_derivative(x, ACTIVATION: tl.constexpr):
-    """``activation'(x)`` in float32."""
+    """Compute ``activation'(x)`` in float32."""
     if ACTIVATION == _RELU:
         d = tl.where(x > 0.0, 1.0, 0.0)
     elif ACTIVATION == _GELU:
@@ -177,7 +177,7 @@ def bias_activation_forward(
     p: float,
     activation: str,
 ) -> torch.Tensor:
-    """``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
+    """Compute ``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
     y = contiguous_like(x)
     if y.numel() == 0:
         return y
@@ -205,7 +205,7 @@ def bias_activation_backward(
     activation: str,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dx, dbias in the dtype of ``bias`` if asked for) from the gradient of the output."""
+    """Compute (dx, dbias in the dtype of ``bias`` if needed) from the output's gradient."""
     dx = contiguous_like(x)
     wants_bias = needs_bias and bias is not None
     if dx.numel() == 0:

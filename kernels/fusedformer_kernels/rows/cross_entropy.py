@@ -1,4 +1,4 @@
-"""Cross entropy of rows of logits x with a class t each, and its gradient; class weights w.
+"""Compute cross entropy of rows of logits x with a class t each, and its gradient; class weights w.
 
     lse    = log(sum_c exp(x_c))                  kept as the largest logit and the log of the rest
     loss   = (1 - e) w_t (lse - x_t) + e / C sum_c w_c (lse - x_c)            e: label smoothing
@@ -224,7 +224,7 @@ def cross_entropy_rows(
     state: torch.Tensor | None = None,
     padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, statistics) of the rows of ``x`` ``[..., c]``, float32 ``[N]`` and ``[2, N]``.
+    """Compute float32 (losses ``[N]``, statistics ``[2, N]``) of the rows of ``x`` ``[..., c]``.
 
     Args:
         x: any strides; the gradient replaces it if ``factor`` is given, then ``[N, C]``.
@@ -273,7 +273,7 @@ def cross_entropy_gradient(
     n_classes: int,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """Gradient of logits ``x`` ``[..., c]`` of the classes from ``first_class`` on, contiguous.
+    """Compute the gradient of logits ``x`` ``[..., c]`` of classes from ``first_class`` on.
 
     ``statistics`` are those of :func:`cross_entropy_rows`, as are the other arguments. With
     ``in_place`` it replaces ``x``, rows and columns of :func:`padded_rows`.
@@ -300,12 +300,12 @@ def cross_entropy_gradient(
 
 
 def _row_stride(factor: torch.Tensor | None) -> int:
-    """Between the factors of neighbouring rows: 0 if there is one for all."""
+    """Find the stride between the factors of neighbouring rows: 0 if there is one for all."""
     return 0 if factor is None or factor.dim() == 0 else factor.stride(0)
 
 
 def padded_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory for logits ``[rows, columns]`` whose rows begin at multiples of 128 bytes."""
+    """Allocate logits ``[rows, columns]`` whose rows begin at multiples of 128 bytes."""
     width = _padded(columns, like)
     return torch.empty((rows, width), dtype=like.dtype, device=like.device)[:, :columns]
 

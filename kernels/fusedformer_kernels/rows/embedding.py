@@ -1,4 +1,4 @@
-"""Token, position and type embeddings, their sum's norm and dropout, forward and backward.
+"""Add token, position and type embeddings, and apply norm and dropout; forward and backward.
 
     z = token[id] + position[position_id] + type[type_id]
     y = dropout((z - mean) * rstd * weight + bias),   rstd = 1 / sqrt(var + eps)
@@ -30,9 +30,9 @@ LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in re
 
 
 class Tables(NamedTuple):
-    """What is added up for each of the rows; ids are integers ``[rows]``, tables ``[n, E]``.
+    """The tables that are added up, ``[n, E]``, and the integer ids of each row, ``[rows]``.
 
-    Types without ids are all of type 0.
+    All rows are of type 0 where types have no ids.
     """
 
     ids: torch.Tensor
@@ -61,7 +61,7 @@ class TableStrides(NamedTuple):
 
 @triton.jit
 def _load_vectors(table, ids_ptr, n_table, stride, rows, columns, row_valid, in_row):
-    """float32 [BLOCK_M, BLOCK_N]: rows of a table; NaN where an id has none, 0 outside."""
+    """Load rows of a table as float32 [BLOCK_M, BLOCK_N]; NaN where an id has none, 0 outside."""
     ids = tl.zeros_like(rows)
     if ids_ptr is not None:
         ids = tl.load(ids_ptr + rows, mask=row_valid, other=0).to(tl.int64)
@@ -76,7 +76,7 @@ def _load_vectors(table, ids_ptr, n_table, stride, rows, columns, row_valid, in_
 
 @triton.jit
 def _load_embedded(tables, sizes, strides, rows, columns, row_valid, in_row):
-    """float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
+    """Load the float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
     z = _load_vectors(
         tables.tokens, tables.ids, sizes.tokens, strides.tokens, rows, columns, row_valid, in_row
     )
@@ -173,7 +173,7 @@ def embedding_forward(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y ``[rows, E]`` in ``dtype`` or that of the tables, mean and rstd, float32 ``[rows]``)."""
+    """Compute (y ``[rows, E]`` in ``dtype`` or the tables', mean, rstd, float32 ``[rows]``)."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
     y = tokens.new_empty(n_rows, n_columns, dtype=dtype)
@@ -202,7 +202,7 @@ def embedding_backward(
     needs_bias: bool,
     parameter_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dz ``[rows, E]`` in the dtype of the tables, dweight, dbias), None if not needed."""
+    """Compute (dz ``[rows, E]`` in the tables' dtype, dweight, dbias), None if not needed."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
     device = tokens.device

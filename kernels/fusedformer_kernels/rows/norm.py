@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, alone or on ``dropout(x + input_bias) + residual``, forward and backward.
+"""Compute LayerNorm and RMSNorm, alone or on ``dropout(x + input_bias) + residual``, and backward.
 
     z = dropout(x + input_bias) + residual
     layer:  y = (z - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps)
@@ -6,7 +6,7 @@
     none:   only z
 
 Forward: a program per BLOCK_M rows, kept in registers (a row of more than 16,384 columns is read
-twice in chunks). It moves what it must: x, residual in; y, z out; two floats a row.
+twice in chunks). It reads x and residual, and writes y, z and two floats a row.
 Backward: persistent programs walk the rows and keep the sums for weight, bias and input bias in
 registers; each leaves one partial row, which :mod:`reduction` adds up in a fixed order. Rows of
 more than 8,192 columns take two kernels, one by rows and one by columns.
@@ -75,7 +75,7 @@ class Saved(NamedTuple):
 
 @triton.jit
 def _load_sum(inputs, rows, first_column, n_columns, row_valid, BLOCK_N: tl.constexpr):
-    """float32 ``dropout(x + input_bias) + residual`` [BLOCK_M, BLOCK_N], 0 outside."""
+    """Load float32 ``dropout(x + input_bias) + residual`` [BLOCK_M, BLOCK_N], 0 outside."""
     columns = first_column + tl.arange(0, BLOCK_N)
     in_row = columns < n_columns
     valid = row_valid[:, None] & in_row[None, :]
@@ -106,7 +106,7 @@ def _store_sum(z_ptr, z, rows, columns, n_columns, row_valid):
 
 @triton.jit
 def affine(normed, weight_ptr, bias_ptr, columns, in_row):
-    """``normed * weight + bias`` of a tile [BLOCK_M, BLOCK_N], either of which may be None."""
+    """Compute ``normed * weight + bias`` of a tile [BLOCK_M, BLOCK_N]; either may be None."""
     y = normed
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
@@ -184,7 +184,7 @@ def _norm_forward(
 
 @triton.jit
 def _load_statistics(saved, rows, row_valid):
-    """(mean, rstd) of rows [BLOCK_M], 0 where the kind has none."""
+    """Load (mean, rstd) of rows [BLOCK_M], 0 where the kind has none."""
     mean = tl.zeros(rows.shape, tl.float32)
     rstd = tl.zeros(rows.shape, tl.float32)
     if saved.mean is not None:
@@ -196,7 +196,7 @@ def _load_statistics(saved, rows, row_valid):
 
 @triton.jit
 def _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid):
-    """float32 (normalized z, its gradient) of a tile [BLOCK_M, BLOCK_N], both 0 outside."""
+    """Load float32 (normalized z, its gradient) of a tile [BLOCK_M, BLOCK_N], both 0 outside."""
     valid = row_valid[:, None] & (columns < n_columns)[None, :]
     normed = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     dy = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
@@ -211,7 +211,7 @@ def _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid):
 
 @triton.jit
 def _load_weighted(saved, mean, rstd, rows, columns, n_columns, row_valid):
-    """float32 (normalized z, its gradient times the weight), as :func:`_load_normed`."""
+    """Load float32 (normalized z, its gradient times the weight), as :func:`_load_normed`."""
     normed, weighted = _load_normed(saved, mean, rstd, rows, columns, n_columns, row_valid)
     if saved.weight is not None:
         weight = tl.load(saved.weight + columns, mask=columns < n_columns, other=0.0)
@@ -221,7 +221,7 @@ def _load_weighted(saved, mean, rstd, rows, columns, n_columns, row_valid):
 
 @triton.jit
 def sum_gradient(normed, weighted, mean_product, mean_weighted, rstd):
-    """Gradient of z [BLOCK_M, BLOCK_N]; the means [BLOCK_M] are those of whole rows.
+    """Compute the gradient of z [BLOCK_M, BLOCK_N]; means [BLOCK_M] are those of whole rows.
 
     ``weighted`` is the gradient of the norm times the weight, ``mean_product`` the mean of that
     times ``normed``; ``mean_weighted`` is 0 where no mean was subtracted.
@@ -366,11 +366,11 @@ def norm_forward(
     wants_statistics: bool,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """(y, z, mean, rstd) over the last ``dims`` dimensions of ``x``.
+    """Compute (y, z, mean, rstd) over the last ``dims`` dimensions of ``x``.
 
-    y and rstd are None for kind "none", mean unless the kind is "layer", z without a residual;
-    and what is not wanted. y and z are contiguous in the wider of the dtypes of ``x`` and
-    ``residual``, y in ``norm_dtype`` if it is given; mean and rstd are float32 ``[rows]``.
+    Results not wanted are None; so are y and rstd of kind "none", the mean unless the kind is
+    "layer", and z without a residual. y and z are contiguous in the wider of the dtypes of ``x``
+    and ``residual``, y in ``norm_dtype`` if it is given; mean and rstd are float32 ``[rows]``.
     """
     n_columns = math.prod(x.shape[-dims:])
     n_rows = math.prod(x.shape[:-dims])
@@ -419,7 +419,7 @@ def norm_backward(
     input_dtype: torch.dtype,
     parameter_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dz, dx if dropout or its dtype makes it differ, dweight, dbias, dinput_bias).
+    """Compute (dz, dx if dropout or its dtype makes it differ, dweight, dbias, dinput_bias).
 
     ``sum_grad`` is the gradient that reaches z itself. dz is contiguous in the dtype of ``z``, dx
     in ``input_dtype``; the gradients of parameters, None where not asked for, have the normalized
