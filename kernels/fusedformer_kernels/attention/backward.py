@@ -281,7 +281,8 @@ def _attention_backward_queries(
         place.n_queries, q_layout, grad_layout, BLOCK_M, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
         False,
     )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-    k_base, v_base = key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place)
+    k_base = key_rows(k_ptr, k_layout, place)
+    v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
     delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)

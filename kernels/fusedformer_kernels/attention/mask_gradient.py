@@ -54,7 +54,8 @@ def _attention_mask_gradient(
         place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
         q_base = query_rows(q_ptr, q_layout, place)
         grad_base = query_rows(grad_ptr, grad_layout, place)
-        k_base, v_base = key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place)
+        k_base = key_rows(k_ptr, k_layout, place)
+        v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):

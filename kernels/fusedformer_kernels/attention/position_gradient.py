@@ -62,7 +62,8 @@ def _attention_position_gradients(
     place = place_of(s, sizes, sequence, head)
     q_base = query_rows(q_ptr, q_layout, place)
     grad_base = query_rows(grad_ptr, grad_layout, place)
-    k_base, v_base = key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place)
+    k_base = key_rows(k_ptr, k_layout, place)
+    v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
     delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     partial_row = (sequence * shares + share).to(tl.int64) * sizes.heads + head
