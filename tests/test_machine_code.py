@@ -161,7 +161,7 @@ def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> No
         row_and_column_lse(x, x, scale, 0)
     tiles, passes = 32 * 64, 8  # of 256 x 128 scores, 64 dimensions at a time
     given: dict[str, Any] = {
-        "cycles": {"product": 830.0, "issue": 100.0}, "around": {"issue": 4000.0},
+        "cycles": {"product": 830.0, "issue": 100.0}, "outside": {"issue": 4000.0},
     }  # fmt: skip
     compiled = Compiled(255, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, loops=True, **given)
     alone = predict(launches[0], compiled)

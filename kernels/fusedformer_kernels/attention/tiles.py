@@ -45,7 +45,7 @@ class Place(NamedTuple):
     offset: Any  # key position of query 0
     dropout_key: Any  # what this head's dropout mask is drawn from
     dropout_offset: Any
-    mask: Any  # pointers to this sequence and head, where there are such terms
+    mask: Any  # pointers to this sequence and head, where a call has these terms
     key_mask: Any
     slope: Any
     table: Any  # at distance 0
@@ -346,7 +346,7 @@ def online_softmax_update(scores, top, total, s, SCALED: tl.constexpr):
     """Do one step of the online softmax over a tile [BLOCK_M, BLOCK_N].
 
     ``top`` and ``total`` [BLOCK_M] are the largest score so far and the sum of the weights.
-    Returns (weights, rescaling of what was summed before, top, total). Source: arXiv:1805.02867.
+    Returns (weights, rescaling of earlier sums, top, total). Source: arXiv:1805.02867.
     """
     tile_top = tl.max(scores, 1)
     if not SCALED:

@@ -75,8 +75,8 @@ def predict(
         busiest = "products then softmax" if serial > clocks else name
         clocks = max(clocks, serial)
     if a_program:  # a loop of products alone, and then the work on their tile
-        busiest = max(compiled.around, key=lambda name: compiled.around[name])
-        loop, tile = product * a_program, compiled.around[busiest]
+        busiest = max(compiled.outside, key=lambda name: compiled.outside[name])
+        loop, tile = product * a_program, compiled.outside[busiest]
         clocks = max(loop, tile, (loop + tile) / max(compiled.programs, 1)) / a_program
         busiest = f"products then {busiest}"
     resident = min(compiled.programs, ceil(prod(launch.grid) / gpu.multiprocessors))
@@ -98,7 +98,7 @@ def predict(
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among ``values`` and in their tuples."""
+    """Yield the tensors among ``values`` and in their tuples."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -107,7 +107,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
-    """Times that the main loop is passed in all programs together."""
+    """Count the passes of the main loop in all programs together."""
     given = launch.arguments
     programs = prod(launch.grid)
     if not compiled.loops:

@@ -133,7 +133,7 @@ def _merge_parts(
     parts_ptr, lse_ptr, n_parts, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
 ):
-    """Log-sum-exp of parts [n_parts, n_columns], and of what ``lse`` holds."""
+    """Merge parts [n_parts, n_columns], and the previous ``lse`` if there is one."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
     if HAS_PREVIOUS:

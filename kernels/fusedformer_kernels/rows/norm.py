@@ -96,7 +96,7 @@ def _load_sum(inputs, rows, first_column, n_columns, row_valid, BLOCK_N: tl.cons
 
 @triton.jit
 def _store_sum(z_ptr, z, rows, columns, n_columns, row_valid):
-    """Write the tile ``z`` [BLOCK_M, BLOCK_N]; return the mean [BLOCK_M] of what rounding added."""
+    """Write the tile ``z`` [BLOCK_M, BLOCK_N]; return the mean [BLOCK_M] of its rounding."""
     in_row = (columns < n_columns)[None, :]
     offsets = (rows * n_columns)[:, None] + columns[None, :]
     stored = cast(z, z_ptr.dtype.element_ty)
@@ -178,7 +178,7 @@ def _norm_forward(
                 _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
-        if KIND == _LAYER:  # the mean of what the backward will read
+        if KIND == _LAYER:  # the mean of z as the backward will read it
             tl.store(mean_ptr + rows, mean + rounding, mask=row_valid)
 
 

@@ -1,4 +1,4 @@
-"""Padded batches to packed rows and back: registration, autograd, choice of backend."""
+"""Move rows between padded and packed batches: registration, autograd, choice of backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedformer.ops._registered import registered
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unused: bool) -> Tensor:
-    """``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
+    """Gather ``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
 
     Args:
         x: ``[N, D]``.
@@ -41,9 +41,10 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unuse
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
-    """Return ``starts`` of sequences, promised never to change: kernels plan work on it once.
+    """Promise that ``starts`` of sequences never change, so that kernels plan their work once.
 
-    Those that a CUDA graph makes change with each replay, and are for the graph alone.
+    Starts that a CUDA graph makes change with each replay, and share plans within the graph alone.
+    Starts made in code that torch.compile traces share none: there is no tensor yet to remember.
     """
     kernels_may_run = TRITON_IS_INSTALLED and (starts.is_cuda or INTERPRETER_IS_ON)
     if kernels_may_run and not torch.compiler.is_compiling():
