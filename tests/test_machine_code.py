@@ -24,6 +24,7 @@ from fusedformer_kernels.compiler.machine_code import (
 )
 from fusedformer_kernels.compiler.prediction import Gpu, predict
 from fusedformer_kernels.rows.contrastive import row_and_column_lse
+from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.softmax import softmax_forward
 from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
@@ -111,6 +112,15 @@ def test_a_prediction_names_its_limit() -> None:
     assert predict(launch, compiled, Gpu(l2_bytes=1e12)).limit == "L2"
 
 
+def test_a_prediction_counts_tensors_that_kernels_get_in_tuples() -> None:
+    x = torch.empty(32768, 1024, dtype=torch.bfloat16, device="meta")
+    with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
+        norm_forward(x, None, None, x[0], x[0].clone(), None, 0.0, 1e-5, "layer", 1, False, False)
+    compiled = Compiled(40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=10, cycles={"issue": 1.0})
+    moved = 2 * (2 * x.numel() + 2 * 1024)
+    assert predict(launches[0], compiled).memory == pytest.approx(moved / 4.3e12 * 1e6)
+
+
 def test_a_lone_program_multiplies_and_then_takes_exponents() -> None:
     launch = _softmax_launch()
     cycles = {"product": 830.0, "exp2": 1000.0}
@@ -151,7 +161,7 @@ def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> No
         row_and_column_lse(x, x, scale, 0)
     tiles, passes = 32 * 64, 8  # of 256 x 128 scores, 64 dimensions at a time
     given: dict[str, Any] = {
-        "cycles": {"product": 830.0, "issue": 100.0}, "around": {"issue": 4000.0},
+        "cycles": {"product": 830.0, "issue": 100.0}, "outside": {"issue": 4000.0},
     }  # fmt: skip
     compiled = Compiled(255, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, loops=True, **given)
     alone = predict(launches[0], compiled)

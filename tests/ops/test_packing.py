@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 from fusedformer import backend, reference
 from fusedformer import functional as F
 from fusedformer.functional import Packing
+from fusedformer_kernels.attention import schedule
 
 PATTERNS: dict[str, Any] = {
     "right": lambda: torch.arange(70) < torch.tensor([[70], [1], [33], [0]]),
@@ -127,3 +131,52 @@ def test_rows_of_many_columns(device: str) -> None:
     keep = torch.rand(2, 9, device=device) > 0.3
     x = torch.randn(2, 9, 1100, device=device)
     assert torch.equal(F.pack(x, Packing.of(keep)), x[keep])
+
+
+class Kept(torch.autograd.Function):
+    """The identity of a tensor; nothing but its backward keeps the starts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(starts)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (starts,) = ctx.saved_tensors
+        assert schedule.shared_lists(starts) == {("a",): None}
+        return grad, None
+
+
+def test_work_lists_live_as_long_as_their_starts(device: str) -> None:
+    gc.collect()
+    before = len(schedule._shared)
+    packing = Packing.of(torch.rand(2, 9, device=device) > 0.3)
+    lists = schedule.shared_lists(packing.cu_seqlens)
+    assert lists == {} and schedule.shared_lists(packing.cu_seqlens.clone()) is None
+    lists["a",] = None  # type: ignore[assignment, call-overload]
+    output = Kept.apply(torch.randn(3, device=device, requires_grad=True), packing.cu_seqlens)
+    del packing
+    gc.collect()
+    assert len(schedule._shared) == before + 1
+    output.backward(torch.randn_like(output))
+    del output
+    gc.collect()
+    assert len(schedule._shared) == before
+
+
+def test_a_copy_of_a_packing_shares_no_work_lists(device: str) -> None:
+    packing = Packing.of(torch.rand(2, 9, device=device) > 0.3)
+    for other in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
+        assert torch.equal(other.cu_seqlens, packing.cu_seqlens)
+        assert not vars(other.cu_seqlens)  # nothing is hidden on tensors
+        assert schedule.shared_lists(other.cu_seqlens) is None
+
+
+def test_work_lists_of_one_tensor_are_bounded(device: str) -> None:
+    starts = Packing.of(torch.ones(2, 9, dtype=torch.bool, device=device), [9, 9]).cu_seqlens
+    for tokens in range(100, 100 + 2 * schedule.MOST_LISTS):
+        first = schedule.work_list(starts, starts, tokens, 9, 16, False)
+        assert schedule.work_list(starts, starts, tokens, 9, 16, False) is first
+    lists = schedule.shared_lists(starts)
+    assert lists is not None and 0 < len(lists) <= schedule.MOST_LISTS

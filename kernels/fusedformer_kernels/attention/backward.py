@@ -1,14 +1,14 @@
-"""Scaled dot-product attention, backward: gradients of query, key, value and of the terms.
+"""Compute attention's backward: gradients of query, key, value and of the terms.
 
     p = exp(s - top) / sum;  dv = dropout(p)^T do;  dp = dropout'(do v^T)
     delta = rowsum(do * o) - dlse;  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
 
-Three kernels, none with atomics, so the same inputs give the same bits; what is learned of the
-terms has files of its own. One computes delta per query. One owns a block of keys (of all query
-heads that share it) and walks the queries: dk, dv. One owns a block of queries and walks the keys:
-dq. Scores are recomputed from q and k, seven products in all. For the gradient of the attention
-weights themselves (attention_weights.py), dp is a given tensor and delta 0. Source: Dao,
-FlashAttention-2, arXiv:2307.08691.
+Three kernels, none with atomics, so that the same inputs give the same bits; the gradients of the
+terms have files of their own. One computes delta of each query. In one a program owns a block of
+keys (of all query heads that share it) and walks the queries: dk, dv. In one it owns a block of
+queries and walks the keys: dq. Scores are recomputed from q and k, seven products in all. For the
+gradient of the attention weights themselves (weights.py), dp is a given tensor and delta 0. Source:
+Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
     given_gradient,
+    key_rows,
     key_tiles_of_rows,
     keys_of,
+    load_pair,
     load_row_terms,
+    load_strided_rows,
     load_tile,
     matrix_of,
     place_of,
+    query_rows,
     row_pointer,
-    row_stride,
     score_gradients,
     score_tile,
+    store_rows,
     tile_of,
     which_block,
 )
@@ -56,7 +60,6 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     fma,
     negative,
-    store,
 )
 from fusedformer_kernels.runtime.steps import unplanned
 
@@ -67,7 +70,7 @@ def _attention_delta(
     lse_grad_strides, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta [BLOCK_M] = rowsum(do * o) - dlse, the term that every score's gradient shares.
+    """Write delta [BLOCK_M] = rowsum(do * o) - dlse, which all scores' gradients of a row share.
 
     In float32 it is the diagonal of a product, which adds in the order of do v^T: where a query is
     sure of one key, delta is exactly what that key's weight gets, and its score no gradient.
@@ -93,9 +96,9 @@ def _attention_delta(
     else:
         delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if lse_grad_ptr is not None:
-        offsets = batch * lse_grad_strides[0] + head * lse_grad_strides[1]
-        offsets += rows.to(tl.int64) * lse_grad_strides[2]
-        delta -= tl.load(lse_grad_ptr + offsets, mask=row_valid, other=0.0)
+        delta -= load_strided_rows(
+            lse_grad_ptr, lse_grad_strides, batch, head, rows.to(tl.int64), row_valid
+        )
     tl.store(delta_ptr + plane * n_rows + rows, delta, mask=row_valid)
 
 
@@ -107,9 +110,9 @@ def _walk_queries(
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr,
 ):
-    """Add to dk, dv what the tiles of queries from ``first`` to ``last`` give.
+    """Add to dk and dv the shares of the tiles of queries from ``first`` to ``last``.
 
-    Score tiles are [keys, queries]. Keys beyond the length are the caller's to drop.
+    Score tiles are [keys, queries]. The caller drops keys beyond the length.
     """
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
@@ -176,19 +179,13 @@ def _attention_backward_keys(
     first_column = block * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     place = place_of(s, sizes, sequence, key_head * s.group)
-    k = load_tile(
-        matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start), first_column,
-        place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
-    )  # [BLOCK_N, BLOCK_D]
-    v = k
-    if given.pointer is None:
-        v = load_tile(
-            matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
-            first_column, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
-        )  # [BLOCK_N, BLOCK_DV]
+    k, v = load_pair(
+        key_rows(k_ptr, k_layout, place), key_rows(v_ptr, v_layout, place), first_column,
+        place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+    )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
 
     # Queries that see any of these keys: [first, last); from `full` on they see all.
-    first = place.n_queries * 0
+    first = tl.zeros_like(place.n_queries)
     full = first
     last = place.n_queries
     if s.right is not None:
@@ -206,18 +203,14 @@ def _attention_backward_keys(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, s.group):
         place = place_of(s, sizes, sequence, key_head * s.group + member)
-        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-        grad_base = None
-        if given.pointer is None:
-            grad_base = matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start)
+        q_base = query_rows(q_ptr, q_layout, place)
+        grad_base = query_rows(grad_ptr, grad_layout, place)
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-        delta_base = None
-        if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         listed = None
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
-            full = last * 0
+            full = tl.zeros_like(last)
         if s.right is not None and not ONE_LOOP:
             dk, dv = _walk_queries(
                 k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, full, listed,
@@ -231,20 +224,16 @@ def _attention_backward_keys(
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
             NEEDS_V, True,
         )
-    stored = (columns < place.stored_keys)[:, None]
+    stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
     if NEEDS_K:
-        dims = tl.arange(0, BLOCK_D)
-        base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
-        rows_k = base + columns * row_stride(dk_layout)
         dk = tl.where(visible, dk * s.scale, 0.0)
-        store(rows_k[:, None] + dims[None, :], dk, stored & (dims < HEAD_DIM)[None, :])
+        dk_base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
+        store_rows(dk_base, dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D)
     if NEEDS_V:
-        dims_v = tl.arange(0, BLOCK_DV)
-        base_v = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
-        rows_v = base_v + columns * row_stride(dv_layout)
         dv = tl.where(visible, dv, 0.0)
-        store(rows_v[:, None] + dims_v[None, :], dv, stored & (dims_v < VALUE_DIM)[None, :])
+        dv_base = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
+        store_rows(dv_base, dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV)
 
 
 @triton.jit
@@ -254,18 +243,14 @@ def _walk_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, CHECKED: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr,
 ):
-    """Add to dq what the tiles of keys from ``first`` to ``last`` give."""
+    """Add to dq the shares of the tiles of keys from ``first`` to ``last``."""
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_N)
-        k = load_tile(
-            k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, not CHECKED
-        )  # [BLOCK_N, BLOCK_D]
-        v = k
-        if given.pointer is None:
-            v = load_tile(
-                v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
-            )  # [BLOCK_N, BLOCK_DV]
+        k, v = load_pair(
+            k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, not CHECKED,
+        )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         dscores, dproduct, _ = score_gradients(
             q, grad, k, v, terms, first_row, start, partial, given, s, sizes, place, BLOCK_N,
             CHECKED, SCALED, PRECISION,
@@ -291,25 +276,17 @@ def _attention_backward_queries(
         if sequence < 0:
             return
     place = place_of(s, sizes, sequence, head)
-    k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    q = load_tile(
-        matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start), first_row,
-        place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False,
-    )  # [BLOCK_M, BLOCK_D]
-    grad = q
-    v_base = k_base
-    if given.pointer is None:
-        v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
-        grad = load_tile(
-            matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start), first_row,
-            place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-        )  # [BLOCK_M, BLOCK_DV]
+    q, grad = load_pair(
+        query_rows(q_ptr, q_layout, place), query_rows(grad_ptr, grad_layout, place), first_row,
+        place.n_queries, q_layout, grad_layout, BLOCK_M, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        False,
+    )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
+    k_base = key_rows(k_ptr, k_layout, place)
+    v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-    delta_base = None
-    if delta_ptr is not None:
-        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+    delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -318,7 +295,7 @@ def _attention_backward_queries(
     listed = None
     if tiles.entries is not None:
         listed, last = tiles_of(tiles, sequence, head, block)
-        first = last * 0
+        first = tl.zeros_like(last)
     if ONE_LOOP:
         full = first
     else:
@@ -332,12 +309,9 @@ def _attention_backward_queries(
         place, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         True, SCALED, PRECISION, ONE_LOOP,
     )
-    dims = tl.arange(0, BLOCK_D)
     row_valid = rows < place.n_queries
-    base = matrix_of(dq_ptr, dq_layout, place.batch, place.head, place.q_start)
-    dq_rows = base + rows * row_stride(dq_layout)
-    valid = row_valid[:, None] & (dims < HEAD_DIM)[None, :]
-    store(dq_rows[:, None] + dims[None, :], dq * s.scale, valid)
+    dq_base = query_rows(dq_ptr, dq_layout, place)
+    store_rows(dq_base, dq_layout, rows, row_valid, dq * s.scale, HEAD_DIM, BLOCK_D)
     if dlse_ptr is not None:
         tl.store(row_pointer(dlse_ptr, sizes, place, lse_rows) + rows, -row_sum, mask=row_valid)
 
@@ -355,7 +329,7 @@ def attention_backward(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, value, mask, slopes, table, sinks), None where not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, sinks), None if not needed.
 
     ``statistics`` are those of the forward, of all keys; ``grad`` and ``lse_grad`` those of the
     output and of the log-sum-exp, either of which may be None. The first three gradients are
@@ -396,9 +370,9 @@ def score_gradients_of(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, value, mask, slopes, table, lse), None where not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, lse), None if not needed.
 
-    From ``grad`` and ``delta``, or from ``given``; that of lse only in the second case.
+    They come from ``grad`` and ``delta``, or from ``given``; that of lse only in the second case.
     """
     needs_q, needs_k, needs_v, needs_mask, needs_slopes, needs_table = needs
     mask, slopes, table = terms.mask, terms.slopes, terms.table
@@ -470,7 +444,7 @@ def score_gradients_of(
 def _work(
     arguments: AttentionArguments, terms: AttentionTerms, tokens: int, block: int, *, of_keys: bool
 ) -> tuple[torch.Tensor | None, int]:
-    """(work list of packed sequences or None, number of blocks for each head)."""
+    """Find (the work list of packed sequences or None, the number of blocks of each head)."""
     longest = arguments.max_keys if of_keys else arguments.max_queries
     starts, others = terms.starts_q, terms.starts_k
     if starts is None or others is None:

@@ -1,4 +1,4 @@
-"""Gradient of attention's additive mask, summed over the dimensions that the mask broadcasts.
+"""Compute the gradient of attention's additive mask, summed where the mask broadcasts.
 
 One program owns a tile of the mask (whole rows or columns of the scores where the mask has size 1
 there) and walks, in a fixed order, everything that shares it: batches, heads, rows, columns. The
@@ -15,10 +15,11 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
 from fusedformer_kernels.attention.tiles import (
+    key_rows,
+    load_pair,
     load_row_terms,
-    load_tile,
-    matrix_of,
     place_of,
+    query_rows,
     row_pointer,
     score_gradients,
 )
@@ -51,34 +52,24 @@ def _attention_mask_gradient(
     for member in range(0, shared_batch * shared_heads):
         sequence = mask_plane // mask_heads + member // shared_heads
         place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
-        q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-        k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+        q_base = query_rows(q_ptr, q_layout, place)
+        grad_base = query_rows(grad_ptr, grad_layout, place)
+        k_base = key_rows(k_ptr, k_layout, place)
+        v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-        delta_base = None
-        if delta_ptr is not None:
-            delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
         for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
             rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-            q = load_tile(
-                q_base, row_start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
-            )  # [BLOCK_M, BLOCK_D]
-            grad = q
-            if given.pointer is None:
-                grad = load_tile(
-                    matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
-                    row_start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-                )  # [BLOCK_M, BLOCK_DV]
+            q, grad = load_pair(
+                q_base, grad_base, row_start, place.n_queries, q_layout, grad_layout, BLOCK_M,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+            )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
             terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
             for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
-                k = load_tile(
-                    k_base, start, place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False
-                )  # [BLOCK_N, BLOCK_D]
-                v = k
-                if given.pointer is None:
-                    v = load_tile(
-                        matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
-                        start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, False,
-                    )  # [BLOCK_N, BLOCK_DV]
+                k, v = load_pair(
+                    k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM,
+                    VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+                )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
                 dscores, _, _ = score_gradients(
                     q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N,
                     True, SCALED, PRECISION,
@@ -104,9 +95,9 @@ def attention_mask_gradient(
     arguments: AttentionArguments,
     target: configs.Target,
 ) -> torch.Tensor:
-    """Gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts, in its own dtype.
+    """Compute the gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts.
 
-    ``tensors`` and ``layouts`` are those that the other backward kernels get.
+    It has the mask's dtype. ``tensors`` and ``layouts`` are those of the other backward kernels.
     """
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if dmask.numel() == 0:

@@ -1,4 +1,4 @@
-"""Which tiles of a boolean attention mask have anything in them.
+"""List the tiles of a boolean attention mask that have anything in them.
 
 One program owns a block of rows (or, for the keys' side of the backward, of columns) of one plane
 of the mask, walks the tiles of its block and lists those that are not empty, in order; it marks
@@ -36,7 +36,7 @@ class MaskTiles(NamedTuple):
 
 @triton.jit
 def tiles_of(tiles, sequence, head, block):
-    """(pointer to the list, number of tiles) for one block of one head."""
+    """Find (pointer to the list, number of tiles) for one block of one head."""
     index = sequence.to(tl.int64) * tiles.batch + head * tiles.head
     index += block * tiles.block
     return tiles.entries + index * tiles.length, tl.load(tiles.counts + index)
@@ -78,7 +78,7 @@ def _list_mask_tiles(
 def mask_tiles(
     arguments: AttentionArguments, block: int, tile: int, *, of_columns: bool = False
 ) -> MaskTiles:
-    """Lists for blocks of ``block`` rows walking tiles of ``tile`` columns, or the other way round.
+    """List tiles of ``tile`` columns for blocks of ``block`` rows, or the other way round.
 
     A mask that broadcasts over sequences, heads or rows is listed once.
     """
@@ -88,14 +88,14 @@ def mask_tiles(
     mask = scores.mask
     n_rows, n_columns = arguments.max_queries, arguments.max_keys
     blocked, walked = (n_columns, n_rows) if of_columns else (n_rows, n_columns)
-    banded = scores.left is not None or scores.right is not None
-    one_row = mask.shape[2] == 1 and not of_columns and not banded
+    windowed = scores.left is not None or scores.right is not None
+    one_row = mask.shape[2] == 1 and not of_columns and not windowed
     n_blocks = 1 if one_row else configs.ceil_div(blocked, block)
     n_tiles = configs.ceil_div(walked, tile)
     sizes = (*mask.shape[:2], n_blocks)
     counts = torch.empty(sizes, dtype=torch.int32, device=mask.device)
     entries = torch.empty((*counts.shape, n_tiles), dtype=torch.int32, device=mask.device)
-    left, right = _band(arguments)
+    left, right = _window_from_diagonal(arguments)
     launch(
         _list_mask_tiles, (counts.numel(),), configs.LaunchConfig(4, 2), mask, entries, counts,
         mask.shape[1], n_blocks, n_tiles, 1 if one_row else n_rows, n_columns,
@@ -106,8 +106,8 @@ def mask_tiles(
     return MaskTiles(entries, counts, batch, head, row, n_tiles)
 
 
-def _band(arguments: AttentionArguments) -> tuple[int | None, int | None]:
-    """(left, right) of all sequences from row = column; None if unbounded, or not known here."""
+def _window_from_diagonal(arguments: AttentionArguments) -> tuple[int | None, int | None]:
+    """Find (left, right) of all sequences from row = column; None if unbounded or not known."""
     scores, offset = arguments.scores, 0
     if scores.align_end is not None:
         if scores.starts_q is not None or scores.key_lengths is not None:

@@ -1,4 +1,4 @@
-"""Merging attention over parts of the keys, by the log-sum-exp of each part.
+"""Merge attention over parts of the keys, by the log-sum-exp of each part.
 
     lse = log(sum_i exp(lse_i));  o = sum_i exp(lse_i - lse) o_i
 
@@ -32,7 +32,7 @@ from fusedformer_kernels.runtime.strided import collapsed
 
 @triton.jit
 def _shifted(lse, top):
-    """exp(lse - top), 0 where nothing is visible on either side."""
+    """Compute exp(lse - top), 0 where nothing is visible on either side."""
     return tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
 
 
@@ -48,7 +48,7 @@ def _merge_splits(
     heads, length, part_stride, plane, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """Rows are numbered as they lie in memory, [batch, length, heads]; lse is [batch, heads, L].
+    """Merge rows, numbered as they lie in memory, [batch, length, heads]; lse is [batch, heads, L].
 
     ``statistics_parts`` [splits, 2, batch, heads, L] are the top and the sum of each part.
     """
@@ -117,7 +117,7 @@ def _merge_states(
     lse1_strides, o2_strides, lse2_strides, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Results are contiguous [n_rows, DIM] and [n_rows]."""
+    """Write the merged output [n_rows, DIM] and log-sum-exp [n_rows], contiguous."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_valid = rows < n_rows
     dims = tl.arange(0, BLOCK_D)
@@ -141,7 +141,7 @@ def _merge_states(
 def _load_state(
     o_ptr, lse_ptr, o_strides, lse_strides, rows, row_valid, dims, valid, size_1, size_2
 ):
-    """(output [BLOCK_M, BLOCK_D], log-sum-exp [BLOCK_M]) of rows of strided tensors, float32."""
+    """Load float32 (output [BLOCK_M, BLOCK_D], log-sum-exp [BLOCK_M]) of strided rows."""
     offsets = row_offsets(rows, size_1, size_2, o_strides[0], o_strides[1], o_strides[2])
     offsets = offsets[:, None] + (dims * tl.cast(o_strides[3], tl.int64))[None, :]
     o = tl.load(o_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -187,7 +187,7 @@ def _merge_states_backward(
 def merge_states(
     output1: torch.Tensor, lse1: torch.Tensor, output2: torch.Tensor, lse2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merged (output [..., L, D], float32 log-sum-exp [..., L]), both contiguous."""
+    """Merge two states: (output [..., L, D], float32 log-sum-exp [..., L]), both contiguous."""
     output = torch.empty(output1.shape, dtype=output1.dtype, device=output1.device)
     lse = torch.empty(lse1.shape, dtype=torch.float32, device=lse1.device)
     if output.numel() == 0:
@@ -212,7 +212,7 @@ def merge_states_backward(
     output2: torch.Tensor,
     lse2: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of (output1, lse1, output2, lse2), contiguous."""
+    """Compute gradients of (output1, lse1, output2, lse2), contiguous."""
     grads = tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (output1, lse1, output2, lse2)
     )
@@ -230,11 +230,11 @@ def merge_states_backward(
 
 
 def _state_views(*states: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    """4-D views of outputs and, broadcast along the dimension of outputs, of log-sum-exps."""
+    """View outputs, and log-sum-exps broadcast along the last dimension of these, as 4-D."""
     pairs = ((output, lse[..., None].expand_as(output)) for output, lse in states)
     return collapsed([tensor for pair in pairs for tensor in pair])[0]
 
 
 def _sizes(view: torch.Tensor) -> tuple[int, int, int]:
-    """(rows, size_1, size_2), as kernels number rows."""
+    """Find (rows, size_1, size_2), by which kernels number rows."""
     return view.shape[0] * view.shape[1] * view.shape[2], view.shape[1], view.shape[2]

@@ -1,4 +1,4 @@
-"""Gradients of attention's terms by distance: ALiBi slopes, and the table of relative biases.
+"""Compute gradients of attention's terms by distance: ALiBi slopes, table of relative biases.
 
     dslope = -sum(ds * abs(distance));  dtable[r] = sum of ds where clamp(distance) = r
 
@@ -19,11 +19,13 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
 from fusedformer_kernels.attention.tiles import (
+    key_rows,
     key_tiles_of_rows,
+    load_pair,
     load_row_terms,
-    load_tile,
-    matrix_of,
+    load_strided_rows,
     place_of,
+    query_rows,
     row_pointer,
     score_gradients,
     sink_of,
@@ -38,7 +40,7 @@ from fusedformer_kernels.runtime.steps import unplanned
 
 @triton.jit
 def diagonal_sums(tile, first, BLOCK: tl.constexpr):
-    """Sums [BLOCK] of a [BLOCK, BLOCK] tile along its diagonals ``column - row`` from first on."""
+    """Sum a [BLOCK, BLOCK] tile along BLOCK diagonals ``column - row``, from ``first`` on."""
     rows = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :] + rows + first  # of the tile, for each sum
     inside = (column >= 0) & (column < BLOCK)
@@ -54,17 +56,17 @@ def _attention_position_gradients(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """``dslope`` [sequences, shares, heads], ``dtable`` [..., heads, 2 * radius + 1] of zeros."""
+    """Write ``dslope`` [sequences, shares, heads]; add to ``dtable`` [..., 2 * radius + 1]."""
     pid = tl.program_id(0)
     share = pid % shares
     sequence, head = pid // shares // sizes.heads, pid // shares % sizes.heads
     place = place_of(s, sizes, sequence, head)
-    q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-    k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
+    q_base = query_rows(q_ptr, q_layout, place)
+    grad_base = query_rows(grad_ptr, grad_layout, place)
+    k_base = key_rows(k_ptr, k_layout, place)
+    v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-    delta_base = None
-    if delta_ptr is not None:
-        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+    delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     partial_row = (sequence * shares + share).to(tl.int64) * sizes.heads + head
     slope_sum = tl.zeros([BLOCK], tl.float32)
     below = tl.zeros([BLOCK], tl.float32)  # at or beyond the table's two ends
@@ -72,38 +74,29 @@ def _attention_position_gradients(
     for block in range(share, tl.cdiv(place.n_queries, BLOCK), shares):
         first_row = block * BLOCK
         rows = first_row + tl.arange(0, BLOCK)  # [BLOCK]
-        q = load_tile(
-            q_base, first_row, place.n_queries, q_layout, BLOCK, HEAD_DIM, BLOCK_D, False
-        )  # [BLOCK, BLOCK_D]
-        grad = q
-        if given.pointer is None:
-            grad = load_tile(
-                matrix_of(grad_ptr, grad_layout, place.batch, place.head, place.q_start),
-                first_row, place.n_queries, grad_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
-            )  # [BLOCK, BLOCK_DV]
+        q, grad = load_pair(
+            q_base, grad_base, first_row, place.n_queries, q_layout, grad_layout, BLOCK, HEAD_DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+        )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
         terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
         far = tl.zeros([BLOCK], tl.float32)  # rowsum(ds * distance)
         excess = tl.zeros([BLOCK], tl.float32)  # rowsum(ds) less what it should be
         mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * distance), before it is normalized
         if lse_grad_ptr is not None:
-            offsets = place.batch * lse_grad_strides[0] + place.head * lse_grad_strides[1]
-            offsets += (place.q_start + rows) * lse_grad_strides[2]
-            excess -= tl.load(lse_grad_ptr + offsets, mask=rows < place.n_queries, other=0.0)
+            excess -= load_strided_rows(
+                lse_grad_ptr, lse_grad_strides, place.batch, place.head, place.q_start + rows,
+                rows < place.n_queries,
+            )
         if s.sinks is not None and given.pointer is None:
             excess -= taken_by_sink(sink_of(s.sinks + place.head, SCALED), terms, SCALED)
         first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
         # Not pipelined: no load may be moved before the store of the tile before it.
         for index in tl.range(first, last, num_stages=1):
             start = index * BLOCK
-            k = load_tile(
-                k_base, start, place.n_keys, k_layout, BLOCK, HEAD_DIM, BLOCK_D, False
-            )  # [BLOCK, BLOCK_D]
-            v = k
-            if given.pointer is None:
-                v = load_tile(
-                    matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start),
-                    start, place.n_keys, v_layout, BLOCK, VALUE_DIM, BLOCK_DV, False,
-                )  # [BLOCK, BLOCK_DV]
+            k, v = load_pair(
+                k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK, HEAD_DIM,
+                VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+            )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
             dscores, _product, weights = score_gradients(
                 q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
                 SCALED, PRECISION,
@@ -152,7 +145,7 @@ def attention_position_gradients(
     arguments: AttentionArguments,
     target: configs.Target,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
+    """Compute gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
 
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """

@@ -1,11 +1,13 @@
-"""Work lists of packed sequences: which program computes which block of which sequence.
+"""List the work on packed sequences: which program computes which block of which sequence.
 
-One program a sequence counts the blocks of all sequences that go before it, those with more work
-a block first, and writes its own blocks behind them; so that a long sequence never starts last.
-Lengths stay on the device. Reads the starts once a program, writes 8 bytes a block.
+Sequences with more work a block go first, so that a long one never starts last. One program for
+each sequence counts the blocks of all that go before it, and writes its own behind them. Lengths
+stay on the device. Each program reads the starts once; 8 bytes are written for each block.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 import triton
@@ -17,11 +19,37 @@ from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.steps import step
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
-# Name of a dict on ``starts``, if its maker says that it will not change: lists are then made once
-# for all layers, forward and backward. Its entry "by_graph" says whether ``starts`` was made while
-# a CUDA graph was captured. Lists are shared within graphs or outside of them, never across: each
-# replay writes those of its graph anew, and one from before would stay as it is in every replay.
-SHARED = "fusedformer_work_lists"
+MOST_LISTS = 32  # of one tensor of starts; a step takes five at most for each form of attention
+
+
+class WorkLists:
+    """Lists of one tensor of starts, made once for all layers, forward and backward.
+
+    They are shared within a CUDA graph or outside of all, never across: each replay writes those
+    of its graph anew, and one from before would stay as it is in every replay.
+    """
+
+    def __init__(self, starts: torch.Tensor) -> None:
+        self.by_graph = _is_capturing(starts)  # whether a graph makes the starts, for itself alone
+        self.made: dict[tuple[object, ...], torch.Tensor] = {}
+
+
+# By the identity of the starts; an entry is gone before another tensor can have that identity.
+_shared: dict[int, WorkLists] = {}
+
+
+def share(starts: torch.Tensor) -> None:
+    """Make the lists of ``starts`` once from now on; the caller promises that it never changes."""
+    _shared[id(starts)] = WorkLists(starts)
+    weakref.finalize(starts, _shared.pop, id(starts), None).atexit = False
+
+
+def shared_lists(starts: torch.Tensor) -> dict[tuple[object, ...], torch.Tensor] | None:
+    """Lists of ``starts`` that hold here and now, None if there is no sharing."""
+    lists = _shared.get(id(starts))
+    if lists is None or lists.by_graph != _is_capturing(starts):
+        return None
+    return lists.made
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -29,7 +57,7 @@ def _list_work(
     starts_ptr, others_ptr, work_ptr, n_sequences, capacity, LENGTH: tl.constexpr,
     LAST_FIRST: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """Sequences are split in blocks of LENGTH rows; a block costs the length on the other side."""
+    """Write one sequence's blocks of LENGTH rows; a block costs the length of the other side."""
     sequence = tl.program_id(0)
     is_real = sequence < n_sequences  # the last program fills up what is left with -1
     own = tl.minimum(sequence, n_sequences - 1)
@@ -57,7 +85,7 @@ def _list_work(
         number = block
         if LAST_FIRST:
             number = count - 1 - block
-        tl.store(entry, tl.where(is_real, sequence, -1) + block * 0, mask=valid)
+        tl.store(entry, tl.zeros_like(block) + tl.where(is_real, sequence, -1), mask=valid)
         tl.store(entry + 1, number, mask=valid)
 
 
@@ -70,7 +98,7 @@ def work_list(
     block: int,
     last_first: bool,
 ) -> torch.Tensor:
-    """int32 [capacity, 2] of (sequence, block of rows), -1 behind the last; no host sync.
+    """Make or find int32 [capacity, 2] of (sequence, block of rows), -1 behind the last.
 
     Args:
         starts: ``[sequences + 1]`` of the side that is split in blocks.
@@ -79,13 +107,12 @@ def work_list(
         block: rows of a block.
         last_first: whether the last blocks of a sequence are the most work (causal).
     """
-    shared = getattr(starts, SHARED, None)
-    if shared is not None and shared["by_graph"] != _is_capturing(starts):
-        shared = None
+    shared = shared_lists(starts)
+    # The other side decides the order of a list alone: one of another tensor at that address is
+    # still right.
     key = (other_starts.data_ptr(), tokens, longest, block, last_first)
     if shared is not None and key in shared:
-        found: torch.Tensor = shared[key]
-        return found
+        return shared[key]
     sequences = starts.numel() - 1
     capacity = min(tokens // block + sequences, sequences * configs.ceil_div(longest, block))
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
@@ -95,6 +122,8 @@ def work_list(
         LAST_FIRST=last_first, CHUNK=256,
     )
     if shared is not None:
+        if len(shared) >= MOST_LISTS:
+            shared.clear()
         shared[key] = work
     return work
 

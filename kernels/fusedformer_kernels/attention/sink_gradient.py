@@ -1,4 +1,4 @@
-"""Gradient of the attention sinks, from what the backward has of every query anyhow.
+"""Compute the gradient of the attention sinks from statistics that the backward has anyhow.
 
     dsink = -sum(p_sink * delta),  p_sink = exp(sink - top) / sum
 
@@ -31,7 +31,7 @@ def _attention_sink_gradient(
     sinks_ptr, statistics_ptr, delta_ptr, end_ptr, partials_ptr, heads, n_rows, n_sequences, plane,
     shares, BLOCK: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """``partials`` [shares, heads]; of packed rows those from ``end`` on are of no sequence."""
+    """Write ``partials`` [shares, heads]; packed rows from ``end`` on belong to no sequence."""
     head = tl.program_id(0) % heads
     share = tl.program_id(0) // heads
     sink = sink_of(sinks_ptr + head, SCALED)
@@ -51,9 +51,10 @@ def _attention_sink_gradient(
 def attention_sink_gradient(
     statistics: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype, terms: AttentionTerms
 ) -> torch.Tensor | None:
-    """Gradient of ``terms.sinks`` [H], from ``statistics`` [2, B, H, L] and ``delta`` [B, H, L].
+    """Compute the gradient of ``terms.sinks`` [H].
 
-    ``dtype`` is that of the queries.
+    From ``statistics`` [2, B, H, L] and ``delta`` [B, H, L] of queries of ``dtype``; None without
+    sinks.
     """
     sinks = contiguous_vector(terms.sinks)
     if sinks is None:

@@ -1,6 +1,6 @@
-"""Device functions that the attention kernels share: where a program works, and one tile.
+"""Find a program's place and compute one tile: device functions that attention's kernels share.
 
-The softmax of a row is kept as two numbers, so that the backward and the weights find the very
+The softmax of a row is kept as two numbers, so that the backward and the weights find exactly the
 weights of the forward again: ``minus_top``, the largest score negated, and ``inverse``, one by the
 sum of ``exp(score + minus_top)``. One log-sum-exp would round its sum away where scores are large:
 at -1e9 all of it.
@@ -26,6 +26,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     fma,
     negative,
+    store,
     tanh,
 )
 
@@ -44,7 +45,7 @@ class Place(NamedTuple):
     offset: Any  # key position of query 0
     dropout_key: Any  # what this head's dropout mask is drawn from
     dropout_offset: Any
-    mask: Any  # pointers to this sequence and head, where there are such terms
+    mask: Any  # pointers to this sequence and head, where a call has these terms
     key_mask: Any
     slope: Any
     table: Any  # at distance 0
@@ -63,7 +64,7 @@ class Given(NamedTuple):
 
 @triton.jit
 def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
-    """(sequence, head, block) of this program; sequence -1 where there is nothing to do.
+    """Find (sequence, head, block) of this program; sequence -1 where there is nothing to do.
 
     ``work`` [capacity, 2] lists (sequence, block) of packed sequences, longest first.
     """
@@ -85,11 +86,11 @@ def which_block(work, heads, blocks, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def place_of(s, sizes, sequence, head):
-    """Where ``head`` of ``sequence`` lies, and its terms."""
+    """Find where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
     wide = head.to(tl.int64)
-    q_start = batch * 0
-    k_start = batch * 0
+    q_start = tl.zeros_like(batch)
+    k_start = tl.zeros_like(batch)
     stored_queries = tl.cast(sizes.queries, tl.int32)
     stored_keys = tl.cast(keys_of(sizes), tl.int32)
     index = batch
@@ -98,11 +99,11 @@ def place_of(s, sizes, sequence, head):
         k_start = tl.load(s.starts_k + sequence).to(tl.int64)
         stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
         stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
-        index = batch * 0
+        index = tl.zeros_like(batch)
     n_keys = stored_keys
     if s.key_lengths is not None:
         n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
-    offset = stored_keys * 0
+    offset = tl.zeros_like(stored_keys)
     if s.align_end is not None:
         offset = n_keys - stored_queries
     # Stand-ins for what is absent: never read.
@@ -131,7 +132,7 @@ def place_of(s, sizes, sequence, head):
 
 @triton.jit
 def keys_of(sizes):
-    """How many keys the padded form has."""
+    """Count the keys of the padded form."""
     keys = sizes.keys
     if sizes.in_sixteens is not None:
         keys = keys * 16
@@ -140,7 +141,7 @@ def keys_of(sizes):
 
 @triton.jit
 def row_stride(layout):
-    """int64 elements from a row to the next."""
+    """Compute the int64 elements from a row to the next."""
     stride = tl.cast(layout.row, tl.int64)
     if layout.in_eights is not None:
         stride = stride * 8
@@ -149,7 +150,7 @@ def row_stride(layout):
 
 @triton.jit
 def matrix_of(pointer, layout, batch, head, start):
-    """Pointer to the [sequence, dim] matrix of one head, from row ``start`` on."""
+    """Point to the [sequence, dim] matrix of one head, from row ``start`` on."""
     offset = batch * layout.batch + head * layout.head
     if layout.in_eights is not None:
         offset = offset * 8
@@ -161,7 +162,9 @@ def load_tile(
     base, first, n_rows, layout, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     IN_BOUNDS: tl.constexpr,
 ):
-    """Rows [first, first + BLOCK) of a [sequence, head_dim] matrix, 0 outside: [BLOCK, BLOCK_D].
+    """Load rows [first, first + BLOCK) of a [sequence, head_dim] matrix: [BLOCK, BLOCK_D].
+
+    Elements outside of it are 0.
 
     The 64-bit arithmetic is a scalar and loop-invariant offsets: with it on every element of every
     tile, ptxas serializes the tensor cores.
@@ -180,9 +183,65 @@ def load_tile(
 
 
 @triton.jit
+def query_rows(pointer, layout, place):
+    """Point to the first query of ``place`` in a tensor with a row for each; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = matrix_of(pointer, layout, place.batch, place.head, place.q_start)
+    return rows
+
+
+@triton.jit
+def key_rows(pointer, layout, place):
+    """Point to the first key of ``place`` in a tensor with a row for each; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = matrix_of(pointer, layout, place.batch, place.key_head, place.k_start)
+    return rows
+
+
+@triton.jit
+def load_pair(
+    base, other_base, first, n_rows, layout, other_layout, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, IN_BOUNDS: tl.constexpr,
+):
+    """Load tiles of queries and of the output's gradient, or of keys and of values.
+
+    Where the gradient of the weights is given there is no second tensor: its tile is the first's,
+    and never read.
+    """
+    tile = load_tile(base, first, n_rows, layout, BLOCK, HEAD_DIM, BLOCK_D, IN_BOUNDS)
+    other = tile
+    if other_base is not None:
+        other = load_tile(
+            other_base, first, n_rows, other_layout, BLOCK, VALUE_DIM, BLOCK_DV, IN_BOUNDS
+        )
+    return tile, other
+
+
+@triton.jit
+def store_rows(base, layout, rows, row_valid, tile, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a float32 tile [rows, BLOCK_D] in a [sequence, head_dim] matrix of contiguous rows."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = (base + rows * row_stride(layout))[:, None] + dims[None, :]
+    store(pointers, tile, row_valid[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def load_strided_rows(pointer, strides, batch, head, rows, row_valid):
+    """Load int64 ``rows`` of a strided tensor [batch, heads, rows], 0 where not valid."""
+    offsets = batch * strides[0] + head * strides[1] + rows * strides[2]
+    return tl.load(pointer + offsets, mask=row_valid, other=0.0)
+
+
+@triton.jit
 def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first, full, last): tiles of keys that any of the rows sees; before `full` all see all."""
-    first = place.n_keys * 0
+    """Find (first, full, last): tiles of keys from first to last are seen by some of the rows.
+
+    Those before ``full`` are seen whole by all of the rows.
+    """
+    first = tl.zeros_like(place.n_keys)
     full = place.n_keys
     last = place.n_keys
     if s.right is not None:
@@ -196,7 +255,7 @@ def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def tile_of(tiles, index, BLOCK: tl.constexpr):
-    """(first element, whether the mask must be read) of the tile at ``index`` of a walk.
+    """Find (first element, whether the mask must be read) of the tile at ``index`` of a walk.
 
     ``tiles`` points to a list of those that a boolean mask leaves, or is None: then all count.
     """
@@ -211,7 +270,7 @@ def tile_of(tiles, index, BLOCK: tl.constexpr):
 
 @triton.jit
 def _with_bias(scores, factor, bias):
-    """``scores * factor + bias``; no factor is 1."""
+    """Compute ``scores * factor + bias``; a factor of None is 1."""
     if factor is None:
         scores += bias
     else:
@@ -223,7 +282,7 @@ def _with_bias(scores, factor, bias):
 def score_tile(
     product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
 ):
-    """Scores with hidden elements at -inf, raw products unless SCALED; and the tanh.
+    """Compute scores, -inf where hidden, and raw products unless SCALED; and the tanh.
 
     ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
     [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
@@ -276,7 +335,7 @@ def score_tile(
 
 @triton.jit
 def exponentials(scores, minus_top, s, SCALED: tl.constexpr):
-    """``exp(score + minus_top)``, of what :func:`score_tile` gives; ``minus_top`` broadcasts."""
+    """Compute ``exp(score + minus_top)`` of :func:`score_tile`'s scores; a top broadcasts."""
     if SCALED:
         return tl.exp2((scores + minus_top) * LOG2_E)
     return tl.exp2(fma(scores, s.scale * LOG2_E, minus_top))
@@ -284,10 +343,10 @@ def exponentials(scores, minus_top, s, SCALED: tl.constexpr):
 
 @triton.jit
 def online_softmax_update(scores, top, total, s, SCALED: tl.constexpr):
-    """One step of the online softmax over a tile [BLOCK_M, BLOCK_N].
+    """Do one step of the online softmax over a tile [BLOCK_M, BLOCK_N].
 
     ``top`` and ``total`` [BLOCK_M] are the largest score so far and the sum of the weights.
-    Returns (weights, rescaling of what was summed before, top, total). Source: arXiv:1805.02867.
+    Returns (weights, rescaling of earlier sums, top, total). Source: arXiv:1805.02867.
     """
     tile_top = tl.max(scores, 1)
     if not SCALED:
@@ -302,7 +361,7 @@ def online_softmax_update(scores, top, total, s, SCALED: tl.constexpr):
 
 @triton.jit
 def power(difference, SCALED: tl.constexpr):
-    """``exp`` of the difference of two tops."""
+    """Compute ``exp`` of the difference of two tops."""
     if SCALED:
         difference *= LOG2_E
     return tl.exp2(difference)
@@ -310,7 +369,7 @@ def power(difference, SCALED: tl.constexpr):
 
 @triton.jit
 def sink_of(pointer, SCALED: tl.constexpr):
-    """The sink of a head, or those of several, in the units of tops."""
+    """Load the sink of a head, or those of several, in the units of tops."""
     sink = tl.load(pointer).to(tl.float32)
     if not SCALED:
         sink *= LOG2_E
@@ -319,7 +378,7 @@ def sink_of(pointer, SCALED: tl.constexpr):
 
 @triton.jit
 def with_sink(top, total, sink, SCALED: tl.constexpr):
-    """(top, total, rescaling of what was summed before) of rows whose sum the sink has joined.
+    """Add the sink to rows' sums: (top, total, rescaling of earlier sums).
 
     It comes last: weights beside a high sink would be too small for half precision.
     """
@@ -331,7 +390,7 @@ def with_sink(top, total, sink, SCALED: tl.constexpr):
 
 @triton.jit
 def taken_by_sink(sink, terms, SCALED: tl.constexpr):
-    """Weight of the sink times delta, of rows whose ``terms`` are those of load_row_terms.
+    """Multiply the sink's weight by delta, of rows with ``terms`` from load_row_terms.
 
     The gradients of a row's scores add up to this more than that of its log-sum-exp.
     """
@@ -341,7 +400,7 @@ def taken_by_sink(sink, terms, SCALED: tl.constexpr):
 
 @triton.jit
 def log_sum_exp(top, total, SCALED: tl.constexpr):
-    """The natural one, -inf where ``total`` is 0."""
+    """Compute the natural log-sum-exp, -inf where ``total`` is 0."""
     logarithm = tl.log2(tl.where(total == 0.0, 1.0, total))
     if SCALED:
         lse = fma(logarithm, LN_2, top)
@@ -352,13 +411,16 @@ def log_sum_exp(top, total, SCALED: tl.constexpr):
 
 @triton.jit
 def row_pointer(pointer, sizes, place, lse_rows):
-    """Pointer to the [queries] of one head in a tensor [batch, heads, lse_rows]."""
-    return pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
+    """Point to the [queries] of one head in a tensor [batch, heads, lse_rows]; None for None."""
+    rows = pointer
+    if pointer is not None:
+        rows = pointer + (place.batch * sizes.heads + place.head) * lse_rows + place.q_start
+    return rows
 
 
 @triton.jit
 def store_row_statistics(pointer, plane, rows, row_valid, top, total):
-    """Store (minus_top, inverse) of rows; what :func:`load_row_terms` reads."""
+    """Store (minus_top, inverse) of rows, which :func:`load_row_terms` reads."""
     visible = total != 0.0  # true for NaN, which stays one
     # Exponentials are 0 where nothing is visible.
     tl.store(pointer + rows, tl.where(visible, -top, float("-inf")), mask=row_valid)
@@ -367,7 +429,7 @@ def store_row_statistics(pointer, plane, rows, row_valid, top, total):
 
 @triton.jit
 def load_row_terms(statistics_base, plane, delta_base, rows, n_queries, SCALED: tl.constexpr):
-    """(minus_top, inverse, delta) of queries [BLOCK_M]; weights are 0 beyond the last query.
+    """Load (minus_top, inverse, delta) [BLOCK_M]; weights are 0 beyond the last query.
 
     Statistics are [2, ...]: ``plane`` elements lie between the first two.
     """
@@ -385,7 +447,7 @@ def load_row_terms(statistics_base, plane, delta_base, rows, n_queries, SCALED: 
 
 @triton.jit
 def given_gradient(given, rows, columns, place):
-    """Tile of the gradient of the attention weights; ``rows``, ``columns`` as for score_tile."""
+    """Load a tile of the weights' gradient; ``rows`` and ``columns`` as for score_tile."""
     base = given.pointer + place.batch * given.batch + place.head * given.head
     pointers = base + rows.to(tl.int64) * given.row
     pointers += columns.to(tl.int64) * given.column
@@ -398,8 +460,11 @@ def score_gradients(
     q, grad, k, v, terms, first_row, first_column, partial, given, s, sizes, place,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Of one tile [BLOCK_M, BLOCK_N] the gradients of the capped scores and of q k^T * scale, and
-    the weights, not yet multiplied by ``inverse``. ``terms`` are those of load_row_terms."""
+    """Compute the gradients of a tile's capped scores and of q k^T * scale, and its weights.
+
+    Tiles are [BLOCK_M, BLOCK_N]; the weights are not yet multiplied by ``inverse``. ``terms`` are
+    those of load_row_terms.
+    """
     minus_top, inverse, delta = terms
     rows = first_row + tl.arange(0, q.shape[0])
     columns = first_column + tl.arange(0, BLOCK_N)

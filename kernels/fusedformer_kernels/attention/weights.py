@@ -1,4 +1,4 @@
-"""Attention weights from the statistics of the forward, for those who want to look at them.
+"""Compute attention weights from the statistics of the forward, for callers that ask for them.
 
     w = dropout(exp(s - top) / sum),  per head, or its mean over the heads
 
@@ -22,11 +22,12 @@ from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
+    key_rows,
     keys_of,
     load_row_terms,
     load_tile,
-    matrix_of,
     place_of,
+    query_rows,
     row_pointer,
     score_tile,
 )
@@ -50,7 +51,7 @@ def _attention_weights(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``w`` is contiguous [sequences, planes, queries, keys], a mean over ``members`` heads."""
+    """Write ``w``, contiguous [sequences, planes, queries, keys], a mean over ``members`` heads."""
     column_blocks = tl.cdiv(keys_of(sizes), BLOCK_N)
     row_blocks = tl.cdiv(sizes.queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -63,12 +64,12 @@ def _attention_weights(
     for member in range(0, members):
         place = place_of(s, sizes, own_plane // planes, own_plane % planes + member)
         q = load_tile(
-            matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start), first_row,
-            place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False,
+            query_rows(q_ptr, q_layout, place), first_row, place.n_queries, q_layout, BLOCK_M,
+            HEAD_DIM, BLOCK_D, False,
         )  # [BLOCK_M, BLOCK_D]
         k = load_tile(
-            matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start), first_column,
-            place.n_keys, k_layout, BLOCK_N, HEAD_DIM, BLOCK_D, False,
+            key_rows(k_ptr, k_layout, place), first_column, place.n_keys, k_layout, BLOCK_N,
+            HEAD_DIM, BLOCK_D, False,
         )  # [BLOCK_N, BLOCK_D]
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         minus_top, inverse, _ = load_row_terms(row_base, plane, None, rows, sizes.queries, SCALED)
@@ -100,7 +101,10 @@ def attention_weights(
     average: bool,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Weights [B, H, L, S], or their mean over heads [B, 1, L, S]; ``dtype`` as ``query``'s."""
+    """Compute weights [B, H, L, S] or their mean over heads [B, 1, L, S].
+
+    They have the dtype of ``query`` unless ``dtype`` is given.
+    """
     batch, heads, n_queries, dim = query.shape
     n_keys = key.shape[2]
     planes, members = (1, heads) if average else (heads, 1)
@@ -131,7 +135,7 @@ def attention_weights_backward(
     average: bool,
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (query, key, lse, mask, slopes, table), None where ``needs`` says False."""
+    """Compute gradients of (query, key, lse, mask, slopes, table), None where not needed."""
     heads = query.shape[1]
     batch_stride, head_stride, row_stride, column_stride = grad.stride()
     if average:

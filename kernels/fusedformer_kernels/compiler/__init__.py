@@ -1,1 +1,1 @@
-"""Compilation ahead of time, and what machine code says of registers, waits, products and time."""
+"""Compile ahead of time, and read registers, waits, products and times from machine code."""

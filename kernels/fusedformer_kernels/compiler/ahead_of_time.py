@@ -41,7 +41,7 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of one kernel says."""
+    """Facts read from the machine code of one kernel."""
 
     registers: int
     shared_bytes: int
@@ -56,7 +56,7 @@ class Compiled:
     loop: Mapping[str, int] = field(default_factory=dict)  # warp instructions of the main loop
     cycles: Mapping[str, float] = field(default_factory=dict)  # of an SM's units for one pass of it
     loaded_bytes: int = 0  # from global memory in one pass, by all warps
-    around: Mapping[str, float] = field(default_factory=dict)  # cycles of all but that pass
+    outside: Mapping[str, float] = field(default_factory=dict)  # cycles of all but that pass
     loops: bool = False  # whether there is one; if not, the above are of all the code
     wrong_descriptors: tuple[str, ...] = ()  # products of sm_90 that may read the wrong memory
 
@@ -65,7 +65,7 @@ class Compiled:
 
 
 def ast_source(launch: Launch) -> ASTSource:
-    """The specialization that triton's own launcher would compile for these arguments."""
+    """Build the specialization that triton's own launcher would compile for these arguments."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -153,7 +153,7 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
             "loaded_bytes": mix.loaded_bytes * hopper_warps,
-            "around": mix_outside(code, mix).cycles(hopper_warps),
+            "outside": mix_outside(code, mix).cycles(hopper_warps),
             "wrong_descriptors": tuple(wrong_descriptors(code)),
         }  # fmt: skip
     return Compiled(

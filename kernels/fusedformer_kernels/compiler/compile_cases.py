@@ -1,4 +1,4 @@
-"""Calls of every launcher, on tensors without memory, that cover the variants that ship.
+"""Call every launcher on tensors without memory, in all variants that ship.
 
 The compile report records the launches that each call makes and compiles those, so what it reads
 is what runs: the same kernel, config and specialization.
@@ -86,7 +86,10 @@ def _norm(
     columns: int, dtype: torch.dtype, kind: str, fused: bool, p: float = 0.0, *,
     mixed: bool = False, inference: bool = False,
 ) -> None:
-    """``mixed``: the residual is float32, as under autocast; ``inference``: nothing is kept."""
+    """Call forward and backward.
+
+    ``mixed``: the residual is float32, as under autocast; ``inference``: nothing is kept.
+    """
     x = _empty(4096, columns, dtype=dtype)
     z = _empty(4096, columns, dtype=torch.float32) if mixed else x
     parameter = _empty(columns, dtype=z.dtype)
@@ -115,7 +118,7 @@ def _embedding(columns: int, dtype: torch.dtype, p: float) -> None:
 
 
 def _cross_entropy(columns: int, dtype: torch.dtype, smoothing: float = 0.0) -> None:
-    """Of given logits; with smoothing class weights too, and both by blocks of the classes."""
+    """Call both on given logits; with smoothing, also with class weights, by blocks of classes."""
     x, target = _empty(4096, columns, dtype=dtype), _empty(4096, dtype=torch.int64)
     weight = _empty(columns, dtype=torch.float32) if smoothing else None
     total = _empty(dtype=torch.float32) if smoothing else None
@@ -136,7 +139,7 @@ def _cross_entropy(columns: int, dtype: torch.dtype, smoothing: float = 0.0) -> 
 
 
 def _cross_entropy_in_place(columns: int, dtype: torch.dtype) -> None:
-    """As linear_cross_entropy calls it: in memory with aligned rows, one factor for all."""
+    """Call it as linear_cross_entropy does: in memory with aligned rows, one factor for all."""
     x, target = padded_rows(2048, columns, _empty(1, dtype=dtype)), _empty(2048, dtype=torch.int64)
     factor, statistics = _empty(dtype=torch.float32), _empty(2, 2048, dtype=torch.float32)
     cross_entropy_rows(x, target, None, None, -100, 0.0, factor, padded=True)
@@ -205,7 +208,7 @@ def _merge(dtype: torch.dtype) -> None:
 
 
 def _contrastive(rows: int, dtype: torch.dtype, *, sigmoid: bool = False) -> None:
-    """Forward, in two strips where there are ``rows``, and backward in one."""
+    """Call the forward, in two strips where there are ``rows``, and the backward in one."""
     scale = _empty(dtype=torch.float32)
     grads: list[torch.Tensor | None]
     lse: list[torch.Tensor | None]
@@ -228,7 +231,7 @@ def _contrastive(rows: int, dtype: torch.dtype, *, sigmoid: bool = False) -> Non
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every shipped variant: kernels × dtypes × flags × the sizes at which configs change."""
+    """List every shipped variant: kernels × dtypes × flags × sizes at which configs change."""
     full = torch.float32
     cases: list[CompileCase] = []
 

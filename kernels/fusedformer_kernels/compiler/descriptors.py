@@ -1,12 +1,12 @@
-"""Whether the wgmma instructions of a disassembled sm_90 kernel get the descriptors they are due.
+"""Check that the wgmma instructions of a disassembled sm_90 kernel get the right descriptors.
 
 HGMMA reads its tiles from shared memory through 64-bit descriptors in uniform registers. The high
 half of each (swizzle and strides) follows from the tile's layout alone, so machine code that is
 right loads a constant. ptxas of CUDA 12 and 13.0 (Triton 3.6 and 3.7) does not always: where two
 tiles of one loop lie at the same address with different swizzles, it can add the offsets of the
-later steps to registers that nobody wrote, or that another loop left behind. On an H200 such
-attention was 40 to 100% off, or ended in an illegal access. So constants are followed here through
-the code, over all paths, to every HGMMA.
+later steps to registers that nobody wrote, or that another loop left behind. On an H200 attention
+was then 40 to 100% off, or ended in an illegal access. So constants are followed here through the
+code, over all paths, to every HGMMA.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of what nvdisasm writes."""
+    """One line of nvdisasm's output."""
 
     at: str
     predicated: bool
@@ -46,7 +46,7 @@ class Block:
 
 
 def wrong_descriptors(code: str) -> list[str]:
-    """The HGMMA instructions of ``code`` whose descriptors are not the constants they should be."""
+    """List the HGMMA instructions of ``code`` whose descriptors are not constants."""
     if "HGMMA" not in code:
         return []
     blocks = _blocks(code)
@@ -76,7 +76,7 @@ def wrong_descriptors(code: str) -> list[str]:
 
 
 def _blocks(code: str) -> list[Block]:
-    """The control flow of ``code``."""
+    """Split ``code`` in blocks and find which may follow which."""
     blocks, labels, jumps = [Block()], dict[str, int](), dict[int, str]()
     for line in code.splitlines():
         label = re.match(r"(\.L_\w+):", line)
@@ -113,7 +113,7 @@ def _blocks(code: str) -> list[Block]:
 
 
 def _merge(known: State | None, other: State, block: int) -> State:
-    """What holds whichever way ``block`` is reached."""
+    """Keep the values that hold whichever way ``block`` is reached."""
     if known is None:
         return dict(other)
     return {
@@ -134,7 +134,7 @@ def _execute(instruction: Instruction, state: State) -> None:
 
 
 def _results(instruction: Instruction, state: State) -> State:
-    """The registers that ``instruction`` writes, with their values."""
+    """Find the registers that ``instruction`` writes, with their values."""
     operands = instruction.operands
     if not operands or not _REGISTER.fullmatch(operands[0]):
         return {}
@@ -171,7 +171,7 @@ def _results(instruction: Instruction, state: State) -> State:
 
 
 def _width(opcode: str) -> int:
-    """How many registers an instruction writes."""
+    """Count the registers that an instruction writes."""
     accumulator = re.match(r"HGMMA\.64x(\d+)x", opcode)
     if accumulator:
         return int(accumulator.group(1)) // 2
@@ -181,7 +181,7 @@ def _width(opcode: str) -> int:
 
 
 def _high_halves(instruction: Instruction) -> list[str]:
-    """The registers with the high halves of an HGMMA's descriptors, of A and B or of B alone."""
+    """Find the registers with the high halves of an HGMMA's descriptors, of A and B or B alone."""
     text = " ".join(instruction.operands)
     found = re.search(r"gdesc\[UR(\d+)\]", text)
     if not found:
@@ -198,14 +198,14 @@ def _next(register: str, by: int) -> str:
 
 
 def _half(operand: str, half: int) -> str:
-    """One of the two words of an operand of 64 bits."""
+    """Name one of the two words of an operand of 64 bits."""
     if not half or not _REGISTER.fullmatch(operand):
         return "RZ" if half else operand
     return _next(operand, 1)
 
 
 def _value(state: State, operand: str) -> Value:
-    """What an operand of 32 bits is."""
+    """Look up the value of an operand of 32 bits."""
     text = operand.lstrip("-~")
     if text in ("RZ", "URZ"):
         value: Value = frozenset([0])

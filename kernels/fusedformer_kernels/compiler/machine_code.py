@@ -1,4 +1,4 @@
-"""What a disassembled kernel of sm_90 does in its main loop, and how many of it an SM holds.
+"""Count what a disassembled kernel of sm_90 does in its main loop, and how many an SM holds.
 
 The counts are warp instructions of one pass of that loop; :class:`Mix` turns them into clock cycles
 of the units that they occupy. Source of the rates: NVIDIA, CUDA C++ Programming Guide, table of
@@ -48,7 +48,7 @@ class Mix:
     in_loop: bool
 
     def cycles(self, num_warps: int) -> dict[str, float]:
-        """Clocks of an SM that one program's pass occupies each unit for."""
+        """Compute the clocks of an SM for which one program's pass occupies each unit."""
         found = {
             name: count * num_warps * 32 / LANES[name]
             for name, count in self.counts.items()
@@ -60,7 +60,7 @@ class Mix:
 
 
 def programs_per_multiprocessor(registers: int, shared_bytes: int, num_warps: int) -> int:
-    """How many programs an SM of compute capability 9.0 holds at once."""
+    """Count the programs that an SM of compute capability 9.0 holds at once."""
     by_warp = -(-registers * 32 // 256) * 256  # handed out to warps in such pieces
     limits = [REGISTERS // (by_warp * num_warps), WARPS // num_warps, 32]
     limits.append(SHARED_BYTES // (shared_bytes + SHARED_RESERVED))
@@ -68,7 +68,7 @@ def programs_per_multiprocessor(registers: int, shared_bytes: int, num_warps: in
 
 
 def main_loop(code: str) -> Mix:
-    """The mix of the innermost loop with most products, then most instructions.
+    """Count the mix of the innermost loop with most products, then most instructions.
 
     ``code`` is what nvdisasm writes. Of loops with as many products the shortest counts: the others
     are the same with tests of bounds.
@@ -90,7 +90,7 @@ def main_loop(code: str) -> Mix:
 
 
 def mix_outside(code: str, loop: Mix) -> Mix:
-    """The mix of all the code but one pass of ``loop``, each branch as if it were taken."""
+    """Count the mix of all the code but one pass of ``loop``, as if each branch were taken."""
     found = _count(code.splitlines(), False)
     counts = {name: n - loop.counts.get(name, 0) for name, n in found.counts.items()}
     return Mix(counts, 0, found.loaded_bytes - loop.loaded_bytes, False)

@@ -1,17 +1,19 @@
-"""How long a launch should take on a GPU of sm_90, from its machine code alone.
+"""Predict how long a launch takes on a GPU of sm_90, from its machine code alone.
 
 The largest of four times: to move every tensor once; to bring what the loops load out of the L2
-cache; to run the main loop's instructions on the
-units that they occupy; and, since what is not in flight is not moved, the bytes over what the
-programs that an SM holds ask for at once within the latency of the memory. In a loop of matrix
-products one program's products and softmax follow each other; only another program of the same SM
-fills the gaps. A model to rank configs and to be compared with what is measured, not a simulator.
+cache; to run the main loop's instructions on the units that they occupy; and to wait for memory,
+which in one latency delivers no more than the programs that an SM holds ask for at once. In a loop
+of matrix products one program's products and softmax follow each other; only another program of the
+same SM fills the gaps. A model to rank configs and to be compared with what is measured, not a
+simulator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 import torch
 
@@ -47,7 +49,7 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What it waits for."""
+        """The unit, or the memory, that the launch waits for."""
         limits = {self.l2: "L2", self.memory: "memory", self.flight: "latency"}
         return limits.get(self.microseconds, self.busiest)
 
@@ -55,7 +57,7 @@ class Prediction:
 def predict(
     launch: Launch, compiled: Compiled, gpu: Gpu | None = None, pairs: float | None = None
 ) -> Prediction:
-    """The prediction for ``launch``, which :func:`compile_launch` compiled for sm_90.
+    """Predict the time of ``launch``, which :func:`compile_launch` compiled for sm_90.
 
     ``pairs`` are the (query, key) pairs over batch and heads that attention computes, where masks
     or lengths, which a launch does not show, leave some out.
@@ -73,14 +75,14 @@ def predict(
         busiest = "products then softmax" if serial > clocks else name
         clocks = max(clocks, serial)
     if a_program:  # a loop of products alone, and then the work on their tile
-        busiest = max(compiled.around, key=lambda name: compiled.around[name])
-        loop, tile = product * a_program, compiled.around[busiest]
+        busiest = max(compiled.outside, key=lambda name: compiled.outside[name])
+        loop, tile = product * a_program, compiled.outside[busiest]
         clocks = max(loop, tile, (loop + tile) / max(compiled.programs, 1)) / a_program
         busiest = f"products then {busiest}"
     resident = min(compiled.programs, ceil(prod(launch.grid) / gpu.multiprocessors))
     # A grid leaves its last wave partly idle; that of short programs is evened out by then.
     share = passes / gpu.multiprocessors
-    tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
+    tensors = {id(t): t for t in _tensors_in(launch.arguments.values())}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
     per_trip = max(compiled.loaded_bytes * resident, 1)
     asked = compiled.loaded_bytes * passes
@@ -95,8 +97,17 @@ def predict(
     )
 
 
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among ``values`` and in their tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors_in(value)
+
+
 def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
-    """Times that the main loop is passed in all programs together."""
+    """Count the passes of the main loop in all programs together."""
     given = launch.arguments
     programs = prod(launch.grid)
     if not compiled.loops:

@@ -1,4 +1,4 @@
-"""bias + activation + dropout, elementwise over rows, forward and backward.
+"""Apply bias, activation and dropout to each element of rows, forward and backward.
 
     y = dropout(activation(x + bias))
 
@@ -29,6 +29,7 @@ from fusedformer_kernels.runtime.primitives import (
 from fusedformer_kernels.runtime.strided import contiguous_like, contiguous_vector, rows_of
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "quick_gelu": 4}
+_RELU, _GELU, _GELU_TANH, _SILU, _QUICK_GELU = map(tl.constexpr, ACTIVATIONS.values())
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
@@ -42,14 +43,14 @@ def _sigmoid(x):
 
 @triton.jit
 def _gelu_inner(x):
-    """Twice the argument of the hyperbolic tangent in GELU's approximation by it."""
+    """Compute twice the argument of tanh in GELU's approximation by it."""
     factor = fma(x * x, 2.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
     return x * factor
 
 
 @triton.jit
 def _normal(x):
-    """(cumulative distribution, exp(-x**2 / 2)) of the standard normal distribution at float32 x.
+    """Compute (cumulative distribution, exp(-x**2 / 2)) of the standard normal distribution.
 
     erfc(z) = exp(-z**2) * t * polynomial(t), t = 1 / (1 + 0.3 z), z >= 0: the form of Hastings
     (Abramowitz and Stegun 7.1.26), coefficients fitted to a relative error of 2e-8 up to z = 9.5.
@@ -76,39 +77,39 @@ def _normal(x):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """``activation(x)`` in float32."""
-    if ACTIVATION == 0:
+    """Compute ``activation(x)`` in float32."""
+    if ACTIVATION == _RELU:
         # A NaN stays one, as in torch.
         y = tl.where(x < 0.0, 0.0, x)
-    elif ACTIVATION == 1:
+    elif ACTIVATION == _GELU:
         cumulative, _ = _normal(x)
         y = x * cumulative
-    elif ACTIVATION == 2:
+    elif ACTIVATION == _GELU_TANH:
         # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
         y = x * _sigmoid(_gelu_inner(x))
-    elif ACTIVATION == 3:
+    elif ACTIVATION == _SILU:
         y = x * _sigmoid(x)
-    else:
+    elif ACTIVATION == _QUICK_GELU:
         y = x * _sigmoid(x * _QUICK)
     return y
 
 
 @triton.jit
 def _activation_derivative(x, ACTIVATION: tl.constexpr):
-    """``activation'(x)`` in float32."""
-    if ACTIVATION == 0:
+    """Compute ``activation'(x)`` in float32."""
+    if ACTIVATION == _RELU:
         d = tl.where(x > 0.0, 1.0, 0.0)
-    elif ACTIVATION == 1:
+    elif ACTIVATION == _GELU:
         cumulative, bell = _normal(x)
         d = fma(x, bell * _INV_SQRT_2PI, cumulative)
-    elif ACTIVATION == 2:
+    elif ACTIVATION == _GELU_TANH:
         inner = _gelu_inner(x)
         s = _sigmoid(inner)
         slope = fma(x * x, 6.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
         # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
         d = fma(x * s, _sigmoid(-inner) * slope, s)
     else:
-        steeper = x if ACTIVATION == 3 else x * _QUICK
+        steeper = x if ACTIVATION == _SILU else x * _QUICK
         s = _sigmoid(steeper)
         d = fma(steeper * s, _sigmoid(-steeper), s)
     return d
@@ -178,7 +179,7 @@ def bias_activation_forward(
     p: float,
     activation: str,
 ) -> torch.Tensor:
-    """``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
+    """Compute ``dropout(activation(x + bias))``, contiguous, in the dtype of ``x``."""
     y = contiguous_like(x)
     if y.numel() == 0:
         return y
@@ -207,7 +208,7 @@ def bias_activation_backward(
     activation: str,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(dx, dbias in the dtype of ``bias`` if asked for) from the gradient of the output."""
+    """Compute (dx, dbias in the dtype of ``bias`` if needed) from the output's gradient."""
     dx = contiguous_like(x)
     wants_bias = needs_bias and bias is not None
     if dx.numel() == 0:

@@ -1,4 +1,4 @@
-"""Scores of all pairs of two batches, reduced tile by tile: contrastive losses and gradients.
+"""Compute contrastive losses and gradients, from all pairs' scores, reduced tile by tile.
 
     s = scale * a @ b.T                            a: [M, D], b: [N, D]; row i and column i + offset
     row_i = logsumexp_j s_ij,  column_j = logsumexp_i s_ij,  matched_i = s_i,i+offset
@@ -44,8 +44,10 @@ BACKWARD_ROWS = 4096
 
 @triton.jit
 def _tile_place(n_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first row, first column) of this program's tile; row blocks come first, so that programs
-    that run together read few rows of b."""
+    """Find (first row, first column) of this program's tile.
+
+    Row blocks come first, so that programs that run together read few rows of b.
+    """
     blocks = tl.cdiv(n_rows, BLOCK_M)
     return tl.program_id(0) % blocks * BLOCK_M, tl.program_id(0) // blocks * BLOCK_N
 
@@ -56,8 +58,11 @@ def _products(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 ``a @ b.T`` of a tile [BLOCK_M, BLOCK_N]; beyond the last row or column that one
-    again, so that the loop, over a multiple of BLOCK_K, needs no mask."""
+    """Compute float32 ``a @ b.T`` of a tile [BLOCK_M, BLOCK_N].
+
+    Rows and columns beyond the last repeat it, and dimensions are a multiple of BLOCK_K, so that
+    the loop needs no mask.
+    """
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n_rows - 1).to(tl.int64)
     columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), n_columns - 1).to(tl.int64)
     dims = tl.arange(0, BLOCK_K)
@@ -73,21 +78,21 @@ def _products(
 
 @triton.jit
 def _matched(first_row, first_column, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which pairs of a tile are matched [BLOCK_M, BLOCK_N]."""
+    """Find which pairs of a tile are matched [BLOCK_M, BLOCK_N]."""
     rows = first_row + offset + tl.arange(0, BLOCK_M)
     return rows[:, None] == (first_column + tl.arange(0, BLOCK_N))[None, :]
 
 
 @triton.jit
 def _has_matched(first_row, first_column, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether any pair of a tile may be."""
+    """Tell whether any pair of a tile may be matched."""
     start = first_row + offset
     return (start < first_column + BLOCK_N) & (start + BLOCK_M > first_column)
 
 
 @triton.jit
 def _exp(x):
-    """Of a difference: were it taken in base 2, both terms would be rounded once more."""
+    """Compute exp of a difference, whose terms in base 2 would be rounded once more."""
     return tl.exp2(x * LOG2_E)
 
 
@@ -128,7 +133,7 @@ def _merge_parts(
     parts_ptr, lse_ptr, n_parts, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_PREVIOUS: tl.constexpr,
 ):
-    """Log-sum-exp of parts [n_parts, n_columns], and of what ``lse`` holds."""
+    """Merge parts [n_parts, n_columns], and the previous ``lse`` if there is one."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
     if HAS_PREVIOUS:
@@ -219,7 +224,7 @@ def _score_gradients(
 def row_and_column_lse(
     a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 (log-sum-exp of each row [M], of each column [N], matched scores [M]).
+    """Compute float32 (log-sum-exp of each row [M], of each column [N], matched scores [M]).
 
     ``scale`` is a float32 tensor of one element; ``0 <= offset <= N - M``. Without rows the
     columns' are -inf.
@@ -243,7 +248,7 @@ def row_and_column_lse(
 def softplus_sums(
     a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, offset: int
 ) -> torch.Tensor:
-    """float32 ``sum_j softplus(-z_ij * s_ij)`` of each row [M], of the sigmoid form."""
+    """Compute float32 ``sum_j softplus(-z_ij * s_ij)`` of each row [M], of the sigmoid form."""
     losses = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     strips = _Strips.of(a, b, FORWARD_ROWS)
     for rows in strips.rows:
@@ -263,9 +268,9 @@ def score_gradients(
     lse: Sequence[torch.Tensor | None],
     bias_grad: torch.Tensor | None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their ``ds`` [rows, N] in the dtype of ``a``), strip by strip.
+    """Yield (rows, their ``ds`` [rows, N] in the dtype of ``a``), strip by strip.
 
-    A strip is in the memory of the one before it.
+    Each strip overwrites the one before it.
 
     Args:
         grads: float32, of rows, of columns and of matched scores; of the sigmoid form, which has a
@@ -309,7 +314,7 @@ class _Strips:
 
     @staticmethod
     def of(a: torch.Tensor, b: torch.Tensor, length: int) -> _Strips:
-        """Of at most ``length`` rows."""
+        """Cut ``a`` in strips of at most ``length`` rows."""
         n_rows = a.shape[0]
         rows = [slice(i, min(i + length, n_rows)) for i in range(0, n_rows, length)]
         precision = configs.dot_precision(a.dtype)
@@ -320,7 +325,7 @@ class _Strips:
         return _Strips(a, b, rows, config, precision)
 
     def blocks(self, rows: slice) -> int:
-        """Tiles of a strip."""
+        """Count the tiles of a strip."""
         blocks = configs.ceil_div(rows.stop - rows.start, self.config.block_m)
         return blocks * configs.ceil_div(self.b.shape[0], self.config.block_n)
 
@@ -345,7 +350,7 @@ class _Strips:
 
 
 def _aligned(rows: torch.Tensor, block_k: int) -> torch.Tensor:
-    """``rows`` itself if loads of 16 bytes can read it in blocks; else a copy, zeros behind it."""
+    """Return ``rows`` if loads of 16 bytes can read them in blocks, else a padded copy."""
     n_rows, n_dims = rows.shape
     whole = n_dims % block_k == 0 and rows.stride(1) == 1 and rows.stride(0) % 16 == 0
     if whole and (rows.is_meta or rows.data_ptr() % 16 == 0):
@@ -356,7 +361,7 @@ def _aligned(rows: torch.Tensor, block_k: int) -> torch.Tensor:
 
 
 def _parts(over: torch.Tensor, block: int, of: torch.Tensor) -> torch.Tensor:
-    """Memory for what each block of the rows of ``over`` gives to each row of ``of``."""
+    """Allocate a number for each block of the rows of ``over`` and each row of ``of``."""
     n_blocks = configs.ceil_div(over.shape[0], block)
     return torch.empty((n_blocks, of.shape[0]), dtype=torch.float32, device=of.device)
 

@@ -1,4 +1,4 @@
-"""Cross entropy of rows of logits x with a class t each, and its gradient; class weights w.
+"""Compute cross entropy of rows of logits x with a class t each, and its gradient; class weights w.
 
     lse    = log(sum_c exp(x_c))                  kept as the largest logit and the log of the rest
     loss   = (1 - e) w_t (lse - x_t) + e / C sum_c w_c (lse - x_c)            e: label smoothing
@@ -47,7 +47,7 @@ STATE = 5
 @triton.jit
 def _load_targets(target_ptr, weight_ptr, rows, n_rows, n_classes, ignore_index,
                   WEIGHTED: tl.constexpr):
-    """(target, whether the row counts, whether its target is a class, its weight), [BLOCK_M, 1]."""
+    """Load (target, whether the row counts, whether its target is a class, its weight), [M, 1]."""
     target = tl.load(target_ptr + rows, mask=rows < n_rows, other=ignore_index)[:, None]
     kept = target != ignore_index
     known = kept & (target >= 0) & (target < n_classes)
@@ -60,12 +60,15 @@ def _load_targets(target_ptr, weight_ptr, rows, n_rows, n_classes, ignore_index,
 @triton.jit
 def _row_factors(factor_ptr, factor_stride, weight_total_ptr, rows, kept, known, weight, smoothing,
                  n_classes, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
-    """What multiplies the probabilities, the target's one and the class weights, [BLOCK_M, 1]."""
+    """Compute the factors of the probabilities, of the target's one and of the class weights.
+
+    Each is [BLOCK_M, 1].
+    """
     offsets = (rows * tl.cast(factor_stride, tl.int64))[:, None]
     factor = tl.load(factor_ptr + offsets, mask=known, other=0.0).to(tl.float32)
     factor = tl.where(kept & (known == 0), float("nan"), factor)
     at_target = (1.0 - smoothing) * weight * factor
-    everywhere = factor * 0.0
+    everywhere = tl.zeros_like(factor)
     total = at_target
     if SMOOTHED:
         everywhere = factor * (smoothing / n_classes)
@@ -77,7 +80,7 @@ def _row_factors(factor_ptr, factor_stride, weight_total_ptr, rows, kept, known,
 @triton.jit
 def _gradient(x, classes, in_row, target, top, log_total, total, at_target, everywhere, weight_ptr,
               WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr):
-    """Gradient of a tile of logits [BLOCK_M, BLOCK_N] of these ``classes`` [1, BLOCK_N]."""
+    """Compute the gradient [BLOCK_M, BLOCK_N] of logits of these ``classes`` [1, BLOCK_N]."""
     wanted = tl.where(classes == target.to(tl.int32), negative(at_target), 0.0)
     if SMOOTHED:
         if WEIGHTED:
@@ -223,7 +226,7 @@ def cross_entropy_rows(
     state: torch.Tensor | None = None,
     padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, statistics) of the rows of ``x`` ``[..., c]``, float32 ``[N]`` and ``[2, N]``.
+    """Compute float32 (losses ``[N]``, statistics ``[2, N]``) of the rows of ``x`` ``[..., c]``.
 
     Args:
         x: any strides; the gradient replaces it if ``factor`` is given, then ``[N, C]``.
@@ -273,7 +276,7 @@ def cross_entropy_gradient(
     n_classes: int,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """Gradient of logits ``x`` ``[..., c]`` of the classes from ``first_class`` on, contiguous.
+    """Compute the gradient of logits ``x`` ``[..., c]`` of classes from ``first_class`` on.
 
     ``statistics`` are those of :func:`cross_entropy_rows`, as are the other arguments. With
     ``in_place`` it replaces ``x``, rows and columns of :func:`padded_rows`.
@@ -300,12 +303,12 @@ def cross_entropy_gradient(
 
 
 def _row_stride(factor: torch.Tensor | None) -> int:
-    """Between the factors of neighbouring rows: 0 if there is one for all."""
+    """Find the stride between the factors of neighbouring rows: 0 if there is one for all."""
     return 0 if factor is None or factor.dim() == 0 else factor.stride(0)
 
 
 def padded_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory for logits ``[rows, columns]`` whose rows begin at multiples of 128 bytes."""
+    """Allocate logits ``[rows, columns]`` whose rows begin at multiples of 128 bytes."""
     width = _padded(columns, like)
     return torch.empty((rows, width), dtype=like.dtype, device=like.device)[:, :columns]
 

@@ -1,4 +1,4 @@
-"""The dropout mask that the other kernels apply on the fly, written out: for tests and parity."""
+"""Write out the dropout mask that the other kernels apply on the fly, for tests and parity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _dropout_mask(
 def dropout_mask(
     seed: torch.Tensor, p: float, planes: int, n_rows: int, n_columns: int, of_attention: bool
 ) -> torch.Tensor:
-    """Boolean ``[planes, n_rows, n_columns]``, True = keep, of a seed as the ops draw it.
+    """Draw a seed's mask as the ops do: boolean ``[planes, n_rows, n_columns]``, True = keep.
 
     A plane is one (batch, head) of attention, batch major; the row-wise ops use plane 0. The two
     share no draws: each lets one draw serve the elements that lie in one of its threads.

@@ -1,4 +1,4 @@
-"""Token, position and type embeddings, their sum's norm and dropout, forward and backward.
+"""Add token, position and type embeddings, and apply norm and dropout; forward and backward.
 
     z = token[id] + position[position_id] + type[type_id]
     y = dropout((z - mean) * rstd * weight + bias),   rstd = 1 / sqrt(var + eps)
@@ -13,13 +13,13 @@ each program leaves one partial row of them, which :mod:`reduction` adds up in a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.norm import affine, store_input_grads
+from fusedformer_kernels.rows.norm import affine, sum_gradient
 from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
@@ -31,9 +31,9 @@ LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in re
 
 
 class Tables(NamedTuple):
-    """What is added up for each of the rows; ids are integers ``[rows]``, tables ``[n, E]``.
+    """The tables that are added up, ``[n, E]``, and the integer ids of each row, ``[rows]``.
 
-    Types without ids are all of type 0.
+    All rows are of type 0 where types have no ids.
     """
 
     ids: torch.Tensor
@@ -44,71 +44,73 @@ class Tables(NamedTuple):
     types: torch.Tensor | None = None
 
 
+class TableSizes(NamedTuple):
+    """How many rows each table has: see ``primitives.COUNTS``."""
+
+    tokens: Any
+    positions: Any
+    types: Any
+
+
+class TableStrides(NamedTuple):
+    """Elements from a row of each table to the next."""
+
+    tokens: Any
+    positions: Any
+    types: Any
+
+
 @triton.jit
-def _load_vectors(
-    table_ptr, ids_ptr, n_table, stride, rows, columns, row_valid, in_row, HAS_IDS: tl.constexpr
-):
-    """float32 [BLOCK_M, BLOCK_N]: rows of a table; NaN where an id has none, 0 outside."""
-    ids = rows * 0
-    if HAS_IDS:
+def _load_vectors(table, ids_ptr, n_table, stride, rows, columns, row_valid, in_row):
+    """Load rows of a table as float32 [BLOCK_M, BLOCK_N]; NaN where an id has none, 0 outside."""
+    ids = tl.zeros_like(rows)
+    if ids_ptr is not None:
         ids = tl.load(ids_ptr + rows, mask=row_valid, other=0).to(tl.int64)
     there = (ids >= 0) & (ids < n_table)
     valid = (row_valid & there)[:, None] & in_row[None, :]
     vectors = tl.load(
-        table_ptr + (ids * stride)[:, None] + columns[None, :], mask=valid, other=0.0
+        table + (ids * stride)[:, None] + columns[None, :], mask=valid, other=0.0
     ).to(tl.float32)
     wrong = (row_valid & (ids < 0)) | (row_valid & (ids >= n_table))
     return tl.where(wrong[:, None] & in_row[None, :], float("nan"), vectors)
 
 
 @triton.jit
-def _load_embedded(
-    tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr, n_positions,
-    stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, rows, columns, row_valid,
-    in_row, HAS_POSITIONS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
-):
-    """float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
+def _load_embedded(tables, sizes, strides, rows, columns, row_valid, in_row):
+    """Load the float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
     z = _load_vectors(
-        tokens_ptr, ids_ptr, n_tokens, stride_tokens, rows, columns, row_valid, in_row, True
+        tables.tokens, tables.ids, sizes.tokens, strides.tokens, rows, columns, row_valid, in_row
     )
-    if HAS_POSITIONS:
+    if tables.positions is not None:
         z += _load_vectors(
-            positions_ptr, position_ids_ptr, n_positions, stride_positions, rows, columns,
-            row_valid, in_row, True,
+            tables.positions, tables.position_ids, sizes.positions, strides.positions, rows,
+            columns, row_valid, in_row,
         )
-    if HAS_TYPES:
+    if tables.types is not None:
         z += _load_vectors(
-            types_ptr, type_ids_ptr, n_types, stride_types, rows, columns, row_valid, in_row,
-            HAS_TYPE_IDS,
+            tables.types, tables.type_ids, sizes.types, strides.types, rows, columns, row_valid,
+            in_row,
         )
     return z
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _embedding_forward(
-    tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr, n_positions,
-    stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, weight_ptr, bias_ptr,
-    seed_ptr, y_ptr, mean_ptr, rstd_ptr, p, eps, n_rows, n_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    tables, sizes, strides, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, p, eps,
+    n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_valid = rows < n_rows
     in_row = columns < n_columns
     z = _load_embedded(
-        tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
-        n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, rows,
-        columns, row_valid, in_row, HAS_POSITIONS, HAS_TYPES, HAS_TYPE_IDS,
+        tables, sizes, strides, rows, columns, row_valid, in_row
     )  # [BLOCK_M, BLOCK_N]
     mean = row_mean(z, in_row[None, :], n_columns)
     centered = tl.where(in_row[None, :], z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
-    y = affine(
-        centered * rstd[:, None], weight_ptr, bias_ptr, columns, in_row, HAS_WEIGHT, HAS_BIAS
-    )
-    if DROPOUT:
+    y = affine(centered * rstd[:, None], weight_ptr, bias_ptr, columns, in_row)
+    if seed_ptr is not None:
         keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
         y = tl.where(keep, y * dropout_scale(p), 0.0)
     offsets = (rows * n_columns)[:, None] + columns[None, :]
@@ -119,17 +121,13 @@ def _embedding_forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _embedding_backward(
-    dy_ptr, tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
-    n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types, mean_ptr,
-    rstd_ptr, weight_ptr, seed_ptr, dz_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
-    n_partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr, NEEDS_TABLES: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
+    dy_ptr, tables, sizes, strides, mean_ptr, rstd_ptr, weight_ptr, seed_ptr, dz_ptr, partials_ptr,
+    p, n_rows, n_columns, stride_dy, n_partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -139,28 +137,24 @@ def _embedding_backward(
         offsets = (rows * stride_dy)[:, None] + columns[None, :]
         valid = row_valid[:, None] & in_row[None, :]
         dy = tl.load(dy_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        if DROPOUT:
+        if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
             dy = tl.where(keep, dy * dropout_scale(p), 0.0)
-        if NEEDS_TABLES or NEEDS_WEIGHT:
+        if dz_ptr is not None or NEEDS_WEIGHT:
             z = _load_embedded(
-                tokens_ptr, ids_ptr, n_tokens, stride_tokens, positions_ptr, position_ids_ptr,
-                n_positions, stride_positions, types_ptr, type_ids_ptr, n_types, stride_types,
-                rows, columns, row_valid, in_row, HAS_POSITIONS, HAS_TYPES, HAS_TYPE_IDS,
+                tables, sizes, strides, rows, columns, row_valid, in_row
             )  # [BLOCK_M, BLOCK_N]
             mean = tl.load(mean_ptr + rows, mask=row_valid, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=row_valid, other=0.0)
             normed = tl.where(valid, (z - mean[:, None]) * rstd[:, None], 0.0)
-        if NEEDS_TABLES:
+        if dz_ptr is not None:
             weighted = dy
-            if HAS_WEIGHT:
+            if weight_ptr is not None:
                 weighted = dy * weight[None, :]
             mean_product = tl.sum(weighted * normed, 1) / n_columns  # [BLOCK_M]
             mean_weighted = tl.sum(weighted, 1) / n_columns
-            store_input_grads(
-                normed, weighted, mean_product, mean_weighted, rstd, None, dz_ptr, None, None, p,
-                rows, 0, n_columns, row_valid, 0, BLOCK_N, 1, False, False,
-            )
+            dz = sum_gradient(normed, weighted, mean_product, mean_weighted, rstd)
+            store(dz_ptr + (rows * n_columns)[:, None] + columns[None, :], dz, valid)
         if NEEDS_WEIGHT:
             dweight = fma(dy, normed, dweight)
         if NEEDS_BIAS:
@@ -181,7 +175,7 @@ def embedding_forward(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y ``[rows, E]`` in ``dtype`` or that of the tables, mean and rstd, float32 ``[rows]``)."""
+    """Compute (y ``[rows, E]`` in ``dtype`` or the tables', mean, rstd, float32 ``[rows]``)."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
     y = tokens.new_empty(n_rows, n_columns, dtype=dtype)
@@ -192,8 +186,7 @@ def embedding_forward(
         launch(
             _embedding_forward, (configs.ceil_div(n_rows, config.block_m),), config,
             *_arguments(tables), weight, bias, seed, y, mean, rstd, p, eps, n_rows, n_columns,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_forms(tables),
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, DROPOUT=seed is not None,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         )
     return y, mean, rstd
 
@@ -212,7 +205,7 @@ def embedding_backward(
     needs_bias: bool,
     parameter_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, ...]:
-    """(dz ``[rows, E]`` in the dtype of the tables, dweight, dbias), None if not needed."""
+    """Compute (dz ``[rows, E]`` in the tables' dtype, dweight, dbias), None if not needed."""
     tokens = tables.tokens
     n_rows, n_columns = tables.ids.numel(), tokens.shape[1]
     device = tokens.device
@@ -231,9 +224,8 @@ def embedding_backward(
             _embedding_backward, (programs,), config,
             dy_rows, *_arguments(tables), mean, rstd, weight, seed, dz, partials, p, n_rows,
             n_columns, dy_rows.stride(0), partials.shape[1],
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_forms(tables),
-            HAS_WEIGHT=weight is not None, DROPOUT=seed is not None, NEEDS_TABLES=needs_tables,
-            NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_WEIGHT=needs_weight,
+            NEEDS_BIAS=needs_bias,
         )
         sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
     rows = iter(sums)
@@ -247,16 +239,8 @@ def _config(n_columns: int, device: torch.device) -> configs.TileConfig:
     )
 
 
-def _arguments(tables: Tables) -> list[torch.Tensor | int | None]:
-    found: list[torch.Tensor | int | None] = []
-    for ids, table in zip(tables[::2], tables[1::2], strict=True):
-        sizes = (0, 0) if table is None else (table.shape[0], table.stride(0))
-        found += [table, ids, *sizes]
-    return found
-
-
-def _forms(tables: Tables) -> dict[str, bool]:
-    return {
-        "HAS_POSITIONS": tables.positions is not None, "HAS_TYPES": tables.types is not None,
-        "HAS_TYPE_IDS": tables.type_ids is not None,
-    }  # fmt: skip
+def _arguments(tables: Tables) -> tuple[Tables, TableSizes, TableStrides]:
+    given = tables.tokens, tables.positions, tables.types
+    sizes = (0 if table is None else table.shape[0] for table in given)
+    strides = (0 if table is None else table.stride(0) for table in given)
+    return tables, TableSizes(*sizes), TableStrides(*strides)

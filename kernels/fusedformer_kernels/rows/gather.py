@@ -1,9 +1,9 @@
-"""Rows moved between the padded and the packed form.
+"""Move rows between the padded and the packed form.
 
     y[i] = x[index[i]],  0 where index[i] < 0
 
 Packing and unpacking are the same kernel with inverse indices, and each the other's gradient. One
-program moves BLOCK_M rows by BLOCK_N columns; reads and writes each row that there is once.
+program moves BLOCK_M rows by BLOCK_N columns; each row is read and written once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _gather_rows(
 
 @planned
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of ``x`` [N, D] in the order of ``index`` [M] as a contiguous [M, D]; 0 where < 0."""
+    """Gather rows of ``x`` [N, D] by ``index`` [M]: contiguous [M, D], 0 where the index is < 0."""
     n_rows, n_columns = index.shape[0], x.shape[1]
     y = torch.empty((n_rows, n_columns), dtype=x.dtype, device=x.device)
     if y.numel():

@@ -1,8 +1,7 @@
-"""The mean of a row, and the second stage of reductions over rows.
+"""Compute the mean of a row, and add up the partial sums of reductions over rows.
 
-In that stage partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N
-columns of all partial rows; the number of rows is bounded by ``configs.row_programs``, so this
-stage reads little.
+Partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N columns of all
+partial rows, of which ``configs.row_programs`` bounds the number, so that little is read.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from fusedformer_kernels.runtime.primitives import COUNTS, store
 
 @triton.jit
 def row_mean(x, in_row, count):
-    """Mean of ``count`` columns of rows [BLOCK_M, BLOCK_N] that are 0 outside ``in_row``.
+    """Compute the mean of ``count`` columns of rows [BLOCK_M, BLOCK_N], 0 outside ``in_row``.
 
-    Of equal values it is that value to the bit. Their sum is rounded, and the quotient off by
-    several ulps; what is missing is small and its mean accurate.
+    The mean of equal values is that value to the bit. Their sum is rounded, and the quotient off by
+    several ulps; the rest is small, and its mean accurate.
     """
     mean = tl.sum(x, 1) / count
     return mean + tl.sum(tl.where(in_row, x - mean[:, None], 0.0), 1) / count
@@ -69,14 +68,14 @@ def _sum_partials(
 
 
 def sum_partials(partials: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Column sums of float32 ``[rows, columns]``, contiguous, as ``[columns]`` of ``dtype``."""
+    """Sum columns of float32 ``[rows, columns]``, contiguous, to ``[columns]`` of ``dtype``."""
     return sums_of_partials(partials, 1, dtype)[0]
 
 
 def sums_of_partials(
     partials: torch.Tensor, count: int, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The same of up to three neighbouring parts of the columns: tensors that share no memory."""
+    """Sum columns in up to three neighbouring parts, to tensors that share no memory."""
     n_rows, n_columns = partials.shape[0], partials.shape[1] // count
     sums = [partials.new_empty(n_columns, dtype=dtype) for _ in range(count)]
     if n_columns:

@@ -1,4 +1,4 @@
-"""softmax and log_softmax over the last axis of a strided 4-D view, with scale, mask and causality.
+"""Compute softmax and log_softmax over the last axis of a strided 4-D view, masked or causal.
 
     s = scale * x + mask;  y = exp(s - max(s)) / sum(exp(s - max(s)))     or its logarithm
 
@@ -37,7 +37,7 @@ def _load_scores(
     x_rows, mask_rows, columns, row_index, in_row, valid, stride_x, stride_mask, scale,
     MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """float32 scores of a tile [BLOCK_M, BLOCK_N], -inf where masked or outside the columns."""
+    """Load float32 scores [BLOCK_M, BLOCK_N], -inf where masked or outside the columns."""
     if not SCALED and MASK != _ADDITIVE:  # the load puts -inf where it belongs
         scores = tl.load(x_rows + columns * stride_x, mask=valid, other=float("-inf"))
         scores = scores.to(tl.float32)
@@ -128,7 +128,7 @@ def _load_output_and_grad(
 
 @triton.jit
 def _score_gradient(y, dy, total, MASKED: tl.constexpr, LOG: tl.constexpr):
-    """Gradient of the scores from the row sum of ``dy * y`` (log: of ``dy``)."""
+    """Compute the gradient of scores from the row sum of ``dy * y`` (log: of ``dy``)."""
     if LOG:
         ds = dy - tl.exp2(y * LOG2_E) * total
         if MASKED:
@@ -186,7 +186,7 @@ def softmax_forward(
     dtype: torch.dtype,
     log: bool,
 ) -> torch.Tensor:
-    """``softmax(scale * x + mask)`` over the last axis, contiguous, in ``dtype``.
+    """Compute ``softmax(scale * x + mask)`` over the last axis, contiguous, in ``dtype``.
 
     ``mask`` has the shape of ``x`` (strides may be 0); boolean keeps, floating-point is added.
     """
@@ -221,7 +221,7 @@ def softmax_forward(
 def softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, dtype: torch.dtype, log: bool, masked: bool
 ) -> torch.Tensor:
-    """Gradient of ``x``, contiguous in ``dtype``, of ``y = softmax(scale * x + mask)``."""
+    """Compute the gradient of ``x``, contiguous in ``dtype``, from ``y = softmax(...)``."""
     dx = contiguous_like(y, dtype)
     if dx.numel() == 0:
         return dx

@@ -16,9 +16,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Parameters that say how many there are. Triton would compile a kernel anew for the values 1 and
 # multiples of 16; ptxas does not survive each of those forms, and tests do not see each.
 COUNTS = (
-    "sizes", "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "n_positions",
-    "n_tokens", "n_types", "capacity", "heads", "length", "lse_rows", "plane", "planes",
-    "shared_batch", "shared_heads", "shares", "split_keys", "splits",
+    "sizes", "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
+    "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
+    "split_keys", "splits",
 )  # fmt: skip
 
 

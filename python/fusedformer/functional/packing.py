@@ -1,4 +1,4 @@
-"""Padded batches as packed rows: only real tokens, one sequence after another."""
+"""Pack padded batches: rows of real tokens alone, one sequence after another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Packing(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Number of packed rows: of real tokens, and of zeros behind them if any were asked for."""
+        """Number of packed rows: of real tokens, and of zeros behind them if there are any."""
         return self.indices.shape[0]
 
     @property
@@ -61,7 +61,7 @@ class Packing(NamedTuple):
         static_shapes: bool = False,
         multiple_of: int = 1,
     ) -> Packing:
-        """The packing of a padded batch with real tokens where ``keep`` is True, in any pattern.
+        """Find the packing of a padded batch: real tokens where ``keep`` is True, in any pattern.
 
         Args:
             keep: boolean ``[batch, length]``.
@@ -138,7 +138,7 @@ def _check_known(keep: Tensor) -> None:
 def packing_from_counts(
     keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
 ) -> Packing:
-    """From what the host knows of ``keep``."""
+    """Make a packing of ``keep`` from numbers that the host knows."""
     rows = -(-total // multiple_of) * multiple_of
     flat = keep.flatten()
     starts = starts_of(counts)
@@ -153,7 +153,7 @@ def packing_from_counts(
 
 
 def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
-    """Of a batch without padding; the sizes may be symbols of a compiler."""
+    """Make the packing of a batch without padding; sizes may be symbols of a compiler."""
     positions = torch.arange(batch * length, device=device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     starts = ops.shared_by_layers(starts)
@@ -173,14 +173,17 @@ def _static_packing(keep: Tensor) -> Packing:
 
 
 def _starts_and_tail(starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """``cu_seqlens_q`` and ``cu_seqlens_k`` of ``rows`` rows, more than the sequences have."""
+    """Make ``cu_seqlens_q`` and ``cu_seqlens_k`` of ``rows`` rows, more than sequences have."""
     end = starts.new_full((1,), rows)
     queries, keys = torch.cat((starts, end, end)), torch.cat((starts, starts[-1:], end))
     return ops.shared_by_layers(queries), ops.shared_by_layers(keys)
 
 
 def with_empty_tail(starts: Tensor) -> Tensor:
-    """With two empty sequences, beside those of rows behind the last token of another tensor."""
+    """Append two empty sequences to ``starts``, for a tensor without rows behind its last token.
+
+    They stand beside the two that the other tensor of an attention has for its tail.
+    """
     return torch.cat((starts, starts[-1:], starts[-1:]))
 
 
@@ -190,11 +193,12 @@ def _sizes(keep: Tensor) -> tuple[int, int]:
 
 
 def starts_of(counts: Tensor) -> Tensor:
+    """Add up the lengths of sequences to where each begins and ends, shared by all layers."""
     return ops.shared_by_layers(F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
 def pack(input: Tensor, packing: Packing) -> Tensor:
-    """The real tokens of a padded batch, one sequence after another; differentiable.
+    """Pack the real tokens of a padded batch, one sequence after another; differentiable.
 
     Args:
         input: ``[batch, length, *]``.
@@ -222,7 +226,7 @@ def pack(input: Tensor, packing: Packing) -> Tensor:
 
 
 def unpack(input: Tensor, packing: Packing) -> Tensor:
-    """The inverse of :func:`pack`, with zeros where there is no token; differentiable.
+    """Undo :func:`pack`, with zeros where there is no token; differentiable.
 
     Args:
         input: ``[total, *]``.

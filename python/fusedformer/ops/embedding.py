@@ -1,4 +1,4 @@
-"""Embeddings with norm and dropout: registration, autograd and choice of backend."""
+"""Compute embeddings with norm and dropout: registration, autograd and choice of backend."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def embedding_layer_norm(
     p: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.embedding_layer_norm`; the norm is in ``dtype``."""
+    """Compute :func:`fusedformer.functional.embedding_layer_norm`, with the norm in ``dtype``."""
     width = weight.shape[1]
     if chosen_backend(weight) == "torch":
         total = F.embedding(input, weight, padding_idx)
@@ -90,7 +90,10 @@ def _embedding_norm(
     padding_idx: int,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output ``[rows, E]`` in ``dtype`` or the tables', mean, rstd); no padding is index -1."""
+    """Compute (output ``[rows, E]`` in ``dtype`` or the tables', mean, rstd).
+
+    A ``padding_idx`` of -1 stands for none.
+    """
     from fusedformer_kernels.rows.embedding import Tables, embedding_forward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
@@ -128,7 +131,7 @@ def _embedding_norm_backward(
     needs: list[bool],
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the sum ``[rows, E]``, of weight and of bias; ``needs`` says which."""
+    """Compute gradients of the sum ``[rows, E]``, weight and bias; ``needs`` says which."""
     from fusedformer_kernels.rows.embedding import Tables, embedding_backward
 
     tables = Tables(ids, tokens, position_ids, positions, type_ids, types)
@@ -203,7 +206,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 
 def _table_grad(grad: Tensor, ids: Tensor | None, table: Tensor, padding_idx: int) -> Tensor:
-    """Sums of ``grad``'s rows over equal ids; without ids all are 0."""
+    """Sum ``grad``'s rows over equal ids; without ids all are 0."""
     count = table.shape[0]
     if ids is None:
         first = grad.sum(0, dtype=torch.float32).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, alone and fused with bias, dropout and residual: registration, autograd.
+"""Compute LayerNorm and RMSNorm, alone or with bias, dropout and residual: registration, autograd.
 
 One registered op serves them all: ``kind`` is ``"layer"``, ``"rms"`` or ``"none"`` (only the sum).
 """
@@ -32,7 +32,7 @@ def layer_norm(
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.layer_norm`; computed and returned in ``dtype``."""
+    """Compute :func:`fusedformer.functional.layer_norm` in ``dtype``."""
     if chosen_backend(input) == "torch":
         return layer_norm_aten(input, shape, weight, bias, eps, dtype)
     checks.check_kernel_dtype("layer_norm", "input", input)
@@ -46,7 +46,7 @@ def rms_norm(
     eps: float | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`fusedformer.functional.rms_norm`; computed and returned in ``dtype``."""
+    """Compute :func:`fusedformer.functional.rms_norm` in ``dtype``."""
     if chosen_backend(input) == "torch":
         return _rms_norm_aten(input, shape, weight, eps, dtype)
     checks.check_kernel_dtype("rms_norm", "input", input)
@@ -133,7 +133,7 @@ def _run(
     wants_sum: bool,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """(norm, sum) by the kernel, which keeps what a backward needs only if there may be one."""
+    """Run the kernel: (norm, sum); it keeps what a backward needs only if there may be one."""
     seed = draw_seed(p, input.device) if p else None
     kept = needs_gradient(input, residual, input_bias, weight, bias)
     output, total, _, _ = _norm(
@@ -172,7 +172,7 @@ def layer_norm_aten(
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The norm by ATen, in ``dtype`` if it is given."""
+    """Compute the norm by ATen, in ``dtype`` if it is given."""
     input = input if dtype is None else input.to(dtype)
     # ATen takes parameters of the dtype of its input, or all float32 with a half input.
     dtypes = {t.dtype for t in (weight, bias) if t is not None}
@@ -221,7 +221,7 @@ def _norm(
     wants_statistics: bool,
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """(norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
+    """Compute (norm, sum, mean, rstd), None where ``kind`` or a missing residual leaves it out."""
     from fusedformer_kernels.rows.norm import norm_forward
 
     return norm_forward(
@@ -300,7 +300,7 @@ def _norm_backward(
     input_dtype: torch.dtype,
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """(residual grad, input grad if it differs, weight, bias and input bias grads)."""
+    """Compute gradients of (residual, input if it differs, weight, bias, input bias)."""
     from fusedformer_kernels.rows.norm import norm_backward
 
     return norm_backward(

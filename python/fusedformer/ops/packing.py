@@ -1,4 +1,4 @@
-"""Padded batches to packed rows and back: registration, autograd, choice of backend."""
+"""Move rows between padded and packed batches: registration, autograd, choice of backend."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal import checks
-from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.backend import (
+    INTERPRETER_IS_ON,
+    TRITON_IS_INSTALLED,
+    chosen_backend,
+)
 from fusedformer.ops._registered import registered
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unused: bool) -> Tensor:
-    """``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
+    """Gather ``x[index]`` of rows ``[N, D]``, 0 where the index is -1.
 
     Args:
         x: ``[N, D]``.
@@ -37,13 +41,16 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unuse
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
-    """``starts`` of sequences, marked as never to change: kernels plan their work on it once.
+    """Promise that ``starts`` of sequences never change, so that kernels plan their work once.
 
-    Those that a CUDA graph makes change with each replay, and are for the graph alone.
+    Starts that a CUDA graph makes change with each replay, and share plans within the graph alone.
+    Starts made in code that torch.compile traces share none: there is no tensor yet to remember.
     """
-    by_graph = starts.is_cuda and not torch.compiler.is_compiling()
-    by_graph = by_graph and torch.cuda.is_current_stream_capturing()
-    starts.fusedformer_work_lists = {"by_graph": by_graph}  # type: ignore[attr-defined]
+    kernels_may_run = TRITON_IS_INSTALLED and (starts.is_cuda or INTERPRETER_IS_ON)
+    if kernels_may_run and not torch.compiler.is_compiling():
+        from fusedformer_kernels.attention.schedule import share
+
+        share(starts)
     return starts
 
 
