@@ -81,7 +81,7 @@ def context_parallel(
 
 @dataclass(frozen=True)
 class _Attention:
-    """What modules call in place of ``functional.scaled_dot_product_attention``."""
+    """The function that modules call in place of ``functional.scaled_dot_product_attention``."""
 
     group: dist.ProcessGroup | None
     load_balance: bool
@@ -119,7 +119,7 @@ class _Attention:
         return output
 
     def __deepcopy__(self, memo: Any) -> _Attention:
-        return self  # a group is no thing to copy
+        return self  # a process group cannot be copied
 
 
 def sum_gradients(

@@ -25,7 +25,7 @@ from fusedformer.nn.masks import AttentionMasks
 
 
 class _ParallelLayer:
-    """A base of layers, before their class in one process."""
+    """A base of parallel layers; it comes before their class for one process."""
 
     _is_parallel = True
     _region: Region
@@ -54,7 +54,7 @@ class _ParallelLayer:
         *,
         fork: bool,
     ) -> Block:
-        """Attend by this rank's heads, and add up what the ranks found; see the base class."""
+        """Attend by this rank's heads, and add up the results of all ranks."""
         attention, region = self.self_attn, self._region
         masks = self._masks_of_own_heads(masks, attention)
         with region.own_dropout(x, attention.dropout if attention.training else 0.0):
@@ -63,7 +63,7 @@ class _ParallelLayer:
         return *self._project(heads, attention), residual
 
     def _feed_forward(self: Any, x: Tensor, *, fork: bool) -> Block:
-        """Compute this rank's hidden features, and add up what the ranks found."""
+        """Compute this rank's hidden features, and add up the results of all ranks."""
         block = feed_forward_block(self)._replace(bias2=None)
         with self._region.own_dropout(x, block.p):
             inner, _, _ = feed_forward(self._region.enter(x), block)
@@ -96,7 +96,7 @@ class ParallelDecoderLayer(_ParallelLayer, TransformerDecoderLayer):
     def _attend_to_memory(
         self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Attend by this rank's heads, and add up what the ranks found; see the base class."""
+        """Attend by this rank's heads, and add up the results of all ranks."""
         attention: Any = self.multihead_attn
         region, masks = self._region, self._masks_of_own_heads(masks, attention)
         with region.own_dropout(x, attention.dropout if attention.training else 0.0):
@@ -107,7 +107,7 @@ class ParallelDecoderLayer(_ParallelLayer, TransformerDecoderLayer):
 
 
 class _ParallelStack:
-    """A base of stacks, before their class in one process."""
+    """A base of parallel stacks; it comes before their class for one process."""
 
     _region: Region
 

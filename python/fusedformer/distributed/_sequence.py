@@ -17,19 +17,19 @@ from fusedformer.distributed._agreement import agree
 
 
 class Span(NamedTuple):
-    """Neighbouring positions of the sequence that a rank holds in one piece."""
+    """Neighbouring positions of the sequence that a rank holds together."""
 
-    start: int  # where they begin on the rank
-    position: int  # where they begin in the sequence
+    start: int  # the first one's index on the rank
+    position: int  # the first one's index in the sequence
     length: int
 
     def of(self, tensor: Tensor, dim: int = 2) -> Tensor:
-        """Their rows of what the rank holds."""
+        """Return these positions of a tensor that the rank holds."""
         return tensor.narrow(dim, self.start, self.length)
 
 
 def spans_of(rank: int, ranks: int, length: int, load_balance: bool) -> list[Span]:
-    """What ``rank`` holds of a sequence of which every rank holds ``length`` positions."""
+    """List the spans that ``rank`` holds, where every rank holds ``length`` positions."""
     if not load_balance:
         return [Span(0, rank * length, length)]
     half = length // 2
@@ -43,7 +43,7 @@ def split_sequence(
     *,
     load_balance: bool = False,
 ) -> Tensor:
-    """What this rank holds of ``tensor``, which every rank of the group has as a whole.
+    """Return this rank's positions of ``tensor``, which every rank of the group has whole.
 
     Nothing is sent. It is differentiable: of what was computed for the whole sequence, this rank
     gets the gradient that its own rows give; :func:`sum_gradients` adds up those of all ranks.
@@ -88,7 +88,7 @@ def join_sequence(
     *,
     load_balance: bool = False,
 ) -> Tensor:
-    """The inverse of :func:`split_sequence`: the whole sequence on every rank.
+    """Gather the whole sequence on every rank: the inverse of :func:`split_sequence`.
 
     It has no gradient: a loss is computed on each rank's own rows, and losses are added up.
 

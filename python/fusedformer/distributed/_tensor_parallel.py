@@ -119,7 +119,7 @@ class TransformerParallel(ParallelStyle):
 def tensor_parallel_plan(
     module: nn.Module, *, sequence_parallel: bool = False
 ) -> ParallelStyle | dict[str, ParallelStyle]:
-    """The plan for ``parallelize_module(module, mesh, plan)``.
+    """Make the plan for ``parallelize_module(module, mesh, plan)``.
 
     Args:
         module: an encoder or decoder of this library, one of their layers, or a model with such
@@ -157,7 +157,7 @@ def _paths(module: nn.Module, prefix: str) -> Iterator[str]:
 
 
 def _check(module: Any, size: int) -> None:
-    """Raise unless all of it can be spread over ``size`` ranks."""
+    """Check that all of ``module`` can be spread over ``size`` ranks."""
     name = type(module).__name__
     if is_sharded(module) or isinstance(module, _PARALLEL):
         raise ValueError(
@@ -198,7 +198,7 @@ def _check(module: Any, size: int) -> None:
 
 
 def _places(layer: Any) -> _Places:
-    """Each parameter of a layer, and how it is spread."""
+    """List each parameter of a layer, and how it is spread."""
     places: _Places = [
         (layer.linear1, "weight", Shard(0)), (layer.linear1, "bias", Shard(0)),
         (layer.linear2, "weight", Shard(1)), (layer.linear2, "bias", Replicate()),

@@ -1,4 +1,4 @@
-"""Children of layers: may the fused steps stand for calling them; and those steps."""
+"""Children of layers: whether fused steps may replace their calls, and those steps."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
     """
     if not is_sharded(module):
         return is_plain(module, *types)
-    classes = type(module).__mro__[1:]  # fully_shard made a subclass of its own mixin and of this
+    classes = type(module).__mro__[1:]  # fully_shard derives from its mixin and the class
     before = next(one for one in classes if not one.__module__.startswith("torch.distributed."))
     return (
         getattr(before, "_made_of", (before,))[0] in types

@@ -33,7 +33,7 @@ Block = tuple[Tensor, Tensor | None, Tensor]
 
 
 class LayerParts(NamedTuple):
-    """Torch's class of a layer, and the names of what the fused steps compute in its place."""
+    """Torch's class of a layer, and names of the methods and children that fused steps replace."""
 
     stock: type[nn.Module]
     methods: tuple[str, ...]
@@ -47,7 +47,7 @@ class LayerParts(NamedTuple):
 
 
 class FusedLayer:
-    """A base of layers, before torch's class."""
+    """A base of encoder and decoder layers; it comes before torch's class."""
 
     _fused_parts: ClassVar[LayerParts]
     _is_parallel = False
@@ -101,10 +101,10 @@ class FusedLayer:
         *,
         fork: bool,
     ) -> Block:
-        """Attend from ``x`` to itself; compute, and keep of ``residual``, only ``rows`` if given.
+        """Attend from ``x`` to itself; where ``rows`` are given, return only these.
 
-        With ``fork``, for a residual that is ``x`` itself, their gradients are added within the
-        product that computes the one of ``x``.
+        With ``fork`` the residual is ``x`` itself, and its gradient is added within the product
+        that computes the gradient of ``x``.
         """
         heads, residual = self._attended_heads(x, residual, masks, rows, fork=fork)
         return *project(heads, self.self_attn.out_proj), residual
@@ -127,7 +127,7 @@ class FusedLayer:
         return (heads, residual) if rows is None else (rows.take(heads), rows.take(residual))
 
     def _feed_forward(self: Any, x: Tensor, *, fork: bool) -> Block:
-        """Compute the feed-forward block of ``x`` but for its last dropout; the residual is ``x``.
+        """Compute the feed-forward block without its last dropout; the residual is ``x``.
 
         ``fork`` as for :meth:`_attend`.
         """
@@ -141,7 +141,7 @@ class FusedLayer:
         return x
 
     def _packs_as(self: Any, layer: type[nn.Module]) -> bool:
-        """Return whether it is a plain ``layer`` that, but for attention, computes row by row."""
+        """Return whether this is a plain ``layer``, which computes row by row but for attention."""
         return (
             is_plain_or_sharded(self, layer)
             and self._children_are_plain()

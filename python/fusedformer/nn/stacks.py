@@ -23,10 +23,10 @@ _CPU_ROWS = 16  # oneDNN's large products are a tenth faster on multiples of thi
 
 
 class FusedStack:
-    """A base of encoder and decoder, before torch's class."""
+    """A base of encoder and decoder; it comes before torch's class."""
 
     static_shapes = False
-    _always_packs = False  # without padding too
+    _always_packs = False  # also where there is no padding to leave out
 
     def _forward_padded(self: Any, x: Tensor, *memory: Tensor, **masks: Any) -> Tensor:
         """Call the layers and the norm as torch does."""
@@ -157,7 +157,7 @@ def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
 
 
 def are_boolean(*masks: Tensor | None) -> bool:
-    """Return whether no mask is other than a boolean tensor or None."""
+    """Return whether each mask is a boolean tensor or None."""
     return all(m is None or (isinstance(m, Tensor) and m.dtype == torch.bool) for m in masks)
 
 

@@ -30,7 +30,7 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
 
     A drop-in for :class:`torch.nn.TransformerDecoderLayer`: constructor, parameters,
     initialization and arguments are its own. The steps are those of
-    :class:`TransformerEncoderLayer`; keys and values of the memory come of one product.
+    :class:`TransformerEncoderLayer`; one product gives keys and values of the memory.
 
     A child that was replaced by another type, or that carries hooks, and a subclass that defines
     ``_sa_block``, ``_mha_block`` or ``_ff_block``, are called as torch would call them; the layer

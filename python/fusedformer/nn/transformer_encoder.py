@@ -92,7 +92,7 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
         static_shapes: bool = False,
     ) -> None:
         check_stack(_FUNCTION, "encoder_layer", encoder_layer, num_layers, norm)
-        # torch warns where its nested path is not to be had; ours never takes it.
+        # With True torch may warn that it cannot use nested tensors, which this class never does.
         super().__init__(
             encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check
         )
@@ -261,7 +261,7 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
         jagged: Any = src
         values, starts = jagged.values(), jagged.offsets()
         check_sequences(_FUNCTION, self, {"src": values})
-        # The longest length would have to be fetched from the device; the number of tokens bounds.
+        # The longest length is on the device; the number of tokens is a bound that needs no wait.
         longest = values.shape[0]
         masks = AttentionMasks(None, None, is_causal, starts, starts, longest, longest)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
