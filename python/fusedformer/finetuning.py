@@ -1,4 +1,4 @@
-"""Training a part of a pretrained model: its last layers, a head, a learned prompt or prefix."""
+"""Training of a part of a pretrained model: last layers, a head, a learned prompt or prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedformer.models.text import TextModel
 
 __all__ = ["SequenceClassifier", "freeze", "prefix_tuning", "prompt_tuning"]
 
-_DEVIATION = 0.02  # of what is drawn, as the models' own weights are
+_DEVIATION = 0.02  # of initial values, as in the models
 
 
 def freeze(model: nn.Module, layers: int) -> list[str]:
@@ -144,10 +144,10 @@ class SequenceClassifier(nn.Module):
         )
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Logits ``[B, num_labels]``; arguments as of the model's ``pooled``."""
+        """Compute logits ``[B, num_labels]``; arguments are those of the model's ``pooled``."""
         logits: Tensor = self.classifier(self.dropout(self.model.pooled(*inputs, **named)))
         return logits
 
     def loss(self, labels: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        """Cross entropy of ``labels``, int64 ``[B]``; other arguments as of :meth:`forward`."""
+        """Compute the cross entropy of int64 ``labels`` ``[B]``; the rest as :meth:`forward`."""
         return functional.cross_entropy(self(*inputs, **named), labels)

@@ -1,7 +1,8 @@
-"""How a sequence lies on the ranks of a group.
+"""Which positions of a sequence each rank of a group holds.
 
 Plain: rank r of n has the r-th of n slices. With load balance: the r-th of 2n slices and, after
-it, the r-th from the end; under a causal mask every rank then has as many pairs of query and key.
+it, the r-th from the end; under a causal mask every rank then has the same number of pairs of
+query and key.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def unfuse(model: nn.Module) -> int:
 
 
 def _transformers() -> Any:
-    """What concerns its models, if any can be there."""
+    """Import what plans its models, if it was imported: else there are none."""
     if "transformers" not in sys.modules:
         return None
     from fusedformer.fusion import _huggingface

@@ -1,4 +1,4 @@
-"""What :func:`fusedformer.fuse` did."""
+"""The report of :func:`fusedformer.fuse`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FusionReport:
         self.left = tuple(left)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dictionary for JSON."""
         return {
             "replaced": [one._asdict() for one in self.replaced],
             "left": [one._asdict() for one in self.left],

@@ -68,7 +68,7 @@ def check_is_fused(function: str, stack: Any, layer: type[Any]) -> None:
 
 
 def is_batch_first(stack: Any) -> bool:
-    """Return the setting of the first layer."""
+    """Return the setting ``batch_first`` of the first layer; False without layers."""
     attention = getattr(stack.layers[0], "self_attn", None) if len(stack.layers) else None
     return bool(getattr(attention, "batch_first", False))
 

@@ -206,7 +206,7 @@ class Graphed:
             contiguous = torch.contiguous_format
             return part.clone(memory_format=contiguous) if self.copy_output else part
 
-        with self._lock, torch.no_grad(), self._graphs.in_turn():
+        with self._lock, torch.no_grad(), self._graphs.turn():
             masked = form.mask in given or size != bucket or form.mask_is_needed
             captured = self._captured.get((bucket, masked))
             if captured is None:
@@ -352,7 +352,7 @@ class _CudaGraphs:
         return graph.replay, output
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
         """Let the current stream wait for the last call's work, and record its own at the end."""
         with torch.cuda.device(self._device):
             self._last.wait()
