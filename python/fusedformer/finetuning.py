@@ -31,7 +31,7 @@ def freeze(model: nn.Module, layers: int) -> list[str]:
         The names of the parameters that are trained.
 
     Raises:
-        TypeError: ``model`` is no such model.
+        TypeError: ``model`` has no encoder with layers.
         ValueError: ``layers`` out of range.
     """
     encoder = getattr(model, "encoder", model)
@@ -59,7 +59,7 @@ def prompt_tuning(
 ) -> PromptTuning:
     """Put ``length`` learned vectors in front of every input of ``model``, and train only these.
 
-    They take the place of token embeddings, at the first positions; tokens move back by as many.
+    They take the place of token embeddings, at the first positions; tokens move back by ``length``.
     They are packed with the tokens, so padding is as it was; outputs are of the tokens alone.
 
     Args:

@@ -30,7 +30,7 @@ def balanced_batches(
         lengths: of all samples, positive.
         max_tokens: that a batch may have, all its samples together; at least twice the longest
             sample, or as much as it where ``num_replicas`` divides the number of samples.
-        num_replicas: number of ranks; at most as many as samples.
+        num_replicas: number of ranks; at most the number of samples.
         order: a permutation of the samples; as they come if None.
         d_model: width of the encoder, which says from which length on attention costs more than
             products.
@@ -113,7 +113,7 @@ def _dealt(
 class LengthBalancedSampler(Sampler[list[int]]):
     """A ``batch_sampler`` for data-parallel training on packed sequences.
 
-    Each step gives every rank a batch of about as many tokens, and of as much attention: see
+    Each step gives every rank a batch with about the same tokens and the same attention: see
     :func:`balanced_batches`. Every sample comes once an epoch, on one rank; all ranks have as many
     steps. Batches differ in their number of samples and tokens: divide the loss by the number of
     tokens of all ranks, not by the rank's own.

@@ -1,8 +1,9 @@
 """Collectives between tensors that every rank has whole and tensors of which it has a part.
 
-Column-wise and row-wise products need no communication of their own. What is around them does: the
-input's gradient, or the output, is a sum over ranks. With rows (tokens) spread over ranks between
-the products, sums are scattered and parts gathered instead, which moves as much.
+Column-wise and row-wise products need no communication of their own. Around them there is some: the
+gradient of a column-wise product's input, and the output of a row-wise product, are sums over
+ranks. If rows (tokens) are spread over ranks between the products, sums are scattered and parts are
+gathered instead, which moves the same amount of data.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; rows: Korthikanti et al., Reducing
 Activation Recomputation in Large Transformer Models, arXiv:2205.05198.

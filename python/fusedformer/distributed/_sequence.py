@@ -46,8 +46,8 @@ def split_sequence(
 ) -> Tensor:
     """Return this rank's positions of ``tensor``, which every rank of the group has whole.
 
-    Nothing is sent. It is differentiable: of what was computed for the whole sequence, this rank
-    gets the gradient that its own rows give; :func:`sum_gradients` adds up those of all ranks.
+    Nothing is sent. It is differentiable: the whole sequence gets the gradient of this rank's rows
+    alone; :func:`sum_gradients` adds up those of all ranks.
 
     Args:
         tensor: of any shape: hidden states, targets, a padding mask.
@@ -61,7 +61,7 @@ def split_sequence(
         A tensor with ``size / n`` entries in ``dim``; a view without ``load_balance``.
 
     Raises:
-        ValueError: the size of ``dim`` is no such multiple.
+        ValueError: the size of ``dim`` is not such a multiple.
         IndexError: ``dim`` does not exist.
 
     Source: the order with load balance: Llama Team, The Llama 3 Herd of Models, arXiv:2407.21783,

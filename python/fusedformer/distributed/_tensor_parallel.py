@@ -59,12 +59,12 @@ class TransformerParallel(ParallelStyle):
     ``flatten(0, 1)`` is torch's. Shard over other ranks with ``fully_shard`` afterwards.
 
     Ranks must draw the same random numbers (``torch.manual_seed`` with one seed for all): dropout
-    of what all ranks have is then the same on all, and that of what is spread differs by rank.
+    of whole tensors is then the same on all, and that of spread tensors differs by rank.
 
     Args:
         sequence_parallel: between the products each rank has its part of the tokens: norms,
-            residuals and their dropout are computed once, not on every rank, and as many numbers
-            fewer are kept. It holds in stacks and wherever they can run packed: batches with a
+            residuals and their dropout are computed once, not on every rank, and their results are
+            kept once. It holds in stacks and wherever they can run packed: batches with a
             boolean padding mask or none, with no other mask but the causal one.
 
     Raises:
@@ -127,7 +127,7 @@ def tensor_parallel_plan(
         sequence_parallel: as for :class:`TransformerParallel`.
 
     Returns:
-        The style of ``module`` itself, or those of what is in it by path. Entries for other modules
+        The style of ``module`` itself, or those of modules in it by path. Entries for other modules
         (embeddings, heads) may be added.
 
     Raises:

@@ -40,7 +40,7 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
             interaction), where the report says so.
 
     Returns:
-        What was replaced by what, and what was left alone and why; it prints as a table.
+        The replacements, and the modules left alone with reasons; it prints as a table.
 
     Raises:
         TypeError: ``model`` is not a module, or is scripted.

@@ -23,13 +23,13 @@ except ImportError:  # an older transformers: then only hooks tell
 
 
 # Dtypes that mark masks of keys made by this library, for all queries or for causal attention.
-# Dimensions tell nothing, as models hand on 4-D masks as they are; a boolean mask may be the user's.
+# Dimensions tell nothing, as models hand on 4-D masks unchanged; a boolean mask may be the user's.
 FULL, CAUSAL = torch.uint8, torch.int8
 KEPT = "_fusedformer_configs"  # where a module keeps the configurations that it had: ``_configs``
 
 
 def captured() -> dict[str, Any]:
-    """Return the names of further outputs that the running model was asked for."""
+    """Return further outputs that the running model was asked for, by name."""
     collector: Any = _active_collector
     if collector is None:
         return {}
@@ -174,7 +174,7 @@ def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
     """Return whether a module that contradicts its mask would have got none before it was fused.
 
     For ``sdpa`` transformers leaves the mask away if nothing is padding, see
-    ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
+    ``findings/aimv2_text_causality.sh``: the model computes the same as before.
     """
     kept = module.__dict__.get(KEPT, {}).get("config")
     before = None if kept is None else kept.original._attn_implementation

@@ -25,7 +25,7 @@ class Left(NamedTuple):
 
 
 class FusionReport:
-    """What was replaced and what was left alone; ``str()`` of it is a table.
+    """Replacements, and modules left alone; ``str()`` of it is a table.
 
     Attributes:
         replaced: tuples of path, before, after.

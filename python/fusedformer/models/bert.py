@@ -20,6 +20,7 @@ from fusedformer.models.huggingface import (
     activation_of,
     weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -212,13 +213,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal of deviation ``initializer_range``, biases 0."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        draw_parameters(self, self.config.initializer_range)
         self.embeddings.word.weight[self.config.pad_token_id].zero_()
 
     def forward(

@@ -18,6 +18,7 @@ from fusedformer.models.huggingface import (
     activation_of,
     weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -36,7 +37,7 @@ class CLIPTextConfig(ModelConfig):
     """Sizes and settings of the text tower, by Hugging Face's names; defaults of ViT-B/32.
 
     As in transformers, an ``eos_token_id`` of 2 stands for the largest id of a text: OpenAI's first
-    configurations say 2, whatever the tokenizer has.
+    configurations say 2, which is not the tokenizer's.
 
     Raises:
         ValueError: a size that is not positive, heads that do not divide the width, a dropout
@@ -243,14 +244,7 @@ class CLIPModel(HuggingFaceWeights):
                 "linear1.weight": (2 * width) ** -0.5, "linear2.weight": small,
                 "embeddings.cls": width**-0.5,
             }  # fmt: skip
-            for name, parameter in tower.named_parameters():
-                if "norm" in name:
-                    nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-                elif name.endswith("bias"):
-                    nn.init.zeros_(parameter)
-                else:
-                    found = [d for end, d in deviations.items() if name.endswith(end)]
-                    nn.init.normal_(parameter, std=found[0] if found else 0.02)
+            draw_parameters(tower, 0.02, deviations)
         for projection in (self.text_projection, self.image_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.logit_scale.fill_(self.config.logit_scale_init_value)
@@ -289,7 +283,7 @@ class CLIPModel(HuggingFaceWeights):
         """Compute the contrastive loss of pairs (text i, image i). No matrix of pairs is kept.
 
         Args:
-            input_ids, pixel_values, attention_mask: as for :meth:`forward`, as many texts as
+            input_ids, pixel_values, attention_mask: as for :meth:`forward`, one text for each of
                 images.
             settings: ``group`` and others of :func:`fusedformer.functional.contrastive_loss`.
         """

@@ -22,7 +22,7 @@ _TOKENS_BETWEEN_LOOKS = 8  # looking whether all sequences ended waits for the d
 
 
 class KeyValueCache:
-    """Keys and values of all layers, as many positions as there is room for, and what is in use.
+    """Keys and values of all layers, with room for more, and the lengths in use.
 
     Attributes:
         keys, values: ``[layers, B, heads, room + 1, head_dim]``; the last position takes what
@@ -81,7 +81,7 @@ class KeyValueCache:
 
     @property
     def room(self) -> int:
-        """Return the number of positions that there is room for."""
+        """Return the number of positions that fit."""
         return self.keys.shape[3] - 1
 
     def positions(self, count: int) -> Tensor:

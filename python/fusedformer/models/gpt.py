@@ -18,6 +18,7 @@ from fusedformer.models.huggingface import (
     activation_of,
     weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import Encoded, TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -130,18 +131,12 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal of deviation ``initializer_range``, biases 0.
 
-        What is added to the residual stream is drawn smaller, by the root of how often that is.
+        Weights whose product is added to the residual stream are smaller, by the square root of the
+        number of these additions.
         """
         deviation, additions = self.config.initializer_range, 2 * self.config.n_layer
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith(("out_proj.weight", "linear2.weight")):
-                nn.init.normal_(parameter, std=deviation / math.sqrt(additions))
-            else:
-                nn.init.normal_(parameter, std=deviation)
+        small = deviation / math.sqrt(additions)
+        draw_parameters(self, deviation, {"out_proj.weight": small, "linear2.weight": small})
 
     def forward(
         self,

@@ -60,7 +60,7 @@ class ContrastiveLoss(_Scaled):
 
     Args:
         init_logit_scale: where it starts.
-        max_logit_scale: what it is kept below: a forward in training brings it back, as CLIP does
+        max_logit_scale: its upper bound: a forward in training clamps it, as CLIP does
             after each step of the optimizer. None: not bounded.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 

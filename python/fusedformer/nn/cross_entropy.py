@@ -41,7 +41,7 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
     and state_dict (``linear.weight``, ``linear.bias``, ``weight``).
 
     Args:
-        in_features: features of what is projected.
+        in_features: width of the input.
         num_classes: rows of ``linear.weight``.
         out_features: ``()``; there is one dimension of classes.
         bias: whether there is a ``linear.bias``.

@@ -1,4 +1,4 @@
-"""What encoder and decoder layers share: the constructor, and each block before its residual.
+"""The constructor, the checks and the blocks that encoder and decoder layers share.
 
 The order of a layer's steps stands in :class:`TransformerEncoderLayer` and
 :class:`TransformerDecoderLayer` themselves.

@@ -1,4 +1,4 @@
-"""What encoder and decoder share: their checks, packing at the entry, the layers and the norm."""
+"""Functions that encoder and decoder share: checks, packing at the entry, layers and norm."""
 
 from __future__ import annotations
 

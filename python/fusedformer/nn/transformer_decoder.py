@@ -159,7 +159,7 @@ class TransformerDecoder(FusedStack, torch.nn.TransformerDecoder):
 
         Args:
             tgt: ``[total, E]``, of :func:`functional.pack` with ``tgt_packing`` or made packed.
-            tgt_packing, memory_packing: of two batches of as many sequences.
+            tgt_packing, memory_packing: of two batches with the same number of sequences.
             memory: likewise.
             tgt_is_causal: tokens of ``tgt`` see themselves and those before them.
 

@@ -120,7 +120,7 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
             src_key_padding_mask: ``[N, S]`` (unbatched ``[S]``); True = masked, or added.
             is_causal: a hint that ``mask`` is the causal mask, so that it need not be read. None
                 looks whether it is, which on a GPU waits for the device once.
-            output_rows: only these rows of the output, batch first whatever the input is: boolean
+            output_rows: only these rows of the output, batch first for any input: boolean
                 ``[N, S]`` (masked positions, say), or int64 ``[N, R]``, columns of each sequence
                 (0 for the CLS token). What follows attention in the last layer, its queries
                 included, is then computed for them alone wherever batches are packed, and also

@@ -54,7 +54,7 @@ def graphed(
     Raises:
         RuntimeError: ``module`` is not on a GPU; it cannot be captured, because it asks the device
             for numbers, say.
-        TypeError: ``module`` is of no such kind; ``shapes`` are not pairs of integers.
+        TypeError: ``module`` is not of these kinds; ``shapes`` are not pairs of integers.
         ValueError: ``module`` is in training mode or has no parameters; no shapes, or sizes that
             are not positive; outputs that are neither ``[batch, length, width]``, ``[batch,
             width]`` nor ``[batch]``.
@@ -90,7 +90,7 @@ class Graphed:
     them, ``token_type_ids``; all but the first by name. Without a mask every position is a token.
     No gradient is computed. Calls from several threads and streams take turns.
 
-    What the graphs do was decided when they were captured: hooks and other Python of the module do
+    Graphs repeat the kernels that they captured: hooks and other Python of the module do
     not run again. Weights that are changed in place, by ``load_state_dict`` or an optimizer, are
     seen. Where a parameter, a buffer or a child was replaced since, a call raises; :meth:`capture`
     captures anew.
