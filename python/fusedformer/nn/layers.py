@@ -151,16 +151,20 @@ class FusedLayer:
     def _children_are_plain(self: Any) -> bool:
         """Return whether the fused steps do exactly what calling the children would do."""
         parts: LayerParts = self._fused_parts
-        own, stock = type(self), parts.stock
-        if any(getattr(own, name) is not getattr(stock, name) for name in parts.methods):
-            return False
-        attentions = [getattr(self, name) for name in parts.attentions]
-        return (
-            all(is_plain(one, MultiheadAttention) and one._can_pack() for one in attentions)
-            and all(one.batch_first == attentions[0].batch_first for one in attentions)
-            and are_plain(
-                (*(one.out_proj for one in attentions), self.linear1, self.linear2),
-                [getattr(self, name) for name in parts.norms],
-                [getattr(self, name) for name in parts.dropouts],
-            )
+        own, stock, children = type(self), parts.stock, self._modules
+        for name in parts.methods:
+            if getattr(own, name) is not getattr(stock, name):
+                return False
+        linears = [children["linear1"], children["linear2"]]
+        attentions = [children[name] for name in parts.attentions]
+        for one in attentions:
+            if not (is_plain(one, MultiheadAttention) and one._can_pack()):
+                return False
+            if one.batch_first != attentions[0].batch_first:
+                return False
+            linears.append(one.out_proj)
+        return are_plain(
+            linears,
+            [children[name] for name in parts.norms],
+            [children[name] for name in parts.dropouts],
         )
