@@ -58,12 +58,12 @@ def _is_tensor(arg: Any) -> bool:
     return hasattr(arg, "placements")
 
 
-def _if(wanted: bool, placement: Placement) -> Placement:
+def _placed_if(wanted: bool, placement: Placement) -> Placement:
     """Return the placement of an output: ``placement`` if it is computed, else replicated."""
     return placement if wanted else _REPLICATE
 
 
-def _all(placement: Placement, *names: str) -> dict[str, Placement]:
+def _each(placement: Placement, *names: str) -> dict[str, Placement]:
     """Give ``placement`` to each of the inputs ``names``."""
     return dict.fromkeys(names, placement)
 
@@ -75,12 +75,12 @@ def _all(placement: Placement, *names: str) -> dict[str, Placement]:
 def _norm(op: Any) -> Iterator[Sharding]:
     for dim in _rows(op.input, op.dims, op.seed):
         outputs = [
-            _if(op.kind != "none", Shard(dim)),
-            _if(_is_tensor(op.residual) and op.wants_sum, Shard(dim)),
-            _if(op.kind == "layer" and op.wants_statistics, Shard(0)),
-            _if(op.kind != "none" and op.wants_statistics, Shard(0)),
+            _placed_if(op.kind != "none", Shard(dim)),
+            _placed_if(_is_tensor(op.residual) and op.wants_sum, Shard(dim)),
+            _placed_if(op.kind == "layer" and op.wants_statistics, Shard(0)),
+            _placed_if(op.kind != "none" and op.wants_statistics, Shard(0)),
         ]
-        yield outputs, _all(Shard(dim), "input", "residual")
+        yield outputs, _each(Shard(dim), "input", "residual")
 
 
 @_rule("norm_backward")
@@ -88,8 +88,12 @@ def _norm_backward(op: Any) -> Iterator[Sharding]:
     differs = _is_tensor(op.seed) or op.input_dtype != op.normed.tensor_meta.dtype
     needs = op.needs_weight_grad, op.needs_bias_grad, op.needs_input_bias_grad
     for dim in _rows(op.normed, op.dims, op.seed):
-        outputs = [Shard(dim), _if(differs, Shard(dim)), *(_if(need, Partial()) for need in needs)]
-        inputs = _all(Shard(dim), "grad", "sum_grad", "normed")
+        outputs = [
+            Shard(dim),
+            _placed_if(differs, Shard(dim)),
+            *(_placed_if(need, Partial()) for need in needs),
+        ]
+        inputs = _each(Shard(dim), "grad", "sum_grad", "normed")
         for name in ("mean", "rstd"):  # empty where the forward computed none
             statistics = getattr(op, name)
             if _is_tensor(statistics) and statistics.shape[0]:
@@ -100,13 +104,13 @@ def _norm_backward(op: Any) -> Iterator[Sharding]:
 @_rule("softmax")
 def _softmax(op: Any) -> Iterator[Sharding]:
     for dim in _rows(op.input, 2 if op.is_causal else 1, None):
-        yield [Shard(dim)], _all(Shard(dim), "input", "mask")
+        yield [Shard(dim)], _each(Shard(dim), "input", "mask")
 
 
 @_rule("softmax_backward")
 def _softmax_backward(op: Any) -> Iterator[Sharding]:
     for dim in _rows(op.output, 1, None):
-        yield [Shard(dim)], _all(Shard(dim), "grad", "output")
+        yield [Shard(dim)], _each(Shard(dim), "grad", "output")
 
 
 @_rule("bias_activation")
@@ -118,8 +122,8 @@ def _bias_activation(op: Any) -> Iterator[Sharding]:
 @_rule("bias_activation_backward")
 def _bias_activation_backward(op: Any) -> Iterator[Sharding]:
     for dim, bias, gradient in _rows_and_columns(op):
-        outputs = [Shard(dim), _if(_is_tensor(op.bias) and op.needs_bias_grad, gradient)]
-        yield outputs, {**_all(Shard(dim), "grad", "input"), "bias": bias}
+        outputs = [Shard(dim), _placed_if(_is_tensor(op.bias) and op.needs_bias_grad, gradient)]
+        yield outputs, {**_each(Shard(dim), "grad", "input"), "bias": bias}
 
 
 def _rows(tensor: Any, dims: int, seed: Any) -> range:
@@ -141,17 +145,17 @@ def _rows_and_columns(op: Any) -> Iterator[tuple[int, Placement, Placement]]:
 @_rule("attention")
 def _attention(op: Any) -> Iterator[Sharding]:
     for dim, terms, _ in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
-        lse = _if(op.return_lse, Shard(dim))
+        lse = _placed_if(op.return_lse, Shard(dim))
         outputs = [Shard(dim), lse, Shard(dim + 1)]
-        yield outputs, {**terms, **_all(Shard(dim), "query", "key", "value")}
+        yield outputs, {**terms, **_each(Shard(dim), "query", "key", "value")}
 
 
 @_rule("attention_backward")
 def _attention_backward(op: Any) -> Iterator[Sharding]:
     names = "grad", "lse_grad", "query", "key", "value", "output"
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
-        outputs = _wanted(op, [*[Shard(dim)] * 3, *learned])
-        inputs = {**terms, **_all(Shard(dim), *names), "statistics": Shard(dim + 1)}
+        outputs = _only_needed(op, [*[Shard(dim)] * 3, *learned])
+        inputs = {**terms, **_each(Shard(dim), *names), "statistics": Shard(dim + 1)}
         yield outputs, inputs
 
 
@@ -166,7 +170,7 @@ def _self_attention(op: Any) -> Iterator[Sharding]:
 def _self_attention_backward(op: Any) -> Iterator[Sharding]:
     heads = op.qkv.shape[3]
     for dim, terms, _ in _batch_and_heads(op, heads, heads):
-        inputs = {**terms, **_all(Shard(dim), "grad", "output"), "statistics": Shard(dim + 1)}
+        inputs = {**terms, **_each(Shard(dim), "grad", "output"), "statistics": Shard(dim + 1)}
         projected = Shard(3 if dim else 0)
         yield [projected], {**inputs, "qkv": projected}
 
@@ -175,7 +179,7 @@ def _self_attention_backward(op: Any) -> Iterator[Sharding]:
 def _attention_weights(op: Any) -> Iterator[Sharding]:
     for dim, terms, _ in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):  # a mean over heads needs all of them
-            inputs = {**_all(Shard(dim), "query", "key", "lse"), "statistics": Shard(dim + 1)}
+            inputs = {**_each(Shard(dim), "query", "key", "lse"), "statistics": Shard(dim + 1)}
             yield [Shard(dim)], {**terms, **inputs}
 
 
@@ -183,22 +187,22 @@ def _attention_weights(op: Any) -> Iterator[Sharding]:
 def _attention_weights_backward(op: Any) -> Iterator[Sharding]:
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):
-            outputs = _wanted(op, [*[Shard(dim)] * 3, *learned[:3]])
-            inputs = {**_all(Shard(dim), "grad", "query", "key"), "statistics": Shard(dim + 1)}
+            outputs = _only_needed(op, [*[Shard(dim)] * 3, *learned[:3]])
+            inputs = {**_each(Shard(dim), "grad", "query", "key"), "statistics": Shard(dim + 1)}
             yield outputs, {**terms, **inputs}
 
 
 @_rule("merge_attention_states")
 def _merge(op: Any) -> Iterator[Sharding]:
     for dim in _rows(op.output1, 1, None):
-        yield [Shard(dim)] * 2, _all(Shard(dim), "output1", "lse1", "output2", "lse2")
+        yield [Shard(dim)] * 2, _each(Shard(dim), "output1", "lse1", "output2", "lse2")
 
 
 @_rule("merge_attention_states_backward")
 def _merge_backward(op: Any) -> Iterator[Sharding]:
     names = "grad", "lse_grad", "output1", "lse1", "output2", "lse2"
     for dim in _rows(op.output1, 1, None):
-        yield [Shard(dim)] * 4, _all(Shard(dim), *names)
+        yield [Shard(dim)] * 4, _each(Shard(dim), *names)
 
 
 def _batch_and_heads(
@@ -212,20 +216,20 @@ def _batch_and_heads(
     if _is_tensor(op.seed):
         return
     if not _is_tensor(op.starts_q):
-        mask, slopes = (_broadcast(t, 0) for t in (op.mask, op.slopes))
-        terms = {"mask": mask, "slopes": slopes, **_all(Shard(0), "key_mask", "key_lengths")}
+        mask, slopes = (_shard_unless_broadcast(t, 0) for t in (op.mask, op.slopes))
+        terms = {"mask": mask, "slopes": slopes, **_each(Shard(0), "key_mask", "key_lengths")}
         yield 0, terms, [_gradient(mask), _gradient(slopes), Partial(), Partial()]
     # With fewer heads of keys than of queries, each rank must get the keys of its queries.
     ranks = next(t for t in vars(op).values() if _is_tensor(t)).mesh.size()
     if heads == key_heads or key_heads % ranks == 0:
-        mask = _broadcast(op.mask, 1)
-        terms = {"mask": mask, "slopes": Shard(1), **_all(Shard(0), "table", "sinks")}
+        mask = _shard_unless_broadcast(op.mask, 1)
+        terms = {"mask": mask, "slopes": Shard(1), **_each(Shard(0), "table", "sinks")}
         yield 1, terms, [_gradient(mask), Shard(1), Shard(0), Shard(0)]
 
 
-def _broadcast(tensor: Any, dim: int) -> Placement:
+def _shard_unless_broadcast(tensor: Any, dim: int) -> Placement:
     """Return the placement of a tensor that may broadcast in ``dim``."""
-    return _if(_is_tensor(tensor) and tensor.shape[dim] > 1, Shard(dim))
+    return _placed_if(_is_tensor(tensor) and tensor.shape[dim] > 1, Shard(dim))
 
 
 def _gradient(placement: Placement) -> Placement:
@@ -233,6 +237,8 @@ def _gradient(placement: Placement) -> Placement:
     return Partial() if placement == _REPLICATE else placement
 
 
-def _wanted(op: Any, gradients: list[Placement]) -> list[Placement]:
+def _only_needed(op: Any, gradients: list[Placement]) -> list[Placement]:
     """Replace placements of gradients that the op does not compute."""
-    return [_if(need, placement) for need, placement in zip(op.needs, gradients, strict=True)]
+    return [
+        _placed_if(need, placement) for need, placement in zip(op.needs, gradients, strict=True)
+    ]
