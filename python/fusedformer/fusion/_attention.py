@@ -43,11 +43,11 @@ def key_mask_of(mask: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, FULL):
         return None
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return _seen_as(torch.bool, mask[:, 0, 0])
+        return _mask_as(torch.bool, mask[:, 0, 0])
     return mask if mask.dim() == 2 else None
 
 
-def _seen_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
+def _mask_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
     """View a mask of 0 and 1 in another dtype of one byte; torch.jit.trace must copy it."""
     return mask.to(dtype) if is_traced_by_jit() else mask.view(dtype)
 
@@ -94,7 +94,7 @@ def attention(
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = key_mask = None
     if not packed:
-        mask, key_mask, is_causal = _understood(module, attention_mask, is_causal)
+        mask, key_mask, is_causal = _split_mask(module, attention_mask, is_causal)
     is_causal = is_causal and query.shape[2] > 1
     window = None
     if sliding_window is not None and packed:  # else the mask contains it
@@ -149,28 +149,28 @@ def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
     return mask
 
 
-def _understood(
-    module: nn.Module, given: Tensor | None, says: bool
+def _split_mask(
+    module: nn.Module, given: Tensor | None, module_is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """Split a mask that layers were given into mask of scores, mask of keys, and causality.
 
-    ``says``, the module's word on causality, holds where the mask leaves it open.
+    Where the mask leaves causality open, ``module_is_causal``, the module's setting, holds.
     """
     if given is None:
-        return None, None, says
+        return None, None, module_is_causal
     if given.dim() == 2:
-        return None, given, says
+        return None, given, module_is_causal
     is_causal = given.dtype == CAUSAL
-    keys = _seen_as(torch.bool, given[:, 0, 0]) if is_causal else key_mask_of(given)
+    keys = _mask_as(torch.bool, given[:, 0, 0]) if is_causal else key_mask_of(given)
     if keys is None:
         return given, None, False
     ours = given.dtype != torch.bool
-    if ours and is_causal != says and _sdpa_forgets(module, keys):
-        is_causal = says
+    if ours and is_causal != module_is_causal and _sdpa_left_mask_out(module, keys):
+        is_causal = module_is_causal
     return None, keys, is_causal
 
 
-def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
+def _sdpa_left_mask_out(module: nn.Module, keys: Tensor) -> bool:
     """Return whether a module that contradicts its mask would have got none before it was fused.
 
     For ``sdpa`` transformers leaves the mask away if nothing is padding, see
@@ -211,7 +211,7 @@ def attention_mask(
     if (full or aligned) and fits and kv_offset == 0:
         if attention_mask is None:
             return None
-        return _seen_as(FULL if full else CAUSAL, attention_mask.bool()[:, None, None])
+        return _mask_as(FULL if full else CAUSAL, attention_mask.bool()[:, None, None])
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
@@ -225,7 +225,8 @@ def attention_mask_4d(
 ) -> Tensor | None:
     """Make the mask for models that read it: None or ``[batch, 1, queries, keys]``, as ``sdpa``'s.
 
-    But for queries of the first of more keys, where None is causality that begins at the top left.
+    It is never None where queries are fewer than keys but more than one, as ``sdpa`` would then
+    align causality at the top left.
     """
     found: Tensor | None = sdpa_mask(
         q_length=q_length, kv_length=kv_length,

@@ -112,12 +112,12 @@ def exchange(model: nn.Module, names: dict[int, str], attending: set[int]) -> No
     copies: dict[int, Any] = {}
 
     def concerns(config: Any) -> bool:
-        return id(config) in names or any(concerns(one) for one in _within(config).values())
+        return id(config) in names or any(concerns(one) for one in _inner_configs(config).values())
 
     def copied(config: Any) -> Any:
         if id(config) not in copies:
             twin = copies[id(config)] = copy.copy(config)
-            inner = {n: copied(one) for n, one in _within(config).items() if concerns(one)}
+            inner = {n: copied(one) for n, one in _inner_configs(config).items() if concerns(one)}
             twin.__dict__.update(inner)
             if id(config) in names:
                 twin.__dict__[_NAMED] = names[id(config)]
@@ -150,7 +150,7 @@ def restore(model: nn.Module) -> int:
     usual = next(map(named, before.values()), "sdpa")
     for module in model.modules():  # modules made since then got our copies
         for _, config in configs_of(module):
-            for one in (config, *_within(config).values()):
+            for one in (config, *_inner_configs(config).values()):
                 if named(one) in NAMES:
                     one.__dict__[_NAMED] = usual
     return len(attending)
@@ -162,5 +162,5 @@ def _carry_over(twin: Any, original: Any) -> None:
             original.__dict__[name] = value
 
 
-def _within(config: Any) -> dict[str, Any]:
+def _inner_configs(config: Any) -> dict[str, Any]:
     return {n: one for n, one in vars(config).items() if isinstance(one, PretrainedConfig)}
