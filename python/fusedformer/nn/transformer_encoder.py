@@ -151,11 +151,11 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
         if compute_padding is None:
             compute_padding = self.compute_padding
         if padding is None:
-            gains = output_rows is not None or self._always_packs
+            saves_work = output_rows is not None or self._always_packs
         else:
-            gains = not compute_padding
+            saves_work = not compute_padding
         if (
-            gains
+            saves_work
             and src.dim() == 3
             and are_boolean(padding)
             and is_only_causal(mask, is_causal)
