@@ -1,4 +1,4 @@
-"""Train a part of a pretrained model: its last layers, a head, a learned prompt or prefix."""
+"""Training of a part of a pretrained model: last layers, a head, a learned prompt or prefix."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fusedformer.models.text import TextModel
 
 __all__ = ["SequenceClassifier", "freeze", "prefix_tuning", "prompt_tuning"]
 
-_DEVIATION = 0.02  # of the drawn vectors, as of the models' own weights
+_DEVIATION = 0.02  # of initial values, as in the models
 
 
 def freeze(model: nn.Module, layers: int) -> list[str]:
     """Train all but the embeddings and the first ``layers`` layers of the encoder.
 
-    The forward saves nothing for frozen parameters, and the backward stops at the first layer that
+    The forward keeps nothing for what is frozen, and the backward stops at the first layer that
     is trained. ``model.requires_grad_(True)`` trains all of it.
 
     Args:
@@ -31,7 +31,7 @@ def freeze(model: nn.Module, layers: int) -> list[str]:
         The names of the parameters that are trained.
 
     Raises:
-        TypeError: ``model`` has no encoder of layers.
+        TypeError: ``model`` has no encoder with layers.
         ValueError: ``layers`` out of range.
     """
     encoder = getattr(model, "encoder", model)
@@ -59,8 +59,8 @@ def prompt_tuning(
 ) -> PromptTuning:
     """Put ``length`` learned vectors in front of every input of ``model``, and train only these.
 
-    They take the place of token embeddings at the first ``length`` positions, and tokens the
-    positions after them. Outputs are those of the tokens alone, padded as without a prompt.
+    They take the place of token embeddings, at the first positions; tokens move back by ``length``.
+    They are packed with the tokens, so padding is as it was; outputs are of the tokens alone.
 
     Args:
         model: whose ``prompt`` becomes the module that is returned; all else is frozen.
@@ -69,7 +69,7 @@ def prompt_tuning(
 
     Raises:
         TypeError: ``model`` is not a text model of :mod:`fusedformer.models`.
-        ValueError: ``length`` is not positive; ``start_ids`` has another length.
+        ValueError: ``length`` is not positive; ``start_ids`` is not of it.
 
     Source: Lester et al., arXiv:2104.08691.
     """
@@ -144,10 +144,10 @@ class SequenceClassifier(nn.Module):
         )
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return logits ``[B, num_labels]``; arguments are those of the model's ``pooled``."""
+        """Compute logits ``[B, num_labels]``; arguments are those of the model's ``pooled``."""
         logits: Tensor = self.classifier(self.dropout(self.model.pooled(*inputs, **named)))
         return logits
 
     def loss(self, labels: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        """Return the cross entropy of ``labels``, int64 ``[B]``; others as of :meth:`forward`."""
+        """Compute the cross entropy of int64 ``labels`` ``[B]``; the rest as :meth:`forward`."""
         return functional.cross_entropy(self(*inputs, **named), labels)

@@ -1,4 +1,4 @@
-"""Train language models: mask tokens or shift labels, and compute the loss.
+"""Training objectives of language models: masked tokens, and the loss of the next token.
 
 The losses are :func:`fusedformer.functional.linear_cross_entropy`: no logits of all tokens are in
 memory, and tokens without a label are not projected.
@@ -25,16 +25,16 @@ def mask_tokens(
     probability: float = 0.15,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask tokens as BERT's training does; return the ids, and the labels to predict.
+    """Choose and replace tokens as BERT is trained; the labels are the tokens before.
 
-    Each token is chosen with ``probability``. Of the chosen ones 80% become the mask token, 10% any
-    token, and 10% stay. One random number a token decides, so that this never waits for a GPU.
+    Of the tokens that are chosen, each with ``probability``, 80% become the mask token, 10% any
+    token, and 10% stay. One random number decides for a token; nothing waits for the device.
 
     Args:
         input_ids: int64, any shape.
-        mask_token_id: the mask token.
+        mask_token_id: the id that replaces a token.
         vocab_size: random tokens are drawn from 0 to ``vocab_size - 1``.
-        special_tokens_mask: where no token is chosen: boolean or integer (not 0), of the shape
+        special_tokens_mask: where a token is never chosen: boolean or integer (not 0), of the shape
             of ``input_ids``. Padding belongs there.
         probability: that a token is chosen, in [0, 1].
         generator: of the device of ``input_ids``; the same state gives the same result.
@@ -74,7 +74,7 @@ def mask_tokens(
             )
         checks.check_same_device(function, {"input_ids": input_ids, name: special_tokens_mask})
         chosen &= special_tokens_mask == 0
-    # Among chosen tokens the number is uniform below ``probability``.
+    # The random number of a chosen token is uniform below ``probability``.
     ids = torch.where(chosen & (draw < 0.9 * probability), random, input_ids)
     ids = torch.where(chosen & (draw < 0.8 * probability), mask_token_id, ids)
     return ids, torch.where(chosen, input_ids, IGNORED)
@@ -94,8 +94,8 @@ def causal_lm_loss(
 ) -> Tensor:
     """Compute the loss of predicting each token from the hidden state before it.
 
-    The labels are shifted, so that the last position of each sequence gets none, and ``input`` is
-    neither sliced nor copied.
+    It is the labels that are shifted: the last position of each sequence gets none, and
+    ``input`` is neither sliced nor copied.
 
     Args:
         input: hidden states ``[batch, length, D]``, or of packed sequences ``[total, D]``.
@@ -107,12 +107,12 @@ def causal_lm_loss(
         linear_bias, reduction, ignore_index, label_smoothing: see
             :func:`fusedformer.functional.linear_cross_entropy`. Of ``reduction="none"`` the result
             is shaped as ``labels``.
-        static_shapes: compute all positions, without waiting for a GPU. False is better where many
+        static_shapes: compute all positions, which waits for nothing. False is better where many
             labels are ``ignore_index``: those positions are then dropped before any product.
 
     Raises:
-        TypeError: ``labels`` is not int64, ``cu_seqlens`` not int32 or int64; as the loss.
-        ValueError: shapes that do not belong together; as the loss.
+        TypeError: ``labels`` is not int64, ``cu_seqlens`` not int32 or int64; what the loss raises.
+        ValueError: shapes that do not belong together; what the loss raises.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
     """
@@ -145,7 +145,7 @@ def causal_lm_loss(
 def _within_sequences(
     function: str, shifted: Tensor, cu_seqlens: Tensor, ignore_index: int
 ) -> Tensor:
-    """Ignore the targets of last positions, and of rows outside all sequences."""
+    """Ignore the targets at last positions, and of rows that are in no sequence."""
     name = "cu_seqlens"
     checks.check_tensor(function, name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -159,7 +159,7 @@ def _within_sequences(
         )
     checks.check_same_device(function, {"labels": shifted, name: cu_seqlens})
     positions = torch.arange(shifted.shape[0], device=shifted.device, dtype=cu_seqlens.dtype)
-    # Position p is its sequence's last if a sequence ends at p + 1.
+    # Position p is the last of its sequence if a sequence ends at p + 1.
     ends = torch.searchsorted(cu_seqlens, positions + 1)
     last = cu_seqlens[ends.clamp(max=cu_seqlens.shape[0] - 1)] == positions + 1
     return shifted.masked_fill(last | (positions >= cu_seqlens[-1]), ignore_index)

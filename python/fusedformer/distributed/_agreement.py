@@ -1,4 +1,4 @@
-"""All ranks of a group raise where one of them would, before any of them waits for another."""
+"""Checks that raise on all ranks of a group, so that none waits for one that raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of packed sequences such that no rank waits for another."""
+"""Batches of packed sequences with equal work on all ranks, so that none waits for another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def balanced_batches(
     order: Sequence[int] | None = None,
     d_model: int = 768,
 ) -> list[list[list[int]]]:
-    """Every sample once, in steps in which all ranks have about as much to compute.
+    """Put every sample into one batch, so that in each step all ranks have about equal work.
 
     Consecutive samples of ``order`` make a step; within it the most costly go first, each to the
     rank that has the least so far. A sample of length l costs ``l + l**2 / (6 * d_model)``, for the
@@ -30,7 +30,7 @@ def balanced_batches(
         lengths: of all samples, positive.
         max_tokens: that a batch may have, all its samples together; at least twice the longest
             sample, or as much as it where ``num_replicas`` divides the number of samples.
-        num_replicas: number of ranks; at most as many as samples.
+        num_replicas: number of ranks; at most the number of samples.
         order: a permutation of the samples; as they come if None.
         d_model: width of the encoder, which says from which length on attention costs more than
             products.
@@ -59,7 +59,7 @@ def balanced_batches(
         found = _steps(lengths, order, until, steps, max_tokens, num_replicas, d_model)
         if found is not None:
             return found
-        assert steps < most  # with so many, ranks have one sample or two, which _check saw to fit
+        assert steps < most  # at ``most`` steps a rank has one or two samples; _check: they fit
         steps = min(most, steps + -(-steps // 64))
 
 
@@ -72,11 +72,11 @@ def _steps(
     ranks: int,
     d_model: int,
 ) -> list[list[list[int]]] | None:
-    """``order`` cut into steps of like numbers of tokens; None if a batch has too many."""
+    """Cut ``order`` into steps of similar numbers of tokens; None if a batch has too many."""
     found, start = [], 0
     for step in range(1, steps + 1):
         end = bisect.bisect_left(until, step * until[-1] / steps) + 1
-        # Every rank has a sample in this step, and in those that come.
+        # Every rank gets a sample in this step and in all later ones.
         end = min(max(end, start + ranks), len(order) - ranks * (steps - step))
         end = len(order) if step == steps else end
         batches = _dealt(lengths, order[start:end], max_tokens, ranks, d_model)
@@ -90,7 +90,7 @@ def _steps(
 def _dealt(
     lengths: Sequence[int], samples: Sequence[int], max_tokens: int, ranks: int, d_model: int
 ) -> list[list[int]] | None:
-    """The samples of a step, by rank; None if they do not fit."""
+    """Distribute the samples of a step over the ranks; None if they do not fit."""
     batches: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     waiting = [(0.0, rank) for rank in range(ranks)]
@@ -113,7 +113,7 @@ def _dealt(
 class LengthBalancedSampler(Sampler[list[int]]):
     """A ``batch_sampler`` for data-parallel training on packed sequences.
 
-    Each step gives every rank a batch of about as many tokens, and of as much attention: see
+    Each step gives every rank a batch with about the same tokens and the same attention: see
     :func:`balanced_batches`. Every sample comes once an epoch, on one rank; all ranks have as many
     steps. Batches differ in their number of samples and tokens: divide the loss by the number of
     tokens of all ranks, not by the rank's own.
@@ -159,7 +159,7 @@ class LengthBalancedSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, steps_done: int = 0) -> None:
-        """What the next iteration goes through: ``epoch``, without its first ``steps_done``.
+        """Set the next iteration to ``epoch``, without its first ``steps_done`` steps.
 
         Raises:
             ValueError: the epoch has fewer steps.
@@ -182,7 +182,7 @@ class LengthBalancedSampler(Sampler[list[int]]):
         return iter(self._batches)
 
     def __len__(self) -> int:
-        """Number of steps that the next iteration goes through."""
+        """Return the number of steps of the next iteration."""
         return len(self._batches)
 
 

@@ -39,7 +39,7 @@ def context_parallel(
     Dropout outside attention draws from each rank's generator: seed the ranks differently.
 
     Args:
-        module: a :class:`~fusedformer.nn.MultiheadAttention`, or whatever has some: a
+        module: a :class:`~fusedformer.nn.MultiheadAttention`, or a module that contains some: a
             ``TransformerEncoder`` or its layer. ``fuse`` a stock module first.
         group: over which the sequence is spread; the default group if None.
         load_balance: whether parts are those of ``split_sequence(..., load_balance=True)``.
@@ -49,7 +49,7 @@ def context_parallel(
         ``module``.
 
     Raises:
-        ValueError: there is no such attention in it, or one of ``torch.nn``, or one that appends
+        ValueError: it contains no such attention, or one of ``torch.nn``, or one that appends
             keys (``add_bias_kv``, ``add_zero_attn``). When called: attention weights that are asked
             for, and masks other than by padding and causality.
     """
@@ -81,7 +81,7 @@ def context_parallel(
 
 @dataclass(frozen=True)
 class _Attention:
-    """What modules call in place of ``functional.scaled_dot_product_attention``."""
+    """The function that modules call in place of ``functional.scaled_dot_product_attention``."""
 
     group: dist.ProcessGroup | None
     load_balance: bool
@@ -119,7 +119,7 @@ class _Attention:
         return output
 
     def __deepcopy__(self, memo: Any) -> _Attention:
-        return self  # a group is no thing to copy
+        return self  # a process group cannot be copied
 
 
 def sum_gradients(

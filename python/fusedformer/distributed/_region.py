@@ -1,8 +1,9 @@
-"""Where tensors are whole on every rank, and where each rank has a part: the ways between.
+"""Collectives between tensors that every rank has whole and tensors of which it has a part.
 
-Column-wise and row-wise products need no communication of their own. What is around them does: the
-input's gradient, or the output, is a sum over ranks. With rows (tokens) spread over ranks between
-the products, sums are scattered and parts gathered instead, which moves as much.
+Column-wise and row-wise products need no communication of their own. Around them there is some: the
+gradient of a column-wise product's input, and the output of a row-wise product, are sums over
+ranks. If rows (tokens) are spread over ranks between the products, sums are scattered and parts are
+gathered instead, which moves the same amount of data.
 
 Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053; rows: Korthikanti et al., Reducing
 Activation Recomputation in Large Transformer Models, arXiv:2205.05198.
@@ -28,7 +29,7 @@ from fusedformer.nn import MultiheadAttention
 
 
 class Region:
-    """One group of ranks that share layers.
+    """A group of ranks that share layers.
 
     Attributes:
         group: of ``size`` ranks, this one is ``rank``.
@@ -44,24 +45,24 @@ class Region:
         self._is_own = False
 
     def enter(self, x: Tensor) -> Tensor:
-        """All rows, before a column-wise product."""
+        """Gather all rows before a column-wise product."""
         if self.total is None:
             return self.share(x)
         return _apply(_Gather, x, self.group)[: self.total]
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum over ranks after a row-wise product: of all rows, or of this rank's."""
+        """Sum over ranks after a row-wise product: all rows, or this rank's rows."""
         if self.total is None:
             return _apply(_Sum, x, self.group)
         return _apply(_ScatterSum, self._padded(x), self.group)
 
     def share(self, x: Tensor) -> Tensor:
-        """``x``, of which every rank has all; its gradient is the sum over the ranks."""
+        """Return ``x``, which every rank has whole; its gradient is summed over the ranks."""
         return _apply(_SumGradient, x, self.group)
 
     @contextlib.contextmanager
     def spread(self, x: Tensor, training: bool) -> Iterator[None]:
-        """Inside, each rank has some of the rows of ``x`` between the products."""
+        """Spread the rows of ``x`` over the ranks between the products, while inside."""
         self.total = x.shape[0]
         try:
             with self.own_dropout(x, float(training)):
@@ -70,18 +71,18 @@ class Region:
             self.total = None
 
     def split(self, x: Tensor) -> Tensor:
-        """This rank's rows; zeros make up the number, which is the same on all."""
+        """Return this rank's rows, padded with zeros to the same number on all ranks."""
         return _apply(_Split, self._padded(x), self.group)
 
     def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`split`."""
+        """Gather the rows of all ranks: the inverse of :meth:`split`."""
         return _apply(_Join, x, self.group)[: self.total]
 
     @contextlib.contextmanager
     def own_dropout(self, x: Tensor, p: float) -> Iterator[None]:
-        """Inside, dropout with probability ``p`` of what is spread is another on every rank.
+        """Let every rank drop other elements with probability ``p``, while inside.
 
-        The ranks draw the same random numbers before and after.
+        Before and after, all ranks draw the same random numbers.
         """
         if not p or self._is_own:
             yield
@@ -103,9 +104,9 @@ class Region:
 
     @contextlib.contextmanager
     def local(self, *modules: nn.Module | None) -> Iterator[None]:
-        """Inside, parameters of ``modules`` are plain tensors: what this rank has of them.
+        """Make the parameters of ``modules`` plain tensors, this rank's parts, while inside.
 
-        Attention has as many heads as it has weights for. Outside, the parameters are DTensors.
+        Attention then has only the heads of its part. Outside, the parameters are DTensors.
         """
         places: list[tuple[nn.Module, str, Any]] = [
             (module, name, parameter)
@@ -137,11 +138,12 @@ class Region:
 
 @contextlib.contextmanager
 def _reseeded(device: torch.device, rank: int) -> Iterator[None]:
-    """Inside, torch's generator of ``device`` gives what depends on its state and ``rank``."""
+    """Reseed torch's generator of ``device`` from its state and ``rank``, while inside."""
     generator = torch.default_generator
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index]
-    torch.empty(1, device=device).uniform_(generator=generator)  # the next time is another
+    # Move the generator on, so that the next call reseeds otherwise.
+    torch.empty(1, device=device).uniform_(generator=generator)
     state = generator.get_state()
     generator.manual_seed(zlib.crc32(state.numpy().tobytes() + rank.to_bytes(4, "little")))
     try:
@@ -177,16 +179,16 @@ def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.chunk(group.size())[group.rank()].clone()
 
 
-def _way(name: str, there: Any, back: Any) -> Any:
-    """An autograd function of two collectives."""
+def _autograd_function(name: str, forwards: Any, backwards: Any) -> Any:
+    """Make an autograd function from a collective for each direction."""
 
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        result: Tensor = there(x, group)
+        result: Tensor = forwards(x, group)
         return result
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return back(grad, ctx.group), None
+        return backwards(grad, ctx.group), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
@@ -196,16 +198,16 @@ def _same(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.view_as(x)
 
 
-_SumGradient = _way("_SumGradient", _same, _summed)
-_Sum = _way("_Sum", _summed, _same)
-_Gather = _way("_Gather", _gathered, _scattered)
-_ScatterSum = _way("_ScatterSum", _scattered, _gathered)
-_Split = _way("_Split", _part, _gathered)
-_Join = _way("_Join", _gathered, _part)
+_SumGradient = _autograd_function("_SumGradient", _same, _summed)
+_Sum = _autograd_function("_Sum", _summed, _same)
+_Gather = _autograd_function("_Gather", _gathered, _scattered)
+_ScatterSum = _autograd_function("_ScatterSum", _scattered, _gathered)
+_Split = _autograd_function("_Split", _part, _gathered)
+_Join = _autograd_function("_Join", _gathered, _part)
 
 
 class _SumGradients(torch.autograd.Function):
-    """Tensors as they are; their gradients are summed over the ranks in one collective."""
+    """Identity; the gradients are summed over the ranks in one collective."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:

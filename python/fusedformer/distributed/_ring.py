@@ -28,11 +28,11 @@ from fusedformer.distributed._sequence import Span, spans_of
 from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Part = tuple[Span, Span, AttentionTerms]  # queries, keys, and what their scores depend on
+Part = tuple[Span, Span, AttentionTerms]  # queries, keys, and the terms of their scores
 
 
 def _not_compiled(function: Function) -> Function:
-    """``torch.compiler.disable``, typed: what is sent and received is not traced."""
+    """Disable the compiler, typed: sending and receiving cannot be traced."""
     called: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return called
 
@@ -103,8 +103,8 @@ def ring_attention(
         _check_dense_batch(function, query, key, value, enable_gqa)
         lengths = {"query": query.shape[2], "key": key.shape[2]}
         _check_balanced(function, lengths, load_balance)
-        return _described(function, (query, key, value), {
-            **options, "key_mask": key_mask is not None, "key_lengths": _seen(key_lengths),
+        return _description(function, (query, key, value), {
+            **options, "key_mask": key_mask is not None, "key_lengths": _comparable(key_lengths),
             "load_balance": load_balance, "return_lse": return_lse,
         })  # fmt: skip
 
@@ -175,8 +175,8 @@ def ring_varlen_attention(
             function, query, key, value, cu_seqlens, max_seqlen, options, ranks
         )
         _check_balanced(function, {"query": query.shape[0]}, load_balance)
-        return _described(function, (query, key, value), {
-            **options, "cu_seqlens": _seen(cu_seqlens), "max_seqlen": max_seqlen,
+        return _description(function, (query, key, value), {
+            **options, "cu_seqlens": _comparable(cu_seqlens), "max_seqlen": max_seqlen,
             "load_balance": load_balance, "return_lse": return_lse,
         })  # fmt: skip
 
@@ -200,9 +200,9 @@ def ring_varlen_attention(
 
 
 def _padded_terms(terms: AttentionTerms, queries: Span, keys: Span) -> AttentionTerms | None:
-    """``terms``, whose positions are those of the whole sequence, for two spans of it.
+    """Move ``terms``, which count positions in the whole sequence, to two spans of it.
 
-    None if no query sees a key.
+    Return None if no query sees a key.
     """
     ahead = keys.position - queries.position
     left, right = terms.left, terms.right
@@ -218,14 +218,14 @@ def _padded_terms(terms: AttentionTerms, queries: Span, keys: Span) -> Attention
 
 
 def _packed_terms(terms: AttentionTerms, queries: Span, keys: Span) -> AttentionTerms | None:
-    """The same for packed rows: what each sequence has within the spans.
+    """Move ``terms`` of packed rows to two spans: each sequence keeps its rows within them.
 
-    A sequence that goes over both lies before, at or after its queries as the spans do; one that
-    begins within a span begins there for queries and keys alike.
+    Return None if no query sees a key. Keys of an earlier span come before all queries, so
+    causality only hides keys if both are the same span.
     """
     if terms.right is not None and keys.position > queries.position:
         return None
-    starts: Any = terms.starts_q  # of queries and keys alike
+    starts: Any = terms.starts_q  # the same for queries and keys
     return terms._replace(
         starts_q=(starts - queries.position).clamp(0, queries.length),
         starts_k=(starts - keys.position).clamp(0, keys.length),
@@ -236,34 +236,34 @@ def _packed_terms(terms: AttentionTerms, queries: Span, keys: Span) -> Attention
 
 
 class _Ring(NamedTuple):
-    """Who holds what, and how it moves on."""
+    """Which rank holds which spans, and how keys and values move from rank to rank."""
 
     group: dist.ProcessGroup | None
     load_balance: bool
-    within: Callable[[AttentionTerms, Span, Span], AttentionTerms | None]
+    terms_within: Callable[[AttentionTerms, Span, Span], AttentionTerms | None]
 
     @property
     def ranks(self) -> int:
         return dist.get_world_size(self.group)
 
     def parts(self, step: int, query: Tensor, key: Tensor, terms: AttentionTerms) -> Iterator[Part]:
-        """What this rank computes at ``step``, with the keys of the rank so many before it."""
+        """List the parts computed at ``step``, with the keys of the rank ``step`` before this."""
         rank, ranks = dist.get_rank(self.group), self.ranks
         source = (rank - step) % ranks
         own = spans_of(rank, ranks, query.shape[2], self.load_balance)
         held = spans_of(source, ranks, key.shape[2], self.load_balance)
         for index, (queries, keys) in enumerate((q, k) for q in own for k in held):
-            found = self.within(terms, queries, keys)
+            found = self.terms_within(terms, queries, keys)
             if found is None:
                 continue
             if found.key_mask is not None:
                 found = found._replace(key_mask=keys.of(found.key_mask, 1))
-            if found.seed is not None:  # another mask for each part, on ranks of one seed too
+            if found.seed is not None:  # each part drops other weights; the ranks share a seed
                 found = found._replace(seed=found.seed + 4 * (rank * ranks + source) + index)
             yield queries, keys, found
 
     def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Send to the next rank, receive from the one before; what comes is there once called."""
+        """Send to the next rank, receive from the one before; the result waits when called."""
         if self.ranks == 1:
             return lambda: list(tensors)
         rank = dist.get_rank(self.group)
@@ -279,13 +279,13 @@ class _Ring(NamedTuple):
         def arrived() -> list[Tensor]:
             for work in works:
                 work.wait()
-            del sent[:]  # the closure outlives what it waited for
+            del sent[:]  # frees what was sent: the closure lives longer
             return received
 
         return arrived
 
     def walk(self, held: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Each step, and what this rank then holds; the next is under way meanwhile."""
+        """Yield each step and the tensors held then, while the next ones are received."""
         for step in range(self.ranks):
             arriving = self.pass_on(held) if step < self.ranks - 1 else None
             yield step, held
@@ -294,7 +294,7 @@ class _Ring(NamedTuple):
 
 
 class _RingAttention(torch.autograd.Function):
-    """(output, log-sum-exp) of ``[B, H, L, E]`` queries and the keys of all ranks."""
+    """Output and log-sum-exp of ``[B, H, L, E]`` queries and the keys of all ranks."""
 
     @staticmethod
     def forward(
@@ -309,7 +309,7 @@ class _RingAttention(torch.autograd.Function):
         output = query.new_zeros((*query.shape[:3], value.shape[3]), dtype=wide)
         lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)
         with autocast_off(query):
-            for step, (k, v, *mask) in ring.walk(_travelling(key, value, terms)):
+            for step, (k, v, *mask) in ring.walk(_tensors_to_send(key, value, terms)):
                 given = _with_mask(terms, mask)
                 for queries, keys, own in ring.parts(step, query, key, given):
                     part, part_lse = ops.attention_part(
@@ -339,7 +339,7 @@ class _RingAttention(torch.autograd.Function):
         dq = zeros(query, needs[0])
         arriving: Callable[[], list[Tensor]] | None = None
         with autocast_off(query):
-            for step, (k, v, *mask) in ring.walk(_travelling(key, value, terms)):
+            for step, (k, v, *mask) in ring.walk(_tensors_to_send(key, value, terms)):
                 sums = [dq, zeros(k, needs[1]), zeros(v, needs[2])]
                 given = _with_mask(terms, mask)
                 for queries, keys, own in ring.parts(step, query, key, given):
@@ -358,7 +358,7 @@ class _RingAttention(torch.autograd.Function):
                     for total, part, span in zip(sums, found, (queries, keys, keys), strict=True):
                         if total is not None and part is not None:
                             span.of(total).add_(part)
-                # What the ranks before found for these keys comes behind them; home after the last.
+                # Gradients of these keys follow them around the ring; each rank adds its own.
                 theirs = [total for total in sums[1:] if total is not None]
                 if arriving is not None:
                     theirs = [a.add_(b) for a, b in zip(theirs, arriving(), strict=True)]
@@ -380,13 +380,13 @@ def _attend(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value as ``scaled_dot_product_attention`` would cast them."""
+    """Cast query, key and value as ``scaled_dot_product_attention`` would."""
     dtype = autocast_dtype("scaled_dot_product_attention", tensors[0])
     return tensors if dtype is None else tuple(cast(tensor, dtype) for tensor in tensors)
 
 
-def _travelling(key: Tensor, value: Tensor, terms: AttentionTerms) -> list[Tensor]:
-    """What moves from rank to rank; not every backend sends booleans."""
+def _tensors_to_send(key: Tensor, value: Tensor, terms: AttentionTerms) -> list[Tensor]:
+    """List the tensors to send; not every backend sends booleans."""
     mask = terms.key_mask
     return [key, value] if mask is None else [key, value, mask.view(torch.uint8)]
 
@@ -403,7 +403,7 @@ def _options(
     enable_gqa: bool,
     softcap: float | None,
 ) -> dict[str, Any]:
-    """As the checks of attention on one process expect them."""
+    """Return settings by the names that the checks of attention in one process expect."""
     return {
         "is_causal": is_causal, "window": window, "dropout_p": dropout_p, "scale": scale,
         "enable_gqa": enable_gqa, "softcap": softcap, "attn_mask": None, "key_lengths": None,
@@ -434,10 +434,10 @@ def _check_balanced(function: str, lengths: dict[str, int], load_balance: bool) 
             )
 
 
-def _described(
+def _description(
     function: str, tensors: tuple[Tensor, ...], settings: dict[str, object]
 ) -> dict[str, object]:
-    """What must be the same on all ranks."""
+    """Check for kernels; return what must be the same on all ranks."""
     differentiated = torch.is_grad_enabled()
     backend = chosen_backend(tensors[0])
     if backend == "triton":
@@ -451,8 +451,8 @@ def _described(
     }  # fmt: skip
 
 
-def _seen(tensor: Tensor | None) -> object:
-    """What of a tensor of numbers can be compared without a wait for the device."""
+def _comparable(tensor: Tensor | None) -> object:
+    """Return what ranks can compare of a tensor without waiting for the device."""
     if tensor is None:
         return None
     return tensor.tolist() if tensor.device.type == "cpu" else tuple(tensor.shape)

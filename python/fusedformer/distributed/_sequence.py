@@ -1,7 +1,8 @@
-"""How a sequence lies on the ranks of a group.
+"""Which positions of a sequence each rank of a group holds.
 
 Plain: rank r of n has the r-th of n slices. With load balance: the r-th of 2n slices and, after
-it, the r-th from the end; under a causal mask every rank then has as many pairs of query and key.
+it, the r-th from the end; under a causal mask every rank then has the same number of pairs of
+query and key.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from fusedformer.distributed._agreement import agree
 
 
 class Span(NamedTuple):
-    """Neighbouring positions of the sequence that a rank holds in one piece."""
+    """Neighbouring positions of the sequence that a rank holds together."""
 
-    start: int  # where they begin on the rank
-    position: int  # where they begin in the sequence
+    start: int  # the first one's index on the rank
+    position: int  # the first one's index in the sequence
     length: int
 
     def of(self, tensor: Tensor, dim: int = 2) -> Tensor:
-        """Their rows of what the rank holds."""
+        """Return these positions of a tensor that the rank holds."""
         return tensor.narrow(dim, self.start, self.length)
 
 
 def spans_of(rank: int, ranks: int, length: int, load_balance: bool) -> list[Span]:
-    """What ``rank`` holds of a sequence of which every rank holds ``length`` positions."""
+    """List the spans that ``rank`` holds, where every rank holds ``length`` positions."""
     if not load_balance:
         return [Span(0, rank * length, length)]
     half = length // 2
@@ -43,10 +44,10 @@ def split_sequence(
     *,
     load_balance: bool = False,
 ) -> Tensor:
-    """What this rank holds of ``tensor``, which every rank of the group has as a whole.
+    """Return this rank's positions of ``tensor``, which every rank of the group has whole.
 
-    Nothing is sent. It is differentiable: of what was computed for the whole sequence, this rank
-    gets the gradient that its own rows give; :func:`sum_gradients` adds up those of all ranks.
+    Nothing is sent. It is differentiable: the whole sequence gets the gradient of this rank's rows
+    alone; :func:`sum_gradients` adds up those of all ranks.
 
     Args:
         tensor: of any shape: hidden states, targets, a padding mask.
@@ -60,7 +61,7 @@ def split_sequence(
         A tensor with ``size / n`` entries in ``dim``; a view without ``load_balance``.
 
     Raises:
-        ValueError: the size of ``dim`` is no such multiple.
+        ValueError: the size of ``dim`` is not such a multiple.
         IndexError: ``dim`` does not exist.
 
     Source: the order with load balance: Llama Team, The Llama 3 Herd of Models, arXiv:2407.21783,
@@ -88,7 +89,7 @@ def join_sequence(
     *,
     load_balance: bool = False,
 ) -> Tensor:
-    """The inverse of :func:`split_sequence`: the whole sequence on every rank.
+    """Gather the whole sequence on every rank: the inverse of :func:`split_sequence`.
 
     It has no gradient: a loss is computed on each rank's own rows, and losses are added up.
 

@@ -59,12 +59,12 @@ class TransformerParallel(ParallelStyle):
     ``flatten(0, 1)`` is torch's. Shard over other ranks with ``fully_shard`` afterwards.
 
     Ranks must draw the same random numbers (``torch.manual_seed`` with one seed for all): dropout
-    of what all ranks have is then the same on all, and that of what is spread differs by rank.
+    of whole tensors is then the same on all, and that of spread tensors differs by rank.
 
     Args:
         sequence_parallel: between the products each rank has its part of the tokens: norms,
-            residuals and their dropout are computed once, not on every rank, and as many numbers
-            fewer are kept. It holds in stacks and wherever they can run packed: batches with a
+            residuals and their dropout are computed once, not on every rank, and their results are
+            kept once. It holds in stacks and wherever they can run packed: batches with a
             boolean padding mask or none, with no other mask but the causal one.
 
     Raises:
@@ -119,7 +119,7 @@ class TransformerParallel(ParallelStyle):
 def tensor_parallel_plan(
     module: nn.Module, *, sequence_parallel: bool = False
 ) -> ParallelStyle | dict[str, ParallelStyle]:
-    """The plan for ``parallelize_module(module, mesh, plan)``.
+    """Make the plan for ``parallelize_module(module, mesh, plan)``.
 
     Args:
         module: an encoder or decoder of this library, one of their layers, or a model with such
@@ -127,7 +127,7 @@ def tensor_parallel_plan(
         sequence_parallel: as for :class:`TransformerParallel`.
 
     Returns:
-        The style of ``module`` itself, or those of what is in it by path. Entries for other modules
+        The style of ``module`` itself, or those of modules in it by path. Entries for other modules
         (embeddings, heads) may be added.
 
     Raises:
@@ -157,7 +157,7 @@ def _paths(module: nn.Module, prefix: str) -> Iterator[str]:
 
 
 def _check(module: Any, size: int) -> None:
-    """Raise unless all of it can be spread over ``size`` ranks."""
+    """Check that all of ``module`` can be spread over ``size`` ranks."""
     name = type(module).__name__
     if is_sharded(module) or isinstance(module, _PARALLEL):
         raise ValueError(
@@ -198,7 +198,7 @@ def _check(module: Any, size: int) -> None:
 
 
 def _places(layer: Any) -> _Places:
-    """Each parameter of a layer, and how it is spread."""
+    """List each parameter of a layer, and how it is spread."""
     places: _Places = [
         (layer.linear1, "weight", Shard(0)), (layer.linear1, "bias", Shard(0)),
         (layer.linear2, "weight", Shard(1)), (layer.linear2, "bias", Replicate()),

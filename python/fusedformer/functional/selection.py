@@ -1,4 +1,4 @@
-"""Some rows of a packed batch: those whose output is asked for."""
+"""Selections: the rows of a packed batch whose output is wanted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ class Selection(NamedTuple):
     """Packed rows that the last layer computes, in the order of their sequences.
 
     Attributes:
-        rows: int64 ``[rows]``: each one's packed row, -1 for padding that was asked for.
-        inverse: int64 ``[total]``, -1 for rows that are not among them; None if a row may be
-            among them twice.
-        cu_seqlens: int32: where each sequence's rows begin, to go with ``packing.cu_seqlens_k``.
-        max_seqlen: the most rows of a sequence.
-        shape: of what is returned, without the width.
-        places: int64: for each row that is returned its place in ``rows``, -1 for padding.
-        origins: int64 ``[rows]``: the inverse of ``places``. Both are None where nothing moves.
+        rows: int64 ``[rows]``: the index of each in the packed rows, -1 for padding.
+        inverse: int64 ``[total]``: the place of each packed row in ``rows``, -1 for rows that are
+            not selected; None if a row may be selected twice.
+        cu_seqlens: int32: where each sequence's selected rows begin; one with each sequence of
+            ``packing.cu_seqlens_k``.
+        max_seqlen: the largest number of selected rows of a sequence.
+        shape: of the output, without the width.
+        places: int64: the place in ``rows`` of each row of the output, -1 for padding.
+        origins: int64 ``[rows]``: the inverse of ``places``. Both are None if ``rows`` are in the
+            order of the output.
     """
 
     rows: Tensor
@@ -36,14 +38,14 @@ class Selection(NamedTuple):
     origins: Tensor | None = None
 
     def take(self, packed: Tensor) -> Tensor:
-        """``[rows, width]`` of ``[total, width]``, differentiable."""
+        """Take the selected rows ``[rows, width]`` of ``[total, width]``; differentiable."""
         if self.inverse is None:
             found = packed.index_select(0, self.rows.clamp(min=0))
             return found.masked_fill((self.rows < 0)[:, None], 0.0)
         return ops.gather_rows(packed, self.rows, self.inverse, holes=False, unused=True)
 
     def result(self, rows: Tensor) -> Tensor:
-        """``[*shape, width]`` of ``[rows, width]``, with zeros for padding."""
+        """Return the output ``[*shape, width]`` of selected rows, with zeros for padding."""
         if self.inverse is None:
             rows = rows.masked_fill((self.rows < 0)[:, None], 0.0)
         elif self.places is not None and self.origins is not None:
@@ -52,7 +54,7 @@ class Selection(NamedTuple):
 
 
 def check_output_rows(function: str, output_rows: Tensor, batch: int, length: int) -> None:
-    """Raise unless it is boolean ``[batch, length]`` or columns ``[batch, rows]``."""
+    """Check that ``output_rows`` is boolean ``[batch, length]`` or columns ``[batch, rows]``."""
     name = "output_rows"
     checks.check_tensor(function, name, output_rows)
     if output_rows.dtype == torch.bool:
@@ -81,9 +83,9 @@ def check_output_rows(function: str, output_rows: Tensor, batch: int, length: in
 def packing_and_selection(
     keep: Tensor, output_rows: Tensor, *, static_shapes: bool, multiple_of: int
 ) -> tuple[Packing, Selection]:
-    """The packing of a batch, and the rows of it that ``output_rows`` asks for.
+    """Pack a batch, and select the rows in ``output_rows``.
 
-    Both together wait for the device once, with columns and static shapes never.
+    This waits for the device once; with columns and static shapes never.
     """
     if output_rows.dtype != torch.bool:
         packing = Packing.of(keep, static_shapes=static_shapes, multiple_of=multiple_of)
@@ -105,7 +107,7 @@ def packing_and_selection(
     selection = Selection(
         index,
         torch.where(chosen, chosen.cumsum(0) - 1, -1),
-        _beside_tail(starts_of(found_counts), packing),
+        _with_tail_of(starts_of(found_counts), packing),
         longest_found,
         (asked,),
     )
@@ -118,14 +120,14 @@ def packing_and_selection(
 
 
 def select_columns(packing: Packing, columns: Tensor) -> Selection:
-    """``columns`` ``[batch, rows]`` of the padded batch."""
+    """Select ``columns`` ``[batch, rows]`` of the padded batch."""
     batch, each = columns.shape
     firsts = torch.arange(batch, device=columns.device)[:, None] * packing.length
     index = packing.inverse[(firsts + columns).flatten()]
     starts = torch.arange(batch + 1, device=columns.device, dtype=torch.int32) * each
-    return Selection(index, None, _beside_tail(starts, packing), each, (batch, each))
+    return Selection(index, None, _with_tail_of(starts, packing), each, (batch, each))
 
 
-def _beside_tail(starts: Tensor, packing: Packing) -> Tensor:
-    """With two empty sequences, if the packing's keys have those of rows that are no tokens."""
+def _with_tail_of(starts: Tensor, packing: Packing) -> Tensor:
+    """Append two empty sequences if the packing has a tail, which counts as two sequences."""
     return with_empty_tail(starts) if packing.has_tail else starts

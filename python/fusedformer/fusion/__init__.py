@@ -40,7 +40,7 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
             interaction), where the report says so.
 
     Returns:
-        What was replaced by what, and what was left alone and why; it prints as a table.
+        The replacements, and the modules left alone with reasons; it prints as a table.
 
     Raises:
         TypeError: ``model`` is not a module, or is scripted.
@@ -93,7 +93,7 @@ def unfuse(model: nn.Module) -> int:
 
 
 def _transformers() -> Any:
-    """What concerns its models, if any can be there."""
+    """Import what plans its models, if it was imported: else there are none."""
     if "transformers" not in sys.modules:
         return None
     from fusedformer.fusion import _huggingface

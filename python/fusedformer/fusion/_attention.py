@@ -1,4 +1,4 @@
-"""The attention of transformers' models on this library's: what is registered with them."""
+"""Attention functions of this library, as transformers registers them by name."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from fusedformer._internal.onlookers import is_traced_by_jit
 
 try:
     from transformers.utils.output_capturing import _active_collector
-except ImportError:  # of an older transformers: then hooks are what tells
+except ImportError:  # an older transformers: then only hooks tell
     _active_collector = None  # type: ignore[assignment]
 
 
-# The dtypes of masks of keys that this library made: all queries see them, or those behind. Models
-# hand on masks of four dimensions as they are, so that it cannot be told by their number; and a
-# boolean one may be the user's.
+# Dtypes that mark masks of keys made by this library, for all queries or for causal attention.
+# Dimensions tell nothing, as models hand on 4-D masks unchanged; a boolean mask may be the user's.
 FULL, CAUSAL = torch.uint8, torch.int8
 KEPT = "_fusedformer_configs"  # where a module keeps the configurations that it had: ``_configs``
 
 
 def captured() -> dict[str, Any]:
-    """What the running model was asked to return besides, by name."""
+    """Return further outputs that the running model was asked for, by name."""
     collector: Any = _active_collector
     if collector is None:
         return {}
-    if torch.compiler.is_compiling():  # which cannot follow a ContextVar: transformers has another
+    if torch.compiler.is_compiling():  # a ContextVar cannot be compiled: transformers has a proxy
         return getattr(collector, "global_var", None) or {}
     return collector.get() or {}
 
 
 def key_mask_of(mask: Any) -> Tensor | None:
-    """``[batch, keys]``, True = real, of a mask that is the same for all queries and heads."""
+    """Return the mask of keys ``[batch, keys]``, True = real, if ``mask`` is no more than that."""
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, FULL):
         return None
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        return _seen_as(torch.bool, mask[:, 0, 0])
+        return _mask_as(torch.bool, mask[:, 0, 0])
     return mask if mask.dim() == 2 else None
 
 
-def _seen_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
-    """``mask`` of zeros and ones, of a byte each, by another name; torch.jit.trace must copy."""
+def _mask_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
+    """View a mask of 0 and 1 in another dtype of one byte; torch.jit.trace must copy it."""
     return mask.to(dtype) if is_traced_by_jit() else mask.view(dtype)
 
 
@@ -72,7 +71,7 @@ def attention(
     max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """(``[batch, queries, heads, dim]``, weights if they are to be returned), as for transformers.
+    """Attend as transformers asks; return ``[batch, queries, heads, dim]``, and weights if asked.
 
     Args:
         module: the attention module; its ``is_causal`` holds where none is given.
@@ -95,17 +94,17 @@ def attention(
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = key_mask = None
     if not packed:
-        mask, key_mask, is_causal = _understood(module, attention_mask, is_causal)
+        mask, key_mask, is_causal = _split_mask(module, attention_mask, is_causal)
     is_causal = is_causal and query.shape[2] > 1
     window = None
-    if sliding_window is not None and packed:  # elsewhere the mask has it
+    if sliding_window is not None and packed:  # else the mask contains it
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
         "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
         "causal_alignment": "bottom_right",
     }  # fmt: skip
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # which say it all
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # they replace the mask
         if position_bias is not None:
             raise ValueError(
                 "fusedformer: expected no 'position_bias' with packed sequences ('cu_seq_lens_q'), "
@@ -137,45 +136,45 @@ def attention(
         **settings,
     )
     output, weights = result if isinstance(result, tuple) else (result, None)
-    # Autocast may have widened the weights; those models cast them back.
+    # Autocast may have widened the weights; models with eager attention cast them back.
     weights = None if weights is None else weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
 
 
 def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
-    """A mask of the keys of each packed sequence, if that is what ``mask`` is."""
+    """Return ``mask`` if it is a mask of the keys of each packed sequence."""
     keys = key_mask_of(mask)
     if mask is None or keys is None or mask.dim() != 4 or len(keys) != len(starts) - 1:
         return None
     return mask
 
 
-def _understood(
-    module: nn.Module, given: Tensor | None, says: bool
+def _split_mask(
+    module: nn.Module, given: Tensor | None, module_is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
-    """The mask of scores, the mask of keys, and causality, from a mask that layers were given.
+    """Split a mask that layers were given into mask of scores, mask of keys, and causality.
 
-    ``says``, the module's word on causality, holds where the mask leaves it open.
+    Where the mask leaves causality open, ``module_is_causal``, the module's setting, holds.
     """
     if given is None:
-        return None, None, says
+        return None, None, module_is_causal
     if given.dim() == 2:
-        return None, given, says
+        return None, given, module_is_causal
     is_causal = given.dtype == CAUSAL
-    keys = _seen_as(torch.bool, given[:, 0, 0]) if is_causal else key_mask_of(given)
+    keys = _mask_as(torch.bool, given[:, 0, 0]) if is_causal else key_mask_of(given)
     if keys is None:
         return given, None, False
     ours = given.dtype != torch.bool
-    if ours and is_causal != says and _sdpa_forgets(module, keys):
-        is_causal = says
+    if ours and is_causal != module_is_causal and _sdpa_left_mask_out(module, keys):
+        is_causal = module_is_causal
     return None, keys, is_causal
 
 
-def _sdpa_forgets(module: nn.Module, keys: Tensor) -> bool:
-    """Whether a module that contradicts its mask would have got none before it was fused.
+def _sdpa_left_mask_out(module: nn.Module, keys: Tensor) -> bool:
+    """Return whether a module that contradicts its mask would have got none before it was fused.
 
     For ``sdpa`` transformers leaves the mask away if nothing is padding, see
-    ``findings/aimv2_text_causality.sh``: the model goes on computing what it did.
+    ``findings/aimv2_text_causality.sh``: the model computes the same as before.
     """
     kept = module.__dict__.get(KEPT, {}).get("config")
     before = None if kept is None else kept.original._attn_implementation
@@ -194,7 +193,7 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that :func:`attention` gets: as small as what was asked for allows.
+    """Make the mask for :func:`attention`, as small as the request allows.
 
     Returns:
         None without padding; the padding ``[batch, 1, 1, keys]``, of dtype ``FULL`` where all
@@ -212,7 +211,7 @@ def attention_mask(
     if (full or aligned) and fits and kv_offset == 0:
         if attention_mask is None:
             return None
-        return _seen_as(FULL if full else CAUSAL, attention_mask.bool()[:, None, None])
+        return _mask_as(FULL if full else CAUSAL, attention_mask.bool()[:, None, None])
     found: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
@@ -224,9 +223,10 @@ def attention_mask(
 def attention_mask_4d(
     q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any
 ) -> Tensor | None:
-    """The mask of models that read it: None or ``[batch, 1, queries, keys]``, as for ``sdpa``.
+    """Make the mask for models that read it: None or ``[batch, 1, queries, keys]``, as ``sdpa``'s.
 
-    But for queries of the first of more keys, where None is causality that begins at the top left.
+    It is never None where queries are fewer than keys but more than one, as ``sdpa`` would then
+    align causality at the top left.
     """
     found: Tensor | None = sdpa_mask(
         q_length=q_length, kv_length=kv_length,

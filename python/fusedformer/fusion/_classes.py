@@ -1,4 +1,4 @@
-"""Classes that a module gets in place of its own, and the plan of giving them."""
+"""Classes that modules get in place of their own, and the plan of these changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _made: dict[tuple[Any, Any], Any] = {}
 
 
 def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
-    """A subclass of ``theirs`` that computes as ``ours``; the same one for the same arguments."""
+    """Return a subclass of ``theirs`` that computes as ``ours``; made once for each pair."""
     both: Any = (ours, theirs)
     if both not in _made:
         members: dict[str, Any] = {
@@ -33,8 +33,8 @@ def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
 def change_class(module: Any, cls: type[Any]) -> None:
     """Make ``module`` a ``cls``, below the class that torch gave it if it is parametrized.
 
-    That one holds the properties that compute parameters, and torch finds it and what it is to
-    restore at the top.
+    That class must stay at the top: torch looks there for the properties that compute parameters,
+    and for the class to restore.
     """
     if is_parametrized(module):
         members = {
@@ -46,7 +46,7 @@ def change_class(module: Any, cls: type[Any]) -> None:
 
 
 def _reduce(module: Any, protocol: int) -> Any:
-    # By its two classes, since pickle looks up a class by its name.
+    # By two classes that can be imported, as pickle looks classes up by name.
     return _rebuilt, type(module)._made_of, module.__getstate__()
 
 
@@ -55,7 +55,7 @@ def _rebuilt(ours: type[Any], theirs: type[nn.Module]) -> Any:
 
 
 def named(cls: type[Any]) -> str:
-    """``torch.nn.LayerNorm``: where people import a class from."""
+    """Return the name by which people import a class, as in ``torch.nn.LayerNorm``."""
     module: str = cls.__module__
     for known in ("torch.nn", "fusedformer.nn"):
         if module.startswith(known + "."):
@@ -64,7 +64,7 @@ def named(cls: type[Any]) -> str:
 
 
 class Plan:
-    """What is to be done; nothing is changed before :meth:`apply`."""
+    """Changes to a model; none is made before :meth:`apply`."""
 
     def __init__(self) -> None:
         self.replaced: list[Replaced] = []
@@ -73,26 +73,26 @@ class Plan:
         self._exchanges: list[Callable[[], None]] = []
 
     def give(self, path: str, module: nn.Module, cls: type[Any], after: str) -> None:
-        """``module`` becomes a ``cls``."""
+        """Plan to make ``module`` a ``cls``."""
         self.replaced.append(Replaced(path, named(type(module)), after))
         self._classes.append((module, cls))
 
     def attend(self, path: str, before: str) -> None:
-        """The model at ``path`` attends by this library."""
+        """Report that the model at ``path`` will attend by this library."""
         self.replaced.append(Replaced(path, f"{before} attention", "fusedformer.functional"))
 
     def do(self, exchange: Callable[[], None]) -> None:
-        """Something else that is to be done."""
+        """Plan another change."""
         self._exchanges.append(exchange)
 
     def leave(self, path: str, module: nn.Module, reason: str) -> None:
-        """``module`` stays what it is."""
+        """Report that ``module`` stays as it is, and why."""
         left = Left(path, named(type(module)), reason)
         if left not in self.left:
             self.left.append(left)
 
     def apply(self) -> None:
-        """All of it."""
+        """Make all changes."""
         for exchange in self._exchanges:
             exchange()
         for module, cls in self._classes:

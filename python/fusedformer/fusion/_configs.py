@@ -1,4 +1,4 @@
-"""Configurations of transformers' models, which name the attention that a model computes by.
+"""Configurations of transformers' models, which name the attention function to use.
 
 Models and their layers look the name up in a configuration that other models may hold too. So a
 fused model gets copies that name this library's attention, and keeps the originals beside them.
@@ -24,13 +24,13 @@ from transformers.masking_utils import eager_mask
 
 from fusedformer.fusion._attention import KEPT, attention, attention_mask, attention_mask_4d
 
-# The second is for models that read a mask of four dimensions, the third for those that know it as
-# what is added to scores alone.
+# The second is for models that read a 4-D mask, the third for models that read it only as numbers
+# added to scores.
 NAMES = "fusedformer", "fusedformer_4d_masks", "fusedformer_added_masks"
 NAME, NAME_4D, NAME_ADDED = NAMES
 _NAMED = "_attn_implementation_internal"
 _MASKS: tuple[Any, ...] = (attention_mask, attention_mask_4d, eager_mask)
-# When this module is imported, and so before a pickled model is used in another process.
+# On import, so that it is done before a process uses a model that it unpickled.
 for _name, _masks in zip(NAMES, _MASKS, strict=True):
     AttentionInterface.register(_name, attention)
     AttentionMaskInterface.register(_name, _masks)
@@ -40,21 +40,21 @@ _attends: dict[Any, bool] = {}
 
 
 class Exchanged(NamedTuple):
-    """A configuration of a module, and the one that it had."""
+    """A configuration of a module, and the one that it had before."""
 
     config: Any
     original: Any
-    attends: bool  # whether attention is computed by it, and not only masks
+    attends: bool  # whether attention uses it, and not only masks
 
 
 def named(config: Any) -> Any:
-    """The name of the attention in ``config``."""
+    """Return the name of the attention in ``config``."""
     return getattr(config, _NAMED, None)
 
 
 def attends(cls: Any) -> bool:
-    """Whether modules of a class look attention up by the name in their configuration."""
-    if cls not in _attends:  # a dictionary, through which compiled calls can look
+    """Return whether modules of a class look attention up by the name in their configuration."""
+    if cls not in _attends:  # a dictionary, as compiled calls can read it
         names = (name for code in _functions_of(cls) for name in code.__code__.co_names)
         _attends[cls] = "ALL_ATTENTION_FUNCTIONS" in names
     return _attends[cls]
@@ -62,13 +62,13 @@ def attends(cls: Any) -> bool:
 
 @functools.cache
 def asks_for_name(cls: Any) -> bool:
-    """Whether modules of a class compute otherwise for names that they do not know."""
+    """Return whether modules of a class compute otherwise for unknown names."""
     constants = [one for code in _functions_of(cls) for one in code.__code__.co_consts]
     return any(isinstance(one, tuple) and {"eager", "sdpa"} <= {*one} for one in constants)
 
 
 def computes_attention(module: nn.Module) -> bool:
-    """Whether a module of a model has attention of its own, by which nothing is looked up."""
+    """Return whether a module of a model has its own attention, and looks none up."""
     cls: Any = type(module)
     elsewhere = f"{cls.__module__}.".startswith(("torch.", "timm.", "fusedformer."))
     return not elsewhere and "Attention" in cls.__name__ and _has_attention(cls)
@@ -82,7 +82,7 @@ def _has_attention(cls: Any) -> bool:
 
 
 def _functions_of(cls: type[Any]) -> Iterator[FunctionType]:
-    """The functions that a class calls its own, without their decorators."""
+    """List the functions that a class defines, without their decorators."""
     for base in cls.__mro__:
         if base in (nn.Module, PreTrainedModel, object):
             continue
@@ -95,7 +95,7 @@ def _functions_of(cls: type[Any]) -> Iterator[FunctionType]:
 
 
 def configs_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes of ``module`` that are configurations."""
+    """List the attributes of ``module`` that are configurations."""
     for attribute, value in module.__dict__.items():
         if isinstance(value, PretrainedConfig):
             yield attribute, value
@@ -112,12 +112,12 @@ def exchange(model: nn.Module, names: dict[int, str], attending: set[int]) -> No
     copies: dict[int, Any] = {}
 
     def concerns(config: Any) -> bool:
-        return id(config) in names or any(concerns(one) for one in _within(config).values())
+        return id(config) in names or any(concerns(one) for one in _inner_configs(config).values())
 
     def copied(config: Any) -> Any:
         if id(config) not in copies:
             twin = copies[id(config)] = copy.copy(config)
-            inner = {n: copied(one) for n, one in _within(config).items() if concerns(one)}
+            inner = {n: copied(one) for n, one in _inner_configs(config).items() if concerns(one)}
             twin.__dict__.update(inner)
             if id(config) in names:
                 twin.__dict__[_NAMED] = names[id(config)]
@@ -148,9 +148,9 @@ def restore(model: nn.Module) -> int:
             if module.__dict__.get(attribute) is twin:
                 module.__dict__[attribute] = original
     usual = next(map(named, before.values()), "sdpa")
-    for module in model.modules():  # those that models made since were given ours
+    for module in model.modules():  # modules made since then got our copies
         for _, config in configs_of(module):
-            for one in (config, *_within(config).values()):
+            for one in (config, *_inner_configs(config).values()):
                 if named(one) in NAMES:
                     one.__dict__[_NAMED] = usual
     return len(attending)
@@ -162,5 +162,5 @@ def _carry_over(twin: Any, original: Any) -> None:
             original.__dict__[name] = value
 
 
-def _within(config: Any) -> dict[str, Any]:
+def _inner_configs(config: Any) -> dict[str, Any]:
     return {n: one for n, one in vars(config).items() if isinstance(one, PretrainedConfig)}

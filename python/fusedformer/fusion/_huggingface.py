@@ -1,4 +1,4 @@
-"""Hugging Face models: attention by the library's, registered, and BERT's kin packed.
+"""Plans for Hugging Face models: attention of this library, fused layers, and packing.
 
 A registered implementation is two functions: one that makes the mask of a batch once for all
 layers, and one that attends. Padding stays small, a mask of keys, which the encoders here pack by;
@@ -35,7 +35,7 @@ from fusedformer.fusion._rows import needs_batch
 __all__ = ["plan_huggingface", "restore"]
 
 _PACKED = "packed: real tokens only"
-# How classes are called that read what a model gives at padded positions.
+# Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
     @property
     def cls(self) -> Any:
-        """Its class."""
+        """Return the module's class."""
         return type(self.module)
 
 
@@ -75,7 +75,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
 
 
 def _plan_attention(plan: Plan, model: nn.Module, places: list[Place]) -> set[int]:
-    """Choose the configurations that are to name :func:`attention`; the ids of these models."""
+    """Choose the configurations that will name :func:`attention`; return these models' ids."""
     attending = [p for p in places if attends(p.cls) and "config" in vars(p.module)]
     refused: dict[int, str] = {}
     for place in attending:
@@ -132,7 +132,7 @@ def _name_for_masks(
 
 
 def _name_for(model: Any, places: list[Place]) -> str:
-    """The name whose masks all of ``model`` can read."""
+    """Choose a name whose masks all of ``model`` can read."""
     itself = any(p.model is model and computes_attention(p.module) for p in places)
     if getattr(model, "_supports_flash_attn", False) and not itself:
         return NAME
@@ -166,7 +166,7 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
             plan.leave(path, module, reason)
             return
         plan.give(path, module, combined(layer, cls), "four fused steps")
-        if not layer.is_plain(module):
+        if layer.plain_parts(module) is None:
             plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
     elif reads or not pack:
         if reads:

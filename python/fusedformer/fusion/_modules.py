@@ -1,4 +1,4 @@
-"""Which modules of ``torch.nn`` are replaced, and by what."""
+"""Plans for modules of ``torch.nn``: which are replaced, and by what."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _OURS: dict[type[Any], type[Any]] = {
     nn.TransformerDecoder: fused.TransformerDecoder,
     nn.Transformer: fused.Transformer,
 }
-# Methods besides forward that a subclass may have defined and ours would pass over.
+# Methods besides forward that a subclass may define and our classes do not call.
 _STEPS = ("_sa_block", "_mha_block", "_ff_block")
 
 
 def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
-    """Add to the plan what is to become of ``module``, if it is of a kind that there is."""
+    """Add to the plan what is to become of ``module``, if this library has its kind."""
     cls = type_before_parametrizations(module)
     if isinstance(module, tuple(_OURS.values())) or hasattr(cls, "_made_of"):
         return
@@ -55,7 +55,7 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
 
 
 def _ours(cls: type[Any]) -> type[Any] | None:
-    """What computes ``cls``, if anything does."""
+    """Return the class that replaces ``cls``, if there is one."""
     return _OURS.get(cls) or TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
 
 

@@ -1,4 +1,4 @@
-"""Models of transformers whose own forward goes through the layers: packed as a whole."""
+"""Models of transformers that are packed as a whole, as their own forward runs the layers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _ARGUMENTS = "input_ids", "attention_mask", "position_ids", "inputs_embeds"
 
 
 class PackedModel:
-    """A model's forward on the real tokens of a padded batch, from the embedding on.
+    """A base of models that compute only the real tokens of a padded batch, embeddings included.
 
-    They go through it as one sequence with the positions that they had, whose parts attention
-    tells apart; the windows of local layers are then the kernels', not masks.
+    They go through the layers as one long sequence, in which attention keeps to each token's own;
+    positions stay as they were. Kernels apply the windows of local layers, not masks.
     """
 
-    static_shapes = False  # as of TransformerEncoder
+    static_shapes = False  # as in TransformerEncoder
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the class that it is put before; with zeros at padded positions if it packs."""
+        """Compute what the class behind this one computes; packed, with zeros at padding."""
         given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
         if not self._packs(given):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = given["attention_mask"].bool()
         packing, keys = _spans(keep, self.static_shapes or not has_values(keep))
-        output = super().forward(**{**given, **self._packed(given, packing, keys)})  # type: ignore[misc]
+        output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
         unpacked = functional.unpack(output[0][0], packing)
         if keys is not None:
             unpacked = unpacked.masked_fill(~keep[..., None], 0.0)
@@ -44,7 +44,7 @@ class PackedModel:
         return output
 
     def _packs(self: Any, given: dict[str, Any]) -> bool:
-        """Whether there is a 2-D mask, and nothing needs the batch padded."""
+        """Return whether there is a 2-D mask, and nothing needs the batch padded."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
         tokens: Any = ids if embedded is None else embedded
         asked = "output_hidden_states", "output_attentions"
@@ -60,10 +60,10 @@ class PackedModel:
             or needs_batch(self)
         )
 
-    def _packed(
+    def _packed_arguments(
         self: Any, given: dict[str, Any], packing: Packing, keys: Tensor | None
     ) -> dict[str, Any]:
-        """The arguments that differ."""
+        """Return the arguments of the packed call that differ from those ``given``."""
         places = packing.indices.clamp(min=0)
         positions, embedded = given.get("position_ids"), given.get("inputs_embeds")
         columns = places % packing.length
@@ -82,12 +82,12 @@ class PackedModel:
 
 
 def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
-    """From each row's first real token to its last: windows count the positions between too.
+    """Pack each row from its first real token to its last, as windows count all positions between.
 
-    With static shapes, whole rows: then nothing says where their tokens end.
+    With static shapes whole rows are packed, since their tokens may end anywhere.
 
     Returns:
-        Their packing, and a mask of keys ``[sequences, 1, 1, longest]`` unless each of these
+        The packing, and a mask of keys ``[sequences, 1, 1, longest]`` unless each of these
         positions is known to be real.
     """
     batch, length = keep.shape

@@ -1,8 +1,8 @@
-"""Layers and encoders of BERT's kin in transformers, fused and packed.
+"""Layers and encoders of transformers' BERT, and of models that differ in the names of children.
 
-The layers differ in the names of their children alone. One that was changed since (a child
-replaced, by an adapter say, or with hooks), and calls with a cache or a memory, are computed by the
-layer's own forward, in which attention and norms still are the library's.
+A layer whose children were replaced since (by an adapter, say) or have hooks, and a call with a
+cache or a memory, are computed by the layer's own forward. Attention and norms are still the
+library's then.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from fusedformer.functional.steps import FeedForward, feed_forward, linear
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._rows import is_untouched, needs_batch
-from fusedformer.nn import LayerNorm
-from fusedformer.nn.children import Pending, fused_activation, is_plain, project
+from fusedformer.nn.children import (
+    Pending,
+    are_plain,
+    dropout_probability,
+    fused_activation,
+    project,
+)
 from fusedformer.nn.stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
 
 
 class Parts(NamedTuple):
-    """Of a post-norm layer."""
+    """Children and settings of a post-norm layer, by one set of names."""
 
     query: nn.Linear
     key: nn.Linear
@@ -41,21 +46,31 @@ class Parts(NamedTuple):
     dropout2: nn.Dropout | None
 
     def are_plain(self) -> bool:
+        """Return whether the fused steps do exactly what calling these children would do."""
         linears = self.query, self.key, self.value, self.out, self.linear1, self.linear2
         dropouts = self.attention_dropout, self.dropout1, self.dropout2
-        return (
-            all(is_plain(one, nn.Linear) for one in linears)
-            and all(is_plain(one, LayerNorm, nn.LayerNorm) for one in (self.norm1, self.norm2))
-            and all(one is None or is_plain(one, nn.Dropout) for one in dropouts)
-            and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+        return are_plain(
+            linears, (self.norm1, self.norm2), [one for one in dropouts if one is not None]
+        ) and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+
+    def feed_forward_block(self) -> FeedForward:
+        """Return the parameters and settings of the feed-forward block."""
+        name = _activation_name(self.activation)
+        return FeedForward(
+            self.linear1.weight,
+            self.linear1.bias,
+            self.linear2.weight,
+            self.linear2.bias,
+            self.activation if name is None else name,
+            0.0,
         )
 
 
 class PostNormLayer:
-    """A layer's forward as four fused steps and six products.
+    """A base of layers whose forward is four fused steps and six products.
 
-    Gradients that come by way of the residual, of query, key and value are accumulated in the
-    products that compute them.
+    The gradient of the input, which comes from the residual, query, key and value, is added up
+    within the products that compute its parts.
     """
 
     def forward(
@@ -65,7 +80,7 @@ class PostNormLayer:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As the class that it is put before."""
+        """Compute what the class behind this one computes, by the fused steps if they fit."""
         given = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
         parts = None if any(one is not None for one in given) else self._parts()
         if parts is None or "attentions" in captured():
@@ -83,27 +98,18 @@ class PostNormLayer:
             k,
             v,
             attention_mask,
-            dropout=_p(parts.attention_dropout),
+            dropout=dropout_probability(parts.attention_dropout),
             scaling=module.scaling,
             **kwargs,
         )
-        joined = project(heads.flatten(-2), parts.out)
-        x = Pending(*joined, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
-        name = _activation_name(parts.activation)
-        block = FeedForward(
-            parts.linear1.weight,
-            parts.linear1.bias,
-            parts.linear2.weight,
-            parts.linear2.bias,
-            parts.activation if name is None else name,
-            0.0,
-        )
-        inner, bias, x = feed_forward(x, block, fork=True)
+        inner, bias = project(heads.flatten(-2), parts.out)
+        x = Pending(inner, bias, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
+        inner, bias, x = feed_forward(x, parts.feed_forward_block(), fork=True)
         return Pending(inner, bias, parts.dropout2 or _NO_DROPOUT, x).normed(parts.norm2)
 
     @classmethod
     def refuses(cls, layer: Any) -> str:
-        """Why ``layer`` cannot be fused, if so."""
+        """Say why ``layer`` cannot be fused; empty if it can."""
         config = getattr(layer, "config", None) or getattr(cls.attention_of(layer), "config", None)
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             return "it is a decoder's; its attention and norms are fused"
@@ -113,26 +119,25 @@ class PostNormLayer:
 
     @staticmethod
     def attention_of(layer: Any) -> Any:
-        """The module that has the settings of attention."""
+        """Return the module that has the settings of attention."""
         raise NotImplementedError
 
     @staticmethod
     def parts_of(layer: Any) -> tuple[Parts, list[nn.Module]]:
-        """The parts, and the modules between them, which are not called."""
+        """Return the parts, and the modules that hold them, which are not called."""
         raise NotImplementedError
 
-    def _parts(self) -> Parts | None:
-        """The parts, if calling them is all that the layer's own forward would do."""
-        if named(self.attention_of(self).config) not in NAMES:  # set since
-            return None
-        parts, between = self.parts_of(self)
-        return parts if parts.are_plain() and all(map(is_untouched, between)) else None
-
     @classmethod
-    def is_plain(cls, layer: Any) -> bool:
-        """Whether calling its parts is all that the forward of ``layer`` does."""
-        parts, between = cls.parts_of(layer)
-        return parts.are_plain() and all(map(is_untouched, between))
+    def plain_parts(cls, layer: Any) -> Parts | None:
+        """Return the parts, if calling them is all that the forward of ``layer`` does."""
+        parts, holders = cls.parts_of(layer)
+        return parts if parts.are_plain() and all(map(is_untouched, holders)) else None
+
+    def _parts(self) -> Parts | None:
+        """Return the parts if the fused steps compute what the layer's own forward would."""
+        if named(self.attention_of(self).config) not in NAMES:  # its attention was changed since
+            return None
+        return self.plain_parts(self)
 
 
 class BertLayers(PostNormLayer):
@@ -218,12 +223,12 @@ class AlbertLayers(PostNormLayer):
 
 
 class PackedEncoder:
-    """An encoder's forward on the real tokens of a padded batch.
+    """A base of encoders that compute only the real tokens of a padded batch.
 
-    They go through it as one sequence, whose parts attention tells apart.
+    They go through the layers as one long sequence, in which attention keeps to each token's own.
     """
 
-    static_shapes = False  # as of TransformerEncoder
+    static_shapes = False  # as in TransformerEncoder
 
     def forward(
         self: Any,
@@ -232,7 +237,7 @@ class PackedEncoder:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As the class that it is put before; with zeros at padded positions if it packs."""
+        """Compute what the class behind this one computes; packed, with zeros at padding."""
         others = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
         keep = key_mask_of(attention_mask)
         if (
@@ -261,12 +266,8 @@ class PackedEncoder:
         return output
 
 
-def _p(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
-
-
 def _activation_name(activation: Any) -> Any:
-    """The name under which the kernels know transformers' activation, or None."""
+    """Return the name by which the kernels know transformers' activation, or None."""
     kind = type(activation).__name__
     if kind == "GELUActivation":
         return "gelu" if getattr(activation, "act", None) is F.gelu else None

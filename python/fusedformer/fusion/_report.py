@@ -1,4 +1,4 @@
-"""What :func:`fusedformer.fuse` did."""
+"""The report of :func:`fusedformer.fuse`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Left(NamedTuple):
 
 
 class FusionReport:
-    """What was replaced and what was left alone; ``str()`` of it is a table.
+    """Replacements, and modules left alone; ``str()`` of it is a table.
 
     Attributes:
         replaced: tuples of path, before, after.
@@ -37,7 +37,7 @@ class FusionReport:
         self.left = tuple(left)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dictionary for JSON."""
         return {
             "replaced": [one._asdict() for one in self.replaced],
             "left": [one._asdict() for one in self.left],

@@ -1,4 +1,4 @@
-"""What below an encoder needs sequences in a batch, where real tokens alone would be computed."""
+"""Checks for modules that need sequences in a batch, so that an encoder must not be packed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fusedformer.fusion._configs import NAMES, attends, named
 from fusedformer.nn.children import hooks_of, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
-_looked_at: dict[Any, bool] = {}  # classes of which hooks and settings do not say all
-# Packages whose modules in a layer compute each token by itself, or attend as layers know it.
+_needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
+# Packages whose modules compute each token by itself, or attend in ways that are checked here.
 _TOKENWISE = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "torchao.", "bitsandbytes.", "transformers.",
     "fusedformer.", "peft.tuners.lora.", "peft.tuners.adalora.", "peft.tuners.ia3.",
@@ -21,12 +21,12 @@ _TOKENWISE = (
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether no hooks but transformers' own, idle ones, and no other forward are on it."""
+    """Return whether ``module`` has its own forward and no hooks but transformers' idle ones."""
     return is_sharded_at_most(module) and not is_sharded(module)
 
 
 def is_sharded_at_most(module: nn.Module) -> bool:
-    """The same, but for ``fully_shard``, of a module that is called."""
+    """Return whether ``module`` is untouched but for ``fully_shard``; it must then be called."""
     return "forward" not in module.__dict__ and all(
         getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks_of(module)
     )
@@ -42,7 +42,7 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on all modules"
     left = [encoder]
-    while left:  # in each call: so nothing is named before there is something to name
+    while left:  # on every call: so paths are looked up only for a reason
         for child in left.pop().__dict__["_modules"].values():
             if child is None or isinstance(child, ParametrizationList):  # these compute weights
                 continue
@@ -54,7 +54,7 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
                 or own["_backward_pre_hooks"]
                 or "forward" in own
                 or "chunk_size_feed_forward" in own
-                or _is_looked_at(type(child))
+                or _needs_a_look(type(child))
             ):
                 reason = _reason(child, by_ours)
                 if reason:
@@ -64,10 +64,10 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
     return ""
 
 
-def _is_looked_at(cls: Any) -> bool:
-    if cls not in _looked_at:
-        _looked_at[cls] = attends(cls) or not _is_tokenwise(cls)
-    return _looked_at[cls]
+def _needs_a_look(cls: Any) -> bool:
+    if cls not in _needs_look:
+        _needs_look[cls] = attends(cls) or not _is_tokenwise(cls)
+    return _needs_look[cls]
 
 
 def _is_tokenwise(cls: type[Any]) -> bool:

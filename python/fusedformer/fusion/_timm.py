@@ -1,4 +1,4 @@
-"""timm's attention and norm, whose classes have a forward of their own."""
+"""Attention and norm in place of timm's, whose classes are not torch's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Attention:
     def forward(
         self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """As the class that it is put before."""
-        if not self.fused_attn or not is_plain(self.attn_drop, Dropout):  # weights are looked at
+        """Compute what the class behind this one computes."""
+        if not self.fused_attn or not is_plain(self.attn_drop, Dropout):  # then weights are wanted
             given = {"is_causal": True} if is_causal else {}  # not in every version
             own: Tensor = super().forward(x, attn_mask, **given)  # type: ignore[misc]
             return own
@@ -50,9 +50,9 @@ def _refuses_norm(module: Any) -> str:
     return "timm's fast norm is on, which computes under autocast in its dtype" if fast else ""
 
 
-introduce([Attention])  # LayerNorm is known as the class that it is of
+introduce([Attention])  # LayerNorm is registered as a subclass
 
-# What computes a class of timm, and what says why it may not.
+# The replacement of each class of timm, and functions that say why one must not be replaced.
 TIMM: dict[str, type[Any]] = {
     "timm.layers.attention.Attention": Attention, "timm.layers.norm.LayerNorm": LayerNorm,
 }  # fmt: skip

@@ -18,8 +18,9 @@ from fusedformer.models.huggingface import (
     ModelConfig,
     Source,
     activation_of,
-    both,
+    weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -28,7 +29,7 @@ from fusedformer.objectives import IGNORED
 
 Head = Literal["pooler", "mlm", "nsp"]
 
-# Ours: Hugging Face's. Names of modules, each with a weight and, where it has one, a bias.
+# From our names of modules to Hugging Face's; each has a weight and perhaps a bias.
 _EMBEDDING_NAMES = {
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
@@ -60,7 +61,10 @@ class BertConfig(ModelConfig):
             outside [0, 1], an unknown activation.
     """
 
-    _fixed: ClassVar[dict[str, Any]] = {"position_embedding_type": "absolute", "is_decoder": False}
+    _fixed_settings: ClassVar[dict[str, Any]] = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+    }
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -97,10 +101,10 @@ class BertEmbeddings(nn.Module):
         token_type_ids: Tensor | None = None,
         prompt: Tensor | None = None,
     ) -> Tensor:
-        """Integers ``[*]`` of one shape to ``[*, d]``, in one kernel.
+        """Embed integers ``[*]`` of one shape as ``[*, d]``, in one kernel.
 
-        By calls of the children if one is replaced or has hooks, or if there is a prompt, whose
-        vectors are those of ids beyond the table's.
+        The children are called instead if one is replaced or has hooks, or with a prompt; ids
+        beyond the table then stand for its vectors.
         """
         plain = (nn.Embedding, LayerNorm, nn.Dropout)
         if prompt is None and all(is_plain(child, *plain) for child in self.children()):
@@ -138,7 +142,7 @@ class BertMaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size, **to))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What is projected by the word embeddings, ``[*, d]`` of hidden states ``[*, d]``."""
+        """Compute ``[*, d]``, which word embeddings turn into logits, from hidden states."""
         inner = functional.bias_activation(self.dense(hidden), None, self.activation)
         output: Tensor = self.norm(inner)
         return output
@@ -163,8 +167,8 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
 
     _config = BertConfig
     _prefix = "bert."
-    _not_ours = ("pooler.", "cls.", "classifier.", "qa_outputs.")
-    _no_weights = r"embeddings\.(position_ids|token_type_ids)"
+    _ignored_parts = ("pooler.", "cls.", "classifier.", "qa_outputs.")
+    _ignored_buffers = r"embeddings\.(position_ids|token_type_ids)"
 
     def __init__(
         self,
@@ -194,7 +198,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
             device=device,
             dtype=dtype,
         )
-        # BERT drops attention weights at a rate of their own, and nothing after the activation.
+        # BERT has another rate for attention weights, and no dropout after the activation.
         layer.self_attn.dropout = config.attention_probs_dropout_prob
         layer.dropout.p = 0.0
         self.encoder = TransformerEncoder(layer, config.num_hidden_layers)
@@ -209,13 +213,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal of deviation ``initializer_range``, biases 0."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        draw_parameters(self, self.config.initializer_range)
         self.embeddings.word.weight[self.config.pad_token_id].zero_()
 
     def forward(
@@ -227,7 +225,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         *,
         output_rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the last layer; with an ``attention_mask``, of real tokens alone.
+        """Compute hidden states of the last layer, of real tokens with an ``attention_mask``.
 
         Args:
             input_ids: integer ``[B, L]``, each below ``vocab_size``.
@@ -259,7 +257,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         ).padded()
 
     def pooled(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """``tanh(pooler(hidden state of the first token))``, ``[B, d]``.
+        """Compute ``tanh(pooler(hidden state of the first token))``, ``[B, d]``.
 
         Args:
             input_ids, inputs: as for :meth:`forward`; the last layer computes first tokens alone.
@@ -271,7 +269,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         return self._pool(self(input_ids, **inputs, output_rows=first)[:, 0])
 
     def masked_lm_logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[*, vocab_size]`` of hidden states ``[*, d]``, by the head ``"mlm"``."""
+        """Compute logits ``[*, vocab_size]`` of hidden states ``[*, d]`` by the head ``"mlm"``."""
         head = self._head("mlm", self.mlm)
         return F.linear(head(hidden), self.embeddings.word.weight, head.bias)
 
@@ -282,12 +280,11 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
         next_sentence_label: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """The sum of BERT's two losses, or the one whose labels are given.
+        """Compute the sum of BERT's two losses, or the one whose labels are given.
 
-        Of the last layer, feed-forward included, only the tokens with a label and the first ones,
-        if next sentences are to be told, are computed; no logits of all tokens are in memory. How
-        many they are must not matter with the encoder's ``static_shapes`` and inside
-        ``torch.compile``: there all tokens are computed.
+        The last layer computes only tokens with a label and, for next sentences, the first ones; no
+        logits of all tokens are in memory. With the encoder's ``static_shapes``, and inside
+        ``torch.compile``, all tokens are computed, as the number of labels must decide no shape.
 
         Args:
             input_ids, inputs: as for :meth:`forward`.
@@ -330,7 +327,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
             self.embeddings.word.weight,
             targets,
             linear_bias=head.bias,
-            static_shapes=True,  # of the rows that are there hardly one is without a label
+            static_shapes=True,  # nearly all of these rows have a label
         )
         if next_sentence_label is None:
             return loss
@@ -352,7 +349,7 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
 
     @property
     def token_table(self) -> nn.Embedding:
-        """The embeddings of tokens."""
+        """Return the embeddings of tokens."""
         return self.embeddings.word
 
     def _full_name(self, name: str) -> str:
@@ -363,15 +360,15 @@ class BertEncoderModel(TextModel, HuggingFaceWeights):
     def _sources(self) -> dict[str, Source]:
         sources: dict[str, Source] = {}
         for ours, theirs in _EMBEDDING_NAMES.items():
-            sources |= both(ours, theirs)
+            sources |= weight_and_bias(ours, theirs)
         for index in range(self.config.num_hidden_layers):
             ours, theirs = f"encoder.layers.{index}", f"encoder.layer.{index}"
             for kind in ("weight", "bias"):
                 names = tuple(f"{theirs}.{projection}.{kind}" for projection in _PROJECTIONS)
                 sources[f"{ours}.self_attn.in_proj_{kind}"] = Source(names)
             for own, their in _LAYER_NAMES.items():
-                sources |= both(f"{ours}.{own}", f"{theirs}.{their}")
+                sources |= weight_and_bias(f"{ours}.{own}", f"{theirs}.{their}")
         for ours, theirs in _HEAD_NAMES.items():
-            sources |= both(ours, theirs)
+            sources |= weight_and_bias(ours, theirs)
         sources["mlm.bias"] = Source(("cls.predictions.bias",))
         return {name: sources[name] for name in self.state_dict() if name in sources}

@@ -16,8 +16,9 @@ from fusedformer.models.huggingface import (
     ModelConfig,
     Source,
     activation_of,
-    both,
+    weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
@@ -36,7 +37,7 @@ class CLIPTextConfig(ModelConfig):
     """Sizes and settings of the text tower, by Hugging Face's names; defaults of ViT-B/32.
 
     As in transformers, an ``eos_token_id`` of 2 stands for the largest id of a text: OpenAI's first
-    configurations say 2, whatever the tokenizer has.
+    configurations say 2, which is not the tokenizer's.
 
     Raises:
         ValueError: a size that is not positive, heads that do not divide the width, a dropout
@@ -90,7 +91,7 @@ class CLIPConfig:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> CLIPConfig:
-        """From the content of a ``config.json``, or a configuration's ``to_dict()``."""
+        """Make one from the content of a ``config.json``, or a configuration's ``to_dict()``."""
         rest = {n: config[n] for n in ("projection_dim", "logit_scale_init_value") if n in config}
         return cls(
             CLIPTextConfig.from_huggingface(config.get("text_config") or {}),
@@ -110,7 +111,7 @@ class CLIPTextEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, prompt: Tensor | None = None
     ) -> Tensor:
-        """Integers ``[*]`` of one shape to ``[*, d]``; ids beyond the table's are the prompt's."""
+        """Embed integers ``[*]`` as ``[*, d]``; ids past the table are the prompt's."""
         words = embedded(self.token, input_ids, prompt)
         return words + cast(Tensor, self.position(position_ids))
 
@@ -128,7 +129,7 @@ class CLIPImageEmbeddings(nn.Module):
         self.norm = LayerNorm(width, config.layer_norm_eps, **to)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, channels, size, size]`` to ``[B, 1 + patches, d]``."""
+        """Embed images ``[B, channels, size, size]`` as ``[B, 1 + patches, d]``."""
         patches = self.patch(pixel_values).flatten(2).transpose(1, 2)
         first = self.cls.expand(patches.shape[0], 1, -1)
         output: Tensor = self.norm(torch.cat((first, patches), 1) + self.position.weight)
@@ -157,7 +158,7 @@ class CLIPTextTower(TextModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """``[B, d]`` of integers ``[B, L]``; mask and positions as for BERT."""
+        """Compute ``[B, d]`` of integers ``[B, L]``; mask and positions as for BERT."""
         longest = None if position_ids is not None else self.config.max_position_embeddings
         self._check(input_ids, longest, attention_mask=attention_mask)
         last = self._ends(input_ids)[:, None]
@@ -169,8 +170,8 @@ class CLIPTextTower(TextModel):
     pooled = forward
 
     def _ends(self, input_ids: Tensor) -> Tensor:
-        """Where the first token that ends a text is; the first token of all if there is none."""
-        # Old configurations have 2 there, whatever it is: it is the largest id of a text then.
+        """Return the column of the first token that ends a text; 0 if there is none."""
+        # Old configurations have 2 there, which is wrong: the end then is the text's largest id.
         eos = self.config.eos_token_id
         ends = input_ids if eos == 2 else (input_ids == eos).int()
         return ends.argmax(1)
@@ -187,7 +188,7 @@ class CLIPImageTower(nn.Module):
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, **to)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, d]`` of ``[B, channels, size, size]``."""
+        """Compute ``[B, d]`` of images ``[B, channels, size, size]``."""
         config = self.config
         wanted = (config.num_channels, config.image_size, config.image_size)
         if tuple(pixel_values.shape[1:]) != wanted:
@@ -216,7 +217,7 @@ class CLIPModel(HuggingFaceWeights):
     """
 
     _config = CLIPConfig
-    _no_weights = r"(text|vision)_model\.embeddings\.position_ids"
+    _ignored_buffers = r"(text|vision)_model\.embeddings\.position_ids"
 
     def __init__(
         self, config: CLIPConfig, device: Any = None, dtype: torch.dtype | None = None
@@ -243,30 +244,23 @@ class CLIPModel(HuggingFaceWeights):
                 "linear1.weight": (2 * width) ** -0.5, "linear2.weight": small,
                 "embeddings.cls": width**-0.5,
             }  # fmt: skip
-            for name, parameter in tower.named_parameters():
-                if "norm" in name:
-                    nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-                elif name.endswith("bias"):
-                    nn.init.zeros_(parameter)
-                else:
-                    found = [d for end, d in deviations.items() if name.endswith(end)]
-                    nn.init.normal_(parameter, std=found[0] if found else 0.02)
+            draw_parameters(tower, 0.02, deviations)
         for projection in (self.text_projection, self.image_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         self.logit_scale.fill_(self.config.logit_scale_init_value)
 
     def text_features(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """``[B, projection_dim]`` of length 1, of token ids as for :class:`CLIPTextTower`."""
+        """Compute ``[B, projection_dim]`` of length 1; token ids are as for the text tower."""
         return F.normalize(self.text_projection(self.text(input_ids, **inputs)), dim=-1)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """``[B, projection_dim]`` of length 1, of images as for :class:`CLIPImageTower`."""
+        """Compute ``[B, projection_dim]`` of length 1; images are as for the image tower."""
         return F.normalize(self.image_projection(self.image(pixel_values)), dim=-1)
 
     def forward(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Logits ``[texts, images]``: cosines times ``exp(logit_scale)``.
+        """Compute logits ``[texts, images]``: cosines times ``exp(logit_scale)``.
 
         Args:
             input_ids: integer ``[texts, L]``, each with an ``eos_token_id``.
@@ -286,10 +280,10 @@ class CLIPModel(HuggingFaceWeights):
         attention_mask: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
-        """The contrastive loss of pairs: text i belongs to image i. No matrix of pairs is kept.
+        """Compute the contrastive loss of pairs (text i, image i). No matrix of pairs is kept.
 
         Args:
-            input_ids, pixel_values, attention_mask: as for :meth:`forward`, as many texts as
+            input_ids, pixel_values, attention_mask: as for :meth:`forward`, one text for each of
                 images.
             settings: ``group`` and others of :func:`fusedformer.functional.contrastive_loss`.
         """
@@ -309,9 +303,9 @@ class CLIPModel(HuggingFaceWeights):
             "image.embeddings.position.weight": "vision_model.embeddings.position_embedding.weight",
         }
         sources = {ours: Source((theirs,)) for ours, theirs in names.items()}
-        sources |= both("text.encoder.norm", "text_model.final_layer_norm")
-        sources |= both("image.embeddings.norm", "vision_model.pre_layrnorm")
-        sources |= both("image.norm", "vision_model.post_layernorm")
+        sources |= weight_and_bias("text.encoder.norm", "text_model.final_layer_norm")
+        sources |= weight_and_bias("image.embeddings.norm", "vision_model.pre_layrnorm")
+        sources |= weight_and_bias("image.norm", "vision_model.post_layernorm")
         text, image = self.config.text_config, self.config.vision_config
         towers = (
             ("text", "text_model", text.num_hidden_layers),
@@ -325,7 +319,7 @@ class CLIPModel(HuggingFaceWeights):
                         tuple(f"{theirs}.self_attn.{one}_proj.{kind}" for one in "qkv")
                     )
                 for one, other in _LAYER_NAMES.items():
-                    sources |= both(f"{ours}.{one}", f"{theirs}.{other}")
+                    sources |= weight_and_bias(f"{ours}.{one}", f"{theirs}.{other}")
         return sources
 
 

@@ -18,11 +18,11 @@ from fusedformer.nn.masks import Attend, AttentionMasks
 from fusedformer.nn.stacks import check_is_fused
 from fusedformer.nn.transformer_encoder_layer import TransformerEncoderLayer
 
-_TOKENS_BETWEEN_LOOKS = 8  # asking whether all sequences have ended waits for the device
+_TOKENS_BETWEEN_LOOKS = 8  # looking whether all sequences ended waits for the device
 
 
 class KeyValueCache:
-    """Keys and values of all layers, as many positions as there is room for, and what is in use.
+    """Keys and values of all layers, with room for more, and the lengths in use.
 
     Attributes:
         keys, values: ``[layers, B, heads, room + 1, head_dim]``; the last position takes what
@@ -41,12 +41,12 @@ class KeyValueCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = (layers, batch, heads, room + 1, head_dim)
-        # Zeros: attention by ATen multiplies what it does not see by 0.
+        # Zeros, as ATen's attention multiplies masked values by 0, which keeps NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._most = 0  # what the host knows of lengths: a bound, once it is filled
-        self._prefix = 0  # of them, how many have no token
+        self._most = 0  # a bound of the lengths that the host knows
+        self._prefix = 0  # how many of them are a prefix's, without tokens
 
     @staticmethod
     def of(
@@ -56,7 +56,7 @@ class KeyValueCache:
         room: int,
         prefix: PrefixTuning | None = None,
     ) -> KeyValueCache:
-        """One for ``encoder``, in the dtype of its products: empty, but for a learned prefix.
+        """Make a cache in the dtype of the encoder's products, empty but for a learned prefix.
 
         Args:
             batch: number of sequences.
@@ -81,18 +81,18 @@ class KeyValueCache:
 
     @property
     def room(self) -> int:
-        """Positions that there is room for."""
+        """Return the number of positions that fit."""
         return self.keys.shape[3] - 1
 
     def positions(self, count: int) -> Tensor:
-        """``[B, count]``: those of the next tokens, which a prefix has no part in."""
+        """Return the positions ``[B, count]`` of the next tokens; a prefix does not count."""
         return self._places(count) - self._prefix
 
     def _places(self, count: int) -> Tensor:
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def filling(self, packing: Packing, attend: Attend | None = None) -> Attend:
-        """For ``forward_packed``: attention that also stores the keys and values of prompts.
+        """Make attention for ``forward_packed`` that also stores the keys and values of prompts.
 
         Args:
             packing: of the prompts.
@@ -115,7 +115,7 @@ class KeyValueCache:
         return fill
 
     def run(self, encoder: TransformerEncoder, hidden: Tensor) -> Tensor:
-        """The encoder on the next tokens' ``[B, T, d]``, which are appended, without autograd."""
+        """Run the encoder on the next tokens' ``[B, T, d]`` and append them, without autograd."""
         check_is_fused("KeyValueCache.run", encoder, TransformerEncoderLayer)
         batch, count = hidden.shape[:2]
         if self._most + count > self.room:
@@ -149,7 +149,7 @@ class KeyValueCache:
     def _store(
         self, layer: int, sequences: Tensor, places: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Put ``[*, heads, head_dim]`` where ``sequences`` and ``places`` ``[*]`` say."""
+        """Write ``[*, heads, head_dim]`` at ``places`` ``[*]`` of ``sequences`` ``[*]``."""
         self.keys[layer][sequences, :, places] = key
         self.values[layer][sequences, :, places] = value
 
@@ -162,12 +162,12 @@ def next_token(
     top_p: float | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """The most likely token of each row, or one drawn; nothing is waited for.
+    """Choose the most likely token of each row, or draw one; nothing waits for the device.
 
     Args:
         logits: ``[B, V]``.
         temperature: 0 takes the most likely; else logits are divided by it and a token is drawn.
-        top_k: draw among so many of the most likely tokens only, and those that are as likely as
+        top_k: draw among the ``top_k`` most likely tokens only, and those that are as likely as
             the last of them.
         top_p: draw among the fewest most likely tokens whose probabilities, after ``top_k``, sum up
             to at least this.
@@ -195,7 +195,7 @@ def next_token(
         beyond = ordered.cumsum(-1) - ordered >= top_p
         removed = torch.zeros_like(beyond).scatter_(-1, order, beyond)
         probabilities = probabilities.masked_fill(removed, 0.0)
-    # The first of exponential clocks with these rates: a draw in proportion to them.
+    # An exponential variable divided by its rate is smallest with probability in proportion to it.
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / clocks).argmax(-1)
 
@@ -214,7 +214,7 @@ def generate(
     pad_token_id: int | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Tokens that follow each prompt, one after another, with a cache of keys and values.
+    """Generate the tokens that follow each prompt, with a cache of keys and values.
 
     The prompts are read packed, once; after that each token is one step of few kernels whose
     shapes stay the same. Whether all sequences have ended is asked every few tokens.
@@ -222,7 +222,7 @@ def generate(
     Args:
         input_ids: integer ``[B, L]``: the prompts.
         attention_mask: ``[B, L]``, nonzero = real token, padding on either side; None if all are.
-        max_new_tokens: at most so many tokens for each.
+        max_new_tokens: the most tokens for each prompt.
         temperature, top_k, top_p, generator: as for :func:`next_token`; greedy by default.
         eos_token_id: ends a sequence, and is its last token; None is the configuration's.
         pad_token_id: what follows in sequences that have ended; None is ``eos_token_id``.

@@ -16,14 +16,15 @@ from fusedformer.models.huggingface import (
     ModelConfig,
     Source,
     activation_of,
-    both,
+    weight_and_bias,
 )
+from fusedformer.models.initialization import draw_parameters
 from fusedformer.models.prompts import embedded
 from fusedformer.models.text import Encoded, TextModel
 from fusedformer.nn import LayerNorm, TransformerEncoder, TransformerEncoderLayer
 from fusedformer.objectives import IGNORED, causal_lm_loss
 
-# Ours: Hugging Face's, and whether its Conv1D keeps the weight transposed.
+# From our names to Hugging Face's, and whether its Conv1D keeps the weight transposed.
 _LAYER_NAMES = {
     "norm1": ("ln_1", False),
     "self_attn.out_proj": ("attn.c_proj", True),
@@ -42,11 +43,11 @@ class GPTConfig(ModelConfig):
             outside [0, 1], an unknown activation.
     """
 
-    _fixed: ClassVar[dict[str, Any]] = {
+    _fixed_settings: ClassVar[dict[str, Any]] = {
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False, "tie_word_embeddings": True,
     }  # fmt: skip
-    _names: ClassVar[tuple[str, str, str]] = "n_embd", "n_head", "activation_function"
+    _checked_names: ClassVar[tuple[str, str, str]] = "n_embd", "n_head", "activation_function"
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -76,7 +77,7 @@ class GPTEmbeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, prompt: Tensor | None = None
     ) -> Tensor:
-        """Integers ``[*]`` of one shape to ``[*, d]``; ids beyond the table's are the prompt's."""
+        """Embed integers ``[*]`` as ``[*, d]``; ids past the table are the prompt's."""
         words = embedded(self.token, input_ids, prompt)
         output: Tensor = self.dropout(words + self.position(position_ids))
         return output
@@ -103,8 +104,8 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
     _is_causal = True
     _config = GPTConfig
     _prefix = "transformer."
-    _not_ours = ("score.", "multiple_choice_head.", "classifier.")
-    _no_weights = r"h\.\d+\.attn\.(bias|masked_bias)"
+    _ignored_parts = ("score.", "multiple_choice_head.", "classifier.")
+    _ignored_buffers = r"h\.\d+\.attn\.(bias|masked_bias)"
 
     generate = generate
 
@@ -120,7 +121,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
             width, config.n_head, config.n_inner or 4 * width, config.resid_pdrop,
             activation_of(config.activation_function), eps, batch_first=True, norm_first=True, **to,
         )  # fmt: skip
-        # GPT-2 drops attention weights at a rate of their own, and nothing after the activation.
+        # GPT-2 has another rate for attention weights, and no dropout after the activation.
         layer.self_attn.dropout = config.attn_pdrop
         layer.dropout.p = 0.0
         self.encoder = TransformerEncoder(layer, config.n_layer, LayerNorm(width, eps, **to))
@@ -130,18 +131,12 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
     def reset_parameters(self) -> None:
         """Draw all weights anew: normal of deviation ``initializer_range``, biases 0.
 
-        What is added to the residual stream is drawn smaller, by the root of how often that is.
+        Weights whose product is added to the residual stream are smaller, by the square root of the
+        number of these additions.
         """
         deviation, additions = self.config.initializer_range, 2 * self.config.n_layer
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith(("out_proj.weight", "linear2.weight")):
-                nn.init.normal_(parameter, std=deviation / math.sqrt(additions))
-            else:
-                nn.init.normal_(parameter, std=deviation)
+        small = deviation / math.sqrt(additions)
+        draw_parameters(self, deviation, {"out_proj.weight": small, "linear2.weight": small})
 
     def forward(
         self,
@@ -151,7 +146,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         *,
         output_rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the last norm; with an ``attention_mask``, of real tokens alone.
+        """Compute hidden states after the last norm, of real tokens with an ``attention_mask``.
 
         Args:
             input_ids: integer ``[B, L]``, each below ``vocab_size``.
@@ -176,7 +171,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states ``[B, d]`` of last real tokens, which the last layer computes alone.
+        """Compute hidden states ``[B, d]`` of last real tokens, the last layer for them alone.
 
         Arguments and errors are those of :meth:`forward`.
         """
@@ -185,7 +180,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         return hidden[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[*, vocab_size]`` of hidden states ``[*, d]``."""
+        """Compute logits ``[*, vocab_size]`` of hidden states ``[*, d]``."""
         return F.linear(hidden, self.embeddings.token.weight)
 
     def loss(
@@ -196,7 +191,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         position_ids: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
-        """The loss of predicting each token from those before it; no logits of all are in memory.
+        """Compute the loss of predicting each token; no logits of all tokens are in memory.
 
         Args:
             input_ids, attention_mask, position_ids: as for :meth:`forward`.
@@ -225,7 +220,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None, room: int
     ) -> tuple[Tensor, KeyValueCache]:
-        """Hidden states ``[B, d]`` of each prompt's last token, and the cache of what was read.
+        """Read the prompts; return hidden states ``[B, d]`` of their last tokens, and the cache.
 
         Args:
             input_ids, attention_mask: as for :meth:`forward`; padding on either side.
@@ -237,8 +232,8 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         self._check(input_ids, None, attention_mask=attention_mask)
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         keep = keep != 0
-        shortest, longest = _least_and_most(keep.sum(1) + self._prompted)
-        if shortest <= self._prompted:
+        shortest, longest = _least_and_most(keep.sum(1) + self._prompt_length)
+        if shortest <= self._prompt_length:
             raise ValueError("prefill(): expected a real token in each sequence of 'input_ids'")
         if longest + room > self.config.n_positions:
             raise ValueError(
@@ -252,7 +247,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Hidden states ``[B, T, d]`` of the next tokens ``[B, T]``, which go into the cache.
+        """Compute hidden states ``[B, T, d]`` of the next tokens ``[B, T]``; cache their keys.
 
         Shapes do not depend on how much is in the cache, and nothing is waited for: a CUDA graph
         can capture it.
@@ -264,7 +259,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         return cache.run(self.encoder, hidden)
 
     def _last(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """``[B, 1]``: the columns of last real tokens, -1 where there is none."""
+        """Return the columns ``[B, 1]`` of last real tokens, -1 where there is none."""
         self._check(input_ids, None, attention_mask=attention_mask)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         if attention_mask is not None:
@@ -294,7 +289,7 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
         sources = {
             "embeddings.token.weight": Source(("wte.weight",)),
             "embeddings.position.weight": Source(("wpe.weight",)),
-            **both("encoder.norm", "ln_f"),
+            **weight_and_bias("encoder.norm", "ln_f"),
         }
         for index in range(self.config.n_layer):
             ours, theirs = f"encoder.layers.{index}", f"h.{index}"
@@ -303,12 +298,12 @@ class GPTDecoderModel(TextModel, HuggingFaceWeights):
             )
             sources[f"{ours}.self_attn.in_proj_bias"] = Source((f"{theirs}.attn.c_attn.bias",))
             for own, (their, transposed) in _LAYER_NAMES.items():
-                sources |= both(f"{ours}.{own}", f"{theirs}.{their}", transposed)
+                sources |= weight_and_bias(f"{ours}.{own}", f"{theirs}.{their}", transposed)
         return sources
 
 
 def _least_and_most(counts: Tensor) -> tuple[int, int]:
-    """Of a tensor, 0 and 0 of an empty one; waits for the device once."""
+    """Return both of a tensor, (0, 0) if it is empty; waits for the device once."""
     if not counts.numel():
         return 0, 0
     least, most = torch.stack(torch.aminmax(counts)).tolist()

@@ -1,4 +1,4 @@
-"""Configurations and weights by Hugging Face's names, both ways, for the models of this package."""
+"""Configurations and weights from and to Hugging Face, for the models of this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusedformer.nn import QuickGELU
 C = TypeVar("C", bound="ModelConfig")
 W = TypeVar("W", bound="HuggingFaceWeights")
 
-# Hugging Face's names of activations: those of ``bias_activation``.
+# From Hugging Face's names of activations to those of ``functional.bias_activation``.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
-    """What a layer of :mod:`fusedformer.nn` takes, and fuses, for Hugging Face's ``name``."""
+    """Return the activation, as a layer takes and fuses it, for Hugging Face's ``name``."""
     found: dict[Activation, Callable[[Tensor], Tensor]] = {
         "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "relu": F.relu,
         "silu": F.silu,
@@ -36,16 +36,16 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the configurations share: their checks, and where they come from.
+    """A base of configurations, with their checks.
 
-    A field of a size is an ``int`` and at least 1, one named ``..._token_id`` at least 0, one of a
-    dropout (``...dropout...``, ``...pdrop``) is in [0, 1].
+    Fields of type ``int`` are at least 1; those named ``..._token_id`` are at least 0. Fields named
+    ``...dropout...`` or ``...pdrop`` are in [0, 1].
     """
 
-    # Settings that have one value here.
-    _fixed: ClassVar[dict[str, Any]] = {}
-    # Names of the width, of the heads that divide it, and of the activation.
-    _names: ClassVar[tuple[str, str, str]] = (
+    # Hugging Face's settings that these models do not have, with the only value that fits.
+    _fixed_settings: ClassVar[dict[str, Any]] = {}
+    # Names of the fields for the width, the number of heads, and the activation.
+    _checked_names: ClassVar[tuple[str, str, str]] = (
         "hidden_size", "num_attention_heads", "hidden_act",
     )  # fmt: skip
 
@@ -63,26 +63,28 @@ class ModelConfig:
                 raise ValueError(
                     f"{function}(): expected '{field.name}' to be in [0, 1], but got {value}"
                 )
-        width, heads, activation = (getattr(self, name) for name in self._names)
+        width_name, heads_name, activation_name = self._checked_names
+        width, heads = getattr(self, width_name), getattr(self, heads_name)
+        activation = getattr(self, activation_name)
         if width % heads:
             raise ValueError(
-                f"{function}(): expected '{self._names[1]}' to divide {self._names[0]}={width}, "
+                f"{function}(): expected '{heads_name}' to divide {width_name}={width}, "
                 f"but got {heads}"
             )
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"{function}(): expected '{self._names[2]}' to be one of {tuple(ACTIVATIONS)}, "
+                f"{function}(): expected '{activation_name}' to be one of {tuple(ACTIVATIONS)}, "
                 f"but got {activation!r}"
             )
 
     @classmethod
     def from_huggingface(cls: type[C], config: Mapping[str, Any]) -> C:
-        """From the content of a ``config.json``, or a configuration's ``to_dict()``.
+        """Make one from the content of a ``config.json``, or a configuration's ``to_dict()``.
 
         Raises:
             ValueError: a setting that this model does not have.
         """
-        for name, expected in cls._fixed.items():
+        for name, expected in cls._fixed_settings.items():
             if config.get(name, expected) != expected:
                 raise ValueError(
                     f"{cls.__name__}.from_huggingface(): expected {name}={expected!r}, "
@@ -93,14 +95,14 @@ class ModelConfig:
 
 
 class Source(NamedTuple):
-    """What Hugging Face has for one of our parameters."""
+    """Where one of our parameters is in Hugging Face's state dict."""
 
-    names: tuple[str, ...]  # whose tensors are joined along rows
-    transposed: bool = False  # [in, out], as its Conv1D keeps weights
+    names: tuple[str, ...]  # of tensors that are joined along rows
+    transposed: bool = False  # stored as [in, out], as Conv1D does
 
 
-def both(ours: str, theirs: str, transposed: bool = False) -> dict[str, Source]:
-    """The sources of a module's weight and bias."""
+def weight_and_bias(ours: str, theirs: str, transposed: bool = False) -> dict[str, Source]:
+    """Return the sources of a module's weight and bias."""
     return {
         f"{ours}.weight": Source((f"{theirs}.weight",), transposed),
         f"{ours}.bias": Source((f"{theirs}.bias",)),
@@ -108,22 +110,22 @@ def both(ours: str, theirs: str, transposed: bool = False) -> dict[str, Source]:
 
 
 class HuggingFaceWeights(nn.Module):
-    """A model whose weights transformers has by other names."""
+    """A base of models whose weights have other names in transformers."""
 
-    # Stands before names in some of their state dicts.
+    # What some of their state dicts put before each name.
     _prefix: ClassVar[str] = ""
-    # How names begin of parts that this model may lack.
-    _not_ours: ClassVar[tuple[str, ...]] = ()
-    # Whole names of what is no weight: buffers of positions and masks.
-    _no_weights: ClassVar[str] = "$"
-    # The class of the configuration that the constructor takes.
+    # Beginnings of names that are ignored: parts that this model may lack.
+    _ignored_parts: ClassVar[tuple[str, ...]] = ()
+    # A pattern of names that are ignored: buffers of positions and masks.
+    _ignored_buffers: ClassVar[str] = "$"
+    # The class of the constructor's configuration.
     _config: ClassVar[Any]
 
     @classmethod
     def from_huggingface(
         cls: type[W], state_dict: Mapping[str, Tensor], config: Any, **settings: Any
     ) -> W:
-        """A model in eval mode with the weights of Hugging Face's, in their dtype.
+        """Make a model in eval mode with Hugging Face's weights, in their dtype.
 
         Args:
             state_dict: as for :meth:`load_huggingface_state_dict`.
@@ -139,19 +141,19 @@ class HuggingFaceWeights(nn.Module):
         return model.eval()
 
     def _sources(self) -> dict[str, Source]:
-        """By the name of each of our parameters; without prefix."""
+        """Return where each of our parameters, by name, is at Hugging Face; without prefix."""
         raise NotImplementedError
 
     def _tied(self) -> dict[str, str]:
-        """Their names of what is one of our parameters once more."""
+        """Return their names of tied weights, each with the name of our parameter."""
         return {}
 
     def _full_name(self, name: str) -> str:
-        """One of their names as the model of theirs that has all of our parts has it."""
+        """Return one of their names with the prefix that their model with these parts has."""
         return self._prefix + name
 
     def load_huggingface_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Copy the weights of the model of transformers that has these parts, or more.
+        """Copy the weights of a model of transformers that has at least this model's parts.
 
         Args:
             state_dict: by Hugging Face's names, with or without the leading name of the base model.
@@ -183,8 +185,8 @@ class HuggingFaceWeights(nn.Module):
                 used.add(name)
                 if not torch.equal(given[name], ours[own]):
                     problems.append(f"{name} is not tied to {' + '.join(sources[own].names)}")
-        left = [n for n in given if n not in used and not re.fullmatch(self._no_weights, n)]
-        problems += [f"unknown {name}" for name in left if not name.startswith(self._not_ours)]
+        left = [n for n in given if n not in used and not re.fullmatch(self._ignored_buffers, n)]
+        problems += [f"unknown {name}" for name in left if not name.startswith(self._ignored_parts)]
         problems += [
             f"{' + '.join(sources[name].names)} of shape {tuple(ours[name].shape)}, expected "
             f"{tuple(tensor.shape)}"
@@ -197,7 +199,7 @@ class HuggingFaceWeights(nn.Module):
         return left
 
     def to_huggingface_state_dict(self) -> dict[str, Tensor]:
-        """The weights by the names and in the shapes of the model of transformers.
+        """Return the weights by the names and in the shapes of the model of transformers.
 
         Views of this model's own tensors, tied ones by both of their names. Parts that this model
         lacks are not there: load it with ``strict=False`` into a model that has them.
@@ -207,10 +209,10 @@ class HuggingFaceWeights(nn.Module):
         return theirs | {name: own[parameter] for name, parameter in self._tied().items()}
 
     def to_huggingface_layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by the names of this model's parameters, such as gradients, by Hugging Face's.
+        """Return tensors, such as gradients, by Hugging Face's names and in its shapes.
 
-        Views of the given tensors. Learned prompts and prefixes, which transformers' models lack,
-        are left out.
+        ``tensors`` are by the names of this model's parameters; the result has views of them.
+        Learned prompts and prefixes, which transformers' models lack, are left out.
         """
         sources = self._sources()
         theirs: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""From the hidden states of tokens to one vector for each sequence."""
+"""Pooling of hidden states to one vector for each sequence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def mean_pooling(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean of the hidden states of each sequence's real tokens, summed in at least float32.
+    """Compute the mean of hidden states over each sequence's real tokens.
+
+    It is summed in at least float32.
 
     Args:
         hidden: ``[B, L, d]``, floating-point. Values at masked positions do not matter.
@@ -33,13 +35,13 @@ def mean_pooling(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor
             f"but got {tuple(attention_mask.shape)}"
         )
     real = (attention_mask != 0)[..., None]
-    # masked_fill rather than a product: what stands at a padded position may be infinite or NaN.
+    # masked_fill rather than a product, as values at padding may be infinite or NaN.
     total = hidden.masked_fill(~real, 0.0).sum(1, dtype=dtype)
     return total / real.sum(1).clamp(min=1)
 
 
 def sentence_embeddings(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """:func:`mean_pooling`, scaled to length 1: a dot product of two is their cosine.
+    """Scale :func:`mean_pooling` to length 1: a dot product of two is their cosine.
 
     Arguments, result and errors are those of :func:`mean_pooling`.
 

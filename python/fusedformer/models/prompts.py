@@ -14,7 +14,7 @@ from fusedformer.nn.masks import Attend, AttentionMasks
 
 
 class PromptTuning(nn.Module):
-    """``weight`` ``[length, width]``: what stands in front of each sequence in place of tokens.
+    """Learned vectors ``weight`` ``[length, width]`` in front of each sequence.
 
     Made by :func:`fusedformer.finetuning.prompt_tuning`.
 
@@ -28,12 +28,12 @@ class PromptTuning(nn.Module):
 
     @property
     def length(self) -> int:
-        """Number of vectors."""
+        """Return the number of vectors."""
         return self.weight.shape[0]
 
 
 def embedded(table: nn.Embedding, ids: Tensor, prompt: Tensor | None) -> Tensor:
-    """Vectors of ``ids``, those behind the table's last being the prompt's: ``[*, width]``."""
+    """Embed ``ids`` as ``[*, width]``; ids beyond the table are the prompt's vectors."""
     if prompt is None:
         found: Tensor = table(ids)
         return found
@@ -43,7 +43,7 @@ def embedded(table: nn.Embedding, ids: Tensor, prompt: Tensor | None) -> Tensor:
 
 
 class PrefixTuning(nn.Module):
-    """``key`` and ``value`` ``[layers, heads, length, head_dim]``, which all tokens attend to too.
+    """Learned ``key`` and ``value`` ``[layers, heads, length, head_dim]`` for all tokens.
 
     Attention over them and over a sequence's own keys are two calls, merged by their log-sum-exp:
     the prefix is neither copied for each sequence nor joined with its keys. Made by
@@ -60,11 +60,11 @@ class PrefixTuning(nn.Module):
 
     @property
     def length(self) -> int:
-        """Number of keys of a layer and head."""
+        """Return the number of keys in a layer and head."""
         return self.key.shape[2]
 
     def attention(self) -> Attend:
-        """Attention of packed rows, for ``TransformerEncoder.forward_packed``."""
+        """Make attention of packed rows, for ``TransformerEncoder.forward_packed``."""
         return functools.partial(_attend_to, self.key.unbind(), self.value.unbind())
 
 
@@ -89,7 +89,7 @@ def _attend_to(
         masks.is_causal,
         return_lse=True,
     )
-    # Whose sequence a row is of does not matter to the prefix: all are one sequence.
+    # All sequences have the same prefix, so that rows attend to it as one sequence.
     found, lse = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[masks.layer][None].to(query.dtype),

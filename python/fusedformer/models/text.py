@@ -1,4 +1,4 @@
-"""What the models of token ids share: ids are packed, then embedded, then encoded."""
+"""A base of models of token ids, which pack ids, then embed and encode them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusedformer.nn.stacks import packing_of_padding
 
 
 class Encoded(NamedTuple):
-    """Hidden states of packed rows, or of those that ``selection`` asks for.
+    """Hidden states of packed rows, or of the rows in ``selection``.
 
     The packing is that of ``[B, prompt + L]``.
     """
@@ -31,16 +31,16 @@ class Encoded(NamedTuple):
     prompt: int
 
     def padded(self) -> Tensor:
-        """``[B, L, d]`` with zeros at padding, or what the selection is of it."""
+        """Return ``[B, L, d]`` with zeros at padding, or the selected rows of it."""
         if self.selection is not None:
             return self.selection.result(self.rows)
         return functional.unpack(self.rows, self.packing)[:, self.prompt :]
 
 
 class TextModel(nn.Module):
-    """``embeddings``, which are called with packed ids, and ``encoder``; what is learned of both.
+    """A base of models with ``embeddings``, which take packed ids, and an ``encoder``.
 
-    ``prompt`` and ``prefix`` are None, or what :mod:`fusedformer.finetuning` puts there.
+    :mod:`fusedformer.finetuning` sets ``prompt`` and ``prefix``, which are None before.
     """
 
     _is_causal: ClassVar[bool] = False
@@ -64,19 +64,19 @@ class TextModel(nn.Module):
         *others: Tensor | None,
         cache: KeyValueCache | None = None,
     ) -> Encoded:
-        """Hidden states of checked ids; ``others`` are more that the embeddings take."""
+        """Compute hidden states of checked ids; ``others`` are further inputs of the embeddings."""
         keep = None if attention_mask is None else attention_mask != 0
         if output_rows is not None:
             check_output_rows(type(self).__name__, output_rows, *input_ids.shape)
-        count = self._prompted
+        count = self._prompt_length
         learned: dict[str, Tensor] = {}
         if self.prompt is not None:
             learned["prompt"] = self.prompt.weight
-            input_ids = _behind(input_ids, count, self.token_table.num_embeddings)
+            input_ids = _with_prompt_ids(input_ids, count, self.token_table.num_embeddings)
             others = tuple(None if t is None else F.pad(t, (count, 0)) for t in others)
             keep = None if keep is None else F.pad(keep, (count, 0), value=True)
             if position_ids is not None:
-                position_ids = _behind(position_ids + count, count, 0)
+                position_ids = _with_prompt_ids(position_ids + count, count, 0)
             if output_rows is not None and output_rows.dtype == torch.bool:
                 output_rows = F.pad(output_rows, (count, 0), value=False)
             elif output_rows is not None:
@@ -93,7 +93,8 @@ class TextModel(nn.Module):
             packing, selection = self.encoder.packing(real, output_rows)
         ids = [None if t is None else t.expand(shape) for t in (input_ids, position_ids, *others)]
         whole = is_plain(self.encoder, TransformerEncoder)
-        whole = whole and is_plain(self.embeddings, type(self.embeddings))  # a hook may want it
+        # A hook on the embeddings may need the batch.
+        whole = whole and is_plain(self.embeddings, type(self.embeddings))
         attend = None if self.prefix is None else self.prefix.attention()
         if cache is not None:
             attend = cache.filling(packing, attend)
@@ -101,7 +102,7 @@ class TextModel(nn.Module):
         if attend is None and not whole:
             rows = self._run_padded(self.embeddings(*ids, **learned), keep, packing, selection)
             return Encoded(rows, packing, selection, count)
-        # Rows behind the last token, if any, take the first token's ids.
+        # Rows after the last token, if any, get the first token's ids.
         places = packing.indices.clamp(min=0)
         packed = [t if t is None or packing.is_whole else t.flatten()[places] for t in ids]
         packed = [t if t is None else t.flatten() for t in packed]
@@ -117,7 +118,7 @@ class TextModel(nn.Module):
     def _run_padded(
         self, hidden: Tensor, keep: Tensor | None, packing: Packing, selection: Selection | None
     ) -> Tensor:
-        """The rows where the encoder does not pack: something is hooked or replaced, or traced."""
+        """Compute the rows where the encoder does not pack: with hooks, say, or traced."""
         padding = None if keep is None else ~keep
         mask: Tensor | None = None
         if self._is_causal:
@@ -129,25 +130,25 @@ class TextModel(nn.Module):
 
     @property
     def token_table(self) -> nn.Embedding:
-        """The embeddings of tokens."""
+        """Return the embeddings of tokens."""
         table: nn.Embedding = self.embeddings.token
         return table
 
     @property
-    def _prompted(self) -> int:
-        """How many learned vectors stand in front of each sequence."""
+    def _prompt_length(self) -> int:
+        """Return the number of learned vectors in front of each sequence."""
         return 0 if self.prompt is None else self.prompt.length
 
     def _positions(self, input_ids: Tensor, keep: Tensor | None) -> Tensor:
-        """Of tokens for which none are given: their columns."""
+        """Return the default positions of tokens: their columns."""
         return torch.arange(input_ids.shape[1], device=input_ids.device)
 
     def _example(self) -> Tensor:
-        """A tensor of the model's device."""
+        """Return any tensor on the model's device."""
         return next(self.encoder.parameters())
 
     def _check(self, input_ids: Tensor, longest: int | None, **alike: Tensor | None) -> None:
-        """Raise unless ids are ``[B, L]``, L at most ``longest``, and the others of that shape."""
+        """Check that ids are ``[B, L]``, L at most ``longest``, and the others of that shape."""
         function = type(self).__name__
         checks.check_tensor(function, "input_ids", input_ids)
         if input_ids.dim() != 2:
@@ -160,8 +161,8 @@ class TextModel(nn.Module):
                 f"{function}(): expected 'input_ids' to be int32 or int64, but got "
                 f"{input_ids.dtype}"
             )
-        if longest is not None and input_ids.shape[1] + self._prompted > longest:
-            behind = f" behind a prompt of {self._prompted}" if self._prompted else ""
+        if longest is not None and input_ids.shape[1] + self._prompt_length > longest:
+            behind = f" behind a prompt of {self._prompt_length}" if self._prompt_length else ""
             raise ValueError(
                 f"{function}(): expected at most {longest} positions, "
                 f"but got input_ids of shape {tuple(input_ids.shape)}{behind}"
@@ -171,7 +172,7 @@ class TextModel(nn.Module):
             checks.check_shape(function, name, tensor, tuple(input_ids.shape), of)
 
 
-def _behind(ids: Tensor, count: int, first: int) -> Tensor:
-    """``[*, count + L]``: ``ids`` behind ``count`` others from ``first`` on."""
+def _with_prompt_ids(ids: Tensor, count: int, first: int) -> Tensor:
+    """Put ``count`` ids, counted from ``first``, before ``ids``: ``[*, count + L]``."""
     others = torch.arange(first, first + count, dtype=ids.dtype, device=ids.device)
     return torch.cat((others.expand(*ids.shape[:-1], count), ids), -1)

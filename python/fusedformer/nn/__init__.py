@@ -1,4 +1,4 @@
-"""Drop-in modules: those of ``torch.nn`` by the same names, and what stands before an encoder.
+"""Drop-in modules: those of ``torch.nn`` by the same names, embeddings and contrastive losses.
 
 Each subclass of a class of ``torch.nn`` has its constructor, state_dict, initialization, forward
 and ``extra_repr``; the computation is :mod:`fusedformer.functional`'s.

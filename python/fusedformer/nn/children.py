@@ -1,4 +1,4 @@
-"""What the composite modules ask about their children: may they be fused, and how."""
+"""Children of layers: whether fused steps may replace their calls, and those steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedformer import functional
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Activation
-from fusedformer.functional.steps import FeedForward, feed_forward, linear
+from fusedformer.functional.steps import FeedForward, linear
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.quick_gelu import QuickGELU
 
@@ -25,7 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def adopt(module: nn.Module, cls: type[M]) -> M:
-    """``module`` as an instance of ``cls``, a subclass of its type that adds no state.
+    """Return ``module`` as an instance of ``cls``, a subclass of its type that adds no state.
 
     Parameters, hooks and settings are the same objects, so nothing is initialized a second time.
     """
@@ -35,9 +35,9 @@ def adopt(module: nn.Module, cls: type[M]) -> M:
 
 
 def is_plain(module: object, *types: type[nn.Module]) -> bool:
-    """Whether ``module`` does what the forward of one of ``types`` does, and nothing besides.
+    """Return whether calling ``module`` is the forward of one of ``types`` and no more.
 
-    A subclass, a hook or a replaced ``forward`` may do more; such a module must be called.
+    A subclass, a hook or a replaced ``forward`` may do more: then the module must be called.
     """
     cls = type(module)
     if getattr(cls, "_made_of", (cls,))[0] not in types:
@@ -51,7 +51,7 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
 
 
 def is_sharded(module: object) -> bool:
-    """Whether ``torch.distributed.fsdp.fully_shard`` was applied to ``module`` itself.
+    """Return whether ``torch.distributed.fsdp.fully_shard`` was applied to ``module`` itself.
 
     Its parameters are then whole only while it is called.
     """
@@ -59,15 +59,18 @@ def is_sharded(module: object) -> bool:
 
 
 def must_be_called(layer: Any) -> bool:
-    """Whether the parameters of a layer are plain tensors only within its ``_packed``."""
+    """Return whether a layer's parameters are whole only during a call of ``_forward_fused``."""
     return layer._is_parallel or is_sharded(layer)
 
 
 def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
-    """:func:`is_plain`, or what :func:`is_sharded` and was so before: what must be called still."""
+    """Return whether ``module`` is plain, or was before ``fully_shard`` was applied to it.
+
+    A sharded module must still be called, see :func:`call_fused`.
+    """
     if not is_sharded(module):
         return is_plain(module, *types)
-    classes = type(module).__mro__[1:]  # fully_shard made a subclass of its own mixin and of this
+    classes = type(module).__mro__[1:]  # fully_shard derives from its mixin and the class
     before = next(one for one in classes if not one.__module__.startswith("torch.distributed."))
     return (
         getattr(before, "_made_of", (before,))[0] in types
@@ -78,7 +81,7 @@ def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
 
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:
-    """The hooks of ``module``, but those by which :func:`is_sharded` makes parameters whole."""
+    """List the hooks of ``module``, without those by which ``fully_shard`` gathers parameters."""
     for hooks in _HOOKS:
         for hook in module.__dict__[hooks].values():
             owner = type(getattr(hook, "__self__", None))
@@ -86,19 +89,19 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
                 yield hook
 
 
-def call_packed(layer: Any, *args: Any) -> Any:
-    """``layer._packed(*args)`` of what :func:`must_be_called`, as one of its calls."""
-    if is_sharded(layer) and "_packed" not in layer.__dict__:
+def call_fused(layer: Any, *args: Any) -> Any:
+    """Call ``layer._forward_fused``; a sharded layer gathers its parameters for it."""
+    if is_sharded(layer) and "_forward_fused" not in layer.__dict__:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        register_fsdp_forward_method(layer, "_packed")
-    return layer._packed(*args)
+        register_fsdp_forward_method(layer, "_forward_fused")
+    return layer._forward_fused(*args)
 
 
 def project(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """``x @ weight.T``, and the bias that is still to be added, if any.
+    """Compute ``x @ weight.T``; return it and the bias that is still to be added, if any.
 
-    The kernels add it on their way; ATen adds it for free within the product.
+    The kernels add it in the step that follows; ATen adds it for free within the product.
     """
     if chosen_backend(x) == "torch":
         return linear(x, layer.weight, layer.bias)[0], None
@@ -106,7 +109,7 @@ def project(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def fused_activation(activation: Any) -> Activation | None:
-    """The name under which :func:`fusedformer.functional.bias_activation` knows a callable."""
+    """Return the name by which ``functional.bias_activation`` knows a callable, or None."""
     if activation is F.relu or activation is torch.relu or is_plain(activation, nn.ReLU):
         return "relu"
     if activation is F.silu or is_plain(activation, nn.SiLU):
@@ -121,7 +124,7 @@ def fused_activation(activation: Any) -> Activation | None:
 
 
 def check_activation(function: str, activation: object) -> None:
-    """Raise unless it is a name that torch's layers know, or a callable."""
+    """Raise unless ``activation`` is a name that torch's layers know, or a callable."""
     if isinstance(activation, str) and activation not in ("relu", "gelu"):
         raise BadValueError(
             f"{function}(): expected 'activation' to be 'relu', 'gelu' or a callable, "
@@ -137,7 +140,7 @@ def check_activation(function: str, activation: object) -> None:
 def are_plain(
     linears: Iterable[nn.Module], norms: Iterable[Any], dropouts: Iterable[nn.Module]
 ) -> bool:
-    """Whether the fused steps do exactly what calling these children of a layer would do."""
+    """Return whether the fused steps do exactly what calling these children of a layer would do."""
     return (
         all(is_plain(linear, nn.Linear, NonDynamicallyQuantizableLinear) for linear in linears)
         and all(
@@ -148,13 +151,8 @@ def are_plain(
     )
 
 
-def feed_forward_of(layer: Any, x: Tensor, *, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The block of a layer without its last dropout, the bias still to be added, and ``x``."""
-    return feed_forward(x, block_of(layer), fork=fork)
-
-
-def block_of(layer: Any) -> FeedForward:
-    """What :func:`feed_forward_of` computes."""
+def feed_forward_block(layer: Any) -> FeedForward:
+    """Return the parameters and settings of a layer's feed-forward block."""
     name = fused_activation(layer.activation)
     return FeedForward(
         layer.linear1.weight,
@@ -162,13 +160,18 @@ def block_of(layer: Any) -> FeedForward:
         layer.linear2.weight,
         layer.linear2.bias,
         layer.activation if name is None else name,
-        layer.dropout.p if layer.dropout.training else 0.0,
+        dropout_probability(layer.dropout),
         layer.checkpoint_activation,
     )
 
 
+def dropout_probability(dropout: nn.Dropout) -> float:
+    """Return the probability with which ``dropout`` drops in its mode."""
+    return dropout.p if dropout.training else 0.0
+
+
 class Pending(NamedTuple):
-    """``dropout(x + bias) + residual``, not yet computed: the norm after it comes along."""
+    """``dropout(x + bias) + residual``, which is computed together with the norm that follows."""
 
     x: Tensor
     bias: Tensor | None
@@ -176,38 +179,36 @@ class Pending(NamedTuple):
     residual: Tensor
 
     def added(self) -> Tensor:
-        """The sum."""
+        """Compute the sum alone."""
         return functional.dropout_add(
-            self.x, self.residual, input_bias=self.bias, **self._dropout()
+            self.x,
+            self.residual,
+            p=self.dropout.p,
+            training=self.dropout.training,
+            input_bias=self.bias,
         )
 
     def normed(self, norm: nn.LayerNorm) -> Tensor:
-        """The norm of the sum."""
-        output: Tensor = functional.dropout_add_layer_norm(
-            self.x,
-            self.residual,
-            norm.normalized_shape,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            input_bias=self.bias,
-            **self._dropout(),
-        )
+        """Compute the norm of the sum."""
+        output: Tensor = self._call_with_norm(norm, return_sum=False)
         return output
 
     def normed_and_sum(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """Both."""
-        return functional.dropout_add_layer_norm(
+        """Compute the norm of the sum, and the sum."""
+        both: tuple[Tensor, Tensor] = self._call_with_norm(norm, return_sum=True)
+        return both
+
+    def _call_with_norm(self, norm: nn.LayerNorm, *, return_sum: bool) -> Any:
+        call: Any = functional.dropout_add_layer_norm  # its overloads take no variable return_sum
+        return call(
             self.x,
             self.residual,
             norm.normalized_shape,
             norm.weight,
             norm.bias,
             norm.eps,
+            p=self.dropout.p,
+            training=self.dropout.training,
             input_bias=self.bias,
-            return_sum=True,
-            **self._dropout(),
+            return_sum=return_sum,
         )
-
-    def _dropout(self) -> dict[str, Any]:
-        return {"p": self.dropout.p, "training": self.dropout.training}

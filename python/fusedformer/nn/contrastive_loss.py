@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _Scaled(torch.nn.Module):
-    """``logit_scale`` with its bound."""
+    """A base of losses with a learned ``logit_scale`` that has an upper bound."""
 
     def __init__(
         self, init_logit_scale: float, max_logit_scale: float | None, reduction: Reduction,
@@ -39,7 +39,7 @@ class _Scaled(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.empty((), device=device, dtype=dtype))
 
     def factor(self) -> Tensor:
-        """What products are multiplied with: ``exp(logit_scale)``, bounded."""
+        """Return the factor of the products: ``exp(logit_scale)``, bounded."""
         bound = math.inf if self.max_logit_scale is None else self.max_logit_scale
         if not self.training:
             return self.logit_scale.clamp(max=bound).exp()
@@ -48,7 +48,7 @@ class _Scaled(torch.nn.Module):
         return self.logit_scale.exp()
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for ``repr``."""
         names = "init_logit_scale", "max_logit_scale", "reduction"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -60,7 +60,7 @@ class ContrastiveLoss(_Scaled):
 
     Args:
         init_logit_scale: where it starts.
-        max_logit_scale: what it is kept below: a forward in training brings it back, as CLIP does
+        max_logit_scale: its upper bound: a forward in training clamps it, as CLIP does
             after each step of the optimizer. None: not bounded.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -85,13 +85,13 @@ class ContrastiveLoss(_Scaled):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set ``logit_scale`` to where it starts."""
+        """Set ``logit_scale`` to its initial value."""
         torch.nn.init.constant_(self.logit_scale, self.init_logit_scale)
 
     def forward(
         self, a: Tensor, b: Tensor, *, label_offset: int = 0, group: ProcessGroup | None = None
     ) -> Tensor:
-        """The loss of normalized embeddings ``[M, D]`` and ``[N, D]``.
+        """Compute the loss of normalized embeddings ``[M, D]`` and ``[N, D]``.
 
         Arguments, result and errors are those of the functional form.
         """
@@ -129,14 +129,14 @@ class SigmoidContrastiveLoss(_Scaled):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set both parameters to where they start."""
+        """Set both parameters to their initial values."""
         torch.nn.init.constant_(self.logit_scale, self.init_logit_scale)
         torch.nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     def forward(
         self, a: Tensor, b: Tensor, *, label_offset: int = 0, group: ProcessGroup | None = None
     ) -> Tensor:
-        """The loss of normalized embeddings ``[M, D]`` and ``[N, D]``.
+        """Compute the loss of normalized embeddings ``[M, D]`` and ``[N, D]``.
 
         Arguments, result and errors are those of the functional form.
         """
@@ -151,5 +151,5 @@ class SigmoidContrastiveLoss(_Scaled):
         )
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for ``repr``."""
         return f"init_logit_bias={self.init_logit_bias!r}, {super().extra_repr()}"

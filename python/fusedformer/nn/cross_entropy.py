@@ -11,7 +11,7 @@ from fusedformer import functional
 from fusedformer.errors import BadValueError
 
 _WeightedLoss = torch.nn.modules.loss._WeightedLoss
-# Torch has the class from 2.13 on; before that what it is made of.
+# Torch has this class from 2.13 on.
 _Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
 
@@ -23,7 +23,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits ``[N, C, *]``. Errors: those of the functional form."""
+        """Compute the loss of logits ``[N, C, *]``. Errors: those of the functional form."""
         return functional.cross_entropy(
             input,
             target,
@@ -41,7 +41,7 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
     and state_dict (``linear.weight``, ``linear.bias``, ``weight``).
 
     Args:
-        in_features: features of what is projected.
+        in_features: width of the input.
         num_classes: rows of ``linear.weight``.
         out_features: ``()``; there is one dimension of classes.
         bias: whether there is a ``linear.bias``.
@@ -87,7 +87,7 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc]
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss. Errors: those of the functional form."""
+        """Compute the loss. Errors: those of the functional form."""
         return functional.linear_cross_entropy(
             input,
             self.linear.weight,

@@ -19,5 +19,5 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[*, *normalized_shape]`` to the same shape. Errors: those of the functional form."""
+        """Normalize ``[*, *normalized_shape]``. Errors: those of the functional form."""
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

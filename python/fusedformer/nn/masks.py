@@ -21,7 +21,7 @@ from fusedformer.functional.packing import with_empty_tail
 
 
 class Names(NamedTuple):
-    """What error messages call the module and its arguments."""
+    """Names of a module and its arguments in error messages."""
 
     function: str
     query: str
@@ -32,7 +32,7 @@ class Names(NamedTuple):
 
 
 class AttentionMasks(NamedTuple):
-    """What each query sees, as the arguments of the same names of the functional forms."""
+    """Masks in the form that functions take: each field is the argument of the same name."""
 
     attn_mask: Tensor | None  # [1 or batch, 1 or heads, L, S]; True = keep, or added to the scores
     key_mask: Tensor | None  # [batch, S]; True = keep
@@ -41,20 +41,20 @@ class AttentionMasks(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
-    attend: Attend | None = None  # takes the place of self-attention
-    layer: int = 0  # of an encoder, which ``attend`` is told
+    attend: Attend | None = None  # computes self-attention in the usual function's place
+    layer: int = 0  # index of the encoder's layer, for ``attend``
 
     def settings(self) -> dict[str, Any]:
-        """By their names, what attention is to be called with."""
+        """Return the masks as keyword arguments of attention."""
         settings = self._asdict()
         del settings["attend"], settings["layer"]
         return settings
 
     @staticmethod
     def packed(queries: Packing, keys: Packing, is_causal: bool) -> AttentionMasks:
-        """Of packed rows that attend to packed rows: those of the same sequence."""
+        """Make the masks by which packed rows attend to the packed rows of their sequence."""
         starts_q, starts_k = queries.cu_seqlens_q, keys.cu_seqlens_k
-        # A tail is two sequences more: empty ones where there is none.
+        # A tail counts as two more sequences. A side without one gets two empty ones to match.
         if keys.has_tail and not queries.has_tail:
             starts_q = with_empty_tail(starts_q)
         if queries.has_tail and not keys.has_tail:
@@ -76,7 +76,7 @@ def _restrict(mask: Tensor | None, keep: Tensor) -> Tensor:
 
 
 def check_rank(function: str, name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` is a padded batch of sequences, or one sequence."""
+    """Check that ``tensor`` is a padded batch of sequences, or one sequence."""
     checks.check_tensor(function, name, tensor)
     if tensor.is_nested:
         raise BadTypeError(f"{function}(): expected '{name}' to be padded, but got a nested tensor")
@@ -88,7 +88,7 @@ def check_rank(function: str, name: str, tensor: Tensor) -> None:
 
 
 def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight: Tensor) -> None:
-    """Raise unless ``tensor`` is ``[*, *, width]`` or ``[*, width]`` and fits ``weight``."""
+    """Check that ``tensor`` is ``[*, *, width]`` or ``[*, width]`` and fits ``weight``."""
     check_rank(function, name, tensor)
     if tensor.shape[-1] != width:
         raise BadValueError(
@@ -106,7 +106,7 @@ def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight:
 def check_padding_mask(
     function: str, name: str, mask: Tensor, batched: bool, batch: int, keys: int
 ) -> None:
-    """Raise unless ``mask`` is boolean or floating, ``[batch, keys]``, unbatched ``[keys]``."""
+    """Check that ``mask`` is boolean or floating, ``[batch, keys]``, unbatched ``[keys]``."""
     _check_mask_type(function, name, mask)
     if batched:
         checks.check_shape(function, name, mask, (batch, keys), "batch, keys")
@@ -124,18 +124,17 @@ def _check_mask_type(function: str, name: str, mask: Tensor) -> None:
 
 
 def padded_positions(key_padding_mask: Tensor) -> Tensor:
-    """Boolean, True where the mask removes a key altogether: at True or -inf."""
+    """Return a boolean mask, True where a key is removed: at True or -inf."""
     if key_padding_mask.dtype == torch.bool:
         return key_padding_mask
     return key_padding_mask == -torch.inf
 
 
 def is_causal_mask(mask: Tensor | None, length: int) -> bool:
-    """Whether ``mask`` is exactly the causal mask of ``length`` positions.
+    """Return whether ``mask`` is exactly the causal mask of ``length`` positions.
 
-    Looking costs one synchronization on a GPU. Where there is nothing to look at, as inside
-    ``torch.compile``, the answer is False: the mask is then applied as it stands, with the same
-    result.
+    On a GPU this waits for the device once. Where values cannot be read, as inside
+    ``torch.compile``, the answer is False: the mask is then applied as it is, with the same result.
     """
     if mask is None or mask.shape != (length, length) or not checks.has_values(mask):
         return False
@@ -154,7 +153,7 @@ def check_attn_mask(
     rows: int,
     keys: int,
 ) -> None:
-    """Raise unless ``attn_mask`` fits, and is there if ``is_causal`` says what it is."""
+    """Check the shape and dtype of ``attn_mask``, and that ``is_causal`` comes with a mask."""
     function = names.function
     if attn_mask is not None:
         _check_mask_type(function, names.attn_mask, attn_mask)

@@ -21,7 +21,7 @@ _NAMES = Names("MultiheadAttention", "query", "key", "value", "attn_mask", "key_
 
 
 def check_heads(function: str, width_name: str, width: int, heads_name: str, heads: int) -> None:
-    """Raise ``ValueError`` unless both are positive and ``heads`` divides ``width``."""
+    """Check that both are positive and ``heads`` divides ``width``."""
     if width <= 0 or heads <= 0 or width % heads:
         raise BadValueError(
             f"{function}(): expected '{width_name}' to be a positive multiple of a positive "
@@ -59,8 +59,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
     """
 
-    # What attends in place of functional.scaled_dot_product_attention, where the sequence is spread
-    # over processes: fusedformer.distributed.context_parallel sets it.
+    # Replaces functional.scaled_dot_product_attention where the sequence is spread over processes;
+    # set by fusedformer.distributed.context_parallel.
     ring: Callable[..., Any] | None = None
 
     def __init__(
@@ -174,7 +174,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return_weights: Literal[False, "per_head", "averaged"],
         names: Names = _NAMES,
     ) -> tuple[Tensor, Tensor | None]:
-        """The merged heads ``[..., E]`` before the output projection, and weights if asked for."""
+        """Compute the merged heads ``[..., E]`` that the output projection gets, and weights."""
         batch, rows, keys = self._check_inputs(query, key, value, names)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         masks = attention_masks(
@@ -202,7 +202,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, masks: AttentionMasks, **asked: Any
     ) -> Any:
-        """Of heads ``[batch, heads, length, head_dim]`` of a batch."""
+        """Attend with heads ``[batch, heads, length, head_dim]``."""
         attend = self.ring or functional.scaled_dot_product_attention
         dropout_p = self.dropout if self.training else 0.0
         return attend(
@@ -217,14 +217,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
 
     def _can_pack(self) -> bool:
-        """Whether self-attention is one projection, and nothing is appended to the keys."""
+        """Return whether self-attention is one projection and appends nothing to the keys."""
         return self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
 
     def _attend_to_itself(
         self, x: Tensor, masks: AttentionMasks, *, fork: bool
     ) -> tuple[Tensor, Tensor]:
-        """Merged heads like ``x``, if :meth:`_can_pack`; and ``x`` as in ``ops.linear``.
+        """Compute the merged heads, shaped like ``x``, of attention from ``x`` to itself.
 
+        Needs :meth:`_can_pack`. Also returns ``x`` as ``ops.linear`` does with ``fork``.
         ``x`` is a batch, one sequence, or packed rows ``[total, E]``.
         """
         projected, x = linear(x, self.in_proj_weight, self.in_proj_bias, fork=fork)
@@ -251,10 +252,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _attend_to(
         self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merged heads like ``x``, if :meth:`_can_pack`; ``x`` and ``memory`` as in ``ops.linear``.
+        """Compute the merged heads, shaped like ``x``, of attention from ``x`` to ``memory``.
 
-        Keys and values of ``memory`` come of one product. Both are batches, single sequences, or
-        packed rows.
+        Needs :meth:`_can_pack`. Also returns ``x`` and ``memory`` as ``ops.linear`` does with
+        ``fork``. One product gives keys and values. ``x`` and ``memory`` are batches, single
+        sequences, or packed rows.
         """
         (weight_q, weight_kv), (bias_q, bias_kv) = self._split_projection()
         query, x = linear(x, weight_q, bias_q, fork=fork)
@@ -278,14 +280,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return output.flatten(1), x, memory
 
     def _split_projection(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Weights and biases of the query's projection, and of keys' and values' in one."""
+        """Split weight and bias in two: for queries, and for keys and values together."""
         width, bias = self.num_heads * self.head_dim, self.in_proj_bias
         sizes = [width, 2 * width]
         biases = (None, None) if bias is None else torch.split(bias, sizes)
         return torch.split(self.in_proj_weight, sizes), biases
 
     def _attend_from(self, x: Tensor, rows: Selection, masks: AttentionMasks) -> Tensor:
-        """Merged heads of some of packed ``x``'s rows, if :meth:`_can_pack`; not causal."""
+        """Attend from ``rows`` of packed ``x`` to its sequences; needs :meth:`_can_pack`."""
         weights, biases = self._split_projection()
         query = F.linear(rows.take(x), weights[0], biases[0])
         pair = F.linear(x, weights[1], biases[1])
@@ -306,7 +308,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _check_inputs(
         self, query: Tensor, key: Tensor, value: Tensor, names: Names
     ) -> tuple[int, int, int]:
-        """Batch size, number of queries and number of keys, once everything is seen to fit."""
+        """Check the inputs; return the batch size and the numbers of queries and keys."""
         function, weight = names.function, self.out_proj.weight
         check_sequence(function, names.query, query, self.embed_dim, weight)
         batch, rows = self._sizes(query)
@@ -329,14 +331,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return batch, rows, keys
 
     def _sizes(self, sequence: Tensor) -> tuple[int, int]:
-        """(batch, length), with a batch of 1 for unbatched input."""
+        """Return (batch, length), with a batch of 1 for unbatched input."""
         if sequence.dim() == 2:
             return 1, sequence.shape[0]
         first, second = sequence.shape[:2]
         return (first, second) if self.batch_first else (second, first)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Projected query, key and value ``[..., E]``: views of one product where they can be."""
+        """Project query, key and value to ``[..., E]``, by one product for equal inputs."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
@@ -354,21 +356,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return tuple(map(F.linear, (query, key, value), weights, biases))
 
     def _split_heads(self, projected: Tensor) -> Tensor:
-        """``[batch, heads, length, head_dim]``, always a view."""
+        """Return a view ``[batch, heads, length, head_dim]``."""
         split = torch.unflatten(projected, -1, (self.num_heads, self.head_dim))
         if projected.dim() == 2:
             return split.transpose(0, 1)[None]
         return split.transpose(1, 2) if self.batch_first else split.permute(1, 2, 0, 3)
 
     def _merge_heads(self, output: Tensor, dim: int) -> Tensor:
-        """The inverse of :meth:`_split_heads`; a view of a kernel's result if batch is first."""
+        """Undo :meth:`_split_heads`; a view of a kernel's result if the batch comes first."""
         if dim == 2:
             return output[0].transpose(0, 1).flatten(1)
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
         return output.permute(order).flatten(2)
 
     def _append(self, heads: Tensor, bias: Tensor | None) -> Tensor:
-        """Keys or values and, after them, the learned one and the zeros that are asked for."""
+        """Append the learned key or value, and zeros, as the settings say."""
         shape = (heads.shape[0], self.num_heads, 1, self.head_dim)
         parts = [heads]
         if bias is not None:

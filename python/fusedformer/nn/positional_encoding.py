@@ -64,7 +64,7 @@ class _PositionalEncoding(torch.nn.Module):
         return F.dropout(input + encoding.to(input.dtype), self.dropout, self.training)
 
     def _leading(self, input: Tensor) -> Tensor:
-        """The first rows of the table, broadcastable to ``input``."""
+        """Return the first rows of the table, broadcastable to ``input``."""
         length = input.shape[1 if self.batch_first and input.dim() == 3 else 0]
         if length > self.max_len:
             raise BadValueError(
@@ -90,7 +90,7 @@ class _PositionalEncoding(torch.nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Sizes and settings."""
+        """Return sizes and settings, for ``repr``."""
         return (
             f"{self.d_model}, max_len={self.max_len}, dropout={self.dropout}, "
             f"batch_first={self.batch_first}"
@@ -98,7 +98,7 @@ class _PositionalEncoding(torch.nn.Module):
 
 
 class SinusoidalPositionalEncoding(_PositionalEncoding):
-    """Adds sines to the even and cosines to the odd columns, then applies dropout.
+    """Add sines to the even and cosines to the odd columns, then apply dropout.
 
     Column pair i of position t holds ``sin(t / 10000**(2i/d_model))`` and the cosine of the same
     angle. The table is a buffer: it follows ``.to()``, is not trained, and is not in the
@@ -136,7 +136,7 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
         """Compute the table, also after ``to_empty`` of a module that was made on meta."""
         if self.weight.is_meta:
             return
-        # In float64: an angle of some thousands has lost 1e-4 in float32 before its sine is taken.
+        # In float64: float32 rounds an angle of some thousands by 1e-4 before its sine is taken.
         wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         columns = torch.arange(0, self.d_model, 2, **wide)
         angles = torch.arange(self.max_len, **wide)[:, None] / 10000.0 ** (columns / self.d_model)
@@ -145,7 +145,7 @@ class SinusoidalPositionalEncoding(_PositionalEncoding):
 
 
 class LearnedPositionalEncoding(_PositionalEncoding):
-    """Adds a trained vector for each position, then applies dropout.
+    """Add a trained vector for each position, then apply dropout.
 
     Args:
         d_model: width of the input.

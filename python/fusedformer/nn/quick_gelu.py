@@ -15,5 +15,5 @@ class QuickGELU(torch.nn.Module):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[*]`` to the same shape. Errors: those of :func:`functional.bias_activation`."""
+        """Apply it to each element. Errors: those of :func:`functional.bias_activation`."""
         return functional.bias_activation(input, None, "quick_gelu")

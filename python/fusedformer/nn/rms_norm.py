@@ -18,5 +18,5 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[*, *normalized_shape]`` to the same shape. Errors: those of the functional form."""
+        """Normalize ``[*, *normalized_shape]``. Errors: those of the functional form."""
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)

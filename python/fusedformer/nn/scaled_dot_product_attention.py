@@ -63,7 +63,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         key_mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
     ) -> Tensor:
-        """``[*batch, heads, L, E]`` to ``[*batch, heads, L, Ev]``.
+        """Attend from queries ``[*batch, heads, L, E]``; return ``[*batch, heads, L, Ev]``.
 
         Arguments (masks: True = keep), result and errors are those of the functional form.
         """
@@ -88,7 +88,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         return output
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings, for ``repr``."""
         names = (
             "dropout_p",
             "is_causal",

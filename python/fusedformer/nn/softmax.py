@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fusedformer import functional
 
-# The warning for dim=None is shown at the line that calls the module: beyond the functional form,
-# forward, and torch's two call wrappers.
+# Frames between the warning for dim=None and the line that calls the module, which it names: the
+# functional form, forward, and torch's two call wrappers.
 _STACKLEVEL = 6
 
 
@@ -22,7 +22,7 @@ class Softmax(torch.nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Probabilities along ``dim``. Errors: those of the functional form."""
+        """Compute probabilities along ``dim``. Errors: those of the functional form."""
         return functional.softmax(input, self.dim, _stacklevel=_STACKLEVEL)
 
 
@@ -36,5 +36,5 @@ class LogSoftmax(torch.nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Log-probabilities along ``dim``. Errors: those of the functional form."""
+        """Compute log-probabilities along ``dim``. Errors: those of the functional form."""
         return functional.log_softmax(input, self.dim, _stacklevel=_STACKLEVEL)

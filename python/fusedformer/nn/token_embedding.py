@@ -58,17 +58,17 @@ class TokenEmbedding(torch.nn.Embedding):
     def from_pretrained(
         cls, embeddings: Tensor, *args: Any, scale: bool = False, **kwargs: Any
     ) -> TokenEmbedding:
-        """An embedding of given vectors; arguments are torch's, and ``scale``."""
+        """Make an embedding of given vectors; arguments are torch's, and ``scale``."""
         make: Any = super().from_pretrained
         module: TokenEmbedding = make(embeddings, *args, **kwargs)
         module.scale = scale
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integer ``[*]`` to ``[*, embedding_dim]``."""
+        """Look up integers ``[*]``; return ``[*, embedding_dim]``."""
         output = super().forward(input)
         return output * math.sqrt(self.embedding_dim) if self.scale else output
 
     def extra_repr(self) -> str:
-        """That of torch's, and the scale if there is one."""
+        """Return torch's settings, and the scale if there is one."""
         return super().extra_repr() + (", scale=True" if self.scale else "")

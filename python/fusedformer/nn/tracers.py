@@ -1,4 +1,4 @@
-"""What torch.fx and torch.jit.script are told of this library's modules."""
+"""Support for torch.fx, and a refusal for torch.jit.script, of this library's modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _torch_says_leaf: Any = Tracer.is_leaf_module
 
 @functools.wraps(_torch_says_leaf)
 def _is_leaf_module(self: Tracer, m: nn.Module, module_qualified_name: str) -> bool:
-    # Torch's own knows torch.nn's modules by where their classes are.
+    # Torch's function only knows classes in torch.nn.
     return _torch_says_leaf(self, m, module_qualified_name) or computes_by_ours(m)
 
 
 def computes_by_ours(module: nn.Module) -> bool:
-    """Whether its forward is this library's, whatever its class: fuse makes subclasses."""
+    """Return whether its forward is this library's; its class may be one that ``fuse`` made."""
     module_of_forward: str = getattr(type(module).forward, "__module__", "")
     return module_of_forward.startswith("fusedformer.")
 
@@ -33,7 +33,7 @@ def _refuse_script(module: nn.Module) -> NoReturn:
 
 
 def introduce(modules: Iterable[type[Any]]) -> None:
-    """Make modules of these types, and of subclasses, known to torch.fx and torch.jit.script."""
+    """Register these types and their subclasses with torch.fx and torch.jit.script."""
     Tracer.is_leaf_module = _is_leaf_module  # type: ignore[method-assign]
     for cls in modules:
         cls.__prepare_scriptable__ = _refuse_script

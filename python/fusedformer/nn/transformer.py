@@ -104,7 +104,7 @@ class Transformer(torch.nn.Transformer):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Pass ``src`` through the encoder, and ``tgt`` with what comes of it through the decoder.
+        """Pass ``src`` through the encoder, and ``tgt`` with its output through the decoder.
 
         Args:
             src: ``[N, S, E]`` with ``batch_first``, else ``[S, N, E]``; unbatched ``[S, E]``.
@@ -161,7 +161,7 @@ class Transformer(torch.nn.Transformer):
         return output
 
     def _attends_to_padding(self, padding: Tensor | None, of_memory: Tensor | None) -> bool:
-        """Whether ``of_memory`` lets the decoder see what ``padding`` removes, or may."""
+        """Return whether ``of_memory``, the decoder's mask, may let it see ``padding``."""
         if padding is None or padding is of_memory:
             return False
         if of_memory is None or padding.shape != of_memory.shape:

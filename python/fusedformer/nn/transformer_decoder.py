@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from fusedformer import functional
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending, call_packed, must_be_called
+from fusedformer.nn.children import Pending, call_fused
 from fusedformer.nn.masks import (
     AttentionMasks,
     Names,
@@ -21,18 +19,23 @@ from fusedformer.nn.masks import (
     is_causal_mask,
 )
 from fusedformer.nn.stacks import (
+    FusedStack,
+    are_boolean,
+    batch_and_length,
     can_pack,
     check_is_fused,
+    check_padding,
     check_rows,
     check_sequences,
     check_stack,
+    end_stack,
     heads_in_stack,
     is_batch_first,
     is_fused,
-    layer_input,
-    only_causal,
+    is_only_causal,
     packing_of_padding,
-    stack_output,
+    start_layer,
+    swap_unless_batch_first,
     zeros_at_padding,
 )
 from fusedformer.nn.transformer_decoder_layer import DROPOUTS, TransformerDecoderLayer
@@ -41,7 +44,7 @@ _FUNCTION = "TransformerDecoder"
 _NAMES = Names(_FUNCTION, "tgt", "tgt", "tgt", "tgt_mask", "tgt_key_padding_mask")
 
 
-class TransformerDecoder(torch.nn.TransformerDecoder):
+class TransformerDecoder(FusedStack, torch.nn.TransformerDecoder):
     """A stack of deep copies of one decoder layer.
 
     A drop-in for :class:`torch.nn.TransformerDecoder`. It differs in one thing: positions that
@@ -64,9 +67,6 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
     """
-
-    static_shapes = False
-    _always_packs = False  # without padding too
 
     def __init__(
         self,
@@ -109,32 +109,22 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """
         for name, tensor in (("tgt", tgt), ("memory", memory)):
             check_rank(_FUNCTION, name, tensor)
-        batch, length = self._sizes(tgt)
-        if tgt_key_padding_mask is not None:
-            check_padding_mask(
-                _FUNCTION,
-                "tgt_key_padding_mask",
-                tgt_key_padding_mask,
-                tgt.dim() == 3,
-                batch,
-                length,
-            )
+        _, length = check_padding(self, _NAMES, tgt, tgt_key_padding_mask)
         if tgt_is_causal is None:
             tgt_is_causal = is_causal_mask(tgt_mask, length)
         paddings = tgt_key_padding_mask, memory_key_padding_mask
-        given = [mask for mask in paddings if mask is not None]
         if (
-            (given or self._always_packs)
-            and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in given)
+            (self._always_packs or any(padding is not None for padding in paddings))
+            and are_boolean(*paddings)
             and memory_mask is None
-            and only_causal(tgt_mask, tgt_is_causal)
+            and is_only_causal(tgt_mask, tgt_is_causal)
             and tgt.dim() == memory.dim() == 3
             and self.packs(tgt, memory, *paddings)
         ):
             self._check(
                 tgt, memory, tgt_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
             )
-            return self._forward_packed(tgt, memory, *paddings, tgt_is_causal)
+            return self._pack_and_run(tgt, memory, *paddings, tgt_is_causal)
         output = self._forward_padded(
             tgt,
             memory,
@@ -148,7 +138,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         return zeros_at_padding(self, output, tgt_key_padding_mask)
 
     def packs(self, tgt: Tensor, *others: Tensor | None) -> bool:
-        """Whether :meth:`forward` packs padded batches on the device of ``tgt``.
+        """Return whether :meth:`forward` packs padded batches on the device of ``tgt``.
 
         As :meth:`TransformerEncoder.packs`; ``others`` are the memory and the masks.
         """
@@ -165,11 +155,11 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         *,
         tgt_is_causal: bool = False,
     ) -> Tensor:
-        """The decoder on packed rows; what :meth:`forward` does between packing and unpacking.
+        """Run the decoder on packed rows, as :meth:`forward` does between packing and unpacking.
 
         Args:
             tgt: ``[total, E]``, of :func:`functional.pack` with ``tgt_packing`` or made packed.
-            tgt_packing, memory_packing: of two batches of as many sequences.
+            tgt_packing, memory_packing: of two batches with the same number of sequences.
             memory: likewise.
             tgt_is_causal: tokens of ``tgt`` see themselves and those before them.
 
@@ -196,12 +186,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(tgt, memory, own, cross)
 
-    def _forward_padded(self, x: Tensor, memory: Tensor, **masks: Any) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, memory, **masks)
-        return x if self.norm is None else self.norm(x)
-
-    def _forward_packed(
+    def _pack_and_run(
         self,
         tgt: Tensor,
         memory: Tensor,
@@ -209,8 +194,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         memory_padding: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
-        if not is_batch_first(self):
-            tgt, memory = tgt.transpose(0, 1), memory.transpose(0, 1)
+        """Pack both batches, run the decoder, and unpack."""
+        tgt, memory = (swap_unless_batch_first(self, x) for x in (tgt, memory))
         of_tgt = packing_of_padding(tgt, tgt_padding, self.static_shapes)
         of_memory = packing_of_padding(memory, memory_padding, self.static_shapes)
         rows = self.forward_packed(
@@ -220,26 +205,18 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             of_memory,
             tgt_is_causal=is_causal,
         )
-        output = functional.unpack(rows, of_tgt)
-        return output if is_batch_first(self) else output.transpose(0, 1)
+        return swap_unless_batch_first(self, functional.unpack(rows, of_tgt))
 
     def _run(self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks) -> Tensor:
-        """All layers and the norm; a sum that ends a layer is left to the norm that follows."""
+        """Compute all layers and the norm on packed rows."""
         pending: Pending | None = None
         for layer in self.layers:
-            if must_be_called(layer) or not layer.norm_first:
-                x, pending = layer_input(x, pending), None
-                if must_be_called(layer):  # the next layer must find no parameter of this one
-                    x, memory = call_packed(layer, x, memory, own, cross)
-                else:
-                    x, memory = layer._post_norm(x, memory, own, cross)
-                continue
-            if pending is None:
-                normed = layer.norm1(x)
+            x, normed = start_layer(layer, x, pending)
+            if normed is None:
+                (x, memory), pending = call_fused(layer, x, memory, own, cross), None
             else:
-                normed, x = pending.normed_and_sum(layer.norm1)
-            pending, memory = layer._pre_norm(x, normed, memory, own, cross)
-        return stack_output(x, pending, self.norm)
+                pending, memory = layer._pre_norm(x, normed, memory, own, cross)
+        return end_stack(x, pending, self.norm)
 
     def _check(
         self,
@@ -250,8 +227,10 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         is_causal: bool,
         memory_is_causal: bool,
     ) -> None:
+        """Check the arguments of a packed run that :meth:`forward` has not checked yet."""
         check_sequences(_FUNCTION, self, {"tgt": tgt, "memory": memory})
-        (batch, length), (memories, keys) = self._sizes(tgt), self._sizes(memory)
+        batch, length = batch_and_length(self, tgt)
+        memories, keys = batch_and_length(self, memory)
         sizes = {"batch": batch, "heads": heads_in_stack(self), "rows": length}
         check_attn_mask(_NAMES, tgt_mask, is_causal, keys=length, **sizes)
         across = _NAMES._replace(attn_mask="memory_mask")
@@ -266,10 +245,3 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             check_padding_mask(
                 _FUNCTION, "memory_key_padding_mask", memory_padding, True, batch, keys
             )
-
-    def _sizes(self, sequence: Tensor) -> tuple[int, int]:
-        """(batch, length), with a batch of 1 for unbatched input."""
-        if sequence.dim() == 2:
-            return 1, sequence.shape[0]
-        first, second = sequence.shape[:2]
-        return (first, second) if is_batch_first(self) else (second, first)

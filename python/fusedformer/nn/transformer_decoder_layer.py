@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import (
-    Pending,
-    adopt,
-    are_plain,
-    check_activation,
-    feed_forward_of,
-    is_plain,
-    is_plain_or_sharded,
-    project,
-)
-from fusedformer.nn.layer_norm import LayerNorm
+from fusedformer.nn.children import Pending, project
+from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
-from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
 
-DROPOUTS = 6  # of the weights of both attentions, and dropout, dropout1, dropout2 and dropout3
 _FUNCTION = "TransformerDecoderLayer"
 _SELF = Names(_FUNCTION, "tgt", "tgt", "tgt", "tgt_mask", "tgt_key_padding_mask")
 _CROSS = Names(_FUNCTION, "tgt", "memory", "memory", "memory_mask", "memory_key_padding_mask")
+_PARTS = LayerParts(
+    stock=torch.nn.TransformerDecoderLayer,
+    methods=("_sa_block", "_mha_block", "_ff_block"),
+    attentions=("self_attn", "multihead_attn"),
+    norms=("norm1", "norm2", "norm3"),
+    dropouts=("dropout", "dropout1", "dropout2", "dropout3"),
+)
+DROPOUTS = _PARTS.number_of_dropouts()
 
 
-class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
     """Self-attention, attention to a memory, and feed-forward, with residual and norm around each.
 
     A drop-in for :class:`torch.nn.TransformerDecoderLayer`: constructor, parameters,
     initialization and arguments are its own. The steps are those of
-    :class:`TransformerEncoderLayer`; keys and values of the memory come of one product.
+    :class:`TransformerEncoderLayer`; one product gives keys and values of the memory.
 
     A child that was replaced by another type, or that carries hooks, and a subclass that defines
     ``_sa_block``, ``_mha_block`` or ``_ff_block``, are called as torch would call them; the layer
@@ -56,49 +51,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: Vaswani et al., arXiv:1706.03762; pre-norm: Xiong et al., arXiv:2002.04745.
     """
 
+    _fused_parts = _PARTS
     self_attn: nn.MultiheadAttention
     multihead_attn: nn.MultiheadAttention
-    checkpoint_activation = False
-    _is_parallel = False
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        checkpoint_activation: bool = False,
-    ) -> None:
-        check_heads(_FUNCTION, "d_model", d_model, "nhead", nhead)
-        check_activation(_FUNCTION, activation)
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        if checkpoint_activation:
-            self.checkpoint_activation = True
-        self.self_attn = adopt(self.self_attn, MultiheadAttention)
-        self.multihead_attn = adopt(self.multihead_attn, MultiheadAttention)
-        self.norm1 = adopt(self.norm1, LayerNorm)
-        self.norm2 = adopt(self.norm2, LayerNorm)
-        self.norm3 = adopt(self.norm3, LayerNorm)
 
     def forward(
         self,
@@ -132,10 +87,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             TypeError, ValueError: as :class:`MultiheadAttention`.
         """
         if not self._children_are_plain():
+            own_masked = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+            cross_masked = memory_mask, memory_key_padding_mask, memory_is_causal
             return self._compose(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
-                memory_key_padding_mask, tgt_is_causal, memory_is_causal,
-            )  # fmt: skip
+                tgt,
+                lambda x: self._sa_block(x, *own_masked),
+                lambda x: self._mha_block(x, memory, *cross_masked),
+                self._ff_block,
+            )
         own, cross = self._check(
             tgt,
             memory,
@@ -147,7 +106,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             memory_is_causal,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            return self._packed(tgt, memory, own, cross)[0]
+            return self._forward_fused(tgt, memory, own, cross)[0]
 
     def _check(
         self,
@@ -160,7 +119,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool,
         memory_is_causal: bool,
     ) -> tuple[AttentionMasks, AttentionMasks]:
-        """The masks of both attentions, once everything is seen to fit."""
+        """Check all arguments; return the masks of both attentions."""
         attention: Any = self.multihead_attn
         batch, rows, keys = attention._check_inputs(tgt, memory, memory, _CROSS)
         sizes: dict[str, Any] = {
@@ -172,13 +131,13 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         )
         return own, cross
 
-    def _packed(
+    def _forward_fused(
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
-        """The layer of a batch, a sequence or packed rows, if its children are plain; the memory.
+        """Compute the fused steps on batches, sequences or packed rows; return the memory too.
 
-        The memory is handed on from layer to layer: its gradient then is what each layer's product
-        accumulates on.
+        The memory is handed on from layer to layer, so that each layer's product adds its part of
+        the memory's gradient to what the layers behind it gave.
         """
         if self.norm_first:
             pending, memory = self._pre_norm(x, self.norm1(x), memory, own, cross)
@@ -188,8 +147,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     def _post_norm(
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`_packed` for norms that come last."""
-        inner, bias, x = self._attend(x, own, fork=True)
+        """Compute :meth:`_forward_fused` with norms after the residuals."""
+        inner, bias, x = self._attend(x, x, own, None, fork=True)
         x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
         inner, bias, x, memory = self._attend_to_memory(x, memory, cross, fork=True)
         x = Pending(inner, bias, self.dropout2, x).normed(self.norm2)
@@ -204,77 +163,25 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         own: AttentionMasks,
         cross: AttentionMasks,
     ) -> tuple[Pending, Tensor]:
-        """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
-        inner, bias, _ = self._attend(normed, own, fork=False)
+        """Compute :meth:`_forward_fused` with norms before the blocks.
+
+        ``normed`` is ``norm1`` of ``x``. The last sum is left to the norm that follows the layer.
+        """
+        inner, bias, x = self._attend(normed, x, own, None, fork=False)
         normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
         inner, bias, _, memory = self._attend_to_memory(normed, memory, cross, fork=False)
         normed, x = Pending(inner, bias, self.dropout2, x).normed_and_sum(self.norm3)
         inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout3, x), memory
 
-    def _attend(
-        self, x: Tensor, masks: AttentionMasks, fork: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(attention of ``x`` to itself, the bias that is still to be added to it, ``x``)."""
-        attention: Any = self.self_attn
-        heads, x = attention._attend_to_itself(x, masks, fork=fork)
-        return *project(heads, attention.out_proj), x
-
     def _attend_to_memory(
-        self, x: Tensor, memory: Tensor, masks: AttentionMasks, fork: bool
+        self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(attention of ``x`` to ``memory``, the bias still to be added, ``x``, ``memory``)."""
+        """Attend from ``x`` to ``memory``; return what :meth:`_attend` does, and the memory."""
         attention: Any = self.multihead_attn
         heads, x, memory = attention._attend_to(x, memory, masks, fork=fork)
         return *project(heads, attention.out_proj), x, memory
 
-    def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(the block of ``x``, the bias that is still to be added to it, ``x``)."""
-        return feed_forward_of(self, x, fork=fork)
-
     def _can_pack(self) -> bool:
-        """Whether rows by themselves are all that this layer looks at besides attention."""
-        attentions: Any = self.self_attn, self.multihead_attn
-        plain = is_plain_or_sharded(self, TransformerDecoderLayer) and self._children_are_plain()
-        return plain and all(attention.ring is None for attention in attentions)
-
-    def _compose(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        tgt_mask: Tensor | None,
-        memory_mask: Tensor | None,
-        tgt_padding: Tensor | None,
-        memory_padding: Tensor | None,
-        tgt_is_causal: bool,
-        memory_is_causal: bool,
-    ) -> Tensor:
-        """The layer as calls of its modules."""
-        own = tgt_mask, tgt_padding, tgt_is_causal
-        cross = memory_mask, memory_padding, memory_is_causal
-        if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), *own)
-            x = x + self._mha_block(self.norm2(x), memory, *cross)
-            return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + self._sa_block(x, *own))
-        x = self.norm2(x + self._mha_block(x, memory, *cross))
-        output: Tensor = self.norm3(x + self._ff_block(x))
-        return output
-
-    def _children_are_plain(self) -> bool:
-        """Whether the fused steps do exactly what calling the children would do."""
-        stock = torch.nn.TransformerDecoderLayer
-        attentions: Any = self.self_attn, self.multihead_attn
-        return (
-            all(getattr(type(self), name) is getattr(stock, name) for name in _BLOCKS)
-            and all(is_plain(a, MultiheadAttention) and a._can_pack() for a in attentions)
-            and len({a.batch_first for a in attentions}) == 1
-            and are_plain(
-                (*(a.out_proj for a in attentions), self.linear1, self.linear2),
-                (self.norm1, self.norm2, self.norm3),
-                (self.dropout, self.dropout1, self.dropout2, self.dropout3),
-            )
-        )
-
-
-_BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
+        """Return whether, but for attention, the layer computes each row by itself."""
+        return self._packs_as(TransformerDecoderLayer)

@@ -13,37 +13,41 @@ from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional.selection import check_output_rows
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending, call_packed, must_be_called
+from fusedformer.nn.children import Pending, call_fused
 from fusedformer.nn.masks import (
     Attend,
     AttentionMasks,
     Names,
     check_attn_mask,
-    check_padding_mask,
     check_rank,
     is_causal_mask,
 )
 from fusedformer.nn.stacks import (
+    FusedStack,
+    are_boolean,
     can_pack,
     check_is_fused,
+    check_padding,
     check_rows,
     check_sequences,
     check_stack,
+    end_stack,
     heads_in_stack,
     is_batch_first,
     is_fused,
-    layer_input,
-    only_causal,
+    is_only_causal,
     packing_for,
-    stack_output,
+    start_layer,
+    swap_unless_batch_first,
     zeros_at_padding,
 )
 from fusedformer.nn.transformer_encoder_layer import DROPOUTS, TransformerEncoderLayer
 
-_NAMES = Names("TransformerEncoder", "src", "src", "src", "mask", "src_key_padding_mask")
+_FUNCTION = "TransformerEncoder"
+_NAMES = Names(_FUNCTION, "src", "src", "src", "mask", "src_key_padding_mask")
 
 
-class TransformerEncoder(torch.nn.TransformerEncoder):
+class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
     """A stack of deep copies of one encoder layer.
 
     A drop-in for :class:`torch.nn.TransformerEncoder`. It differs in one thing, which torch
@@ -75,9 +79,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     Source: Vaswani et al., Attention Is All You Need, arXiv:1706.03762.
     """
 
-    static_shapes = False
     compute_padding = False  # at positions that a padding mask removes, rather than write 0
-    _always_packs = False  # without padding too
 
     def __init__(
         self,
@@ -89,8 +91,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         *,
         static_shapes: bool = False,
     ) -> None:
-        check_stack("TransformerEncoder", "encoder_layer", encoder_layer, num_layers, norm)
-        # torch warns where its nested path is not to be had; ours never takes it.
+        check_stack(_FUNCTION, "encoder_layer", encoder_layer, num_layers, norm)
+        # With True torch may warn that it cannot use nested tensors, which this class never does.
         super().__init__(
             encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check
         )
@@ -118,7 +120,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             src_key_padding_mask: ``[N, S]`` (unbatched ``[S]``); True = masked, or added.
             is_causal: a hint that ``mask`` is the causal mask, so that it need not be read. None
                 looks whether it is, which on a GPU waits for the device once.
-            output_rows: only these rows of the output, batch first whatever the input is: boolean
+            output_rows: only these rows of the output, batch first for any input: boolean
                 ``[N, S]`` (masked positions, say), or int64 ``[N, R]``, columns of each sequence
                 (0 for the CLS token). What follows attention in the last layer, its queries
                 included, is then computed for them alone wherever batches are packed, and also
@@ -136,65 +138,51 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             ValueError: boolean ``output_rows`` with ``static_shapes``.
             IndexError: ``output_rows`` on the CPU with columns that do not exist.
         """
-        function = "TransformerEncoder"
         if isinstance(src, Tensor) and src.is_nested:
             self._check_nested(src, mask, src_key_padding_mask, is_causal, output_rows)
             return self._forward_nested(src, mask is not None)
-        check_rank(function, "src", src)
-        batched, batch_first = src.dim() == 3, is_batch_first(self)
-        length = src.shape[1 if batched and batch_first else 0]
-        batch = src.shape[0 if batch_first else 1] if batched else 1
-        if src_key_padding_mask is not None:
-            check_padding_mask(
-                function, "src_key_padding_mask", src_key_padding_mask, batched, batch, length
-            )
+        padding = src_key_padding_mask
+        check_rank(_FUNCTION, "src", src)
+        batch, length = check_padding(self, _NAMES, src, padding)
         if output_rows is not None:
-            check_output_rows(function, output_rows, batch, length)
+            check_output_rows(_FUNCTION, output_rows, batch, length)
         if is_causal is None:
             is_causal = is_causal_mask(mask, length)
-
-        padding = src_key_padding_mask
-        boolean = padding is None or padding.dtype == torch.bool
-        wanted = padding is not None or output_rows is not None or self._always_packs
-        computed = self.compute_padding if compute_padding is None else compute_padding
-        wanted = wanted and (padding is None or not computed)
-        plain = src.dim() == 3 and boolean and only_causal(mask, is_causal)
-        if plain and wanted and self.packs(src, padding, output_rows):
-            check_sequences(function, self, {"src": src})
-            check_attn_mask(
-                _NAMES,
-                mask,
-                is_causal,
-                batch=batch,
-                rows=length,
-                keys=length,
-                heads=heads_in_stack(self),
-            )
+        if compute_padding is None:
+            compute_padding = self.compute_padding
+        if padding is None:
+            saves_work = output_rows is not None or self._always_packs
+        else:
+            saves_work = not compute_padding
+        if (
+            saves_work
+            and src.dim() == 3
+            and are_boolean(padding)
+            and is_only_causal(mask, is_causal)
+            and self.packs(src, padding, output_rows)
+        ):
+            check_sequences(_FUNCTION, self, {"src": src})
+            sizes = {"batch": batch, "heads": heads_in_stack(self), "rows": length, "keys": length}
+            check_attn_mask(_NAMES, mask, is_causal, **sizes)
             if padding is None:
                 keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
             else:
                 keep = ~padding
             packing, selection = self.packing(keep, output_rows)
-            packed = functional.pack(src if batch_first else src.transpose(0, 1), packing)
-            output = self.forward_packed(packed, packing, selection, is_causal=is_causal)
+            rows = functional.pack(swap_unless_batch_first(self, src), packing)
+            rows = self.forward_packed(rows, packing, selection, is_causal=is_causal)
             if selection is not None:
-                return selection.result(output)
-            output = functional.unpack(output, packing)
-            return output if batch_first else output.transpose(0, 1)
-        output = self._forward_padded(src, mask, padding, is_causal)
-        if not computed:
+                return selection.result(rows)
+            return swap_unless_batch_first(self, functional.unpack(rows, packing))
+        output = self._forward_padded(
+            src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding
+        )
+        if not compute_padding:
             output = zeros_at_padding(self, output, padding)
-        if output_rows is None:
-            return output
-        if batched and not batch_first:
-            output = output.transpose(0, 1)
-        output = output if batched else output[None]
-        if output_rows.dtype == torch.bool:
-            return output[output_rows]
-        return output.take_along_dim(output_rows[..., None], 1)
+        return output if output_rows is None else self._rows_of(output, output_rows)
 
     def packs(self, src: Tensor, *masks: Tensor | None) -> bool:
-        """Whether :meth:`forward` packs padded batches on the device of ``src``.
+        """Return whether :meth:`forward` packs padded batches on the device of ``src``.
 
         The layers and the norm are this library's, without hooks or replaced children; layers may
         be sharded by ``fully_shard``, children of layers and the norm not by themselves. With
@@ -207,7 +195,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     def packing(
         self, keep: Tensor, output_rows: Tensor | None = None
     ) -> tuple[functional.Packing, Selection | None]:
-        """How :meth:`forward` packs a batch, for those who pack what comes before the encoder.
+        """Return how :meth:`forward` packs a batch, to pack already what comes before the encoder.
 
         Args:
             keep: boolean ``[N, S]``, True = real token.
@@ -220,7 +208,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             TypeError, ValueError: as :meth:`functional.Packing.of`.
             ValueError: boolean ``output_rows`` with static shapes.
         """
-        return packing_for("TransformerEncoder", keep, output_rows, self.static_shapes)
+        return packing_for(_FUNCTION, keep, output_rows, self.static_shapes)
 
     def forward_packed(
         self,
@@ -231,7 +219,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool = False,
         attend: Attend | None = None,
     ) -> Tensor:
-        """The encoder on packed rows; what :meth:`forward` does between packing and unpacking.
+        """Run the encoder on packed rows, as :meth:`forward` does between packing and unpacking.
 
         An encoder that ``fully_shard`` was applied to itself needs
         ``torch.distributed.fsdp.register_fsdp_forward_method(encoder, "forward_packed")``.
@@ -252,7 +240,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         Raises:
             ValueError: ``input`` is not ``[total, E]``; the encoder's modules cannot pack.
         """
-        function = "TransformerEncoder.forward_packed"
+        function = f"{_FUNCTION}.forward_packed"
         check_is_fused(function, self, TransformerEncoderLayer)
         check_rank(function, "input", input)
         check_rows(function, "input", input, packing)
@@ -261,22 +249,19 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(input, masks, selection)
 
-    def _forward_padded(
-        self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        output = src
-        for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding)
-        if self.norm is not None:
-            output = self.norm(output)
-        return output
+    def _rows_of(self, output: Tensor, output_rows: Tensor) -> Tensor:
+        """Take ``output_rows`` from the output for a padded batch, or for one sequence."""
+        output = swap_unless_batch_first(self, output) if output.dim() == 3 else output[None]
+        if output_rows.dtype == torch.bool:
+            return output[output_rows]
+        return output.take_along_dim(output_rows[..., None], 1)
 
     def _forward_nested(self, src: Tensor, is_causal: bool) -> Tensor:
-        """The output of jagged ``[N, jagged, E]``, packed already."""
+        """Run the encoder on jagged ``[N, jagged, E]``, which is packed already."""
         jagged: Any = src
         values, starts = jagged.values(), jagged.offsets()
-        check_sequences("TransformerEncoder", self, {"src": values})
-        # The longest length would have to be fetched from the device; the number of tokens bounds.
+        check_sequences(_FUNCTION, self, {"src": values})
+        # The longest length is on the device; the number of tokens is a bound that needs no wait.
         longest = values.shape[0]
         masks = AttentionMasks(None, None, is_causal, starts, starts, longest, longest)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
@@ -284,27 +269,20 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return jagged_like(output, src)
 
     def _run(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
-        """All layers and the norm of packed rows; the last layer computes only ``rows``.
-
-        The sum at the end of a layer whose norms come first is left to the norm that follows.
-        """
+        """Compute all layers and the norm on packed rows; in the last layer only ``rows``."""
         pending: Pending | None = None
         for index, layer in enumerate(self.layers, 1):
             wanted = rows if index == len(self.layers) else None
             if masks.attend is not None:
                 masks = masks._replace(layer=index - 1)
-            if must_be_called(layer):  # the next layer must find no parameter of this one
-                x, pending = call_packed(layer, layer_input(x, pending), masks, wanted), None
-            elif not layer.norm_first:
-                x, pending = layer._post_norm(layer_input(x, pending), masks, wanted), None
-            elif pending is None:
-                pending = layer._pre_norm(x, layer.norm1(x), masks, wanted)
+            x, normed = start_layer(layer, x, pending)
+            if normed is None:
+                x, pending = call_fused(layer, x, masks, wanted), None
             else:
-                normed, x = pending.normed_and_sum(layer.norm1)
                 pending = layer._pre_norm(x, normed, masks, wanted)
         if rows is not None and not len(self.layers):
             x = rows.take(x)
-        return stack_output(x, pending, self.norm)
+        return end_stack(x, pending, self.norm)
 
     def _check_nested(
         self,
@@ -314,19 +292,19 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None,
         output_rows: Tensor | None,
     ) -> None:
-        function = "TransformerEncoder"
-        check_jagged(function, "src", src, "batch, jagged, width")
+        """Check the arguments that may go with a nested ``src``, and that the encoder can pack."""
+        check_jagged(_FUNCTION, "src", src, "batch, jagged, width")
         given = {"src_key_padding_mask": padding, "output_rows": output_rows}
         for name, tensor in given.items():
             if tensor is not None:
-                raise BadValueError(f"{function}(): expected no '{name}' with a nested 'src'")
+                raise BadValueError(f"{_FUNCTION}(): expected no '{name}' with a nested 'src'")
         if mask is not None and not is_causal:
             raise BadValueError(
-                f"{function}(): expected no 'mask' with a nested 'src' but the causal one, "
+                f"{_FUNCTION}(): expected no 'mask' with a nested 'src' but the causal one, "
                 f"together with is_causal=True"
             )
         if not is_batch_first(self) or not is_fused(self, TransformerEncoderLayer):
             raise BadValueError(
-                f"{function}(): a nested 'src' needs layers of this library with "
+                f"{_FUNCTION}(): a nested 'src' needs layers of this library with "
                 f"batch_first=True, without hooks or replaced children"
             )

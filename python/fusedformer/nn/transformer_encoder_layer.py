@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer.functional import Selection
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import (
-    Pending,
-    adopt,
-    are_plain,
-    check_activation,
-    feed_forward_of,
-    is_plain,
-    is_plain_or_sharded,
-    project,
-)
-from fusedformer.nn.layer_norm import LayerNorm
-from fusedformer.nn.masks import AttentionMasks, Names, attention_masks, check_sequence
-from fusedformer.nn.multihead_attention import MultiheadAttention, check_heads
+from fusedformer.nn.children import Pending
+from fusedformer.nn.layers import FusedLayer, LayerParts
+from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
+from fusedformer.nn.multihead_attention import MultiheadAttention
 
 _NAMES = Names("TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask")
+_PARTS = LayerParts(
+    stock=torch.nn.TransformerEncoderLayer,
+    methods=("_sa_block", "_ff_block"),
+    attentions=("self_attn",),
+    norms=("norm1", "norm2"),
+    dropouts=("dropout", "dropout1", "dropout2"),
+)
+DROPOUTS = _PARTS.number_of_dropouts()
 
-DROPOUTS = 4  # of attention weights, and the modules dropout, dropout1 and dropout2
 
-
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
     """Self-attention and feed-forward, each with dropout, residual and norm around it.
 
     A drop-in for :class:`torch.nn.TransformerEncoderLayer`: constructor, parameters,
@@ -67,47 +60,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: Vaswani et al., arXiv:1706.03762; pre-norm: Xiong et al., arXiv:2002.04745.
     """
 
+    _fused_parts = _PARTS
     self_attn: nn.MultiheadAttention
-    checkpoint_activation = False
-    _is_parallel = False
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        checkpoint_activation: bool = False,
-    ) -> None:
-        function = "TransformerEncoderLayer"
-        check_heads(function, "d_model", d_model, "nhead", nhead)
-        check_activation(function, activation)
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        if checkpoint_activation:
-            self.checkpoint_activation = True
-        self.self_attn = adopt(self.self_attn, MultiheadAttention)
-        self.norm1 = adopt(self.norm1, LayerNorm)
-        self.norm2 = adopt(self.norm2, LayerNorm)
 
     def forward(
         self,
@@ -133,111 +87,56 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         Raises:
             TypeError, ValueError: as :class:`MultiheadAttention`.
         """
-        attention: Any = self.self_attn
         if not self._children_are_plain():
-            return self._compose(src, src_mask, src_key_padding_mask, is_causal)
-        weight = attention.out_proj.weight
-        check_sequence("TransformerEncoderLayer", "src", src, attention.embed_dim, weight)
-        heads = attention.num_heads
-        batched = src.dim() == 3
-        batch, length = attention._sizes(src)
+            masked = src_mask, src_key_padding_mask, is_causal
+            return self._compose(src, lambda x: self._sa_block(x, *masked), self._ff_block)
+        attention = self.self_attn
+        assert isinstance(attention, MultiheadAttention)
+        batch, length, _ = attention._check_inputs(src, src, src, _NAMES)
         masks = attention_masks(
             _NAMES,
             src_mask,
             src_key_padding_mask,
             is_causal,
-            batched=batched,
+            batched=src.dim() == 3,
             batch=batch,
-            heads=heads,
+            heads=attention.num_heads,
             rows=length,
             keys=length,
         )
         with seeds_drawn_at_once(DROPOUTS):
-            return self._packed(src, masks)
+            return self._forward_fused(src, masks)
 
-    def _packed(self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None) -> Tensor:
-        """The layer of a batch, a sequence or packed rows, if its children are plain.
+    def _forward_fused(
+        self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
+    ) -> Tensor:
+        """Compute the fused steps on a batch, a sequence or packed rows.
 
-        Or, of packed ``x``, only ``rows`` of the result.
+        Of packed ``x``, the result is only ``rows`` if they are given.
         """
         if self.norm_first:
             return self._pre_norm(x, self.norm1(x), masks, rows).added()
         return self._post_norm(x, masks, rows)
 
-    def _post_norm(self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None) -> Tensor:
-        """:meth:`_packed` for norms that come last."""
+    def _post_norm(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
+        """Compute :meth:`_forward_fused` with norms after the residuals."""
         inner, bias, x = self._attend(x, x, masks, rows, fork=True)
         x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
         inner, bias, x = self._feed_forward(x, fork=True)
         return Pending(inner, bias, self.dropout2, x).normed(self.norm2)
 
     def _pre_norm(
-        self, x: Tensor, normed: Tensor, masks: AttentionMasks, rows: Selection | None = None
+        self, x: Tensor, normed: Tensor, masks: AttentionMasks, rows: Selection | None
     ) -> Pending:
-        """The same for norms that come first, of ``x`` and its norm; the last sum is left open."""
+        """Compute :meth:`_forward_fused` with norms before the blocks.
+
+        ``normed`` is ``norm1`` of ``x``. The last sum is left to the norm that follows the layer.
+        """
         inner, bias, x = self._attend(normed, x, masks, rows, fork=False)
         normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
         inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout2, x)
 
-    def _attend(
-        self, x: Tensor, residual: Tensor, masks: AttentionMasks, rows: Selection | None, fork: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(attention of ``x``, the bias that is still to be added to it, ``residual``)."""
-        heads, residual = self._heads(x, residual, masks, rows, fork)
-        return *project(heads, self.self_attn.out_proj), residual
-
-    def _feed_forward(self, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(the block of ``x``, the bias that is still to be added to it, ``x``)."""
-        return feed_forward_of(self, x, fork=fork)
-
-    def _heads(
-        self, x: Tensor, residual: Tensor, masks: AttentionMasks, rows: Selection | None, fork: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(merged heads of ``x``, ``residual``), of ``rows`` if they are given."""
-        attention = self.self_attn
-        assert isinstance(attention, MultiheadAttention)
-        if rows is not None and not masks.is_causal and masks.attend is None:
-            return attention._attend_from(x, rows, masks), rows.take(residual)
-        heads, x = attention._attend_to_itself(x, masks, fork=fork and rows is None)
-        residual = x if fork else residual
-        return (heads, residual) if rows is None else (rows.take(heads), rows.take(residual))
-
     def _can_pack(self) -> bool:
-        """Whether rows by themselves are all that this layer looks at besides attention."""
-        attention: Any = self.self_attn
-        plain = is_plain_or_sharded(self, TransformerEncoderLayer) and self._children_are_plain()
-        return plain and attention.ring is None
-
-    def _compose(
-        self,
-        x: Tensor,
-        src_mask: Tensor | None,
-        src_key_padding_mask: Tensor | None,
-        is_causal: bool,
-    ) -> Tensor:
-        """The layer as calls of its modules."""
-        masks = src_mask, src_key_padding_mask, is_causal
-        if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), *masks)
-            x = x + self._ff_block(self.norm2(x))
-        else:
-            x = self.norm1(x + self._sa_block(x, *masks))
-            x = self.norm2(x + self._ff_block(x))
-        return x
-
-    def _children_are_plain(self) -> bool:
-        """Whether the fused steps do exactly what calling the children would do."""
-        stock = torch.nn.TransformerEncoderLayer
-        attention: Any = self.self_attn
-        return (
-            type(self)._sa_block is stock._sa_block
-            and type(self)._ff_block is stock._ff_block
-            and is_plain(attention, MultiheadAttention)
-            and attention._can_pack()
-            and are_plain(
-                (attention.out_proj, self.linear1, self.linear2),
-                (self.norm1, self.norm2),
-                (self.dropout, self.dropout1, self.dropout2),
-            )
-        )
+        """Return whether, but for attention, the layer computes each row by itself."""
+        return self._packs_as(TransformerEncoderLayer)

@@ -1,4 +1,4 @@
-"""CUDA graphs of an encoder for a few sizes of batches: serving that is bound by latency."""
+"""CUDA graphs of an encoder for a few batch sizes, for serving with low latency."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusedformer.nn.stacks import is_batch_first
 
 Size = tuple[int, int]  # batch, length
 
-_WARM_UPS = 3  # the first compiles kernels, later ones settle what libraries choose by
+_WARM_UPS = 3  # the first compiles kernels; in later ones libraries settle their choices
 
 
 def graphed(
@@ -28,7 +28,7 @@ def graphed(
     fallback: bool = False,
     copy_output: bool = True,
 ) -> Graphed:
-    """``module`` in evaluation, captured as CUDA graphs for batches of a few sizes.
+    """Capture ``module``, in evaluation, as CUDA graphs for batches of a few sizes.
 
     A call pads its batch to the smallest bucket that holds it, copies it to where the graph reads,
     replays the graph, and returns what belongs to the batch. The host then launches one graph
@@ -54,7 +54,7 @@ def graphed(
     Raises:
         RuntimeError: ``module`` is not on a GPU; it cannot be captured, because it asks the device
             for numbers, say.
-        TypeError: ``module`` is of no such kind; ``shapes`` are not pairs of integers.
+        TypeError: ``module`` is not of these kinds; ``shapes`` are not pairs of integers.
         ValueError: ``module`` is in training mode or has no parameters; no shapes, or sizes that
             are not positive; outputs that are neither ``[batch, length, width]``, ``[batch,
             width]`` nor ``[batch]``.
@@ -63,19 +63,19 @@ def graphed(
 
 
 class _Form(NamedTuple):
-    """How a module is called: arguments ``[batch, length]``, tokens of an encoder with a width."""
+    """Names and dtypes of a module's arguments, all ``[batch, length]`` but for a token's width."""
 
     tokens: str
     mask: str
     dtypes: dict[str, torch.dtype]
     width: tuple[int, ...]
-    padding: int  # what the mask says of padding; of a token 1 - padding
+    padding: int  # the mask's value at padding; at a token it is 1 - padding
     mask_is_needed: bool = False
     batch_first: bool = True
 
 
 class _Captured(NamedTuple):
-    """A graph: views of the memory that it reads, and what it writes."""
+    """A graph, views of the memory that it reads, and the output that it writes."""
 
     replay: Callable[[], None]
     inputs: dict[str, Tensor]
@@ -83,14 +83,14 @@ class _Captured(NamedTuple):
 
 
 class Graphed:
-    """A module behind CUDA graphs; made by :func:`graphed`.
+    """A module that is computed by CUDA graphs; made by :func:`graphed`.
 
     Called with the arguments of the module: ``src`` and ``src_key_padding_mask`` (boolean, True =
     padding), or ``input_ids``, ``attention_mask`` (1 or True = token) and, where the module takes
     them, ``token_type_ids``; all but the first by name. Without a mask every position is a token.
     No gradient is computed. Calls from several threads and streams take turns.
 
-    What the graphs do was decided when they were captured: hooks and other Python of the module do
+    Graphs repeat the kernels that they captured: hooks and other Python of the module do
     not run again. Weights that are changed in place, by ``load_state_dict`` or an optimizer, are
     seen. Where a parameter, a buffer or a child was replaced since, a call raises; :meth:`capture`
     captures anew.
@@ -119,7 +119,7 @@ class Graphed:
         self.capture()
 
     def capture(self) -> None:
-        """Capture all graphs anew, of what the module is now.
+        """Capture all graphs again, from the module as it is now.
 
         Raises:
             RuntimeError, ValueError: as :func:`graphed`.
@@ -129,10 +129,10 @@ class Graphed:
                 "graphed(): expected 'module' to be in evaluation mode; call its eval() first"
             )
         with self._lock:
-            self._captured: dict[tuple[Size, bool], _Captured] = {}  # frees what was there
+            self._captured: dict[tuple[Size, bool], _Captured] = {}  # frees the graphs before
             captured: dict[tuple[Size, bool], _Captured] = {}
             self._graphs = _CudaGraphs(self._device)
-            self._taken = _Taken(self.module)
+            self._read = _ReadByGraphs(self.module)
             form, largest = self._form, max(batch * length for batch, length in self.buckets)
             rows = {n: form.width if n == form.tokens else () for n in form.dtypes}
             self._memory = {
@@ -140,7 +140,7 @@ class Graphed:
                 for name, dtype in form.dtypes.items()
             }
             self._memory[form.mask].fill_(1 - form.padding)
-            self._written: set[str] = set()  # inputs that may be left out, and are not all zeros
+            self._written: set[str] = set()  # optional inputs whose memory is not all zeros
             for bucket in reversed(self.buckets):
                 for masked in (True,) if form.mask_is_needed else (True, False):
                     captured[bucket, masked] = self._capture(bucket, masked)
@@ -153,11 +153,11 @@ class Graphed:
             for name, memory in self._memory.items()
             if masked or name != form.mask
         }
-        given = {name: self._turned(view, name) for name, view in inputs.items()}
+        given = {name: self._swap_unless_batch_first(view, name) for name, view in inputs.items()}
         enabled, dtype = self._autocast
 
         def run() -> Any:
-            # A cast that autocast remembers from before would not be in the graph.
+            # Without the cache: a cast made before the capture would be missing in the graph.
             autocast = torch.autocast(self._device.type, dtype, enabled, cache_enabled=False)
             with torch.no_grad(), autocast, _static_shapes(self.module):
                 found = self.module(**given)
@@ -172,7 +172,7 @@ class Graphed:
                 f"asks the device for numbers, or copies from the host, cannot be)"
             ) from error
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and not _belongs(tensor, batch, length):
+            if isinstance(tensor, Tensor) and not _can_be_cut(tensor, batch, length):
                 raise ValueError(
                     f"graphed(): expected outputs of shape [batch, length, width], [batch, width] "
                     f"or [batch], but for the bucket {bucket} got {tuple(tensor.shape)}"
@@ -180,7 +180,7 @@ class Graphed:
         return _Captured(replay, inputs, output)
 
     def __call__(self, tokens: Tensor | None = None, /, **others: Tensor | None) -> Any:
-        """What the module returns for the batch; see the class.
+        """Compute what the module returns for the batch; see the class.
 
         Raises:
             TypeError: an argument that the module does not have; wrong dtypes.
@@ -213,7 +213,7 @@ class Graphed:
                 raise RuntimeError("Graphed(): it has no graphs, as its last capture() failed")
             self._fill(captured.inputs, given, size, size == bucket)
             captured.replay()
-            changed = self._taken.changed()  # while the device is busy
+            changed = self._read.changed()  # looked up here, while the device is busy
             if changed is not None:
                 raise RuntimeError(
                     f"Graphed(): {changed!r} of the module was replaced after its graphs were "
@@ -225,7 +225,7 @@ class Graphed:
     def _checked(
         self, tokens: Tensor | None, others: dict[str, Tensor | None]
     ) -> dict[str, Tensor]:
-        """All that is given by name, batch first."""
+        """Check the inputs; return those that are given by name, batch first."""
         function, form = "Graphed", self._form
         given = {name: value for name, value in others.items() if value is not None}
         if tokens is not None:
@@ -251,7 +251,7 @@ class Graphed:
                 f"{function}(): expected {form.tokens!r} of shape [{', '.join(expected)}], "
                 f"but got {tuple(first.shape)}"
             )
-        given[form.tokens] = first = self._turned(first, form.tokens)
+        given[form.tokens] = first = self._swap_unless_batch_first(first, form.tokens)
         for name, value in given.items():
             wanted = form.dtypes[name]
             checks.check_tensor(function, name, value)
@@ -282,14 +282,16 @@ class Graphed:
                 f"the largest (batch, length) is {self.buckets[-1]}"
             )
         self.fallbacks += 1
-        turned = {name: self._turned(value, name) for name, value in given.items()}
+        arguments = {
+            name: self._swap_unless_batch_first(value, name) for name, value in given.items()
+        }
         with torch.no_grad():
-            return self.module(**turned)
+            return self.module(**arguments)
 
     def _fill(
         self, inputs: dict[str, Tensor], given: dict[str, Tensor], size: Size, whole: bool
     ) -> None:
-        """Write ``given`` to ``inputs``, and what stands for padding behind it."""
+        """Copy ``given`` to the memory ``inputs`` of a graph, and write padding around it."""
         form = self._form
         for name, memory in inputs.items():
             value = given.get(name)
@@ -299,7 +301,7 @@ class Graphed:
                 part = memory[: size[0], : size[1]]
                 part.fill_(1 - form.padding) if value is None else part.copy_(value)
             elif value is not None:
-                if not whole:  # what is left of others may be infinite
+                if not whole:  # an earlier batch may have left infinities
                     memory.zero_()
                 memory[: size[0], : size[1]].copy_(value)
                 self._written.add(name)
@@ -307,8 +309,8 @@ class Graphed:
                 self._memory[name].zero_()
                 self._written.remove(name)
 
-    def _turned(self, tensor: Tensor, name: str) -> Tensor:
-        """From the module's order of batch and length to batch first, or back."""
+    def _swap_unless_batch_first(self, tensor: Tensor, name: str) -> Tensor:
+        """Swap batch and length, between the module's order and batch first."""
         turn = name == self._form.tokens and not self._form.batch_first
         return tensor.transpose(0, 1) if turn else tensor
 
@@ -323,7 +325,7 @@ class Graphed:
 
 
 class _CudaGraphs:
-    """Captures calls, in one pool of memory and on one stream of its own."""
+    """CUDA graphs that share one pool of memory and one stream."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -336,7 +338,7 @@ class _CudaGraphs:
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays ``function``, and what ``function`` returned, which replays write to."""
+        """Capture ``function``; return its replay, and its output, which replays overwrite."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -344,14 +346,14 @@ class _CudaGraphs:
                     function()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with work of their own meanwhile.
+            # thread_local: other threads may use the device meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 output = function()
         return graph.replay, output
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Inside, the current stream comes after all that was enqueued inside before."""
+        """Let the current stream wait for the last call's work, and record its own at the end."""
         with torch.cuda.device(self._device):
             self._last.wait()
             try:
@@ -360,7 +362,7 @@ class _CudaGraphs:
                 self._last.record()
 
     def nbytes(self) -> int:
-        """Of the pool."""
+        """Return the size of the pool."""
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(
             segment["total_size"]
@@ -369,8 +371,8 @@ class _CudaGraphs:
         )
 
 
-class _Taken:
-    """What graphs read of a module: tensors, which it keeps alive, and the children they are in."""
+class _ReadByGraphs:
+    """Tensors that graphs read, which it keeps alive, and the modules that hold them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors: list[tuple[dict[str, Any], str, str, int, Tensor]] = []
@@ -390,7 +392,7 @@ class _Taken:
             ]
 
     def changed(self) -> str | None:
-        """The path of the first that is another now."""
+        """Return the path of the first tensor or child that was replaced, or None."""
         for holder, name, path, child in self._children:
             if holder.get(name) is not child:
                 return path
@@ -403,7 +405,7 @@ class _Taken:
 
 @contextlib.contextmanager
 def _static_shapes(module: nn.Module) -> Iterator[None]:
-    """Whatever packs in ``module`` does so without waiting for the device."""
+    """Let all of ``module`` pack with static shapes, which needs no wait, while inside."""
     stacks: list[Any] = [part for part in module.modules() if hasattr(part, "static_shapes")]
     before = [stack.static_shapes for stack in stacks]
     for stack in stacks:
@@ -415,8 +417,8 @@ def _static_shapes(module: nn.Module) -> Iterator[None]:
             stack.static_shapes = value
 
 
-def _belongs(output: Tensor, batch: int, length: int) -> bool:
-    """Whether it is plain which of its elements belong to which token or sequence."""
+def _can_be_cut(output: Tensor, batch: int, length: int) -> bool:
+    """Return whether the shape of ``output`` tells the batch's part from padding."""
     leading = (batch, length) if output.dim() == 3 else (batch,)
     return 1 <= output.dim() <= 3 and tuple(output.shape[: len(leading)]) == leading
 
@@ -429,7 +431,7 @@ def _form_of(module: Any) -> _Form:
         width = (first.self_attn.embed_dim,)
         return _Form("src", mask, dtypes, width, 1, batch_first=is_batch_first(module))
     if isinstance(module, nn.Module):
-        for kind in type(module).__mro__:  # what fuse puts before a class passes arguments on
+        for kind in type(module).__mro__:  # classes from fuse take (*args, **kwargs)
             if "forward" in vars(kind):
                 parameters = inspect.signature(vars(kind)["forward"]).parameters
                 if {"input_ids", "attention_mask"} <= parameters.keys():
@@ -448,7 +450,7 @@ def _form_of_ids(parameters: Any) -> _Form:
 
 
 def _buckets(shapes: Iterable[Size]) -> tuple[Size, ...]:
-    """Those of fewest positions first."""
+    """Check the shapes; return them by number of positions, smallest first."""
     found = set()
     for shape in shapes:
         pair = tuple(shape) if isinstance(shape, (tuple, list)) else ()

@@ -1,4 +1,4 @@
-"""Compile before the first request what a model will need."""
+"""Compile a model's kernels before the first request."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _made(name: str, value: Any, like: Tensor) -> Any:
         return torch.zeros(value, dtype=torch.int64, device=like.device)
     if "mask" in name:
         keep = torch.ones(value, dtype=torch.bool, device=like.device)
-        keep[1:, value[-1] // 2 + 1 :] = False  # so that there is something to pack
+        keep[1:, value[-1] // 2 + 1 :] = False  # some padding, so that packing is compiled too
         return ~keep if "padding" in name else keep
     return torch.randn(value, dtype=like.dtype, device=like.device)
 
