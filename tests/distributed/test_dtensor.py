@@ -271,15 +271,15 @@ def test_which_ops_have_no_rule() -> None:
 
 def on_one_projection(mesh: DeviceMesh, place: Placement) -> tuple[list[Tensor], list[Tensor], int]:
     qkv, dy = torch.randn(2, 3, 3, 2, 4), torch.randn(2, 3, 2, 4)
-    masks = AttentionMasks(None, None, True).settings()
+    terms = AttentionMasks(None, None, True).terms(4, 0.0)
     with backend("triton"):
         leaf = qkv.clone().requires_grad_()
-        output = self_attention(leaf, 0.0, **masks)
+        output = self_attention(leaf, terms)
         want = [output, *torch.autograd.grad(output, leaf, dy)]
         leaf = distribute_tensor(qkv, mesh, [place]).requires_grad_()
         spread_dy = distribute_tensor(dy, mesh, [BATCH if place == BATCH else Shard(2)])
         with CommDebugMode() as communication:
-            output = self_attention(leaf, 0.0, **masks)
+            output = self_attention(leaf, terms)
             grads = torch.autograd.grad(output, leaf, spread_dy)
         got = [whole(t.detach()) for t in (output, *grads)]
     return got, [t.detach() for t in want], communication.get_total_counts()

@@ -144,7 +144,7 @@ class Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (starts,) = ctx.saved_tensors
-        assert schedule.shared_lists(starts) == {("a",): None}
+        assert list(schedule.shared_lists(starts) or ()) == [("a",)]
         return grad, None
 
 
@@ -154,7 +154,7 @@ def test_work_lists_live_as_long_as_their_starts(device: str) -> None:
     packing = Packing.of(torch.rand(2, 9, device=device) > 0.3)
     lists = schedule.shared_lists(packing.cu_seqlens)
     assert lists == {} and schedule.shared_lists(packing.cu_seqlens.clone()) is None
-    lists["a",] = None  # type: ignore[assignment, call-overload]
+    lists["a",] = None  # type: ignore[assignment]
     output = Kept.apply(torch.randn(3, device=device, requires_grad=True), packing.cu_seqlens)
     del packing
     gc.collect()

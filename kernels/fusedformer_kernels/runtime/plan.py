@@ -191,12 +191,21 @@ class _Prepared:
         self._launched = launched
         self._flat = [*launched.args, *launched.constants.values()]
         self._pointers: list[tuple[int, int, int]] = []  # position, slot, offset
-        self._tuples: list[tuple[int, Any]] = []
+        self._tuples: list[tuple[int, list[Any], list[tuple[int, int, int]]]] = []
+        self._nested: list[tuple[int, Any]] = []
         for position, value in enumerate(launched.args):
             if isinstance(value, Place):
                 self._pointers.append((position, value.slot, value.offset))
             elif isinstance(value, tuple) and any(True for _ in _places(value)):
-                self._tuples.append((position, value))
+                if any(isinstance(inner, tuple) and type(inner) is not Place for inner in value):
+                    self._nested.append((position, value))
+                    continue
+                within = [
+                    (i, inner.slot, inner.offset)
+                    for i, inner in enumerate(value)
+                    if type(inner) is Place
+                ]
+                self._tuples.append((position, list(value), within))
         grid = launched.grid
         self._grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
 
@@ -205,7 +214,12 @@ class _Prepared:
         flat = self._flat.copy()
         for position, slot, offset in self._pointers:
             flat[position] = pointers[slot] + offset
-        for position, value in self._tuples:
+        for position, values, within in self._tuples:
+            values = values.copy()
+            for index, slot, offset in within:
+                values[index] = pointers[slot] + offset
+            flat[position] = tuple(values)
+        for position, value in self._nested:
             flat[position] = _with_pointers(value, pointers)
         compiled = self._launched.compiled
         assert compiled is not None

@@ -109,7 +109,7 @@ class KeyValueCache:
         def fill(qkv: Tensor, dropout_p: float, masks: AttentionMasks) -> Tensor:
             self._store(masks.layer, sequences, places, *qkv[0].unbind(1)[1:])
             if attend is None:
-                return self_attention(qkv, dropout_p, **masks.settings())
+                return self_attention(qkv, masks.terms(qkv.shape[-1], dropout_p))
             return attend(qkv, dropout_p, masks)
 
         return fill

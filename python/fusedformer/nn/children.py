@@ -21,7 +21,7 @@ from fusedformer.nn.quick_gelu import QuickGELU
 
 M = TypeVar("M", bound=nn.Module)
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def adopt(module: nn.Module, cls: type[M]) -> M:
@@ -82,7 +82,7 @@ def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:
     """List the hooks of ``module``, without those by which ``fully_shard`` gathers parameters."""
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         for hook in module.__dict__[hooks].values():
             owner = type(getattr(hook, "__self__", None))
             if not owner.__module__.startswith("torch.distributed.fsdp."):
@@ -165,9 +165,17 @@ def feed_forward_block(layer: Any) -> FeedForward:
     )
 
 
-def dropout_probability(dropout: nn.Dropout) -> float:
+def dropout_probability(dropout: Any) -> float:
     """Return the probability with which ``dropout`` drops in its mode."""
     return dropout.p if dropout.training else 0.0
+
+
+def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Return both parameters of a linear layer or a norm, past the module's ``__getattr__``."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias  # views that a wrapper has put there
 
 
 class Pending(NamedTuple):

@@ -6,16 +6,19 @@ The order of a layer's steps stands in :class:`TransformerEncoderLayer` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer.functional import Selection
 from fusedformer.functional.steps import feed_forward
 from fusedformer.nn.children import (
+    HOOKS,
     adopt,
     are_plain,
     check_activation,
@@ -149,7 +152,22 @@ class FusedLayer:
         )
 
     def _children_are_plain(self: Any) -> bool:
-        """Return whether the fused steps do exactly what calling the children would do."""
+        """Return whether the fused steps do exactly what calling the children would do.
+
+        Found once, it holds until something is replaced or registered.
+        """
+        if torch.compiler.is_compiling():
+            return bool(self._look_at_children())
+        known = _plain_layers.get(self)
+        if known is not None and known.holds(self):
+            return True
+        if not self._look_at_children():
+            return False
+        _plain_layers[self] = PlainLayer.of(self)
+        return True
+
+    def _look_at_children(self: Any) -> bool:
+        """Look at each child for :meth:`_children_are_plain`."""
         parts: LayerParts = self._fused_parts
         own, stock, children = type(self), parts.stock, self._modules
         for name in parts.methods:
@@ -168,3 +186,70 @@ class FusedLayer:
             [children[name] for name in parts.norms],
             [children[name] for name in parts.dropouts],
         )
+
+
+class PlainLayer(NamedTuple):
+    """What was looked at when a layer's children were found to be plain.
+
+    It does not hold the layer itself, which is to be free to go.
+    """
+
+    owners: tuple[dict[str, Any], ...]  # of children: the layer's, the attentions'
+    owned: tuple[tuple[Any, ...], ...]  # their values
+    children: tuple[nn.Module, ...]
+    classes: tuple[type, ...]  # the layer's, and the children's
+    hooks: tuple[dict[int, Any], ...]  # of the children
+    settings: tuple[Any, ...]
+
+    @staticmethod
+    def of(layer: Any) -> PlainLayer:
+        """Take note of ``layer``."""
+        parts: LayerParts = layer._fused_parts
+        attentions = [getattr(layer, name) for name in parts.attentions]
+        children = [
+            *attentions,
+            *(attention.out_proj for attention in attentions),
+            *(getattr(layer, name) for name in ("linear1", "linear2", *parts.norms)),
+            *(getattr(layer, name) for name in parts.dropouts),
+        ]
+        owners = tuple(module._modules for module in (layer, *attentions))
+        return PlainLayer(
+            owners,
+            tuple(tuple(owner.values()) for owner in owners),
+            tuple(children),
+            tuple(map(type, (layer, *children))),
+            tuple(child.__dict__[name] for child in children for name in HOOKS),
+            _settings_of(children),
+        )
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Return whether nothing of ``layer`` has been replaced, registered or set since."""
+        return (
+            not any(self.hooks)
+            and tuple([tuple(owner.values()) for owner in self.owners]) == self.owned
+            and tuple(map(type, (layer, *self.children))) == self.classes
+            and _settings_of(self.children) == self.settings
+            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        )
+
+
+_plain_layers: WeakKeyDictionary[Any, PlainLayer] = WeakKeyDictionary()
+
+
+def _settings_of(children: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what attributes of children decide."""
+    found: list[Any] = []
+    for module in children:
+        own = module.__dict__
+        if "forward" in own:
+            found.append(own["forward"])
+        if "in_proj_weight" in own["_parameters"]:
+            found += (
+                module.batch_first,
+                module._qkv_same_embed_dim,
+                module.bias_k is None,
+                module.add_zero_attn,
+            )
+        elif "normalized_shape" in own:
+            found.append(own["normalized_shape"])
+    return tuple(found)

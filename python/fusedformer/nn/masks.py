@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from fusedformer._internal.autocast import autocast_dtype
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional.packing import with_empty_tail
+from fusedformer.functional.steps import AttentionTerms, self_attention_terms
 
 
 class Names(NamedTuple):
@@ -44,11 +45,19 @@ class AttentionMasks(NamedTuple):
     attend: Attend | None = None  # computes self-attention in the usual function's place
     layer: int = 0  # index of the encoder's layer, for ``attend``
 
-    def settings(self) -> dict[str, Any]:
-        """Return the masks as keyword arguments of attention."""
-        settings = self._asdict()
-        del settings["attend"], settings["layer"]
-        return settings
+    def terms(self, head_dim: int, dropout_p: float) -> AttentionTerms:
+        """Return what the scores of attention depend on, as ops take it."""
+        return self_attention_terms(
+            head_dim,
+            dropout_p,
+            attn_mask=self.attn_mask,
+            key_mask=self.key_mask,
+            is_causal=self.is_causal,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k,
+        )
 
     @staticmethod
     def packed(queries: Packing, keys: Packing, is_causal: bool) -> AttentionMasks:

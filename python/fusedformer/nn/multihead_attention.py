@@ -239,7 +239,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if masks.attend is not None:
             heads = masks.attend(qkv, dropout_p, masks)
         elif self.ring is None:
-            heads = self_attention(qkv, dropout_p, **masks.settings())
+            heads = self_attention(qkv, masks.terms(qkv.shape[-1], dropout_p))
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
             heads = self._attention(q, k, v, masks).transpose(1, 2)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fusedformer.functional import Selection
-from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending
+from fusedformer.functional.steps import (
+    EncoderParameters,
+    EncoderSettings,
+    encoder_layer,
+    encoder_layer_is_one_node,
+    seeds_drawn_at_once,
+)
+from fusedformer.nn.children import (
+    Pending,
+    dropout_probability,
+    fused_activation,
+    weight_and_bias,
+)
 from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
 from fusedformer.nn.multihead_attention import MultiheadAttention
@@ -120,6 +133,9 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
 
     def _post_norm(self, x: Tensor, masks: AttentionMasks, rows: Selection | None) -> Tensor:
         """Compute :meth:`_forward_fused` with norms after the residuals."""
+        found = self._one_node(x, None, masks, rows)
+        if found is not None:
+            return found[0]
         inner, bias, x = self._attend(x, x, masks, rows, fork=True)
         x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
         inner, bias, x = self._feed_forward(x, fork=True)
@@ -132,10 +148,62 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
 
         ``normed`` is ``norm1`` of ``x``. The last sum is left to the norm that follows the layer.
         """
+        found = self._one_node(normed, x, masks, rows)
+        if found is not None and found[1] is not None:
+            return Pending(found[0], self.linear2.bias, self.dropout2, found[1])
         inner, bias, x = self._attend(normed, x, masks, rows, fork=False)
         normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
         inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout2, x)
+
+    def _one_node(
+        self, x: Tensor, residual: Tensor | None, masks: AttentionMasks, rows: Selection | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Compute the steps as one node of autograd; return None where that cannot be.
+
+        ``residual`` is given where norms come first, and so is the sum in the result.
+        """
+        children = self._modules
+        attention: Any = children["self_attn"]
+        if (
+            rows is not None
+            or self._is_parallel
+            or masks.attend is not None
+            or attention.ring is not None
+            or (x.dim() == 3 and not attention.batch_first)
+            or not encoder_layer_is_one_node(x, masks.attn_mask, attention.head_dim)
+        ):
+            return None
+        activation = fused_activation(self.activation)
+        if activation is None:
+            return None
+        norms: list[Any] = [children["norm1"], children["norm2"]]
+        middle, last = norms if residual is None else (norms[1], None)
+        settings = EncoderSettings(
+            attention.num_heads,
+            activation,
+            middle.eps,
+            None if last is None else last.eps,
+            dropout_probability(children["dropout"]),
+            dropout_probability(children["dropout1"]),
+            dropout_probability(children["dropout2"]),
+            self.checkpoint_activation,
+        )
+        parameters = EncoderParameters(
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            None,
+            None,
+            None,
+            None,
+            *weight_and_bias(attention.out_proj),
+            *weight_and_bias(middle),
+            *weight_and_bias(children["linear1"]),
+            *weight_and_bias(children["linear2"]),
+            *((None, None) if last is None else weight_and_bias(last)),
+        )
+        terms = masks.terms(attention.head_dim, attention.dropout if attention.training else 0.0)
+        return encoder_layer(x, residual, parameters, settings, terms)
 
     def _can_pack(self) -> bool:
         """Return whether, but for attention, the layer computes each row by itself."""

@@ -12,12 +12,19 @@ from fusedformer.ops.attention import (
     scale_of,
     scaled_dot_product_attention,
     self_attention,
+    self_attention_terms,
     varlen_attention,
     window_bounds,
 )
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
+from fusedformer.ops.encoder_layer import (
+    EncoderParameters,
+    EncoderSettings,
+    encoder_layer,
+    encoder_layer_is_one_node,
+)
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.linear_cross_entropy import linear_cross_entropy
 from fusedformer.ops.norm import (
@@ -32,6 +39,8 @@ from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
+    "EncoderParameters",
+    "EncoderSettings",
     "FeedForward",
     "attention_part",
     "attention_part_backward",
@@ -45,6 +54,8 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
+    "encoder_layer",
+    "encoder_layer_is_one_node",
     "feed_forward",
     "gather_rows",
     "layer_norm",
@@ -59,6 +70,7 @@ __all__ = [
     "seeds_added_to",
     "seeds_drawn_at_once",
     "self_attention",
+    "self_attention_terms",
     "shared_by_layers",
     "sigmoid_contrastive_loss",
     "softmax",

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
-from fusedformer._internal.onlookers import is_mapped
+from fusedformer._internal.backend import kernels_run_on
+from fusedformer._internal.onlookers import is_eager, is_mapped, is_traced
 from fusedformer._internal.plans import saved_as_they_are, step
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, common_dtype, draw_seed
+from fusedformer.ops.attention.calls import MAX_HEAD_DIM
 from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
 from fusedformer.ops.product import product, product_add
 
@@ -95,6 +98,26 @@ def encoder_layer(
 
 # Parameters that products read; the kernels take the others as they are.
 _OF_PRODUCTS = (*EncoderParameters._fields[:7], "weight1", "weight2")
+
+
+def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> bool:
+    """Whether :func:`encoder_layer` may compute a layer on ``x``, with ``mask`` for its scores.
+
+    Tracers, modes and transforms want to see its steps; a mask that is learned gets its gradient
+    from them; and rows of a batch must lie one after another.
+    """
+    return (
+        type(x) is Tensor
+        and kernels_run_on(x)
+        and not is_traced()
+        and is_eager()
+        and x.dtype in checks.KERNEL_DTYPES
+        and x.is_contiguous()
+        and x.numel() > 0
+        and 1 <= head_dim <= MAX_HEAD_DIM
+        and not (mask is not None and mask.requires_grad)
+        and not torch._C._autograd._profiler_enabled()  # which names steps
+    )
 
 
 class _Kept(NamedTuple):

@@ -14,7 +14,12 @@ from fusedformer.ops.attention.calls import (
     varlen_attention,
 )
 from fusedformer.ops.attention.part import attention_part, attention_part_backward, merge_parts
-from fusedformer.ops.attention.terms import attention_terms, scale_of, window_bounds
+from fusedformer.ops.attention.terms import (
+    attention_terms,
+    scale_of,
+    self_attention_terms,
+    window_bounds,
+)
 
 __all__ = [
     "attention_part",
@@ -26,6 +31,7 @@ __all__ = [
     "scale_of",
     "scaled_dot_product_attention",
     "self_attention",
+    "self_attention_terms",
     "varlen_attention",
     "window_bounds",
 ]

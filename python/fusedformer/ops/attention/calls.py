@@ -19,7 +19,7 @@ from fusedformer.ops.attention.aten import (
     attention_weights_aten,
     merge_attention_states_aten,
 )
-from fusedformer.ops.attention.terms import AttentionTerms, scale_of
+from fusedformer.ops.attention.terms import AttentionTerms
 
 MAX_HEAD_DIM = 256
 
@@ -100,40 +100,18 @@ def varlen_attention(
     return (output, lse[0]) if return_lse and lse is not None else output
 
 
-def self_attention(
-    qkv: Tensor,
-    dropout_p: float,
-    *,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Tensor:
+def self_attention(qkv: Tensor, terms: AttentionTerms) -> Tensor:
     """``[B, L, H, D]`` of one projection ``[B, L, 3, H, D]``, whose gradient comes in one piece.
 
-    Masks as for :func:`scaled_dot_product_attention`, ``attn_mask`` 4-D; or, with B = 1, packed
-    sequences that begin at ``cu_seqlens``.
+    ``terms`` are those of :func:`~fusedformer.ops.attention.terms.self_attention_terms`; with
+    starts B is 1.
     """
-    terms = AttentionTerms(
-        mask=attn_mask,
-        key_mask=key_mask,
-        starts_q=cu_seqlens_q,
-        starts_k=cu_seqlens_k,
-        p=dropout_p,
-        right=0 if is_causal else None,
-        scale=scale_of(None, qkv),
-        max_queries=max_seqlen_q,
-        max_keys=max_seqlen_k,
-    )
     if chosen_backend(qkv) == "torch":
-        attend = attention_aten if cu_seqlens_q is None else _packed_aten
+        attend = attention_aten if terms.starts_q is None else _packed_aten
         return attend(*registered.split_heads(qkv), terms, return_lse=False)[0].transpose(1, 2)
     check_for_kernels("scaled_dot_product_attention", qkv, qkv)
-    terms = terms._replace(seed=draw_seed(dropout_p, qkv.device))
-    if attn_mask is not None and attn_mask.requires_grad:
+    terms = terms._replace(seed=draw_seed(terms.p, qkv.device))
+    if terms.mask is not None and terms.mask.requires_grad:
         output, *_ = registered.attention(*registered.split_heads(qkv), False, *terms)
     else:
         output, _ = registered.self_attention(qkv, *terms)

@@ -32,6 +32,32 @@ def attention_terms(query: Tensor, options: Mapping[str, Any]) -> AttentionTerms
     )
 
 
+def self_attention_terms(
+    head_dim: int,
+    dropout_p: float,
+    *,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> AttentionTerms:
+    """The terms of a layer's attention to itself, padded, or packed if there are starts."""
+    return AttentionTerms(
+        mask=attn_mask,
+        key_mask=key_mask,
+        starts_q=cu_seqlens_q,
+        starts_k=cu_seqlens_k,
+        p=dropout_p,
+        right=0 if is_causal else None,
+        scale=1.0 / math.sqrt(max(head_dim, 1)),
+        max_queries=max_seqlen_q,
+        max_keys=max_seqlen_k,
+    )
+
+
 def scale_of(scale: float | None, query: Tensor) -> float:
     """The factor on the scores, of what may be None."""
     return 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
