@@ -84,7 +84,9 @@ class Plan:
         result: Any,
     ) -> None:
         self._device = tensors[0].device
-        self._interpreted = any(isinstance(o, Launched) and o.compiled is None for o in done)
+        compiled = [one.compiled for one in done if isinstance(one, Launched)]
+        self._interpreted = None in compiled
+        self._enqueues = bool(compiled) and not self._interpreted
         self._more = [None] * (count + 1 - len(tensors))  # the last slot is NOWHERE
         self._nowhere = [0] * len(self._more)
         self.alignments = [tensor.data_ptr() & 15 for tensor in tensors]
@@ -164,7 +166,7 @@ class Plan:
                 shifts = dict(self._scratch)
                 for slot in shifts:
                     owners[slot] = scratch
-        stream = None if self._interpreted else launches.current_stream(self._device)
+        stream = launches.current_stream(self._device) if self._enqueues else None
         for allocated, one, freed in self._done:
             if allocated:
                 _allocate(allocated, owners, pointers, tensors)

@@ -317,6 +317,8 @@ class _EncoderLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("an encoder layer"))
         saved, numbers, batch = ctx.saved_tensors, ctx.numbers, shape[0] if len(shape) == 3 else 1
+        if ctx.plan is None:  # what hooks have kept may have come back with other strides
+            saved = tuple(None if t is None else t.contiguous() for t in saved)
         if grad is None:
             assert sum_grad is not None
             grad = torch.zeros_like(sum_grad)
