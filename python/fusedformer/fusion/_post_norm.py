@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
-from fusedformer.functional.steps import FeedForward, feed_forward, linear
+from fusedformer.functional.steps import (
+    EncoderParameters,
+    EncoderSettings,
+    FeedForward,
+    encoder_layer,
+    encoder_layer_is_one_node,
+    feed_forward,
+    linear,
+    self_attention_terms,
+)
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._rows import is_untouched, needs_batch
@@ -23,10 +32,13 @@ from fusedformer.nn.children import (
     dropout_probability,
     fused_activation,
     project,
+    weight_and_bias,
 )
 from fusedformer.nn.stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
+# Arguments of attention that one node does not have.
+_SETTINGS = ("is_causal", "softcap", "sliding_window", "position_bias", "s_aux")
 
 
 class Parts(NamedTuple):
@@ -86,6 +98,9 @@ class PostNormLayer:
         if parts is None or "attentions" in captured():
             own: Tensor = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
             return own
+        found: Tensor | None = self._one_node(parts, hidden_states, attention_mask, kwargs)
+        if found is not None:
+            return found
         query, x = linear(hidden_states, parts.query.weight, parts.query.bias, fork=True)
         key, x = linear(x, parts.key.weight, parts.key.bias, fork=True)
         value, x = linear(x, parts.value.weight, parts.value.bias, fork=True)
@@ -106,6 +121,62 @@ class PostNormLayer:
         x = Pending(inner, bias, parts.dropout1 or _NO_DROPOUT, x).normed(parts.norm1)
         inner, bias, x = feed_forward(x, parts.feed_forward_block(), fork=True)
         return Pending(inner, bias, parts.dropout2 or _NO_DROPOUT, x).normed(parts.norm2)
+
+    def _one_node(
+        self, parts: Parts, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Compute the steps as one node of autograd; return None where that cannot be.
+
+        It can where attention has no setting but packed sequences or a mask of keys.
+        """
+        module, name = self.attention_of(self), _activation_name(parts.activation)
+        key_mask = None if mask is None else key_mask_of(mask)
+        starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+        packed = None not in starts
+        if (
+            name is None
+            or not encoder_layer_is_one_node(x, None, module.attention_head_size)
+            or getattr(module, "is_causal", True)
+            or any(kwargs.get(setting) is not None for setting in _SETTINGS)
+            or (mask is not None and (packed or key_mask is None))
+            or (key_mask is not None and key_mask.shape != x.shape[:2])
+            or x.dim() != 3
+        ):
+            return None
+        longest = (kwargs.get("max_length_q"), kwargs.get("max_length_k")) if packed else (0, 0)
+        terms = self_attention_terms(
+            module.attention_head_size,
+            dropout_probability(parts.attention_dropout),
+            attn_mask=None,
+            key_mask=key_mask,
+            is_causal=False,
+            cu_seqlens_q=starts[0],
+            cu_seqlens_k=starts[1],
+            max_seqlen_q=x.shape[1] if longest[0] is None else int(longest[0]),
+            max_seqlen_k=x.shape[1] if longest[1] is None else int(longest[1]),
+        )
+        settings = EncoderSettings(
+            heads=parts.query.weight.shape[0] // module.attention_head_size,
+            activation=name,
+            middle_eps=parts.norm1.eps,
+            last_eps=parts.norm2.eps,
+            hidden_p=0.0,
+            middle_p=dropout_probability(parts.dropout1 or _NO_DROPOUT),
+            last_p=dropout_probability(parts.dropout2 or _NO_DROPOUT),
+            checkpoint_activation=False,
+        )
+        parameters = EncoderParameters(
+            *weight_and_bias(parts.query),
+            *weight_and_bias(parts.key),
+            *weight_and_bias(parts.value),
+            *weight_and_bias(parts.out),
+            *weight_and_bias(parts.norm1),
+            *weight_and_bias(parts.linear1),
+            *weight_and_bias(parts.linear2),
+            *weight_and_bias(parts.norm2),
+        )
+        terms = terms._replace(scale=float(module.scaling))
+        return encoder_layer(x, None, parameters, settings, terms)[0]
 
     @classmethod
     def refuses(cls, layer: Any) -> str:
