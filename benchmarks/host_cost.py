@@ -1,11 +1,12 @@
 """What a call costs the host before its kernels are enqueued, measured on a machine without a GPU.
 
-    PYTHONPATH=python:kernels python benchmarks/host_cost.py [--json FILE]
+    PYTHONPATH=python:kernels python benchmarks/host_cost.py [--json FILE] [--beside CHECKOUT]
 
 Kernels are compiled for sm_90 and launched nowhere (harness/no_driver.py); a GPU's driver adds
 its own launch. Tensors are so small that torch's own ops, which run beside them on the CPU,
 compute next to nothing; on a GPU they have their launches to add as well. Times are those of the
-thread, so that other work on the machine counts little, and the least of several.
+thread, so that other work on the machine counts little, and the least of several. ``--beside``
+measures another checkout of this repository too, an earlier commit say, in turns with this one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
+from fusedformer._internal import plans
 from fusedformer._internal.text import table
 from fusedformer.ops import _registered
 from fusedformer.tools.environment import describe
@@ -34,7 +38,7 @@ from harness.no_driver import kernels_go_nowhere
 from suites.bench_host import SUITE, eager, fused
 
 CPU = torch.device("cpu")
-REPEATS, ROUNDS = 150, 15
+REPEATS, ROUNDS, TURNS = 150, 15, 3
 DIRECTIONS = ("inference", "forward", "forward + backward")
 
 
@@ -54,7 +58,10 @@ def least(call: Callable[[], Any]) -> float:
 @contextlib.contextmanager
 def by_the_dispatcher() -> Iterator[None]:
     """Send eager calls to the registered ops, as compilers and tensor subclasses do."""
-    with mock.patch.object(_registered, "is_eager", lambda: False):  # noqa: PT008, a Mock is slow
+    layer = sys.modules["fusedformer.ops.encoder_layer"]
+    with contextlib.ExitStack() as stack:
+        for module in (_registered, plans, layer):
+            stack.enter_context(mock.patch.object(module, "is_eager", lambda: False))  # noqa: PT008
         yield
 
 
@@ -84,19 +91,71 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
     ]
 
 
+def all_rows() -> list[dict[str, Any]]:
+    """Time every case of the suite."""
+    cases = SUITE.cases(Sizes.of("full"), torch.float32)
+    return [row for case in cases for row in rows_of(case)]
+
+
+def rows_of_checkout(checkout: Path) -> dict[str, Any]:
+    """Run this script as it is in another checkout; return what it writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        path = os.pathsep.join(str(checkout / name) for name in ("python", "kernels"))
+        subprocess.run(
+            [sys.executable, checkout / "benchmarks" / "host_cost.py", "--json", file],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+
+def least_of(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Take the least of each time over runs of the same cases."""
+    found = []
+    for same in zip(*runs, strict=True):
+        times = {key: min(row[key] for row in same) for key in same[0] if key.endswith("_us")}
+        found.append({**same[0], **times})
+    return found
+
+
+def beside(checkout: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Time this checkout and another in turns; add the other's times to the rows."""
+    own, others = [], []
+    for _ in range(TURNS):
+        others.append(rows_of_checkout(checkout))
+        own.append(all_rows())
+    before = least_of([other["rows"] for other in others])
+    rows = [
+        {**row, "before_us": old["fusedformer_us"]}
+        for row, old in zip(least_of(own), before, strict=True)
+    ]
+    return rows, {"before": {"commit": others[0]["commit"]}}
+
+
 def main() -> None:
     """Print the table, and write it where ``--json`` says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what is in memory that no kernel wrote slows a product down
     kernels_go_nowhere()
-    found = [row for case in SUITE.cases(Sizes.of("full"), torch.float32) for row in rows_of(case)]
+    more: dict[str, Any] = {}
+    if arguments.beside:
+        found, more = beside(arguments.beside.resolve())
+    else:
+        found = all_rows()
     head = ["", "", "fusedformer, us", "registered, us", "torch on the CPU, us"]
-    print(table(head, [[str(value) for value in row.values()] for row in found], (2, 3, 4)))
+    head += ["before, us"] if more else []
+    body = [[str(value) for value in row.values()] for row in found]
+    print(table(head, body, tuple(range(2, len(head)))))
     if arguments.json:
-        text = json.dumps({**describe(CPU), "rows": found}, indent=1)
+        text = json.dumps({**describe(CPU), **more, "rows": found}, indent=1)
         arguments.json.write_text(text + "\n")
 
 

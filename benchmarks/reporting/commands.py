@@ -123,9 +123,16 @@ def fewshot(document: Document) -> str:
 
 def host_cost(document: Document) -> str:
     """Show microseconds of the host's thread by op and direction."""
-    keys = ("case", "direction", "fusedformer_us", "registered_us", "torch_us")
+    rows = document["rows"]
+    keys = ["case", "direction", "fusedformer_us", "registered_us", "torch_us"]
     head = ["µs of the host's thread", "", "fusedformer", "by the registered ops", "torch, on CPU"]
-    return _table(head, [[str(row[key]) for key in keys] for row in document["rows"]], left=2)
+    body = [[str(row[key]) for key in keys] for row in rows]
+    if "before" in document:
+        head += [f"at {document['before']['commit'][:12]}", "ratio"]
+        for cells, row in zip(body, rows, strict=True):
+            ratio = row["fusedformer_us"] / row["before_us"]
+            cells += [str(row["before_us"]), f"{ratio:.2f}x"]
+    return _table(head, body, left=2)
 
 
 _BY_ROW: dict[str, Callable[[Document], str]] = {

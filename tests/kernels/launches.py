@@ -6,7 +6,9 @@ Nothing is compiled and no device is needed: what would be handed to the driver 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fusedformer import nn
 from fusedformer_kernels.compiler import compile_cases
 from fusedformer_kernels.rows import gather as rows
 from fusedformer_kernels.runtime import launch, plan, plans
@@ -100,6 +103,11 @@ def check_every_case() -> None:
 UNPLANNED = ("dropout mask", "contrastive", "sigmoid contrastive")
 
 
+# Of an encoder layer: inference, forward, forward and backward.
+MOST_CALLS = 95, 120, 210
+LIBRARY = tuple(str(Path(module.__file__).parents[1]) for module in (nn, launch))
+
+
 def on_the_cpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Memory that the system gives once somebody writes to it."""
     return torch.empty(shape, dtype=dtype)
@@ -124,6 +132,39 @@ def check_plans() -> None:
             planned.clear()
             assert launches_of(case.call, True, 1) == unplanned, case.name
             assert planned or case.name.startswith(UNPLANNED), case.name
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """How many of the library's functions a call enters, once it is planned."""
+    for _ in range(3):
+        call()
+    entered = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal entered
+        entered += event == "call" and frame.f_code.co_filename.startswith(LIBRARY)
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def check_counts() -> None:
+    """What an encoder layer of 16 tokens has the host do, which is what a small layer costs."""
+    layer = nn.TransformerEncoderLayer(64, 2, 128, 0.0, batch_first=True)
+    x = torch.randn(2, 8, 64, requires_grad=True)
+    leaves, grad = [x, *layer.parameters()], torch.randn(2, 8, 64)
+    with torch.no_grad():
+        assert python_calls(lambda: layer(x)) <= MOST_CALLS[0]
+    assert python_calls(lambda: layer(x)) <= MOST_CALLS[1]
+    step = lambda: torch.autograd.grad(layer(x), leaves, grad)
+    assert python_calls(step) <= MOST_CALLS[2]
+    launched.clear()
+    step()
+    assert len(launched) == 4 + 9
 
 
 def check_listeners() -> None:
@@ -186,6 +227,7 @@ def main() -> None:
     setattr(launch, "_launch", with_stand_in)  # noqa: B010
     check_every_case()
     check_plans()
+    check_counts()
     check_listeners()
     check_kinds_of_arguments()
 
