@@ -5,6 +5,7 @@ Nothing is compiled and no device is needed: what would be handed to the driver 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -105,7 +106,7 @@ UNPLANNED = ("dropout mask", "contrastive", "sigmoid contrastive")
 
 # Of an encoder layer: inference, forward, forward and backward.
 MOST_CALLS = 95, 120, 210
-LIBRARY = tuple(str(Path(module.__file__).parents[1]) for module in (nn, launch))
+LIBRARY = tuple(str(Path(inspect.getfile(module)).parents[1]) for module in (nn, launch))
 
 
 def on_the_cpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
