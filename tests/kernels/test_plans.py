@@ -305,6 +305,9 @@ def test_arguments_are_checked_in_each_call(device: str) -> None:
         functional.layer_norm(x, (36,))
     with pytest.raises(TypeError, match="eps"):
         functional.layer_norm(x, (37,), eps="1")  # type: ignore[arg-type]
+    functional.softmax(x, 1)
+    with pytest.raises(TypeError, match="dim"):  # though 1.0 is equal to 1
+        functional.softmax(x, 1.0)  # type: ignore[arg-type]
 
 
 def test_dropout_is_drawn_in_each_call(device: str) -> None:

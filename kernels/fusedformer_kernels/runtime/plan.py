@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +120,7 @@ class Plan:
                 firsts.setdefault(place.slot, index)
                 lasts[place.slot] = index
         kept = {place.slot for place in _places(result)} | {slot for slot, _ in self._scratch}
+        kept.update(range(len(tensors)))  # which the caller holds
         self._done: list[tuple[list[Any], _Prepared | Stepped, list[int]]] = []
         for index, one_done in enumerate(done):
             allocated = [(s, *how) for s, how in allocations.items() if firsts.get(s) == index]
@@ -143,19 +144,19 @@ class Plan:
         empty = torch.empty(0, dtype=place.dtype, device=self._device)
         return empty, place.size, place.stride
 
-    def run(self, tensors: list[Tensor], pointers: list[int]) -> Any:
+    def run(self, tensors: Iterable[Tensor], pointers: list[int]) -> Any:
         """Do it for a call's tensors, which are of the kinds that were recorded."""
         device = self._device
         owners: list[Any] = [*tensors, *self._more]
         pointers = [*pointers, *self._nowhere]
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._run(owners, pointers, tensors)
+                self._run(owners, pointers)
         else:
-            self._run(owners, pointers, tensors)
+            self._run(owners, pointers)
         return _with_tensors(self._result, owners)
 
-    def _run(self, owners: list[Any], pointers: list[int], tensors: list[Tensor]) -> None:
+    def _run(self, owners: list[Any], pointers: list[int]) -> None:
         shifts: dict[int, int] = {}
         if self._scratch:
             scratch = torch.empty(self._scratch_size, dtype=torch.uint8, device=self._device)
@@ -169,7 +170,7 @@ class Plan:
         stream = launches.current_stream(self._device) if self._enqueues else None
         for allocated, one, freed in self._done:
             if allocated:
-                _allocate(allocated, owners, pointers, tensors)
+                _allocate(allocated, owners, pointers)
             if isinstance(one, Stepped):
                 owners[one.slot] = found = one.function(
                     *[owners[a] if type(a) is _Slot else _with_tensors(a, owners) for a in one.args]
@@ -182,7 +183,7 @@ class Plan:
             for slot in freed:
                 owners[slot] = None
         if self._never_used:
-            _allocate(self._never_used, owners, pointers, tensors)
+            _allocate(self._never_used, owners, pointers)
 
 
 class _Prepared:
@@ -235,12 +236,10 @@ class _Prepared:
         launches.launch(kernel, grid, config, *_with_tensors(args, owners, shifts), **constants)
 
 
-def _allocate(
-    allocated: list[Any], owners: list[Any], pointers: list[int], tensors: list[Tensor]
-) -> None:
+def _allocate(allocated: list[Any], owners: list[Any], pointers: list[int]) -> None:
     for slot, like, size, stride in allocated:
         if size is None:
-            owner = torch.empty_like(tensors[like])
+            owner = torch.empty_like(owners[like])
         else:
             owner = like.new_empty_strided(size, stride)
         owners[slot] = owner

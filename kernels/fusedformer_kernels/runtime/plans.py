@@ -74,17 +74,24 @@ class Planner:
 
     def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Plan | None]:
         """The same, and the plan of such calls, if there is one."""
-        kinds = _Kinds(self._is_public)
-        values = (*args, *named.values(), *named) if named else args
-        if _is_watched() or not kinds.append(values):
+        if _is_watched():
             return self._launcher(*args, **named), None
-        key = kinds.key()
+        tensors: dict[int, Tensor] = {}
+        pointers: list[int] = []
+        kinds: list[Any] = [configs.assumed_target(), configs.precision_of_products()]
+        values = (*args, *named.values(), *named) if named else args
+        public = None
+        if self._is_public:
+            public = torch.is_grad_enabled()
+        if not _append_kinds(values, kinds, tensors, pointers, public) or not tensors:
+            return self._launcher(*args, **named), None
+        key = tuple(kinds)
         plan = self.plans.get(key, _UNKNOWN)
         if plan is None:
             return self._launcher(*args, **named), None
         if plan is not _UNKNOWN:
-            return plan.run(kinds.tensors, kinds.pointers), plan
-        recorder = Recorder(kinds.tensors)
+            return plan.run(tensors.values(), pointers), plan
+        recorder = Recorder(list(tensors.values()))
         result = recorder.watch(self._launcher, args, named, verify=_is_verified)
         if len(self.plans) >= _MOST:
             self.plans.clear()
@@ -159,53 +166,46 @@ def _is_tensor(cls: type) -> bool:
     return True
 
 
-class _Kinds:
-    """What decides the plan of a call."""
+def _append_kinds(
+    values: Any,
+    kinds: list[Any],
+    tensors: dict[int, Tensor],
+    pointers: list[int],
+    public: bool | None,
+) -> bool:
+    """Append what decides the plan of a call; False if there is a value that none is made for.
 
-    def __init__(self, is_public: bool) -> None:
-        self.tensors: list[Tensor] = []
-        self.pointers: list[int] = []
-        self._found: list[Any] = []
-        self._places: dict[int, int] = {}
-        self._refuses_gradients = is_public and torch.is_grad_enabled()
-        self._is_public = is_public
-
-    def key(self) -> tuple[Any, ...]:
-        """All that was appended, and the settings that launchers look at."""
-        return configs.assumed_target(), configs.precision_of_products(), *self._found
-
-    def append(self, values: Any) -> bool:
-        """Add what matters of ``values``; False if there is one that no plan is made for.
-
-        Numbers that are equal are one to a launcher, whatever their type.
-        """
-        found, places = self._found, self._places
-        for value in values:
-            cls = type(value)
-            if cls in _NUMBERS:
-                found.append(value)
-            elif cls in _TENSORS or _is_tensor(cls):
-                name = id(value)
-                if name in places:
-                    found.append(places[name])
-                    continue
-                # What torch.func left behind has no address, and a negative view a sign.
-                try:
-                    pointer = value.data_ptr()
-                except RuntimeError:
-                    return False
-                if self._is_public and (
-                    value.is_neg() or (self._refuses_gradients and value.requires_grad)
-                ):
-                    return False
-                places[name] = len(places)
-                self.tensors.append(value)
-                self.pointers.append(pointer)
-                found += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
-            elif isinstance(value, tuple | list):
-                found.append(len(value))
-                if not self.append(value):
-                    return False
-            else:
+    Args:
+        values: arguments.
+        kinds: what there is to hash.
+        tensors: each once, by its ``id``.
+        pointers: of the tensors.
+        public: None for a launcher, to which numbers that are equal are one, whatever their type.
+            Of a public function, which may check types, whether it may not be planned for tensors
+            that require a gradient.
+    """
+    for value in values:
+        cls = type(value)
+        if cls in _NUMBERS:
+            kinds.append(value if public is None else (cls, value))
+        elif cls in _TENSORS or _is_tensor(cls):
+            name = id(value)
+            if name in tensors:
+                kinds.append(list(tensors).index(name))
+                continue
+            try:
+                pointer = value.data_ptr()
+                kinds += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
+            except RuntimeError:  # nested, sparse, or what torch.func left behind
                 return False
-        return True
+            if public is not None and (value.is_neg() or (public and value.requires_grad)):
+                return False
+            tensors[name] = value
+            pointers.append(pointer)
+        elif isinstance(value, tuple | list):
+            kinds.append(len(value))
+            if not _append_kinds(value, kinds, tensors, pointers, public):
+                return False
+        else:
+            return False
+    return True
