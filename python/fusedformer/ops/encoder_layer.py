@@ -400,6 +400,8 @@ def _backward(
         how.activation,
         needs.bias1,
     )
+    if not needs.bias1:
+        found["bias1"] = None
     if needs.weight1 and kept.middle is not None:
         found["weight1"] = _weight_gradient(before_grad, kept.middle)
     if not needs_sum1:
@@ -480,15 +482,17 @@ def _norm_gradients(
     """Gradients of the residual, weight, bias, what is added to the input, and the input."""
     parameters = weight, bias, input_bias
     dtype = common_dtype([None if t is None else t.dtype for t in parameters])
+    needs = needs_weight, needs_bias, needs_input_bias
     residual_grad, input_grad, *grads = run.norm_backward(
-        grad, sum_grad, total, mean, rstd, weight, seed, p, "layer", 1, needs_weight, needs_bias,
-        needs_input_bias, input_dtype, dtype,
-    )  # fmt: skip
-    narrowed = (
-        None if g is None or t is None else _in(t.dtype, g)
-        for g, t in zip(grads, parameters, strict=True)
+        grad, sum_grad, total, mean, rstd, weight, seed, p, "layer", 1, *needs, input_dtype, dtype
     )
-    return residual_grad, *narrowed, residual_grad if input_grad is None else input_grad
+    # By the dispatcher, what is left out is an empty tensor.
+    differs = seed is not None or input_dtype != residual_grad.dtype
+    found = [
+        _in(t.dtype, g) if need and t is not None else None
+        for g, t, need in zip(grads, parameters, needs, strict=True)
+    ]
+    return residual_grad, found[0], found[1], found[2], input_grad if differs else residual_grad
 
 
 class _Launchers(NamedTuple):
