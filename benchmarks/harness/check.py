@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 from harness.case import Case, Inputs, Part, Program, Unsupported, whole
 
 
@@ -64,7 +64,7 @@ class Checker:
             stock = self.baseline[name]
             if tensor.dtype != stock.dtype:
                 return Verdict("failed check", f"{name}: {tensor.dtype}, stock gives {stock.dtype}")
-            compared.append(compare(name, tensor, stock, self.truth[name]))
+            compared.append(compare_tensors(name, tensor, stock, self.truth[name]))
         faults = "; ".join(c.fault for c in compared if not c.passed)
         ratio = max((c.ratio for c in compared), default=0.0)
         finite = ratio if math.isfinite(ratio) else None  # stock may be exact

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fusedformer
 from fusedformer import backend
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 T: Any = pytest.importorskip("transformers")
 
@@ -36,7 +36,7 @@ def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch
         assert ours.keys() == baseline.keys() == truth.keys()
         # The gradient of a key's bias is rounding alone: its truth is 0.
         named = [n for n in truth if not n.endswith(("key.bias", "k_proj.bias", "k_lin.bias"))]
-        compared = [compare(n, ours[n], baseline[n], truth[n]) for n in named]
+        compared = [compare_tensors(n, ours[n], baseline[n], truth[n]) for n in named]
         found = [c.fault for c in compared if not c.passed]
         if not found:
             break

@@ -10,7 +10,7 @@ import torch
 
 import fusedformer
 from fusedformer.models import sentence_embeddings
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 from fusedformer.tools.report.corpus import stdlib_passages
 from fusedformer.tools.report.minilm import EXTRAS, WEIGHTS_PACKAGE, MiniLM, hidden_states
 
@@ -34,7 +34,7 @@ def test_embeddings_of_real_passages_agree() -> None:
                 for batch in client.batches(ids, 12, cpu)
             ]
         found.append(torch.cat(parts))
-    result = compare("embeddings", *found)
+    result = compare_tensors("embeddings", *found)
     assert result.passed, result.fault
     nearest = [(e @ e.T).fill_diagonal_(-2).argmax(1) for e in found]
     assert torch.equal(nearest[0], nearest[2])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fusedformer
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 
 class _AnyName(type):
@@ -96,7 +96,7 @@ def test_outputs_and_gradients(timm: Any, variant: str) -> None:
     for seed in (1, 2, 3):  # stock is lucky in one of dozens of tensors now and then
         truth = _run(copy.deepcopy(stock).double(), x.double(), seed)
         ours, baseline = _run(model, x, seed), _run(stock, x, seed)
-        compared = [compare(n, ours[n], baseline[n], truth[n]) for n in truth]
+        compared = [compare_tensors(n, ours[n], baseline[n], truth[n]) for n in truth]
         found = [c.fault for c in compared if not c.passed]
         if not found:
             break

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import backend
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 NO_GRADIENT = ("key.bias", "k_proj.bias")  # rounding alone: their truth is 0
 
@@ -59,7 +59,7 @@ def faults_of(
         truth = run(double, outputs_of_stock, seed, dict)
         assert found.keys() == truth.keys(), found.keys() ^ truth.keys()
         names = [n for n in truth if not n.endswith(NO_GRADIENT)] if faults is None else faults
-        compared = [compare(n, found[n], baseline[n], truth[n]) for n in names]
+        compared = [compare_tensors(n, found[n], baseline[n], truth[n]) for n in names]
         faults = {one.name: one.fault for one in compared if not one.passed}
         if not faults:
             break

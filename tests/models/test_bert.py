@@ -9,7 +9,7 @@ import torch
 
 from fusedformer import backend, nn
 from fusedformer.models import BertConfig, BertEncoderModel, mean_pooling, sentence_embeddings
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 CONFIG = BertConfig(
     vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
@@ -61,7 +61,7 @@ def faults(ours: BertEncoderModel, stock: Any, given: dict[str, torch.Tensor]) -
     truth = run(stock.double(), given, lambda grads: grads)
     assert found.keys() == truth.keys()
     compared = [
-        compare(name, found[name], baseline[name], truth[name])
+        compare_tensors(name, found[name], baseline[name], truth[name])
         for name in truth
         if not name.endswith("key.bias")
     ]

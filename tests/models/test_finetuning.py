@@ -23,7 +23,7 @@ from fusedformer.models import (
     GPTConfig,
     GPTDecoderModel,
 )
-from fusedformer.testing import compare
+from fusedformer.testing import compare_tensors
 
 BERT = BertConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -140,7 +140,7 @@ def test_bert_classifies_as_transformers_does() -> None:
             runs.append({"loss": theirs, **{n.removeprefix("bert."): g for n, g in grads.items()}})
         assert found.keys() == runs[0].keys()
         compared = [
-            compare(n, found[n], runs[0][n], runs[1][n])
+            compare_tensors(n, found[n], runs[0][n], runs[1][n])
             for n in found
             if not n.endswith("key.bias")
         ]
@@ -216,7 +216,7 @@ def test_a_prompt_is_trained_as_if_joined_with_the_tokens(name: Any) -> None:
 
 
 def judge_pairs(found: Any, stock: Any, truth: Any) -> None:
-    compared = [compare("", *three) for three in zip(found, stock, truth, strict=True)]
+    compared = [compare_tensors("", *three) for three in zip(found, stock, truth, strict=True)]
     assert [one.fault for one in compared if not one.passed] == []
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedformer
 from fusedformer._internal.backend import Backend, chosen_backend
-from fusedformer.testing import ParityError, assert_parity
+from fusedformer.testing import ParityError, assert_function_parity
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -81,7 +81,7 @@ def assert_module_parity(device: str) -> Callable[..., None]:
             # then stock is lucky in one of them. Luck ends with the draw, a fault does not.
             for seed in (1, 2, 3):
                 try:
-                    assert_parity(fused, torchs, truth, tensors, dtype=dtype, seed=seed)
+                    assert_function_parity(fused, torchs, truth, tensors, dtype=dtype, seed=seed)
                     break
                 except ParityError:
                     if seed == 3:

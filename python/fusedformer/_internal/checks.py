@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fusedformer._internal.onlookers import is_batched, is_traced
 from fusedformer._internal.plans import unplanned
+from fusedformer._internal.tracing import is_batched, is_traced
 from fusedformer.errors import BadTypeError, BadValueError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

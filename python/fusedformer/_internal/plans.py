@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.backend import kernels_run_on
-from fusedformer._internal.onlookers import is_eager
+from fusedformer._internal.tracing import is_eager
 from fusedformer_kernels.runtime.steps import step as step
 from fusedformer_kernels.runtime.steps import unplanned as unplanned
 

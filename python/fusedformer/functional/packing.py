@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedformer import ops
 from fusedformer._internal import checks
-from fusedformer._internal.onlookers import is_traced, stands_for_many
+from fusedformer._internal.tracing import is_traced, is_vmapped
 from fusedformer.errors import BadTypeError, BadValueError
 
 
@@ -128,7 +128,7 @@ def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool
 def _check_known(keep: Tensor) -> None:
     if torch.compiler.is_compiling():  # which breaks the graph
         return
-    if is_traced() or stands_for_many(keep):
+    if is_traced() or is_vmapped(keep):
         raise RuntimeError(
             "Packing.of(): expected 'static_shapes=True' or 'lengths' while 'keep' is traced or "
             "mapped by torch.vmap, where the number of its tokens is an example's"

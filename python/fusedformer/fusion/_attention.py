@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
-from fusedformer._internal.onlookers import is_traced_by_jit
+from fusedformer._internal.tracing import is_traced_by_jit
 
 try:
     from transformers.utils.output_capturing import _active_collector

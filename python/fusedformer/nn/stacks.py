@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedformer._internal import checks
 from fusedformer._internal.backend import chosen_backend
-from fusedformer._internal.onlookers import is_traced_by_jit, stands_for_many
+from fusedformer._internal.tracing import is_traced_by_jit, is_vmapped
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional.packing import whole_packing
@@ -150,7 +150,7 @@ def can_pack(x: Tensor, static_shapes: bool, *paddings: Tensor | None) -> bool:
     sample of ``paddings`` has another number of tokens, nor for torch.jit.trace, to which sizes are
     tensors.
     """
-    if is_traced_by_jit() or stands_for_many(x, *paddings):
+    if is_traced_by_jit() or is_vmapped(x, *paddings):
         return False
     static = static_shapes or not checks.has_values(x)
     return not static or chosen_backend(x) == "triton"

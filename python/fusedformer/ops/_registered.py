@@ -17,7 +17,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.nn import Parameter
 from torch.profiler import record_function
 
-from fusedformer._internal.onlookers import is_eager
+from fusedformer._internal.tracing import is_eager
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

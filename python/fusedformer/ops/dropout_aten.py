@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fusedformer._internal.onlookers import is_mapped, is_traced
+from fusedformer._internal.tracing import is_traced, may_be_batched
 
 # Outside of these bounds, rounding would change a probability by more than 0.2 % of it.
 _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
@@ -69,7 +69,7 @@ def _factor(p: float) -> float:
 
 def _is_fast(x: Tensor, p: float) -> bool:
     # Tracers and torch.vmap must see torch's own random calls.
-    plain = x.device.type == "cpu" and not is_traced() and not is_mapped()
+    plain = x.device.type == "cpu" and not is_traced() and not may_be_batched()
     return plain and _SMALLEST <= p <= _LARGEST
 
 

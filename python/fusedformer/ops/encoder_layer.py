@@ -20,8 +20,8 @@ from torch import Tensor
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
 from fusedformer._internal.backend import kernels_run_on
-from fusedformer._internal.onlookers import is_eager, is_mapped, is_traced
 from fusedformer._internal.plans import saved_as_they_are, step
+from fusedformer._internal.tracing import is_eager, is_traced, may_be_batched
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, common_dtype, draw_seed
 from fusedformer.ops.attention.calls import MAX_HEAD_DIM
@@ -173,7 +173,7 @@ _seed, _product = step(draw_seed), step(product)
 
 @step
 def _add_product(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
-    if is_mapped():  # nothing of many may be written in place
+    if may_be_batched():  # nothing of many may be written in place
         return x @ weight if addend is None else addend + x @ weight
     return product_add(x, weight, addend)
 
@@ -333,7 +333,7 @@ class _EncoderLayer(torch.autograd.Function):
 
         kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
         with autocast_off(rows):  # the forward decided on the dtypes
-            if is_mapped():
+            if may_be_batched():
                 x_grad, residual_grad, *found = _backward(*args())
             else:
                 x_grad, residual_grad, *found = _launchers().backward.follow(
@@ -362,7 +362,7 @@ def _backward(
     needs: _Needs,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``x``, ``residual`` and the parameters, None where they are not asked for."""
-    run, opened = _registered() if is_mapped() else _launchers(), how.last_eps is None
+    run, opened = _registered() if may_be_batched() else _launchers(), how.last_eps is None
     found: dict[str, Tensor | None] = dict.fromkeys(_Needs._fields)
     needs_heads = needs.x or any(needs[2:8])
     needs_sum1 = (

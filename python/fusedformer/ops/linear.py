@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
 from fusedformer._internal.backend import chosen_backend
-from fusedformer._internal.onlookers import is_mapped, is_traced
+from fusedformer._internal.tracing import is_traced, may_be_batched
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD, draw_seed, is_transformed
 from fusedformer.ops.activation import (
@@ -224,7 +224,7 @@ class _FeedForward(torch.autograd.Function):
         if grad is None:
             return through, *(None,) * 8
         with autocast_off(grad):  # the forward chose the dtypes
-            mapped = is_mapped() and not ctx.triton  # in-place calls do not take batches
+            mapped = may_be_batched() and not ctx.triton  # in-place calls do not take batches
             differentiable = torch.is_grad_enabled() or mapped
             find = _differentiable_gradients if differentiable else _gradients
             return *find(ctx, grad, through), *(None,) * 4
@@ -284,7 +284,7 @@ def _differentiable_gradients(
 
 def _input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
     """Add ``through``, the residual's gradient, to that of a product; may overwrite it."""
-    if not torch.is_grad_enabled() and not is_mapped():
+    if not torch.is_grad_enabled() and not may_be_batched():
         return product_add(grad, weight, through)
     return grad @ weight if through is None else through + grad @ weight
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.backend import chosen_backend
-from fusedformer._internal.onlookers import is_traced_by_jit
+from fusedformer._internal.tracing import is_traced_by_jit
 from fusedformer.ops._registered import nothing, registered, saved_may_be_overwritten
 from fusedformer.ops._shared import is_transformed, no_double_backward
 from fusedformer.ops.cross_entropy import cross_entropy, total_weight, weight_sum

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
-from fusedformer._internal.onlookers import is_eager
+from fusedformer._internal.tracing import is_eager
 from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import dropout_aten

@@ -39,12 +39,12 @@ def is_traced_by_jit() -> bool:
     return not _is_compiling() and bool(_tracing_state())
 
 
-def is_mapped() -> bool:
+def may_be_batched() -> bool:
     """Tell whether tensors may be batches: under torch.func, or in a batch of gradients."""
     return _are_transforms_active() or _is_included(_VMAP_MODE)
 
 
-def stands_for_many(*tensors: Tensor | None) -> bool:
+def is_vmapped(*tensors: Tensor | None) -> bool:
     """Tell whether torch.vmap maps over one of the tensors."""
     if _is_compiling() or not _are_transforms_active():
         return False
