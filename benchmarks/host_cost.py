@@ -58,7 +58,7 @@ def least(call: Callable[[], Any]) -> float:
 @contextlib.contextmanager
 def by_the_dispatcher() -> Iterator[None]:
     """Send eager calls to the registered ops, as compilers and tensor subclasses do."""
-    layer = sys.modules["fusedformer.ops.encoder_layer"]
+    layer = sys.modules["fusedformer.ops.encoder.node"]
     with contextlib.ExitStack() as stack:
         for module in (_registered, plans, layer):
             stack.enter_context(mock.patch.object(module, "is_eager", lambda: False))  # noqa: PT008

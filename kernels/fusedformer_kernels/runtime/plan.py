@@ -1,4 +1,4 @@
-"""A plan: the memory, launches and steps of one kind of call, to be done for other addresses."""
+"""Hold the memory, launches and steps of one kind of call, and do them for other addresses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIGNMENT = 256  # bytes, of the parts of a call's scratch memory
 
 
 class Place(NamedTuple):
-    """Where a pointer leads: ``offset`` bytes into a slot, and what a tensor there is like."""
+    """Says where a pointer leads, ``offset`` bytes into a slot, and what a tensor there is like."""
 
     slot: int
     offset: int
@@ -26,11 +26,11 @@ class Place(NamedTuple):
 
     @staticmethod
     def of(slot: int, offset: int, tensor: Tensor) -> Place:
-        """That of a tensor."""
+        """Describe a tensor."""
         return Place(slot, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     def tensor(self, owner: Tensor, shift: int = 0) -> Tensor:
-        """The tensor there, if the slot begins ``shift`` bytes into ``owner``."""
+        """Make the tensor there, if the slot begins ``shift`` bytes into ``owner``."""
         storage = owner.untyped_storage()
         start = owner.data_ptr() - storage.data_ptr() + shift + self.offset
         found = torch.empty(0, dtype=self.dtype, device=owner.device)
@@ -38,14 +38,14 @@ class Place(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a call allocates for itself."""
+    """Is a piece of memory that a call allocates."""
 
     slot: int
     size: int  # bytes
 
 
 class Launched(NamedTuple):
-    """One launch; tensors among ``args``, in tuples too, are places."""
+    """Is a launch; tensors among ``args``, in tuples too, are places."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -56,7 +56,7 @@ class Launched(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """One call of a step; tensors among ``args`` are places."""
+    """Is a call of a step; tensors among ``args`` are places."""
 
     function: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -64,11 +64,11 @@ class Stepped(NamedTuple):
 
 
 class _Slot(int):
-    """The tensor that a slot is, in a template of arguments or results."""
+    """Stands for the tensor that a slot is, in a template of arguments or results."""
 
 
 class Plan:
-    """What a call of one kind does.
+    """Does what a call of one kind does.
 
     Memory is allocated before its first use and let go after its last; what no step and no result
     sees as a tensor is one piece of scratch memory.
@@ -133,7 +133,7 @@ class Plan:
         self._never_used = [(s, *how) for s, how in allocations.items() if s not in firsts]
 
     def _like(self, place: Place, tensors: list[Tensor]) -> tuple[Any, Any, Any]:
-        """How to allocate what is at ``place``: (argument, None, None), or (tensor, size, stride).
+        """Say how to allocate what is at ``place``: (argument, None, None), or (tensor, size, stride).
 
         ``torch.empty_like`` of an argument is the fastest way there is.
         """
@@ -145,7 +145,7 @@ class Plan:
         return empty, place.size, place.stride
 
     def run(self, tensors: Iterable[Tensor], pointers: list[int]) -> Any:
-        """Do it for a call's tensors, which are of the kinds that were recorded."""
+        """Return what the call returns for ``tensors``, which are of the kinds that were recorded."""
         device = self._device
         owners: list[Any] = [*tensors, *self._more]
         pointers = [*pointers, *self._nowhere]
@@ -187,7 +187,7 @@ class Plan:
 
 
 class _Prepared:
-    """A launch whose arguments are a list to be filled with pointers."""
+    """Is a launch whose arguments are a list to be filled with pointers."""
 
     def __init__(self, launched: Launched) -> None:
         self.args = launched.args
@@ -255,7 +255,7 @@ def _with_pointers(value: Any, pointers: list[int]) -> Any:
 
 
 def _with_tensors(value: Any, owners: list[Any], shifts: dict[int, int] | None = None) -> Any:
-    """A template with tensors for slots and places, tuples as they were."""
+    """Fill a template: tensors for slots and places, tuples as they were."""
     kind = type(value)
     if kind is _Slot:
         return owners[value]
@@ -272,7 +272,7 @@ def _with_tensors(value: Any, owners: list[Any], shifts: dict[int, int] | None =
 
 
 def _settled(value: Any, whole: dict[int, Place]) -> Any:
-    """A template with slots in place of places that are all that their slots are."""
+    """Replace places that are all that their slots are by the slots."""
     if type(value) is Place:
         return _Slot(value.slot) if whole.get(value.slot) == value else value
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Launch plans: what a launcher did for one kind of call, done again without working it out.
+"""Plan launches: do again what a launcher did for a call of the same kind.
 
 A launcher allocates, makes views and launches kernels. All of it but addresses follows from the
 kinds of its arguments: dtypes, shapes, strides, devices and alignment of tensors, and the numbers.
@@ -38,7 +38,7 @@ _is_verified = False
 
 
 def planned(launcher: F) -> F:
-    """A launcher whose calls are planned by their kinds; a decorator.
+    """Plan the calls of a launcher by their kinds; a decorator.
 
     Arguments are tensors, numbers, names, dtypes, None, and tuples or lists of these.
     Results are tensors or None, and tuples of them.
@@ -54,7 +54,7 @@ def planned(launcher: F) -> F:
 
 
 class Planner:
-    """The plans of one launcher, by kinds of arguments.
+    """Keeps the plans of one launcher, by kinds of arguments.
 
     Args:
         launcher: see :func:`planned`.
@@ -69,11 +69,11 @@ class Planner:
         _planners.add(self)
 
     def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """What ``launcher(*args, **named)`` returns."""
+        """Return what ``launcher(*args, **named)`` returns."""
         return self.run(args, named)[0]
 
     def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Plan | None]:
-        """The same, and the plan of such calls, if there is one."""
+        """Return the same, and the plan of calls of this kind, if there is one."""
         if _is_watched():
             return self._launcher(*args, **named), None
         tensors: dict[int, Tensor] = {}
@@ -106,7 +106,7 @@ class Planner:
         kind: Any,
         args: Callable[[], tuple[Any, ...]],
     ) -> Any:
-        """What ``launcher(*args())`` returns, of which ``first`` and ``others`` are the tensors.
+        """Return what ``launcher(*args())`` returns; its tensors are ``first`` and ``others``.
 
         The others were arguments or results of a call of ``before``, in the order of ``args()``, so
         that its kind, that of ``first``, and ``kind`` for what else there is, decide. It may be a
@@ -150,12 +150,12 @@ tuned.when_cleared(clear)
 
 
 def _is_watched() -> bool:
-    """Whether somebody looks at launches or forces configs, or an outer call is being recorded."""
+    """Tell whether somebody looks at launches or forces configs, or records an outer call."""
     return launches.is_observed() or tuned.is_forced() or steps.recorder() is not None
 
 
 def _is_tensor(cls: type) -> bool:
-    """Whether ``cls`` is a class of tensors without a say in what torch does with them."""
+    """Tell whether ``cls`` is a class of tensors that torch treats as its own."""
     if not (
         issubclass(cls, Tensor)
         and cls.__torch_function__ is torch._C._disabled_torch_function_impl

@@ -1,4 +1,4 @@
-"""What a launcher does, noted call by call: see :mod:`plans`."""
+"""Record what a launcher does, call by call: see :mod:`plans`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Recorder:
         *,
         verify: bool,
     ) -> Any:
-        """What ``launcher`` returns, recorded."""
+        """Return what ``launcher`` returns, and record the call."""
         if self.failed:
             return launcher(*args, **named)
         if verify:
@@ -76,7 +76,7 @@ class Recorder:
         self._count += 1
 
     def plan(self, result: Any) -> Plan | None:
-        """What was recorded, of a call that returned ``result``; None if it cannot be planned."""
+        """Make the plan of a call that returned ``result``; None if it cannot be planned."""
         places = None if self.failed else self._placed(result)
         self._looker = None  # which knows of this one: nothing is left that holds tensors
         if self.failed:

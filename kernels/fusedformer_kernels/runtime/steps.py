@@ -1,4 +1,4 @@
-"""What library and launchers tell those who record their launches; see :mod:`plans`.
+"""Tell a recorder of launches what else a call does; see :mod:`plans`.
 
 It imports no triton: the library's steps run on machines that have no kernels too.
 """
@@ -22,7 +22,7 @@ _recording = _Recording()
 
 
 def recorder() -> Any:
-    """Who notes what this thread does, or None."""
+    """Return who notes what this thread does, or None."""
     return _recording.recorder
 
 
@@ -37,10 +37,10 @@ def recording(recorder: Any) -> Iterator[None]:
 
 
 def step(function: F) -> F:
-    """What a plan calls each time, since it is no launch, or more than kinds decide; a decorator.
+    """Have plans call a function each time, as it is; a decorator.
 
-    It takes tensors and what plans hold as it is, and returns a tensor whose size and layout follow
-    from kinds, or None.
+    It does something else than launch, or more than kinds decide what it does. It takes tensors and
+    what plans hold as it is, and returns a tensor whose size and layout follow from kinds, or None.
     """
 
     @functools.wraps(function)

@@ -19,7 +19,7 @@ from fusedformer.ops.attention import (
 from fusedformer.ops.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.ops.cross_entropy import cross_entropy
 from fusedformer.ops.embedding import embedding_layer_norm
-from fusedformer.ops.encoder_layer import (
+from fusedformer.ops.encoder import (
     EncoderParameters,
     EncoderSettings,
     encoder_layer,

@@ -1,0 +1,84 @@
+"""The launchers of an encoder layer, imported when they are first needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fusedformer.ops.attention.terms import AttentionTerms
+
+
+class Launchers(NamedTuple):
+    """Those of one way to the kernels."""
+
+    attention: Callable[..., Any]
+    attention_backward: Callable[..., Any]
+    norm: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+    activation: Callable[..., Any]
+    activation_backward: Callable[..., Any]
+
+
+@functools.cache
+def launchers() -> Launchers:
+    """Return the launchers themselves."""
+    from fusedformer_kernels.attention.self_attention import (
+        self_attention_backward,
+        self_attention_forward,
+    )
+    from fusedformer_kernels.rows.activation import (
+        bias_activation_backward,
+        bias_activation_forward,
+    )
+    from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+
+    return Launchers(
+        self_attention_forward,
+        self_attention_backward,
+        norm_forward,
+        norm_backward,
+        bias_activation_forward,
+        bias_activation_backward,
+    )
+
+
+def by_dispatcher() -> Launchers:
+    """Return what calls the kernels for each of a batch of gradients, by the dispatcher."""
+    from fusedformer.ops import activation, norm
+    from fusedformer.ops.attention import registered
+
+    def attention_backward(
+        grad: Tensor,
+        projected: tuple[Tensor, ...],
+        merged: Tensor,
+        statistics: Tensor,
+        batch: int,
+        heads: int,
+        terms: AttentionTerms,
+    ) -> tuple[Tensor, ...]:
+        dim = merged.shape[1] // heads
+        output, output_grad = (
+            t.reshape(batch, -1, heads, dim).transpose(1, 2) for t in (merged, grad)
+        )
+        if len(projected) == 1:
+            qkv = projected[0].view(batch, -1, 3, heads, dim)
+            found = registered.self_attention_backward(output_grad, qkv, output, statistics, *terms)
+            return (found.reshape(projected[0].shape),)
+        views = (rows.view(batch, -1, heads, dim).transpose(1, 2) for rows in projected)
+        needs = [True] * 3 + [False] * 4
+        grads = registered.attention_backward(
+            output_grad, None, *views, output, statistics, needs, *terms
+        )
+        return tuple(
+            g.transpose(1, 2).reshape(rows.shape) for g, rows in zip(grads, projected, strict=False)
+        )
+
+    return launchers()._replace(
+        attention_backward=attention_backward,
+        norm_backward=norm._norm_backward,
+        activation=activation._bias_activation,
+        activation_backward=activation._bias_activation_backward,
+    )

@@ -1,0 +1,186 @@
+"""An encoder layer as one node of autograd, on the kernels.
+
+Step by step a layer is six nodes, each of which is called, saves and returns by itself. Here the
+forward and the backward are one function each, over the same launchers and products in the same
+order, so with the same bits. What the backward reads is saved once, and the gradient that comes by
+way of a residual is the memory that the product beside it adds to.
+
+Who calls it has seen that the layer does nothing else: see ``nn.TransformerEncoderLayer``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer._internal import checks
+from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
+from fusedformer._internal.backend import kernels_run_on
+from fusedformer._internal.plans import saved_as_they_are
+from fusedformer._internal.tracing import is_eager, is_traced, may_be_batched
+from fusedformer.ops._registered import plain_apply
+from fusedformer.ops._shared import NO_DOUBLE_BACKWARD
+from fusedformer.ops.attention.calls import MAX_HEAD_DIM
+from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
+from fusedformer.ops.encoder.arguments import (
+    OF_PRODUCTS,
+    EncoderParameters,
+    EncoderSettings,
+    Kept,
+    Needs,
+)
+from fusedformer.ops.encoder.backward import backward
+from fusedformer.ops.encoder.forward import forward
+
+
+def encoder_layer(
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: EncoderParameters,
+    settings: EncoderSettings,
+    terms: AttentionTerms,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute a layer: (output, None), or with the last sum left open (its addend, the first sum).
+
+    Args:
+        x: ``[batch, length, E]``, or packed rows ``[total, E]``, contiguous: what attention reads.
+        residual: of its shape, if it is not ``x`` itself: where norms come first.
+        parameters, settings: of the layer.
+        terms: what attention's scores depend on, but the seed; none of them requires a gradient.
+
+    Raises:
+        RuntimeError: from the backward, if its own gradient is asked for.
+    """
+    dtype = autocast_dtype("linear", x)
+    if dtype is not None:
+        parameters = parameters._replace(
+            **{name: cast(getattr(parameters, name), dtype) for name in OF_PRODUCTS}
+        )
+    norm_dtype = autocast_dtype("layer_norm", x)
+    given = x, residual, *parameters
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        found: tuple[Tensor, Tensor | None] = _apply(*given, settings, terms, norm_dtype)
+        return found
+    with autocast_off(x):
+        results, _ = run_forward(x, residual, parameters, settings, terms, norm_dtype, keeps=False)
+    return results[0], results[1]
+
+
+def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> bool:
+    """Return whether :func:`encoder_layer` may compute a layer on ``x``, its scores by ``mask``.
+
+    Tracers, modes and transforms want to see its steps; a mask that is learned gets its gradient
+    from them; and rows of a batch must lie one after another.
+    """
+    return (
+        type(x) is Tensor
+        and kernels_run_on(x)
+        and not is_traced()
+        and is_eager()
+        and x.dtype in checks.KERNEL_DTYPES
+        and x.is_contiguous()
+        and x.numel() > 0
+        and 1 <= head_dim <= MAX_HEAD_DIM
+        and not (mask is not None and mask.requires_grad)
+        and not torch._C._autograd._profiler_enabled()  # which names steps
+    )
+
+
+def run_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    own: EncoderParameters,
+    how: EncoderSettings,
+    terms: AttentionTerms,
+    norm_dtype: torch.dtype | None,
+    *,
+    keeps: bool,
+) -> tuple[tuple[Tensor, Tensor | None, Kept], Any]:
+    """Return results in the shape of ``x``, what a backward would read, and the call's plan."""
+    shape = x.shape
+    rows = x.view(-1, shape[-1])
+    residual_rows = None if residual is None else residual.reshape(-1, shape[-1])
+    batch = shape[0] if len(shape) == 3 else 1
+    args = rows, residual_rows, own, how, terms, batch, norm_dtype, keeps
+    (output, total, kept), plan = _planners()[0].run(args, {})
+    if len(shape) == 3:
+        output, total = output.view(shape), None if total is None else total.view(shape)
+    return (output, total, kept), plan
+
+
+@functools.cache
+def _planners() -> tuple[Any, Any]:
+    """Return the planners of the forward and of the backward."""
+    from fusedformer_kernels.runtime.plans import Planner
+
+    return Planner(forward), Planner(backward)
+
+
+class _EncoderLayer(torch.autograd.Function):
+    """Takes ``x``, ``residual``, the parameters; then settings, terms and the norms' dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        own, (how, terms, norm_dtype) = EncoderParameters(*rest[:-3]), rest[-3:]
+        (output, total, kept), ctx.plan = run_forward(
+            x, residual, own, how, terms, norm_dtype, keeps=True
+        )
+        needs = Needs(*ctx.needs_input_grad[:-3])
+        if not saved_as_they_are():
+            ctx.plan = None
+        if how.checkpoint_activation or not needs.weight2:
+            kept = kept._replace(hidden=None)
+        if not needs.weight1:
+            kept = kept._replace(middle=None)
+        if not (needs.in_weight or needs.key_weight or needs.value_weight):
+            kept = kept._replace(source=None)
+        ctx.save_for_backward(*kept, *own, *terms[:N_TENSORS])
+        ctx.needs, ctx.how, ctx.numbers, ctx.shape = needs, how, terms[N_TENSORS:], x.shape
+        ctx.set_materialize_grads(False)
+        return output, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, sum_grad: Tensor | None) -> tuple[Any, ...]:
+        needs, how, shape = ctx.needs, ctx.how, ctx.shape
+        if grad is None and sum_grad is None:
+            return (None,) * (len(needs) + 3)
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_DOUBLE_BACKWARD.format("an encoder layer"))
+        saved, numbers, batch = ctx.saved_tensors, ctx.numbers, shape[0] if len(shape) == 3 else 1
+        if ctx.plan is None:  # what hooks have kept may have come back with other strides
+            saved = tuple(None if t is None else t.contiguous() for t in saved)
+        if grad is None:
+            assert sum_grad is not None
+            grad = torch.zeros_like(sum_grad)
+        rows = grad.reshape(-1, shape[-1])
+        if sum_grad is not None:
+            sum_grad = sum_grad.reshape(-1, shape[-1])
+
+        def args() -> tuple[Any, ...]:
+            terms = AttentionTerms(*saved[_OWN:], *numbers)
+            own = EncoderParameters(*saved[_KEPT:_OWN])
+            return rows, sum_grad, Kept(*saved[:_KEPT]), own, how, terms, batch, needs
+
+        kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
+        with autocast_off(rows):  # the forward decided on the dtypes
+            if may_be_batched():
+                x_grad, residual_grad, *found = backward(*args())
+            else:
+                x_grad, residual_grad, *found = _planners()[1].follow(
+                    ctx.plan, rows, (sum_grad, *saved), kind, args
+                )
+        if x_grad is not None:
+            x_grad = x_grad.view(shape)
+        if residual_grad is not None:
+            residual_grad = residual_grad.view(shape)
+        return x_grad, residual_grad, *found, None, None, None
+
+
+_KEPT = len(Kept._fields)
+_OWN = _KEPT + len(EncoderParameters._fields)
+_apply = plain_apply(_EncoderLayer)
