@@ -133,7 +133,7 @@ class Plan:
         self._never_used = [(s, *how) for s, how in allocations.items() if s not in firsts]
 
     def _like(self, place: Place, tensors: list[Tensor]) -> tuple[Any, Any, Any]:
-        """Say how to allocate what is at ``place``: (argument, None, None), or (tensor, size, stride).
+        """Say how to allocate ``place``: (argument, None, None), or (tensor, size, stride).
 
         ``torch.empty_like`` of an argument is the fastest way there is.
         """
@@ -145,7 +145,7 @@ class Plan:
         return empty, place.size, place.stride
 
     def run(self, tensors: Iterable[Tensor], pointers: list[int]) -> Any:
-        """Return what the call returns for ``tensors``, which are of the kinds that were recorded."""
+        """Do it for a call's tensors, which are of the kinds that were recorded."""
         device = self._device
         owners: list[Any] = [*tensors, *self._more]
         pointers = [*pointers, *self._nowhere]
