@@ -203,7 +203,7 @@ def train(args: argparse.Namespace, device: torch.device) -> list[float]:
     torch.manual_seed(args.seed)
     data = Docstrings(args.passages, args.words, args.seed)
     model = MaskedWords(args.words, args.width, args.layers, args.dropout).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
     losses: list[float] = []
     reached = 0, 0  # epoch, steps done in it
     if args.resume:

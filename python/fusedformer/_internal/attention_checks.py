@@ -25,8 +25,10 @@ def check_attention(
     value: Tensor,
     options: Mapping[str, Any],
     function: str = "scaled_dot_product_attention",
-) -> None:
+) -> tuple[int, ...]:
     """Raise unless the arguments of ``scaled_dot_product_attention`` fit together.
+
+    Return ``(*batch, heads)`` of the scores.
 
     ``options`` are its arguments after ``value``, by name.
     """
@@ -62,6 +64,7 @@ def check_attention(
                 f"but got {key_mask.dtype}"
             )
     check_return_weights(function, options["return_weights"])
+    return batch
 
 
 def check_return_weights(function: str, return_weights: object) -> None:

@@ -37,6 +37,7 @@ def planned(function: F) -> F:
             _is_compiling()
             or not args
             or type(args[0]) is not Tensor
+            or (args[0].requires_grad and torch.is_grad_enabled())
             or not kernels_run_on(args[0])
             or _is_autocast()
             or _is_profiled()

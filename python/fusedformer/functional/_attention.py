@@ -154,12 +154,13 @@ def scaled_dot_product_attention(
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)
     query, key, value = _with_equal_ranks(query, key, value)
     options |= {"key_mask": key_mask, "return_weights": return_weights}
-    attention_checks.check_attention(query, key, value, options)
+    batch = attention_checks.check_attention(query, key, value, options)
     return ops.scaled_dot_product_attention(
         query,
         key,
         value,
         ops.attention_terms(query, options),
+        batch,
         enable_gqa=enable_gqa,
         return_lse=return_lse,
         return_weights=return_weights,

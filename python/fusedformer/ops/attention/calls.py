@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer._internal import attention_checks, checks
+from fusedformer._internal import checks
 from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.plans import unplanned
 from fusedformer.errors import BadValueError
@@ -29,14 +29,17 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     terms: AttentionTerms,
+    batch: tuple[int, ...],
     *,
     enable_gqa: bool,
     return_lse: bool,
     return_weights: bool | str,
     weights_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """See :func:`fusedformer.functional.scaled_dot_product_attention`."""
-    batch = attention_checks.attention_batch_shape(query, key, value, enable_gqa)
+    """See :func:`fusedformer.functional.scaled_dot_product_attention`.
+
+    ``batch`` is the shape before length and width that all three broadcast to, heads last.
+    """
     if len(batch) != 2:
         unplanned()  # reshaping may copy
     squeeze = enable_gqa and query.dim() == 3  # the one leading dimension is that of the heads
@@ -61,11 +64,14 @@ def scaled_dot_product_attention(
             output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
     else:
         check_for_kernels("scaled_dot_product_attention", query, value)
-        terms = terms._replace(seed=draw_seed(terms.p, query.device))
+        if terms.p:
+            terms = terms._replace(seed=draw_seed(terms.p, query.device))
         wants_lse = return_lse or bool(return_weights)
         output, lse, statistics = registered.attention(q, k, v, wants_lse, *terms)
         if return_weights:
             weights = registered.attention_weights(q, k, lse, statistics, average, dtype, *terms)
+    if len(batch) == 2 and weights is None and not squeeze:
+        return (output, lse) if return_lse and lse is not None else output
     results = [output.reshape(*batch, *output.shape[-2:])]
     if return_lse and lse is not None:
         results.append(lse.reshape(*batch, lse.shape[-1]))

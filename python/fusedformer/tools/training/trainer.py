@@ -215,7 +215,7 @@ class Trainer:
 
 def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
     """Make the optimizer of every training here."""
-    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(parameters, rate, betas=(0.9, 0.98), fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, largest: float, step: int, steps: int) -> None:
