@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedformer import backend, reference
+from fusedformer import backend, ops, reference
 from fusedformer import functional as F
 from fusedformer.functional import Packing
 from fusedformer_kernels.attention import schedule
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 PATTERNS: dict[str, Any] = {
     "right": lambda: torch.arange(70) < torch.tensor([[70], [1], [33], [0]]),
@@ -61,6 +62,38 @@ def test_what_a_packing_says(device: str) -> None:
             assert isinstance(got, Tensor) and torch.equal(got, want)
         else:
             assert got == want
+
+
+PLACES: dict[str, Any] = {
+    **{name: make for name, make in PATTERNS.items() if name != "no sequences"},
+    "rows longer than a block": lambda: torch.rand(3, 1100) > 0.4,
+    "more sequences than a block": lambda: torch.rand(700, 3) > 0.4,
+    "by other strides": lambda: (torch.rand(70, 4) > 0.4).t(),
+    "of one value": lambda: torch.tensor([[True], [False], [True]]).expand(3, 9),
+    "one token": lambda: torch.ones(1, 1, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("pattern", PLACES)
+@pytest.mark.parametrize("form", ["static", "exact", "rounded", "fewer"])
+def test_places_of_tokens_by_two_launches_and_by_torch(
+    pattern: str, form: str, device: str
+) -> None:
+    keep = PLACES[pattern]().to(device)
+    total = int(keep.sum())
+    rows = {
+        "static": keep.numel(), "exact": total, "rounded": -(-total // 16) * 16,
+        "fewer": max(total - 2, 0),
+    }[form]  # fmt: skip
+    tail = form in ("static", "rounded")
+    found = []
+    for name in ("torch", "triton"):
+        with backend(name), recorded_launches(run=True) as launches:
+            found.append(ops.token_places(keep, rows, tail=tail))
+    assert [one.name for one in launches] == ["_count_tokens", "_place_tokens"]
+    for want, got in zip(*found, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])

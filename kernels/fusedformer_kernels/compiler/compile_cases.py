@@ -34,6 +34,7 @@ from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embedding_forward
 from fusedformer_kernels.rows.gather import gather_rows
 from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.packing import token_places
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
@@ -41,7 +42,8 @@ CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
 CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
-    "pack", "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
+    "pack", "pack places, tail",
+    "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
@@ -361,6 +363,9 @@ def compile_cases() -> list[CompileCase]:
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
+    for tail, name in ((False, "pack places"), (True, "pack places, tail")):
+        mask = _empty(64, 512, dtype=torch.bool)
+        add(name, HALF, partial(token_places, mask, 64 * 512, tail))
     add("merge states", HALF, lambda: _merge(HALF))
     for name, sigmoid in (("contrastive", False), ("sigmoid contrastive", True)):
         for rows, more in ((16384, ""), (1024, " small")):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer import ops
@@ -88,15 +87,14 @@ class Packing(NamedTuple):
             return _static_packing(keep)
         if lengths is None:
             _check_known(keep)
-        batch = keep.shape[0]
-        counts = keep.sum(1)
         if lengths is not None:
             total, longest = sum(lengths), max(lengths, default=0)
-        elif batch:
+        elif keep.shape[0]:
+            counts = keep.sum(1)
             total, longest = torch.stack((counts.sum(), counts.max())).tolist()
         else:
             total, longest = 0, 0
-        return packing_from_counts(keep, counts, total, longest, multiple_of)
+        return packing_from_counts(keep, total, longest, multiple_of)
 
 
 def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
@@ -135,21 +133,24 @@ def _check_known(keep: Tensor) -> None:
         )
 
 
-def packing_from_counts(
-    keep: Tensor, counts: Tensor, total: int, longest: int, multiple_of: int
-) -> Packing:
+def packing_from_counts(keep: Tensor, total: int, longest: int, multiple_of: int) -> Packing:
     """Make a packing of ``keep`` from numbers that the host knows."""
     rows = -(-total // multiple_of) * multiple_of
-    flat = keep.flatten()
-    starts = starts_of(counts)
-    indices = torch.nonzero_static(flat, size=rows, fill_value=-1).flatten()
-    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
-    if rows == total:
-        return Packing(starts, longest, indices, inverse, *_sizes(keep), starts, starts, False)
+    tail = rows != total
     longest = max(longest, rows - total)
-    return Packing(
-        starts, longest, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
-    )
+    return _packing_of(keep, ops.token_places(keep, rows, tail=tail), longest, tail)
+
+
+def _static_packing(keep: Tensor) -> Packing:
+    batch, length = _sizes(keep)
+    rows = batch * length
+    return _packing_of(keep, ops.token_places(keep, rows, tail=True), rows, True)
+
+
+def _packing_of(keep: Tensor, places: ops.TokenPlaces, longest: int, tail: bool) -> Packing:
+    starts, starts_q, starts_k, indices, inverse = places
+    sizes = _sizes(keep)
+    return Packing(starts, longest, indices, inverse, *sizes, starts_q, starts_k, tail)
 
 
 def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
@@ -158,25 +159,6 @@ def whole_packing(batch: int, length: int, device: torch.device) -> Packing:
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     starts = ops.shared_by_layers(starts)
     return Packing(starts, length, positions, positions, batch, length, starts, starts, False)
-
-
-def _static_packing(keep: Tensor) -> Packing:
-    flat, starts = keep.flatten(), starts_of(keep.sum(1))
-    rows = flat.shape[0]
-    inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
-    positions = torch.arange(rows, device=keep.device)
-    indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
-    indices = indices.scatter(0, torch.where(flat, inverse, rows), positions)[:rows]
-    return Packing(
-        starts, rows, indices, inverse, *_sizes(keep), *_starts_and_tail(starts, rows), True
-    )
-
-
-def _starts_and_tail(starts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Make ``cu_seqlens_q`` and ``cu_seqlens_k`` of ``rows`` rows, more than sequences have."""
-    end = starts.new_full((1,), rows)
-    queries, keys = torch.cat((starts, end, end)), torch.cat((starts, starts[-1:], end))
-    return ops.shared_by_layers(queries), ops.shared_by_layers(keys)
 
 
 def with_empty_tail(starts: Tensor) -> Tensor:
@@ -190,11 +172,6 @@ def with_empty_tail(starts: Tensor) -> Tensor:
 def _sizes(keep: Tensor) -> tuple[int, int]:
     batch, length = keep.shape
     return batch, length
-
-
-def starts_of(counts: Tensor) -> Tensor:
-    """Add up the lengths of sequences to where each begins and ends, shared by all layers."""
-    return ops.shared_by_layers(F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
 def pack(input: Tensor, packing: Packing) -> Tensor:

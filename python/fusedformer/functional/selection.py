@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedformer import ops
 from fusedformer._internal import checks
 from fusedformer.errors import BadTypeError, BadValueError
-from fusedformer.functional.packing import Packing, packing_from_counts, starts_of, with_empty_tail
+from fusedformer.functional.packing import Packing, packing_from_counts, with_empty_tail
 
 
 class Selection(NamedTuple):
@@ -98,7 +98,7 @@ def packing_and_selection(
         numbers += [found_counts.max(), counts.max()]
     asked, rows, total, *most = torch.stack(numbers).tolist()
     longest_found, longest = most or (0, 0)
-    packing = packing_from_counts(keep, counts, total, longest, multiple_of)
+    packing = packing_from_counts(keep, total, longest, multiple_of)
     flat = found.flatten()
     rank = flat.cumsum(0) - 1
     positions = torch.nonzero_static(flat, size=rows).flatten()
@@ -107,7 +107,7 @@ def packing_and_selection(
     selection = Selection(
         index,
         torch.where(chosen, chosen.cumsum(0) - 1, -1),
-        _with_tail_of(starts_of(found_counts), packing),
+        _with_tail_of(ops.shared_by_layers(ops.starts_of(found_counts)), packing),
         longest_found,
         (asked,),
     )

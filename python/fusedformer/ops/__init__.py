@@ -34,7 +34,13 @@ from fusedformer.ops.norm import (
     layer_norm,
     rms_norm,
 )
-from fusedformer.ops.packing import gather_rows, shared_by_layers
+from fusedformer.ops.packing import (
+    TokenPlaces,
+    gather_rows,
+    shared_by_layers,
+    starts_of,
+    token_places,
+)
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.softmax import softmax
 
@@ -42,6 +48,7 @@ __all__ = [
     "EncoderParameters",
     "EncoderSettings",
     "FeedForward",
+    "TokenPlaces",
     "attention_part",
     "attention_part_backward",
     "attention_terms",
@@ -74,6 +81,8 @@ __all__ = [
     "shared_by_layers",
     "sigmoid_contrastive_loss",
     "softmax",
+    "starts_of",
+    "token_places",
     "varlen_attention",
     "window_bounds",
 ]

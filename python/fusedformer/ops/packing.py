@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedformer._internal import checks
@@ -12,7 +13,9 @@ from fusedformer._internal.backend import (
     INTERPRETER_IS_ON,
     TRITON_IS_INSTALLED,
     chosen_backend,
+    kernels_run_on,
 )
+from fusedformer._internal.tracing import is_eager, is_traced
 from fusedformer.ops._registered import registered
 
 
@@ -38,6 +41,53 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, *, holes: bool, unuse
     moved = (index >= 0).nonzero().flatten()
     rows = x.index_select(0, index.index_select(0, moved))
     return x.new_zeros(index.shape[0], x.shape[1]).index_copy(0, moved, rows)
+
+
+class TokenPlaces(NamedTuple):
+    """Where the tokens of a padded batch go; see :class:`fusedformer.functional.Packing`."""
+
+    starts: Tensor
+    starts_q: Tensor
+    starts_k: Tensor
+    indices: Tensor
+    inverse: Tensor
+
+
+def token_places(keep: Tensor, rows: int, *, tail: bool) -> TokenPlaces:
+    """Find the places of tokens where ``keep`` ``[batch, length]`` is True, in ``rows`` rows.
+
+    ``tail`` says that there may be rows behind the last token. Nothing is waited for.
+    """
+    eager = type(keep) is Tensor and not is_traced() and is_eager()
+    if eager and keep.numel() and kernels_run_on(keep):
+        from fusedformer_kernels.rows.packing import token_places as launch
+
+        starts, queries, keys, indices, inverse = launch(keep, rows, tail)
+    else:
+        flat = keep.flatten()
+        starts = starts_of(keep.sum(1))
+        inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
+        if rows != flat.shape[0]:
+            indices = torch.nonzero_static(flat, size=rows, fill_value=-1).flatten()
+        else:  # which needs no operator whose size could depend on values
+            positions = torch.arange(rows, device=keep.device)
+            indices = positions.new_full((rows + 1,), -1)  # padding goes to the last entry
+            indices = indices.scatter(0, torch.where(flat, inverse, rows), positions)[:rows]
+        queries = keys = None
+        if tail:
+            end = starts.new_full((1,), rows)
+            queries = torch.cat((starts, end, end))
+            keys = torch.cat((starts, starts[-1:], end))
+    starts = shared_by_layers(starts)
+    if queries is None or keys is None:
+        return TokenPlaces(starts, starts, starts, indices, inverse)
+    queries, keys = shared_by_layers(queries), shared_by_layers(keys)
+    return TokenPlaces(starts, queries, keys, indices, inverse)
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """Add up the lengths of sequences to where each begins and ends."""
+    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def shared_by_layers(starts: Tensor) -> Tensor:
