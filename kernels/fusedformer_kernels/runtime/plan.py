@@ -107,8 +107,8 @@ class Plan:
                 continue
             one = next(iter(places))
             if len(places) == 1 and math.prod(one.size) * one.dtype.itemsize == size:
-                whole = {**whole, slot: one}
-                allocations[slot] = self._like(one, tensors)
+                whole[slot] = one
+                allocations[slot] = self._like(one, whole, len(tensors))
             else:
                 empty = torch.empty(0, dtype=torch.uint8, device=self._device)
                 allocations[slot] = empty, (size,), (1,)
@@ -119,28 +119,36 @@ class Plan:
             for place in _places(one_done.args):
                 firsts.setdefault(place.slot, index)
                 lasts[place.slot] = index
+        allocated: list[list[Any]] = [[] for _ in done]
+        freed: list[list[int]] = [[] for _ in done]
+        for slot, how in allocations.items():
+            if slot in firsts:
+                allocated[firsts[slot]].append((slot, *how))
         kept = {place.slot for place in _places(result)} | {slot for slot, _ in self._scratch}
         kept.update(range(len(tensors)))  # which the caller holds
         self._done: list[tuple[list[Any], _Prepared | Stepped, list[int]]] = []
-        for index, one_done in enumerate(done):
-            allocated = [(s, *how) for s, how in allocations.items() if firsts.get(s) == index]
-            freed = [s for s, last in lasts.items() if last == index and s not in kept]
+        for slot, last in lasts.items():
+            if slot not in kept:
+                freed[last].append(slot)
+        for one_done, *around in zip(done, allocated, freed, strict=True):
             if isinstance(one_done, Launched):
-                self._done.append((allocated, _Prepared(one_done), freed))
+                self._done.append((around[0], _Prepared(one_done), around[1]))
             else:
                 args = _settled(one_done.args, whole)
-                self._done.append((allocated, one_done._replace(args=args), freed))
+                self._done.append((around[0], one_done._replace(args=args), around[1]))
         self._never_used = [(s, *how) for s, how in allocations.items() if s not in firsts]
 
-    def _like(self, place: Place, tensors: list[Tensor]) -> tuple[Any, Any, Any]:
+    def _like(
+        self, place: Place, whole: dict[int, Place], arguments: int
+    ) -> tuple[Any, Any, Any]:
         """Say how to allocate ``place``: (argument, None, None), or (tensor, size, stride).
 
         ``torch.empty_like`` of an argument is the fastest way there is.
         """
-        for index, tensor in enumerate(tensors):
-            same = Place.of(place.slot, 0, tensor) == place
-            if same and place.stride == torch.empty_like(tensor).stride():
-                return index, None, None
+        if place.stride == _row_by_row(place.size):
+            for index in range(arguments):
+                if whole[index][2:] == place[2:]:
+                    return index, None, None
         empty = torch.empty(0, dtype=place.dtype, device=self._device)
         return empty, place.size, place.stride
 
@@ -281,10 +289,20 @@ def _settled(value: Any, whole: dict[int, Place]) -> Any:
     return value
 
 
+def _row_by_row(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides, stride = [], 1
+    for extent in reversed(size):
+        strides.append(stride)
+        stride *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
 def _places(value: Any) -> Iterator[Place]:
     if type(value) is Place:
         if value.slot != NOWHERE:
             yield value
     elif isinstance(value, tuple | list):
         for one in value:
-            yield from _places(one)
+            if isinstance(one, tuple | list):
+                yield from _places(one)

@@ -13,6 +13,8 @@ from fusedformer_kernels.runtime import launch as launches
 from fusedformer_kernels.runtime import steps
 from fusedformer_kernels.runtime.plan import NOWHERE, Launched, Memory, Place, Plan, Stepped
 
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
 
 class Recorder:
     """Notes what one call of a launcher on ``tensors`` does."""
@@ -96,13 +98,13 @@ class Recorder:
         self._in_storage[storage] = None if known else slot
 
     def _placed(self, value: Any) -> Any:
-        """``value`` with places for tensors."""
+        """Return ``value`` with places for tensors."""
         if isinstance(value, Tensor):
             return self._place_of(value)
-        if isinstance(value, tuple | list):
-            placed = tuple(map(self._placed, value))
-            return type(value)(*placed) if hasattr(value, "_fields") else placed
-        return value
+        if not isinstance(value, tuple | list):
+            return value
+        placed = tuple([v if type(v) in _NUMBERS else self._placed(v) for v in value])
+        return type(value)(*placed) if hasattr(value, "_fields") else placed
 
     def _place_of(self, tensor: Tensor) -> Place:
         if not tensor.numel():
