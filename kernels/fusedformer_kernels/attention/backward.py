@@ -62,6 +62,7 @@ from fusedformer_kernels.runtime.primitives import (
     negative,
 )
 from fusedformer_kernels.runtime.steps import unplanned
+from fusedformer_kernels.runtime.strided import contiguous
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -336,6 +337,7 @@ def attention_backward(
     written to ``into`` if given: views of one gradient, say.
     """
     batch, heads, n_rows, _ = query.shape
+    statistics = contiguous(statistics)
     if grad is None:
         unplanned()
         grad = torch.zeros_like(output)

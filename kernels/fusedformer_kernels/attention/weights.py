@@ -41,6 +41,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_scale,
     store,
 )
+from fusedformer_kernels.runtime.strided import contiguous
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -137,6 +138,7 @@ def attention_weights_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Compute gradients of (query, key, lse, mask, slopes, table), None where not needed."""
     heads = query.shape[1]
+    statistics = contiguous(statistics)
     batch_stride, head_stride, row_stride, column_stride = grad.stride()
     if average:
         head_stride = 0

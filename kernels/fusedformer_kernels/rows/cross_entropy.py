@@ -36,7 +36,7 @@ from fusedformer_kernels.runtime.primitives import (
     row_offsets,
     store,
 )
-from fusedformer_kernels.runtime.strided import collapsed, contiguous_vector
+from fusedformer_kernels.runtime.strided import collapsed, contiguous, contiguous_vector
 
 # Columns of a tile; a row of fewer shares its program with others.
 TILE = 4096
@@ -287,6 +287,7 @@ def cross_entropy_gradient(
         return dx
     (view,), _ = collapsed([x])
     target, weight = contiguous_vector(target), contiguous_vector(weight)
+    statistics = contiguous(statistics)
     config = _tile(n_columns, x.device)
     blocks = configs.ceil_div(n_rows, config.block_m)
     blocks *= configs.ceil_div(n_columns, config.block_n)

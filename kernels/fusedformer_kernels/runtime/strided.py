@@ -25,10 +25,15 @@ def contiguous_vector(vector: torch.Tensor) -> torch.Tensor: ...
 def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None: ...
 def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None:
     """A vector as kernels read it, elements one after another; copied where they do not lie so."""
-    if vector is None or vector.is_contiguous():
-        return vector
+    return None if vector is None else contiguous(vector)
+
+
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor row by row; what was saved for a backward may come back with other strides."""
+    if tensor.is_contiguous():
+        return tensor
     unplanned()  # a copy
-    return vector.contiguous()
+    return tensor.contiguous()
 
 
 def collapsed(
