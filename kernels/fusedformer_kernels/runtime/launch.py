@@ -45,9 +45,9 @@ _replacement: Callable[[Launch], None] | None = None
 _observer: Callable[[Launch], None] | None = None
 
 
-def is_observed() -> bool:
-    """Whether somebody wants to see every launch."""
-    return _observer is not None or _replacement is not None or _is_watched()
+def can_be_repeated() -> bool:
+    """Tell whether launches may be repeated as they were: nobody wants to see each one."""
+    return _IS_KNOWN and _observer is None and _replacement is None and not _is_watched()
 
 
 def is_interpreted(kernel: Any) -> bool:

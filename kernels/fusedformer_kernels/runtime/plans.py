@@ -151,7 +151,7 @@ tuned.when_cleared(clear)
 
 def _is_watched() -> bool:
     """Tell whether somebody looks at launches or forces configs, or records an outer call."""
-    return launches.is_observed() or tuned.is_forced() or steps.recorder() is not None
+    return not launches.can_be_repeated() or tuned.is_forced() or steps.recorder() is not None
 
 
 def _is_tensor(cls: type) -> bool:
