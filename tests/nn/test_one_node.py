@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -340,6 +340,14 @@ def test_what_wants_to_see_the_steps_sees_them(device: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(x)
     assert any("fusedformer::norm" in event.key for event in profile.key_averages())
+
+
+def test_weights_of_another_dtype_are_the_errors_of_the_steps(device: str) -> None:
+    layer, x = make(device), inputs(device)
+    layer.linear1.half()
+    for context in (step_by_step(), nullcontext()):
+        with context, torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
 
 
 def test_threads_share_a_layer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,8 @@ class PostNormLayer:
             *weight_and_bias(parts.norm2),
         )
         terms = terms._replace(scale=float(module.scaling))
-        return encoder_layer(x, None, parameters, settings, terms)[0]
+        found = encoder_layer(x, None, parameters, settings, terms)
+        return None if found is None else found[0]
 
     @classmethod
     def refuses(cls, layer: Any) -> str:

@@ -42,8 +42,10 @@ def encoder_layer(
     parameters: EncoderParameters,
     settings: EncoderSettings,
     terms: AttentionTerms,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | None:
     """Compute a layer: (output, None), or with the last sum left open (its addend, the first sum).
+
+    None where weights have not the dtype of ``x``, and no autocast: products raise then.
 
     Args:
         x: ``[batch, length, E]``, or packed rows ``[total, E]``, contiguous: what attention reads.
@@ -55,10 +57,11 @@ def encoder_layer(
         RuntimeError: from the backward, if its own gradient is asked for.
     """
     dtype = autocast_dtype("linear", x)
+    read = {name: getattr(parameters, name) for name in OF_PRODUCTS}
     if dtype is not None:
-        parameters = parameters._replace(
-            **{name: cast(getattr(parameters, name), dtype) for name in OF_PRODUCTS}
-        )
+        parameters = parameters._replace(**{name: cast(t, dtype) for name, t in read.items()})
+    elif {t.dtype for t in read.values() if t is not None} != {x.dtype}:
+        return None
     norm_dtype = autocast_dtype("layer_norm", x)
     given = x, residual, *parameters
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
