@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """Is a launch; tensors among ``args``, in tuples too, are places."""
+    """Is a launch; tensors among ``args``, and in tuples among them, are places."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -198,25 +198,21 @@ class _Prepared:
     """Is a launch whose arguments are a list to be filled with pointers."""
 
     def __init__(self, launched: Launched) -> None:
-        self.args = launched.args
         self._launched = launched
         self._flat = [*launched.args, *launched.constants.values()]
         self._pointers: list[tuple[int, int, int]] = []  # position, slot, offset
         self._tuples: list[tuple[int, list[Any], list[tuple[int, int, int]]]] = []
-        self._nested: list[tuple[int, Any]] = []
         for position, value in enumerate(launched.args):
             if isinstance(value, Place):
                 self._pointers.append((position, value.slot, value.offset))
-            elif isinstance(value, tuple) and any(True for _ in _places(value)):
-                if any(isinstance(inner, tuple) and type(inner) is not Place for inner in value):
-                    self._nested.append((position, value))
-                    continue
+            elif isinstance(value, tuple):
                 within = [
                     (i, inner.slot, inner.offset)
                     for i, inner in enumerate(value)
                     if type(inner) is Place
                 ]
-                self._tuples.append((position, list(value), within))
+                if within:
+                    self._tuples.append((position, list(value), within))
         grid = launched.grid
         self._grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
 
@@ -230,8 +226,6 @@ class _Prepared:
             for index, slot, offset in within:
                 values[index] = pointers[slot] + offset
             flat[position] = tuple(values)
-        for position, value in self._nested:
-            flat[position] = _with_pointers(value, pointers)
         compiled = self._launched.compiled
         assert compiled is not None
         compiled.run(
@@ -252,14 +246,6 @@ def _allocate(allocated: list[Any], owners: list[Any], pointers: list[int]) -> N
             owner = like.new_empty_strided(size, stride)
         owners[slot] = owner
         pointers[slot] = owner.data_ptr()
-
-
-def _with_pointers(value: Any, pointers: list[int]) -> Any:
-    if type(value) is Place:
-        return pointers[value.slot] + value.offset
-    if isinstance(value, tuple):
-        return tuple([_with_pointers(one, pointers) for one in value])
-    return value
 
 
 def _with_tensors(value: Any, owners: list[Any], shifts: dict[int, int] | None = None) -> Any:

@@ -65,6 +65,8 @@ class Recorder:
         """Note a launch."""
         if compiled is None and not launches.is_interpreted(kernel):
             self.failed = True  # it was compiled for a profiler, say, and for this once
+        if any(isinstance(v, tuple) and any(isinstance(w, tuple) for w in v) for v in args):
+            self.failed = True  # no kernel takes tuples of tuples, and plans look no deeper
         if self.failed:
             return
         self._done.append(Launched(kernel, grid, config, self._placed(args), constants, compiled))

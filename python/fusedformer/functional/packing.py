@@ -87,6 +87,7 @@ class Packing(NamedTuple):
             return _static_packing(keep)
         if lengths is None:
             _check_known(keep)
+        counts = None
         if lengths is not None:
             total, longest = sum(lengths), max(lengths, default=0)
         elif keep.shape[0]:
@@ -94,7 +95,7 @@ class Packing(NamedTuple):
             total, longest = torch.stack((counts.sum(), counts.max())).tolist()
         else:
             total, longest = 0, 0
-        return packing_from_counts(keep, total, longest, multiple_of)
+        return packing_from_counts(keep, counts, total, longest, multiple_of)
 
 
 def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
@@ -133,12 +134,14 @@ def _check_known(keep: Tensor) -> None:
         )
 
 
-def packing_from_counts(keep: Tensor, total: int, longest: int, multiple_of: int) -> Packing:
+def packing_from_counts(
+    keep: Tensor, counts: Tensor | None, total: int, longest: int, multiple_of: int
+) -> Packing:
     """Make a packing of ``keep`` from numbers that the host knows."""
     rows = -(-total // multiple_of) * multiple_of
     tail = rows != total
     longest = max(longest, rows - total)
-    return _packing_of(keep, ops.token_places(keep, rows, tail=tail), longest, tail)
+    return _packing_of(keep, ops.token_places(keep, rows, tail=tail, counts=counts), longest, tail)
 
 
 def _static_packing(keep: Tensor) -> Packing:

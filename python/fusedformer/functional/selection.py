@@ -98,7 +98,7 @@ def packing_and_selection(
         numbers += [found_counts.max(), counts.max()]
     asked, rows, total, *most = torch.stack(numbers).tolist()
     longest_found, longest = most or (0, 0)
-    packing = packing_from_counts(keep, total, longest, multiple_of)
+    packing = packing_from_counts(keep, counts, total, longest, multiple_of)
     flat = found.flatten()
     rank = flat.cumsum(0) - 1
     positions = torch.nonzero_static(flat, size=rows).flatten()

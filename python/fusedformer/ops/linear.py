@@ -35,7 +35,14 @@ from fusedformer.ops.dropout_aten import (
     dropout_aten,
     kept_factor,
 )
-from fusedformer.ops.product import product, product_activation, product_add
+from fusedformer.ops.product import (
+    bias_gradient,
+    input_gradient,
+    product,
+    product_activation,
+    product_add,
+    weight_gradient,
+)
 
 
 class FeedForward(NamedTuple):
@@ -169,9 +176,9 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         with autocast_off(grad):  # the forward chose the dtypes
             return (
-                _input_gradient(grad, weight, through) if needs_x else None,
-                _weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
-                _bias_gradient(grad) if needs_bias else None,
+                input_gradient(grad, weight, through) if needs_x else None,
+                weight_gradient(grad, x.to(grad.dtype)) if needs_weight else None,
+                bias_gradient(grad) if needs_bias else None,
                 None,
             )
 
@@ -239,8 +246,8 @@ def _gradients(ctx: Any, grad: Tensor, through: Tensor | None) -> list[Tensor | 
     elif ctx.recompute:
         hidden = activate_aten(before, ctx.activation)
         drop_again_in_place(hidden, drawn, ctx.p)
-    grad_w2 = _weight_gradient(grad, hidden) if needs_w2 else None
-    grad_b2 = _bias_gradient(grad) if needs_b2 else None
+    grad_w2 = weight_gradient(grad, hidden) if needs_w2 else None
+    grad_b2 = bias_gradient(grad) if needs_b2 else None
     grad_x, grad_w1, grad_b1 = through, None, None
     if needs_x or needs_w1 or needs_b1:
         inner = product_add(grad, weight2, None)
@@ -251,9 +258,9 @@ def _gradients(ctx: Any, grad: Tensor, through: Tensor | None) -> list[Tensor | 
         else:
             drop_again_in_place(inner, drawn, ctx.p)
             inner = activation_gradient_in_place(inner, before, ctx.activation)
-            grad_b1 = _bias_gradient(inner) if needs_b1 else None
-        grad_w1 = _weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
-        grad_x = _input_gradient(inner, weight1, through) if needs_x else None
+            grad_b1 = bias_gradient(inner) if needs_b1 else None
+        grad_w1 = weight_gradient(inner, x.to(inner.dtype)) if needs_w1 else None
+        grad_x = input_gradient(inner, weight1, through) if needs_x else None
     return [grad_x, grad_w1, grad_b1, grad_w2, grad_b2]
 
 
@@ -280,23 +287,3 @@ def _differentiable_gradients(
     if grads[0] is not None and through is not None:
         grads[0] = grads[0] + through
     return grads
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
-    """Add ``through``, the residual's gradient, to that of a product; may overwrite it."""
-    if not torch.is_grad_enabled() and not may_be_batched():
-        return product_add(grad, weight, through)
-    return grad @ weight if through is None else through + grad @ weight
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return _rows(grad).t() @ _rows(x)
-
-
-def _bias_gradient(grad: Tensor) -> Tensor:
-    return _rows(grad).sum(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    # flatten has no rule for batches of gradients.
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

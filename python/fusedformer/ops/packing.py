@@ -53,10 +53,13 @@ class TokenPlaces(NamedTuple):
     inverse: Tensor
 
 
-def token_places(keep: Tensor, rows: int, *, tail: bool) -> TokenPlaces:
+def token_places(
+    keep: Tensor, rows: int, *, tail: bool, counts: Tensor | None = None
+) -> TokenPlaces:
     """Find the places of tokens where ``keep`` ``[batch, length]`` is True, in ``rows`` rows.
 
-    ``tail`` says that there may be rows behind the last token. Nothing is waited for.
+    ``tail`` says that there may be rows behind the last token. ``counts`` are those of the tokens
+    of each sequence, if they are known. Nothing is waited for.
     """
     eager = type(keep) is Tensor and not is_traced() and is_eager()
     if eager and keep.numel() and kernels_run_on(keep):
@@ -65,7 +68,7 @@ def token_places(keep: Tensor, rows: int, *, tail: bool) -> TokenPlaces:
         starts, queries, keys, indices, inverse = launch(keep, rows, tail)
     else:
         flat = keep.flatten()
-        starts = starts_of(keep.sum(1))
+        starts = starts_of(keep.sum(1) if counts is None else counts)
         inverse = torch.where(flat, flat.cumsum(0) - 1, -1)
         if rows != flat.shape[0]:
             indices = torch.nonzero_static(flat, size=rows, fill_value=-1).flatten()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops.activation import activate_aten
 
 # Products of fewer multiplications may take less time than their setup in oneDNN.
@@ -53,6 +54,33 @@ def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
         return addend + x @ weight
     addend.view(-1, weight.shape[1]).addmm_(x.flatten(0, -2), weight)
     return addend
+
+
+def input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tensor:
+    """Compute the gradient of a product's input; add ``through``, that of all after it.
+
+    ``through`` came by way of the residual, and is used up unless somebody maps or differentiates.
+    """
+    if not torch.is_grad_enabled() and not may_be_batched():
+        return product_add(grad, weight, through)
+    return grad @ weight if through is None else through + grad @ weight
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of a product's weight."""
+    return _rows(grad).t() @ _rows(x)
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """Compute the gradient of a product's bias."""
+    return _rows(grad).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    # Not by flatten, which batches of gradients do not know.
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, form: str) -> Tensor:

@@ -11,7 +11,7 @@ from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings, Kept, Needs
 from fusedformer.ops.encoder.forward import projections
 from fusedformer.ops.encoder.launchers import Launchers, by_dispatcher, launchers
-from fusedformer.ops.encoder.steps import added_product, bias_gradient, in_dtype, weight_gradient
+from fusedformer.ops.encoder.steps import bias_gradient, in_dtype, input_gradient, weight_gradient
 
 _NAMES = "in", "key", "value"
 
@@ -57,7 +57,7 @@ def backward(
     if not (needs_sum1 or needs.weight1 or needs.bias1):
         return tuple(found.values())
     before_grad, found["bias1"] = run.activation_backward(
-        added_product(block_grad, own.weight2, None),
+        input_gradient(block_grad, own.weight2, None),
         kept.before,
         own.bias1,
         kept.hidden_seed,
@@ -73,7 +73,7 @@ def backward(
         return tuple(found.values())
     residual_grad, found["middle_weight"], found["middle_bias"], found["out_bias"], inner_grad = (
         _norm_gradients(
-            run, added_product(before_grad, own.weight1, through), sum_grad, kept.sum1, kept.mean1,
+            run, input_gradient(before_grad, own.weight1, through), sum_grad, kept.sum1, kept.mean1,
             kept.rstd1, own.middle_weight, own.middle_bias, own.out_bias, kept.seed1,
             how.middle_p, needs.middle_weight, needs.middle_bias, needs.out_bias,
             kept.projected.dtype,
@@ -89,7 +89,7 @@ def backward(
     if kept.key is not None and kept.value is not None:
         projected = kept.projected, kept.key, kept.value
     grads = run.attention_backward(
-        added_product(inner_grad, own.out_weight, None),
+        input_gradient(inner_grad, own.out_weight, None),
         projected,
         kept.merged,
         kept.statistics,
@@ -107,7 +107,7 @@ def backward(
         if getattr(needs, f"{name}_bias"):
             found[f"{name}_bias"] = bias_gradient(grad)
         if needs.x:
-            x_grad = added_product(grad, weight, x_grad)
+            x_grad = input_gradient(grad, weight, x_grad)
     if needs.x:
         found["x"] = x_grad
     return tuple(found.values())

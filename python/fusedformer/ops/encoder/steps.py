@@ -6,34 +6,21 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.plans import step
-from fusedformer._internal.tracing import may_be_batched
+from fusedformer.ops import product
 from fusedformer.ops._shared import draw_seed
-from fusedformer.ops.product import product, product_add
 
-seed_of, product_of = step(draw_seed), step(product)
-
-
-@step
-def added_product(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
-    if may_be_batched():  # nothing of many may be written in place
-        return x @ weight if addend is None else addend + x @ weight
-    return product_add(x, weight, addend)
+seed_of = step(draw_seed)
+product_of = step(product.product)
+input_gradient = step(product.input_gradient)
+weight_gradient = step(product.weight_gradient)
+bias_gradient = step(product.bias_gradient)
 
 
 @step
-def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-@step
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.t() @ x
-
-
-@step
-def bias_gradient(grad: Tensor) -> Tensor:
-    return grad.sum(0)
-
-
 def in_dtype(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return x if x.dtype == dtype else cast_to(x, dtype)
+    """Return ``x`` in ``dtype``, itself where it is so already."""
+    return x if x.dtype == dtype else _cast(x, dtype)
