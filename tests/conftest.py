@@ -65,9 +65,9 @@ def _launch_plans_hold_everything() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from fusedformer_kernels.runtime import plans
+    from fusedformer_kernels.runtime import recording
 
-    with plans.verified():
+    with recording.verified():
         yield
 
 

@@ -17,7 +17,7 @@ plans = pytest.importorskip("fusedformer_kernels.runtime.plans")
 
 from fusedformer_kernels.rows.norm import norm_forward  # noqa: E402
 from fusedformer_kernels.rows.softmax import softmax_forward  # noqa: E402
-from fusedformer_kernels.runtime import configs, launch, plan, tuned  # noqa: E402
+from fusedformer_kernels.runtime import configs, launch, plan, recording, tuned  # noqa: E402
 from fusedformer_kernels.runtime.recording import Recorder  # noqa: E402
 from fusedformer_kernels.runtime.steps import step, unplanned  # noqa: E402
 
@@ -243,7 +243,7 @@ def test_verification_sees_what_a_plan_would_leave_out(
         forbidden(x)
         return softmax(x)
 
-    with pytest.raises(AssertionError, match="does not say so"), plans.verified():
+    with pytest.raises(AssertionError, match="does not say so"), recording.verified():
         planner_of(launcher)((torch.randn(3, 37, device=device),), {})
 
 
@@ -253,7 +253,7 @@ def test_verification_sees_memory_that_outlives_the_call(device: str) -> None:
     def launcher(x: Tensor) -> tuple[Tensor, Tensor]:
         return softmax(x), softmax(kept)
 
-    with pytest.raises(AssertionError, match="unknown origin"), plans.verified():
+    with pytest.raises(AssertionError, match="unknown origin"), recording.verified():
         planner_of(launcher)((torch.randn(3, 37, device=device),), {})
 
 
@@ -273,6 +273,19 @@ def test_results_that_are_parts_of_one_memory_are_parts_of_one_memory(
         torch.testing.assert_close(rest, wanted[1:])
     assert runs
     assert first.untyped_storage().data_ptr() == rest.untyped_storage().data_ptr()
+
+
+def test_results_without_elements_are_made_anew(device: str, runs: list[plan.Plan]) -> None:
+    def launcher(x: Tensor) -> tuple[Tensor, tuple[Tensor, None]]:
+        return softmax(x), (x.new_empty(2, 0, dtype=torch.int64), None)
+
+    planner = planner_of(launcher)
+    for _ in range(2):
+        x = torch.randn(3, 37, device=device)
+        found, (empty, nothing) = planner((x,), {})
+        torch.testing.assert_close(found, x.softmax(-1))
+        assert (empty.shape, empty.dtype, nothing) == ((2, 0), torch.int64, None)
+    assert runs
 
 
 def test_arguments_without_elements_have_no_plan(device: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedformer_kernels.runtime import launch as launches
+from fusedformer_kernels.runtime.written import Written, sequence
 
 NOWHERE = -1  # the slot of tensors without elements
 _ALIGNMENT = 256  # bytes, of the parts of a call's scratch memory
@@ -63,12 +64,8 @@ class Stepped(NamedTuple):
     slot: int  # of what it gives
 
 
-class _Slot(int):
-    """Stands for the tensor that a slot is, in a template of arguments or results."""
-
-
 class Plan:
-    """Does what a call of one kind does.
+    """Does what a call of one kind does, by a function that is written once.
 
     Memory is allocated before its first use and let go after its last; what no step and no result
     sees as a tensor is one piece of scratch memory.
@@ -80,199 +77,185 @@ class Plan:
         whole: dict[int, Place],
         done: list[Launched | Stepped],
         memories: list[Memory],
-        count: int,
         result: Any,
     ) -> None:
         self._device = tensors[0].device
-        compiled = [one.compiled for one in done if isinstance(one, Launched)]
-        self._interpreted = None in compiled
-        self._enqueues = bool(compiled) and not self._interpreted
-        self._more = [None] * (count + 1 - len(tensors))  # the last slot is NOWHERE
-        self._nowhere = [0] * len(self._more)
-        self.alignments = [tensor.data_ptr() & 15 for tensor in tensors]
+        self._on_gpu = self._device.type == "cuda"
         self.followers: dict[Any, Plan | None] = {}  # of calls on what this one returns
+        self._do = _Writer(tensors, whole, done, memories, result).written()
 
+    def run(self, tensors: Iterable[Tensor], pointers: Iterable[int]) -> Any:
+        """Do it for a call's tensors, which are of the kinds that were recorded."""
+        if self._on_gpu and self._device.index != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                return self._do(tensors, pointers)
+        return self._do(tensors, pointers)
+
+
+class _Writer:
+    """Writes a plan's function, of tensors ``t0``, ``t1``, ... and their pointers ``p0``, ..."""
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        whole: dict[int, Place],
+        done: list[Launched | Stepped],
+        memories: list[Memory],
+        result: Any,
+    ) -> None:
+        self._arguments = len(tensors)
+        self._device = tensors[0].device
+        self._whole = dict(whole)
+        self._done = done
+        self._memories = memories
+        self._result = result
+        self._scratch: dict[int, int] = {}  # by slot, where in the scratch memory it begins
+        self._text = Written("tensors, pointers")
+        # Whose pointers launches want; under the interpreter they want tensors.
+        self._pointers = {
+            place.slot
+            for one in done
+            if isinstance(one, Launched) and one.compiled is not None
+            for place in _places(one.args)
+        }
+        launched = [one.compiled for one in done if isinstance(one, Launched)]
+        self._enqueues = bool(launched) and None not in launched
+
+    def written(self) -> Callable[..., Any]:
+        """Return the function."""
+        text = self._text
+        text.unpack("t", self._arguments, "tensors")
+        text.unpack("p", self._arguments, "pointers")
+        if self._enqueues:
+            current, device = text.value(launches.current_stream), text.value(self._device)
+            text.line(f"stream = {current}({device})")
+        allocations = self._allocations()
+        firsts: dict[int, int] = {}
+        lasts: dict[int, int] = {}
+        for index, one in enumerate(self._done):
+            for place in _places(one.args):
+                firsts.setdefault(place.slot, index)
+                lasts[place.slot] = index
+        kept = {place.slot for place in _places(self._result)} | set(self._scratch)
+        kept.update(range(self._arguments))  # which the caller holds
+        for index, one in enumerate(self._done):
+            for slot in [slot for slot in allocations if firsts.get(slot) == index]:
+                self._allocate(slot, allocations.pop(slot))
+            if isinstance(one, Stepped):
+                function = text.value(one.function)
+                text.line(f"t{one.slot} = {function}({self._list(one.args)})")
+                self._note_pointer(one.slot)
+            elif one.compiled is None:
+                self._interpret(one)
+            else:
+                self._enqueue(one, one.compiled)
+            for slot in [slot for slot, last in lasts.items() if last == index]:
+                if slot not in kept:
+                    text.line(f"t{slot} = None")
+        for slot, how in allocations.items():  # which nothing uses
+            self._allocate(slot, how)
+        text.line(f"return {self._value(self._result)}")
+        return text.function()
+
+    def _allocations(self) -> dict[int, str]:
+        """Return how memory is allocated, by slot; begin with what is scratch memory."""
+        text = self._text
         seen: dict[int, set[Place]] = {}  # by slot, as what it is seen
-        as_tensors = [result, *(one.args for one in done if isinstance(one, Stepped))]
+        as_tensors = [self._result, *(one.args for one in self._done if isinstance(one, Stepped))]
         for place in _places(as_tensors):
             seen.setdefault(place.slot, set()).add(place)
-        allocations: dict[int, tuple[Any, Any, Any]] = {}  # by slot, what :meth:`_like` gives
-        self._scratch: list[tuple[int, int]] = []  # slot, offset
-        self._scratch_size = 0
-        for slot, size in memories:
+        found: dict[int, str] = {}
+        total = 0
+        for slot, size in self._memories:
             places = seen.get(slot, set())
             if not places:
-                self._scratch.append((slot, self._scratch_size))
-                self._scratch_size += -(-size // _ALIGNMENT) * _ALIGNMENT
+                self._scratch[slot] = total
+                total += -(-size // _ALIGNMENT) * _ALIGNMENT
                 continue
             one = next(iter(places))
             if len(places) == 1 and math.prod(one.size) * one.dtype.itemsize == size:
-                whole[slot] = one
-                allocations[slot] = self._like(one, whole, len(tensors))
+                self._whole[slot] = one
+                found[slot] = self._like(one)
             else:
-                empty = torch.empty(0, dtype=torch.uint8, device=self._device)
-                allocations[slot] = empty, (size,), (1,)
-        self._result = _settled(result, whole)
-        firsts: dict[int, int] = {}
-        lasts: dict[int, int] = {}
-        for index, one_done in enumerate(done):
-            for place in _places(one_done.args):
-                firsts.setdefault(place.slot, index)
-                lasts[place.slot] = index
-        allocated: list[list[Any]] = [[] for _ in done]
-        freed: list[list[int]] = [[] for _ in done]
-        for slot, how in allocations.items():
-            if slot in firsts:
-                allocated[firsts[slot]].append((slot, *how))
-        kept = {place.slot for place in _places(result)} | {slot for slot, _ in self._scratch}
-        kept.update(range(len(tensors)))  # which the caller holds
-        self._done: list[tuple[list[Any], _Prepared | Stepped, list[int]]] = []
-        for slot, last in lasts.items():
-            if slot not in kept:
-                freed[last].append(slot)
-        for one_done, *around in zip(done, allocated, freed, strict=True):
-            if isinstance(one_done, Launched):
-                self._done.append((around[0], _Prepared(one_done), around[1]))
-            else:
-                args = _settled(one_done.args, whole)
-                self._done.append((around[0], one_done._replace(args=args), around[1]))
-        self._never_used = [(s, *how) for s, how in allocations.items() if s not in firsts]
-
-    def _like(
-        self, place: Place, whole: dict[int, Place], arguments: int
-    ) -> tuple[Any, Any, Any]:
-        """Say how to allocate ``place``: (argument, None, None), or (tensor, size, stride).
-
-        ``torch.empty_like`` of an argument is the fastest way there is.
-        """
-        if place.stride == _row_by_row(place.size):
-            for index in range(arguments):
-                if whole[index][2:] == place[2:]:
-                    return index, None, None
-        empty = torch.empty(0, dtype=place.dtype, device=self._device)
-        return empty, place.size, place.stride
-
-    def run(self, tensors: Iterable[Tensor], pointers: list[int]) -> Any:
-        """Do it for a call's tensors, which are of the kinds that were recorded."""
-        device = self._device
-        owners: list[Any] = [*tensors, *self._more]
-        pointers = [*pointers, *self._nowhere]
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._run(owners, pointers)
-        else:
-            self._run(owners, pointers)
-        return _with_tensors(self._result, owners)
-
-    def _run(self, owners: list[Any], pointers: list[int]) -> None:
-        shifts: dict[int, int] = {}
+                found[slot] = self._empty(torch.uint8, (size,), (1,))
         if self._scratch:
-            scratch = torch.empty(self._scratch_size, dtype=torch.uint8, device=self._device)
-            begin = scratch.data_ptr()
-            for slot, offset in self._scratch:
-                pointers[slot] = begin + offset
-            if self._interpreted:
-                shifts = dict(self._scratch)
-                for slot in shifts:
-                    owners[slot] = scratch
-        stream = launches.current_stream(self._device) if self._enqueues else None
-        for allocated, one, freed in self._done:
-            if allocated:
-                _allocate(allocated, owners, pointers)
-            if isinstance(one, Stepped):
-                owners[one.slot] = found = one.function(
-                    *[owners[a] if type(a) is _Slot else _with_tensors(a, owners) for a in one.args]
-                )
-                pointers[one.slot] = found.data_ptr()
-            elif stream is None:
-                one.interpret(owners, shifts)
-            else:
-                one.enqueue(pointers, stream)
-            for slot in freed:
-                owners[slot] = None
-        if self._never_used:
-            _allocate(self._never_used, owners, pointers)
+            text.line(f"scratch = {self._empty(torch.uint8, (total,), (1,))}")
+            begin = [slot for slot in self._scratch if slot in self._pointers]
+            if begin:
+                text.line("begin = scratch.data_ptr()")
+            for slot in begin:
+                text.line(f"p{slot} = begin + {text.value(self._scratch[slot])}")
+        return found
 
+    def _like(self, place: Place) -> str:
+        """Return how to allocate ``place``; like an argument is the fastest way there is."""
+        if place.stride == _row_by_row(place.size):
+            for index in range(self._arguments):
+                if self._whole[index][2:] == place[2:]:
+                    return f"{self._text.value(torch.empty_like)}(t{index})"
+        return self._empty(place.dtype, place.size, place.stride)
 
-class _Prepared:
-    """Is a launch whose arguments are a list to be filled with pointers."""
+    def _empty(self, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]) -> str:
+        text, like = self._text, torch.empty(0, dtype=dtype, device=self._device)
+        return f"{text.value(like.new_empty_strided)}({text.value(size)}, {text.value(stride)})"
 
-    def __init__(self, launched: Launched) -> None:
-        self._launched = launched
-        self._flat = [*launched.args, *launched.constants.values()]
-        self._pointers: list[tuple[int, int, int]] = []  # position, slot, offset
-        self._tuples: list[tuple[int, list[Any], list[tuple[int, int, int]]]] = []
-        for position, value in enumerate(launched.args):
-            if isinstance(value, Place):
-                self._pointers.append((position, value.slot, value.offset))
-            elif isinstance(value, tuple):
-                within = [
-                    (i, inner.slot, inner.offset)
-                    for i, inner in enumerate(value)
-                    if type(inner) is Place
-                ]
-                if within:
-                    self._tuples.append((position, list(value), within))
-        grid = launched.grid
-        self._grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    def _allocate(self, slot: int, how: str) -> None:
+        self._text.line(f"t{slot} = {how}")
+        self._note_pointer(slot)
 
-    def enqueue(self, pointers: list[int], stream: int) -> None:
+    def _note_pointer(self, slot: int) -> None:
+        if slot in self._pointers:
+            self._text.line(f"p{slot} = t{slot}.data_ptr()")
+
+    def _enqueue(self, one: Launched, compiled: launches.Compiled) -> None:
         """Launch what is compiled."""
-        flat = self._flat.copy()
-        for position, slot, offset in self._pointers:
-            flat[position] = pointers[slot] + offset
-        for position, values, within in self._tuples:
-            values = values.copy()
-            for index, slot, offset in within:
-                values[index] = pointers[slot] + offset
-            flat[position] = tuple(values)
-        compiled = self._launched.compiled
-        assert compiled is not None
-        compiled.run(
-            *self._grid, stream, compiled.function, compiled.metadata, None, None, None, *flat
-        )
+        text, grid = self._text, one.grid
+        grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        run, function, metadata, _ = compiled
+        parts = [text.value(value) for value in grid]
+        parts += ["stream", text.value(function), text.value(metadata), "None", "None", "None"]
+        parts += [self._pointer(value) for value in (*one.args, *one.constants.values())]
+        text.line(f"{text.value(run)}({', '.join(parts)})")
 
-    def interpret(self, owners: list[Any], shifts: dict[int, int]) -> None:
+    def _interpret(self, one: Launched) -> None:
         """Launch by way of the interpreter, which wants tensors."""
-        kernel, grid, config, args, constants, _ = self._launched
-        launches.launch(kernel, grid, config, *_with_tensors(args, owners, shifts), **constants)
+        text = self._text
+        start = [text.value(value) for value in (one.kernel, one.grid, one.config)]
+        parts = ", ".join([*start, self._list(one.args), f"**{text.value(one.constants)}"])
+        text.line(f"{text.value(launches)}.launch({parts})")
 
+    def _pointer(self, value: Any) -> str:
+        """Return the text of an argument of a launch, addresses for tensors."""
+        if type(value) is Place:
+            if value.slot == NOWHERE:
+                return "0"
+            offset = f" + {self._text.value(value.offset)}" if value.offset else ""
+            return f"p{value.slot}{offset}"
+        if _holds_place(value):
+            return sequence([self._pointer(inner) for inner in value])
+        return self._text.value(value)
 
-def _allocate(allocated: list[Any], owners: list[Any], pointers: list[int]) -> None:
-    for slot, like, size, stride in allocated:
-        if size is None:
-            owner = torch.empty_like(owners[like])
-        else:
-            owner = like.new_empty_strided(size, stride)
-        owners[slot] = owner
-        pointers[slot] = owner.data_ptr()
+    def _list(self, values: tuple[Any, ...]) -> str:
+        return ", ".join(self._value(value) for value in values)
 
-
-def _with_tensors(value: Any, owners: list[Any], shifts: dict[int, int] | None = None) -> Any:
-    """Fill a template: tensors for slots and places, tuples as they were."""
-    kind = type(value)
-    if kind is _Slot:
-        return owners[value]
-    if kind is Place:
-        if value.slot == NOWHERE:
-            like = next(owner for owner in owners if owner is not None)
-            return like.new_empty(0, dtype=value.dtype).as_strided(value.size, value.stride)
-        return value.tensor(owners[value.slot], shifts.get(value.slot, 0) if shifts else 0)
-    if kind is tuple:
-        return tuple([_with_tensors(one, owners, shifts) for one in value])
-    if isinstance(value, tuple):
-        return kind(*[_with_tensors(one, owners, shifts) for one in value])
-    return value
-
-
-def _settled(value: Any, whole: dict[int, Place]) -> Any:
-    """Replace places that are all that their slots are by the slots."""
-    if type(value) is Place:
-        return _Slot(value.slot) if whole.get(value.slot) == value else value
-    if isinstance(value, tuple):
-        settled = tuple(_settled(one, whole) for one in value)
-        return type(value)(*settled) if hasattr(value, "_fields") else settled
-    return value
+    def _value(self, value: Any) -> str:
+        """Return the text of a value: tensors for places, tuples as they were."""
+        text = self._text
+        if type(value) is Place:
+            if value.slot == NOWHERE:
+                empty = self._empty(value.dtype, (0,), (1,))
+                return f"{empty}.as_strided({text.value(value.size)}, {text.value(value.stride)})"
+            if value.slot in self._scratch:
+                return f"{text.value(value.tensor)}(scratch, {self._scratch[value.slot]})"
+            if self._whole.get(value.slot) == value:
+                return f"t{value.slot}"
+            return f"{text.value(value.tensor)}(t{value.slot})"
+        if _holds_place(value):
+            parts = [self._value(one) for one in value]
+            if hasattr(value, "_fields"):
+                return f"{text.value(type(value))}({', '.join(parts)})"
+            return sequence(parts)
+        return "None" if value is None else text.value(value)
 
 
 def _row_by_row(size: tuple[int, ...]) -> tuple[int, ...]:
@@ -292,3 +275,10 @@ def _places(value: Any) -> Iterator[Place]:
         for one in value:
             if isinstance(one, tuple | list):
                 yield from _places(one)
+
+
+def _holds_place(value: Any) -> bool:
+    """Return whether there is a place in a tuple, be it of a tensor without elements."""
+    return isinstance(value, tuple) and any(
+        type(one) is Place or _holds_place(one) for one in value
+    )

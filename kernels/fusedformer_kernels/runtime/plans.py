@@ -8,33 +8,30 @@ call's own. Later calls of that kind allocate, and launch.
 
 So a launcher may not read values, copy, or fill memory, but within a :func:`~steps.step`. Where one
 has to, it says so by :func:`~steps.unplanned`, and that kind of call is worked out each time.
-Under :func:`verified`, as in the tests, each recording looks at every operator of torch that runs,
-and raises at one that a plan would leave out.
+Under :func:`~recording.verified`, as in the tests, each recording looks at every operator of torch
+that runs, and raises at one that a plan would leave out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from fusedformer_kernels.runtime import configs, steps, tuned
 from fusedformer_kernels.runtime import launch as launches
+from fusedformer_kernels.runtime import steps, tuned
 from fusedformer_kernels.runtime.plan import Plan
+from fusedformer_kernels.runtime.readers import Reader, classes_of, settings
 from fusedformer_kernels.runtime.recording import Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MOST = 1024  # plans of one launcher
-_NUMBERS = frozenset({type(None), bool, int, float, str, torch.dtype})
-_TENSORS: set[type] = {Tensor}
 _planners: weakref.WeakSet[Planner] = weakref.WeakSet()
-_is_verified = False
 
 
 def planned(launcher: F) -> F:
@@ -58,72 +55,95 @@ class Planner:
 
     Args:
         launcher: see :func:`planned`.
-        is_public: whether it is the function that users call. Its arguments may be any tensors, and
-            its calls have plans only where no gradient is wanted.
+        with_gradients: given for a function that users call, whose arguments may be any tensors:
+            it makes the recorder of a call whose result has a gradient, from the call's tensors.
     """
 
-    def __init__(self, launcher: Callable[..., Any], *, is_public: bool = False) -> None:
-        self.plans: dict[Any, Plan | None] = {}
+    def __init__(
+        self,
+        launcher: Callable[..., Any],
+        with_gradients: Callable[[tuple[Tensor, ...]], Any] | None = None,
+    ) -> None:
+        self.plans: dict[Any, Any] = {}
         self._launcher = launcher
-        self._is_public = is_public
+        self._readers: dict[Any, Reader] = {}
+        self._with_gradients = with_gradients
         _planners.add(self)
 
     def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Return what ``launcher(*args, **named)`` returns."""
         return self.run(args, named)[0]
 
-    def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Plan | None]:
+    def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Return the same, and the plan of calls of this kind, if there is one."""
         if _is_watched():
             return self._launcher(*args, **named), None
-        tensors: dict[int, Tensor] = {}
-        pointers: list[int] = []
-        kinds: list[Any] = [configs.assumed_target(), configs.precision_of_products()]
-        values = (*args, *named.values(), *named) if named else args
-        public = None
-        if self._is_public:
-            public = torch.is_grad_enabled()
-        if not _append_kinds(values, kinds, tensors, pointers, public) or not tensors:
+        values = (*args, *named.values()) if named else args
+        classes = classes_of(values)
+        reader = self._readers.get((classes, *named) if named else classes)
+        if reader is None:
+            reader = self._new_reader(classes, named)
+        found = reader.read(values)
+        if found is None:
             return self._launcher(*args, **named), None
-        key = tuple(kinds)
+        key, tensors, pointers, has_gradient = found
         plan = self.plans.get(key, _UNKNOWN)
         if plan is None:
             return self._launcher(*args, **named), None
         if plan is not _UNKNOWN:
-            return plan.run(tensors.values(), pointers), plan
-        recorder = Recorder(list(tensors.values()))
-        result = recorder.watch(self._launcher, args, named, verify=_is_verified)
+            return plan.run(tensors, pointers), plan
+        made = self._with_gradients if has_gradient else None
+        recorder: Any = Recorder(tensors) if made is None else made(tensors)
+        result = recorder.watch(self._launcher, args, named)
         if len(self.plans) >= _MOST:
             self.plans.clear()
         plan = self.plans[key] = recorder.plan(result)
         return result, plan
 
-    def follow(
-        self,
-        before: Plan | None,
-        first: Tensor,
-        others: Iterable[Tensor | None],
-        kind: Any,
-        args: Callable[[], tuple[Any, ...]],
-    ) -> Any:
-        """Return what ``launcher(*args())`` returns; its tensors are ``first`` and ``others``.
+    def _new_reader(self, classes: tuple[Any, ...], names: Iterable[str]) -> Reader:
+        if len(self._readers) >= _MOST:
+            self._readers.clear()
+        reader = Reader(classes, is_public=self._with_gradients is not None)
+        self._readers[(classes, *names) if names else classes] = reader
+        return reader
 
-        The others were arguments or results of a call of ``before``, in the order of ``args()``, so
-        that its kind, that of ``first``, and ``kind`` for what else there is, decide. It may be a
-        backward.
-        """
-        if before is None or _is_watched() or type(first) not in _TENSORS:
-            return self(args(), {})
-        tensors = list({id(t): t for t in (first, *others) if t is not None}.values())
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        key = first.dtype, first.shape, first.stride(), kind
-        plan = before.followers.get(key)
-        if plan is not None and [p & 15 for p in pointers] == plan.alignments:
-            return plan.run(tensors, pointers)
-        result, plan = self.run(args(), {})
-        if len(before.followers) < _MOST:
-            before.followers[key] = plan
-        return result
+
+def follow(
+    before: Plan | None,
+    kind: Any,
+    first: Tensor,
+    others: Iterable[Tensor | None],
+    call: Callable[[], Any],
+) -> Any:
+    """Return what ``call()`` returns, by a plan if it follows a call that had one.
+
+    Its tensors are ``first``, such as a gradient, and others that were arguments or results of that
+    call, always in the same order, or that ``kind`` describes; what else it depends on is in
+    ``kind``.
+    """
+    if before is None or _is_watched() or type(first) is not Tensor:
+        return call()
+    tensors = [first, *[tensor for tensor in others if tensor is not None]]
+    same = None
+    if len(set(map(id, tensors))) < len(tensors):
+        given, tensors = tensors, list({id(tensor): tensor for tensor in tensors}.values())
+        same = tuple([next(i for i, t in enumerate(tensors) if t is one) for one in given])
+    pointers = list(map(Tensor.data_ptr, tensors))
+    unaligned: Any = functools.reduce(operator.or_, pointers) & 15
+    if unaligned:
+        unaligned = tuple([pointer & 15 for pointer in pointers])
+    key = kind, first.dtype, first.shape, first.stride(), same, unaligned, settings()
+    plan = before.followers.get(key, _UNKNOWN)
+    if plan is None:
+        return call()
+    if plan is not _UNKNOWN:
+        return plan.run(tensors, pointers)
+    recorder = Recorder(tensors)
+    result = recorder.watch(call, (), {})
+    if len(before.followers) >= _MOST:
+        before.followers.clear()
+    before.followers[key] = recorder.plan(result)
+    return result
 
 
 _UNKNOWN: Any = object()
@@ -135,77 +155,9 @@ def clear() -> None:
         planner.plans.clear()
 
 
-@contextlib.contextmanager
-def verified() -> Iterator[None]:
-    """Look at what torch runs while calls are recorded, and raise where a plan would miss it."""
-    global _is_verified
-    previous, _is_verified = _is_verified, True
-    try:
-        yield
-    finally:
-        _is_verified = previous
-
-
 tuned.when_cleared(clear)
 
 
 def _is_watched() -> bool:
     """Tell whether somebody looks at launches or forces configs, or records an outer call."""
     return not launches.can_be_repeated() or tuned.is_forced() or steps.recorder() is not None
-
-
-def _is_tensor(cls: type) -> bool:
-    """Tell whether ``cls`` is a class of tensors that torch treats as its own."""
-    if not (
-        issubclass(cls, Tensor)
-        and cls.__torch_function__ is torch._C._disabled_torch_function_impl
-        and cls.__torch_dispatch__ is Tensor.__torch_dispatch__
-    ):
-        return False
-    _TENSORS.add(cls)
-    return True
-
-
-def _append_kinds(
-    values: Any,
-    kinds: list[Any],
-    tensors: dict[int, Tensor],
-    pointers: list[int],
-    public: bool | None,
-) -> bool:
-    """Append what decides the plan of a call; False if there is a value that none is made for.
-
-    Args:
-        values: arguments.
-        kinds: what there is to hash.
-        tensors: each once, by its ``id``.
-        pointers: of the tensors.
-        public: None for a launcher, to which numbers that are equal are one, whatever their type.
-            Of a public function, which may check types, whether it may not be planned for tensors
-            that require a gradient.
-    """
-    for value in values:
-        cls = type(value)
-        if cls in _NUMBERS:
-            kinds.append(value if public is None else (cls, value))
-        elif cls in _TENSORS or _is_tensor(cls):
-            name = id(value)
-            if name in tensors:
-                kinds.append(list(tensors).index(name))
-                continue
-            try:
-                pointer = value.data_ptr()
-                kinds += (value.dtype, value.shape, value.stride(), value.device, pointer & 15)
-            except RuntimeError:  # nested, sparse, or what torch.func left behind
-                return False
-            if public is not None and (value.is_neg() or (public and value.requires_grad)):
-                return False
-            tensors[name] = value
-            pointers.append(pointer)
-        elif isinstance(value, tuple | list):
-            kinds.append(len(value))
-            if not _append_kinds(value, kinds, tensors, pointers, public):
-                return False
-        else:
-            return False
-    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +16,26 @@ from fusedformer_kernels.runtime.plan import NOWHERE, Launched, Memory, Place, P
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
+_is_verified = False
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[None]:
+    """Look at what torch runs while calls are recorded, and raise where a plan would miss it."""
+    global _is_verified
+    previous, _is_verified = _is_verified, True
+    try:
+        yield
+    finally:
+        _is_verified = previous
+
+
 class Recorder:
     """Notes what one call of a launcher on ``tensors`` does."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.failed = False
-        self._tensors = tensors
+        self._tensors = list(tensors)
         self._count = len(tensors)  # of slots; the arguments come first
         self._whole: dict[int, Place] = {}  # what a slot is as a tensor, of arguments and steps
         self._pointers: dict[int, int] = {}  # by slot, of arguments and steps
@@ -42,13 +56,11 @@ class Recorder:
         launcher: Callable[..., Any],
         args: tuple[Any, ...],
         named: dict[str, Any],
-        *,
-        verify: bool,
     ) -> Any:
         """Return what ``launcher`` returns, and record the call."""
         if self.failed:
             return launcher(*args, **named)
-        if verify:
+        if _is_verified:
             self._looker = _Looker(self)
         with steps.recording(self), self._looker or contextlib.nullcontext():
             return launcher(*args, **named)
@@ -79,15 +91,18 @@ class Recorder:
         self._know(self._count, found)
         self._count += 1
 
+    def differentiated(self, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call an op that is a node of autograd, which no plan of launches can hold."""
+        self.failed = True
+        return apply(*args, None)
+
     def plan(self, result: Any) -> Plan | None:
         """Make the plan of a call that returned ``result``; None if it cannot be planned."""
         places = None if self.failed else self._placed(result)
         self._looker = None  # which knows of this one: nothing is left that holds tensors
         if self.failed:
             return None
-        return Plan(
-            self._tensors, self._whole, self._done, list(self._own.values()), self._count, places
-        )
+        return Plan(self._tensors, self._whole, self._done, list(self._own.values()), places)
 
     def _know(self, slot: int, tensor: Tensor) -> None:
         """Take note of a tensor that an argument is, or that a step has given."""

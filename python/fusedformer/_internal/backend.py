@@ -69,8 +69,7 @@ def chosen_backend(tensor: Tensor) -> Backend:
 
 def kernels_run_on(tensor: Tensor) -> bool:
     """Whether :func:`chosen_backend` is the kernels, where nothing of torch.func is active."""
-    kind = tensor.device.type
-    here = kind == "cuda" or (INTERPRETER_IS_ON and kind == "cpu")
+    here = tensor.is_cuda or (INTERPRETER_IS_ON and tensor.is_cpu)
     return here and TRITON_IS_INSTALLED and _forced != "torch"
 
 

@@ -1,8 +1,9 @@
 """Whole calls of public functions as plans of their launches.
 
-Without gradients a call is checks, choices and a launcher, and all that its kinds of arguments do
-not decide is addresses: the second of a kind is looked up. ``fusedformer_kernels.runtime.plans``
-says what a plan holds; with gradients the launchers' own plans serve.
+A call is checks, choices and a launcher, or a node of autograd where a gradient is wanted. All that
+its kinds of arguments do not decide is addresses: the second of a kind is looked up.
+``fusedformer_kernels.runtime.plans`` says what a plan holds, and :mod:`calls` what is kept of calls
+with a gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ def planned(function: F) -> F:
             _is_compiling()
             or not args
             or type(args[0]) is not Tensor
-            or (args[0].requires_grad and torch.is_grad_enabled())
             or not kernels_run_on(args[0])
             or _is_autocast()
             or _is_profiled()
@@ -45,10 +45,11 @@ def planned(function: F) -> F:
         ):
             return function(*args, **named)
         if planner is None:
+            from fusedformer._internal.calls import CallRecorder
             from fusedformer_kernels.runtime.plans import Planner
 
-            planner = Planner(function, is_public=True)
-        return planner(args, named)
+            planner = Planner(function, CallRecorder)
+        return planner.run(args, named)[0]
 
     return call  # type: ignore[return-value]
 

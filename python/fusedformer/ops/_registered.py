@@ -17,7 +17,9 @@ from torch._C._functorch import unwrap_if_dead
 from torch.nn import Parameter
 from torch.profiler import record_function
 
+from fusedformer._internal.plans import saved_as_they_are
 from fusedformer._internal.tracing import is_eager
+from fusedformer_kernels.runtime.steps import recorder
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,10 +53,12 @@ class Op:
                 wanted = wanted or value.requires_grad
             elif kind not in _OTHERS:
                 return self._overload(*args)
+        run = self._run
         if wanted and torch.is_grad_enabled() and self._differentiable is not None:
-            run = self._differentiable
-        else:
-            run = self._run
+            noted = recorder()
+            if noted is not None:
+                return noted.differentiated(self._differentiable, args)
+            run, args = self._differentiable, (*args, None)
         if torch._C._autograd._profiler_enabled():
             with record_function(self.name):
                 return run(*args)
@@ -66,21 +70,75 @@ class Op:
         return fake
 
     def register_autograd(
-        self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        *,
+        only_launches: bool = False,
     ) -> None:
-        """The gradient formula, in the form of ``torch.library.register_autograd``."""
+        """Register the gradient formula, in the form of ``torch.library.register_autograd``.
+
+        Args:
+            backward, setup_context: as there.
+            only_launches: says that ``backward`` does what plans of launches hold, and no more.
+        """
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
-        implementation = self._run
-
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = implementation(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, output)
-            return output
-
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {
+            "forward": _node_forward(self._run, setup_context),
+            "backward": _node_backward(backward, only_launches=only_launches),
+        }
         function = type(self.name, (torch.autograd.Function,), members)
         self._differentiable = plain_apply(function)
+
+
+def _node_forward(
+    implementation: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> Any:
+    """Return the forward of a node; it takes the op's inputs, and how a planned call gives them."""
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        inputs, call = given[:-1], given[-1]
+        if call is None:
+            output, ctx.plan = implementation(*inputs), None
+        else:
+            planned, tensors, pointers = call
+            output = planned.run(implementation, inputs, tensors, pointers)
+            ctx.plan = planned.plan if saved_as_they_are() else None
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    return staticmethod(forward)
+
+
+def _node_backward(formula: Callable[..., Any], *, only_launches: bool) -> Any:
+    """Return the backward of a node, by a plan that follows its forward's if there is one."""
+    follow: Any = None
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        nonlocal follow
+        if (
+            not only_launches
+            or ctx.plan is None
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not is_eager()
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return *formula(ctx, *grads), None
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return *formula(ctx, *grads), None
+        if follow is None:
+            from fusedformer_kernels.runtime.plans import follow
+        kind = (
+            ctx.needs_input_grad,
+            *[None if grad is None else (grad.dtype, grad.shape, grad.stride()) for grad in grads],
+        )
+        others = (*given[1:], *ctx.saved_tensors)
+        return *follow(ctx.plan, kind, given[0], others, lambda: formula(ctx, *grads)), None
+
+    return staticmethod(backward)
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -35,6 +35,14 @@ def draw_seed(p: float, device: torch.device) -> Tensor | None:
     return own + _seeds.offset if _seeds.offset else own
 
 
+def cast_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a gradient that kernels computed, if it has not the dtype yet."""
+    if grad.dtype == dtype:
+        return grad
+    unplanned()
+    return grad.to(dtype)
+
+
 class _Seeds(threading.local):
     """The seeds of a thread: ``count`` are drawn at once, and ``used`` of them are given out."""
 

@@ -139,5 +139,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None
 
 
-_bias_activation.register_autograd(_backward, setup_context=_save)
+_bias_activation.register_autograd(_backward, setup_context=_save, only_launches=True)
 _bias_activation_backward.register_autograd(no_double_backward("bias_activation"))

@@ -14,6 +14,7 @@ from fusedformer._internal import checks
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import (
+    cast_gradient,
     common_dtype,
     draw_seed,
     needs_gradient,
@@ -396,12 +397,12 @@ def _backward(
     return (
         dropped_grad if seed is not None or input_dtype != normed.dtype else residual_grad,
         residual_grad if ctx.needs_input_grad[1] else None,
-        input_bias_grad.to(input_bias_dtype) if needs_input_bias else None,
-        weight_grad.to(weight_dtype) if needs_weight else None,
-        bias_grad.to(bias_dtype) if needs_bias else None,
+        cast_gradient(input_bias_grad, input_bias_dtype) if needs_input_bias else None,
+        cast_gradient(weight_grad, weight_dtype) if needs_weight else None,
+        cast_gradient(bias_grad, bias_dtype) if needs_bias else None,
         *(None,) * 8,
     )
 
 
-_norm.register_autograd(_backward, setup_context=_save)
+_norm.register_autograd(_backward, setup_context=_save, only_launches=True)
 _norm_backward.register_autograd(no_double_backward("the norms"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer._internal import checks
 from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.plans import unplanned
 from fusedformer.errors import BadTypeError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import no_double_backward
@@ -132,6 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
     input_grad = mask_grad = None
     if ctx.needs_input_grad[1]:
+        unplanned()
         # The input's gradient is a multiple of that of the scores, which is the mask's.
         scores_grad = _softmax_backward(grad, output, 1.0, torch.float32, ctx.log, ctx.masked)
         mask_grad = scores_grad.to(ctx.mask[1])
@@ -142,5 +144,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return input_grad, mask_grad, None, None, None, None
 
 
-_softmax.register_autograd(_backward, setup_context=_save)
+_softmax.register_autograd(_backward, setup_context=_save, only_launches=True)
 _softmax_backward.register_autograd(no_double_backward("softmax"))

@@ -155,7 +155,7 @@ def _attention_autograd(
     return (*wanted, None, *term_gradients(grads[3:], learned))
 
 
-attention.register_autograd(_attention_autograd, setup_context=_attention_setup)
+attention.register_autograd(_attention_autograd, setup_context=_attention_setup, only_launches=True)
 attention_backward.register_autograd(no_double_backward("attention"))
 
 

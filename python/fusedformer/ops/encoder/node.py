@@ -11,6 +11,7 @@ Who calls it has seen that the layer does nothing else: see ``nn.TransformerEnco
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -56,20 +57,31 @@ def encoder_layer(
     Raises:
         RuntimeError: from the backward, if its own gradient is asked for.
     """
-    dtype = autocast_dtype("linear", x)
-    read = {name: getattr(parameters, name) for name in OF_PRODUCTS}
-    if dtype is not None:
-        parameters = parameters._replace(**{name: cast(t, dtype) for name, t in read.items()})
-    elif {t.dtype for t in read.values() if t is not None} != {x.dtype}:
-        return None
-    norm_dtype = autocast_dtype("layer_norm", x)
-    given = x, residual, *parameters
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        found: tuple[Tensor, Tensor | None] = _apply(*given, settings, terms, norm_dtype)
-        return found
+    norm_dtype = None
+    if torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype("linear", x)
+        norm_dtype = autocast_dtype("layer_norm", x)
+        if dtype is not None:
+            read = {name: getattr(parameters, name) for name in OF_PRODUCTS}
+            parameters = parameters._replace(**{name: cast(t, dtype) for name, t in read.items()})
+    else:
+        dtype = None
+    if dtype is None:
+        for parameter in _of_products(parameters):
+            if parameter is not None and parameter.dtype is not x.dtype:
+                return None
+    if torch.is_grad_enabled():
+        given = x, residual, *parameters
+        for tensor in given:
+            if tensor is not None and tensor.requires_grad:
+                found: tuple[Tensor, Tensor | None] = _apply(*given, settings, terms, norm_dtype)
+                return found
     with autocast_off(x):
         results, _ = run_forward(x, residual, parameters, settings, terms, norm_dtype, keeps=False)
     return results[0], results[1]
+
+
+_of_products = operator.itemgetter(*map(EncoderParameters._fields.index, OF_PRODUCTS))
 
 
 def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> bool:
@@ -108,18 +120,24 @@ def run_forward(
     residual_rows = None if residual is None else residual.reshape(-1, shape[-1])
     batch = shape[0] if len(shape) == 3 else 1
     args = rows, residual_rows, own, how, terms, batch, norm_dtype, keeps
-    (output, total, kept), plan = _planners()[0].run(args, {})
+    (output, total, kept), plan = _planner().run(args, {})
     if len(shape) == 3:
         output, total = output.view(shape), None if total is None else total.view(shape)
     return (output, total, kept), plan
 
 
 @functools.cache
-def _planners() -> tuple[Any, Any]:
-    """Return the planners of the forward and of the backward."""
-    from fusedformer_kernels.runtime.plans import Planner
+def _plans() -> Any:
+    """Import the kernels' part when it is first needed."""
+    from fusedformer_kernels.runtime import plans
 
-    return Planner(forward), Planner(backward)
+    return plans
+
+
+@functools.cache
+def _planner() -> Any:
+    """Return the planner of the forward."""
+    return _plans().Planner(forward)
 
 
 class _EncoderLayer(torch.autograd.Function):
@@ -164,19 +182,18 @@ class _EncoderLayer(torch.autograd.Function):
         if sum_grad is not None:
             sum_grad = sum_grad.reshape(-1, shape[-1])
 
-        def args() -> tuple[Any, ...]:
+        def call() -> tuple[Tensor | None, ...]:
             terms = AttentionTerms(*saved[_OWN:], *numbers)
             own = EncoderParameters(*saved[_KEPT:_OWN])
-            return rows, sum_grad, Kept(*saved[:_KEPT]), own, how, terms, batch, needs
+            return backward(rows, sum_grad, Kept(*saved[:_KEPT]), own, how, terms, batch, needs)
 
         kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
         with autocast_off(rows):  # the forward decided on the dtypes
             if may_be_batched():
-                x_grad, residual_grad, *found = backward(*args())
+                x_grad, residual_grad, *found = call()
             else:
-                x_grad, residual_grad, *found = _planners()[1].follow(
-                    ctx.plan, rows, (sum_grad, *saved), kind, args
-                )
+                others = (sum_grad, *saved)
+                x_grad, residual_grad, *found = _plans().follow(ctx.plan, kind, rows, others, call)
         if x_grad is not None:
             x_grad = x_grad.view(shape)
         if residual_grad is not None:
