@@ -105,7 +105,7 @@ UNPLANNED = ("dropout mask", "contrastive", "sigmoid contrastive")
 
 
 # Of an encoder layer: inference, forward, forward and backward.
-MOST_CALLS = 95, 120, 210
+MOST_CALLS = 65, 66, 112
 LIBRARY = tuple(str(Path(inspect.getfile(module)).parents[1]) for module in (nn, launch))
 
 
@@ -130,6 +130,7 @@ def check_plans() -> None:
         for case in compile_cases.compile_cases():
             plans.clear()
             unplanned = launches_of(case.call, True, 1)
+            launches_of(case.call, True, 1)  # in which plans are recorded
             planned.clear()
             assert launches_of(case.call, True, 1) == unplanned, case.name
             assert planned or case.name.startswith(UNPLANNED), case.name

@@ -59,6 +59,17 @@ def test_the_second_call_of_a_kind_is_planned_and_gives_the_same_bits(
     assert torch.equal(softmax(x), first)
 
 
+def test_a_kind_is_recorded_when_it_is_seen_again(
+    device: str, runs: list[plan.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "_is_verified", False)
+    known = softmax_forward.planner.plans  # type: ignore[attr-defined]
+    for calls, (plans_made, planned) in enumerate([(0, 0), (1, 0), (1, 1), (1, 2)], start=1):
+        x = torch.randn(3, 37, device=device)
+        torch.testing.assert_close(softmax(x), x.softmax(-1))
+        assert (len(known), len(runs)) == (plans_made, planned), calls
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -146,7 +157,9 @@ def test_plans_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.randn(64, 16)
     for rows in range(1, 40):
         softmax(x[:rows])
-    assert 0 < len(softmax_forward.planner.plans) <= 8  # type: ignore[attr-defined]
+    planner = softmax_forward.planner  # type: ignore[attr-defined]
+    assert 0 < len(planner.plans) <= 8
+    assert 0 < len(planner._seen) <= 8
 
 
 def test_threads_share_plans(
@@ -229,7 +242,7 @@ def test_a_call_that_says_so_has_no_plan(device: str, runs: list[plan.Plan]) -> 
     for _ in range(3):
         x = torch.randn(3, 37, device=device)
         torch.testing.assert_close(planner((x,), {}), x.softmax(-1))
-    assert list(planner.plans.values()) == [None]
+    assert not planner.plans
     assert len(runs) == 1  # of the launcher within, which the second call has recorded
 
 

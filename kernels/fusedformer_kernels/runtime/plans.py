@@ -2,14 +2,15 @@
 
 A launcher allocates, makes views and launches kernels. All of it but addresses follows from the
 kinds of its arguments: dtypes, shapes, strides, devices and alignment of tensors, and the numbers.
-The first call of a kind is recorded as it runs: which launches it made, and for each pointer that a
+The second call of a kind is recorded as it runs: which launches it made, and for each pointer that a
 kernel got, whether it lies in an argument, in what a :func:`~steps.step` gave, or in memory of the
 call's own. Later calls of that kind allocate, and launch.
 
 So a launcher may not read values, copy, or fill memory, but within a :func:`~steps.step`. Where one
 has to, it says so by :func:`~steps.unplanned`, and that kind of call is worked out each time.
 Under :func:`~recording.verified`, as in the tests, each recording looks at every operator of torch
-that runs, and raises at one that a plan would leave out.
+that runs, and raises at one that a plan would leave out; so that none is missed, calls are then
+recorded at first sight.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fusedformer_kernels.runtime import launch as launches
 from fusedformer_kernels.runtime import steps, tuned
 from fusedformer_kernels.runtime.plan import Plan
 from fusedformer_kernels.runtime.readers import Reader, classes_of, settings
-from fusedformer_kernels.runtime.recording import Recorder
+from fusedformer_kernels.runtime.recording import Recorder, is_verified
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +66,7 @@ class Planner:
         with_gradients: Callable[[tuple[Tensor, ...]], Any] | None = None,
     ) -> None:
         self.plans: dict[Any, Any] = {}
+        self._seen: dict[Any, object] = {}  # kinds that have no plan, or none yet
         self._launcher = launcher
         self._readers: dict[Any, Reader] = {}
         self._with_gradients = with_gradients
@@ -73,6 +75,11 @@ class Planner:
     def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Return what ``launcher(*args, **named)`` returns."""
         return self.run(args, named)[0]
+
+    def forget(self) -> None:
+        """Forget all plans, and what has been seen."""
+        self.plans.clear()
+        self._seen.clear()
 
     def run(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         """Return the same, and the plan of calls of this kind, if there is one."""
@@ -87,18 +94,34 @@ class Planner:
         if found is None:
             return self._launcher(*args, **named), None
         key, tensors, pointers, has_gradient = found
-        plan = self.plans.get(key, _UNKNOWN)
-        if plan is None:
-            return self._launcher(*args, **named), None
-        if plan is not _UNKNOWN:
+        plan = self.plans.get(key)
+        if plan is not None:
             return plan.run(tensors, pointers), plan
+        if not self._is_to_record(key):
+            return self._launcher(*args, **named), None
         made = self._with_gradients if has_gradient else None
         recorder: Any = Recorder(tensors) if made is None else made(tensors)
         result = recorder.watch(self._launcher, args, named)
-        if len(self.plans) >= _MOST:
-            self.plans.clear()
-        plan = self.plans[key] = recorder.plan(result)
+        plan = recorder.plan(result)
+        if plan is None:
+            self._seen[key] = _NEVER
+        else:
+            if len(self.plans) >= _MOST:
+                self.plans.clear()
+            self.plans[key] = plan
         return result, plan
+
+    def _is_to_record(self, key: Any) -> bool:
+        """Return whether to record this call of a kind without a plan: the second there is.
+
+        Where shapes vary, as totals of packed tokens do, most kinds are seen once.
+        """
+        seen = self._seen.get(key)
+        if seen is None:
+            if len(self._seen) >= _MOST:
+                self._seen.clear()
+            self._seen[key] = _ONCE
+        return seen is not _NEVER and (seen is _ONCE or is_verified())
 
     def _new_reader(self, classes: tuple[Any, ...], names: Iterable[str]) -> Reader:
         if len(self._readers) >= _MOST:
@@ -147,12 +170,13 @@ def follow(
 
 
 _UNKNOWN: Any = object()
+_ONCE, _NEVER = object(), object()
 
 
 def clear() -> None:
     """Forget all plans: a setting has changed that decides what launchers do."""
     for planner in list(_planners):
-        planner.plans.clear()
+        planner.forget()
 
 
 tuned.when_cleared(clear)

@@ -30,6 +30,11 @@ def verified() -> Iterator[None]:
         _is_verified = previous
 
 
+def is_verified() -> bool:
+    """Return whether :func:`verified` is in force."""
+    return _is_verified
+
+
 class Recorder:
     """Notes what one call of a launcher on ``tensors`` does."""
 
