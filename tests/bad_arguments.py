@@ -43,6 +43,7 @@ def good(function: str) -> dict[str, Any]:
         "dropout_add_rms_norm": {**norm, **fused},
         "dropout_add": {**fused, "input": t(2, 3, 4)},
         "bias_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
+        "gated_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
         "scaled_dot_product_attention": dict(
             query=t(2, 4, 5, 8), key=t(2, 4, 6, 8), value=t(2, 4, 6, 3)
         ),
@@ -168,6 +169,12 @@ def fused_steps() -> Iterator[Row]:
         yield function, {"residual": t(2, 3, 4).int()}, TypeError, "'residual' .* floating-point"
         yield function, {"input_bias": t(3, 4)}, ValueError, r"'input_bias' to have shape \(4,\)"
     yield "dropout_add", {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+    function = "gated_activation"
+    yield function, {"activates": "third"}, ValueError, "'activates' .* but got 'third'"
+    odd = {"input": t(2, 3), "bias": None}
+    yield function, odd, ValueError, r"'input' to be even, but got shape \(2, 3\)"
+    yield function, {"bias": t(2)}, ValueError, r"'bias' to have shape \(4,\)"
+    yield function, {"activation": "tanh"}, ValueError, "'activation' .* but got 'tanh'"
     function = "bias_activation"
     yield function, {"activation": "tanh"}, ValueError, "'activation' .* but got 'tanh'"
     yield function, {"activation": None}, ValueError, "'activation' .* but got None"

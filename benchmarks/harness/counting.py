@@ -119,6 +119,14 @@ def bias_activation(rows: int, columns: int, itemsize: int) -> Costs:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
+def gated_activation(rows: int, columns: int, itemsize: int) -> Costs:
+    """Forward reads x, twice as wide as y, which it writes. Backward reads dy, x, writes dx."""
+    n = rows * columns
+    forward = Cost(7 * n, 3 * n * itemsize + 2 * columns * itemsize)
+    backward = Cost(14 * n, 5 * n * itemsize + 4 * columns * itemsize)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
 def contrastive(rows: int, dims: int, itemsize: int) -> Costs:
     """Count the loss over all pairs of two batches of ``rows`` embeddings.
 

@@ -1,4 +1,4 @@
-"""Bias and activation of the feed-forward block, and the gradients of both."""
+"""Bias and activation of the feed-forward block, gated or not, and the gradients of both."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ from harness.providers import compiled, present
 
 WIDTHS = (3072, 4096)  # feed-forward of the base and the large encoder
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+GATED = ("gelu", "silu")  # GeGLU, SwiGLU
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
     """List ``sizes.tokens`` rows of each width."""
     return [
-        _case(activation, sizes.tokens, width, dtype)
+        _case(activation, sizes.tokens, width, dtype, gated=gated)
         for width in (WIDTHS[:1] if sizes.name == "tiny" else WIDTHS)
-        for activation in ACTIVATIONS
+        for gated in (False, True)
+        for activation in (GATED if gated else ACTIVATIONS)
     ]
 
 
-def _case(activation: str, rows: int, width: int, dtype: torch.dtype) -> Case:
+def _case(activation: str, rows: int, width: int, dtype: torch.dtype, *, gated: bool) -> Case:
+    columns = 2 * width if gated else width
+
     def make(device: torch.device) -> Inputs:
         return {
-            "input": torch.randn(rows, width, device=device, dtype=dtype).requires_grad_(),
-            "bias": torch.randn(width, device=device, dtype=dtype).requires_grad_(),
+            "input": torch.randn(rows, columns, device=device, dtype=dtype).requires_grad_(),
+            "bias": torch.randn(columns, device=device, dtype=dtype).requires_grad_(),
         }
 
+    count = counting.gated_activation if gated else counting.bias_activation
     return Case(
         "activation",
-        f"bias + {activation} {rows}x{width}",
+        f"bias + {'gated ' if gated else ''}{activation} {rows}x{width}",
         dtype,
         make,
-        counting.bias_activation(rows, width, dtype.itemsize),
-        {"activation": activation},
-        headline=activation == "gelu",
+        count(rows, width, dtype.itemsize),
+        {"activation": activation, "gated": gated},
+        headline=activation == "gelu" and not gated,
     )
 
 
@@ -47,18 +52,26 @@ def fused(case: Case) -> Program:
     """Call the library's op."""
     from fusedformer import functional as F
 
-    return Program(lambda input, bias: F.bias_activation(input, bias, case.options["activation"]))
+    function = F.gated_activation if case.options["gated"] else F.bias_activation
+    return Program(lambda input, bias: function(input, bias, case.options["activation"]))
 
 
 def eager(case: Case) -> Program:
-    """Call torch's addition and activation."""
-    activation = case.options["activation"]
+    """Call torch's addition and activation, and its product with the other half if gated."""
+    activation, gated = case.options["activation"], case.options["gated"]
+
+    def activate(x: Tensor) -> Tensor:
+        if activation == "relu":
+            return torch_F.relu(x)
+        if activation == "silu":
+            return torch_F.silu(x)
+        return torch_F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
     def call(input: Tensor, bias: Tensor) -> Tensor:
-        total = input + bias
-        if activation == "relu":
-            return torch_F.relu(total)
-        return torch_F.gelu(total, approximate="tanh" if activation == "gelu_tanh" else "none")
+        if not gated:
+            return activate(input + bias)
+        first, second = (input + bias).chunk(2, -1)
+        return activate(first) * second
 
     return Program(call)
 
@@ -67,9 +80,8 @@ def truth(case: Case, device: torch.device) -> Program:
     """Compute the library's definition."""
     from fusedformer import reference
 
-    return Program(
-        lambda input, bias: reference.bias_activation(input, bias, case.options["activation"])
-    )
+    function = reference.gated_activation if case.options["gated"] else reference.bias_activation
+    return Program(lambda input, bias: function(input, bias, case.options["activation"]))
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:

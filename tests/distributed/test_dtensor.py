@@ -58,6 +58,11 @@ def activation(place: Placement, bias: Placement) -> Call:
     return Call("bias_activation", {"input": place, "bias": bias}, {"activation": "gelu"}, place)
 
 
+def gated(place: Placement) -> Call:
+    settings = {"activation": "silu", "activates": "second"}
+    return Call("gated_activation", {"input": place, "bias": WHOLE}, settings, place)
+
+
 ATTENTION = {
     "batch": attention(BATCH, {"return_lse": True}),
     "heads": attention(HEADS, {"return_lse": True}, attn_mask=HEADS),
@@ -87,6 +92,8 @@ OTHERS = {
     "softmax": softmax(ROWS),
     "causal softmax": softmax(ROWS, is_causal=True),
     "activation of rows": activation(Shard(1), WHOLE),
+    "gated activation of rows": gated(ROWS),
+    "gated activation of inner rows": gated(Shard(1)),
     "activation of columns": activation(COLUMNS, Shard(0)),
 }
 

@@ -43,6 +43,11 @@ def dropped_and_added(g: Given, residual: Tensor) -> Tensor:
     return TF.dropout(g.x, 0.0) + residual
 
 
+def gated(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return TF.silu(a) * b
+
+
 def packed_attention(g: Given, key: Tensor) -> Tensor:
     other, starts = g(S, 1, D), g.starts()
     return F.varlen_attention(other, key, other, starts, starts, S, S)
@@ -91,6 +96,10 @@ FUNCTIONS: dict[str, Pair] = {
     "dropout_add": (
         lambda g: F.dropout_add(g.x, g(N, S, D, dtype=g.wide)),
         lambda g: dropped_and_added(g, g(N, S, D, dtype=g.wide)),
+    ),
+    "gated_activation": (
+        lambda g: F.gated_activation(g.x, g.weight, "silu"),
+        lambda g: gated(g.x + g.weight.to(g.dtype)),
     ),
     "bias_activation": (
         lambda g: F.bias_activation(g.x, g.weight, "gelu"),

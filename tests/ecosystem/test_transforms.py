@@ -28,6 +28,7 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
     "layer_norm": lambda x: F.layer_norm(x, (8,)),
     "rms_norm": lambda x: F.rms_norm(x, (8,)),
     "bias_activation": lambda x: F.bias_activation(x, None, "gelu"),
+    "gated_activation": lambda x: F.gated_activation(torch.cat((x, x.flip(-1)), -1)),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x),
     "cross_entropy": by_token(lambda x, *t, **k: F.cross_entropy(x.movedim(-1, 1), *t, **k)),
     "linear_cross_entropy": by_token(

@@ -230,6 +230,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
     "activation": ("bias_activation", lambda: activation_case(False)),
     "activation, bias, dropout": ("bias_activation", lambda: activation_case(True, 0.5)),
+    "gated activation": (
+        "gated_activation", lambda: (*activation_case(True, 0.5), True),
+    ),
+    "gated activation backward": (
+        "gated_activation_backward",
+        lambda: (torch.randn(4, 3), *activation_backward_case(True)[1:-1], False, True),
+    ),
     "activation backward": ("bias_activation_backward", lambda: activation_backward_case(False)),
     "activation backward, bias": (
         "bias_activation_backward", lambda: activation_backward_case(True),

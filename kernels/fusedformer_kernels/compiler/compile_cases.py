@@ -32,6 +32,7 @@ from fusedformer_kernels.rows.cross_entropy import (
 )
 from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embedding_forward
+from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
 from fusedformer_kernels.rows.gather import gather_rows
 from fusedformer_kernels.rows.norm import norm_backward, norm_forward
 from fusedformer_kernels.rows.packing import token_places
@@ -45,6 +46,7 @@ CORE = CORE_FLOAT32 | {
     "pack", "pack places, tail",
     "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
+    "gated gelu",
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token",
@@ -156,6 +158,13 @@ def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.
     seed = _seed() if p else None
     bias_activation_forward(x, bias, seed, p, activation)
     bias_activation_backward(x, x, bias, seed, p, activation, True)
+
+
+def _gated(columns: int, dtype: torch.dtype, activation: str, p: float, second: bool) -> None:
+    x, dy = _empty(4096, 2 * columns, dtype=dtype), _empty(4096, columns, dtype=dtype)
+    bias, seed = _empty(2 * columns, dtype=dtype), _seed() if p else None
+    gated_activation_forward(x, bias, seed, p, activation, second)
+    gated_activation_backward(dy, x, bias, seed, p, activation, second, True)
 
 
 def _attention(
@@ -272,6 +281,10 @@ def compile_cases() -> list[CompileCase]:
                 f"bias_{activation}", dtype,
                 partial(_activation, 3072, dtype, activation),
             )
+        for activation in ("gelu", "silu"):
+            call = partial(_gated, 3072, dtype, activation, 0.0, False)
+            add(f"gated {activation}", dtype, call)
+    add("gated gelu_tanh dropout", HALF, lambda: _gated(3072, HALF, "gelu_tanh", 0.1, True))
     add("softmax 1024 boolean mask", HALF, lambda: _softmax(1024, HALF, keep))
     add("softmax 1024 causal log", HALF, lambda: _softmax(1024, HALF, None, causal=True, log=True))
     add(

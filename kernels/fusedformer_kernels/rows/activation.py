@@ -76,43 +76,29 @@ def _normal(x):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """Compute ``activation(x)`` in float32."""
+def activation_and_derivative(x, ACTIVATION: tl.constexpr):
+    """Compute ``activation(x)`` and ``activation'(x)`` in float32."""
     if ACTIVATION == _RELU:
         # A NaN stays one, as in torch.
         y = tl.where(x < 0.0, 0.0, x)
-    elif ACTIVATION == _GELU:
-        cumulative, _ = _normal(x)
-        y = x * cumulative
-    elif ACTIVATION == _GELU_TANH:
-        # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
-        y = x * _sigmoid(_gelu_inner(x))
-    elif ACTIVATION == _SILU:
-        y = x * _sigmoid(x)
-    elif ACTIVATION == _QUICK_GELU:
-        y = x * _sigmoid(x * _QUICK)
-    return y
-
-
-@triton.jit
-def _activation_derivative(x, ACTIVATION: tl.constexpr):
-    """Compute ``activation'(x)`` in float32."""
-    if ACTIVATION == _RELU:
         d = tl.where(x > 0.0, 1.0, 0.0)
     elif ACTIVATION == _GELU:
         cumulative, bell = _normal(x)
+        y = x * cumulative
         d = fma(x, bell * _INV_SQRT_2PI, cumulative)
     elif ACTIVATION == _GELU_TANH:
         inner = _gelu_inner(x)
         s = _sigmoid(inner)
+        y = x * s  # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
         slope = fma(x * x, 6.0 * _GELU_CUBIC * _SQRT_2_OVER_PI, 2.0 * _SQRT_2_OVER_PI)
         # sigmoid(-u) in place of 1 - sigmoid(u), which cancels.
         d = fma(x * s, _sigmoid(-inner) * slope, s)
     else:
         steeper = x if ACTIVATION == _SILU else x * _QUICK
         s = _sigmoid(steeper)
+        y = x * s
         d = fma(steeper * s, _sigmoid(-steeper), s)
-    return d
+    return y, d
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -131,7 +117,7 @@ def _bias_activation_forward(
     x = x.to(tl.float32)  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    y = _activate(x, ACTIVATION)
+    y, _ = activation_and_derivative(x, ACTIVATION)
     if DROPOUT:
         keep = dropout_keep(tl.load(seed_ptr), 0, rows, first_column, p, BLOCK_N)
         y = tl.where(keep, y * dropout_scale(p), 0.0)
@@ -159,7 +145,8 @@ def _bias_activation_backward(
             x += bias[None, :]
         dy_offsets = (rows * stride_dy)[:, None] + columns[None, :]
         dy = tl.load(dy_ptr + dy_offsets, mask=valid, other=0.0).to(tl.float32)
-        dx = dy * _activation_derivative(x, ACTIVATION)  # [BLOCK_M, BLOCK_N]
+        _, derivative = activation_and_derivative(x, ACTIVATION)
+        dx = dy * derivative  # [BLOCK_M, BLOCK_N]
         if DROPOUT:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows, first_column, p, BLOCK_N)
             dx = tl.where(keep, dx * dropout_scale(p), 0.0)

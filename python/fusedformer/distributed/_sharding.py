@@ -126,6 +126,19 @@ def _bias_activation_backward(op: Any) -> Iterator[Sharding]:
         yield outputs, {**_each(Shard(dim), "grad", "input"), "bias": bias}
 
 
+@_rule("gated_activation")
+def _gated_activation(op: Any) -> Iterator[Sharding]:
+    for dim in _rows(op.input, 1, op.seed):
+        yield [Shard(dim)], {"input": Shard(dim), "bias": _REPLICATE}
+
+
+@_rule("gated_activation_backward")
+def _gated_activation_backward(op: Any) -> Iterator[Sharding]:
+    for dim in _rows(op.input, 1, op.seed):
+        outputs = [Shard(dim), _placed_if(_is_tensor(op.bias) and op.needs_bias_grad, Partial())]
+        yield outputs, {**_each(Shard(dim), "grad", "input"), "bias": _REPLICATE}
+
+
 def _rows(tensor: Any, dims: int, seed: Any) -> range:
     """List the dimensions before the last ``dims``; none with dropout, which needs them all."""
     return range(0 if _is_tensor(seed) else tensor.ndim - dims)

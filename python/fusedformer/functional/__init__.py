@@ -10,7 +10,7 @@ the torch backend. Statistics and accumulation are float32 (float64 for float64 
 
 from fusedformer.functional._activation import ACTIVATIONS as ACTIVATIONS
 from fusedformer.functional._activation import Activation as Activation
-from fusedformer.functional._activation import bias_activation
+from fusedformer.functional._activation import bias_activation, gated_activation
 from fusedformer.functional._attention import (
     merge_attention_states,
     relative_position_bias,
@@ -42,6 +42,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
+    "gated_activation",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",

@@ -25,6 +25,7 @@ from fusedformer.ops.encoder import (
     encoder_layer,
     encoder_layer_is_one_node,
 )
+from fusedformer.ops.gated import gated_activation
 from fusedformer.ops.linear import FeedForward, feed_forward, linear
 from fusedformer.ops.linear_cross_entropy import linear_cross_entropy
 from fusedformer.ops.norm import (
@@ -64,6 +65,7 @@ __all__ = [
     "encoder_layer",
     "encoder_layer_is_one_node",
     "feed_forward",
+    "gated_activation",
     "gather_rows",
     "layer_norm",
     "linear",

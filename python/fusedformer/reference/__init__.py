@@ -4,7 +4,7 @@ Differentiable by autograd in every floating-point argument. Dropout takes its m
 argument. Nothing here is fast, and nothing here imports more than torch.
 """
 
-from fusedformer.reference.activation import bias_activation
+from fusedformer.reference.activation import bias_activation, gated_activation
 from fusedformer.reference.attention import (
     attention_weights,
     merge_attention_states,
@@ -34,6 +34,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "embedding_layer_norm",
+    "gated_activation",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",

@@ -31,6 +31,39 @@ def bias_activation(
         ValueError: unknown ``activation``.
     """
     x = input if bias is None else input + bias
+    return dropped(_activated("bias_activation", x, activation), p, keep)
+
+
+def gated_activation(
+    input: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    *,
+    activates: str = "first",
+    p: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Compute ``dropout(activation(a) * b)`` for the halves a, b of each row of ``input + bias``.
+
+    Args:
+        input: ``[..., 2 * d]``.
+        bias: ``[2 * d]``, or None.
+        activation: as for :func:`bias_activation`.
+        activates: ``"second"`` swaps a and b.
+        p: probability with which ``keep`` was drawn.
+        keep: boolean ``[..., d]``; None for no dropout.
+
+    Raises:
+        ValueError: unknown ``activation``.
+    """
+    x = input if bias is None else input + bias
+    a, b = x.chunk(2, -1)
+    if activates == "second":
+        a, b = b, a
+    return dropped(_activated("gated_activation", a, activation) * b, p, keep)
+
+
+def _activated(function: str, x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         y = torch.relu(x)
     elif activation == "silu":
@@ -42,5 +75,5 @@ def bias_activation(
     elif activation == "gelu_tanh":
         y = x * 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
     else:
-        raise ValueError(f"bias_activation(): unknown activation {activation!r}")
-    return dropped(y, p, keep)
+        raise ValueError(f"{function}(): unknown activation {activation!r}")
+    return y
