@@ -44,6 +44,14 @@ def good(function: str) -> dict[str, Any]:
         "dropout_add": {**fused, "input": t(2, 3, 4)},
         "bias_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
         "gated_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
+        "rotary_embedding": dict(
+            query=t(2, 4, 5, 8),
+            key=t(2, 1, 5, 8),
+            cos=t(6, 4),
+            sin=t(6, 4),
+            norm="rms",
+            query_weight=t(8),
+        ),
         "scaled_dot_product_attention": dict(
             query=t(2, 4, 5, 8), key=t(2, 4, 6, 8), value=t(2, 4, 6, 3)
         ),
@@ -169,6 +177,23 @@ def fused_steps() -> Iterator[Row]:
         yield function, {"residual": t(2, 3, 4).int()}, TypeError, "'residual' .* floating-point"
         yield function, {"input_bias": t(3, 4)}, ValueError, r"'input_bias' to have shape \(4,\)"
     yield "dropout_add", {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+    function = "rotary_embedding"
+    yield function, {"key": t(2, 1, 6, 8)}, ValueError, "'key' to have the shape of 'query'"
+    yield function, {"key": t(2, 1, 5, 8).half()}, TypeError, "'key' to have the dtype of 'query'"
+    yield function, {"query": t(5, 8)}, ValueError, r"'query' to be \[batch, heads, length, dim\]"
+    yield function, {"sin": t(6, 3)}, ValueError, "'sin' to have the shape and dtype of 'cos'"
+    wide = {"cos": t(6, 5), "sin": t(6, 5)}
+    yield function, wide, ValueError, r"'query' to have 2 \* 5 \(pairs of 'cos'\)"
+    few = {"cos": t(4, 4), "sin": t(4, 4)}
+    yield function, few, ValueError, "'cos' to have a row for each of 5 places"
+    yield function, {"cos": t(3, 6, 4)}, ValueError, r"'cos' to be \[rows, pairs\]"
+    positions = {"positions": t(2, 4, dtype=INT)}
+    yield function, positions, ValueError, r"'positions' to have shape \(2, 5\)"
+    yield function, {"positions": t(2, 5)}, TypeError, "'positions' to be int32 or int64"
+    yield function, {"norm": "group"}, ValueError, "'norm' to be 'rms', 'layer' or None"
+    yield function, {"norm": None}, ValueError, "'norm' to be 'rms' or 'layer' with 'query_weight'"
+    yield function, {"key_weight": t(7)}, ValueError, r"'key_weight' to have shape \(8,\)"
+    yield function, {"eps": "1"}, TypeError, "'eps'"
     function = "gated_activation"
     yield function, {"activates": "third"}, ValueError, "'activates' .* but got 'third'"
     odd = {"input": t(2, 3), "bias": None}

@@ -23,11 +23,18 @@ def by_token(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     return call
 
 
+def rotated(x: Tensor) -> Tensor:
+    heads = x.reshape(-1, 1, 5, 8)
+    cos, sin = torch.linspace(-1, 1, 40, device=x.device).view(2, 5, 4).unbind()
+    return F.rotary_embedding(heads, heads, cos, sin)[0].reshape(x.shape)
+
+
 OPS: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: F.softmax(x, -1),
     "layer_norm": lambda x: F.layer_norm(x, (8,)),
     "rms_norm": lambda x: F.rms_norm(x, (8,)),
     "bias_activation": lambda x: F.bias_activation(x, None, "gelu"),
+    "rotary_embedding": lambda x: rotated(x).tanh(),
     "gated_activation": lambda x: F.gated_activation(torch.cat((x, x.flip(-1)), -1)),
     "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x),
     "cross_entropy": by_token(lambda x, *t, **k: F.cross_entropy(x.movedim(-1, 1), *t, **k)),

@@ -36,6 +36,7 @@ from fusedformer_kernels.rows.gated import gated_activation_backward, gated_acti
 from fusedformer_kernels.rows.gather import gather_rows
 from fusedformer_kernels.rows.norm import norm_backward, norm_forward
 from fusedformer_kernels.rows.packing import token_places
+from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
@@ -46,7 +47,7 @@ CORE = CORE_FLOAT32 | {
     "pack", "pack places, tail",
     "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
-    "gated gelu",
+    "gated gelu", "rotary 64", "rotary 128 rms norm",
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token",
@@ -167,6 +168,18 @@ def _gated(columns: int, dtype: torch.dtype, activation: str, p: float, second: 
     gated_activation_backward(dy, x, bias, seed, p, activation, second, True)
 
 
+def _rotary(dim: int, dtype: torch.dtype, norm: str, interleaved: bool) -> None:
+    qkv = _empty(4, 2048, 3, 16, dim, dtype=dtype)
+    query, key, _ = qkv.unbind(2)
+    cos, sin = (_empty(2048, dim // 2, dtype=torch.float32)[None] for _ in range(2))
+    weights = tuple(_empty(dim, dtype=dtype) if norm != "none" else None for _ in range(4))
+    if norm == "rms":
+        weights = weights[0], None, weights[2], None
+    tables = cos, sin, _empty(4, 2048, dtype=torch.int64)
+    grads = rotary_forward(query, key, *tables, weights, norm, 1e-6, interleaved)
+    rotary_backward(*grads, query, key, *tables, weights, norm, 1e-6, interleaved, True)
+
+
 def _attention(
     head_dim: int,
     dtype: torch.dtype,
@@ -284,6 +297,14 @@ def compile_cases() -> list[CompileCase]:
         for activation in ("gelu", "silu"):
             call = partial(_gated, 3072, dtype, activation, 0.0, False)
             add(f"gated {activation}", dtype, call)
+    for norm, dim, interleaved in (
+        ("none", 64, False), ("none", 128, True), ("rms", 128, False), ("layer", 64, False),
+        ("rms", 256, False),
+    ):
+        name = f"rotary {dim}" + (f" {norm} norm" if norm != "none" else "")
+        call = partial(_rotary, dim, HALF, norm, interleaved)
+        add(name + (" neighbours" if interleaved else ""), HALF, call)
+    add("rotary 64", full, lambda: _rotary(64, full, "none", False))
     add("gated gelu_tanh dropout", HALF, lambda: _gated(3072, HALF, "gelu_tanh", 0.1, True))
     add("softmax 1024 boolean mask", HALF, lambda: _softmax(1024, HALF, keep))
     add("softmax 1024 causal log", HALF, lambda: _softmax(1024, HALF, None, causal=True, log=True))

@@ -139,6 +139,17 @@ def _gated_activation_backward(op: Any) -> Iterator[Sharding]:
         yield outputs, {**_each(Shard(dim), "grad", "input"), "bias": _REPLICATE}
 
 
+@_rule("rotary_embedding")
+def _rotary_embedding(op: Any) -> Iterator[Sharding]:
+    yield [Shard(2), Shard(2)], _each(Shard(2), "query", "key")
+
+
+@_rule("rotary_embedding_backward")
+def _rotary_embedding_backward(op: Any) -> Iterator[Sharding]:
+    sums = _placed_if(op.needs_weights and op.norm != "none", Partial())
+    yield [Shard(2)] * 2 + [sums], _each(Shard(2), "query_grad", "key_grad", "query", "key")
+
+
 def _rows(tensor: Any, dims: int, seed: Any) -> range:
     """List the dimensions before the last ``dims``; none with dropout, which needs them all."""
     return range(0 if _is_tensor(seed) else tensor.ndim - dims)

@@ -29,6 +29,7 @@ from fusedformer.functional._norm import (
     layer_norm,
     rms_norm,
 )
+from fusedformer.functional._rotary import rotary_embedding
 from fusedformer.functional._softmax import log_softmax, softmax
 from fusedformer.functional.packing import Packing as Packing
 from fusedformer.functional.packing import pack, unpack
@@ -50,6 +51,7 @@ __all__ = [
     "pack",
     "relative_position_bias",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "sigmoid_contrastive_loss",
     "softmax",

@@ -23,6 +23,7 @@ from fusedformer.reference.norm import (
     rms_norm,
 )
 from fusedformer.reference.packing import pack, unpack
+from fusedformer.reference.rotary import rotary_embedding
 from fusedformer.reference.softmax import log_softmax, softmax
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "pack",
     "relative_position_bias",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "sigmoid_contrastive_loss",
     "softmax",

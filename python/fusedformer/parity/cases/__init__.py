@@ -12,6 +12,7 @@ from fusedformer.parity.cases.cross_entropy import cross_entropy_cases
 from fusedformer.parity.cases.embedding import embedding_cases, stock_embedding
 from fusedformer.parity.cases.norm import norm_cases
 from fusedformer.parity.cases.packing import packing_cases
+from fusedformer.parity.cases.rotary import rotary_cases
 from fusedformer.parity.cases.softmax import softmax_cases
 
 __all__ = [
@@ -24,4 +25,5 @@ def all_cases() -> list[Case]:
     return [
         *softmax_cases(), *norm_cases(), *activation_cases(), *attention_cases(),
         *packing_cases(), *embedding_cases(), *contrastive_cases(), *cross_entropy_cases(),
+        *rotary_cases(),
     ]  # fmt: skip
