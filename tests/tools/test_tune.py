@@ -157,7 +157,7 @@ def test_a_wrong_config_is_found_and_a_right_one_is_not(
 
 
 def test_the_fastest_is_written_and_read_again(
-    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    table: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Times made up: the fewer warps the faster, and one candidate spills."""
     real = _workload("norm_forward 1024")
@@ -176,7 +176,7 @@ def test_the_fastest_is_written_and_read_again(
         config: Any = launches[0].config  # a row config, which has a size of tiles
         return float(10.0 * config.num_warps + config.block_m)
 
-    found = search.search(0, HERE, torch.device("cpu"), timer=timer)
+    found = search.search(0, HERE, torch.device(device), timer=timer)
     assert found.pruned == 1 and found.wrong == 0 and found.tried == len(real.candidates) - 1
     best = min(
         (c for c in real.candidates if c != spilled),
