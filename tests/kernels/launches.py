@@ -19,6 +19,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fusedformer import nn
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import compile_cases
 from fusedformer_kernels.rows import gather as rows
 from fusedformer_kernels.runtime import launch, plan, plans
@@ -215,6 +217,22 @@ def check_kinds_of_arguments() -> None:
     assert len(launch._compiled) < len(kinds) / 2, (len(launch._compiled), len(kinds))
 
 
+def check_tuples_of_counts() -> None:
+    """Triton compiles anew for numbers in tuples, also for parameters that it is told not to."""
+    shapes = [(2, 64, 64, 64), (2, 37, 48, 64), (1, 1, 1, 64), (16, 16, 32, 64), (3, 1, 5, 64)]
+    wanted = [launches_of(attention(*shape), False, 1) for shape in shapes]
+    launch._compiled.clear()
+    for _ in range(2):
+        for shape, want in zip(shapes, wanted, strict=True):
+            assert launches_of(attention(*shape), True, 1) == want, shape
+
+
+def attention(heads: int, queries: int, keys: int, dim: int) -> Callable[[], object]:
+    query = on_the_cpu(1, heads, queries, dim)
+    key, value = on_the_cpu(2, 1, heads, keys, dim).unbind()
+    return lambda: attention_forward(query, key, value, AttentionTerms(scale=0.125))
+
+
 def main() -> None:
     """Put the stand-ins in place, then check."""
     kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
@@ -231,6 +249,7 @@ def main() -> None:
     check_counts()
     check_listeners()
     check_kinds_of_arguments()
+    check_tuples_of_counts()
 
 
 if __name__ == "__main__":
