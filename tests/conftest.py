@@ -31,7 +31,7 @@ except ImportError:  # a bare GPU machine may lack it; the tests that draw examp
 
 # Files that take longest, which go first, so that no worker begins one when the other is done.
 LONGEST = (
-    "test_compile_report", "tests/distributed", "test_architectures", "test_benchmark_commands",
+    "test_compile_report", "tests/distributed", "test_architectures", "test_gpu_check",
     "test_compile.py",
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 where there is no GPU to tune for."""
+    """Run the command; return 0, 2 where there is no GPU to tune for, 3 if time ran out."""
     given = _parser().parse_args(argv)
     try:
         from fusedformer.tools.tune import search
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # All at once, and before anything is timed: compilers would be in a timer's way.
         indices = [index for index, _ in chosen]
-        pruned = search.prune(indices, target, given.processes, began + given.budget / 2)
+        compiled = search.prune(indices, target, given.processes, began + given.budget / 2)
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
-        for number, (index, own) in enumerate(pruned.items(), 1):
+        for number, (index, own) in enumerate(compiled.items(), 1):
             if time.monotonic() > deadline:
                 break
             one = search.search(index, own, device, deadline=deadline)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was found so far is kept", file=sys.stderr)
     print(f"{sum(bool(one.best) for one in found)} of {len(found)} better than the default: {out}")
-    return 0
+    return 0 if len(found) == len(chosen) else 3
 
 
 def line(found: Found) -> str:
