@@ -32,7 +32,7 @@ Run = Callable[..., int]
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT), *map(str, arguments)], env=ENVIRONMENT, capture_output=True,
-        text=True, timeout=900,
+        text=True, timeout=1800,
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def unpacked(out: Path) -> dict[str, str]:
 
 def test_every_stage_runs_dry_and_nothing_runs_twice(tmp_path: Path) -> None:
     out, state = tmp_path / "out", tmp_path / "state"
-    dry = "--cpu-dry-run", "--workers", 1, "--seconds", 800
+    dry = "--cpu-dry-run", "--workers", 1, "--seconds", 1700
     first = script(out, "--state", state, *dry)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert {path.name for path in out.iterdir()} == {gpu_check.ARCHIVE, gpu_check.SUMMARY}
