@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test lint docs wheel compile-report architectures versions clean
+.PHONY: report test test-compiled lint docs wheel compile-report architectures versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
 
 test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, or the GPU if there is one
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-compiled: $(READY)  ## tests that touch no GPU, with no interpreter, as where a GPU is
+	FUSEDFORMER_TEST_COMPILED=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m cpu \
+	tests/ops tests/kernels tests/ecosystem tests/models tests/test_graphs.py tests/tools/test_tune.py
 
 lint: $(READY)
 	$(PY) -m ruff format --check .

@@ -8,8 +8,10 @@ import os
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-INTERPRETED = not HAS_GPU and importlib.util.find_spec("triton") is not None
-if not HAS_GPU:
+# Where there is a GPU no kernel is interpreted; with this variable, nowhere (make test-compiled).
+COMPILED = HAS_GPU or os.environ.get("FUSEDFORMER_TEST_COMPILED") == "1"
+INTERPRETED = not COMPILED and importlib.util.find_spec("triton") is not None
+if not COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
 
 from collections.abc import Iterator  # noqa: E402
@@ -29,7 +31,7 @@ except ImportError:  # a bare GPU machine may lack it; the tests that draw examp
 
 # Files that take longest, which go first, so that no worker begins one when the other is done.
 LONGEST = (
-    "test_compile_report", "tests/distributed", "test_architectures", "test_benchmark_commands",
+    "test_compile_report", "tests/distributed", "test_architectures", "test_gpu_check",
     "test_compile.py",
 )  # fmt: skip
 
@@ -37,12 +39,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are selected by
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort long files to the front; skip what needs a GPU where none is, mark what needs none.
+
+    A test that runs on a GPU where there is one takes the fixture ``device``; all others are marked
+    ``cpu``, and ``-m "not cpu"`` leaves them out.
+    """
     for name in reversed(LONGEST):
         items.sort(key=lambda item: name not in item.nodeid)
+    for item in items:
+        if item.get_closest_marker("interpreter") is not None and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="no kernel is interpreted here"))
+        if item.get_closest_marker("gpu") is not None:
+            if not HAS_GPU:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif "device" not in getattr(item, "fixturenames", ()):
+            item.add_marker("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """The device that kernels run on here."""
     return "cuda" if HAS_GPU else "cpu"

@@ -12,6 +12,9 @@ from fusedformer import backend, functional
 from fusedformer._internal.backend import TRITON_IS_INSTALLED, Backend
 from fusedformer.errors import BadTypeError, BadValueError
 
+# Arguments of the table are on the GPU where there is one.
+pytestmark = pytest.mark.usefixtures("device")
+
 OURS = {ValueError: BadValueError, TypeError: BadTypeError}
 
 

@@ -110,7 +110,7 @@ SERVED = {
 
 
 @stand_in
-@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=pytest.mark.interpreter), "torch"])
 def test_all_lengths_are_as_the_eager_encoder_computes_them(name: Any) -> None:
     """By the criterion, of real tokens; zeros at padding; after NaN in an earlier request."""
     layers = 2 if name == "torch" else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import INTERPRETED
 from tests.interpreter import thrifty_interpreter
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from fusedformer.parity.cases import Case, all_cases
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="no kernel is interpreted here")
+pytestmark = pytest.mark.interpreter
 CASES = {case.op.name: case for case in all_cases() if case.quick}
 
 

@@ -204,7 +204,7 @@ def _text(document: dict[str, Any]) -> str:
 
 def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]:
     """Make a document without ceilings and records, with all that is known of this run."""
-    commit, dirty = _commit()
+    commit, dirty = measured_commit()
     try:
         import triton
 
@@ -240,12 +240,13 @@ def clocks(device: torch.device) -> str:
     return _output("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader")
 
 
-def _commit() -> tuple[str, bool]:
+def measured_commit() -> tuple[str, bool]:
     """Find the commit measured and whether the tree differs, by git or the environment."""
-    given = os.environ.get("FUSEDFORMER_COMMIT", "")
-    commit = _output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
+    commit = ""
+    if (CHECKOUT / ".git").exists():  # an export may lie in another repository
+        commit = _output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
     if not commit:
-        return given or "unknown", False
+        return os.environ.get("FUSEDFORMER_COMMIT") or "unknown", False
     measured = ("python", "kernels", "benchmarks", ":!benchmarks/results")
     status = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--", *measured)
     return commit, bool(status)

@@ -138,17 +138,11 @@ def _time_direction(
         sets.append(case.make(options.device))
     calls = {}
     for contender in contenders:
-        record, program = records[contender.name], contender.program
-        if record.status != "timed" or program is None:
+        record = records[contender.name]
+        if record.status != "timed" or contender.program is None:
             continue
         try:
-            prepared = []
-            for each in map(program.own, sets):
-                grads = []
-                if direction != "forward":
-                    with torch.no_grad():
-                        grads = [torch.randn_like(o) for o in program.outputs(each)]
-                prepared.append(program.call(direction, each, grads))
+            prepared = prepared_calls(contender, direction, sets)
             prepared[0]()
             record.peak_memory_bytes = peak_memory(prepared[0], options.device)
             calls[contender.name] = prepared
@@ -169,6 +163,22 @@ def _time_direction(
         record.p20_us, record.p80_us = samples.percentile(0.2), samples.percentile(0.8)
         record.method = samples.method
     return list(records.values())
+
+
+def prepared_calls(
+    contender: Contender, direction: str, sets: list[Inputs]
+) -> list[Callable[[], object]]:
+    """Make the call of a direction for each set of inputs."""
+    program = contender.program
+    assert program is not None
+    prepared = []
+    for each in map(program.own, sets):
+        grads = []
+        if direction != "forward":
+            with torch.no_grad():
+                grads = [torch.randn_like(o) for o in program.outputs(each)]
+        prepared.append(program.call(direction, each, grads))
+    return prepared
 
 
 def summary_lines(records: list[Record], ceilings: dict[str, Any]) -> list[str]:

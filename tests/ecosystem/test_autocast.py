@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
+from tests.conftest import HAS_GPU, INTERPRETED
 from tests.ecosystem.autocast_cases import (
     BF16,
     F16,
@@ -38,8 +39,6 @@ from fusedformer import backend, nn, parity
 from fusedformer import functional as F
 from fusedformer._internal import autocast as _autocast
 from fusedformer.testing import assert_function_parity, compare_tensors
-
-HAS_GPU = torch.cuda.is_available()
 
 
 @contextlib.contextmanager
@@ -83,7 +82,7 @@ def check_dtypes(name: str, device: str, dtypes: Any, kinds: Any) -> None:
 def test_dtypes_on_the_cpu(name: str) -> None:
     with backend("torch"):
         check_dtypes(name, "cpu", (None, BF16, F16), (BF16, F16, F32, F64))
-    if not HAS_GPU:
+    if INTERPRETED:
         with backend("triton"):
             check_dtypes(name, "cpu", (BF16,), (BF16, F32))
 
@@ -92,6 +91,7 @@ def test_dtypes_on_the_cpu(name: str) -> None:
 FAKE = FUNCTIONS if HAS_GPU else [name for name in FUNCTIONS if "packed" not in name]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", FAKE)
 def test_dtypes_on_cuda(name: str) -> None:
     """By torch's rules for CUDA; without a GPU on tensors that have no memory."""
@@ -197,11 +197,9 @@ def test_a_call_remembers_nothing_of_autocast(op: Any, device: str, cuda_rules: 
         assert found.dtype == expected.dtype
 
 
-@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=pytest.mark.interpreter), "torch"])
 def test_cpu_autocast_rounds_no_scores(name: Any) -> None:
     """The log-sum-exp and a cap are computed in float32, of rounded query and key."""
-    if name == "triton" and HAS_GPU:
-        pytest.skip("the kernels run on the GPU")
     q, k, v = (torch.randn(1, H, S, D).mul(3).to(BF16) for _ in range(3))
     settings: dict[str, Any] = {"softcap": 2.0, "return_lse": True, "return_weights": "averaged"}
     with backend(name):
@@ -315,6 +313,7 @@ def test_modules_on_the_cpu(case: str) -> None:
         module_parity(case, "cpu")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("rules", ["of CUDA", "of CPU"])
 @pytest.mark.parametrize("case", MODULES)
 def test_dtypes_of_modules(case: str, rules: str, request: pytest.FixtureRequest) -> None:

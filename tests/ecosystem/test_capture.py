@@ -14,7 +14,6 @@ import pytest
 import torch
 from tests.ecosystem.graph_cases import (
     CASES,
-    HAS_GPU,
     D,
     H,
     S,
@@ -88,7 +87,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_checks, "_check_starts", lambda *args: None)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there captures themselves are tested")
+@pytest.mark.interpreter  # elsewhere captures themselves are tested
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.quick], ids=lambda c: f"{c.op.name} {c.name}"
@@ -136,7 +135,7 @@ def arguments(name: str) -> dict[str, Tensor]:
     return ids if "Face" in name else {**ids, "output_rows": ids["input_ids"][:, :1]}
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there captures themselves are tested")
+@pytest.mark.interpreter  # elsewhere captures themselves are tested
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("name", MODELS)
 def test_no_encoder_with_static_shapes_reads_on_the_host(

@@ -32,6 +32,7 @@ def with_other_strides(kept: Tensor) -> Tensor:
     return kept.transpose(0, -1).contiguous().transpose(0, -1)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize(("function", "settings"), FORMS)
 def test_other_strides_give_the_same_gradients(

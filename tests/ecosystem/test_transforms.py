@@ -243,7 +243,10 @@ ON_TRITON = {
     ("case", "way", "name"),
     [
         *((case, way, "torch") for case in MAPPED for way in WAYS),
-        *((*pair, "triton") for pair in sorted(ON_TRITON)),
+        *(
+            pytest.param(*pair, "triton", marks=pytest.mark.interpreter)
+            for pair in sorted(ON_TRITON)
+        ),
     ],
 )
 def test_padded_batches_and_batches_of_gradients(case: str, way: str, name: Any) -> None:

@@ -43,6 +43,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize(("function", "settings"), FORMS)

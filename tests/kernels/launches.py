@@ -19,13 +19,18 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fusedformer import nn
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import compile_cases
+from fusedformer_kernels.compiler.ahead_of_time import ast_source
 from fusedformer_kernels.rows import gather as rows
 from fusedformer_kernels.runtime import launch, plan, plans
 from fusedformer_kernels.runtime.configs import LaunchConfig
+from fusedformer_kernels.runtime.primitives import COUNTS
 from harness.no_driver import kernels_go_nowhere
 
 launched: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+compiled: set[str] = set()  # by Triton, on its own way: hashes of sources
 
 
 def plain(value: Any) -> Any:
@@ -64,6 +69,7 @@ def plain_by_kind(value: Any, kind: Any) -> Any:
 
 def stand_in(source: Any, target: Any, options: dict[str, Any], **others: Any) -> CompiledKernel:
     """A compiled kernel without the seconds that compiling takes."""
+    compiled.add(source.hash())
     kernel = object.__new__(CompiledKernel)
     kernel.src, kernel.name, kernel.hash, kernel.module, kernel.function = source, "", "", 1, 1
     kernel.packed_metadata = options["num_warps"], options["num_stages"]
@@ -95,9 +101,15 @@ def check(call: Callable[[], object], name: str) -> None:
 
 
 def check_every_case() -> None:
-    """Every compile case."""
+    """Every compile case; what is compiled ahead of time is what Triton then finds in its cache."""
     for case in compile_cases.compile_cases():
         check(case.call, case.name)
+        with launch.recorded_launches(run=False) as launches:
+            case.call()
+        assert {ast_source(each).hash() for each in launches} <= compiled, case.name
+        for each in launches:  # Triton specializes on numbers in tuples, whatever it is told
+            counts = [v for name, v in each.arguments.items() if name in COUNTS]
+            assert not any(isinstance(v, tuple) for v in counts), (case.name, each.name)
 
 
 # Launchers that are called between operators of torch, with no plans of their own.
@@ -216,6 +228,22 @@ def check_kinds_of_arguments() -> None:
     assert len(launch._compiled) < len(kinds) / 2, (len(launch._compiled), len(kinds))
 
 
+def check_sizes_after_sizes() -> None:
+    """What is launched does not depend on the sizes that were launched before."""
+    shapes = [(2, 64, 64, 64), (2, 37, 48, 64), (1, 1, 1, 64), (16, 16, 32, 64), (3, 1, 5, 64)]
+    wanted = [launches_of(attention(*shape), False, 1) for shape in shapes]
+    launch._compiled.clear()
+    for _ in range(2):
+        for shape, want in zip(shapes, wanted, strict=True):
+            assert launches_of(attention(*shape), True, 1) == want, shape
+
+
+def attention(heads: int, queries: int, keys: int, dim: int) -> Callable[[], object]:
+    query = on_the_cpu(1, heads, queries, dim)
+    key, value = on_the_cpu(2, 1, heads, keys, dim).unbind()
+    return lambda: attention_forward(query, key, value, AttentionTerms(scale=0.125))
+
+
 def main() -> None:
     """Put the stand-ins in place, then check."""
     kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
@@ -232,6 +260,7 @@ def main() -> None:
     check_counts()
     check_listeners()
     check_kinds_of_arguments()
+    check_sizes_after_sizes()
 
 
 if __name__ == "__main__":

@@ -152,9 +152,9 @@ def test_plans_keep_no_tensor_alive(device: str, runs: list[plan.Plan]) -> None:
     assert runs
 
 
-def test_plans_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_do_not_grow_without_bound(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_MOST", 8)
-    x = torch.randn(64, 16)
+    x = torch.randn(64, 16, device=device)
     for rows in range(1, 40):
         softmax(x[:rows])
     planner = softmax_forward.planner  # type: ignore[attr-defined]

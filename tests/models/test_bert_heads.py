@@ -60,7 +60,10 @@ def ours_of(stock: Any) -> BertEncoderModel:
     return BertEncoderModel.from_huggingface(stock.state_dict(), config, heads=["mlm", "nsp"])
 
 
-@pytest.mark.parametrize(("name", "layers"), [("torch", 2), ("triton", 1)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("torch", 2), pytest.param("triton", 1, marks=pytest.mark.interpreter)],
+)
 def test_loss_and_all_gradients_are_those_of_transformers(name: Any, layers: int) -> None:
     stock = stock_of(layers)
     found = faults_of(ours_of(stock), loss_of_ours, stock, loss_of_theirs, name)

@@ -41,6 +41,7 @@ LENGTHS = (7, 1, 4)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 LEFT = MASK.flip(1)
 P = 3
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 
 def ids_of(seed: int) -> Tensor:
@@ -191,7 +192,7 @@ def extended(stock: Any, prompt: Tensor, ids: Tensor, labels: bool) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_prompt_is_trained_as_if_joined_with_the_tokens(name: Any) -> None:
     stock = stock_gpt()
     ours = GPTDecoderModel.from_huggingface(stock.state_dict(), stock.config.to_dict())
@@ -279,7 +280,7 @@ def with_past(stock: Any, prefix: Any, ids: Tensor, labels: Tensor | None) -> An
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_prefix_is_trained_as_if_it_were_the_past(name: Any) -> None:
     stock = stock_gpt()
     ours = GPTDecoderModel.from_huggingface(stock.state_dict(), stock.config.to_dict())
@@ -303,14 +304,14 @@ def test_a_prefix_is_trained_as_if_it_were_the_past(name: Any) -> None:
     assert all(p.grad is None for n, p in ours.named_parameters() if not n.startswith("prefix"))
 
 
-def test_kernels_read_the_prefix_where_it_is() -> None:
+def test_kernels_read_the_prefix_where_it_is(device: str) -> None:
     """It is neither joined with a sequence's keys nor copied for each, nor for any layer."""
     from fusedformer_kernels.runtime.launch import recorded_launches
 
-    model = BertEncoderModel(BERT).eval()
+    model = BertEncoderModel(BERT).eval().to(device)
     prefix = prefix_tuning(model, P)
     with backend("triton"), recorded_launches(run=True) as launches:
-        model(ids_of(1), MASK)
+        model(ids_of(1).to(device), MASK.to(device))
     read = [
         {t.untyped_storage().data_ptr() for t in one.arguments.values() if isinstance(t, Tensor)}
         for one in launches

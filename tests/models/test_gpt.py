@@ -82,7 +82,10 @@ def loss_of_theirs(model: Any, seed: int) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize(("name", "layers"), [("torch", 2), ("triton", 1)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("torch", 2), pytest.param("triton", 1, marks=pytest.mark.interpreter)],
+)
 def test_loss_and_all_gradients_are_those_of_transformers(name: Any, layers: int) -> None:
     stock = stock_of(layers)
     assert faults_of(ours_of(stock), loss_of_ours, stock, loss_of_theirs, name) == []

@@ -217,8 +217,9 @@ def test_returned_forms() -> None:
     torch.testing.assert_close(averaged, apart.mean(1), rtol=0, atol=0)
 
 
-def test_output_has_the_same_bits_with_and_without_weights() -> None:
-    module, x = nn.MultiheadAttention(E, H).eval(), torch.randn(L, N, E)
+def test_output_has_the_same_bits_with_and_without_weights(device: str) -> None:
+    module = nn.MultiheadAttention(E, H, device=device).eval()
+    x = torch.randn(L, N, E, device=device)
     with torch.no_grad():
         assert torch.equal(module(x, x, x)[0], module(x, x, x, need_weights=False)[0])
 

@@ -36,6 +36,6 @@ def test_pairs(choice: Combination, device: str) -> None:
     ),
     seed=strategies.integers(0, 2**31 - 1),
 )
-def test_random_combinations(choice: dict[str, Any], seed: int) -> None:
+def test_random_combinations(choice: dict[str, Any], seed: int, device: str) -> None:
     torch.manual_seed(seed)
-    Call.draw(choice, "cuda" if torch.cuda.is_available() else "cpu").check()
+    Call.draw(choice, device).check()

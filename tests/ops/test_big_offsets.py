@@ -149,7 +149,7 @@ def test_attention_key_mask(distant: Distant) -> None:
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["token", "head", "element"])
 def test_packed_attention(dim: int, distant: Distant) -> None:
     q, k, v = (distant(torch.randn(5, 2, 3).half(), NEAR, dim) for _ in range(3))
-    starts = torch.tensor([0, 2, 5])
+    starts = torch.tensor([0, 2, 5], device=distant.device)
     same_bits(
         lambda q, k, v: F.varlen_attention(q, k, v, starts, starts, 3, 3), [q, k, v], [True] * 3
     )

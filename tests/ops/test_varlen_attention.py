@@ -203,16 +203,16 @@ def test_jagged_in_and_out(device: str) -> None:
         assert torch.equal(got, want)
 
 
-def jagged(lengths: list[int]) -> Tensor:
+def jagged(lengths: list[int], device: str = "cpu") -> Tensor:
     """``[batch, heads, jagged, dim]``."""
-    parts = [torch.randn(length, 2, 4) for length in lengths]
+    parts = [torch.randn(length, 2, 4, device=device) for length in lengths]
     return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
-def test_jagged_results_are_padded_as_their_query_is(name: Any) -> None:
+def test_jagged_results_are_padded_as_their_query_is(name: Any, device: str) -> None:
     """To the longest sequence, or to what the query was given as its most."""
-    query = jagged([3, 7, 5])
+    query = jagged([3, 7, 5], device)
     rows: Any = query.transpose(1, 2)
     settings: dict[str, Any] = {"min_seqlen": 0, "max_seqlen": 9}
     wider = torch.nested.nested_tensor_from_jagged(rows.values(), rows.offsets(), **settings)
@@ -223,7 +223,7 @@ def test_jagged_results_are_padded_as_their_query_is(name: Any) -> None:
         assert padded.shape == (3, length, 2, 4)
         for own, whole in zip(query.unbind(), padded, strict=True):
             want = torch.nn.functional.scaled_dot_product_attention(own, own, own)
-            assert torch.allclose(whole[: own.shape[1]], want.transpose(0, 1), atol=1e-6)
+            assert torch.allclose(whole[: own.shape[1]], want.transpose(0, 1), atol=1e-5)
             assert (whole[own.shape[1] :] == 7.5).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_every_workload_asks_for_the_key_that_it_tunes() -> None:
 
 
 def test_what_spills_or_does_not_fit_is_not_tried() -> None:
+    """And one compilation is all that a candidate needs: each size has the same kernels."""
     assert torch.version.hip is None
     code = """
 from fusedformer.tools.tune.search import reason_against
@@ -122,6 +124,14 @@ tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "one_lo
 print(reason_against(w, None, sm_90) or "fine")
 print(reason_against(w, tile, sm_90))
 print(reason_against(w, {**tile, "num_warps": 8, "num_stages": 4}, sm_90))
+from fusedformer.tools.tune.search import _launches
+from fusedformer_kernels.compiler.ahead_of_time import ast_source
+for w in found.values():
+    kernels = [
+        {(x.name, ast_source(x).hash()) for x in _launches(w, w.candidates[0], size, sm_90)}
+        for size in (*w.shapes.values(), w.small)
+    ]
+    assert all(each == kernels[0] for each in kernels), w.name
 """
     import os
     import subprocess
@@ -131,6 +141,7 @@ print(reason_against(w, {**tile, "num_warps": 8, "num_stages": 4}, sm_90))
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "fine" and "spills in _attention_forward" in said[1], done.stderr
     assert "shared memory" in said[2]
@@ -157,18 +168,14 @@ def test_a_wrong_config_is_found_and_a_right_one_is_not(
 
 
 def test_the_fastest_is_written_and_read_again(
-    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    table: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Times made up: the fewer warps the faster, and one candidate spills."""
     real = _workload("norm_forward 1024")
     small = Workload(real.key, real.candidates, {"small": (5, 1000)}, real.make, (3, 1000))
     monkeypatch.setattr(search, "workloads", lambda: [small])
     spilled = min(real.candidates, key=lambda c: c["num_warps"])
-    monkeypatch.setattr(
-        search,
-        "prune",
-        lambda i, target, processes: [(c, "9 spills" * (c == spilled)) for c in real.candidates],
-    )
+    pruned = [(c, "9 spills" * (c == spilled)) for c in real.candidates]
 
     def timer(call: Any) -> float:
         with recorded_launches(run=False) as launches:
@@ -176,7 +183,7 @@ def test_the_fastest_is_written_and_read_again(
         config: Any = launches[0].config  # a row config, which has a size of tiles
         return float(10.0 * config.num_warps + config.block_m)
 
-    found = search.search(0, HERE, torch.device("cpu"), timer=timer)
+    found = search.search(0, pruned, torch.device(device), timer=timer)
     assert found.pruned == 1 and found.wrong == 0 and found.tried == len(real.candidates) - 1
     best = min(
         (c for c in real.candidates if c != spilled),
@@ -188,8 +195,48 @@ def test_the_fastest_is_written_and_read_again(
     config = _norm_tile(1000, HERE)
     assert (config.block_m, config.num_warps) == (best["block_m"], best["num_warps"])
     assert "norm_forward 1024" in tune.line(found)
+    tried = [fields for fields, _ in found.candidates_us]
+    assert tried == [{}, *(fields for fields, reason in pruned if not reason)]
     tune.write(table, [search.Found("norm_forward 1024")], HERE)  # the default won
     assert json.loads(table.read_text())["entries"] == {}
+
+
+def test_all_is_compiled_at_once_and_what_was_timed_before_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(configs, "target_of", lambda device: HERE)
+    compiled: list[list[str]] = []
+
+    def prune(indices: list[int], *_: Any) -> dict[int, list[Any]]:
+        compiled.append([workloads()[i].name for i in indices])
+        return {i: [] for i in indices[:2]}  # then half of the time was over
+
+    def found(index: int, pruned: Any, device: Any, deadline: float) -> search.Found:
+        tried: list[Any] = [({}, {"S": 3.0}), ({"block_m": 2}, {"S": 2.5})]
+        return search.Found(workloads()[index].name, candidates_us=tried)
+
+    monkeypatch.setattr(search, "prune", prune)
+    monkeypatch.setattr(search, "search", found)
+    table, times = tmp_path / "table.json", tmp_path / "times.json"
+    options = ["--case", "activation|softmax_forward (128|512)", "--budget", "100"]
+    for status in (3, 0):
+        assert tune.main([*options, "--out", str(table), "--times", str(times)]) == status
+    names = ["softmax_forward 128", "softmax_forward 512"]
+    others = ["activation_forward 512", "activation_backward 512"]
+    assert compiled == [[*names, *others], others]
+    assert "out of time: 2 of 4 not tuned" in capsys.readouterr().out
+    written = json.loads(times.read_text())
+    assert [one["workload"] for one in written] == [*names, *others]
+    assert written[0]["default"] == {"S": 3.0}
+    assert written[0]["tried"] == [[{"S": 2.5}, {"block_m": 2}]]
+
+
+def test_what_is_not_compiled_in_time_is_left_out() -> None:
+    index = _index("activation_forward 512")
+    past = time.monotonic()
+    assert search.prune([index], configs.TARGETS["sm_90"], 1, deadline=past) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -202,7 +249,8 @@ def test_a_dry_run_ranks_by_what_the_machine_code_promises(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast, slow = {"block_m": 1, "num_warps": 1}, {"block_m": 2, "num_warps": 2}
-    monkeypatch.setattr(search, "prune", lambda *_: [(slow, ""), (fast, ""), (fast, "spills")])
+    pruned = [(slow, ""), (fast, ""), (fast, "spills")]
+    monkeypatch.setattr(search, "prune", lambda indices, *_: {indices[0]: pruned})
     times = {"1": 10.0, "2": 20.0, "default": 15.0}
     monkeypatch.setattr(
         search, "predicted_us",

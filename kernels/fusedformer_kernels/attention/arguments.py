@@ -15,7 +15,7 @@ from fusedformer_kernels.runtime.strided import contiguous_vector
 
 
 class Sizes(NamedTuple):
-    """How many there are, as kernels get them: see ``primitives.COUNTS``."""
+    """How many there are. Kernels get each by itself, see ``primitives.COUNTS``, and make this."""
 
     heads: Any
     queries: Any  # of the padded form

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
+    Sizes,
     attention_arguments,
     layout_of,
 )
@@ -166,11 +167,13 @@ def _walk_queries(
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_backward_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dk_ptr, dv_ptr, work_ptr,
-    tiles, s, sizes, q_layout, k_layout, v_layout, grad_layout, dk_layout, dv_layout, lse_rows,
-    plane, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, ONE_LOOP: tl.constexpr,
+    tiles, s, heads, queries, keys, in_sixteens, radius, q_layout, k_layout, v_layout, grad_layout,
+    dk_layout, dv_layout, lse_rows, plane, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     sequence, key_head, block = which_block(
         work_ptr, sizes.heads // s.group, tl.cdiv(keys_of(sizes), BLOCK_N), False
     )
@@ -265,11 +268,12 @@ def _walk_keys(
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_backward_queries(
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dq_ptr, dlse_ptr, work_ptr,
-    tiles, s, sizes, q_layout, k_layout, v_layout, grad_layout, dq_layout, lse_rows, plane,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
+    tiles, s, heads, queries, keys, in_sixteens, radius, q_layout, k_layout, v_layout, grad_layout,
+    dq_layout, lse_rows, plane, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     sequence, head, block = which_block(
         work_ptr, sizes.heads, tl.cdiv(sizes.queries, BLOCK_M), s.right is not None
     )
@@ -417,7 +421,7 @@ def score_gradients_of(
             if pass_k or pass_v:
                 launch(
                     _attention_backward_keys, (blocks * key.shape[1],), config, *tensors, dk, dv,
-                    work, tiles, arguments.scores, arguments.sizes, *layouts, layout_of(dk),
+                    work, tiles, arguments.scores, *arguments.sizes, *layouts, layout_of(dk),
                     layout_of(dv), n_rows, plane,
                     BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_K=pass_k,
                     NEEDS_V=pass_v, ONE_LOOP=one_loop, **arguments.constants,
@@ -428,7 +432,7 @@ def score_gradients_of(
         work, blocks = _work(arguments, terms, n_rows, block_m, of_keys=False)
         launch(
             _attention_backward_queries, (blocks * query.shape[1],), config, *tensors, dq, dlse,
-            work, mask_tiles(arguments, block_m, block_n), arguments.scores, arguments.sizes,
+            work, mask_tiles(arguments, block_m, block_n), arguments.scores, *arguments.sizes,
             *layouts, layout_of(dq), n_rows, plane, BLOCK_M=block_m, BLOCK_N=block_n,
             ONE_LOOP=one_loop, **arguments.constants,
         )

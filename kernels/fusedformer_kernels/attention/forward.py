@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
+    Sizes,
     attention_arguments,
     layout_of,
 )
@@ -92,11 +93,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, statistics_ptr, work_ptr, tiles, s, sizes, q_layout,
-    k_layout, v_layout, o_layout, lse_rows, plane, split_keys, o_split, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, statistics_ptr, work_ptr, tiles, s, heads, queries, keys,
+    in_sixteens, radius, q_layout, k_layout, v_layout, o_layout, lse_rows, plane, split_keys,
+    o_split, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     sequence, head, block = which_block(
         work_ptr, sizes.heads, tl.cdiv(sizes.queries, BLOCK_M), s.right is not None
     )
@@ -220,7 +223,7 @@ def attention_forward(
     launch(
         _attention_forward, (blocks * heads, splits), config,
         query, key, value, o_parts, lse, statistics_parts, work,
-        mask_tiles(arguments, config.block_m, config.block_n), arguments.scores, arguments.sizes,
+        mask_tiles(arguments, config.block_m, config.block_n), arguments.scores, *arguments.sizes,
         layout_of(query), layout_of(key), layout_of(value), layout_of(o_parts), n_rows,
         batch * heads * n_rows, config.keys_per_split if splits > 1 else None, o_parts.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     load_pair,
@@ -30,13 +30,14 @@ from fusedformer_kernels.runtime.primitives import COUNTS, store
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_mask_gradient(
-    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dmask_ptr, s, sizes, q_layout,
-    k_layout, v_layout, grad_layout, lse_rows, plane, n_queries, n_keys, mask_heads, mask_rows,
-    mask_columns, shared_batch, shared_heads, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, SHARED_ROWS: tl.constexpr,
-    SHARED_COLUMNS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dmask_ptr, s, heads, queries,
+    keys, in_sixteens, radius, q_layout, k_layout, v_layout, grad_layout, lse_rows, plane,
+    n_queries, n_keys, mask_heads, mask_rows, mask_columns, shared_batch, shared_heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
 ):
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     row_blocks = tl.cdiv(mask_rows, BLOCK_M)
     column_blocks = tl.cdiv(mask_columns, BLOCK_N)
     pid = tl.program_id(0)
@@ -109,7 +110,7 @@ def attention_mask_gradient(
     n_queries, n_keys = arguments.max_queries, arguments.max_keys
     launch(
         _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config, *tensors, dmask,
-        arguments.scores, arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
+        arguments.scores, *arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
         n_queries, n_keys, mask_heads, mask_rows, mask_columns, arguments.sequences // mask_batch,
         arguments.sizes.heads // mask_heads,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **arguments.constants,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.attention.arguments import AttentionArguments, Layout
+from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     key_tiles_of_rows,
@@ -51,12 +51,13 @@ def diagonal_sums(tile, first, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_position_gradients(
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, lse_grad_ptr, dslope_ptr,
-    dtable_ptr, s, sizes, q_layout, k_layout, v_layout, grad_layout, lse_grad_strides, lse_rows,
-    plane, shares,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    dtable_ptr, s, heads, queries, keys, in_sixteens, radius, q_layout, k_layout, v_layout,
+    grad_layout, lse_grad_strides, lse_rows, plane, shares, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Write ``dslope`` [sequences, shares, heads]; add to ``dtable`` [..., 2 * radius + 1]."""
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     pid = tl.program_id(0)
     share = pid % shares
     sequence, head = pid // shares // sizes.heads, pid // shares % sizes.heads
@@ -167,7 +168,7 @@ def attention_position_gradients(
         dtable = torch.zeros((*sizes, table.shape[1]), dtype=torch.float32, device=device)
     launch(
         _attention_position_gradients, (sequences * shares * heads,), config, *tensors, lse_grad,
-        dslopes, dtable, arguments.scores, arguments.sizes, *layouts,
+        dslopes, dtable, arguments.scores, *arguments.sizes, *layouts,
         (0, 0, 0) if lse_grad is None else lse_grad.stride(), tensors[0].shape[2],
         tensors[4][0].numel(), shares,
         BLOCK=config.block_m, **arguments.constants,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
+    Sizes,
     attention_arguments,
     layout_of,
 )
@@ -46,13 +47,13 @@ from fusedformer_kernels.runtime.strided import contiguous
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_weights(
-    q_ptr, k_ptr, statistics_ptr, w_ptr, s, sizes, q_layout, k_layout, lse_rows, plane, planes,
-    members,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, statistics_ptr, w_ptr, s, heads, queries, keys, in_sixteens, radius, q_layout,
+    k_layout, lse_rows, plane, planes, members, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Write ``w``, contiguous [sequences, planes, queries, keys], a mean over ``members`` heads."""
+    sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     column_blocks = tl.cdiv(keys_of(sizes), BLOCK_N)
     row_blocks = tl.cdiv(sizes.queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -119,7 +120,7 @@ def attention_weights(
     blocks = configs.ceil_div(n_queries, config.block_m) * configs.ceil_div(n_keys, config.block_n)
     launch(
         _attention_weights, (blocks * batch * planes,), config, query, key, statistics, weights,
-        arguments.scores, arguments.sizes, layout_of(query), layout_of(key), n_queries,
+        arguments.scores, *arguments.sizes, layout_of(query), layout_of(key), n_queries,
         statistics[0].numel(), planes, members,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **arguments.constants,
     )

@@ -72,18 +72,21 @@ def ast_source(launch: Launch) -> ASTSource:
 
     def describe(value: Any, path: tuple[int, ...], is_constant: bool, is_count: bool) -> Any:
         if isinstance(value, tuple) and not is_constant:
-            parts = [describe(part, (*path, i), False, is_count) for i, part in enumerate(value)]
+            # Triton leaves numbers alone that it is told not to specialize on, but not in tuples.
+            parts = [describe(part, (*path, i), False, False) for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         is_one = isinstance(value, int) and value == 1 and not is_count
         if is_constant or value is None or is_one:
             constants[path] = value
+            if len(path) == 1:
+                attributes[path] = []
             return "constexpr"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + _TYPE_NAMES[value.dtype]
         if isinstance(value, int):
-            if value % 16 == 0 and not is_count:
-                attributes[path] = [["tt.divisibility", 16]]
+            if not is_count:
+                attributes[path] = [["tt.divisibility", 16]] if value % 16 == 0 else []
             return "i32" if -(2**31) <= value < 2**31 else "i64"
         return "fp32"
 

@@ -114,18 +114,18 @@ def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
         return programs
     if "n_dims" in given:
         return programs * ceil(given["n_dims"] / given["BLOCK_K"])
-    scores, sizes = given.get("s"), given.get("sizes")
-    if scores is not None and sizes is not None:
+    scores = given.get("s")
+    if scores is not None and "queries" in given:
         over_queries = "NEEDS_K" in given
         rows = given["BLOCK_M" if "BLOCK_M" in given else "BLOCK"]
         columns = given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"]
         if pairs is not None:
             return max(1.0, pairs / (rows * columns))
         visible = 0.5 if scores.right is not None else 1.0
-        n_keys = sizes.keys * (16 if sizes.in_sixteens else 1)
-        tiles = sizes.queries / rows if over_queries else n_keys / columns
+        n_keys = given["keys"] * (16 if given["in_sixteens"] else 1)
+        tiles = given["queries"] / rows if over_queries else n_keys / columns
         if "shares" in given:  # these programs walk over queries too
-            tiles *= sizes.queries / rows / given["shares"]
+            tiles *= given["queries"] / rows / given["shares"]
         return programs * max(1.0, visible * tiles)
     if "n_rows" in given and "BLOCK_M" in given:  # persistent programs walk the rows
         return ceil(given["n_rows"] / given["BLOCK_M"]) * prod(launch.grid[1:])

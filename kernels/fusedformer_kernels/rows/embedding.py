@@ -45,7 +45,7 @@ class Tables(NamedTuple):
 
 
 class TableSizes(NamedTuple):
-    """How many rows each table has: see ``primitives.COUNTS``."""
+    """How many rows each table has. Kernels get each by itself: see ``primitives.COUNTS``."""
 
     tokens: Any
     positions: Any
@@ -96,9 +96,10 @@ def _load_embedded(tables, sizes, strides, rows, columns, row_valid, in_row):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _embedding_forward(
-    tables, sizes, strides, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr, p, eps,
-    n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    tables, n_tokens, n_positions, n_types, strides, weight_ptr, bias_ptr, seed_ptr, y_ptr,
+    mean_ptr, rstd_ptr, p, eps, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
+    sizes = TableSizes(n_tokens, n_positions, n_types)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_valid = rows < n_rows
@@ -121,10 +122,12 @@ def _embedding_forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _embedding_backward(
-    dy_ptr, tables, sizes, strides, mean_ptr, rstd_ptr, weight_ptr, seed_ptr, dz_ptr, partials_ptr,
-    p, n_rows, n_columns, stride_dy, n_partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, tables, n_tokens, n_positions, n_types, strides, mean_ptr, rstd_ptr, weight_ptr,
+    seed_ptr, dz_ptr, partials_ptr, p, n_rows, n_columns, stride_dy, n_partial,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
 ):
+    sizes = TableSizes(n_tokens, n_positions, n_types)
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
     if weight_ptr is not None:
@@ -239,8 +242,8 @@ def _config(n_columns: int, device: torch.device) -> configs.TileConfig:
     )
 
 
-def _arguments(tables: Tables) -> tuple[Tables, TableSizes, TableStrides]:
+def _arguments(tables: Tables) -> tuple[Tables | TableStrides | int, ...]:
     given = tables.tokens, tables.positions, tables.types
     sizes = (0 if table is None else table.shape[0] for table in given)
     strides = (0 if table is None else table.stride(0) for table in given)
-    return tables, TableSizes(*sizes), TableStrides(*strides)
+    return tables, *sizes, TableStrides(*strides)

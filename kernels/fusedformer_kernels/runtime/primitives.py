@@ -14,11 +14,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Parameters that say how many there are. Triton would compile a kernel anew for the values 1 and
-# multiples of 16; ptxas does not survive each of those forms, and tests do not see each.
+# multiples of 16; ptxas does not survive each of those forms, and tests do not see each. They are
+# parameters of their own: of numbers in a tuple Triton compiles each form, whatever it is told.
 COUNTS = (
-    "sizes", "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
+    "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
     "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
-    "split_keys", "splits",
+    "split_keys", "splits", "queries", "keys", "radius", "n_tokens", "n_positions", "n_types",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 where there is no GPU to tune for."""
+    """Run the command; return 0, 2 where there is no GPU to tune for, 3 if time ran out."""
     given = _parser().parse_args(argv)
     try:
         from fusedformer.tools.tune import search
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.dry_run:
         target = TARGETS[given.target]
         for index, workload in chosen:
-            pruned = search.prune(index, target, given.processes)
+            pruned = search.prune([index], target, given.processes)[index]
             left = [fields for fields, reason in pruned if not reason]
             print(f"{workload.name}: {len(left)} of {len(pruned)} candidates to try", flush=True)
             if given.target == "sm_90":
@@ -63,21 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     target = target_of(device)
     out = given.out or _cache_file(target)
-    deadline = time.monotonic() + given.budget
+    known = _timed_before(given.times)
+    chosen = [(index, workload) for index, workload in chosen if workload.name not in known]
     found: list[Found] = []
+    began = time.monotonic()
+    deadline = began + given.budget
     try:
-        for number, (index, _) in enumerate(chosen, 1):
+        # All at once, and before anything is timed: compilers would be in a timer's way.
+        indices = [index for index, _ in chosen]
+        compiled = search.prune(indices, target, given.processes, began + given.budget / 2)
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+        for number, (index, own) in enumerate(compiled.items(), 1):
             if time.monotonic() > deadline:
-                print(f"out of time: {len(chosen) - number + 1} of {len(chosen)} not tuned")
                 break
-            one = search.search(index, target, device, processes=given.processes, deadline=deadline)
+            one = search.search(index, own, device, deadline=deadline)
             found.append(one)
             print(f"{number}/{len(chosen)} {line(one)}", flush=True)
             write(out, found, target)
+            if given.times is not None and time.monotonic() <= deadline:
+                known[one.name] = _times(one)
+                given.times.write_text(json.dumps(list(known.values()), indent=1) + "\n")
+        if len(found) < len(chosen):
+            print(f"out of time: {len(chosen) - len(found)} of {len(chosen)} not tuned")
     except KeyboardInterrupt:
         print("interrupted: what was found so far is kept", file=sys.stderr)
     print(f"{sum(bool(one.best) for one in found)} of {len(found)} better than the default: {out}")
-    return 0
+    return 0 if len(found) == len(chosen) else 3
 
 
 def line(found: Found) -> str:
@@ -88,6 +99,23 @@ def line(found: Found) -> str:
         f"{found.name}: {said} ({times}; {found.tried} tried, {found.pruned} pruned, "
         f"{found.wrong} wrong)"
     )
+
+
+def _timed_before(path: Path | None) -> dict[str, Any]:
+    """Read by workload what ``--times`` wrote; nothing where there is no such file."""
+    if path is None or not path.exists():
+        return {}
+    return {one["workload"]: one for one in json.loads(path.read_text())}
+
+
+def _times(found: Found) -> dict[str, Any]:
+    """Make the entry of ``--times``: medians of the default, and of each candidate beside it."""
+    (_, default), *tried = found.candidates_us
+    return {
+        "workload": found.name,
+        "default": default,
+        "tried": [[times, dict(fields)] for fields, times in tried],
+    }
 
 
 def write(path: Path, found: Sequence[Found], target: Target) -> None:
@@ -132,7 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedformer tune", description=__doc__)
     parser.add_argument("--case", default="", help="only keys that match this regular expression")
     parser.add_argument("--out", type=Path, help="the table (default: the user's, in the cache)")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds in all")
+    parser.add_argument(
+        "--times", type=Path,
+        help="write the medians of all candidates to this file, and leave out what it has already",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds in all, of which half may compile"
+    )
     parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
     parser.add_argument("--dry-run", action="store_true", help="compile and list, run nothing")
     parser.add_argument(

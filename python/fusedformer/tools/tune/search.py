@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class Found:
         times_us: by shape the medians of the default and of ``best``.
         tried, pruned, wrong: numbers of candidates: timed, left out by the compiler's report, and
             left out because their results were further from the truth than the default's.
+        candidates_us: the fields of each candidate that was timed, and its medians by shape; the
+            first is the default, without fields.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Found:
     tried: int = 0
     pruned: int = 0
     wrong: int = 0
+    candidates_us: list[tuple[Fields, dict[str, float]]] = field(default_factory=list)
 
 
 def reason_against(workload: Workload, fields: Fields | None, target: Target) -> str:
@@ -92,15 +95,39 @@ def _judge(item: tuple[int, Fields, Target]) -> str:
     return reason_against(workloads()[index], fields, target)
 
 
-def prune(index: int, target: Target, processes: int | None = None) -> list[tuple[Fields, str]]:
-    """Return each candidate of the workload at ``index``, and why not to try it, or ""."""
-    candidates = workloads()[index].candidates
+def prune(
+    indices: Sequence[int],
+    target: Target,
+    processes: int | None = None,
+    deadline: float = math.inf,
+) -> dict[int, list[tuple[Fields, str]]]:
+    """Compile the candidates of many workloads at once.
+
+    Args:
+        indices: into :func:`workloads`.
+        target: what to compile for.
+        processes: compilers at once.
+        deadline: by time.monotonic(): workloads that are not compiled by then are left out.
+
+    Returns:
+        by index each candidate, and why not to try it, or "".
+    """
+    found: dict[int, list[tuple[Fields, str]]] = {}
     # spawn: a fork would copy torch's threads and its state of the GPU.
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes or os.cpu_count()) as pool:
-        work = [(index, fields, target) for fields in candidates]
-        reasons = pool.map(_judge, work, chunksize=4)
-    return list(zip(candidates, reasons, strict=True))
+        work = [(i, fields, target) for i in indices for fields in workloads()[i].candidates]
+        reasons = pool.imap(_judge, work)
+        for index in indices:
+            own = []
+            for fields in workloads()[index].candidates:
+                left = None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
+                try:
+                    own.append((fields, reasons.next(left)))
+                except multiprocessing.TimeoutError:
+                    return found
+            found[index] = own
+    return found
 
 
 def fault_of(workload: Workload, fields: Fields, device: torch.device) -> str:
@@ -132,11 +159,10 @@ def median_us(call: Call) -> float:
 
 def search(
     index: int,
-    target: Target,
+    pruned: Sequence[tuple[Fields, str]],
     device: torch.device,
     *,
     timer: Callable[[Call], float] = median_us,
-    processes: int | None = None,
     deadline: float = math.inf,
     least: float = 1.02,
 ) -> Found:
@@ -144,17 +170,16 @@ def search(
 
     Args:
         index: into :func:`workloads`.
-        target: of ``device``.
+        pruned: its candidates, and why not to try each, or "": of :func:`prune`.
         device: where candidates run.
         timer: microseconds of a call.
-        processes: compilers at once.
         deadline: by time.monotonic(): no candidate is timed after it.
         least: speed-up below which the default stays.
     """
     workload = workloads()[index]
     found = Found(workload.name)
     candidates = []
-    for fields, reason in prune(index, target, processes):
+    for fields, reason in pruned:
         if reason:
             found.pruned += 1
         elif fault_of(workload, fields, device):
@@ -163,12 +188,14 @@ def search(
             candidates.append(fields)
     calls = {name: workload.make(size, device, HALF) for name, size in workload.shapes.items()}
     default = {name: timer(call) for name, call in calls.items()}
+    found.candidates_us.append(({}, default))
     for fields in candidates:
         if time.monotonic() > deadline:
             break
         found.tried += 1
         with forced(workload.key, fields):
             times = {name: timer(call) for name, call in calls.items()}
+        found.candidates_us.append((fields, times))
         gains = [math.log(default[name] / times[name]) for name in calls]
         speedup = math.exp(sum(gains) / len(gains))
         if speedup > max(least, found.speedup):

@@ -40,7 +40,7 @@ class Workload:
         shapes: sizes by name, whose times have equal weight.
         make: makes the call from a size, a device and a dtype. Inputs are made once, of the same
             numbers each time, which bfloat16 can represent.
-        small: the size at which a candidate is checked.
+        small: the size at which a candidate is checked, by the kernels that are timed.
     """
 
     key: Key
@@ -79,7 +79,7 @@ def _attention() -> Iterator[Workload]:
                 found,
                 shapes,
                 partial(call, heavy=heavy, causal=causal),
-                (1, 2, 320, dim),
+                (1, 1024 // dim, 512, dim),
             )
 
 
