@@ -162,7 +162,7 @@ def gated_activation_backward(
     bias = contiguous_vector(bias)
     n_rows = x_rows.shape[0]
     target = configs.target_of(x.device)
-    config = configs.elementwise_tile("gated_backward", n_columns, target)
+    config = configs.elementwise_tile("gated_backward", n_columns, target, 8)
     column_blocks = configs.ceil_div(n_columns, config.block_n)
     programs = configs.row_programs(configs.ceil_div(n_rows, config.block_m), target)
     shape = (programs if wants_bias else 0, 2 * n_columns)

@@ -132,11 +132,13 @@ def row_tile(
 
 
 @cached_config
-def elementwise_tile(kernel: str, columns: int, target: Target) -> TileConfig:
-    """Tiles for bias + activation, forward and backward: 16 elements a thread."""
+def elementwise_tile(
+    kernel: str, columns: int, target: Target, per_thread: int = 16
+) -> TileConfig:
+    """Tiles for bias + activation, forward and backward, so many elements a thread."""
     block_n = min(max(next_power_of_2(columns), 16), 512)
-    block_m = max(1, min(2048 // block_n, 64))
-    default = TileConfig(_warps(block_m * block_n, 16, target), 2, block_m, block_n)
+    block_m = max(1, min(128 * per_thread // block_n, 64))
+    default = TileConfig(_warps(block_m * block_n, per_thread, target), 2, block_m, block_n)
     return tuned_config((kernel, block_n), target, default)
 
 
