@@ -212,6 +212,7 @@ class AttentionKind:
     operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
     heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
+    equal: bool = True  # the padded head dims of key and value: else nothing was tuned
 
     @property
     def size(self) -> int:
@@ -286,7 +287,18 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
-    return tuned_config(("attention_forward", *kind.words), target, default)
+    return _tuned_if_equal("attention_forward", kind, target, default)
+
+
+def _tuned_if_equal(
+    kernel: str, kind: AttentionKind, target: Target, default: AttentionConfig
+) -> AttentionConfig:
+    """Keep the default where values are narrower or wider than keys.
+
+    Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
+    configs that were right there.
+    """
+    return tuned_config((kernel, *kind.words), target, default) if kind.equal else default
 
 
 def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -306,7 +318,7 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
-    return tuned_config(("attention_backward", *kind.words), target, default)
+    return _tuned_if_equal("attention_backward", kind, target, default)
 
 
 def _attention_backward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -326,7 +338,7 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
 
 @cached_config
 def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
-    """Square tiles, no larger than the backward's longer side."""
-    config = attention_backward_config(kind, target)
+    """Square tiles, no larger than the backward's longer side by default: tables are not asked."""
+    config = _attention_backward_default(kind, target)
     side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
     return AttentionConfig(config.num_warps, 1, side, side)
