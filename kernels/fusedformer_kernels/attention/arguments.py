@@ -177,7 +177,7 @@ def attention_arguments(
             or terms.left is not None
         ),
         causal=terms.right is not None,
-        equal=constants["BLOCK_D"] == constants["BLOCK_DV"],
+        tuned=constants["BLOCK_D"] == constants["BLOCK_DV"] and not additive,
     )
     return AttentionArguments(
         scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],
