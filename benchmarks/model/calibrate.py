@@ -44,8 +44,6 @@ MEANING = {
         "with bank conflicts: Nsight Compute counts 3.4 wavefronts for 1 in norm backward's sums",
     ),
     "special": ("of 24 clocks and the queue of the MUFU", "exponentials, shuffles, conversions"),
-    "barrier": ("of 30 clocks", "barriers of a program, after its last warp"),
-    "conflicts": ("of the wavefronts without conflicts", "for which an SM's shared memory is busy"),
     "overlap": ("exponent", "1: waits and units add up; infinite: all but the longest are hidden"),
     "launch": ("µs", "to launch a kernel, fill the SMs and drain them"),
 }  # fmt: skip
