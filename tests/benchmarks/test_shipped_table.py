@@ -90,17 +90,22 @@ def test_launches_take_the_entries_on_sm_90_alone(
 
 
 def test_other_forms_keep_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values narrower or wider than keys, additive masks, head dims over 128."""
-    additive = torch.empty(1, 1, 256, 256, dtype=HALF, device="meta")
+    """Values narrower or wider than keys, head dims over 128; backward, a mask of pairs."""
+    masks = [torch.empty(1, 1, 256, 256, dtype=d, device="meta") for d in (HALF, torch.bool)]
     forms: list[dict[str, Any]] = [
         {"dim": 128, "value_dim": 32}, {"dim": 64, "value_dim": 128}, {"dim": 256},
-        {"dim": 64, "mask": additive}, {"dim": 128, "mask": additive},
     ]  # fmt: skip
-    tables = [[each.config for each in _attention(**form)] for form in forms]
-    plain = [each.config for each in _attention(128)]
+    masked = [{"dim": dim, "mask": mask} for dim in (64, 128) for mask in masks]
+
+    def found() -> list[list[configs.LaunchConfig]]:
+        tiles = [[each.config for each in _attention(**form)] for form in forms]
+        backward = [[x for x in _attention(**form) if "backward" in x.name] for form in masked]
+        return [*tiles, *([each.config for each in launches] for launches in backward)]
+
+    tables, plain = found(), [each.config for each in _attention(128)]
     monkeypatch.setenv("FUSEDFORMER_TUNED", "off")
     tuned.clear_caches()
-    assert [[each.config for each in _attention(**form)] for form in forms] == tables
+    assert found() == tables
     assert [each.config for each in _attention(128)] != plain
 
 

@@ -211,7 +211,8 @@ def test_a_dry_run_ranks_by_what_the_machine_code_promises(
     assert tune.main(["--dry-run", "--case", "^norm_forward 256$"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "norm_forward 256: 2 of 3 candidates to try"
-    assert [line.split()[1] for line in lines[1:]] == ["15.0", "10.0", "20.0"]
+    assert lines[1].strip() == search.worth() and "median error" in lines[1]
+    assert [line.split()[1] for line in lines[2:]] == ["15.0", "10.0", "20.0"]
 
 
 def test_the_precision_of_products_by_either_of_torchs_settings() -> None:

@@ -212,7 +212,8 @@ class AttentionKind:
     operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
     heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
-    tuned: bool = True  # whether tables speak of it: equal head dims, no additive mask
+    equal: bool = True  # the padded head dims of key and value
+    masked: bool = False  # by a mask of pairs, boolean or additive
 
     @property
     def size(self) -> int:
@@ -287,18 +288,9 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
-    return _maybe_tuned("attention_forward", kind, target, default)
-
-
-def _maybe_tuned(
-    kernel: str, kind: AttentionKind, target: Target, default: AttentionConfig
-) -> AttentionConfig:
-    """Ask the tables, but for forms that their candidates are not checked with.
-
-    Narrower values have been wrong on a GPU with configs that were right for equal head dims; and
-    with an additive mask ptxas waits after each product of tiles that are fine without.
-    """
-    return tuned_config((kernel, *kind.words), target, default) if kind.tuned else default
+    if not kind.equal:  # see attention_backward_config
+        return default
+    return tuned_config(("attention_forward", *kind.words), target, default)
 
 
 def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -318,7 +310,12 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
-    return _maybe_tuned("attention_backward", kind, target, default)
+    # Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
+    # configs that were right there. With a mask of pairs ptxas waits after each product of tiles
+    # that are fine without.
+    if not kind.equal or kind.masked:
+        return default
+    return tuned_config(("attention_backward", *kind.words), target, default)
 
 
 def _attention_backward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
