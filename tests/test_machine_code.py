@@ -91,8 +91,10 @@ def _compiled(programs: int, *, loops: bool = False, **work: dict[str, float]) -
     """A kernel whose program does this once, or in each pass: clocks by cause, units of an SM."""
     clocks = {**dict.fromkeys(CAUSES, 0.0), **work.get("clocks", {})}
     found = Work(clocks, {**dict.fromkeys(UNITS, 0.0), **work.get("units", {})})
-    parts = {"a_pass": found} if loops else {"once": found}
-    return Compiled(40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=programs, loops=loops, **parts)
+    a_pass, once = (found, Work()) if loops else (Work(), found)
+    return Compiled(
+        40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=programs, loops=loops, a_pass=a_pass, once=once
+    )
 
 
 def test_a_prediction_is_the_larger_of_memory_and_running_and_names_it() -> None:

@@ -95,7 +95,9 @@ def test_other_forms_keep_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     forms: list[dict[str, Any]] = [
         {"dim": 128, "value_dim": 32}, {"dim": 64, "value_dim": 128}, {"dim": 256},
     ]  # fmt: skip
-    masked = [{"dim": dim, "mask": mask} for dim in (64, 128) for mask in masks]
+    masked: list[dict[str, Any]] = [
+        {"dim": dim, "mask": mask} for dim in (64, 128) for mask in masks
+    ]
 
     def found() -> list[list[configs.LaunchConfig]]:
         tiles = [[each.config for each in _attention(**form)] for form in forms]
@@ -113,7 +115,12 @@ def test_length_and_batch_do_not_choose_the_tile() -> None:
     """So that a sequence has the same bits alone, padded and packed."""
     lengths = torch.empty(2, dtype=torch.int32, device="meta")
     starts = torch.empty(3, dtype=torch.int32, device="meta")
-    packed = {"starts_q": starts, "starts_k": starts, "max_queries": 200, "max_keys": 200}
+    packed: dict[str, Any] = {
+        "starts_q": starts,
+        "starts_k": starts,
+        "max_queries": 200,
+        "max_keys": 200,
+    }
     for dim in (64, 128):
         tiles = [each.config for each in _attention(dim)]
         for length in (17, 512, 8192):
