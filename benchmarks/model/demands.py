@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -138,8 +139,9 @@ def main() -> None:
     with open(TABLE if given.write else sys.stdout.fileno(), "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(head)
-        for row in (*kernels.of_cases(), *kernels.of_tiles()):
+        for row in itertools.chain(kernels.of_cases(), kernels.of_tiles()):
             writer.writerow(row)
+            file.flush()
 
 
 if __name__ == "__main__":
