@@ -19,6 +19,7 @@ def main(dist: Path) -> None:
     with zipfile.ZipFile(wheel) as zipped:
         about = {Path(name).name: name for name in zipped.namelist() if ".dist-info/" in name}
         assert "fusedformer/tools/bench.py" in zipped.namelist()  # the commands
+        assert "fusedformer_kernels/tuned/sm_90.json" in zipped.namelist()  # measured configs
         assert b"Apache License" in zipped.read(about["LICENSE"])
         metadata = message_from_bytes(zipped.read(about["METADATA"]))
     assert metadata["License-Expression"] == "Apache-2.0", metadata.items()
@@ -32,6 +33,7 @@ def main(dist: Path) -> None:
         assert dist.parent in root.parents, root
         assert (root / "py.typed").exists(), root
     assert any(name.endswith("py.typed") for name in held)
+    assert any(name.endswith("tuned/sm_90.json") for name in held)
     print("wheel", fusedformer.__version__, "imports from", *roots)
 
 

@@ -15,14 +15,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import ahead_of_time
 from fusedformer_kernels.compiler.ahead_of_time import Compiled
-from fusedformer_kernels.compiler.machine_code import (
-    main_loop,
-    mix_outside,
-    programs_per_multiprocessor,
-)
-from fusedformer_kernels.compiler.prediction import Gpu, predict
+from fusedformer_kernels.compiler.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.compiler.prediction import Factors, demand_of, parts_us, predict
+from fusedformer_kernels.compiler.waits import CAUSES, UNITS, Work, work_of
 from fusedformer_kernels.rows.contrastive import row_and_column_lse
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.softmax import softmax_forward
@@ -67,15 +66,6 @@ def test_the_main_loop_is_the_shortest_with_most_products() -> None:
     assert cycles["issue"] == 14
 
 
-def test_around_the_main_loop_is_all_else() -> None:
-    mix = mix_outside(LISTING, main_loop(LISTING))
-    assert {name: n for name, n in mix.counts.items() if n} == {
-        "load": 1, "product": 1, "alu": 3, "convert": 1, "store": 1, "fma": 1, "control": 2,
-    }  # fmt: skip
-    assert mix.loaded_bytes == 16 * 32
-    assert mix.cycles(num_warps=8)["alu"] == 12
-
-
 def test_without_a_loop_all_the_code_counts() -> None:
     mix = main_loop(LISTING.splitlines()[1])
     assert not mix.in_loop
@@ -97,38 +87,105 @@ def _softmax_launch() -> Launch:
     return launches[0]
 
 
-def test_a_prediction_names_its_limit() -> None:
-    launch = _softmax_launch()
-    compiled = Compiled(
-        40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=10, cycles={"issue": 100.0}, loaded_bytes=8192
+def _compiled(programs: int, *, loops: bool = False, **work: dict[str, float]) -> Compiled:
+    """A kernel whose program does this once, or in each pass: clocks by cause, units of an SM."""
+    clocks = {**dict.fromkeys(CAUSES, 0.0), **work.get("clocks", {})}
+    found = Work(clocks, {**dict.fromkeys(UNITS, 0.0), **work.get("units", {})})
+    a_pass, once = (found, Work()) if loops else (Work(), found)
+    return Compiled(
+        40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=programs, loops=loops, a_pass=a_pass, once=once
     )
-    found = predict(launch, compiled)
-    assert found.limit == "memory"
-    assert found.microseconds == pytest.approx(2 * 32768 * 1024 * 2 / 4.3e12 * 1e6)
-    busy = predict(launch, dataclasses.replace(compiled, cycles={"issue": 1000.0}))
+
+
+def test_a_prediction_is_the_larger_of_memory_and_running_and_names_it() -> None:
+    launch, launching = _softmax_launch(), Factors().launch
+    idle = predict(launch, _compiled(10))
+    assert idle.limit == "memory"
+    moved = 2 * 32768 * 1024 * 2
+    assert idle.microseconds == pytest.approx(moved / 4.243e12 * 1e6 + launching, rel=1e-3)
+    busy = predict(launch, _compiled(10, units={"issue": 10000.0}))
     assert busy.limit == "issue"
-    assert busy.microseconds == pytest.approx(8192 / 132 * 1000 / 1.755e3)
-    assert predict(launch, dataclasses.replace(compiled, programs=1)).limit == "latency"
-    assert predict(launch, compiled, Gpu(l2_bytes=1e12)).limit == "L2"
+    assert busy.microseconds == pytest.approx(8192 / 132 * 10000 / 1.755e3 + launching, rel=1e-3)
+    assert predict(launch, _compiled(1, clocks={"barrier": 1e5})).limit == "a program's barrier"
+
+
+def test_programs_of_an_sm_wait_at_the_same_time() -> None:
+    launch = _softmax_launch()
+    alone, two = (
+        parts_us(demand_of(launch, _compiled(n, clocks={"memory": 1e4})), Factors())[0]
+        for n in (1, 2)
+    )
+    assert alone == pytest.approx(63 * Factors().memory * 1e4 / 1.755e3)  # 8192 programs, 132 SMs
+    assert alone == pytest.approx(2 * two)
 
 
 def test_a_prediction_counts_tensors_that_kernels_get_in_tuples() -> None:
     x = torch.empty(32768, 1024, dtype=torch.bfloat16, device="meta")
     with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
         norm_forward(x, None, None, x[0], x[0].clone(), None, 0.0, 1e-5, "layer", 1, False, False)
-    compiled = Compiled(40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=10, cycles={"issue": 1.0})
-    moved = 2 * (2 * x.numel() + 2 * 1024)
-    assert predict(launches[0], compiled).memory == pytest.approx(moved / 4.3e12 * 1e6)
+    assert demand_of(launches[0], _compiled(10)).bytes == 2 * (2 * x.numel() + 2 * 1024)
 
 
-def test_a_lone_program_multiplies_and_then_takes_exponents() -> None:
-    launch = _softmax_launch()
-    cycles = {"product": 830.0, "exp2": 1000.0}
-    compiled = Compiled(40, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, cycles=cycles)
-    alone = predict(launch, compiled)
-    two = predict(launch, dataclasses.replace(compiled, programs=2))
-    assert alone.limit == "products then softmax"
-    assert alone.units == pytest.approx(2 * two.units)
+def test_passes_of_the_loop_are_those_of_one_program() -> None:
+    x, scale = torch.empty(8192, 512, device="meta").bfloat16(), torch.empty((), device="meta")
+    query = torch.empty(2, 16, 1, 64, device="meta").bfloat16()
+    key = torch.empty(2, 16, 8192, 64, device="meta").bfloat16()
+    long = torch.empty(256, 131072, device="meta").bfloat16()
+    with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
+        row_and_column_lse(x, x, scale, 0)  # 64 dimensions of 512 at a time
+        attention_forward(query, key, key, AttentionTerms(scale=1.0))  # splits of 512 keys
+        softmax_forward(long, None, 1.0, False, long.dtype, False)  # chunks of 4,096 columns
+    compiled = _compiled(1, loops=True, clocks={"issue": 1.0})
+    found = {each.name: demand_of(each, compiled).clocks["issue"] for each in launches}
+    assert found["_score_parts"] == 8
+    assert (found["_attention_forward"], found["_merge_splits"]) == (8, 16)
+    assert found["_softmax_forward"] == 32
+    (forward,) = (each for each in launches if each.name == "_attention_forward")
+    pairs = 2.0 * 16 * 8192  # of one query each, whatever the tile's rows
+    assert demand_of(forward, compiled, pairs).clocks["issue"] == 8
+
+
+# Two lines an instruction, as nvdisasm writes with -hex: the second has ptxas' bits. Stalls of 4;
+# the load, the exponential and the copy lower counter 0, for which the next instruction waits.
+def _timed(*lines: tuple[str, int, int]) -> str:
+    code = []
+    for text, counter, waits in lines:
+        bits = 4 | counter << 5 | 7 << 8 | waits << 11
+        code += [f"        /*0000*/                   {text} ;  /* 0x{0:016x} */"]
+        code += [f"                                                 /* 0x{bits << 41:016x} */"]
+    return "\n".join([*code, ""])
+
+
+def test_waits_are_put_down_to_what_was_waited_for() -> None:
+    code = _timed(
+        ("LDG.E.128 R4, desc[UR4][R2.64]", 0, 0), ("FADD R4, R4, R5", 7, 1),
+        ("MUFU.EX2 R4, R4", 1, 0), ("FADD R4, R4, R5", 7, 2), ("BAR.SYNC 0x0", 7, 0),
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", 7, 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 7, 0), ("EXIT", 7, 0),
+    )  # fmt: skip
+    loop, once = work_of(code, num_warps=4)
+    assert not any(loop.clocks.values())
+    assert once.clocks["memory"] == 600 - 4
+    assert once.clocks["special"] == 8 + 24 - 4  # 32 lanes, 4 a clock
+    assert once.clocks["barrier"] == 30
+    assert once.clocks["product"] == 64 + 32 - 4  # of 128 columns two a clock
+    assert once.clocks["issue"] == 8 * 4
+    assert once.units["issue"] == 8 and once.loaded_bytes == 4 * 32 * 16
+    wider = work_of(code, num_warps=32)[1]
+    assert wider.clocks["issue"] == 8 * 8  # eight warps of a scheduler take turns
+
+
+def test_copies_of_earlier_passes_are_there_by_now() -> None:
+    """Two groups are in flight: two passes take the latency and the instructions of one."""
+    body = [("LDGDEPBAR", 7, 0), ("DEPBAR.LE SB0, 0x1", 7, 0)]
+    body += [("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", 7, 0)]
+    work = [(f"FADD R{i}, R4, R5", 7, 0) for i in range(50)]
+    start, end = ".L_x_0:\n", "        /*0010*/              @P0 BRA `(.L_x_0) ;\n"
+    for rest in ([], work):
+        issued = 4 * len(body + rest)
+        loop, _ = work_of(start + _timed(*body, *rest) + end, num_warps=4)
+        assert loop.clocks["cache"] == (600 - 4 - issued) / 2
+        assert loop.clocks["memory"] == 0
 
 
 def test_what_is_compiled_once_is_one_kernel_of_one_target_and_launch(
@@ -153,22 +210,6 @@ def test_what_is_compiled_once_is_one_kernel_of_one_target_and_launch(
         ahead_of_time.compile_launch(call, TARGETS[target]) for call, target in calls
     ]
     assert found == [1, 1, 2, 3, 4]
-
-
-def test_a_tile_of_pairs_is_its_products_and_then_what_is_done_with_them() -> None:
-    x, scale = torch.empty(8192, 512, device="meta").bfloat16(), torch.empty((), device="meta")
-    with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
-        row_and_column_lse(x, x, scale, 0)
-    tiles, passes = 32 * 64, 8  # of 256 x 128 scores, 64 dimensions at a time
-    given: dict[str, Any] = {
-        "cycles": {"product": 830.0, "issue": 100.0}, "outside": {"issue": 4000.0},
-    }  # fmt: skip
-    compiled = Compiled(255, 0, 0, "", 0, 0, 0, 0, 0.0, programs=1, loops=True, **given)
-    alone = predict(launches[0], compiled)
-    assert alone.units == pytest.approx(tiles / 132 * (1000 * passes + 4000) / 1.755e3)
-    assert alone.limit == "products then issue"
-    two = predict(launches[0], dataclasses.replace(compiled, programs=2))
-    assert two.units == pytest.approx(tiles / 132 * 1000 * passes / 1.755e3)
 
 
 @pytest.mark.parametrize("case", ["softmax masked softmax", "relative bias B=128 H=8 S=128 d=128"])

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fusedformer import functional as F
 from fusedformer._internal import backend as backends
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
-from fusedformer_kernels.compiler.prediction import Gpu, Prediction, predict
+from fusedformer_kernels.compiler.prediction import GPU, Prediction, predict
 from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
 from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
@@ -105,7 +107,7 @@ def line(suite: str, case: str, direction: str, found: float, floor: float, rema
 def rows(chosen: str) -> list[str]:
     """Make the lines of the table, and print each as soon as it is there."""
     lines = [HEAD, "| --- | --- | --- | ---: | ---: | --- |"]
-    copied = Gpu().copy_bytes / 1e9
+    copied = GPU.copy_bytes / 1e9
     for name in PREDICTED:
         suite = importlib.import_module(f"suites.bench_{name}")
         for case in suite.SUITE.cases(Sizes.of("full"), torch.bfloat16):
@@ -149,9 +151,9 @@ def encoder_rows(case: Case) -> list[str]:
         }
         kernels[direction] = ", ".join(f"{name} {time:.0f}" for name, time in times.items())
         found[direction] = sum(times.values()) + products * (1 if direction == "forward" else 2)
-    adam = 1e6 * 7 * 2 * weights / Gpu().copy_bytes  # p, g, m, v read; p, m, v written
+    adam = 1e6 * 7 * 2 * weights / GPU.copy_bytes  # p, g, m, v read; p, m, v written
     both = found["forward"] + found["backward"] + adam
-    floors = [max(costs[d].times_us(Gpu().copy_bytes / 1e9, PRODUCTS / 1e12)) for d in costs]
+    floors = [max(costs[d].times_us(GPU.copy_bytes / 1e9, PRODUCTS / 1e12)) for d in costs]
     return [
         line("encoder", case.name, direction, o["layers"] * time, floor,
              f"a layer: products {share * products:.0f}, {kernels[of]}")
@@ -175,11 +177,11 @@ def contrastive_rows(case: Case) -> list[str]:
     # Sums in float32: of b added up strip by strip, multiplied with b for the scale's gradient and
     # added up, and both sides read and written narrow.
     moved = side * (12 * (strips - 1) + (4 + 2 + 4) + 4 + 2 * (4 + 2))
-    steps = 1e6 * moved / Gpu().copy_bytes
+    steps = 1e6 * moved / GPU.copy_bytes
     found = []
     for direction, more in (("forward", 0.0), ("backward", 2 * product + steps)):
         kernels, remark = predicted(case, fused, direction)
-        floor = max(costs[direction].times_us(Gpu().copy_bytes / 1e9, PRODUCTS / 1e12))
+        floor = max(costs[direction].times_us(GPU.copy_bytes / 1e9, PRODUCTS / 1e12))
         if more:
             remark += f"; products {2 * product:.0f}, torch's steps {steps:.0f}"
         found.append(line("contrastive", case.name, direction, kernels + more, floor, remark))

@@ -124,11 +124,11 @@ tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "one_lo
 print(reason_against(w, None, sm_90) or "fine")
 print(reason_against(w, tile, sm_90))
 print(reason_against(w, {**tile, "num_warps": 8, "num_stages": 4}, sm_90))
-from fusedformer.tools.tune.search import _launches
+from fusedformer.tools.tune.search import launches_of
 from fusedformer_kernels.compiler.ahead_of_time import ast_source
 for w in found.values():
     kernels = [
-        {(x.name, ast_source(x).hash()) for x in _launches(w, w.candidates[0], size, sm_90)}
+        {(x.name, ast_source(x).hash()) for x in launches_of(w, w.candidates[0], size, sm_90)}
         for size in (*w.shapes.values(), w.small)
     ]
     assert all(each == kernels[0] for each in kernels), w.name
@@ -259,7 +259,8 @@ def test_a_dry_run_ranks_by_what_the_machine_code_promises(
     assert tune.main(["--dry-run", "--case", "^norm_forward 256$"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "norm_forward 256: 2 of 3 candidates to try"
-    assert [line.split()[1] for line in lines[1:]] == ["15.0", "10.0", "20.0"]
+    assert lines[1].strip() == search.worth() and "median error" in lines[1]
+    assert [line.split()[1] for line in lines[2:]] == ["15.0", "10.0", "20.0"]
 
 
 def test_the_precision_of_products_by_either_of_torchs_settings() -> None:

@@ -177,6 +177,8 @@ def attention_arguments(
             or terms.left is not None
         ),
         causal=terms.right is not None,
+        equal=constants["BLOCK_D"] == constants["BLOCK_DV"],
+        masked=mask is not None,
     )
     return AttentionArguments(
         scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],

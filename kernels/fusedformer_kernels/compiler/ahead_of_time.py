@@ -20,11 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedformer_kernels.compiler.descriptors import wrong_descriptors
-from fusedformer_kernels.compiler.machine_code import (
-    main_loop,
-    mix_outside,
-    programs_per_multiprocessor,
-)
+from fusedformer_kernels.compiler.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.compiler.waits import Work, work_of
 from fusedformer_kernels.runtime.configs import Target
 from fusedformer_kernels.runtime.launch import Launch
 
@@ -52,12 +49,12 @@ class Compiled:
     tma_loads: int
     exp2: int  # MUFU.EX2
     compile_seconds: float
-    programs: int = 0  # that an SM holds at once; of sm_90 alone, as are the next five
+    programs: int = 0  # that an SM holds at once; of sm_90 alone, as is what follows
     loop: Mapping[str, int] = field(default_factory=dict)  # warp instructions of the main loop
     cycles: Mapping[str, float] = field(default_factory=dict)  # of an SM's units for one pass of it
-    loaded_bytes: int = 0  # from global memory in one pass, by all warps
-    outside: Mapping[str, float] = field(default_factory=dict)  # cycles of all but that pass
     loops: bool = False  # whether there is one; if not, the above are of all the code
+    a_pass: Work = field(default_factory=Work)  # what a program does and waits for in the loop,
+    once: Work = field(default_factory=Work)  # and what besides
     wrong_descriptors: tuple[str, ...] = ()  # products of sm_90 that may read the wrong memory
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,7 +133,8 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
             ).stdout  # fmt: skip
 
         usage = output_of("cuobjdump", "-res-usage")
-        code = output_of("nvdisasm", "-c", "-ndf")  # no dataflow: labels are there without
+        # No dataflow: labels are there without. In hex are the bits that waits.py reads.
+        code = output_of("nvdisasm", "-c", "-ndf", "-hex")
     found = re.search(r"REG:(\d+)", usage)
 
     def count(pattern: str) -> int:
@@ -152,11 +150,11 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
     of_hopper: dict[str, Any] = {}
     if hopper_warps:
         mix = main_loop(code)
+        a_pass, once = work_of(code, hopper_warps)
         of_hopper = {
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
             "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
-            "loaded_bytes": mix.loaded_bytes * hopper_warps,
-            "outside": mix_outside(code, mix).cycles(hopper_warps),
+            "a_pass": a_pass, "once": once,
             "wrong_descriptors": tuple(wrong_descriptors(code)),
         }  # fmt: skip
     return Compiled(

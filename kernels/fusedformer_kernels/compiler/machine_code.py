@@ -74,29 +74,30 @@ def main_loop(code: str) -> Mix:
     are the same with tests of bounds.
     """
     lines = code.splitlines()
+    mixes = [count_mix(lines[first : last + 1], True) for first, last in inner_loops(lines)]
+    return pick_main(mixes) if mixes else count_mix(lines, False)
+
+
+def inner_loops(lines: list[str]) -> list[tuple[int, int]]:
+    """Find the first and the last line of each loop that has no loop in it."""
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
     loops: list[tuple[int, int]] = []
     for at, line in enumerate(lines):
         found = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
         if found and labels.get(found.group(1), at) < at - 1:  # one that jumps to itself is padding
             loops.append((labels[found.group(1)], at))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    mixes = [_count(lines[first : last + 1], True) for first, last in inner]
-    if not mixes:
-        return _count(lines, False)
+    return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
+def pick_main(mixes: list[Mix]) -> Mix:
+    """Pick the main loop of several."""
     if any(mix.product_flops for mix in mixes):
         return min(mixes, key=lambda m: (-m.product_flops, sum(m.counts.values())))
     return max(mixes, key=lambda m: sum(m.counts.values()))
 
 
-def mix_outside(code: str, loop: Mix) -> Mix:
-    """Count the mix of all the code but one pass of ``loop``, as if each branch were taken."""
-    found = _count(code.splitlines(), False)
-    counts = {name: n - loop.counts.get(name, 0) for name, n in found.counts.items()}
-    return Mix(counts, 0, found.loaded_bytes - loop.loaded_bytes, False)
-
-
-def _count(lines: list[str], in_loop: bool) -> Mix:
+def count_mix(lines: list[str], in_loop: bool) -> Mix:
+    """Count the instructions of ``lines``."""
     counts = dict.fromkeys(CLASSES, 0)
     flops = loaded = 0
     for line in lines:

@@ -1,99 +1,153 @@
 """Predict how long a launch takes on a GPU of sm_90, from its machine code alone.
 
-The largest of four times: to move every tensor once; to bring what the loops load out of the L2
-cache; to run the main loop's instructions on the units that they occupy; and to wait for memory,
-which in one latency delivers no more than the programs that an SM holds ask for at once. In a loop
-of matrix products one program's products and softmax follow each other; only another program of the
-same SM fills the gaps. A model to rank configs and to be compared with what is measured, not a
-simulator.
+The larger of two times, and what a launch costs: to move every tensor once, and to run all
+programs. For the second a program is followed through its instructions (waits.py). Each of its
+waits is scaled by a factor; those of the programs that an SM holds at once overlap with each other
+and with the units that all of them share, which is a sum of powers. The factors were fitted to what
+an H200 measured: ``benchmarks/model/calibrate.py`` gives them again, and says how far they are off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedformer_kernels.compiler.ahead_of_time import Compiled
-from fusedformer_kernels.runtime.launch import Launch
+from fusedformer_kernels.compiler.waits import CAUSES, UNITS
+
+if TYPE_CHECKING:
+    from fusedformer_kernels.compiler.ahead_of_time import Compiled
+    from fusedformer_kernels.runtime.launch import Launch
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Measured ceilings of an H200, its clock under load, and the latency of its loaded memory."""
+    """An H200: what its result file says of it, its clock under load, its multiprocessors."""
 
-    copy_bytes: float = 4.3e12  # a second, read plus written
-    l2_bytes: float = 5.5e12  # a second, read: an assumption
-    product_share: float = 0.83  # of the tensor cores' rate, that a large product reaches
+    copy_bytes: float = 4.243e12  # a second, read plus written
     clock: float = 1.755e9
     multiprocessors: int = 132
-    latency: float = 800e-9
+
+
+GPU = Gpu()
+_ALMOST_THE_LARGER = 10  # of two parts, but smooth
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What ``benchmarks/model/calibrate.py`` fitted: see its table for units and meaning."""
+
+    issue: float = 1.3
+    product: float = 0.426
+    memory: float = 1.31
+    cache: float = 1.4
+    shared: float = 1.64
+    special: float = 0.935
+    overlap: float = 2.09
+    launch: float = 6.45
+
+
+@dataclass(frozen=True)
+class Worth:
+    """How far predictions were off on the H200, by ``benchmarks/model/calibrate.py``.
+
+    Attributes:
+        held_out: number of measurements that were kept out of the fit.
+        median_error: of those, as a share.
+        ranks_median, ranks_least: Spearman's coefficient of a workload's tile candidates, when all
+            of that workload is left out of the fit.
+    """
+
+    held_out: int = 51
+    median_error: float = 0.081
+    ranks_median: float = 0.97
+    ranks_least: float = 0.7
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a launch asks of a GPU, whatever the factors are.
+
+    Attributes:
+        rounds: how many times the slots of the busiest SM are filled, at least 1.
+        clocks: of one program, by what it waits for.
+        units: clocks of each unit of an SM, of all its programs.
+        bytes: to and from memory.
+    """
+
+    rounds: float
+    clocks: Mapping[str, float]
+    units: Mapping[str, float]
+    bytes: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of a launch: the largest of the four, each of which is named."""
+    """Microseconds of a launch, and what takes most of them."""
 
-    memory: float
-    l2: float
-    flight: float
-    units: float
-    busiest: str  # unit
-
-    @property
-    def microseconds(self) -> float:
-        return max(self.memory, self.l2, self.flight, self.units)
-
-    @property
-    def limit(self) -> str:
-        """The unit, or the memory, that the launch waits for."""
-        limits = {self.l2: "L2", self.memory: "memory", self.flight: "latency"}
-        return limits.get(self.microseconds, self.busiest)
+    microseconds: float
+    limit: str  # memory, a unit of an SM, or what a program spends its clocks on
 
 
-def predict(
-    launch: Launch, compiled: Compiled, gpu: Gpu | None = None, pairs: float | None = None
-) -> Prediction:
+def predict(launch: Launch, compiled: Compiled, pairs: float | None = None) -> Prediction:
     """Predict the time of ``launch``, which :func:`compile_launch` compiled for sm_90.
 
     ``pairs`` are the (query, key) pairs over batch and heads that attention computes, where masks
     or lengths, which a launch does not show, leave some out.
     """
-    gpu = gpu or Gpu()
-    passes = _passes(launch, compiled, pairs)
-    a_program = ceil(launch.arguments.get("n_dims", 0) / launch.arguments.get("BLOCK_K", 1))
-    cycles = dict(compiled.cycles)
-    product = cycles.pop("product", 0.0) / gpu.product_share
-    busiest = max(cycles, key=lambda name: cycles[name])
-    clocks = max(cycles[busiest], product)
-    if product:
-        serial = (product + cycles[busiest]) / max(compiled.programs, 1)
-        name = "products" if product > cycles[busiest] else busiest
-        busiest = "products then softmax" if serial > clocks else name
-        clocks = max(clocks, serial)
-    if a_program:  # a loop of products alone, and then the work on their tile
-        busiest = max(compiled.outside, key=lambda name: compiled.outside[name])
-        loop, tile = product * a_program, compiled.outside[busiest]
-        clocks = max(loop, tile, (loop + tile) / max(compiled.programs, 1)) / a_program
-        busiest = f"products then {busiest}"
-    resident = min(compiled.programs, ceil(prod(launch.grid) / gpu.multiprocessors))
-    # A grid leaves its last wave partly idle; that of short programs is evened out by then.
-    share = passes / gpu.multiprocessors
+    factors = Factors()
+    demand = demand_of(launch, compiled, pairs)
+    waited, units, memory = parts_us(demand, factors)
+    longest = max(CAUSES, key=lambda cause: float(clocks_of(cause, demand, factors)))
+    named = {"memory": memory, **units, f"a program's {longest}": waited}
+    limit = max(named, key=lambda name: float(named[name]))
+    return Prediction(float(microseconds(demand, factors)), limit)
+
+
+def microseconds(demand: Demand, factors: Factors) -> Any:
+    """Add up the time of a launch. Numbers may be tensors, so that factors can be fitted."""
+    waited, units, memory = parts_us(demand, factors)
+    running = _overlapped((waited, *units.values()), factors.overlap)
+    return _overlapped((running, memory), _ALMOST_THE_LARGER) + factors.launch
+
+
+def parts_us(demand: Demand, factors: Factors) -> tuple[Any, dict[str, Any], Any]:
+    """Compute microseconds of the waits, of each unit, and of memory."""
+    per_us = GPU.clock / 1e6
+    clocks = sum(clocks_of(cause, demand, factors) for cause in CAUSES)
+    units = {unit: demand.units[unit] / per_us for unit in UNITS}
+    units["shared"] = factors.shared * units["shared"]  # the same bank conflicts
+    return demand.rounds * clocks / per_us, units, 1e6 * demand.bytes / GPU.copy_bytes
+
+
+def clocks_of(cause: str, demand: Demand, factors: Factors) -> Any:
+    """Compute the clocks that a program spends on ``cause``; barriers take what waits.py says."""
+    return getattr(factors, cause, 1.0) * demand.clocks[cause]
+
+
+def _overlapped(parts: Iterable[Any], power: Any) -> Any:
+    """The larger ``power``, the better the parts overlap: 1 is their sum, infinity the largest."""
+    return sum((part + 1e-6) ** power for part in parts) ** (1 / power)
+
+
+def demand_of(launch: Launch, compiled: Compiled, pairs: float | None = None) -> Demand:
+    """Count what ``launch`` asks of a GPU of sm_90."""
+    programs = prod(launch.grid)
+    passes = _passes(launch, pairs) if compiled.loops else 0.0
+    work = compiled.once.plus(compiled.a_pass, passes)
+    busiest = ceil(programs / GPU.multiprocessors)
     tensors = {id(t): t for t in _tensors_in(launch.arguments.values())}
-    moved = sum(t.numel() * t.element_size() for t in tensors.values())
-    per_trip = max(compiled.loaded_bytes * resident, 1)
-    asked = compiled.loaded_bytes * passes
-    trips = asked / (per_trip * gpu.multiprocessors)
-    overlapped = product or asked > 2 * moved  # then most of it hits the L2 cache, prefetched
-    return Prediction(
-        memory=1e6 * moved / gpu.copy_bytes,
-        l2=1e6 * asked / gpu.l2_bytes,
-        flight=0.0 if overlapped else 1e6 * trips * gpu.latency,
-        units=1e6 * share * clocks / gpu.clock,
-        busiest=busiest,
+    moved: float = sum(t.numel() * t.element_size() for t in tensors.values())
+    if launch.arguments.get("ONE_PASS") is False:
+        moved += programs * work.loaded_bytes / 2  # rows that are read again
+    return Demand(
+        rounds=max(1.0, busiest / max(compiled.programs, 1)),
+        clocks=work.clocks,
+        units={unit: n * programs / GPU.multiprocessors for unit, n in work.units.items()},
+        bytes=moved,
     )
 
 
@@ -106,27 +160,38 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
-def _passes(launch: Launch, compiled: Compiled, pairs: float | None) -> float:
-    """Count the passes of the main loop in all programs together."""
+def _passes(launch: Launch, pairs: float | None) -> float:
+    """Count the passes of the loop in one program, on average."""
     given = launch.arguments
-    programs = prod(launch.grid)
-    if not compiled.loops:
-        return programs
     if "n_dims" in given:
-        return programs * ceil(given["n_dims"] / given["BLOCK_K"])
-    scores = given.get("s")
-    if scores is not None and "queries" in given:
-        over_queries = "NEEDS_K" in given
-        rows = given["BLOCK_M" if "BLOCK_M" in given else "BLOCK"]
-        columns = given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"]
-        if pairs is not None:
-            return max(1.0, pairs / (rows * columns))
-        visible = 0.5 if scores.right is not None else 1.0
-        n_keys = given["keys"] * (16 if given["in_sixteens"] else 1)
-        tiles = given["queries"] / rows if over_queries else n_keys / columns
-        if "shares" in given:  # these programs walk over queries too
-            tiles *= given["queries"] / rows / given["shares"]
-        return programs * max(1.0, visible * tiles)
+        return float(ceil(given["n_dims"] / given["BLOCK_K"]))
+    if given.get("s") is not None and "queries" in given:
+        return _passes_of_attention(launch, pairs)
+    for name in ("splits", "n_tiles"):
+        if name in given:
+            return float(given[name])
+    if "n_sums" in given:  # partial sums, all of which each program reads
+        return float(ceil(given["n_rows"] / given["BLOCK_M"]))
+    # Rows that are too long for one tile.
+    if "n_columns" in given and (
+        given.get("ONE_PASS") is False or "RESUMES" in given or "BLOCK_M" not in given
+    ):
+        return float(ceil(given["n_columns"] / given["BLOCK_N"]))
     if "n_rows" in given and "BLOCK_M" in given:  # persistent programs walk the rows
-        return ceil(given["n_rows"] / given["BLOCK_M"]) * prod(launch.grid[1:])
-    return programs
+        return max(1.0, ceil(given["n_rows"] / given["BLOCK_M"]) / launch.grid[0])
+    return 1.0
+
+
+def _passes_of_attention(launch: Launch, pairs: float | None) -> float:
+    given = launch.arguments
+    queries, n_keys = given["queries"], given["keys"] * (16 if given["in_sixteens"] else 1)
+    rows = min(given["BLOCK_M" if "BLOCK_M" in given else "BLOCK"], queries)
+    columns = min(given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"], n_keys)
+    if pairs is not None:
+        return max(1.0, pairs / (rows * columns)) / prod(launch.grid)
+    walked = getattr(launch.config, "keys_per_split", 0) or n_keys
+    tiles = queries / rows if "NEEDS_K" in given else walked / columns
+    if "shares" in given:  # these programs walk over queries too
+        tiles *= queries / rows / given["shares"]
+    visible = 0.5 if given["s"].right is not None else 1.0
+    return max(1.0, visible * tiles)

@@ -214,6 +214,8 @@ class AttentionKind:
     operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
     heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
+    equal: bool = True  # the padded head dims of key and value
+    masked: bool = False  # by a mask of pairs, boolean or additive
 
     @property
     def size(self) -> int:
@@ -288,6 +290,8 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
+    if not kind.equal:  # see attention_backward_config
+        return default
     return tuned_config(("attention_forward", *kind.words), target, default)
 
 
@@ -308,6 +312,11 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
 def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
+    # Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
+    # configs that were right there. With a mask of pairs ptxas waits after each product of tiles
+    # that are fine without.
+    if not kind.equal or kind.masked:
+        return default
     return tuned_config(("attention_backward", *kind.words), target, default)
 
 
@@ -328,7 +337,7 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
 
 @cached_config
 def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
-    """Square tiles, no larger than the backward's longer side."""
-    config = attention_backward_config(kind, target)
+    """Square tiles, no larger than the backward's longer side by default: tables are not asked."""
+    config = _attention_backward_default(kind, target)
     side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
     return AttentionConfig(config.num_warps, 1, side, side)

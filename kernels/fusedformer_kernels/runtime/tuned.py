@@ -1,8 +1,8 @@
 """Tables of tuned configs, which take the place of the defaults in :mod:`configs`.
 
-``python -m fusedformer tune`` writes them. A shipped one, ``tuned/sm_90.json`` say, serves all
-devices of an architecture; a user's own in the cache directory, one device by its name. Nothing is
-ever tuned unasked.
+``python -m fusedformer tune`` writes them. A shipped one, ``tuned/sm_90.json``, serves all devices
+of an architecture; a user's own in the cache directory, one device by its name. Nothing is ever
+tuned unasked, and ``FUSEDFORMER_TUNED=off`` leaves all tables out.
 
 ``{"schema": 1, "target", "device", "triton", ..., "entries": {KEY: {"config": {FIELD: VALUE}}}}``,
 where KEY is the words of a choice ("attention_forward half 64 plain full") and a field that is not
@@ -32,6 +32,16 @@ Fields = Mapping[str, int | bool]
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parents[1] / "tuned"
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The fields that a table gives to a key, and the table."""
+
+    fields: Fields
+    table: Path
+
 
 _forced: dict[Key, Fields] = {}
 _caches: list[Any] = []
@@ -74,8 +84,14 @@ def tuned_config(key: Key, target: Target, default: C) -> C:
     """``default``, with what the tables for ``target`` say of ``key``."""
     fields = _forced.get(key) if _forced else None
     if fields is None:
-        fields = _table(target).get(key)
+        entry = _table(target).get(key)
+        fields = None if entry is None else entry.fields
     return default if fields is None else _with(default, fields)
+
+
+def entries_in_use(target: Target) -> dict[str, Entry]:
+    """List what the tables say for ``target``, by the words of the key."""
+    return {" ".join(map(str, key)): entry for key, entry in _table(target).items()}
 
 
 @contextlib.contextmanager
@@ -130,17 +146,27 @@ def read(path: Path) -> dict[Key, Fields]:
 
 
 @functools.cache
-def _table(target: Target) -> dict[Key, Fields]:
-    entries: dict[Key, Fields] = {}
+def _table(target: Target) -> dict[Key, Entry]:
+    if not _is_on():
+        return {}
+    found: list[Path] = []
     name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
     shipped = SHIPPED / f"{name}.json"
     if not target.interpreted and shipped.exists():
-        entries |= read(shipped)
+        found.append(shipped)
     if target.device_name:
         own = cache_file(target.device_name)
         if own.exists() and _is_of_this_triton(own):
-            entries |= read(own)
-    return entries
+            found.append(own)
+    return {key: Entry(fields, path) for path in found for key, fields in read(path).items()}
+
+
+def _is_on() -> bool:
+    """Whether tables are read at all: what ``FUSEDFORMER_TUNED`` says."""
+    said = os.environ.get("FUSEDFORMER_TUNED", "on")
+    if said not in ("on", "off"):
+        raise ValueError(f"FUSEDFORMER_TUNED: expected 'on' or 'off', but got {said!r}")
+    return said == "on"
 
 
 def _is_of_this_triton(path: Path) -> bool:

@@ -85,7 +85,7 @@ def compile_case(index: int, target_name: str) -> list[Row]:
 
 
 def _faults(facts: dict[str, Any], target: str, expected: str) -> tuple[str, ...]:
-    faults = []
+    faults: list[str] = []
     if facts["spills"] and target == "sm_90":
         faults.append(f"{facts['spills']} spill instructions")
     if facts["wrong_descriptors"]:
@@ -184,6 +184,19 @@ def mixes(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def tuned_entries(targets: list[str]) -> str:
+    """Write which entries of tuned tables the configs of ``targets`` come from, one a line."""
+    from fusedformer_kernels.runtime.configs import TARGETS
+    from fusedformer_kernels.runtime.tuned import entries_in_use
+
+    return "\n".join(
+        f"{target}: {key} from {entry.table.name}: "
+        + " ".join(f"{name}={value}" for name, value in entry.fields.items())
+        for target in targets
+        for key, entry in entries_in_use(TARGETS[target]).items()
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1 if any kernel falls short."""
     parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
@@ -209,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows))
     if arguments.mix:
         print(f"\n{mixes(rows)}")
+    print(f"\nTuned configs in use:\n{tuned_entries(targets) or 'none'}")
     short = [row for row in rows if row.faults]
     print(
         f"\n{len(rows)} kernels compiled for {', '.join(targets)} by triton "

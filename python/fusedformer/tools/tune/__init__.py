@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             left = [fields for fields, reason in pruned if not reason]
             print(f"{workload.name}: {len(left)} of {len(pruned)} candidates to try", flush=True)
             if given.target == "sm_90":
+                print(f"    {search.worth()}")
                 times = [search.predicted_us(workload, fields, target) for fields in left]
                 default = search.predicted_us(workload, None, target)
                 print(f"    predicted {default:8.1f} us  default")

@@ -52,7 +52,7 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
     from fusedformer_kernels.compiler.ahead_of_time import compile_launch
 
     size = next(iter(workload.shapes.values()))
-    for launch in _launches(workload, fields, size, target):
+    for launch in launches_of(workload, fields, size, target):
         if launch.config.num_warps * 32 > 1024:
             return "more than 1024 threads"
         try:
@@ -73,12 +73,24 @@ def predicted_us(workload: Workload, fields: Fields | None, target: Target) -> f
 
     total = 0.0
     for size in workload.shapes.values():
-        for launch in _launches(workload, fields, size, target):
+        for launch in launches_of(workload, fields, size, target):
             total += predict(launch, compile_launch(launch, target)).microseconds
     return total
 
 
-def _launches(
+def worth() -> str:
+    """Say what predicted times and their order are worth, as measured on one GPU."""
+    from fusedformer_kernels.compiler.prediction import Worth
+
+    known = Worth()
+    return (
+        f"predictions on an H200 of attention and row kernels: median error "
+        f"{known.median_error:.0%} of {known.held_out} times kept out of the fit; rank correlation "
+        f"of a workload's candidates {known.ranks_median:.2f}, at least {known.ranks_least:.2f}"
+    )
+
+
+def launches_of(
     workload: Workload, fields: Fields | None, size: tuple[int, ...], target: Target
 ) -> list[Launch]:
     """Record what a call at ``size`` launches with these fields, without making its inputs."""
