@@ -52,7 +52,9 @@ def _build_device(folder: Path, torch: Path) -> None:
     )
     objects = [str(folder / f"{source}.o") for source in SOURCES]
     libraries = [f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-ltorch_cpu", "-lc10"]
-    _run_side_by_side([["g++", "-shared", "-o", str(folder / "libdevice.so"), *objects, *libraries]])
+    _run_side_by_side(
+        [["g++", "-shared", "-o", str(folder / "libdevice.so"), *objects, *libraries]]
+    )
 
 
 def _build_driver(folder: Path, triton: Path) -> None:
@@ -63,9 +65,7 @@ def _build_driver(folder: Path, triton: Path) -> None:
 
 
 def _run_side_by_side(commands: list[list[str]]) -> None:
-    running = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     for process in running:
         _, errors = process.communicate()
         if process.returncode:

@@ -271,16 +271,32 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Tensor", set_tensor);
   library.impl("set_", set_nothing);
   library.impl("record_stream", record_stream);
-  // Torch has one kernel of these for all devices, which asks for a part that CUDA's library holds.
-  for (const char* name : {"copy_"})
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   // A product wider than its operands is an operator of CUDA alone.
   library.impl("mm.dtype", mm_wider);
   library.impl("mm.dtype_out", mm_wider_out);
 }
 
+// Operators that have a kernel for every device beside those of CPU and CUDA: the fallback alone
+// would leave them to the former, which a GPU does not run. copy_ has the host's part within.
+void prefer_kernels_of_the_host() {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  static auto* alive = new std::vector<c10::RegistrationHandleRAII>;
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    if (!op.has_value() || op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) continue;
+    const bool is_composite = op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) ||
+        op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional);
+    const bool is_wanted = op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && is_composite;
+    if (!is_wanted && !(name.name == "aten::copy_")) continue;
+    alive->push_back(dispatcher.registerImpl(
+        name, c10::DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&run_on_host>(),
+        std::nullopt, nullptr, "the fake device"));
+  }
+}
+
 const bool is_registered = [] {
   c10::SetAllocator(c10::DeviceType::CUDA, allocator());
+  prefer_kernels_of_the_host();
   return true;
 }();
 

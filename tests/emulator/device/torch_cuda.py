@@ -134,7 +134,11 @@ def install(device: ctypes.CDLL, properties: Properties) -> None:
     cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)
     cuda.get_device_name = lambda device=None: properties.name
     cuda.mem_get_info = lambda device=None: (properties.total_memory, properties.total_memory)
-    in_use, peak, reset = device.device_bytes_in_use, device.device_peak_bytes, device.device_reset_peak
+    in_use, peak, reset = (
+        device.device_bytes_in_use,
+        device.device_peak_bytes,
+        device.device_reset_peak,
+    )
     cuda.memory_allocated = lambda device=None: int(in_use())
     cuda.max_memory_allocated = lambda device=None: int(peak())
     cuda.reset_peak_memory_stats = lambda device=None: reset()
