@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
-
 from tests.emulator import device
 from tests.emulator.device import build
 from tests.emulator.device.launches import Launches

@@ -13,7 +13,7 @@ namespace fake {
 
 inline c10::Device cuda() { return {c10::DeviceType::CUDA, 0}; }
 
-// Two bytes of it are a NaN in float16 and bfloat16, four in float32, eight in float64.
+// Two bytes of it are a NaN in float16 and bfloat16, four in float32.
 constexpr uint16_t kUnwritten = 0x7FA5;
 
 // --- memory.cpp: allocations, with guards around them -------------------------------------------

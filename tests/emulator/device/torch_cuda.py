@@ -9,7 +9,6 @@ import ctypes
 from typing import Any
 
 import torch
-
 from tests.emulator.device.targets import Properties
 
 
