@@ -16,10 +16,11 @@ import torch
 from tests.emulator import plugin
 from torch import Tensor
 
+from fusedformer import backend, parity
 from fusedformer import functional as F
-from fusedformer import parity
 from fusedformer.parity.cases import Case, all_cases
 from fusedformer_kernels.compiler.compile_cases import compile_cases
+from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import recorded_launches
 
@@ -35,7 +36,7 @@ def results_of(run: Callable[..., Any], given: dict[str, Tensor]) -> list[Tensor
     outputs = [found] if isinstance(found, Tensor) else list(found)
     learned = [output for output in outputs if output.requires_grad]
     draw = torch.Generator(GPU).manual_seed(2)
-    grads = [torch.randn(o.shape, device=GPU, dtype=o.dtype, generator=draw) for o in learned]
+    grads = [torch.randn(o.shape, device=GPU, generator=draw).to(o.dtype) for o in learned]
     leaves = [tensor for tensor in given.values() if tensor.requires_grad]
     back = torch.autograd.grad(learned, leaves, grads, allow_unused=True) if learned else ()
     return [*outputs, *(g for g in back if g is not None)]
@@ -96,6 +97,40 @@ def test_dropout_is_drawn_from_the_generator(name: str) -> None:
     given = make()
     first = repeated(run, given)
     assert not torch.equal(first[0], run(**given))
+
+
+OTHERS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
+    "rows longer than a program keeps": (
+        partial(F.layer_norm, normalized_shape=(8200,)),
+        lambda: {"input": leaf(3, 8200), "weight": leaf(8200), "bias": leaf(8200)},
+    ),
+    "attention's weights": (
+        partial(F.scaled_dot_product_attention, return_weights="per_head"),
+        lambda: {name: leaf(2, 2, 21, 16) for name in ("query", "key", "value")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_grid_leaves_out(name: str) -> None:
+    """As the torch backend in float64, and the same bits again."""
+    run, make = OTHERS[name]
+    given = make()
+    found = repeated(run, given)
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    with backend("torch"):
+        expected = results_of(run, wide)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+def test_dropout_masks() -> None:
+    """Of rows and of attention: the share that is kept, and the same again by cached launches."""
+    seed = torch.tensor([7], device=GPU)
+    for of_attention in (False, True):
+        masks = [dropout_mask(seed, 0.3, 2, 37, 130, of_attention) for _ in range(2)]
+        assert torch.equal(*masks)
+        assert 0.67 < masks[0].float().mean().item() < 0.73
 
 
 def test_every_kernel_that_ships_was_launched() -> None:

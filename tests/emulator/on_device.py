@@ -220,7 +220,7 @@ def test_replays_draw_anew() -> None:
 def test_what_a_capture_cannot_hold() -> None:
     x = torch.randn(5, device=GPU)
     for run in (x.sum().item, x.nonzero, x.cpu, lambda: x.copy_(torch.randn(5))):
-        with pytest.raises(RuntimeError, match="capturing|previous error"):
+        with pytest.raises(RuntimeError, match=r"capturing|previous error"):
             capture(run)
     assert not torch.cuda.is_current_stream_capturing()
     assert capture(x.neg_) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,9 +25,9 @@ CHOSEN = (
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("emulated")
-    yield {target: Run(folder / f"{target}.xml", target, *CHOSEN) for target in TARGETS}
+    return {target: Run(folder / f"{target}.xml", target, *CHOSEN) for target in TARGETS}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -271,7 +271,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Tensor", set_tensor);
   library.impl("set_", set_nothing);
   library.impl("record_stream", record_stream);
-  // A product wider than its operands is an operator of CUDA alone.
+}
+
+// A product wider than its operands is an operator of CUDA alone: the host gets one too.
+TORCH_LIBRARY_IMPL(aten, CPU, library) {
   library.impl("mm.dtype", mm_wider);
   library.impl("mm.dtype_out", mm_wider_out);
 }
