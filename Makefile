@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test lint docs wheel compile-report architectures versions clean
+.PHONY: report test emulate lint docs wheel compile-report architectures versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
 
 test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, or the GPU if there is one
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+emulate: $(READY)  ## the tests of ops as on a GPU of sm_90, whose kernels' PTX is emulated
+	FUSEDFORMER_EMULATE=$(or $(EMULATE),sm_90) $(PY) -m pytest -p tests.emulator.plugin \
+	-n $(WORKERS) --dist worksteal tests/ops
 
 lint: $(READY)
 	$(PY) -m ruff format --check .

@@ -5,7 +5,7 @@
 Settings, in the environment:
 
 - ``FUSEDFORMER_EMULATE``: sm_90 or sm_80.
-- ``FUSEDFORMER_EMULATE_BUDGET``: warp instructions that a launch may take, 4,000,000 unless told; a
+- ``FUSEDFORMER_EMULATE_BUDGET``: warp instructions that a launch may take, 20,000,000 unless told; a
   test with a longer one is skipped, and counted at the end. 0: as many as it takes.
 - ``FUSEDFORMER_EMULATE_ORDER``: the order that programs and warps run in: 0, 1 or 2.
 
@@ -27,7 +27,7 @@ from tests.emulator.device import build
 from tests.emulator.device.launches import Launches
 
 TARGET = os.environ.get("FUSEDFORMER_EMULATE", "sm_90")
-BUDGET = int(os.environ.get("FUSEDFORMER_EMULATE_BUDGET", "4000000"))
+BUDGET = int(os.environ.get("FUSEDFORMER_EMULATE_BUDGET", "20000000"))
 ORDER = int(os.environ.get("FUSEDFORMER_EMULATE_ORDER", "0"))
 LIBRARY = os.environ.get("FUSEDFORMER_EMULATE_LIBRARY", "")
 _SLOWEST = 8  # kernels named in the summary

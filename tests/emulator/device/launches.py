@@ -24,6 +24,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 _REPLAY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
+_TOO_LONG = re.compile(r"more than \d+ warp instructions")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)")
 
 
@@ -138,7 +139,7 @@ class Launches:
             kernel.seconds += time.perf_counter() - start
             kernel.instructions += self.emulator.instructions - before
             found = self.emulator.findings()
-        if error and "budget" in error.lower():
+        if error and _TOO_LONG.match(error):
             self.too_long[kernel.name] += 1
             self.driver.driver_set_error(b"too long to emulate")
             return _FAILED

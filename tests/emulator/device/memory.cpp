@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kAlignment = 512;  // of torch's allocator for CUDA
 constexpr size_t kGuard = 512;      // bytes on either side
+constexpr size_t kMost = 1u << 30;  // bytes of one allocation: all of it is filled
 
 struct Block {
   char* whole;
@@ -92,6 +93,7 @@ void give_back(void* pointer) {
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &give_back, cuda()};
+    TORCH_CHECK_WITH(OutOfMemoryError, bytes <= kMost, "CUDA out of memory: ", bytes, " bytes on the fake device");
     Block block;
     block.bytes = bytes;
     block.total = kGuard + (bytes + kAlignment - 1) / kAlignment * kAlignment + kGuard;

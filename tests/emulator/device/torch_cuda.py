@@ -161,8 +161,9 @@ def _install_in_c(device: ctypes.CDLL) -> None:
     c._cuda_getDeviceCount = lambda: 1
     c._cuda_getDevice = lambda: 0
     c._cuda_setDevice = lambda index: None
-    cuda._exchange_device = cuda._maybe_exchange_device = lambda index: 0
-    c._cuda_exchangeDevice = c._cuda_maybeExchangeDevice = lambda index: 0
+    # Functions of their own each: torch.compile knows them by identity.
+    cuda._exchange_device = c._cuda_exchangeDevice = lambda index: 0
+    cuda._maybe_exchange_device = c._cuda_maybeExchangeDevice = lambda index: 0
     c._cuda_getCurrentRawStream = lambda index: device.device_stream()
     c._cuda_getCurrentStream = lambda index: (device.device_stream(), 0, 1)
     c._cuda_getDefaultStream = lambda index: (0, 0, 1)
