@@ -69,4 +69,4 @@ def _run_side_by_side(commands: list[list[str]]) -> None:
     for process in running:
         _, errors = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"{process.args}: {errors[-4000:]}")
+            raise RuntimeError(f"{process.args!r} failed:\n{errors[-4000:]}")

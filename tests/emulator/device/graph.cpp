@@ -61,7 +61,8 @@ bool device_is_capturing() { return is_capturing(); }
 int64_t device_begin_capture(int64_t pool) {
   int64_t number = 0;
   guarded([&] {
-    TORCH_CHECK(capturing == nullptr, "CUDA error: operation not permitted when stream is capturing");
+    TORCH_CHECK(capturing == nullptr,
+                "CUDA error: operation not permitted when stream is capturing");
     auto graph = std::make_unique<Graph>();
     graph->pool = pools[pool].lock();
     if (graph->pool == nullptr) pools[pool] = graph->pool = std::make_shared<Pool>();
@@ -85,7 +86,8 @@ int device_end_capture() {
     graph->before.reset();
     auto generator = host_generator(std::nullopt);
     generator.set_state(graph->random_state);
-    TORCH_CHECK(!graph->is_broken, "CUDA error: operation failed due to a previous error during capture");
+    TORCH_CHECK(!graph->is_broken,
+                "CUDA error: operation failed due to a previous error during capture");
   });
 }
 

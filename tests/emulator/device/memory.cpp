@@ -43,14 +43,16 @@ State& state() {
 }
 
 void fill(char* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; i++) begin[i] = static_cast<char>(i & 1 ? kUnwritten >> 8 : kUnwritten & 255);
+  for (size_t i = 0; i < bytes; i++)
+    begin[i] = static_cast<char>(i & 1 ? kUnwritten >> 8 : kUnwritten & 255);
 }
 
 // The guards begin at even addresses, as what they surround does.
 bool is_filled(const char* begin, size_t bytes, bool odd) {
   for (size_t i = 0; i < bytes; i++) {
     const bool high = (i & 1) != odd;
-    if (static_cast<unsigned char>(begin[i]) != (high ? kUnwritten >> 8 : kUnwritten & 255)) return false;
+    if (static_cast<unsigned char>(begin[i]) != (high ? kUnwritten >> 8 : kUnwritten & 255))
+      return false;
   }
   return true;
 }
@@ -63,7 +65,8 @@ void check_guards(const Block& block) {
   if (!is_filled(user + block.bytes, behind, block.bytes & 1)) name = "behind";
   if (name == nullptr) return;
   char line[128];
-  std::snprintf(line, sizeof line, "bytes %s an allocation of %zu bytes were written\n", name, block.bytes);
+  std::snprintf(line, sizeof line, "bytes %s an allocation of %zu bytes were written\n", name,
+                block.bytes);
   state().damage += line;
 }
 
@@ -93,7 +96,8 @@ void give_back(void* pointer) {
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &give_back, cuda()};
-    TORCH_CHECK_WITH(OutOfMemoryError, bytes <= kMost, "CUDA out of memory: ", bytes, " bytes on the fake device");
+    TORCH_CHECK_WITH(OutOfMemoryError, bytes <= kMost, "CUDA out of memory: ", bytes,
+                     " bytes on the fake device");
     Block block;
     block.bytes = bytes;
     block.total = kGuard + (bytes + kAlignment - 1) / kAlignment * kAlignment + kGuard;
@@ -115,7 +119,9 @@ struct Allocator final : c10::Allocator {
     return {user, user, &give_back, cuda()};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
-  void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    std::memcpy(to, from, bytes);
+  }
 };
 
 }  // namespace
@@ -148,7 +154,8 @@ void Pool::discard(void* block) {
 void Pool::forget() {
   std::lock_guard<std::mutex> lock(state().mutex);
   for (const Kept& kept : kept_)
-    if (kept.is_discarded) fill(static_cast<char*>(kept.block), state().blocks.at(kept.block).bytes);
+    if (kept.is_discarded)
+      fill(static_cast<char*>(kept.block), state().blocks.at(kept.block).bytes);
 }
 
 int64_t pool_bytes(const Pool& pool) {

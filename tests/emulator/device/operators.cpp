@@ -19,20 +19,33 @@ using at::Tensor;
 using Stack = torch::jit::Stack;
 
 // These take tensors of the host beside the device's.
-const std::set<std::string> kMixing = {
-    "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::_to_copy",
-    "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",
-    "aten::_unsafe_index", "aten::is_set_to", "aten::_has_compatible_shallow_copy_type"};
+const std::set<std::string> kMixing = {"aten::copy_",
+                                       "aten::_copy_from",
+                                       "aten::_copy_from_and_resize",
+                                       "aten::_to_copy",
+                                       "aten::index",
+                                       "aten::index_put",
+                                       "aten::index_put_",
+                                       "aten::_index_put_impl_",
+                                       "aten::_unsafe_index",
+                                       "aten::is_set_to",
+                                       "aten::_has_compatible_shallow_copy_type"};
 // The host waits for their values.
-const std::set<std::string> kWaiting = {
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
-    "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim"};
+const std::set<std::string> kWaiting = {"aten::_local_scalar_dense",
+                                        "aten::nonzero",
+                                        "aten::masked_select",
+                                        "aten::equal",
+                                        "aten::_unique",
+                                        "aten::_unique2",
+                                        "aten::unique_consecutive",
+                                        "aten::unique_dim"};
 
 // A tensor of the host at the same address.
 Tensor on_host(const Tensor& tensor) {
   const auto& storage = tensor.storage();
   c10::DataPtr pointer(storage.mutable_data(), c10::Device(c10::DeviceType::CPU));
-  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(pointer), nullptr, false);
+  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(pointer), nullptr,
+                    false);
   auto alias = at::detail::make_tensor<c10::TensorImpl>(
       std::move(same), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
   auto* impl = alias.unsafeGetTensorImpl();
@@ -48,7 +61,8 @@ Tensor new_tensor(at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType d
 
 Tensor copied_to_device(const Tensor& host) {
   const bool is_dense = host.is_non_overlapping_and_dense();
-  auto copy = new_tensor(host.sizes(), is_dense ? host.strides() : host.contiguous().strides(), host.scalar_type());
+  auto copy = new_tensor(host.sizes(), is_dense ? host.strides() : host.contiguous().strides(),
+                         host.scalar_type());
   on_host(copy).copy_(host);
   return copy;
 }
@@ -87,7 +101,8 @@ class Call {
     check_devices();
     if (kWaiting.count(name_)) forbid_in_capture(full_name_);
     const auto begin = stack_->size() - arguments_;
-    for (size_t i = 0; i < arguments_; i++) translate((*stack_)[begin + i], op_.schema().arguments()[i]);
+    for (size_t i = 0; i < arguments_; i++)
+      translate((*stack_)[begin + i], op_.schema().arguments()[i]);
     Stack again;
     if (is_capturing()) again.assign(stack_->end() - arguments_, stack_->end());
     execute(stack_);
@@ -103,8 +118,10 @@ class Call {
     const char* other = nullptr;
     const auto look = [&](const Tensor& tensor) {
       if (!tensor.defined()) return tensor;
-      if (tensor.is_cuda()) has_cuda = true;
-      else if (tensor.dim() > 0 || !tensor.is_cpu()) other = tensor.is_cpu() ? "cpu" : "meta";
+      if (tensor.is_cuda())
+        has_cuda = true;
+      else if (tensor.dim() > 0 || !tensor.is_cpu())
+        other = tensor.is_cpu() ? "cpu" : "meta";
       return tensor;
     };
     bool has_host = false;
@@ -113,14 +130,18 @@ class Call {
       if (value.isDevice() && value.toDevice().is_cuda()) has_cuda = true;
       if (value.isGenerator() && value.toGenerator().defined())
         has_generator_of_host |= value.toGenerator().device().is_cpu();
-      if (value.isTensor() && value.toTensor().defined() && value.toTensor().is_cpu()) has_host = true;
+      if (value.isTensor() && value.toTensor().defined() && value.toTensor().is_cpu())
+        has_host = true;
     }
     TORCH_CHECK(!has_cuda || other == nullptr || kMixing.count(name_),
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ", other, "! (", full_name_, ")");
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                "cuda:0 and ",
+                other, "! (", full_name_, ")");
     TORCH_CHECK(!has_cuda || !has_generator_of_host,
-        "Expected a 'cuda' device type for generator but found 'cpu' (", full_name_, ")");
+                "Expected a 'cuda' device type for generator but found 'cpu' (", full_name_, ")");
     // Memory that the host may change meanwhile cannot be part of a graph.
-    if (has_host && (name_ == "aten::copy_" || name_ == "aten::_copy_from")) forbid_in_capture(full_name_ + " with the host");
+    if (has_host && (name_ == "aten::copy_" || name_ == "aten::_copy_from"))
+      forbid_in_capture(full_name_ + " with the host");
   }
 
   void translate(c10::IValue& value, const c10::Argument& argument) {
@@ -140,8 +161,8 @@ class Call {
     if (known != given_.end()) return known->second;
     // A result that the kernel may resize must own its memory.
     Tensor host = is_written && device.numel() == 0
-        ? at::empty(device.sizes(), device.options().device(at::kCPU))
-        : on_host(device);
+                      ? at::empty(device.sizes(), device.options().device(at::kCPU))
+                      : on_host(device);
     given_[device.unsafeGetTensorImpl()] = host;
     origin_[host.unsafeGetTensorImpl()] = device;
     if (device.numel() > 0) by_memory_[host.storage().data()] = device;
@@ -174,8 +195,10 @@ class Call {
       return copy;
     }
     auto view = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(of->second.storage()), c10::DispatchKeySet(c10::DispatchKey::CUDA), host.dtype());
-    view.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
+        c10::Storage(of->second.storage()), c10::DispatchKeySet(c10::DispatchKey::CUDA),
+        host.dtype());
+    view.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(),
+                                                      host.storage_offset());
     new_.emplace_back();
     return view;
   }
@@ -187,7 +210,8 @@ class Call {
       size_t next = 0;
       for (const auto& value : torch::jit::last(stack, call.results_))
         mapped(value, [&](const Tensor& host) {
-          if (!host.defined() || !host.is_cpu() || call.origin_.count(host.unsafeGetTensorImpl())) return host;
+          if (!host.defined() || !host.is_cpu() || call.origin_.count(host.unsafeGetTensorImpl()))
+            return host;
           const Tensor& device = call.new_.at(next++);
           if (device.defined()) on_host(device).copy_(host);
           return host;
@@ -209,26 +233,30 @@ class Call {
 
 void run_on_host(const c10::OperatorHandle& op, Stack* stack) { Call(op, stack).run(); }
 
-Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>,
-    std::optional<bool> is_pinned, std::optional<at::MemoryFormat> format) {
+Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+             std::optional<at::Device>, std::optional<bool> is_pinned,
+             std::optional<at::MemoryFormat> format) {
   TORCH_CHECK(!is_pinned.value_or(false), "Only dense CPU tensors can be pinned");
   const c10::DispatchKeySet key(c10::DispatchKey::CUDA);
   return Tensor(at::detail::empty_generic(
       size, allocator(), key, dtype.value_or(at::get_default_dtype_as_scalartype()), format));
 }
 
-Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-    std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride,
+                     std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                     std::optional<at::Device>, std::optional<bool>) {
   return new_tensor(size, stride, dtype.value_or(at::get_default_dtype_as_scalartype()));
 }
 
-const Tensor& resize(const Tensor& self, c10::IntArrayRef size, std::optional<at::MemoryFormat> format) {
+const Tensor& resize(const Tensor& self, c10::IntArrayRef size,
+                     std::optional<at::MemoryFormat> format) {
   at::native::resize_impl_cpu_(self.unsafeGetTensorImpl(), size, std::nullopt, true);
   if (format.has_value()) self.unsafeGetTensorImpl()->empty_tensor_restride(*format);
   return self;
 }
 
-Tensor& set_at(Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
+Tensor& set_at(Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef size,
+               c10::IntArrayRef stride) {
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
   return self;
@@ -244,7 +272,8 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 }
 
 Tensor& set_nothing(Tensor& self) {
-  c10::Storage none(c10::Storage::use_byte_size_t(), 0, allocator()->allocate(0), allocator(), true);
+  c10::Storage none(c10::Storage::use_byte_size_t(), 0, allocator()->allocate(0), allocator(),
+                    true);
   return set_at(self, std::move(none), 0, {0}, {1});
 }
 
@@ -287,7 +316,8 @@ void prefer_kernels_of_the_host() {
   for (const auto& name : dispatcher.getAllOpNames()) {
     const auto op = dispatcher.findOp(name);
     if (!op.has_value() || op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) continue;
-    const bool is_composite = op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) ||
+    const bool is_composite =
+        op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) ||
         op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional);
     const bool is_wanted = op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && is_composite;
     if (!is_wanted && !(name.name == "aten::copy_")) continue;

@@ -23,7 +23,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::Stream getStream(c10::Device) const override { return stream(current_stream); }
   c10::Stream getDefaultStream(c10::Device) const override { return stream(0); }
-  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return stream(++last_stream); }
+  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override {
+    return stream(++last_stream);
+  }
   c10::Stream getNewStream(c10::Device, int) const override { return stream(++last_stream); }
   c10::Stream exchangeStream(c10::Stream next) const override {
     const auto before = stream(current_stream);
@@ -31,14 +33,17 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void record(void**, const c10::Stream&, const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { forbid_in_capture("synchronize"); }
   void synchronizeEvent(void*) const override { forbid_in_capture("synchronize"); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { forbid_in_capture("synchronize"); }
+  void synchronizeDevice(const c10::DeviceIndex) const override {
+    forbid_in_capture("synchronize");
+  }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 0.0; }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
@@ -53,8 +58,12 @@ struct Generator final : c10::GeneratorImpl {
   uint64_t get_offset() const override { return host.get_offset(); }
   uint64_t current_seed() const override { return host.current_seed(); }
   uint64_t seed() override { return host.seed(); }
-  void set_state(const c10::TensorImpl& state) override { host.unsafeGetGeneratorImpl()->set_state(state); }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return host.unsafeGetGeneratorImpl()->get_state(); }
+  void set_state(const c10::TensorImpl& state) override {
+    host.unsafeGetGeneratorImpl()->set_state(state);
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return host.unsafeGetGeneratorImpl()->get_state();
+  }
   Generator* clone_impl() const override {
     auto* copy = new Generator(0);
     copy->host.set_state(host.get_state());
@@ -85,7 +94,9 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::Device getDeviceFromPtr(void*) const override { return cuda(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   void deviceSynchronize(c10::DeviceIndex) const override {}
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return default_generator(); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+    return default_generator();
+  }
   // Python has no other way to the default one: it is the first that is asked for.
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
     static bool is_first = true;
@@ -98,7 +109,8 @@ struct Hooks final : at::CUDAHooksInterface {
 }  // namespace
 
 at::Generator host_generator(const std::optional<at::Generator>& generator) {
-  const auto& given = generator.has_value() && generator->defined() ? *generator : default_generator();
+  const auto& given =
+      generator.has_value() && generator->defined() ? *generator : default_generator();
   return static_cast<Generator*>(given.unsafeGetGeneratorImpl())->host;
 }
 
