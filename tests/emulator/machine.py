@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from tests.emulator.build import emulator_library
 
 REPORT_BYTES = 1 << 20

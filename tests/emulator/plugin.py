@@ -5,8 +5,8 @@
 Settings, in the environment:
 
 - ``FUSEDFORMER_EMULATE``: sm_90 or sm_80.
-- ``FUSEDFORMER_EMULATE_BUDGET``: warp instructions that a launch may take, 20,000,000 unless told; a
-  test with a longer one is skipped, and counted at the end. 0: as many as it takes.
+- ``FUSEDFORMER_EMULATE_BUDGET``: warp instructions that a launch may take, 20,000,000 unless told;
+  a test with a longer one is skipped, and counted at the end. 0: as many as it takes.
 - ``FUSEDFORMER_EMULATE_ORDER``: the order that programs and warps run in: 0, 1 or 2.
 
 See docs/emulator.md.
@@ -23,16 +23,15 @@ from typing import Any
 
 import pytest
 from tests.emulator import device
-from tests.emulator.device import build
+from tests.emulator.build import emulator_library
 from tests.emulator.device.launches import Launches
 
 TARGET = os.environ.get("FUSEDFORMER_EMULATE", "sm_90")
 BUDGET = int(os.environ.get("FUSEDFORMER_EMULATE_BUDGET", "20000000"))
 ORDER = int(os.environ.get("FUSEDFORMER_EMULATE_ORDER", "0"))
-LIBRARY = os.environ.get("FUSEDFORMER_EMULATE_LIBRARY", "")
 _SLOWEST = 8  # kernels named in the summary
 
-launches = device.install(TARGET, build.BUILD / LIBRARY)
+launches = device.install(TARGET, emulator_library())
 launches.emulator.configure("budget", BUDGET)
 launches.emulator.configure("order", ORDER)
 _begun = time.perf_counter()

@@ -41,7 +41,7 @@ def install(target: str, emulator: Path) -> Launches:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # Kernels are kept as PTX, which would pass for machine code in the cache of a user.
-    os.environ["TRITON_CACHE_DIR"] = str(build.BUILD / "triton-cache")
+    os.environ["TRITON_CACHE_DIR"] = str(build.FOLDER / "triton-cache")
     driver = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     # Before torch, which asks whether there is CUDA as soon as it is imported.
     device = ctypes.CDLL(str(folder / "libdevice.so"), mode=ctypes.RTLD_GLOBAL)

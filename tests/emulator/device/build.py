@@ -11,8 +11,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.emulator.build import FOLDER, compiler
+
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parents[2] / "build" / "emulator"
 SOURCES = ("memory.cpp", "graph.cpp", "runtime.cpp", "operators.cpp")
 
 
@@ -30,12 +31,12 @@ def built() -> Path:
     digest = hashlib.sha256()
     for file in (*sorted(HERE.glob("*.[ch]*")), torch / "version.py", triton / "__init__.py"):
         digest.update(file.read_bytes())
-    folder = BUILD / f"device-{digest.hexdigest()[:12]}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "device.lock", "w") as lock:  # several workers begin at once
+    folder = FOLDER / f"device-{digest.hexdigest()[:12]}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "device.lock", "w") as lock:  # several workers begin at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            made = BUILD / f"device-{os.getpid()}"
+            made = FOLDER / f"device-{os.getpid()}"
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
             _build_device(made, torch)
@@ -48,12 +49,12 @@ def _build_device(folder: Path, torch: Path) -> None:
     include = torch / "include"
     flags = ["-std=c++20", "-O1", "-fPIC", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
     _run_side_by_side(
-        [["g++", *flags, "-c", str(HERE / s), "-o", str(folder / f"{s}.o")] for s in SOURCES]
+        [[compiler(), *flags, "-c", str(HERE / s), "-o", str(folder / f"{s}.o")] for s in SOURCES]
     )
     objects = [str(folder / f"{source}.o") for source in SOURCES]
     libraries = [f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-ltorch_cpu", "-lc10"]
     _run_side_by_side(
-        [["g++", "-shared", "-o", str(folder / "libdevice.so"), *objects, *libraries]]
+        [[compiler(), "-shared", "-o", str(folder / "libdevice.so"), *objects, *libraries]]
     )
 
 
@@ -61,7 +62,7 @@ def _build_driver(folder: Path, triton: Path) -> None:
     include = triton / "backends" / "nvidia" / "include"  # of cuda.h
     flags = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
     driver = str(folder / "libcuda.so.1")
-    _run_side_by_side([["gcc", *flags, str(HERE / "driver.c"), "-o", driver]])
+    _run_side_by_side([[compiler(), "-x", "c", *flags, str(HERE / "driver.c"), "-o", driver]])
 
 
 def _run_side_by_side(commands: list[list[str]]) -> None:
