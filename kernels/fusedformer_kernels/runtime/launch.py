@@ -159,7 +159,7 @@ _NUMBERS = frozenset({int, float, bool, type(None)})
 
 @functools.cache
 def _counts_of(kernel: Any) -> frozenset[int]:
-    """Positions of the parameters that Triton does not specialize a kernel on."""
+    """Positions of the parameters that Triton does not specialize a kernel on, if numbers."""
     parameters = getattr(kernel, "params", ())  # none under the interpreter
     return frozenset(i for i, p in enumerate(parameters) if p.do_not_specialize)
 
@@ -172,10 +172,8 @@ def _kinds_of_numbers(values: tuple[Any, ...], types: tuple[type, ...]) -> tuple
     return tuple(kinds)
 
 
-def _width(value: int | None) -> int | None:
+def _width(value: int) -> int:
     """Bits of the integer type that a number is passed as; 65 for the unsigned one of 64."""
-    if value is None:
-        return None
     return 32 if -(2**31) <= value < 2**31 else 64 + (value.bit_length() > 63)
 
 
@@ -185,14 +183,15 @@ def _append_kinds(
     """Append what Triton compiles a kernel anew for; the device of the last tensor.
 
     That is a tensor's dtype and whether it is aligned, whether an integer is 1 or a multiple of
-    16 and how wide it is, and a constant's value; of an integer among ``counts`` its width alone.
+    16 and how wide it is, and a constant's value; of an integer among ``counts`` its width alone,
+    but not of those in a tuple, on which Triton specializes whatever the parameter is.
     """
     device = None
     append = kinds.append
     for index, value in enumerate(args):
         kind = type(value)
-        if index in counts and value is not None:
-            append(_width(value) if kind is int else tuple(map(_width, value)))
+        if kind is int and index in counts:
+            append(_width(value))
         elif kind is int:
             if value == 1:
                 append(1)

@@ -14,7 +14,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Parameters that say how many there are. Triton would compile a kernel anew for the values 1 and
-# multiples of 16; ptxas does not survive each of those forms, and tests do not see each.
+# multiples of 16; ptxas does not survive each of those forms, and tests do not see each. Of a tuple
+# it still does: of "sizes" each number is 1, a multiple of 16 or neither.
 COUNTS = (
     "sizes", "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
     "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
