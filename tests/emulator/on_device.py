@@ -6,6 +6,7 @@ A test whose name ends in ``_is_found`` plants a fault, and fails by it: that is
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import threading
 
@@ -43,12 +44,19 @@ def _fill_rows(y_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def test_copies() -> None:
     host = torch.randn(3, 5)
-    copy = host.to(GPU)
-    assert copy.device == GPU and copy.is_cuda
-    assert torch.equal(copy.cpu(), host)
+    device = host.to(GPU)
+    assert device.device == GPU and device.is_cuda
+    assert torch.equal(device.cpu(), host)
     host[0] = 0.0
-    assert copy[0].any()
-    assert torch.equal(copy.half().cpu(), copy.cpu().half())
+    assert device[0].any()
+    assert torch.equal(device.half().cpu(), device.cpu().half())
+
+
+def test_deep_copies() -> None:
+    x = torch.randn(3, 5, device=GPU)
+    copied = copy.deepcopy({"x": x, "t": x.t()})
+    assert torch.equal(copied["x"], x) and copied["x"].data_ptr() != x.data_ptr()
+    assert copied["t"].data_ptr() == copied["x"].data_ptr()
 
 
 def test_views_and_in_place() -> None:

@@ -123,6 +123,7 @@ def install(device: ctypes.CDLL, properties: Properties) -> None:
     Graph.device = device
     cuda: Any = torch.cuda
     _install_in_c(device)
+    _let_storages_be_copied()
     cuda.Stream = cuda.streams.Stream = Stream
     cuda.Event = cuda.streams.Event = Event
     cuda.CUDAGraph = cuda.graphs.CUDAGraph = Graph
@@ -148,6 +149,20 @@ def install(device: ctypes.CDLL, properties: Properties) -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda._initialized = True
     cuda.default_generators = (torch.Generator("cuda"),)  # the first of all, see runtime.cpp
+
+
+def _let_storages_be_copied() -> None:
+    """Make the memory of copies by an operator: storages make none of CUDA in this build."""
+    storages: Any = torch.UntypedStorage
+    plain = storages.clone
+
+    def clone(self: Any) -> Any:
+        if self.device.type != "cuda":
+            return plain(self)
+        memory = torch.empty(self.nbytes(), dtype=torch.uint8, device=self.device)
+        return memory.untyped_storage().copy_(self)
+
+    storages.clone = clone
 
 
 def _install_in_c(device: ctypes.CDLL) -> None:
