@@ -1,4 +1,4 @@
-"""Builds the emulator's library with the C++ compiler that Triton needs too, once for its sources."""
+"""Builds the emulator's library, once for its sources, with the C++ compiler that Triton uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = HERE.parents[1] / "build" / "emulator"
 # Products and sums are rounded as PTX says, so nothing may be contracted.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fwrapv",
-    "-fno-strict-aliasing", "-fPIC", "-shared",
+    "-fno-strict-aliasing", "-fvisibility=hidden", "-fPIC", "-shared",
 )  # fmt: skip
 
 

@@ -103,15 +103,13 @@ class Machine:
         """
         handle = self.load(kernel.ptx, kernel.name)
         kinds = kernel.parameters
-        values = [
+        values: list[Any] = [
             _NUMBERS[kind](value.data_ptr() if isinstance(value, torch.Tensor) else value)
             for kind, value in zip(kinds, arguments, strict=False)
         ]
         # The last two, which Triton adds, point to scratch memory that no kernel here has.
         values += [ctypes.c_uint64(0)] * (len(kinds) - len(values))
-        pointers = (ctypes.c_void_p * len(values))(
-            *[ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
-        )
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid)))
         with self.allocated([a for a in arguments if isinstance(a, torch.Tensor)]):
             if self.library.emulator_launch(handle, sizes, kernel.threads, kernel.shared, pointers):
@@ -123,10 +121,42 @@ class Machine:
         self.library.emulator_report(text, REPORT_BYTES)
         return text.value.decode().splitlines()
 
+    @contextmanager
+    def taking_launches(self, target_name: str) -> Iterator[None]:
+        """Run what the library's launchers launch inside, on CPU tensors, as on ``target_name``."""
+        from fusedformer_kernels.compiler.ahead_of_time import ast_source
+        from fusedformer_kernels.runtime import launch as launches
+        from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+
+        def run(launch: launches.Launch) -> None:
+            source = ast_source(launch)
+            kernel = compile_source(source, target_name, launch.config.options())
+            given = [launch.arguments[name] for name in source.signature]
+            arguments = list(_passed(tuple(given), tuple(source.signature.values())))
+            self.launch(kernel, launch.grid, *arguments)
+
+        previous, launches._replacement = launches._replacement, run
+        try:
+            with assume_target(TARGETS[target_name]):
+                yield
+        finally:
+            launches._replacement = previous
+
     @property
     def instructions(self) -> int:
         """Count the warp instructions that were run."""
         return int(self.library.emulator_instructions())
+
+
+def _passed(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the arguments that a compiled kernel takes: those that are no constants."""
+    for value, kind in zip(values, kinds, strict=True):
+        if isinstance(kind, tuple):
+            yield from _passed(value, kind)
+        elif kind != "constexpr":
+            if isinstance(value, torch.Tensor) and value.data_ptr() % 16:
+                raise ValueError("kernels are compiled for pointers that are multiples of 16")
+            yield value
 
 
 def target(name: str) -> Any:

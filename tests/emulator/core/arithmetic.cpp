@@ -123,14 +123,11 @@ struct Negative {
 };
 
 // 2**x: a polynomial in double, whose error is far below that of rounding to float.
-float exp2_of(float x) {
+inline float exp2_of(float x) {
   const double clamped = x > 200.0f ? 200.0 : x < -200.0f ? -200.0 : (double)x;
   const double shifted = clamped + 0x1.8p52;  // the nearest integer, in the last bits
   const double f = (clamped - (shifted - 0x1.8p52)) * 0.6931471805599453094;
-  double p = 1.0 / 479001600;
-  p = p * f + 1.0 / 39916800;
-  p = p * f + 1.0 / 3628800;
-  p = p * f + 1.0 / 362880;
+  double p = 1.0 / 362880;
   p = p * f + 1.0 / 40320;
   p = p * f + 1.0 / 5040;
   p = p * f + 1.0 / 720;

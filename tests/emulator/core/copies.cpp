@@ -59,6 +59,7 @@ void finish_copy(Warp &warp, const Copy &copy) {
         if (halves[0] == UNWRITTEN_HALF && halves[1] == UNWRITTEN_HALF) unwritten |= 1u << lane;
       }
     }
+    shared.changed(copy.to[lane]);
     memcpy(shared.at(copy.to[lane]), bytes, copy.bytes);
   });
   if (unwritten)

@@ -5,6 +5,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 // Parse one kernel out of PTX. 0, or nonzero where emulator_error says what it does not know.
 int emulator_load(uint64_t handle, const char *ptx, const char *name);
@@ -37,6 +38,7 @@ void emulator_configure(const char *name, int64_t value);
 // Warp instructions run so far.
 uint64_t emulator_instructions(void);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -5,6 +5,7 @@
 #include "global.h"
 #include "lanes.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace emulator {
 
@@ -205,6 +206,7 @@ void run_launch(Launch &launch, void **parameters) {
   launch.first_stamp = global_memory.begin_launch(blocks);
   fill_constants(launch, parameters);
   prepare(block, launch);
+  tile_cache.new_launch();
   struct Count {
     Launch &launch;
     ~Count() { instructions_run += launch.run; }

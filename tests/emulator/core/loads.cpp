@@ -177,6 +177,7 @@ uint32_t check_shared(Warp &warp, const Instruction &i, int lane, uint32_t addre
                std::to_string((int64_t)address - SHARED_BASE));
     return 0;
   }
+  if (WRITES) shared.changed(address);
   if (settings.check) {
     uint32_t problems = 0;
     if (WRITES) {

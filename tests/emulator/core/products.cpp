@@ -1,192 +1,104 @@
 #include "products.h"
 
-#include "fragments.h"
-#include "halves.h"
 #include "lanes.h"
+#include "tiles.h"
 
 namespace emulator {
 
 namespace {
 
-enum Format : int32_t { FLOAT16, BFLOAT16, TF32 };
 constexpr uint32_t TRANSPOSED_A = 1, TRANSPOSED_B = 2, A_IN_REGISTERS = 4;
 
-// tf32 is a float whose last 13 bits are not looked at.
-float from_tf32(uint32_t bits) { return as_float(bits & ~0x1fffu); }
-
-float from_half(int32_t format, uint32_t bits) {
-  return format == FLOAT16 ? from_float16(bits) : from_bfloat16(bits);
-}
-
-// The left tile out of four registers, as mma and wgmma have it.
-void left_from_registers(const Warp &warp, const Operand *registers, int32_t format, LeftTile &tile) {
+// The left tile out of four registers, as mma and wgmma have it. Every lane of a row of the result
+// needs each k, which one of its four lanes holds.
+template <int32_t FORMAT>
+void left_from_registers(const Warp &warp, const Operand *registers, LeftTile &tile) {
   for (int n = 0; n < 4; n++) {
     const uint32_t *row = warp.row<uint32_t>(registers[n]);
-    const int half = n % 2;
-    if (format == TF32) {
-      for (int lane = 0; lane < LANES; lane++) {
-        // Every lane of a row of the result needs each k, which one of its four lanes holds.
-        for (int k = 0; k < 4; k++)
-          tile.at[k + n / 2 * 4][half][lane] = from_tf32(row[lane / 4 * 4 + k]);
-      }
-      continue;
-    }
+    const int half = n % 2, second = n / 2;
     for (int k = 0; k < 4; k++) {
-      for (int lane = 0; lane < LANES; lane++) {
-        const uint32_t pair = row[lane / 4 * 4 + k];
-        tile.at[2 * k + n / 2 * 8][half][lane] = from_half(format, pair & 0xffff);
-        tile.at[2 * k + 1 + n / 2 * 8][half][lane] = from_half(format, pair >> 16);
+      uint32_t pair[LANES];
+      for (int lane = 0; lane < LANES; lane++) pair[lane] = row[(lane & ~3) + k];
+      if (FORMAT == TF32) {
+        float *to = tile.at[k + second * 4][half];
+        for (int lane = 0; lane < LANES; lane++) to[lane] = from_tf32(pair[lane]);
+        continue;
+      }
+      float *even = tile.at[2 * k + second * 8][half], *odd = tile.at[2 * k + 1 + second * 8][half];
+      for (int lane = 0; lane < LANES; lane++) even[lane] = from_half<FORMAT>(pair[lane] & 0xffff);
+      for (int lane = 0; lane < LANES; lane++) odd[lane] = from_half<FORMAT>(pair[lane] >> 16);
+    }
+  }
+}
+
+void left_from_registers(const Warp &warp, const Operand *registers, int32_t format, LeftTile &tile) {
+  if (format == FLOAT16) left_from_registers<FLOAT16>(warp, registers, tile);
+  else if (format == BFLOAT16) left_from_registers<BFLOAT16>(warp, registers, tile);
+  else left_from_registers<TF32>(warp, registers, tile);
+}
+
+template <int32_t FORMAT>
+void right_from_registers(const Warp &warp, const Operand *registers, RightTile &tile) {
+  float values[MOST_K][8];
+  for (int n = 0; n < 2; n++) {
+    const uint32_t *row = warp.row<uint32_t>(registers[n]);
+    for (int lane = 0; lane < LANES; lane++) {
+      const int column = lane / 4, k = lane % 4;
+      if (FORMAT == TF32) {
+        values[k + n * 4][column] = from_tf32(row[lane]);
+      } else {
+        values[2 * k + n * 8][column] = from_half<FORMAT>(row[lane] & 0xffff);
+        values[2 * k + 1 + n * 8][column] = from_half<FORMAT>(row[lane] >> 16);
       }
     }
   }
+  for (int k = 0; k < 2 * elements_of(FORMAT); k++) place_right(tile, k, values[k], 8);
 }
 
 void multiply_registers(Warp &warp, const Instruction &i) {
   whole_warp(warp, i, "mma");
   static thread_local LeftTile left;
   static thread_local RightTile right;
-  const int32_t format = i.size;
-  const int steps = i.count;
-  left_from_registers(warp, i.operand + 4, format, left);
-  float values[MOST_K][8];
-  for (int n = 0; n < 2; n++) {
-    const uint32_t *row = warp.row<uint32_t>(i.operand[8 + n]);
-    for (int lane = 0; lane < LANES; lane++) {
-      const int column = lane / 4, k = lane % 4;
-      if (format == TF32) {
-        values[k + n * 4][column] = from_tf32(row[lane]);
-      } else {
-        values[2 * k + n * 8][column] = from_half(format, row[lane] & 0xffff);
-        values[2 * k + 1 + n * 8][column] = from_half(format, row[lane] >> 16);
-      }
-    }
-  }
-  for (int k = 0; k < steps; k++) place_right(right, k, values[k], 8);
+  left_from_registers(warp, i.operand + 4, i.size, left);
+  if (i.size == FLOAT16) right_from_registers<FLOAT16>(warp, i.operand + 8, right);
+  else if (i.size == BFLOAT16) right_from_registers<BFLOAT16>(warp, i.operand + 8, right);
+  else right_from_registers<TF32>(warp, i.operand + 8, right);
   float *results[4];
   const float *sums[4];
   for (int n = 0; n < 4; n++) {
     results[n] = warp.row<float>(i.operand[n]);
     sums[n] = warp.row<float>(i.operand[10 + n]);
   }
-  multiply(left, right, 0, steps, results, sums);
-}
-
-// Where a tile lies that a descriptor names: addresses of its chunks of 16 bytes.
-struct Layout {
-  uint32_t start, leading, stride, width;  // width: of a swizzled row, or 16 where there is none
-
-  explicit Layout(uint64_t descriptor) {
-    static const uint32_t widths[] = {16, 128, 64, 32};
-    start = (uint32_t)(descriptor & 0x3fff) << 4;
-    leading = (uint32_t)(descriptor >> 16 & 0x3fff) << 4;
-    stride = (uint32_t)(descriptor >> 32 & 0x3fff) << 4;
-    width = widths[descriptor >> 62];
-  }
-  uint32_t swizzled(uint32_t address) const { return address ^ ((address >> 3) & (width - 16)); }
-
-  // Rows (or columns of the right tile) whose 16 bytes go along k.
-  uint32_t along_k(uint32_t row, uint32_t chunk) const {
-    const uint32_t step = width == 16 ? leading : 16;
-    return swizzled(start + row % 8 * width + row / 8 * stride + chunk * step);
-  }
-  // Steps of k whose 16 bytes go along the rows.
-  uint32_t along_rows(uint32_t k, uint32_t chunk) const {
-    if (width == 16) return start + k % 8 * 16 + k / 8 * leading + chunk * stride;
-    const uint32_t chunks = width / 16;
-    return swizzled(start + chunk % chunks * 16 + chunk / chunks * leading + k % 8 * width + k / 8 * stride);
-  }
-};
-
-// Chunks of 16 bytes of a tile: of the right one all, of the left one the 16 rows of this warp.
-// `visit(address, a, b)`: a is the row or the step of k, b the chunk along the other.
-template <class F>
-void each_chunk(uint64_t descriptor, bool transposed, int first_row, int rows, int elements, F &&visit) {
-  const Layout layout(descriptor);
-  if (!transposed) {
-    for (int row = 0; row < rows; row++)
-      for (int chunk = 0; chunk < 2; chunk++)
-        visit(layout.along_k(first_row + row, chunk), row, chunk);
-  } else {
-    for (int k = 0; k < 2 * elements; k++)
-      for (int chunk = 0; chunk < rows / elements; chunk++)
-        visit(layout.along_rows(k, first_row / elements + chunk), k, chunk);
-  }
-}
-
-// The elements of one chunk as floats; how many there are.
-int read_chunk(const uint8_t *bytes, int32_t format, float *values) {
-  if (format == TF32) {
-    uint32_t words[4];
-    memcpy(words, bytes, 16);
-    for (int n = 0; n < 4; n++) values[n] = from_tf32(words[n]);
-    return 4;
-  }
-  uint16_t halves[8];
-  memcpy(halves, bytes, 16);
-  if (format == FLOAT16)
-    for (int n = 0; n < 8; n++) values[n] = from_float16(halves[n]);
-  else
-    for (int n = 0; n < 8; n++) values[n] = from_bfloat16(halves[n]);
-  return 8;
-}
-
-// A tile of `rows` by k into dense[k][row].
-template <int STRIDE>
-void read_tile(Warp &warp, uint64_t descriptor, bool transposed, int first_row, int rows,
-               int32_t format, float (*dense)[STRIDE]) {
-  const int elements = format == TF32 ? 4 : 8;
-  each_chunk(descriptor, transposed, first_row, rows, elements, [&](uint32_t address, int a, int b) {
-    float values[8];
-    read_chunk(warp.block->shared.at(address), format, values);
-    if (transposed)
-      memcpy(dense[a] + b * elements, values, elements * sizeof(float));
-    else
-      for (int n = 0; n < elements; n++) dense[b * elements + n][a] = values[n];
-  });
+  multiply(left, right, 0, i.count, results, sums);
 }
 
 int columns_of(const Instruction &i) { return i.results * 2; }
-int first_row_of(const Warp &warp) { return warp.number % 4 * 16; }
 
 void compute(Warp &warp, const Product &product) {
   const Instruction &i = *product.instruction;
   static thread_local LeftTile left;
-  static thread_local RightTile right;
-  static thread_local float dense[MOST_K][MOST_N];
-  const int columns = columns_of(i), steps = i.count;
-  if (i.flags & A_IN_REGISTERS) {
+  if (i.flags & A_IN_REGISTERS)
     left_from_registers(warp, i.operand + i.results, i.size, left);
-  } else {
-    float rows[MOST_K][16];
-    read_tile(warp, product.a, i.flags & TRANSPOSED_A, first_row_of(warp), 16, i.size, rows);
-    for (int k = 0; k < steps; k++)
-      for (int half = 0; half < 2; half++)
-        for (int lane = 0; lane < LANES; lane++) left.at[k][half][lane] = rows[k][lane / 4 + half * 8];
-  }
-  read_tile(warp, product.b, i.flags & TRANSPOSED_B, 0, columns, i.size, dense);
-  for (int k = 0; k < steps; k++) place_right(right, k, dense[k], columns);
+  else
+    left_values(warp, *product.left, left);
+  const RightTile &right = right_values(warp, *product.right);
   static const float zeros[LANES] = {};
-  for (int n = 0; n < columns / 8; n++) {
+  for (int n = 0; n < columns_of(i) / 8; n++) {
     float *results[4];
     const float *sums[4];
     for (int j = 0; j < 4; j++) {
       results[j] = warp.row<float>(i.operand[4 * n + j]);
       sums[j] = product.accumulate ? results[j] : zeros;
     }
-    multiply(left, right, n, steps, results, sums);
+    multiply(left, right, n, i.count, results, sums);
   }
 }
 
-// Visit all chunks that a product reads, of both tiles.
+// Visit the tiles that a product reads; the right one is read by all the warps of a group.
 template <class F>
-void each_chunk_of(const Warp &warp, const Product &product, F &&visit) {
-  const Instruction &i = *product.instruction;
-  const int elements = i.size == TF32 ? 4 : 8;
-  if (!(i.flags & A_IN_REGISTERS))
-    each_chunk(product.a, i.flags & TRANSPOSED_A, first_row_of(warp), 16, elements,
-               [&](uint32_t address, int, int) { visit(address); });
-  each_chunk(product.b, i.flags & TRANSPOSED_B, 0, columns_of(i), elements,
-             [&](uint32_t address, int, int) { visit(address); });
+void each_tile(const Product &product, F &&visit) {
+  if (product.left) visit(*product.left, false);
+  visit(*product.right, true);
 }
 
 void mark(Warp &warp, const Operand &place, uint8_t use) {
@@ -194,6 +106,16 @@ void mark(Warp &warp, const Operand &place, uint8_t use) {
     if (!warp.uses[at]) warp.used.push_back(at);
     warp.uses[at] |= use;
   }
+}
+
+// Drop marks of all registers but those in `kept`.
+void keep_marks(Warp &warp, uint8_t kept) {
+  size_t left = 0;
+  for (uint32_t at : warp.used) {
+    warp.uses[at] &= kept;
+    if (warp.uses[at]) warp.used[left++] = at;
+  }
+  warp.used.resize(left);
 }
 
 void mark_registers(Warp &warp, const Product &product) {
@@ -229,27 +151,31 @@ void issue_product(Warp &warp, const Instruction &i) {
   const int a = i.results, b = a + (i.flags & A_IN_REGISTERS ? 4 : 1);
   Product product;
   product.instruction = &i;
-  if (!(i.flags & A_IN_REGISTERS)) product.a = uniform(warp, i, i.operand[a]);
-  product.b = uniform(warp, i, i.operand[b]);
+  if (!(i.flags & A_IN_REGISTERS))
+    product.left = &tile_cache.find({uniform(warp, i, i.operand[a]), i.size, warp.number % 4 * 16, 16,
+                                     (i.flags & TRANSPOSED_A) != 0});
+  product.right = &tile_cache.find({uniform(warp, i, i.operand[b]), i.size, 0, columns_of(i),
+                                    (i.flags & TRANSPOSED_B) != 0});
   product.accumulate = warp.predicate(i.operand[b + 1]) & 1;
   SharedMemory &shared = warp.block->shared;
-  uint32_t outside = 0;
-  each_chunk_of(warp, product, [&](uint32_t address) {
-    if (!shared.holds(address, 16)) outside = address;
+  bool inside = true;
+  each_tile(product, [&](Tile &tile, bool) {
+    if (shared.holds(tile.begin, tile.end - tile.begin)) return;
+    inside = false;
+    report(warp, i, -1, "out-of-bounds",
+           "wgmma reads " + std::to_string((int64_t)tile.begin - SHARED_BASE) + " to " +
+               std::to_string((int64_t)tile.end - SHARED_BASE) + " of " +
+               std::to_string(shared.bytes()) + " bytes of shared memory");
   });
-  if (outside)
-    return report(warp, i, -1, "out-of-bounds",
-                  "wgmma reads shared memory at " + std::to_string((int64_t)outside - SHARED_BASE) +
-                      " of " + std::to_string(shared.bytes()));
+  if (!inside) return;
   if (settings.check) {
     check_fence(warp, i);
-    uint32_t problems = 0, where = 0;
-    each_chunk_of(warp, product, [&](uint32_t address) {
-      const uint32_t found = shared.begin_product_read(address, warp.number, warp.block->fenced);
-      if (found & ~problems) where = address;
-      problems |= found;
+    each_tile(product, [&](Tile &tile, bool for_all_warps) {
+      uint32_t where = 0;
+      const uint32_t problems = check_tile(warp, tile, for_all_warps, where);
+      if (problems) report_shared(warp, i, -1, problems, where, false);
+      shared.begin_product(warp.number, tile.begin, tile.end, tile.chunks);
     });
-    if (problems) report_shared(warp, i, -1, problems, where, false);
     mark_registers(warp, product);
   }
   if (!settings.late) compute(warp, product);
@@ -259,7 +185,7 @@ void issue_product(Warp &warp, const Instruction &i) {
 void fence_products(Warp &warp, const Instruction &) {
   warp.products_fenced = true;
   if (!settings.check) return;
-  for (uint32_t at : warp.used) warp.uses[at] &= ~TOUCHED;
+  keep_marks(warp, ACCUMULATES | READS);
   warp.tracking = true;
   warp.look_again();
 }
@@ -269,18 +195,17 @@ void commit_products(Warp &warp, const Instruction &) { warp.products.commit(); 
 void wait_for_products(Warp &warp, const Instruction &i) {
   warp.products.wait(i.count, [&](const Product &product) {
     if (settings.late) compute(warp, product);
-    if (settings.check)
-      each_chunk_of(warp, product,
-                    [&](uint32_t address) { warp.block->shared.end_product_read(address, warp.number); });
+    if (!settings.check) return;
+    // Who writes there from now on, before a barrier, races with the others of the group.
+    uint32_t where = 0;
+    each_tile(product, [&](Tile &tile, bool all) {
+      check_tile(warp, tile, all, where);
+      warp.block->shared.end_product(warp.number, tile.begin, tile.end);
+    });
   });
   if (!settings.check) return;
   const bool done = warp.products.waiting.empty();
-  std::vector<uint32_t> before;
-  before.swap(warp.used);
-  for (uint32_t at : before) {
-    warp.uses[at] = done ? 0 : warp.uses[at] & TOUCHED;
-    if (warp.uses[at]) warp.used.push_back(at);
-  }
+  keep_marks(warp, done ? 0 : TOUCHED);
   for (const Product &product : warp.products.waiting) mark_registers(warp, product);
   if (done) {
     warp.products_fenced = warp.tracking = false;

@@ -55,14 +55,44 @@ class SharedMemory {
   void begin_copy(uint32_t address, uint32_t bytes);
   void end_copy(uint32_t address, uint32_t bytes);
 
-  // wgmma between its issue and its wait, 16 bytes at a time. `fenced` has the clock at the last
-  // fence of each warp.
-  uint32_t begin_product_read(uint32_t address, int warp, const std::vector<uint32_t> &fenced);
-  void end_product_read(uint32_t address, int warp);
+  // wgmma reads 16 bytes at a time: note that `warp` does, or all of its group. `fenced` has the
+  // clock at the last fence of each warp; what is known of the last writes goes into the last two.
+  uint32_t read_for_product(uint32_t address, int warp, bool all, const std::vector<uint32_t> &fenced,
+                            uint32_t &newest_write, bool &written_now) {
+    uint32_t problems = 0;
+    const uint32_t first = (address - SHARED_BASE) / 4;
+    for (uint32_t i = first; i < first + 4; i++) {
+      problems |= read_word(i, warp);
+      Word &word = words_[i];
+      if (all) word.reader = MANY;
+      const uint32_t clock = word.history >> 12;
+      newest_write = clock > newest_write ? clock : newest_write;
+      written_now |= word.writer != NOBODY;
+      if (fenced[warp] <= clock && fenced[word.history >> 4 & 255] <= clock) problems |= UNFENCED;
+    }
+    return problems;
+  }
+  // Between the issue and the wait of a wgmma nobody may write what it reads.
+  void begin_product(int warp, uint32_t begin, uint32_t end, const std::vector<uint32_t> &chunks) {
+    products_.push_back({warp, begin, end, &chunks});
+    for (uint32_t page = page_of(begin); page <= page_of(end - 1); page++) reading_[page]++;
+  }
+  void end_product(int warp, uint32_t begin, uint32_t end);
+
+  // Of the last write within [begin, end); grows with each.
+  uint64_t version(uint32_t begin, uint32_t end) const {
+    uint64_t newest = 1;
+    for (uint32_t page = page_of(begin); page <= page_of(end - 1); page++)
+      newest = versions_[page] > newest ? versions_[page] : newest;
+    return newest;
+  }
+  void changed(uint32_t address) { versions_[page_of(address)] = ++version_; }
+  uint32_t epoch() const { return epoch_; }
 
   uint32_t fence() { return ++clock_; }
 
  private:
+  static constexpr uint32_t PAGE = 1024;
   static constexpr uint32_t NOBODY = 0xffffffffu, MANY = 0xfefefefeu;
   struct Word {
     uint32_t epoch = 0;    // of writer and reader
@@ -99,12 +129,21 @@ class SharedMemory {
         (word.reader != NOBODY && word.reader != me && !only(word.reader, me)))
       problems |= differs(index * 4, 4, value) ? RACE : 0u;
     if (copies_[index]) problems |= PENDING_COPY;
-    if (products_[index / 4]) problems |= PENDING_PRODUCT;
+    if (reading_[index * 4 / PAGE] && is_read(index * 4)) problems |= PENDING_PRODUCT;
     word.writer = me;
     word.history = clock_ << 12 | (uint32_t)warp << 4 | 15;
     return problems;
   }
-  static bool only(uint32_t who, uint32_t me);  // each byte is mine or nobody's
+  static bool only(uint32_t who, uint32_t me) {  // each byte is mine or nobody's
+    bool all = true;
+    for (int byte = 0; byte < 32; byte += 8) {
+      const uint32_t each = who >> byte & 255;
+      all &= each == 255 || each == (me & 255);
+    }
+    return all;
+  }
+  static uint32_t page_of(uint32_t address) { return (address - SHARED_BASE) / PAGE; }
+  bool is_read(uint32_t offset) const;  // by a product that has not been waited for
   bool differs(uint32_t offset, uint32_t bytes, const uint8_t *value) const;
   uint32_t read_part(uint32_t offset, uint32_t bytes, int warp);
   uint32_t write_part(uint32_t offset, uint32_t bytes, int warp, const uint8_t *value);
@@ -114,7 +153,15 @@ class SharedMemory {
   std::vector<uint8_t> data_;
   std::vector<Word> words_;
   std::vector<uint8_t> copies_;     // pending, of each word
-  std::vector<uint16_t> products_;  // pending, of every 16 bytes
+  std::vector<uint64_t> versions_;  // of every page
+  uint64_t version_ = 1;
+  struct Reading {
+    int warp;
+    uint32_t begin, end;
+    const std::vector<uint32_t> *chunks;
+  };
+  std::vector<Reading> products_;   // pending
+  std::vector<uint32_t> reading_;   // how many, of every page
 };
 
 }  // namespace emulator

@@ -11,6 +11,7 @@ namespace emulator {
 
 struct Allocation;
 struct Block;
+struct Tile;
 
 struct Settings {
   bool check = true;
@@ -46,7 +47,7 @@ struct Copy {
 // One wgmma of a warp, done at its wait.
 struct Product {
   const Instruction *instruction = nullptr;
-  uint64_t a = 0, b = 0;  // descriptors
+  Tile *left = nullptr, *right = nullptr;  // no left one where it is in registers
   bool accumulate = true;
 };
 
