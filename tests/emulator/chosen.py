@@ -53,18 +53,9 @@ def repeated(run: Callable[..., Any], given: dict[str, Tensor]) -> list[Tensor]:
     return first
 
 
-# Findings that are still to be explained, on sm_90.
-OPEN = {"softcap": "wgmma-fence: registers of a product are written without a fence before it"}
-
-
-def marked(case: Case, dtype: torch.dtype) -> Any:
-    marks = []
-    if case.name in OPEN and plugin.TARGET == "sm_90":
-        marks = [pytest.mark.xfail(reason=OPEN[case.name], strict=False)]
-    return pytest.param(case, dtype, id=f"{case.op.name}, {case.name}", marks=marks)
-
-
-@pytest.mark.parametrize(("case", "dtype"), [marked(*each) for each in CASES])
+@pytest.mark.parametrize(
+    ("case", "dtype"), CASES, ids=[f"{case.op.name}, {case.name}" for case, _ in CASES]
+)
 def test_parity_and_the_same_bits_again(case: Case, dtype: torch.dtype) -> None:
     made = case.make(torch.Generator().manual_seed(1))
     given = {name: tensor.to(GPU) for name, tensor in made.items()}
