@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from tests.emulator.build import FOLDER
 from tests.emulator.device import build
 from tests.emulator.device.emulator import Emulator
 from tests.emulator.device.launches import Launches
@@ -41,7 +42,7 @@ def install(target: str, emulator: Path) -> Launches:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # Kernels are kept as PTX, which would pass for machine code in the cache of a user.
-    os.environ["TRITON_CACHE_DIR"] = str(build.FOLDER / "triton-cache")
+    os.environ["TRITON_CACHE_DIR"] = str(FOLDER / "triton-cache")
     driver = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     # Before torch, which asks whether there is CUDA as soon as it is imported.
     device = ctypes.CDLL(str(folder / "libdevice.so"), mode=ctypes.RTLD_GLOBAL)
