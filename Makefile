@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TRITONS := $(shell sed -n 's/^triton==//p' requirements-versions.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: report test test-compiled lint docs wheel compile-report architectures versions clean
+.PHONY: report test test-compiled emulate lint docs wheel compile-report architectures versions clean
 
 report: $(READY)  ## stock against fused on a pretrained encoder and real text
 	$(PY) -m fusedformer report --out report
@@ -19,6 +19,10 @@ test: $(READY)  ## the whole suite: interpreter and ahead-of-time compilation, o
 test-compiled: $(READY)  ## tests that touch no GPU, with no interpreter, as where a GPU is
 	FUSEDFORMER_TEST_COMPILED=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m cpu \
 	tests/ops tests/kernels tests/ecosystem tests/models tests/test_graphs.py tests/tools/test_tune.py
+
+emulate: $(READY)  ## the tests of ops as on a GPU of sm_90, whose kernels' PTX is emulated
+	FUSEDFORMER_EMULATE=$(or $(EMULATE),sm_90) $(PY) -m pytest -p tests.emulator.plugin \
+	-n $(WORKERS) --dist worksteal tests/ops
 
 lint: $(READY)
 	$(PY) -m ruff format --check .

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fusedformer import functional as F
 from fusedformer import nn
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
@@ -244,6 +246,26 @@ def attention(heads: int, queries: int, keys: int, dim: int) -> Callable[[], obj
     return lambda: attention_forward(query, key, value, AttentionTerms(scale=0.125))
 
 
+def check_sizes() -> None:
+    """Calls of one kind but for their sizes, one after another: each kernel fits its own call."""
+
+    def attention(length: int) -> object:
+        query, key, value = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+        output = F.scaled_dot_product_attention(query, key, value)
+        return torch.autograd.grad(output, (query, key, value), torch.randn_like(output))
+
+    def embedding(width: int) -> object:
+        return F.embedding_layer_norm(torch.zeros(3, 5, dtype=torch.int64), torch.randn(7, width))
+
+    for call in (attention, embedding):
+        calls = [partial(call, size) for size in (1, 16, 17, 48, 33, 1)]
+        plans.clear()
+        wanted = [launches_of(each, False, 1) for each in calls]
+        plans.clear()
+        launch._compiled.clear()
+        assert [launches_of(each, True, 1) for each in calls] == wanted, call.__name__
+
+
 def main() -> None:
     """Put the stand-ins in place, then check."""
     kernels_go_nowhere(lambda source, arguments: launched.append(described(source, arguments)))
@@ -261,6 +283,7 @@ def main() -> None:
     check_listeners()
     check_kinds_of_arguments()
     check_sizes_after_sizes()
+    check_sizes()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedformer._internal.autocast import autocast_off
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.attention.aten import attention_aten
@@ -64,6 +67,26 @@ def _(
     return output, lse
 
 
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    """Let autograd see the body of an op, where it is off for as long as the op runs.
+
+    Another thread would not do: the backward of CUDA tensors runs in one thread for each device,
+    which would wait for that other thread, and that one for it.
+    """
+    with torch._C._ForceDispatchKeyGuard(*_OF_A_NEW_THREAD), torch.enable_grad():
+        yield
+
+
+def _dispatched() -> tuple[Any, Any]:
+    """Return the keys that this thread dispatches to whatever the tensors, and those it skips."""
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+with ThreadPoolExecutor(1) as _thread:
+    _OF_A_NEW_THREAD = _thread.submit(_dispatched).result()
+
+
 @registered(
     "packed_attention_aten_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
@@ -85,23 +108,17 @@ def packed_attention_aten_backward(
     for place in wanted:
         given[place] = given[place].detach()
     leaves = [given[place] for place in wanted]
-    stream = torch.cuda.current_stream(query.device) if query.is_cuda else None
-
-    def differentiate() -> tuple[Tensor, ...]:
-        with torch.cuda.stream(stream):
-            for leaf in leaves:
-                leaf.requires_grad_()
-            outputs = seeded_aten(given, lse_grad is not None)
-            pairs = zip(outputs, (grad, lse_grad), strict=False)
-            known = [(output, grad) for output, grad in pairs if grad is not None]
-            outputs, grads = (list(each) for each in zip(*known, strict=True))
-            return torch.autograd.grad(
-                outputs, leaves, grads, allow_unused=True, materialize_grads=True
-            )
-
-    # In this thread autograd is off for as long as the op runs.
-    with ThreadPoolExecutor(1) as thread:
-        own = dict(zip(wanted, thread.submit(differentiate).result(), strict=True))
+    with _differentiable(), autocast_off(query):
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outputs = seeded_aten(given, lse_grad is not None)
+        pairs = zip(outputs, (grad, lse_grad), strict=False)
+        known = [(output, grad) for output, grad in pairs if grad is not None]
+        outputs, grads = (list(each) for each in zip(*known, strict=True))
+        found = torch.autograd.grad(
+            outputs, leaves, grads, allow_unused=True, materialize_grads=True
+        )
+    own = dict(zip(wanted, found, strict=True))
     first = (
         own[i].transpose(1, 2).contiguous().transpose(1, 2) if i in own else None for i in range(3)
     )

@@ -1,0 +1,147 @@
+"""Every kernel that ships, launched at least once by either way: ``test_suite.py`` starts this.
+
+Each case of the parity grid (odd sizes, masks, packed sequences) is compared with the definition,
+and done again: the second time, launches are cached ones, and the bits must be those of the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tests.emulator import plugin
+from torch import Tensor
+
+from fusedformer import backend, parity
+from fusedformer import functional as F
+from fusedformer.parity.cases import Case, all_cases
+from fusedformer_kernels.compiler.compile_cases import compile_cases
+from fusedformer_kernels.rows.dropout import dropout_mask
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import recorded_launches
+
+GPU = torch.device("cuda", 0)
+DTYPES = torch.bfloat16, torch.float32, torch.float16
+# Each case in one dtype; neighbours, which are of one op, in others.
+CASES = list(zip(all_cases(), itertools.cycle(DTYPES)))
+
+
+def results_of(run: Callable[..., Any], given: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs, and gradients by the same output gradients each time."""
+    found = run(**given)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    learned = [output for output in outputs if output.requires_grad]
+    draw = torch.Generator(GPU).manual_seed(2)
+    grads = [torch.randn(o.shape, device=GPU, generator=draw).to(o.dtype) for o in learned]
+    leaves = [tensor for tensor in given.values() if tensor.requires_grad]
+    back = torch.autograd.grad(learned, leaves, grads, allow_unused=True) if learned else ()
+    return [*outputs, *(g for g in back if g is not None)]
+
+
+def repeated(run: Callable[..., Any], given: dict[str, Tensor]) -> list[Tensor]:
+    """What ``results_of`` returns, the same three times: by Triton's way, and cached ones."""
+    torch.manual_seed(4)
+    first = results_of(run, given)
+    for _ in range(2):
+        torch.manual_seed(4)
+        for one, other in zip(first, results_of(run, given), strict=True):
+            assert torch.equal(one, other)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), CASES, ids=[f"{case.op.name}, {case.name}" for case, _ in CASES]
+)
+def test_parity_and_the_same_bits_again(case: Case, dtype: torch.dtype) -> None:
+    made = case.make(torch.Generator().manual_seed(1))
+    given = {name: tensor.to(GPU) for name, tensor in made.items()}
+    for name, tensor in given.items():
+        if tensor.is_floating_point():
+            given[name] = tensor.to(dtype).requires_grad_()
+    repeated(partial(case.op.candidate, **case.settings), given)
+    for record in parity.run_case(case, dtype, GPU):
+        assert record["passed"], record["fault"]
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=GPU, dtype=dtype, requires_grad=True)
+
+
+DROPPING: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
+    "attention": (
+        partial(F.scaled_dot_product_attention, dropout_p=0.3),
+        lambda: {name: leaf(2, 2, 37, 16) for name in ("query", "key", "value")},
+    ),
+    "norm": (
+        partial(F.dropout_add_layer_norm, normalized_shape=(130,), p=0.3),
+        lambda: {"input": leaf(9, 130), "residual": leaf(9, 130), "weight": leaf(130)},
+    ),
+    "bias and activation": (
+        partial(F.bias_activation, activation="gelu", p=0.3),
+        lambda: {"input": leaf(13, 130), "bias": leaf(130)},
+    ),
+    "sum": (
+        partial(F.dropout_add, p=0.3),
+        lambda: {"input": leaf(5, 77), "residual": leaf(5, 77)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_is_drawn_from_the_generator(name: str) -> None:
+    run, make = DROPPING[name]
+    given = make()
+    first = repeated(run, given)
+    assert not torch.equal(first[0], run(**given))
+
+
+OTHERS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
+    "rows longer than a program keeps": (
+        partial(F.layer_norm, normalized_shape=(8200,)),
+        lambda: {"input": leaf(3, 8200), "weight": leaf(8200), "bias": leaf(8200)},
+    ),
+    "attention's weights": (
+        partial(F.scaled_dot_product_attention, return_weights="per_head"),
+        lambda: {name: leaf(2, 2, 21, 16) for name in ("query", "key", "value")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_grid_leaves_out(name: str) -> None:
+    """As the torch backend in float64, and the same bits again."""
+    run, make = OTHERS[name]
+    given = make()
+    found = repeated(run, given)
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    with backend("torch"):
+        expected = results_of(run, wide)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+def test_dropout_masks() -> None:
+    """Of rows and of attention: the share that is kept, and the same again by cached launches."""
+    seed = torch.tensor([7], device=GPU)
+    for of_attention in (False, True):
+        masks = [dropout_mask(seed, 0.3, 2, 37, 130, of_attention) for _ in range(2)]
+        assert torch.equal(*masks)
+        assert 0.67 < masks[0].float().mean().item() < 0.73
+
+
+def test_every_kernel_that_ships_was_launched() -> None:
+    """Goes last: by Triton's own way, and cached."""
+    target = configs.TARGETS[plugin.TARGET]
+    with configs.assume_target(target), recorded_launches(run=False) as recorded:
+        for case in compile_cases():
+            if case.core:
+                case.call()
+    shipped = {launch.name for launch in recorded}
+    kernels = plugin.launches.kernels.values()
+    assert len(shipped) > 20
+    assert shipped - {kernel.name for kernel in kernels if kernel.launches} == set()
+    assert shipped - {kernel.name for kernel in kernels if kernel.cached} == set()

@@ -1,0 +1,200 @@
+// Branches, ends, barriers, fences, and what lanes tell each other: shfl, redux, votes.
+#include <algorithm>
+#include <climits>
+
+#include "lanes.h"
+
+namespace emulator {
+
+// Go on with the lanes that are furthest behind: where lanes parted they meet again.
+void next_group(Warp &warp) {
+  if (warp.active) warp.others.push_back({warp.pc, warp.active});
+  warp.active = 0;
+  if (warp.others.empty()) {
+    warp.state = State::done;
+    return warp.look_again();
+  }
+  int32_t lowest = INT_MAX, next = INT_MAX;
+  for (const Warp::Group &group : warp.others) lowest = std::min(lowest, group.pc);
+  size_t kept = 0;
+  for (const Warp::Group &group : warp.others) {
+    if (group.pc == lowest) {
+      warp.active |= group.mask;
+    } else {
+      next = std::min(next, group.pc);
+      warp.others[kept++] = group;
+    }
+  }
+  warp.others.resize(kept);
+  warp.pc = lowest;
+  warp.lowest_other = next;
+  warp.look_again();
+}
+
+void branch(Warp &warp, const Instruction &i) {
+  if (i.target < warp.pc && settings.budget && warp.launch->run > settings.budget)
+    throw Error("more than " + std::to_string(settings.budget) + " warp instructions in " + warp.kernel->name);
+  if (warp.exec == warp.active) {
+    warp.pc = i.target;
+    return;
+  }
+  warp.active &= ~warp.exec;
+  warp.others.push_back({i.target, warp.exec});
+  next_group(warp);
+}
+
+void exit_lanes(Warp &warp, const Instruction &) {
+  warp.alive &= ~warp.exec;
+  warp.active &= ~warp.exec;
+  if (!warp.active) next_group(warp);
+}
+
+void whole_warp(Warp &warp, const Instruction &i, const char *what) {
+  if (warp.exec != ALL)
+    report(warp, i, first_lane(warp.exec), "partial-warp",
+           std::string(what) + " is run by " + std::to_string(__builtin_popcount(warp.exec)) + " of 32 lanes");
+}
+
+namespace {
+
+void wait_at_barrier(Warp &warp, const Instruction &i) {
+  if (warp.exec != ALL)
+    report(warp, i, first_lane(warp.exec), "partial-barrier",
+           "a barrier is reached by " + std::to_string(__builtin_popcount(warp.exec)) + " of 32 lanes");
+  warp.barrier = (int)warp.row<uint32_t>(i.operand[0])[0];
+  warp.barrier_threads = i.operands > 1 ? warp.row<uint32_t>(i.operand[1])[0] : warp.launch->threads;
+  warp.state = State::at_barrier;
+  warp.look_again();
+}
+
+void nothing(Warp &, const Instruction &) {}
+
+void fence_proxy(Warp &warp, const Instruction &) {
+  warp.block->fenced[warp.number] = warp.block->shared.fence();
+}
+
+enum Shuffle : uint32_t { UP, DOWN, BUTTERFLY, INDEX };
+
+// Lanes that an instruction names but that do not take part.
+void check_members(Warp &warp, const Instruction &i, uint32_t members, const char *what) {
+  if (members & ~warp.exec) whole_warp(warp, i, what);
+}
+
+template <uint32_t HOW>
+void shuffle(Warp &warp, const Instruction &i) {
+  uint32_t value[LANES];
+  memcpy(value, warp.row<uint32_t>(i.operand[1]), sizeof value);
+  const uint32_t *by = warp.row<uint32_t>(i.operand[2]), *clamp = warp.row<uint32_t>(i.operand[3]);
+  check_members(warp, i, warp.row<uint32_t>(i.operand[4])[first_lane(warp.exec)], "shfl");
+  each_lane(warp, warp.row<uint32_t>(i.operand[0]), [&](int l) {
+    const int lane = l, b = by[l] & 31, segment = clamp[l] >> 8 & 31, c = clamp[l] & 31;
+    const int last = (lane & segment) | (c & ~segment);
+    int from = 0;
+    bool inside = false;
+    if (HOW == UP) from = lane - b, inside = from >= last;
+    if (HOW == DOWN) from = lane + b, inside = from <= last;
+    if (HOW == BUTTERFLY) from = lane ^ b, inside = from <= last;
+    if (HOW == INDEX) from = (lane & segment) | (b & ~segment), inside = from <= last;
+    return value[(inside ? from : lane) & 31];
+  });
+}
+
+void decode_shuffle(Decoder &d) {
+  if (!d.take("sync")) d.unknown("form");
+  const std::string how = d.next();
+  d.instruction.run = how == "up"     ? shuffle<UP>
+                      : how == "down" ? shuffle<DOWN>
+                      : how == "bfly" ? shuffle<BUTTERFLY>
+                      : how == "idx"  ? shuffle<INDEX>
+                                      : nullptr;
+  if (!d.instruction.run || !d.take("b32")) d.unknown("form");
+  d.expect_arguments(5, 5);
+  d.result(0, Width::bits32);
+  for (int n = 1; n < 5; n++) d.source(n, Width::bits32);
+}
+
+template <class T, class F>
+void reduce(Warp &warp, const Instruction &i) {
+  const T *a = warp.row<T>(i.operand[1]);
+  check_members(warp, i, warp.row<uint32_t>(i.operand[2])[first_lane(warp.exec)], "redux");
+  T total = a[first_lane(warp.exec)];
+  for_lanes(warp.exec & (warp.exec - 1), [&](int lane) { total = F::of(total, a[lane]); });
+  each_lane(warp, warp.row<T>(i.operand[0]), [&](int) { return total; });
+}
+
+struct Sum { template <class T> static T of(T a, T b) { return a + b; } };
+struct Least { template <class T> static T of(T a, T b) { return std::min(a, b); } };
+struct Most { template <class T> static T of(T a, T b) { return std::max(a, b); } };
+struct All { template <class T> static T of(T a, T b) { return a & b; } };
+struct Any { template <class T> static T of(T a, T b) { return a | b; } };
+struct Odd { template <class T> static T of(T a, T b) { return a ^ b; } };
+
+void decode_reduce(Decoder &d) {
+  if (!d.take("sync")) d.unknown("form");
+  const std::string how = d.next();
+  const Type type = d.type();
+  const bool is_signed = type == Type::s32, is_bits = type == Type::b32;
+  if (!is_signed && !is_bits && type != Type::u32) d.unknown("type");
+  Handler run = nullptr;
+  if (is_bits)
+    run = how == "and"  ? reduce<uint32_t, All>
+          : how == "or" ? reduce<uint32_t, Any>
+          : how == "xor" ? reduce<uint32_t, Odd>
+                        : nullptr;
+  else if (how == "add")
+    run = reduce<uint32_t, Sum>;
+  else if (how == "min")
+    run = is_signed ? reduce<int32_t, Least> : reduce<uint32_t, Least>;
+  else if (how == "max")
+    run = is_signed ? reduce<int32_t, Most> : reduce<uint32_t, Most>;
+  if (!run) d.unknown("reduction ." + how);
+  d.instruction.run = run;
+  d.expect_arguments(3, 3);
+  d.result(0, Width::bits32);
+  d.source(1, Width::bits32);
+  d.source(2, Width::bits32);
+}
+
+void decode_barrier(Decoder &d) {
+  if (d.take("warp")) {
+    if (!d.take("sync")) d.unknown("form");
+    d.instruction.run = nothing;
+    return;
+  }
+  if (!d.take("sync")) d.unknown("form");
+  d.expect_arguments(1, 2);
+  d.source(0, Width::bits32);
+  if (d.arguments() == 2) d.source(1, Width::bits32);
+  d.instruction.run = wait_at_barrier;
+}
+
+void decode_fence(Decoder &d) {
+  if (!d.take("proxy") || !d.take("async") || !(d.take("shared::cta") || d.take("shared::cluster")))
+    d.unknown("form of fence");
+  d.instruction.run = fence_proxy;
+}
+
+}  // namespace
+
+bool decode_control(Decoder &d) {
+  const std::string &base = d.base();
+  if (base == "bra") {
+    d.take("uni");
+    d.instruction.run = branch;
+  } else if (base == "ret" || base == "exit") {
+    d.instruction.run = exit_lanes;
+  } else if (base == "bar") {
+    decode_barrier(d);
+  } else if (base == "fence") {
+    decode_fence(d);
+  } else if (base == "shfl") {
+    decode_shuffle(d);
+  } else if (base == "redux") {
+    decode_reduce(d);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace emulator

@@ -1,0 +1,160 @@
+// What runs: a launch of blocks of warps, with their registers and shared memory.
+#pragma once
+#include <cstring>
+#include <vector>
+
+#include "kernel.h"
+#include "report.h"
+#include "shared.h"
+
+namespace emulator {
+
+struct Allocation;
+struct Block;
+struct Tile;
+
+struct Settings {
+  bool check = true;
+  int order = 0;
+  uint64_t budget = 0;
+  bool late = true;
+};
+extern Settings settings;
+extern uint64_t instructions_run;
+
+// Everything that the blocks of a launch have in common.
+struct Launch {
+  const Kernel *kernel = nullptr;
+  uint32_t grid[3] = {1, 1, 1};
+  uint32_t threads = 0, shared_bytes = 0;
+  Lines constants;
+  std::vector<Allocation *> recent;  // by instruction: where its last access fell
+  uint32_t first_stamp = 0;          // of its blocks, in the shadow of global memory
+  uint32_t shared_stamp() const { return first_stamp + grid[0] * grid[1] * grid[2]; }
+  uint64_t run = 0;                  // warp instructions
+};
+
+// One cp.async of a warp, done at its wait.
+struct Copy {
+  uint32_t mask = 0;
+  uint32_t bytes = 0;
+  uint32_t to[LANES];
+  uint64_t from[LANES];
+  uint8_t taken[LANES];  // bytes that are read; the rest becomes zero
+  const Instruction *instruction = nullptr;
+};
+
+// One wgmma of a warp, done at its wait.
+struct Product {
+  const Instruction *instruction = nullptr;
+  Tile *left = nullptr, *right = nullptr;  // no left one where it is in registers
+  bool accumulate = true;
+};
+
+// Operations in groups that are waited for oldest first.
+template <class T>
+struct Groups {
+  std::vector<T> waiting;
+  std::vector<size_t> ends;  // of the committed groups in `waiting`
+  void add(const T &item) { waiting.push_back(item); }
+  void commit() { ends.push_back(waiting.size()); }
+  // Do and drop all groups but the youngest `keep`.
+  template <class F>
+  void wait(size_t keep, F &&finish) {
+    if (ends.size() <= keep) return;
+    size_t last = ends.size() - keep, count = ends[last - 1];
+    for (size_t i = 0; i < count; i++) finish(waiting[i]);
+    waiting.erase(waiting.begin(), waiting.begin() + count);
+    ends.erase(ends.begin(), ends.begin() + last);
+    for (size_t &end : ends) end -= count;
+  }
+  void clear() {
+    waiting.clear();
+    ends.clear();
+  }
+};
+
+enum class State : uint8_t { running, at_barrier, done };
+
+struct Warp {
+  uint8_t *bases[2] = {nullptr, nullptr};  // of registers, of constants
+  uint32_t exec = 0;                       // lanes that run the current instruction
+  uint32_t active = 0;                     // lanes at `pc`
+  uint32_t alive = 0;                      // lanes that have not ended
+  int32_t pc = 0;
+  State state = State::running;
+  bool special = false;    // the loop must look at more than the next instruction
+  bool tracking = false;   // of registers that wgmma uses
+  int number = 0;
+  int barrier = 0;          // that it waits at, and for how many threads
+  uint32_t barrier_threads = 0;
+  Block *block = nullptr;
+  Launch *launch = nullptr;
+  const Kernel *kernel = nullptr;
+
+  // Lanes that wait at other instructions, while lanes differ in where they are.
+  struct Group {
+    int32_t pc;
+    uint32_t mask;
+  };
+  std::vector<Group> others;
+  int32_t lowest_other = 0;
+
+  Groups<Copy> copies;
+  Groups<Product> products;
+  std::vector<uint8_t> uses;      // of every 64 bytes of registers, as products.h says
+  std::vector<uint32_t> used;     // those that are not 0
+  bool products_fenced = false;   // a wgmma.fence came since the last wait for all
+
+  void look_again() { special = tracking || !others.empty() || state != State::running; }
+  template <class T>
+  T *row(Operand operand) const {
+    return reinterpret_cast<T *>(bases[operand.where >> 31] + operand.offset());
+  }
+  uint32_t &predicate(Operand operand) const { return *row<uint32_t>(operand); }
+};
+
+struct Block {
+  Launch *launch = nullptr;
+  uint32_t at[3] = {0, 0, 0};
+  uint32_t stamp = 0;  // in the shadow of global memory
+  std::vector<Warp> warps;
+  std::vector<uint32_t> fenced;  // the clock at each warp's last fence.proxy.async
+  Lines registers;
+  SharedMemory shared;
+};
+
+// Fill a row with one value.
+inline void fill_row(uint8_t *row, Width width, uint64_t value) {
+  if (width == Width::predicate) {
+    uint32_t mask = value ? ALL : 0;
+    memcpy(row, &mask, 4);
+    return;
+  }
+  size_t bytes = row_bytes(width) / LANES;
+  for (int lane = 0; lane < LANES; lane++) memcpy(row + lane * bytes, &value, bytes);
+}
+
+// Run a whole launch; throws Error where it cannot go on.
+void run_launch(Launch &launch, void **parameters);
+
+void exit_lanes(Warp &warp, const Instruction &instruction);
+
+// Where lanes part, end and meet; of control.cpp.
+void branch(Warp &warp, const Instruction &instruction);
+void next_group(Warp &warp);
+
+// Report if fewer lanes than the warp has run an instruction that is for all of them.
+void whole_warp(Warp &warp, const Instruction &instruction, const char *what);
+
+// Note a finding of the current block; `lane` -1 stands for all.
+void report(const Warp &warp, const Instruction &instruction, int lane, const char *kind,
+            const std::string &what);
+
+// Note what the shadow of shared memory says of an access, `problems` as Problem.
+void report_shared(const Warp &warp, const Instruction &instruction, int lane, uint32_t problems,
+                   uint32_t address, bool writes);
+
+inline int first_lane(uint32_t mask) { return mask ? __builtin_ctz(mask) : 0; }
+
+}  // namespace emulator
