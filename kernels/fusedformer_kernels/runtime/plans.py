@@ -2,9 +2,9 @@
 
 A launcher allocates, makes views and launches kernels. All of it but addresses follows from the
 kinds of its arguments: dtypes, shapes, strides, devices and alignment of tensors, and the numbers.
-The second call of a kind is recorded as it runs: which launches it made, and for each pointer that a
-kernel got, whether it lies in an argument, in what a :func:`~steps.step` gave, or in memory of the
-call's own. Later calls of that kind allocate, and launch.
+The second call of a kind is recorded as it runs: which launches it made, and for each pointer that
+a kernel got, whether it lies in an argument, in what a :func:`~steps.step` gave, or in memory of
+the call's own. Later calls of that kind allocate, and launch.
 
 So a launcher may not read values, copy, or fill memory, but within a :func:`~steps.step`. Where one
 has to, it says so by :func:`~steps.unplanned`, and that kind of call is worked out each time.

@@ -1,11 +1,14 @@
-"""An encoder layer as one node of autograd, on the kernels.
+"""A layer of an encoder or decoder as one node of autograd, on the kernels.
 
-Step by step a layer is six nodes, each of which is called, saves and returns by itself. Here the
-forward and the backward are one function each, over the same launchers and products in the same
-order, so with the same bits. What the backward reads is saved once, and the gradient that comes by
-way of a residual is the memory that the product beside it adds to.
+Step by step an encoder layer is six nodes, each of which is called, saves and returns by itself.
+Here the forward and the backward are one function each, over the same launchers and products in the
+same order, so with the same bits. What the backward reads is saved once, and the gradient that
+comes by way of a residual is the memory that the product beside it adds to.
 
 Who calls it has seen that the layer does nothing else: see ``nn.TransformerEncoderLayer``.
+
+A decoder layer attends to a memory too. The memory is handed on from layer to layer, so that each
+layer's product adds its part of the memory's gradient to what the layers behind it gave.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ from fusedformer.ops.encoder.arguments import (
     Kept,
     Needs,
 )
-from fusedformer.ops.encoder.backward import backward
-from fusedformer.ops.encoder.forward import forward
+from fusedformer.ops.encoder.backward import Backward
+from fusedformer.ops.encoder.forward import Call, forward
 
 
 def encoder_layer(
@@ -57,6 +60,34 @@ def encoder_layer(
     Raises:
         RuntimeError: from the backward, if its own gradient is asked for.
     """
+    found = _run(x, residual, None, parameters, settings, terms, None)
+    return None if found is None else found[:2]
+
+
+def decoder_layer(
+    x: Tensor,
+    residual: Tensor | None,
+    memory: Tensor,
+    parameters: EncoderParameters,
+    settings: EncoderSettings,
+    terms: AttentionTerms,
+    cross_terms: AttentionTerms,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Compute a layer with attention to ``memory``: as :func:`encoder_layer`, and the memory."""
+    found = _run(x, residual, memory, parameters, settings, terms, cross_terms)
+    return None if found is None else (found[0], found[1], found[2] if len(found) > 2 else memory)
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    memory: Tensor | None,
+    parameters: EncoderParameters,
+    settings: EncoderSettings,
+    terms: AttentionTerms,
+    cross_terms: AttentionTerms | None,
+) -> Any:
+    """Compute a layer by a node if there is a gradient; return its results."""
     norm_dtype = None
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype("linear", x)
@@ -70,15 +101,15 @@ def encoder_layer(
         for parameter in _of_products(parameters):
             if parameter is not None and parameter.dtype is not x.dtype:
                 return None
+    batch = x.shape[0] if x.dim() == 3 else 1
+    call = Call(settings, terms, cross_terms, batch, norm_dtype)
     if torch.is_grad_enabled():
-        given = x, residual, *parameters
+        given = x, residual, memory, *parameters
         for tensor in given:
             if tensor is not None and tensor.requires_grad:
-                found: tuple[Tensor, Tensor | None] = _apply(*given, settings, terms, norm_dtype)
-                return found
+                return _apply(*given, call)
     with autocast_off(x):
-        results, _ = run_forward(x, residual, parameters, settings, terms, norm_dtype, keeps=False)
-    return results[0], results[1]
+        return run_forward(x, residual, memory, parameters, call, keeps=False)[0]
 
 
 _of_products = operator.itemgetter(*map(EncoderParameters._fields.index, OF_PRODUCTS))
@@ -107,10 +138,9 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
 def run_forward(
     x: Tensor,
     residual: Tensor | None,
+    memory: Tensor | None,
     own: EncoderParameters,
-    how: EncoderSettings,
-    terms: AttentionTerms,
-    norm_dtype: torch.dtype | None,
+    call: Call,
     *,
     keeps: bool,
 ) -> tuple[tuple[Tensor, Tensor | None, Kept], Any]:
@@ -118,8 +148,8 @@ def run_forward(
     shape = x.shape
     rows = x.view(-1, shape[-1])
     residual_rows = None if residual is None else residual.reshape(-1, shape[-1])
-    batch = shape[0] if len(shape) == 3 else 1
-    args = rows, residual_rows, own, how, terms, batch, norm_dtype, keeps
+    memory_rows = None if memory is None else memory.view(-1, shape[-1])
+    args = rows, residual_rows, memory_rows, own, call, keeps
     (output, total, kept), plan = _planner().run(args, {})
     if len(shape) == 3:
         output, total = output.view(shape), None if total is None else total.view(shape)
@@ -141,38 +171,46 @@ def _planner() -> Any:
 
 
 class _EncoderLayer(torch.autograd.Function):
-    """Takes ``x``, ``residual``, the parameters; then settings, terms and the norms' dtype."""
+    """Takes ``x``, ``residual``, ``memory``, the parameters; then the call."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        own, (how, terms, norm_dtype) = EncoderParameters(*rest[:-3]), rest[-3:]
-        (output, total, kept), ctx.plan = run_forward(
-            x, residual, own, how, terms, norm_dtype, keeps=True
-        )
-        needs = Needs(*ctx.needs_input_grad[:-3])
+        ctx: Any, x: Tensor, residual: Tensor | None, memory: Tensor | None, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        own, call = EncoderParameters(*rest[:-1]), rest[-1]
+        (output, total, kept), ctx.plan = run_forward(x, residual, memory, own, call, keeps=True)
+        needs = Needs(*ctx.needs_input_grad[:-1])
         if not saved_as_they_are():
             ctx.plan = None
-        if how.checkpoint_activation or not needs.weight2:
+        if call.how.checkpoint_activation or not needs.weight2:
             kept = kept._replace(hidden=None)
         if not needs.weight1:
             kept = kept._replace(middle=None)
         if not (needs.in_weight or needs.key_weight or needs.value_weight):
             kept = kept._replace(source=None)
-        ctx.save_for_backward(*kept, *own, *terms[:N_TENSORS])
-        ctx.needs, ctx.how, ctx.numbers, ctx.shape = needs, how, terms[N_TENSORS:], x.shape
+        saved = (*kept, *own, *call.terms[:N_TENSORS])
+        call = call._replace(terms=call.terms[N_TENSORS:])
+        if memory is not None:
+            if not needs.cross_weight:
+                saved = (*kept._replace(asking=None, memory=None), *saved[_KEPT:])
+            saved = (*saved, *call.cross_terms[:N_TENSORS])
+            call = call._replace(cross_terms=call.cross_terms[N_TENSORS:])
+        ctx.save_for_backward(*saved)
+        ctx.needs, ctx.call, ctx.shape = needs, call, x.shape
+        ctx.memory_shape, ctx.is_apart = memory is not None and memory.shape, residual is not None
         ctx.set_materialize_grads(False)
-        return output, total
+        return (output, total, memory) if needs.memory else (output, total)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, sum_grad: Tensor | None) -> tuple[Any, ...]:
-        needs, how, shape = ctx.needs, ctx.how, ctx.shape
+    def backward(
+        ctx: Any, grad: Tensor | None, sum_grad: Tensor | None, memory_grad: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        needs, shape = ctx.needs, ctx.shape
         if grad is None and sum_grad is None:
-            return (None,) * (len(needs) + 3)
+            return None, None, memory_grad, *(None,) * (len(needs) - 2)
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("an encoder layer"))
-        saved, numbers, batch = ctx.saved_tensors, ctx.numbers, shape[0] if len(shape) == 3 else 1
+        saved = ctx.saved_tensors
         if ctx.plan is None:  # what hooks have kept may have come back with other strides
             saved = tuple(None if t is None else t.contiguous() for t in saved)
         if grad is None:
@@ -181,26 +219,41 @@ class _EncoderLayer(torch.autograd.Function):
         rows = grad.reshape(-1, shape[-1])
         if sum_grad is not None:
             sum_grad = sum_grad.reshape(-1, shape[-1])
+        if memory_grad is not None:
+            memory_grad = memory_grad.reshape(-1, shape[-1])
 
-        def call() -> tuple[Tensor | None, ...]:
-            terms = AttentionTerms(*saved[_OWN:], *numbers)
-            own = EncoderParameters(*saved[_KEPT:_OWN])
-            return backward(rows, sum_grad, Kept(*saved[:_KEPT]), own, how, terms, batch, needs)
+        def compute() -> tuple[Tensor | None, ...]:
+            kept, own = Kept(*saved[:_KEPT]), EncoderParameters(*saved[_KEPT:_OWN])
+            call = ctx.call._replace(terms=AttentionTerms(*saved[_OWN:_TERMS], *ctx.call.terms))
+            if call.cross_terms is not None:
+                call = call._replace(cross_terms=AttentionTerms(*saved[_TERMS:], *call.cross_terms))
+            one = Backward(kept, own, call, needs, ctx.is_apart)
+            return one.gradients(rows, sum_grad, memory_grad)
 
-        kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
+        kind = (
+            needs,
+            *[
+                None if one is None else (one.dtype, one.stride())
+                for one in (sum_grad, memory_grad)
+            ],
+        )
         with autocast_off(rows):  # the forward decided on the dtypes
             if may_be_batched():
-                x_grad, residual_grad, *found = call()
+                found = compute()
             else:
-                others = (sum_grad, *saved)
-                x_grad, residual_grad, *found = _plans().follow(ctx.plan, kind, rows, others, call)
+                others = (sum_grad, memory_grad, *saved)
+                found = _plans().follow(ctx.plan, kind, rows, others, compute)
+        x_grad, residual_grad, memory_grad, *parameter_grads = found
         if x_grad is not None:
             x_grad = x_grad.view(shape)
         if residual_grad is not None:
             residual_grad = residual_grad.view(shape)
-        return x_grad, residual_grad, *found, None, None, None
+        if memory_grad is not None:
+            memory_grad = memory_grad.view(ctx.memory_shape)
+        return x_grad, residual_grad, memory_grad, *parameter_grads, None
 
 
 _KEPT = len(Kept._fields)
 _OWN = _KEPT + len(EncoderParameters._fields)
+_TERMS = _OWN + N_TENSORS
 _apply = plain_apply(_EncoderLayer)
