@@ -43,6 +43,7 @@ from fusedformer.ops.packing import (
     token_places,
 )
 from fusedformer.ops.relative_position import relative_position_bias
+from fusedformer.ops.rotary import rotated
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "merge_parts",
     "relative_position_bias",
     "rms_norm",
+    "rotated",
     "scale_of",
     "scaled_dot_product_attention",
     "seeds_added_to",
