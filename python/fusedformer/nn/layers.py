@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer.functional import Selection
-from fusedformer.functional.steps import feed_forward
+from fusedformer.functional.steps import encoder_layer_is_one_node, feed_forward
 from fusedformer.nn.children import (
     HOOKS,
     adopt,
@@ -135,6 +135,15 @@ class FusedLayer:
         ``fork`` as for :meth:`_attend`.
         """
         return feed_forward(x, feed_forward_block(self), fork=fork)
+
+    def _is_one_node(self: Any, x: Tensor, masks: AttentionMasks, attention: Any) -> bool:
+        """Return whether one node of autograd may attend from ``x`` to itself, and more."""
+        return not (
+            self._is_parallel
+            or masks.attend is not None
+            or attention.ring is not None
+            or (x.dim() == 3 and not attention.batch_first)
+        ) and encoder_layer_is_one_node(x, masks.attn_mask, attention.head_dim)
 
     def _compose(self: Any, x: Tensor, *blocks: Callable[[Tensor], Tensor]) -> Tensor:
         """Call the layer's modules as torch does: ``blocks``, each with its residual and norm."""

@@ -12,7 +12,6 @@ from fusedformer.functional.steps import (
     EncoderParameters,
     EncoderSettings,
     encoder_layer,
-    encoder_layer_is_one_node,
     seeds_drawn_at_once,
 )
 from fusedformer.nn.children import (
@@ -165,14 +164,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
         """
         children = self._modules
         attention: Any = children["self_attn"]
-        if (
-            rows is not None
-            or self._is_parallel
-            or masks.attend is not None
-            or attention.ring is not None
-            or (x.dim() == 3 and not attention.batch_first)
-            or not encoder_layer_is_one_node(x, masks.attn_mask, attention.head_dim)
-        ):
+        if rows is not None or not self._is_one_node(x, masks, attention):
             return None
         activation = fused_activation(self.activation)
         if activation is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
@@ -122,7 +123,7 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
     from them; and rows of a batch must lie one after another.
     """
     return (
-        type(x) is Tensor
+        (type(x) is Tensor or type(x) is Parameter)
         and kernels_run_on(x)
         and not is_traced()
         and is_eager()
