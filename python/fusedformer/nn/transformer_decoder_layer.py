@@ -233,7 +233,9 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
             cross_eps=behind_memory.eps,
             cross_p=dropout_probability(children["dropout2"]),
         )
-        last_parameters = (None, None) if last is None else weight_and_bias(last)
+        last_parameters: tuple[Tensor | None, Tensor | None] = (None, None)
+        if last is not None:
+            last_parameters = weight_and_bias(last)
         parameters = EncoderParameters(
             attention.in_proj_weight,
             attention.in_proj_bias,
