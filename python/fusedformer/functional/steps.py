@@ -6,7 +6,6 @@ They are not public; each is documented where it is defined.
 from fusedformer.ops import EncoderParameters as EncoderParameters
 from fusedformer.ops import EncoderSettings as EncoderSettings
 from fusedformer.ops import FeedForward as FeedForward
-from fusedformer.ops import decoder_layer as decoder_layer
 from fusedformer.ops import encoder_layer as encoder_layer
 from fusedformer.ops import encoder_layer_is_one_node as encoder_layer_is_one_node
 from fusedformer.ops import feed_forward as feed_forward

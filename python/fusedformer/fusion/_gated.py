@@ -30,7 +30,7 @@ from fusedformer.nn.children import (
     dropout_probability,
     is_plain,
     project,
-    weight_and_bias,
+    weights_and_biases,
 )
 
 _NO_DROPOUT = nn.Dropout(0.0)
@@ -156,25 +156,16 @@ class GatedLayer:
             adds_last=True,
             is_gated=True,
         )
-        in_weight, in_bias = weight_and_bias(parts.projection)
-        first_weight, first_bias = weight_and_bias(parts.norm1) if has_norm1 else (None, None)
-        parameters = EncoderParameters(
-            in_weight,
-            in_bias,
-            None,
-            None,
-            None,
-            None,
-            *weight_and_bias(parts.out),
-            *weight_and_bias(parts.norm2),
-            *weight_and_bias(parts.linear1),
-            *weight_and_bias(parts.linear2),
-            None,
-            None,
-            first_weight,
-            first_bias,
-            cos,
-            sin,
+        parameters = EncoderParameters._make(
+            (
+                *weights_and_biases(parts.projection),
+                *[None] * 4,
+                *weights_and_biases(parts.out, parts.norm2, parts.linear1, parts.linear2, None),
+                *weights_and_biases(parts.norm1 if has_norm1 else None),
+                cos,
+                sin,
+                *[None] * 6,
+            )
         )
         terms = terms._replace(scale=float(module.head_dim**-0.5))
         found = encoder_layer(x, None, parameters, settings, terms)

@@ -31,7 +31,7 @@ from fusedformer.nn.children import (
     are_plain,
     dropout_probability,
     project,
-    weight_and_bias,
+    weights_and_biases,
 )
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -147,14 +147,16 @@ class PostNormLayer:
             checkpoint_activation=False,
         )
         parameters = EncoderParameters(
-            *weight_and_bias(parts.query),
-            *weight_and_bias(parts.key),
-            *weight_and_bias(parts.value),
-            *weight_and_bias(parts.out),
-            *weight_and_bias(parts.norm1),
-            *weight_and_bias(parts.linear1),
-            *weight_and_bias(parts.linear2),
-            *weight_and_bias(parts.norm2),
+            *weights_and_biases(
+                parts.query,
+                parts.key,
+                parts.value,
+                parts.out,
+                parts.norm1,
+                parts.linear1,
+                parts.linear2,
+                parts.norm2,
+            )
         )
         terms = terms._replace(scale=float(module.scaling))
         found = encoder_layer(x, None, parameters, settings, terms)

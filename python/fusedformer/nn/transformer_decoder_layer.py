@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedformer.functional.steps import (
     EncoderParameters,
     EncoderSettings,
-    decoder_layer,
+    encoder_layer,
     encoder_layer_is_one_node,
     seeds_drawn_at_once,
 )
@@ -19,7 +19,7 @@ from fusedformer.nn.children import (
     dropout_probability,
     fused_activation,
     project,
-    weight_and_bias,
+    weights_and_biases,
 )
 from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
@@ -199,7 +199,7 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
         memory: Tensor,
         own: AttentionMasks,
         cross: AttentionMasks,
-    ) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    ) -> tuple[Tensor, Tensor | None, Any] | None:
         """Compute the steps as one node of autograd; return None where that cannot be.
 
         ``residual`` is given where norms come first, and so is the sum in the result.
@@ -233,35 +233,24 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
             cross_eps=behind_memory.eps,
             cross_p=dropout_probability(children["dropout2"]),
         )
-        last_parameters: tuple[Tensor | None, Tensor | None] = (None, None)
-        if last is not None:
-            last_parameters = weight_and_bias(last)
-        parameters = EncoderParameters(
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            None,
-            None,
-            None,
-            None,
-            *weight_and_bias(attention.out_proj),
-            *weight_and_bias(middle),
-            *weight_and_bias(children["linear1"]),
-            *weight_and_bias(children["linear2"]),
-            *last_parameters,
-            None,
-            None,
-            None,
-            None,
-            to_memory.in_proj_weight,
-            to_memory.in_proj_bias,
-            *weight_and_bias(to_memory.out_proj),
-            *weight_and_bias(behind_memory),
+        parameters = EncoderParameters._make(
+            (
+                attention.in_proj_weight,
+                attention.in_proj_bias,
+                *[None] * 4,
+                *weights_and_biases(attention.out_proj, middle),
+                *weights_and_biases(children["linear1"], children["linear2"], last),
+                *[None] * 4,
+                to_memory.in_proj_weight,
+                to_memory.in_proj_bias,
+                *weights_and_biases(to_memory.out_proj, behind_memory),
+            )
         )
-        terms = [
+        terms, cross_terms = (
             masks.terms(one.head_dim, one.dropout if one.training else 0.0)
             for masks, one in ((own, attention), (cross, to_memory))
-        ]
-        return decoder_layer(x, residual, memory, parameters, settings, *terms)
+        )
+        return encoder_layer(x, residual, parameters, settings, terms, memory, cross_terms)
 
     def _attend_to_memory(
         self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool

@@ -18,7 +18,7 @@ from fusedformer.nn.children import (
     Pending,
     dropout_probability,
     fused_activation,
-    weight_and_bias,
+    weights_and_biases,
 )
 from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
@@ -157,7 +157,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
 
     def _one_node(
         self, x: Tensor, residual: Tensor | None, masks: AttentionMasks, rows: Selection | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    ) -> tuple[Tensor, Tensor | None, Any] | None:
         """Compute the steps as one node of autograd; return None where that cannot be.
 
         ``residual`` is given where norms come first, and so is the sum in the result.
@@ -181,6 +181,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             dropout_probability(children["dropout2"]),
             self.checkpoint_activation,
         )
+        products = attention.out_proj, children["linear1"], children["linear2"]
         parameters = EncoderParameters(
             attention.in_proj_weight,
             attention.in_proj_bias,
@@ -188,11 +189,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             None,
             None,
             None,
-            *weight_and_bias(attention.out_proj),
-            *weight_and_bias(middle),
-            *weight_and_bias(children["linear1"]),
-            *weight_and_bias(children["linear2"]),
-            *((None, None) if last is None else weight_and_bias(last)),
+            *weights_and_biases(products[0], middle, *products[1:], last),
         )
         terms = masks.terms(attention.head_dim, attention.dropout if attention.training else 0.0)
         return encoder_layer(x, residual, parameters, settings, terms)

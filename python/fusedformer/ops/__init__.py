@@ -22,7 +22,6 @@ from fusedformer.ops.embedding import embedding_layer_norm
 from fusedformer.ops.encoder import (
     EncoderParameters,
     EncoderSettings,
-    decoder_layer,
     encoder_layer,
     encoder_layer_is_one_node,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "check_for_kernels",
     "contrastive_loss",
     "cross_entropy",
-    "decoder_layer",
     "draw_seed",
     "dropout_add",
     "dropout_add_layer_norm",

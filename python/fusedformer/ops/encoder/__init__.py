@@ -1,12 +1,11 @@
 """A layer as one node of autograd: ``node`` calls ``forward`` and ``backward``."""
 
 from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings
-from fusedformer.ops.encoder.node import decoder_layer, encoder_layer, encoder_layer_is_one_node
+from fusedformer.ops.encoder.node import encoder_layer, encoder_layer_is_one_node
 
 __all__ = [
     "EncoderParameters",
     "EncoderSettings",
-    "decoder_layer",
     "encoder_layer",
     "encoder_layer_is_one_node",
 ]

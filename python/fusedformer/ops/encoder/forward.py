@@ -28,33 +28,36 @@ def forward(
     residual: Tensor | None,
     memory: Tensor | None,
     own: EncoderParameters,
-    call: Call,
+    how: EncoderSettings,
+    terms: AttentionTerms,
+    cross_terms: AttentionTerms | None,
+    batch: int,
+    norm_dtype: torch.dtype | None,
     keeps: bool,
 ) -> tuple[Tensor, Tensor | None, Kept | None]:
     """Compute both results of rows ``[total, E]``; if it ``keeps``, what a backward would read."""
-    run, how = launchers(), call.how
+    run, call = launchers(), Call(how, terms, cross_terms, batch, norm_dtype)
     device, is_open = x.device, how.last_eps is None
     kept: dict[str, Any] = {}
     normed = x
     if how.first_eps is not None:
         normed, _, mean0, rstd0 = run.norm(
             x, None, None, own.first_weight, own.first_bias, None, 0.0, how.first_eps, "layer", 1,
-            False, keeps, call.norm_dtype,
+            False, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(x=x, mean0=mean0, rstd0=rstd0)
     source = in_dtype(own.in_weight.dtype, normed)
-    seed = seed_of(call.terms.p, device)
+    seed = seed_of(terms.p, device)
     projected = tuple(product_of(source, weight, bias) for weight, bias in projections(own))
     if own.cos is not None and own.sin is not None:
-        projected = (rotated(projected[0], own.cos, own.sin, call.batch, how.heads),)
-    terms = call.terms._replace(seed=seed)
-    merged, statistics = run.attention(projected, call.batch, how.heads, terms)
+        projected = (rotated(projected[0], own.cos, own.sin, batch, how.heads),)
+    merged, statistics = run.attention(projected, batch, how.heads, terms._replace(seed=seed))
     inner = product_of(merged, own.out_weight, None)
     seed1 = seed_of(how.middle_p, device)
     normed, total, mean1, rstd1 = run.norm(
         inner, x if residual is None else residual, own.out_bias, own.middle_weight,
         own.middle_bias, seed1, how.middle_p, how.middle_eps, "layer", 1, keeps or is_open, keeps,
-        call.norm_dtype,
+        norm_dtype,
     )  # fmt: skip
     key, value = projected[1:] if len(projected) == 3 else (None, None)
     kept.update(
@@ -81,7 +84,7 @@ def forward(
     elif how.last_eps is not None:
         output, sum2, mean2, rstd2 = run.norm(
             output, normed, own.bias2, own.last_weight, own.last_bias, seed2, how.last_p,
-            how.last_eps, "layer", 1, keeps, keeps, call.norm_dtype,
+            how.last_eps, "layer", 1, keeps, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(sum2=sum2, mean2=mean2, rstd2=rstd2, seed2=seed2)
     left = total if is_open and not how.adds_last else None

@@ -13,6 +13,7 @@ layer's product adds its part of the memory's gradient to what the layers behind
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from typing import Any
@@ -25,7 +26,7 @@ from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
 from fusedformer._internal.backend import kernels_run_on
 from fusedformer._internal.plans import saved_as_they_are
-from fusedformer._internal.tracing import is_eager, is_traced, may_be_batched
+from fusedformer._internal.tracing import is_eager, may_be_batched
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD
 from fusedformer.ops.attention.calls import MAX_HEAD_DIM
@@ -47,8 +48,12 @@ def encoder_layer(
     parameters: EncoderParameters,
     settings: EncoderSettings,
     terms: AttentionTerms,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Compute a layer: (output, None), or with the last sum left open (its addend, the first sum).
+    memory: Tensor | None = None,
+    cross_terms: AttentionTerms | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Compute a layer: (output, None), or with the last sum left open (its addend, the sum before).
+
+    Third comes the memory, to be handed on to the next layer.
 
     None where weights have not the dtype of ``x``, and no autocast: products raise then.
 
@@ -57,47 +62,19 @@ def encoder_layer(
         residual: of its shape, if it is not ``x`` itself: where norms come first.
         parameters, settings: of the layer.
         terms: what attention's scores depend on, but the seed; none of them requires a gradient.
+        memory, cross_terms: of a decoder's layer, which attends to a memory like ``x`` too.
 
     Raises:
         RuntimeError: from the backward, if its own gradient is asked for.
     """
-    found = _run(x, residual, None, parameters, settings, terms, None)
-    return None if found is None else found[:2]
-
-
-def decoder_layer(
-    x: Tensor,
-    residual: Tensor | None,
-    memory: Tensor,
-    parameters: EncoderParameters,
-    settings: EncoderSettings,
-    terms: AttentionTerms,
-    cross_terms: AttentionTerms,
-) -> tuple[Tensor, Tensor | None, Tensor] | None:
-    """Compute a layer with attention to ``memory``: as :func:`encoder_layer`, and the memory."""
-    found = _run(x, residual, memory, parameters, settings, terms, cross_terms)
-    return None if found is None else (found[0], found[1], found[2] if len(found) > 2 else memory)
-
-
-def _run(
-    x: Tensor,
-    residual: Tensor | None,
-    memory: Tensor | None,
-    parameters: EncoderParameters,
-    settings: EncoderSettings,
-    terms: AttentionTerms,
-    cross_terms: AttentionTerms | None,
-) -> Any:
-    """Compute a layer by a node if there is a gradient; return its results."""
-    norm_dtype = None
-    if torch._C._is_any_autocast_enabled():
+    dtype = norm_dtype = None
+    is_autocast = torch._C._is_any_autocast_enabled()
+    if is_autocast:
         dtype = autocast_dtype("linear", x)
         norm_dtype = autocast_dtype("layer_norm", x)
         if dtype is not None:
             read = {name: getattr(parameters, name) for name in OF_PRODUCTS}
             parameters = parameters._replace(**{name: cast(t, dtype) for name, t in read.items()})
-    else:
-        dtype = None
     if dtype is None:
         for parameter in _of_products(parameters):
             if parameter is not None and parameter.dtype is not x.dtype:
@@ -108,11 +85,14 @@ def _run(
         given = x, residual, memory, *parameters
         for tensor in given:
             if tensor is not None and tensor.requires_grad:
-                return _apply(*given, call)
-    with autocast_off(x):
-        return run_forward(x, residual, memory, parameters, call, keeps=False)[0]
+                output, total, *same = _apply(*given, call)
+                return output, total, same[0] if same else memory
+    with autocast_off(x) if is_autocast else _NOTHING:
+        (output, total, _), _ = run_forward(x, residual, memory, parameters, call, keeps=False)
+    return output, total, memory
 
 
+_NOTHING = contextlib.nullcontext()
 _of_products = operator.itemgetter(*map(EncoderParameters._fields.index, OF_PRODUCTS))
 
 
@@ -125,7 +105,7 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
     return (
         (type(x) is Tensor or type(x) is Parameter)
         and kernels_run_on(x)
-        and not is_traced()
+        and not torch.compiler.is_compiling()
         and is_eager()
         and x.dtype in checks.KERNEL_DTYPES
         and x.is_contiguous()
@@ -150,7 +130,7 @@ def run_forward(
     rows = x.view(-1, shape[-1])
     residual_rows = None if residual is None else residual.reshape(-1, shape[-1])
     memory_rows = None if memory is None else memory.view(-1, shape[-1])
-    args = rows, residual_rows, memory_rows, own, call, keeps
+    args = rows, residual_rows, memory_rows, own, *call, keeps
     (output, total, kept), plan = _planner().run(args, {})
     if len(shape) == 3:
         output, total = output.view(shape), None if total is None else total.view(shape)
