@@ -13,7 +13,7 @@ from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.tracing import is_traced_by_jit, is_vmapped
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
-from fusedformer.functional.packing import whole_packing
+from fusedformer.functional.packing import packing_of_mask, whole_packing
 from fusedformer.functional.selection import packing_and_selection
 from fusedformer.nn.children import Pending, is_plain, is_sharded, must_be_called
 from fusedformer.nn.layer_norm import LayerNorm
@@ -166,15 +166,21 @@ def is_only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def packing_of(keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None) -> Packing:
-    """Make the packing of ``keep`` ``[N, S]``, True = real token.
+def packing_of(
+    mask: Tensor,
+    static_shapes: bool,
+    lengths: Sequence[int] | None = None,
+    *,
+    is_padding: bool = False,
+) -> Packing:
+    """Make the packing of a boolean mask ``[N, S]``, True = real token, or padding.
 
     ``lengths``, where the host knows them, save waiting for the device.
     """
-    settings = _pack_settings(keep, static_shapes)
+    settings = _pack_settings(mask, static_shapes)
     if lengths is not None:
         settings["static_shapes"] = False
-    return Packing.of(keep, lengths, **settings)
+    return packing_of_mask(mask, lengths, **settings, is_padding=is_padding)
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
@@ -202,7 +208,7 @@ def packing_for(
 def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -> Packing:
     """Make the packing of ``x`` ``[N, S, *]`` with ``padding`` ``[N, S]``, True = masked."""
     if padding is not None:
-        return packing_of(~padding, static_shapes)
+        return packing_of(padding, static_shapes, is_padding=True)
     return whole_packing(x.shape[0], x.shape[1], x.device)
 
 

@@ -37,6 +37,7 @@ from fusedformer.nn.stacks import (
     is_fused,
     is_only_causal,
     packing_for,
+    packing_of_padding,
     start_layer,
     swap_unless_batch_first,
     zeros_at_padding,
@@ -164,12 +165,17 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
             check_sequences(_FUNCTION, self, {"src": src})
             sizes = {"batch": batch, "heads": heads_in_stack(self), "rows": length, "keys": length}
             check_attn_mask(_NAMES, mask, is_causal, **sizes)
-            if padding is None:
-                keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+            x = swap_unless_batch_first(self, src)
+            if output_rows is None:
+                packing = packing_of_padding(x, padding, self.static_shapes)
+                selection = None
             else:
-                keep = ~padding
-            packing, selection = self.packing(keep, output_rows)
-            rows = functional.pack(swap_unless_batch_first(self, src), packing)
+                if padding is None:
+                    keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+                else:
+                    keep = ~padding
+                packing, selection = self.packing(keep, output_rows)
+            rows = functional.pack(x, packing)
             rows = self.forward_packed(rows, packing, selection, is_causal=is_causal)
             if selection is not None:
                 return selection.result(rows)

@@ -181,7 +181,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             dropout_probability(children["dropout2"]),
             self.checkpoint_activation,
         )
-        products = attention.out_proj, children["linear1"], children["linear2"]
+        products = children["linear1"], children["linear2"]
         parameters = EncoderParameters(
             attention.in_proj_weight,
             attention.in_proj_bias,
@@ -189,7 +189,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             None,
             None,
             None,
-            *weights_and_biases(products[0], middle, *products[1:], last),
+            *weights_and_biases(attention.out_proj, middle, *products, last),
         )
         terms = masks.terms(attention.head_dim, attention.dropout if attention.training else 0.0)
         return encoder_layer(x, residual, parameters, settings, terms)

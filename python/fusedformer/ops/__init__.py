@@ -35,6 +35,7 @@ from fusedformer.ops.norm import (
     rms_norm,
 )
 from fusedformer.ops.packing import (
+    TokenMask,
     TokenPlaces,
     gather_rows,
     shared_by_layers,
@@ -49,6 +50,7 @@ __all__ = [
     "EncoderParameters",
     "EncoderSettings",
     "FeedForward",
+    "TokenMask",
     "TokenPlaces",
     "attention_part",
     "attention_part_backward",
