@@ -434,6 +434,43 @@ def test_threads_share_a_layer(device: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(map(torch.equal, have, wanted))
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("masks", ["nothing", "causal", "added"])
+def test_a_stack_that_looks_once_computes_its_layers(
+    masks: str, norm_first: bool, device: str
+) -> None:
+    layer = make(device, norm_first=norm_first, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(E, device=device))
+    x, given = inputs(device), MASKS[masks](device)
+
+    def one_by_one() -> Tensor:
+        output = x
+        for one in encoder.layers:
+            output = one(output, **given)
+        return encoder.norm(output)  # type: ignore[misc]
+
+    renamed = {name.replace("src_mask", "mask"): mask for name, mask in given.items()}
+    leaves = [x, *encoder.parameters()]
+    want = results(one_by_one, leaves)
+    for _ in range(3):
+        got = results(lambda: encoder(x, **renamed), leaves)
+        assert all(map(torch.equal, got, want))
+
+
+def test_a_stack_calls_a_layer_that_got_a_hook(device: str) -> None:
+    encoder, x = nn.TransformerEncoder(make(device, dropout=0.0), 3), inputs(device)
+    before, seen = encoder(x), []
+    for module in (encoder.layers[1], encoder.layers[2].linear2):
+        handle = module.register_forward_hook(lambda *args: seen.append(args[0]))
+        encoder(x)
+        handle.remove()
+    assert seen == [encoder.layers[1], encoder.layers[2].linear2]
+    encoder.layers[1].forward = lambda x, *args, **masks: 0.0 * x
+    assert not torch.allclose(encoder(x), before)
+    del encoder.layers[1].forward
+    assert torch.equal(encoder(x), before)
+
+
 def test_a_layer_that_was_called_is_let_go(device: str) -> None:
     layer, x = make(device), inputs(device)
     layer(x).backward(torch.randn_like(x))

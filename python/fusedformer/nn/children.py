@@ -60,7 +60,7 @@ def is_sharded(module: object) -> bool:
 
 def must_be_called(layer: Any) -> bool:
     """Return whether a layer's parameters are whole only during a call of ``_forward_fused``."""
-    return layer._is_parallel or is_sharded(layer)
+    return layer._is_parallel or hasattr(type(layer), "set_reshard_after_forward")
 
 
 def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
 from fusedformer.functional.packing import packing_of_mask, whole_packing
 from fusedformer.functional.selection import packing_and_selection
-from fusedformer.nn.children import Pending, is_plain, is_sharded, must_be_called
+from fusedformer.nn.children import Pending, is_plain, is_sharded
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.masks import Names, check_padding_mask, check_sequence, padded_positions
 
@@ -52,7 +52,10 @@ def check_stack(function: str, name: str, layer: object, num_layers: int, norm: 
 def is_fused(stack: Any, layer: type[Any]) -> bool:
     """Return whether the fused steps may stand for the calls of a stack's layers and norm."""
     norm = stack.norm
-    return all(isinstance(one, layer) and one._can_pack() for one in stack.layers) and (
+    for one in stack.layers:
+        if not (isinstance(one, layer) and one._can_pack()):
+            return False
+    return bool(
         norm is None
         or (is_plain(norm, LayerNorm, nn.LayerNorm) and len(norm.normalized_shape) == 1)
     )
@@ -120,14 +123,16 @@ def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tens
     return output.masked_fill(padded, 0.0)
 
 
-def start_layer(layer: Any, x: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor | None]:
+def start_layer(
+    layer: Any, x: Tensor, pending: Pending | None, is_called: bool
+) -> tuple[Tensor, Tensor | None]:
     """Compute the input of a layer: ``x``, or the sum that the layer before left.
 
     Returns:
         The input, and its norm if the layer is to start from it (see ``_pre_norm``). None where it
         is to be called as one (see ``_forward_fused``).
     """
-    if must_be_called(layer) or not layer.norm_first:
+    if is_called or not layer.norm_first:
         return (x if pending is None else pending.added()), None
     if pending is None:
         return x, layer.norm1(x)

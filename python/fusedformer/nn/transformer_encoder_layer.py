@@ -102,13 +102,21 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
         if not self._children_are_plain():
             masked = src_mask, src_key_padding_mask, is_causal
             return self._compose(src, lambda x: self._sa_block(x, *masked), self._ff_block)
+        masks = self._check(src, src_mask, src_key_padding_mask, is_causal)
+        with seeds_drawn_at_once(DROPOUTS):
+            return self._forward_fused(src, masks)
+
+    def _check(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> AttentionMasks:
+        """Check all arguments; return the masks of attention."""
         attention = self.self_attn
         assert isinstance(attention, MultiheadAttention)
         batch, length, _ = attention._check_inputs(src, src, src, _NAMES)
-        masks = attention_masks(
+        return attention_masks(
             _NAMES,
-            src_mask,
-            src_key_padding_mask,
+            mask,
+            padding,
             is_causal,
             batched=src.dim() == 3,
             batch=batch,
@@ -116,8 +124,6 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             rows=length,
             keys=length,
         )
-        with seeds_drawn_at_once(DROPOUTS):
-            return self._forward_fused(src, masks)
 
     def _forward_fused(
         self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
