@@ -63,6 +63,8 @@ class Parts(NamedTuple):
 class GatedLayer:
     """A base of layers whose forward is a norm, four products and the fused steps between them."""
 
+    FUSED = "fused steps, norms first"
+
     def forward(
         self: Any,
         hidden_states: Tensor,

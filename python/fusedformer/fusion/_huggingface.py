@@ -168,7 +168,7 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, combined(layer, cls), "four fused steps")
+        plan.give(path, module, combined(layer, cls), layer.FUSED)
         if layer.plain_parts(module) is None:
             plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
     elif reads or not pack:

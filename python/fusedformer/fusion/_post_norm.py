@@ -82,6 +82,8 @@ class PostNormLayer:
     within the products that compute its parts.
     """
 
+    FUSED = "four fused steps"
+
     def forward(
         self: Any,
         hidden_states: Tensor,
