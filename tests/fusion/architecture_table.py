@@ -22,7 +22,7 @@ from tests.fusion.small_models import VARIANTS, runnable, types
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 LEVELS = {
-    "A": "packed, layers of four fused steps",
+    "A": "packed, layers of fused steps",
     "B": "packed, attention and norms",
     "C": "attention and norms, padded",
     "D": "attention; its norms are its own",

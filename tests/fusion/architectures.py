@@ -90,7 +90,7 @@ def _level(report: Any) -> str:
     attends = some(lambda one: one.before.endswith(" attention"))
     norms = some(lambda one: "Norm" in one.before)
     if some(lambda one: one.after.startswith("packed")):
-        return "A" if some(lambda one: "four fused steps" in one.after) else "B"
+        return "A" if some(lambda one: "fused steps" in one.after) else "B"
     return ("C" if norms else "D") if attends else "E" if norms else "-"
 
 

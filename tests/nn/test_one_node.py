@@ -1,4 +1,4 @@
-"""An encoder layer as one node of autograd: the bits of its steps, and when they are called."""
+"""A layer as one node of autograd: the bits of its steps, and when they are called."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedformer import backend, nn
 from fusedformer.functional import Packing, pack
-from fusedformer.nn import transformer_encoder_layer as layers
+from fusedformer.nn import layers
 
 pytest.importorskip("triton")
 
 E, HEADS, F, N, S = 32, 2, 48, 2, 7
+KINDS = "encoder", "decoder"
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,26 @@ def step_by_step() -> Iterator[None]:
         yield
 
 
-def make(device: str = "cpu", **settings: Any) -> nn.TransformerEncoderLayer:
+class DecoderLayer(nn.TransformerDecoderLayer):
+    """A decoder's layer that takes what an encoder's does; its memory is a parameter."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        like = self.linear1.weight
+        memory = torch.empty(N, S + 2, E, device=like.device, dtype=like.dtype)
+        self.memory = torch.nn.Parameter(memory)
+
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:  # type: ignore[override]
+        named = {name.replace("src", "tgt"): mask for name, mask in masks.items()}
+        if "is_causal" in named:
+            named["tgt_is_causal"] = named.pop("is_causal")
+        return super().forward(x, self.memory, **named)
+
+
+def make(device: str = "cpu", kind: str = "encoder", **settings: Any) -> Any:
     settings = {"batch_first": True, "dropout": 0.25, "activation": "gelu", **settings}
-    layer = nn.TransformerEncoderLayer(E, HEADS, F, device=device, **settings)
+    cls: Any = nn.TransformerEncoderLayer if kind == "encoder" else DecoderLayer
+    layer = cls(E, HEADS, F, device=device, **settings)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -93,23 +111,25 @@ MASKS: dict[str, Callable[[str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("masks", MASKS)
-def test_masks(masks: str, norm_first: bool, device: str) -> None:
-    layer, x = make(device, norm_first=norm_first), inputs(device)
+def test_masks(masks: str, norm_first: bool, kind: str, device: str) -> None:
+    layer, x = make(device, kind, norm_first=norm_first), inputs(device)
     given = MASKS[masks](device)
     call = lambda: layer(x, **given)
     check(call, [x, *layer.parameters()])
     assert norm_first or is_one_node(call())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes_without_biases_in_training_and_not(
-    dtype: torch.dtype, norm_first: bool, device: str
+    dtype: torch.dtype, norm_first: bool, kind: str, device: str
 ) -> None:
     for training in (True, False):
-        layer = make(device, dtype=dtype, norm_first=norm_first, bias=False).train(training)
+        layer = make(device, kind, dtype=dtype, norm_first=norm_first, bias=False).train(training)
         x = inputs(device, dtype)
         check(partial(layer, x), [x, *layer.parameters()])
         with torch.no_grad():
@@ -132,17 +152,36 @@ def test_packed_stacks(norm_first: bool, device: str) -> None:
     check(call, [x, *encoder.parameters()])
 
 
-FROZEN = (
-    "x", "in_proj", "out_proj", "norm1", "norm2", "linear1", "linear2", "weight", "bias",
-    "self_attn", "linear", "norm",
-)  # fmt: skip
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_packed_decoders(norm_first: bool, device: str) -> None:
+    """The gradient of the memory is added up over the layers, with an empty sequence among them."""
+    one = nn.TransformerDecoderLayer(E, HEADS, F, 0.25, norm_first=norm_first, batch_first=True)
+    decoder = nn.TransformerDecoder(one.to(device), 3, norm=nn.LayerNorm(E, device=device))
+    keep = torch.rand(N, S, device=device) > 0.3
+    keep[0] = False
+    packings = Packing.of(torch.ones_like(keep)), Packing.of(keep)
+    x, memory = inputs(device), inputs(device)
+    rows = lambda: [pack(each, how) for each, how in zip((x, memory), packings, strict=True)]
+    call = lambda: decoder.forward_packed(
+        rows()[0], packings[0], rows()[1], packings[1], tgt_is_causal=True
+    )
+    check(call, [x, memory, *decoder.parameters()])
+
+
+FROZEN = {
+    "encoder": (
+        "x", "in_proj", "out_proj", "norm1", "norm2", "linear1", "linear2", "weight", "bias",
+        "self_attn", "linear", "norm",
+    ),
+    "decoder": ("x", "memory", "self_attn", "multihead_attn", "norm2", "norm3", "linear", "bias"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("only", [False, True], ids=["frozen", "only trained"])
-@pytest.mark.parametrize("name", FROZEN)
-def test_frozen_parameters(name: str, only: bool, norm_first: bool, device: str) -> None:
-    layer, x = make(device, norm_first=norm_first), inputs(device)
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in KINDS for name in FROZEN[k]])
+def test_frozen_parameters(kind: str, name: str, only: bool, norm_first: bool, device: str) -> None:
+    layer, x = make(device, kind, norm_first=norm_first), inputs(device)
     for key, leaf in [("x", x), *layer.named_parameters()]:
         chosen = name in key if name != "x" else key == "x"
         leaf.requires_grad_(chosen is only)
@@ -162,8 +201,9 @@ def test_no_gradient_is_computed_that_is_not_asked_for(device: str) -> None:
     assert {one.name for one in found} == {"_norm_backward", "_sum_partials"}
 
 
-def test_two_backwards_of_one_forward(device: str) -> None:
-    layer, x = make(device), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_backwards_of_one_forward(kind: str, device: str) -> None:
+    layer, x = make(device, kind), inputs(device)
     leaves = [x, *layer.parameters()]
     output = layer(x)
     grad = torch.randn_like(output)
@@ -172,8 +212,9 @@ def test_two_backwards_of_one_forward(device: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
-def test_gradients_accumulate_over_forwards(device: str) -> None:
-    layer = make(device, dropout=0.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_accumulate_over_forwards(kind: str, device: str) -> None:
+    layer = make(device, kind, dropout=0.0)
     found = []
     for steps in (False, True):
         layer.zero_grad()
@@ -183,7 +224,7 @@ def test_gradients_accumulate_over_forwards(device: str) -> None:
             with step_by_step() if steps else mock.MagicMock():
                 output = layer(x)
             output.backward(torch.randn_like(output))
-        found.append([parameter.grad.clone() for parameter in layer.parameters()])  # type: ignore[union-attr]
+        found.append([parameter.grad.clone() for parameter in layer.parameters()])
     assert all(map(torch.equal, *found))
 
 
@@ -193,8 +234,9 @@ def test_under_anomaly_detection(device: str) -> None:
         check(lambda: layer(x), [x, *layer.parameters()])
 
 
-def test_without_gradients(device: str) -> None:
-    layer, x = make(device), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients(kind: str, device: str) -> None:
+    layer, x = make(device, kind), inputs(device)
     with step_by_step():
         want = results_without(layer, x).detach()
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -203,9 +245,10 @@ def test_without_gradients(device: str) -> None:
                 assert torch.equal(results_without(layer, x), want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-def test_under_autocast(norm_first: bool, device: str) -> None:
-    layer, x = make(device, norm_first=norm_first), inputs(device)
+def test_under_autocast(norm_first: bool, kind: str, device: str) -> None:
+    layer, x = make(device, kind, norm_first=norm_first), inputs(device)
 
     def call() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
@@ -215,8 +258,11 @@ def test_under_autocast(norm_first: bool, device: str) -> None:
     check(call, [x, *layer.parameters()])
 
 
-def test_a_weight_changed_between_forward_and_backward_is_torchs_error(device: str) -> None:
-    layer, x = make(device), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_changed_between_forward_and_backward_is_torchs_error(
+    kind: str, device: str
+) -> None:
+    layer, x = make(device, kind), inputs(device)
     output = layer(x)
     with torch.no_grad():
         layer.linear1.weight.mul_(2.0)
@@ -224,8 +270,9 @@ def test_a_weight_changed_between_forward_and_backward_is_torchs_error(device: s
         output.backward(torch.randn_like(output))
 
 
-def test_a_copy_is_a_layer_of_its_own(device: str) -> None:
-    layer, x = make(device, dropout=0.0), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_a_layer_of_its_own(kind: str, device: str) -> None:
+    layer, x = make(device, kind, dropout=0.0), inputs(device)
     before = layer(x)
     copied = copy.deepcopy(layer)
     with torch.no_grad():
@@ -235,8 +282,9 @@ def test_a_copy_is_a_layer_of_its_own(device: str) -> None:
     assert torch.equal(layer(x), before)
 
 
-def test_hooks_added_after_a_call_fire(device: str) -> None:
-    layer, x = make(device, dropout=0.0), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_added_after_a_call_fire(kind: str, device: str) -> None:
+    layer, x = make(device, kind, dropout=0.0), inputs(device)
     before = layer(x)
     seen: list[Any] = []
     handle = layer.linear1.register_forward_hook(lambda *args: seen.append(args))
@@ -256,12 +304,13 @@ def test_hooks_added_after_a_call_fire(device: str) -> None:
     assert layer.linear1 in seen
 
 
-def test_a_child_that_is_replaced_or_changed_after_a_call_is_called(device: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_child_that_is_replaced_or_changed_after_a_call_is_called(kind: str, device: str) -> None:
     class Doubled(torch.nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2.0 * super().forward(x)
 
-    layer, x = make(device, dropout=0.0), inputs(device)
+    layer, x = make(device, kind, dropout=0.0), inputs(device)
     before = layer(x)
     doubled = Doubled(E, F, device=device)
     doubled.load_state_dict(layer.linear1.state_dict())
@@ -269,7 +318,7 @@ def test_a_child_that_is_replaced_or_changed_after_a_call_is_called(device: str)
     assert not torch.allclose(layer(x), before)
     layer.linear1 = own
     assert torch.equal(layer(x), before)
-    layer.self_attn.out_proj.forward = lambda x: 0.0 * x  # type: ignore[method-assign, assignment]
+    layer.self_attn.out_proj.forward = lambda x: 0.0 * x
     assert not torch.allclose(layer(x), before)
     del layer.self_attn.out_proj.forward
     assert torch.equal(layer(x), before)
@@ -309,8 +358,9 @@ def test_activation_checkpointing(use_reentrant: bool, device: str) -> None:
     assert all(map(torch.equal, found, want))
 
 
-def test_batches_of_gradients(device: str) -> None:
-    layer, x = make(device), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_gradients(kind: str, device: str) -> None:
+    layer, x = make(device, kind), inputs(device)
     leaves = [x, *layer.parameters()]
     output = layer(x)
     grads = torch.randn(3, *output.shape, device=device)
@@ -321,8 +371,9 @@ def test_batches_of_gradients(device: str) -> None:
             torch.testing.assert_close(have[index], want)
 
 
-def test_the_gradient_of_a_gradient_is_refused(device: str) -> None:
-    layer, x = make(device), inputs(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_gradient_is_refused(kind: str, device: str) -> None:
+    layer, x = make(device, kind), inputs(device)
     output = layer(x)
     with pytest.raises(RuntimeError, match="double backward through an encoder layer"):
         torch.autograd.grad(output, x, torch.randn_like(output), create_graph=True)
@@ -381,6 +432,43 @@ def test_threads_share_a_layer(device: str, monkeypatch: pytest.MonkeyPatch) -> 
         thread.join()
     for have, wanted in zip(got, want, strict=True):
         assert all(map(torch.equal, have, wanted))
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("masks", ["nothing", "causal", "added"])
+def test_a_stack_that_looks_once_computes_its_layers(
+    masks: str, norm_first: bool, device: str
+) -> None:
+    layer = make(device, norm_first=norm_first, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(E, device=device))
+    x, given = inputs(device), MASKS[masks](device)
+
+    def one_by_one() -> Tensor:
+        output = x
+        for one in encoder.layers:
+            output = one(output, **given)
+        return encoder.norm(output)  # type: ignore[misc]
+
+    renamed = {name.replace("src_mask", "mask"): mask for name, mask in given.items()}
+    leaves = [x, *encoder.parameters()]
+    want = results(one_by_one, leaves)
+    for _ in range(3):
+        got = results(lambda: encoder(x, **renamed), leaves)
+        assert all(map(torch.equal, got, want))
+
+
+def test_a_stack_calls_a_layer_that_got_a_hook(device: str) -> None:
+    encoder, x = nn.TransformerEncoder(make(device, dropout=0.0), 3), inputs(device)
+    before, seen = encoder(x), []
+    for module in (encoder.layers[1], encoder.layers[2].linear2):
+        handle = module.register_forward_hook(lambda *args: seen.append(args[0]))
+        encoder(x)
+        handle.remove()
+    assert seen == [encoder.layers[1], encoder.layers[2].linear2]
+    encoder.layers[1].forward = lambda x, *args, **masks: 0.0 * x
+    assert not torch.allclose(encoder(x), before)
+    del encoder.layers[1].forward
+    assert torch.equal(encoder(x), before)
 
 
 def test_a_layer_that_was_called_is_let_go(device: str) -> None:

@@ -86,14 +86,16 @@ def test_places_of_tokens_by_two_launches_and_by_torch(
         "fewer": max(total - 2, 0),
     }[form]  # fmt: skip
     tail = form in ("static", "rounded")
-    found = []
-    for name in ("torch", "triton"):
-        with backend(name), recorded_launches(run=True) as launches:
-            found.append(ops.token_places(keep, rows, tail=tail))
-    assert [one.name for one in launches] == ["_count_tokens", "_place_tokens"]
-    for want, got in zip(*found, strict=True):
-        assert got.dtype == want.dtype
-        assert torch.equal(got, want)
+    with backend("torch"):
+        wanted = ops.token_places(ops.TokenMask.of(keep), rows, tail=tail)
+    for is_padding in (False, True):
+        with backend("triton"), recorded_launches(run=True) as launches:
+            tokens = ops.TokenMask.of(~keep if is_padding else keep, is_padding)
+            found = ops.token_places(tokens, rows, tail=tail)
+        assert [one.name for one in launches] == ["_count_tokens", "_place_tokens"]
+        for want, got in zip(wanted, found, strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])

@@ -1,7 +1,8 @@
-"""Attention of projected rows to themselves, between the projections of a layer.
+"""Attention of projected rows, between the projections of a layer.
 
-Rows are ``[batch * length, heads * dim]``, or ``3 * heads * dim`` where one product has given
-query, key and value: views of them are read, and their gradients written, by their strides.
+Rows are ``[batch * length, heads * dim]``, or 3 times as wide where one product has given query,
+key and value, or twice where one has given keys and values of a memory. Views of them are read, and
+their gradients written, by their strides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from fusedformer_kernels.runtime.plans import planned
 
 _NEEDS = [True] * 3 + [False] * 4
 
-Projected = tuple[torch.Tensor, ...]  # of all three, or query, key and value
+# Of all three; or query, and key and value in one; or query, key and value.
+Projected = tuple[torch.Tensor, ...]
 
 
 @planned
@@ -52,9 +54,11 @@ def _views(projected: Projected, batch: int, heads: int) -> tuple[torch.Tensor, 
     """Query, key and value ``[batch, heads, length, dim]``."""
     if len(projected) == 3:
         return tuple(_heads(rows, batch, heads) for rows in projected)
-    length = projected[0].shape[0] // max(batch, 1)
-    qkv = projected[0].view(batch, length, 3, heads, projected[0].shape[1] // (3 * heads))
-    return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
+    *query, rows = projected
+    together, length = 3 - len(query), rows.shape[0] // max(batch, 1)
+    parts = rows.view(batch, length, together, heads, rows.shape[1] // (together * heads))
+    first = [_heads(one, batch, heads) for one in query]
+    return (*first, *(part.transpose(1, 2) for part in parts.unbind(2)))
 
 
 def _heads(rows: torch.Tensor, batch: int, heads: int) -> torch.Tensor:

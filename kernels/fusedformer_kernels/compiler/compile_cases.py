@@ -35,7 +35,7 @@ from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embed
 from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
 from fusedformer_kernels.rows.gather import gather_rows
 from fusedformer_kernels.rows.norm import norm_backward, norm_forward
-from fusedformer_kernels.rows.packing import token_places
+from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
@@ -225,6 +225,11 @@ def _attention(
     attention_backward(output, None, q, k, v, output, statistics, given, needs)
 
 
+def _places(mask: torch.Tensor, tail: bool) -> None:
+    counts = token_counts(mask, tail)
+    token_places(mask, counts, mask.numel(), tail, tail)
+
+
 def _merge(dtype: torch.dtype) -> None:
     o, lse = _empty(4, 16, 512, 64, dtype=dtype), _empty(4, 16, 512, dtype=torch.float32)
     merge_states(o, lse, o, lse)
@@ -398,8 +403,7 @@ def compile_cases() -> list[CompileCase]:
         )
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
-        mask = _empty(64, 512, dtype=torch.bool)
-        add(name, HALF, partial(token_places, mask, 64 * 512, tail))
+        add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))
     add("merge states", HALF, lambda: _merge(HALF))
     for name, sigmoid in (("contrastive", False), ("sigmoid contrastive", True)):
         for rows, more in ((16384, ""), (1024, " small")):

@@ -5,7 +5,8 @@
 
 A program a sequence counts its tokens; then one adds up the counts before its own, writes where its
 sequence begins and the places of its tokens, and a last program writes what is behind them. Reads
-the mask twice and writes 8 bytes a position and a row.
+the mask twice and writes 8 bytes a position and a row. The mask may say which tokens are real, or
+which are padding.
 """
 
 from __future__ import annotations
@@ -22,25 +23,35 @@ from fusedformer_kernels.runtime.primitives import COUNTS
 _BLOCK = 512
 
 
+@triton.jit
+def _load_keep(base, columns, n_columns, stride_column, IS_PADDING: tl.constexpr):
+    """Load which tokens are real, 0 or 1 [BLOCK], 0 behind the last column."""
+    valid = columns < n_columns
+    found = tl.load(base + columns.to(tl.int64) * stride_column, mask=valid, other=0)
+    if IS_PADDING:
+        return ((found == 0) & valid).to(tl.int32)
+    return (found != 0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _count_tokens(
-    keep_ptr, counts_ptr, n_columns, stride_row, stride_column, BLOCK: tl.constexpr
+    mask_ptr, counts_ptr, n_columns, stride_row, stride_column, IS_PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0)
-    base = keep_ptr + sequence.to(tl.int64) * stride_row
+    base = mask_ptr + sequence.to(tl.int64) * stride_row
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        offsets = columns.to(tl.int64) * stride_column
-        keep = tl.load(base + offsets, mask=columns < n_columns, other=0) != 0
-        count += keep.to(tl.int32)
+        count += _load_keep(base, columns, n_columns, stride_column, IS_PADDING)
     tl.store(counts_ptr + sequence, tl.sum(count, 0))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _place_tokens(
-    keep_ptr, counts_ptr, starts_ptr, queries_ptr, keys_ptr, indices_ptr, inverse_ptr,
-    n_sequences, n_columns, n_rows, stride_row, stride_column, BLOCK: tl.constexpr,
+    mask_ptr, counts_ptr, starts_ptr, queries_ptr, keys_ptr, indices_ptr, inverse_ptr,
+    n_sequences, n_columns, n_rows, stride_row, stride_column, IS_PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     before = tl.zeros([BLOCK], tl.int32)
@@ -53,14 +64,13 @@ def _place_tokens(
         tl.store(queries_ptr + sequence, begin)
         tl.store(keys_ptr + sequence, begin)
     if sequence < n_sequences:
-        base = keep_ptr + sequence.to(tl.int64) * stride_row
+        base = mask_ptr + sequence.to(tl.int64) * stride_row
         first = sequence.to(tl.int64) * n_columns
         place = begin
         for start in range(0, n_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             valid = columns < n_columns
-            offsets = columns.to(tl.int64) * stride_column
-            keep = (tl.load(base + offsets, mask=valid, other=0) != 0).to(tl.int32)
+            keep = _load_keep(base, columns, n_columns, stride_column, IS_PADDING)
             rank = place + tl.cumsum(keep, 0) - 1
             places = tl.where(keep != 0, rank, -1).to(tl.int64)
             tl.store(inverse_ptr + first + columns, places, mask=valid)
@@ -80,28 +90,41 @@ def _place_tokens(
 
 
 @planned
-def token_places(
-    keep: torch.Tensor, rows: int, tail: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Find (starts, starts of queries, starts of keys, indices ``[rows]``, inverse) of ``keep``.
+def token_counts(mask: torch.Tensor, is_padding: bool) -> torch.Tensor:
+    """Count the real tokens of each sequence: int32 ``[batch]`` of boolean ``[batch, length]``."""
+    batch, length = mask.shape
+    counts = torch.empty(batch, dtype=torch.int32, device=mask.device)
+    mask = mask.view(torch.uint8)
+    launch(
+        _count_tokens, (batch,), configs.LaunchConfig(4, 2), mask, counts, length, *mask.stride(),
+        IS_PADDING=is_padding, BLOCK=_BLOCK,
+    )
+    return counts
 
-    ``keep`` is boolean ``[batch, length]`` with elements. With a ``tail``, queries and keys have
-    two sequences more: the rows behind the last token, once as queries and once as keys.
+
+@planned
+def token_places(
+    mask: torch.Tensor, counts: torch.Tensor, rows: int, tail: bool, is_padding: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Find (starts, starts of queries, starts of keys, indices ``[rows]``, inverse) of a mask.
+
+    It is boolean ``[batch, length]`` with elements; ``counts`` are its own. With a ``tail``,
+    queries and keys have two sequences more: the rows behind the last token, once as queries and
+    once as keys.
     """
-    batch, length = keep.shape
+    batch, length = mask.shape
 
     def new(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=keep.device)
+        return torch.empty(size, dtype=dtype, device=mask.device)
 
-    counts, starts = new(batch, torch.int32), new(batch + 1, torch.int32)
+    starts = new(batch + 1, torch.int32)
     queries = new(batch + 3, torch.int32) if tail else None
     keys = new(batch + 3, torch.int32) if tail else None
     indices, inverse = new(rows, torch.int64), new(batch * length, torch.int64)
-    config = configs.LaunchConfig(4, 2)
-    mask = keep.view(torch.uint8)
-    launch(_count_tokens, (batch,), config, mask, counts, length, *mask.stride(), BLOCK=_BLOCK)
+    mask = mask.view(torch.uint8)
     launch(
-        _place_tokens, (batch + 1,), config, mask, counts, starts, queries, keys, indices, inverse,
-        batch, length, rows, *mask.stride(), BLOCK=_BLOCK,
+        _place_tokens, (batch + 1,), configs.LaunchConfig(4, 2), mask, counts, starts, queries,
+        keys, indices, inverse, batch, length, rows, *mask.stride(),
+        IS_PADDING=is_padding, BLOCK=_BLOCK,
     )
     return starts, queries, keys, indices, inverse

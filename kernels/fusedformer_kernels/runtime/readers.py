@@ -58,10 +58,10 @@ class Reader:
             return None
         try:
             found = self._distinct(values)
-            if found is not _SAME:
+            if found is None or found[0] is not _SAME:
                 return found
-            tensors = [value for value in _flat(values) if isinstance(value, Tensor)]
-            same = tuple([next(i for i, t in enumerate(tensors) if t is one) for one in tensors])
+            identities = list(map(id, found[1]))
+            same = tuple(map(identities.index, identities))
             read = self._by_sameness.get(same)
             if read is None:
                 read = self._by_sameness[same] = self._written(same)
@@ -71,7 +71,7 @@ class Reader:
 
     @functools.cached_property
     def _distinct(self) -> Callable[[tuple[Any, ...]], Any]:
-        """Read values among which no tensor is there twice; ``_SAME`` where one may be."""
+        """Read values, no tensor twice; return ``_SAME`` and the tensors where one may be."""
         return self._written(None)
 
     def _written(self, same: tuple[int, ...] | None) -> Callable[[tuple[Any, ...]], Any]:
@@ -88,7 +88,7 @@ class Reader:
             text.line(f"{pointer} = {name}.data_ptr()")
         if same is None and len(tensors) > 1:
             text.line(f"if len({{{', '.join(pointers)}}}) < {len(tensors)}:")
-            text.line(f" return {text.value(_SAME)}")
+            text.line(f" return {text.value(_SAME)}, {sequence(tensors)}")
         key = [text.value((self, same)), f"{text.value(assumed_target)}()"]
         key.append(f"{text.value(precision_of_products)}()")
         wanted = "False"

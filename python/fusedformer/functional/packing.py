@@ -83,19 +83,7 @@ class Packing(NamedTuple):
             raise BadValueError(
                 f"Packing.of(): expected 'multiple_of' to be positive, but got {multiple_of}"
             )
-        if static_shapes:
-            return _static_packing(keep)
-        if lengths is None:
-            _check_known(keep)
-        counts = None
-        if lengths is not None:
-            total, longest = sum(lengths), max(lengths, default=0)
-        elif keep.shape[0]:
-            counts = keep.sum(1)
-            total, longest = torch.stack((counts.sum(), counts.max())).tolist()
-        else:
-            total, longest = 0, 0
-        return packing_from_counts(keep, counts, total, longest, multiple_of)
+        return packing_of_mask(keep, lengths, static_shapes, multiple_of)
 
 
 def _check_keep(keep: Tensor, lengths: Sequence[int] | None, static_shapes: bool) -> None:
@@ -134,25 +122,49 @@ def _check_known(keep: Tensor) -> None:
         )
 
 
-def packing_from_counts(
-    keep: Tensor, counts: Tensor | None, total: int, longest: int, multiple_of: int
+def packing_of_mask(
+    mask: Tensor,
+    lengths: Sequence[int] | None,
+    static_shapes: bool,
+    multiple_of: int,
+    *,
+    is_padding: bool = False,
 ) -> Packing:
-    """Make a packing of ``keep`` from numbers that the host knows."""
+    """Compute :meth:`Packing.of` a mask that is checked; True may be padding."""
+    tokens = ops.TokenMask.of(mask, is_padding)
+    if static_shapes:
+        rows = mask.shape[0] * mask.shape[1]
+        return _packing_of(mask, ops.token_places(tokens, rows, tail=True), rows, True)
+    counts = None
+    if lengths is not None:
+        total, longest = sum(lengths), max(lengths, default=0)
+        return packing_from_counts(tokens, None, total, longest, multiple_of)
+    _check_known(mask)
+    total = longest = 0
+    if mask.shape[0]:
+        counts = tokens.counts()
+        if tokens.by_kernels:  # the host adds up what it waits for
+            found = counts.tolist()
+            total, longest = sum(found), max(found)
+        else:
+            total, longest = torch.stack((counts.sum(), counts.max())).tolist()
+    return packing_from_counts(tokens, counts, total, longest, multiple_of)
+
+
+def packing_from_counts(
+    tokens: ops.TokenMask, counts: Tensor | None, total: int, longest: int, multiple_of: int
+) -> Packing:
+    """Make a packing of ``tokens`` from numbers that the host knows."""
     rows = -(-total // multiple_of) * multiple_of
     tail = rows != total
     longest = max(longest, rows - total)
-    return _packing_of(keep, ops.token_places(keep, rows, tail=tail, counts=counts), longest, tail)
+    places = ops.token_places(tokens, rows, tail=tail, counts=counts)
+    return _packing_of(tokens.mask, places, longest, tail)
 
 
-def _static_packing(keep: Tensor) -> Packing:
-    batch, length = _sizes(keep)
-    rows = batch * length
-    return _packing_of(keep, ops.token_places(keep, rows, tail=True), rows, True)
-
-
-def _packing_of(keep: Tensor, places: ops.TokenPlaces, longest: int, tail: bool) -> Packing:
+def _packing_of(mask: Tensor, places: ops.TokenPlaces, longest: int, tail: bool) -> Packing:
     starts, starts_q, starts_k, indices, inverse = places
-    sizes = _sizes(keep)
+    sizes = _sizes(mask)
     return Packing(starts, longest, indices, inverse, *sizes, starts_q, starts_k, tail)
 
 
@@ -172,8 +184,8 @@ def with_empty_tail(starts: Tensor) -> Tensor:
     return torch.cat((starts, starts[-1:], starts[-1:]))
 
 
-def _sizes(keep: Tensor) -> tuple[int, int]:
-    batch, length = keep.shape
+def _sizes(mask: Tensor) -> tuple[int, int]:
+    batch, length = mask.shape
     return batch, length
 
 

@@ -90,7 +90,8 @@ def packing_and_selection(
     if output_rows.dtype != torch.bool:
         packing = Packing.of(keep, static_shapes=static_shapes, multiple_of=multiple_of)
         return packing, select_columns(packing, output_rows)
-    wanted, counts = output_rows.flatten(), keep.sum(1)
+    tokens = ops.TokenMask.of(keep)
+    wanted, counts = output_rows.flatten(), tokens.counts()
     found = output_rows & keep
     found_counts = found.sum(1)
     numbers = [output_rows.sum(), found_counts.sum(), counts.sum()]
@@ -98,7 +99,7 @@ def packing_and_selection(
         numbers += [found_counts.max(), counts.max()]
     asked, rows, total, *most = torch.stack(numbers).tolist()
     longest_found, longest = most or (0, 0)
-    packing = packing_from_counts(keep, counts, total, longest, multiple_of)
+    packing = packing_from_counts(tokens, counts, total, longest, multiple_of)
     flat = found.flatten()
     rank = flat.cumsum(0) - 1
     positions = torch.nonzero_static(flat, size=rows).flatten()

@@ -94,7 +94,7 @@ def attention(
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     mask = key_mask = None
     if not packed:
-        mask, key_mask, is_causal = _split_mask(module, attention_mask, is_causal)
+        mask, key_mask, is_causal = split_mask(module, attention_mask, is_causal)
     is_causal = is_causal and query.shape[2] > 1
     window = None
     if sliding_window is not None and packed:  # else the mask contains it
@@ -114,7 +114,7 @@ def attention(
         most_q, most_k = (q.shape[0] if m is None else int(m) for m in (max_length_q, max_length_k))
         output = functional.varlen_attention(
             q, k, v, cu_seq_lens_q, cu_seq_lens_k, most_q, most_k,
-            attn_mask=_mask_of_sequences(attention_mask, cu_seq_lens_k), **settings,
+            attn_mask=mask_of_sequences(attention_mask, cu_seq_lens_k), **settings,
         )  # fmt: skip
         return output[None], None
     if position_bias is not None:
@@ -141,7 +141,7 @@ def attention(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
+def mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
     """Return ``mask`` if it is a mask of the keys of each packed sequence."""
     keys = key_mask_of(mask)
     if mask is None or keys is None or mask.dim() != 4 or len(keys) != len(starts) - 1:
@@ -149,7 +149,7 @@ def _mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:
     return mask
 
 
-def _split_mask(
+def split_mask(
     module: nn.Module, given: Tensor | None, module_is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """Split a mask that layers were given into mask of scores, mask of keys, and causality.

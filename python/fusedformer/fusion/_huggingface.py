@@ -28,12 +28,15 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
+from fusedformer.fusion._gated import LAYERS as GATED_LAYERS
 from fusedformer.fusion._packed_model import MODELS, PackedModel
-from fusedformer.fusion._post_norm import ENCODERS, LAYERS, PackedEncoder
+from fusedformer.fusion._post_norm import ENCODERS, PackedEncoder
+from fusedformer.fusion._post_norm import LAYERS as POST_NORM_LAYERS
 from fusedformer.fusion._rows import needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
 
+_LAYERS = {**POST_NORM_LAYERS, **GATED_LAYERS}
 _PACKED = "packed: real tokens only"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
@@ -154,18 +157,18 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
     cls = place.cls
     known = f"{cls.__module__}.{cls.__name__}".removeprefix("transformers.models.")
     packs: Any = PackedEncoder if known in ENCODERS else PackedModel if known in MODELS else None
-    if id(place.model) not in by_ours or (known not in LAYERS and packs is None):
+    if id(place.model) not in by_ours or (known not in _LAYERS and packs is None):
         return
     path, module = place.path, place.module
     if "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
-    elif known in LAYERS:
-        layer = LAYERS[known]
+    elif known in _LAYERS:
+        layer = _LAYERS[known]
         reason = layer.refuses(module)
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, combined(layer, cls), "four fused steps")
+        plan.give(path, module, combined(layer, cls), layer.FUSED)
         if layer.plain_parts(module) is None:
             plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
     elif reads or not pack:

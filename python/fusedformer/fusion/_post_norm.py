@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
@@ -21,24 +20,22 @@ from fusedformer.functional.steps import (
     encoder_layer_is_one_node,
     feed_forward,
     linear,
-    self_attention_terms,
 )
+from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._rows import is_untouched, needs_batch
+from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
     are_plain,
     dropout_probability,
-    fused_activation,
     project,
-    weight_and_bias,
+    weights_and_biases,
 )
 from fusedformer.nn.stacks import can_pack, packing_of
 
 _NO_DROPOUT = nn.Dropout(0.0)
-# Arguments of attention that one node does not have.
-_SETTINGS = ("is_causal", "softcap", "sliding_window", "position_bias", "s_aux")
 
 
 class Parts(NamedTuple):
@@ -67,7 +64,7 @@ class Parts(NamedTuple):
 
     def feed_forward_block(self) -> FeedForward:
         """Return the parameters and settings of the feed-forward block."""
-        name = _activation_name(self.activation)
+        name = activation_name(self.activation)
         return FeedForward(
             self.linear1.weight,
             self.linear1.bias,
@@ -84,6 +81,8 @@ class PostNormLayer:
     The gradient of the input, which comes from the residual, query, key and value, is added up
     within the products that compute its parts.
     """
+
+    FUSED = "four fused steps"
 
     def forward(
         self: Any,
@@ -125,36 +124,20 @@ class PostNormLayer:
     def _one_node(
         self, parts: Parts, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Compute the steps as one node of autograd; return None where that cannot be.
-
-        It can where attention has no setting but packed sequences or a mask of keys.
-        """
-        module, name = self.attention_of(self), _activation_name(parts.activation)
-        key_mask = None if mask is None else key_mask_of(mask)
-        starts = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-        packed = None not in starts
-        if (
-            name is None
-            or not encoder_layer_is_one_node(x, None, module.attention_head_size)
-            or getattr(module, "is_causal", True)
-            or any(kwargs.get(setting) is not None for setting in _SETTINGS)
-            or (mask is not None and (packed or key_mask is None))
-            or (key_mask is not None and key_mask.shape != x.shape[:2])
-            or x.dim() != 3
-        ):
+        """Compute the steps as one node of autograd; return None where that cannot be."""
+        module, name = self.attention_of(self), activation_name(parts.activation)
+        if name is None or not encoder_layer_is_one_node(x, None, module.attention_head_size):
             return None
-        longest = (kwargs.get("max_length_q"), kwargs.get("max_length_k")) if packed else (0, 0)
-        terms = self_attention_terms(
-            module.attention_head_size,
-            dropout_probability(parts.attention_dropout),
-            attn_mask=None,
-            key_mask=key_mask,
-            is_causal=False,
-            cu_seqlens_q=starts[0],
-            cu_seqlens_k=starts[1],
-            max_seqlen_q=x.shape[1] if longest[0] is None else int(longest[0]),
-            max_seqlen_k=x.shape[1] if longest[1] is None else int(longest[1]),
+        terms = terms_of_call(
+            module,
+            x,
+            mask,
+            kwargs,
+            head_dim=module.attention_head_size,
+            dropout=dropout_probability(parts.attention_dropout),
         )
+        if terms is None:
+            return None
         settings = EncoderSettings(
             heads=parts.query.weight.shape[0] // module.attention_head_size,
             activation=name,
@@ -166,14 +149,16 @@ class PostNormLayer:
             checkpoint_activation=False,
         )
         parameters = EncoderParameters(
-            *weight_and_bias(parts.query),
-            *weight_and_bias(parts.key),
-            *weight_and_bias(parts.value),
-            *weight_and_bias(parts.out),
-            *weight_and_bias(parts.norm1),
-            *weight_and_bias(parts.linear1),
-            *weight_and_bias(parts.linear2),
-            *weight_and_bias(parts.norm2),
+            *weights_and_biases(
+                parts.query,
+                parts.key,
+                parts.value,
+                parts.out,
+                parts.norm1,
+                parts.linear1,
+                parts.linear2,
+                parts.norm2,
+            )
         )
         terms = terms._replace(scale=float(module.scaling))
         found = encoder_layer(x, None, parameters, settings, terms)
@@ -336,18 +321,6 @@ class PackedEncoder:
         )
         output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)
         return output
-
-
-def _activation_name(activation: Any) -> Any:
-    """Return the name by which the kernels know transformers' activation, or None."""
-    kind = type(activation).__name__
-    if kind == "GELUActivation":
-        return "gelu" if getattr(activation, "act", None) is F.gelu else None
-    if kind in ("NewGELUActivation", "GELUTanh"):
-        return "gelu_tanh"
-    if kind in ("SiLUActivation", "SiLU"):
-        return "silu"
-    return fused_activation(activation)
 
 
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta",

@@ -60,7 +60,7 @@ def is_sharded(module: object) -> bool:
 
 def must_be_called(layer: Any) -> bool:
     """Return whether a layer's parameters are whole only during a call of ``_forward_fused``."""
-    return layer._is_parallel or is_sharded(layer)
+    return layer._is_parallel or hasattr(type(layer), "set_reshard_after_forward")
 
 
 def is_plain_or_sharded(module: Any, *types: type[nn.Module]) -> bool:
@@ -170,12 +170,18 @@ def dropout_probability(dropout: Any) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Return both parameters of a linear layer or a norm, past the module's ``__getattr__``."""
-    own = module._parameters
-    if "weight" in own and "bias" in own:
-        return own["weight"], own["bias"]
-    return module.weight, module.bias  # views that a wrapper has put there
+def weights_and_biases(*modules: Any) -> list[Any]:
+    """List both parameters of linear layers and norms, past ``__getattr__``; of None two None."""
+    found: list[Any] = []
+    for module in modules:
+        own = None if module is None else module._parameters
+        if own is None:
+            found += (None, None)
+        elif "weight" in own and "bias" in own:
+            found += (own["weight"], own["bias"])
+        else:  # views that a wrapper has put there
+            found += (module.weight, module.bias)
+    return found
 
 
 class Pending(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer.functional import Selection
-from fusedformer.functional.steps import feed_forward
+from fusedformer.functional.steps import encoder_layer_is_one_node, feed_forward
 from fusedformer.nn.children import (
     HOOKS,
     adopt,
@@ -25,6 +25,7 @@ from fusedformer.nn.children import (
     feed_forward_block,
     is_plain,
     is_plain_or_sharded,
+    is_sharded,
     project,
 )
 from fusedformer.nn.layer_norm import LayerNorm
@@ -136,6 +137,15 @@ class FusedLayer:
         """
         return feed_forward(x, feed_forward_block(self), fork=fork)
 
+    def _is_one_node(self: Any, x: Tensor, masks: AttentionMasks, attention: Any) -> bool:
+        """Return whether one node of autograd may attend from ``x`` to itself, and more."""
+        return not (
+            self._is_parallel
+            or masks.attend is not None
+            or attention.ring is not None
+            or (x.dim() == 3 and not attention.batch_first)
+        ) and encoder_layer_is_one_node(x, masks.attn_mask, attention.head_dim)
+
     def _compose(self: Any, x: Tensor, *blocks: Callable[[Tensor], Tensor]) -> Tensor:
         """Call the layer's modules as torch does: ``blocks``, each with its residual and norm."""
         norms = (getattr(self, name) for name in self._fused_parts.norms)
@@ -145,6 +155,17 @@ class FusedLayer:
 
     def _packs_as(self: Any, layer: type[nn.Module]) -> bool:
         """Return whether this is a plain ``layer``, which computes row by row but for attention."""
+        own = self.__dict__
+        known = None if torch.compiler.is_compiling() else _plain_layers.get(self)
+        if (
+            known is not None
+            and known.packs_as is layer
+            and known.holds(self)
+            and "forward" not in own
+            and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+            and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        ):
+            return True
         return (
             is_plain_or_sharded(self, layer)
             and self._children_are_plain()
@@ -200,6 +221,7 @@ class PlainLayer(NamedTuple):
     classes: tuple[type, ...]  # the layer's, and the children's
     hooks: tuple[dict[int, Any], ...]  # of the children
     settings: tuple[Any, ...]
+    packs_as: type | None  # the class as which the layer packs, but for hooks of its own
 
     @staticmethod
     def of(layer: Any) -> PlainLayer:
@@ -220,13 +242,16 @@ class PlainLayer(NamedTuple):
             tuple(map(type, (layer, *children))),
             tuple(child.__dict__[name] for child in children for name in HOOKS),
             _settings_of(children),
+            None
+            if is_sharded(layer) or any(attention.ring is not None for attention in attentions)
+            else getattr(type(layer), "_made_of", (type(layer),))[0],
         )
 
     def holds(self, layer: nn.Module) -> bool:
         """Return whether nothing of ``layer`` has been replaced, registered or set since."""
         return (
             not any(self.hooks)
-            and tuple([tuple(owner.values()) for owner in self.owners]) == self.owned
+            and tuple(map(tuple, map(dict.values, self.owners))) == self.owned
             and tuple(map(type, (layer, *self.children))) == self.classes
             and _settings_of(self.children) == self.settings
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
@@ -249,6 +274,7 @@ def _settings_of(children: Sequence[Any]) -> tuple[Any, ...]:
                 module._qkv_same_embed_dim,
                 module.bias_k is None,
                 module.add_zero_attn,
+                module.ring,
             )
         elif "normalized_shape" in own:
             found.append(own["normalized_shape"])

@@ -73,6 +73,8 @@ class AttentionMasks(NamedTuple):
         )
 
 
+_NO_MASKS = AttentionMasks(None, None, False)
+
 # From a projection [batch, length, 3, heads, head_dim], the probability of dropout and the masks,
 # which name the layer, to heads [batch, length, heads, head_dim]. Packed rows are a batch of 1.
 Attend = Callable[[Tensor, float, AttentionMasks], Tensor]
@@ -98,6 +100,16 @@ def check_rank(function: str, name: str, tensor: Tensor) -> None:
 
 def check_sequence(function: str, name: str, tensor: Tensor, width: int, weight: Tensor) -> None:
     """Check that ``tensor`` is ``[*, *, width]`` or ``[*, width]`` and fits ``weight``."""
+    if (  # what almost every call finds, without a call
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.dim() in (2, 3)
+        and tensor.shape[-1] == width
+        and tensor.dtype is weight.dtype
+        and tensor.device == weight.device
+    ):
+        return
     check_rank(function, name, tensor)
     if tensor.shape[-1] != width:
         raise BadValueError(
@@ -200,6 +212,8 @@ def attention_masks(
     that ``attn_mask`` is the causal mask, ``attn_mask`` is not read, unless it may be learned or
     the causal pattern would hide appended keys.
     """
+    if attn_mask is None and key_padding_mask is None and not is_causal:
+        return _NO_MASKS
     check_attn_mask(names, attn_mask, is_causal, batch=batch, heads=heads, rows=rows, keys=keys)
     if key_padding_mask is not None:
         name = names.key_padding_mask

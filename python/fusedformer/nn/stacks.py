@@ -13,9 +13,9 @@ from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.tracing import is_traced_by_jit, is_vmapped
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Packing, Selection
-from fusedformer.functional.packing import whole_packing
+from fusedformer.functional.packing import packing_of_mask, whole_packing
 from fusedformer.functional.selection import packing_and_selection
-from fusedformer.nn.children import Pending, is_plain, is_sharded, must_be_called
+from fusedformer.nn.children import Pending, is_plain, is_sharded
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.masks import Names, check_padding_mask, check_sequence, padded_positions
 
@@ -52,7 +52,10 @@ def check_stack(function: str, name: str, layer: object, num_layers: int, norm: 
 def is_fused(stack: Any, layer: type[Any]) -> bool:
     """Return whether the fused steps may stand for the calls of a stack's layers and norm."""
     norm = stack.norm
-    return all(isinstance(one, layer) and one._can_pack() for one in stack.layers) and (
+    for one in stack.layers:
+        if not (isinstance(one, layer) and one._can_pack()):
+            return False
+    return bool(
         norm is None
         or (is_plain(norm, LayerNorm, nn.LayerNorm) and len(norm.normalized_shape) == 1)
     )
@@ -120,14 +123,16 @@ def zeros_at_padding(stack: Any, output: Tensor, padding: Tensor | None) -> Tens
     return output.masked_fill(padded, 0.0)
 
 
-def start_layer(layer: Any, x: Tensor, pending: Pending | None) -> tuple[Tensor, Tensor | None]:
+def start_layer(
+    layer: Any, x: Tensor, pending: Pending | None, is_called: bool
+) -> tuple[Tensor, Tensor | None]:
     """Compute the input of a layer: ``x``, or the sum that the layer before left.
 
     Returns:
         The input, and its norm if the layer is to start from it (see ``_pre_norm``). None where it
         is to be called as one (see ``_forward_fused``).
     """
-    if must_be_called(layer) or not layer.norm_first:
+    if is_called or not layer.norm_first:
         return (x if pending is None else pending.added()), None
     if pending is None:
         return x, layer.norm1(x)
@@ -166,15 +171,21 @@ def is_only_causal(mask: Tensor | None, is_causal: bool) -> bool:
     return mask is None or (is_causal and not mask.requires_grad)
 
 
-def packing_of(keep: Tensor, static_shapes: bool, lengths: Sequence[int] | None = None) -> Packing:
-    """Make the packing of ``keep`` ``[N, S]``, True = real token.
+def packing_of(
+    mask: Tensor,
+    static_shapes: bool,
+    lengths: Sequence[int] | None = None,
+    *,
+    is_padding: bool = False,
+) -> Packing:
+    """Make the packing of a boolean mask ``[N, S]``, True = real token, or padding.
 
     ``lengths``, where the host knows them, save waiting for the device.
     """
-    settings = _pack_settings(keep, static_shapes)
+    settings = _pack_settings(mask, static_shapes)
     if lengths is not None:
         settings["static_shapes"] = False
-    return Packing.of(keep, lengths, **settings)
+    return packing_of_mask(mask, lengths, **settings, is_padding=is_padding)
 
 
 def _pack_settings(keep: Tensor, static_shapes: bool) -> dict[str, Any]:
@@ -202,7 +213,7 @@ def packing_for(
 def packing_of_padding(x: Tensor, padding: Tensor | None, static_shapes: bool) -> Packing:
     """Make the packing of ``x`` ``[N, S, *]`` with ``padding`` ``[N, S]``, True = masked."""
     if padding is not None:
-        return packing_of(~padding, static_shapes)
+        return packing_of(padding, static_shapes, is_padding=True)
     return whole_packing(x.shape[0], x.shape[1], x.device)
 
 

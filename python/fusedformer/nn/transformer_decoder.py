@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from fusedformer import functional
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Packing
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending, call_fused
+from fusedformer.nn.children import Pending, call_fused, must_be_called
 from fusedformer.nn.masks import (
     AttentionMasks,
     Names,
@@ -211,9 +213,11 @@ class TransformerDecoder(FusedStack, torch.nn.TransformerDecoder):
         """Compute all layers and the norm on packed rows."""
         pending: Pending | None = None
         for layer in self.layers:
-            x, normed = start_layer(layer, x, pending)
+            is_called = must_be_called(layer)
+            x, normed = start_layer(layer, x, pending, is_called)
             if normed is None:
-                (x, memory), pending = call_fused(layer, x, memory, own, cross), None
+                run = partial(call_fused, layer) if is_called else layer._forward_fused
+                (x, memory), pending = run(x, memory, own, cross), None
             else:
                 pending, memory = layer._pre_norm(x, normed, memory, own, cross)
         return end_stack(x, pending, self.norm)

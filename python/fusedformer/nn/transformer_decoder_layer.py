@@ -7,8 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending, project
+from fusedformer.functional.steps import (
+    EncoderParameters,
+    EncoderSettings,
+    encoder_layer,
+    encoder_layer_is_one_node,
+    seeds_drawn_at_once,
+)
+from fusedformer.nn.children import (
+    Pending,
+    dropout_probability,
+    fused_activation,
+    project,
+    weights_and_biases,
+)
 from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
 
@@ -148,6 +160,9 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
         self, x: Tensor, memory: Tensor, own: AttentionMasks, cross: AttentionMasks
     ) -> tuple[Tensor, Tensor]:
         """Compute :meth:`_forward_fused` with norms after the residuals."""
+        found = self._one_node(x, None, memory, own, cross)
+        if found is not None:
+            return found[0], found[2]
         inner, bias, x = self._attend(x, x, own, None, fork=True)
         x = Pending(inner, bias, self.dropout1, x).normed(self.norm1)
         inner, bias, x, memory = self._attend_to_memory(x, memory, cross, fork=True)
@@ -167,12 +182,75 @@ class TransformerDecoderLayer(FusedLayer, torch.nn.TransformerDecoderLayer):
 
         ``normed`` is ``norm1`` of ``x``. The last sum is left to the norm that follows the layer.
         """
+        found = self._one_node(normed, x, memory, own, cross)
+        if found is not None and found[1] is not None:
+            return Pending(found[0], self.linear2.bias, self.dropout3, found[1]), found[2]
         inner, bias, x = self._attend(normed, x, own, None, fork=False)
         normed, x = Pending(inner, bias, self.dropout1, x).normed_and_sum(self.norm2)
         inner, bias, _, memory = self._attend_to_memory(normed, memory, cross, fork=False)
         normed, x = Pending(inner, bias, self.dropout2, x).normed_and_sum(self.norm3)
         inner, bias, _ = self._feed_forward(normed, fork=False)
         return Pending(inner, bias, self.dropout3, x), memory
+
+    def _one_node(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        memory: Tensor,
+        own: AttentionMasks,
+        cross: AttentionMasks,
+    ) -> tuple[Tensor, Tensor | None, Any] | None:
+        """Compute the steps as one node of autograd; return None where that cannot be.
+
+        ``residual`` is given where norms come first, and so is the sum in the result.
+        """
+        children = self._modules
+        attention: Any = children["self_attn"]
+        to_memory: Any = children["multihead_attn"]
+        if (
+            not self._is_one_node(x, own, attention)
+            or to_memory.ring is not None
+            or to_memory.num_heads != attention.num_heads
+            or memory is x
+            or x.dim() != memory.dim()
+            or not encoder_layer_is_one_node(memory, cross.attn_mask, to_memory.head_dim)
+        ):
+            return None
+        activation = fused_activation(self.activation)
+        if activation is None:
+            return None
+        norms: list[Any] = [children[name] for name in _PARTS.norms]
+        middle, behind_memory, last = norms if residual is None else (*norms[1:], None)
+        settings = EncoderSettings(
+            heads=attention.num_heads,
+            activation=activation,
+            middle_eps=middle.eps,
+            last_eps=None if last is None else last.eps,
+            hidden_p=dropout_probability(children["dropout"]),
+            middle_p=dropout_probability(children["dropout1"]),
+            last_p=dropout_probability(children["dropout3"]),
+            checkpoint_activation=self.checkpoint_activation,
+            cross_eps=behind_memory.eps,
+            cross_p=dropout_probability(children["dropout2"]),
+        )
+        parameters = EncoderParameters._make(
+            (
+                attention.in_proj_weight,
+                attention.in_proj_bias,
+                *[None] * 4,
+                *weights_and_biases(attention.out_proj, middle),
+                *weights_and_biases(children["linear1"], children["linear2"], last),
+                *[None] * 4,
+                to_memory.in_proj_weight,
+                to_memory.in_proj_bias,
+                *weights_and_biases(to_memory.out_proj, behind_memory),
+            )
+        )
+        terms, cross_terms = (
+            masks.terms(one.head_dim, one.dropout if one.training else 0.0)
+            for masks, one in ((own, attention), (cross, to_memory))
+        )
+        return encoder_layer(x, residual, parameters, settings, terms, memory, cross_terms)
 
     def _attend_to_memory(
         self, x: Tensor, memory: Tensor, masks: AttentionMasks, *, fork: bool

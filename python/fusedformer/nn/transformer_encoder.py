@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer._internal.backend import kernels_run_on
 from fusedformer._internal.jagged import check_jagged, jagged_like
+from fusedformer._internal.tracing import is_eager
 from fusedformer.errors import BadValueError
 from fusedformer.functional import Selection
 from fusedformer.functional.selection import check_output_rows
 from fusedformer.functional.steps import seeds_drawn_at_once
-from fusedformer.nn.children import Pending, call_fused
+from fusedformer.nn.children import Pending, call_fused, must_be_called
 from fusedformer.nn.masks import (
     Attend,
     AttentionMasks,
@@ -37,6 +40,7 @@ from fusedformer.nn.stacks import (
     is_fused,
     is_only_causal,
     packing_for,
+    packing_of_padding,
     start_layer,
     swap_unless_batch_first,
     zeros_at_padding,
@@ -164,22 +168,57 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
             check_sequences(_FUNCTION, self, {"src": src})
             sizes = {"batch": batch, "heads": heads_in_stack(self), "rows": length, "keys": length}
             check_attn_mask(_NAMES, mask, is_causal, **sizes)
-            if padding is None:
-                keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+            x = swap_unless_batch_first(self, src)
+            if output_rows is None:
+                packing = packing_of_padding(x, padding, self.static_shapes)
+                selection = None
             else:
-                keep = ~padding
-            packing, selection = self.packing(keep, output_rows)
-            rows = functional.pack(swap_unless_batch_first(self, src), packing)
-            rows = self.forward_packed(rows, packing, selection, is_causal=is_causal)
+                if padding is None:
+                    keep = torch.ones(batch, length, dtype=torch.bool, device=src.device)
+                else:
+                    keep = ~padding
+                packing, selection = self.packing(keep, output_rows)
+            rows = functional.pack(x, packing)
+            rows = self._run_packed(rows, packing, selection, is_causal, None)
             if selection is not None:
                 return selection.result(rows)
             return swap_unless_batch_first(self, functional.unpack(rows, packing))
-        output = self._forward_padded(
-            src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding
-        )
+        if self._looks_once(src):
+            masks = self.layers[0]._check(src, mask, padding, is_causal)
+            with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
+                output = self._run(src, masks, None)
+        else:
+            output = self._forward_padded(
+                src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding
+            )
         if not compute_padding:
             output = zeros_at_padding(self, output, padding)
         return output if output_rows is None else self._rows_of(output, output_rows)
+
+    def _looks_once(self, x: Tensor) -> bool:
+        """Return whether what is checked of one layer's call holds for all, and nobody looks on.
+
+        Exporters and profilers name what they see by the calls of layers.
+        """
+        if (
+            type(x) is not Tensor
+            or not len(self.layers)
+            or not kernels_run_on(x)
+            or torch.compiler.is_compiling()
+            or not is_eager()
+            or torch._C._autograd._profiler_enabled()
+            or not is_fused(self, TransformerEncoderLayer)
+        ):
+            return False
+        sizes = None
+        for layer in self.layers:
+            own: Any = layer.self_attn
+            if must_be_called(layer):
+                return False
+            if sizes not in (None, (own.embed_dim, own.num_heads, own.batch_first)):
+                return False
+            sizes = own.embed_dim, own.num_heads, own.batch_first
+        return True
 
     def packs(self, src: Tensor, *masks: Tensor | None) -> bool:
         """Return whether :meth:`forward` packs padded batches on the device of ``src``.
@@ -245,6 +284,17 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
         check_rank(function, "input", input)
         check_rows(function, "input", input, packing)
         check_sequences(function, self, {"input": input})
+        return self._run_packed(input, packing, selection, is_causal, attend)
+
+    def _run_packed(
+        self,
+        input: Tensor,
+        packing: functional.Packing,
+        selection: Selection | None,
+        is_causal: bool,
+        attend: Attend | None,
+    ) -> Tensor:
+        """Compute :meth:`forward_packed` of arguments that are checked."""
         masks = AttentionMasks.packed(packing, packing, is_causal)._replace(attend=attend)
         with seeds_drawn_at_once(DROPOUTS * len(self.layers)):
             return self._run(input, masks, selection)
@@ -275,9 +325,11 @@ class TransformerEncoder(FusedStack, torch.nn.TransformerEncoder):
             wanted = rows if index == len(self.layers) else None
             if masks.attend is not None:
                 masks = masks._replace(layer=index - 1)
-            x, normed = start_layer(layer, x, pending)
+            is_called = must_be_called(layer)
+            x, normed = start_layer(layer, x, pending, is_called)
             if normed is None:
-                x, pending = call_fused(layer, x, masks, wanted), None
+                run = partial(call_fused, layer) if is_called else layer._forward_fused
+                x, pending = run(x, masks, wanted), None
             else:
                 pending = layer._pre_norm(x, normed, masks, wanted)
         if rows is not None and not len(self.layers):

@@ -12,14 +12,13 @@ from fusedformer.functional.steps import (
     EncoderParameters,
     EncoderSettings,
     encoder_layer,
-    encoder_layer_is_one_node,
     seeds_drawn_at_once,
 )
 from fusedformer.nn.children import (
     Pending,
     dropout_probability,
     fused_activation,
-    weight_and_bias,
+    weights_and_biases,
 )
 from fusedformer.nn.layers import FusedLayer, LayerParts
 from fusedformer.nn.masks import AttentionMasks, Names, attention_masks
@@ -103,13 +102,21 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
         if not self._children_are_plain():
             masked = src_mask, src_key_padding_mask, is_causal
             return self._compose(src, lambda x: self._sa_block(x, *masked), self._ff_block)
+        masks = self._check(src, src_mask, src_key_padding_mask, is_causal)
+        with seeds_drawn_at_once(DROPOUTS):
+            return self._forward_fused(src, masks)
+
+    def _check(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> AttentionMasks:
+        """Check all arguments; return the masks of attention."""
         attention = self.self_attn
         assert isinstance(attention, MultiheadAttention)
         batch, length, _ = attention._check_inputs(src, src, src, _NAMES)
-        masks = attention_masks(
+        return attention_masks(
             _NAMES,
-            src_mask,
-            src_key_padding_mask,
+            mask,
+            padding,
             is_causal,
             batched=src.dim() == 3,
             batch=batch,
@@ -117,8 +124,6 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             rows=length,
             keys=length,
         )
-        with seeds_drawn_at_once(DROPOUTS):
-            return self._forward_fused(src, masks)
 
     def _forward_fused(
         self, x: Tensor, masks: AttentionMasks, rows: Selection | None = None
@@ -158,21 +163,14 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
 
     def _one_node(
         self, x: Tensor, residual: Tensor | None, masks: AttentionMasks, rows: Selection | None
-    ) -> tuple[Tensor, Tensor | None] | None:
+    ) -> tuple[Tensor, Tensor | None, Any] | None:
         """Compute the steps as one node of autograd; return None where that cannot be.
 
         ``residual`` is given where norms come first, and so is the sum in the result.
         """
         children = self._modules
         attention: Any = children["self_attn"]
-        if (
-            rows is not None
-            or self._is_parallel
-            or masks.attend is not None
-            or attention.ring is not None
-            or (x.dim() == 3 and not attention.batch_first)
-            or not encoder_layer_is_one_node(x, masks.attn_mask, attention.head_dim)
-        ):
+        if rows is not None or not self._is_one_node(x, masks, attention):
             return None
         activation = fused_activation(self.activation)
         if activation is None:
@@ -189,6 +187,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             dropout_probability(children["dropout2"]),
             self.checkpoint_activation,
         )
+        products = children["linear1"], children["linear2"]
         parameters = EncoderParameters(
             attention.in_proj_weight,
             attention.in_proj_bias,
@@ -196,11 +195,7 @@ class TransformerEncoderLayer(FusedLayer, torch.nn.TransformerEncoderLayer):
             None,
             None,
             None,
-            *weight_and_bias(attention.out_proj),
-            *weight_and_bias(middle),
-            *weight_and_bias(children["linear1"]),
-            *weight_and_bias(children["linear2"]),
-            *((None, None) if last is None else weight_and_bias(last)),
+            *weights_and_biases(attention.out_proj, middle, *products, last),
         )
         terms = masks.terms(attention.head_dim, attention.dropout if attention.training else 0.0)
         return encoder_layer(x, residual, parameters, settings, terms)

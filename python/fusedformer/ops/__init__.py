@@ -36,6 +36,7 @@ from fusedformer.ops.norm import (
     rms_norm,
 )
 from fusedformer.ops.packing import (
+    TokenMask,
     TokenPlaces,
     gather_rows,
     shared_by_layers,
@@ -44,12 +45,14 @@ from fusedformer.ops.packing import (
 )
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.rotary import rotary_embedding
+from fusedformer.ops.rotary_aten import rotated
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
     "EncoderParameters",
     "EncoderSettings",
     "FeedForward",
+    "TokenMask",
     "TokenPlaces",
     "attention_part",
     "attention_part_backward",
@@ -76,6 +79,7 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "rotary_embedding",
+    "rotated",
     "scale_of",
     "scaled_dot_product_attention",
     "seeds_added_to",

@@ -53,19 +53,46 @@ class TokenPlaces(NamedTuple):
     inverse: Tensor
 
 
-def token_places(
-    keep: Tensor, rows: int, *, tail: bool, counts: Tensor | None = None
-) -> TokenPlaces:
-    """Find the places of tokens where ``keep`` ``[batch, length]`` is True, in ``rows`` rows.
+class TokenMask(NamedTuple):
+    """Which tokens of a padded batch are real, as kernels read it, or by ATen."""
 
-    ``tail`` says that there may be rows behind the last token. ``counts`` are those of the tokens
-    of each sequence, if they are known. Nothing is waited for.
+    mask: Tensor  # boolean [batch, length]
+    is_padding: bool  # whether True is padding: for kernels alone
+    by_kernels: bool
+
+    @staticmethod
+    def of(mask: Tensor, is_padding: bool = False) -> TokenMask:
+        """Look at who is to read a mask."""
+        eager = type(mask) is Tensor and not is_traced() and is_eager()
+        if eager and mask.numel() and kernels_run_on(mask):
+            return TokenMask(mask, is_padding, True)
+        return TokenMask(~mask if is_padding else mask, False, False)
+
+    def counts(self) -> Tensor:
+        """Count the real tokens of each sequence."""
+        if not self.by_kernels:
+            return self.mask.sum(1)
+        from fusedformer_kernels.rows.packing import token_counts
+
+        return token_counts(self.mask, self.is_padding)
+
+
+def token_places(
+    tokens: TokenMask, rows: int, *, tail: bool, counts: Tensor | None = None
+) -> TokenPlaces:
+    """Find the places of the real tokens, in ``rows`` rows.
+
+    ``tail`` says that there may be rows behind the last token. ``counts`` are those of ``tokens``,
+    if they were asked for already. Nothing is waited for.
     """
-    eager = type(keep) is Tensor and not is_traced() and is_eager()
-    if eager and keep.numel() and kernels_run_on(keep):
+    keep = tokens.mask
+    if tokens.by_kernels:
         from fusedformer_kernels.rows.packing import token_places as launch
 
-        starts, queries, keys, indices, inverse = launch(keep, rows, tail)
+        counts = tokens.counts() if counts is None else counts
+        starts, queries, keys, indices, inverse = launch(
+            keep, counts, rows, tail, tokens.is_padding
+        )
     else:
         flat = keep.flatten()
         starts = starts_of(keep.sum(1) if counts is None else counts)

@@ -1,4 +1,4 @@
-"""The backward of an encoder layer, from the gradient of its output to those that are asked for."""
+"""The backward of a layer, from the gradient of its output to those that are asked for."""
 
 from __future__ import annotations
 
@@ -7,140 +7,231 @@ from torch import Tensor
 
 from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops._shared import common_dtype
-from fusedformer.ops.attention.terms import AttentionTerms
-from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings, Kept, Needs
-from fusedformer.ops.encoder.forward import projections
-from fusedformer.ops.encoder.launchers import Launchers, by_dispatcher, launchers
-from fusedformer.ops.encoder.steps import bias_gradient, in_dtype, input_gradient, weight_gradient
+from fusedformer.ops.encoder.arguments import EncoderParameters, Kept, Needs
+from fusedformer.ops.encoder.forward import Call, activated, cross_projections, projections
+from fusedformer.ops.encoder.launchers import by_dispatcher, launchers
+from fusedformer.ops.encoder.steps import (
+    added,
+    bias_gradient,
+    gated_gradient,
+    in_dtype,
+    input_gradient,
+    joined,
+    rotated_gradient,
+    weight_gradient,
+)
 
 _NAMES = "in", "key", "value"
 
 
-def backward(
-    grad: Tensor,
-    sum_grad: Tensor | None,
-    kept: Kept,
-    own: EncoderParameters,
-    how: EncoderSettings,
-    terms: AttentionTerms,
-    batch: int,
-    needs: Needs,
-) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of ``x``, ``residual`` and the parameters; None where not asked for."""
-    run, opened = by_dispatcher() if may_be_batched() else launchers(), how.last_eps is None
-    found: dict[str, Tensor | None] = dict.fromkeys(Needs._fields)
-    needs_heads = needs.x or any(needs[2:8])
-    needs_sum1 = (
-        needs_heads
-        or needs.residual
-        or needs.out_weight
-        or needs.out_bias
-        or needs.middle_weight
-        or needs.middle_bias
-    )
-    block_grad, through = grad, None
-    if not opened:
-        through, found["last_weight"], found["last_bias"], found["bias2"], block_grad = (
-            _norm_gradients(
-                run, grad, None, kept.sum2, kept.mean2, kept.rstd2, own.last_weight, own.last_bias,
-                own.bias2, kept.seed2, how.last_p, needs.last_weight, needs.last_bias,
-                needs.bias2, kept.before.dtype,
-            )
+class Backward:
+    """Computes the gradients of one call, block by block from the last."""
+
+    def __init__(
+        self, kept: Kept, own: EncoderParameters, call: Call, needs: Needs, is_apart: bool
+    ) -> None:
+        """Take what the forward had; ``is_apart`` where the residual is not its input."""
+        self.kept, self.own, self.call, self.needs = kept, own, call, needs
+        self.is_apart = is_apart
+        self.run = by_dispatcher() if may_be_batched() else launchers()
+        self.found: dict[str, Tensor | None] = dict.fromkeys(Needs._fields)
+
+    def gradients(
+        self, grad: Tensor, sum_grad: Tensor | None, memory_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Compute those of ``x``, ``residual``, ``memory``, parameters; None where not needed."""
+        needs, found, has_memory = self.needs, self.found, self.kept.pair is not None
+        of_heads = needs.x or any(needs[3:9]) or needs.first_weight or needs.first_bias
+        of_sum = of_heads or any(
+            (needs.residual, needs.out_weight, needs.out_bias, needs.middle_weight,
+             needs.middle_bias)
         )  # fmt: skip
-    if needs.weight2:
-        hidden = kept.hidden
-        if hidden is None:
-            hidden = run.activation(
-                kept.before, own.bias1, kept.hidden_seed, how.hidden_p, how.activation
+        of_memory = of_sum or needs.memory or needs.cross_weight or needs.cross_bias
+        of_cross_sum = of_memory or any(needs[-4:])
+        needs_middle = of_cross_sum if has_memory else of_sum
+        block_grad, through, sum_grad = self._last_sum(grad, sum_grad)
+        normed_grad = self._feed_forward(block_grad, through, needs_middle)
+        found["memory"] = memory_grad
+        if has_memory and of_cross_sum:
+            normed_grad, sum_grad = self._cross_norm_and_attention(
+                normed_grad, sum_grad, memory_grad, of_memory, of_sum
             )
-        found["weight2"] = weight_gradient(block_grad, hidden)
-    if not (needs_sum1 or needs.weight1 or needs.bias1):
+        if of_sum:
+            assert normed_grad is not None
+            self._attention(normed_grad, sum_grad, of_heads)
         return tuple(found.values())
-    before_grad, found["bias1"] = run.activation_backward(
-        input_gradient(block_grad, own.weight2, None),
-        kept.before,
-        own.bias1,
-        kept.hidden_seed,
-        how.hidden_p,
-        how.activation,
-        needs.bias1,
-    )
-    if not needs.bias1:
-        found["bias1"] = None
-    if needs.weight1 and kept.middle is not None:
-        found["weight1"] = weight_gradient(before_grad, kept.middle)
-    if not needs_sum1:
-        return tuple(found.values())
-    residual_grad, found["middle_weight"], found["middle_bias"], found["out_bias"], inner_grad = (
-        _norm_gradients(
-            run, input_gradient(before_grad, own.weight1, through), sum_grad, kept.sum1, kept.mean1,
-            kept.rstd1, own.middle_weight, own.middle_bias, own.out_bias, kept.seed1,
-            how.middle_p, needs.middle_weight, needs.middle_bias, needs.out_bias,
-            kept.projected.dtype,
+
+    def _last_sum(
+        self, grad: Tensor, sum_grad: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute the gradients of the last block, and of its residual: a norm, or a sum."""
+        kept, own, how, needs = self.kept, self.own, self.call.how, self.needs
+        if how.last_eps is not None:
+            through, block_grad = self._norm(
+                "last", "bias2", grad, None, kept.sum2, kept.mean2, kept.rstd2, kept.seed2,
+                how.last_p, kept.before.dtype,
+            )  # fmt: skip
+            return block_grad, through, None
+        if not how.adds_last:
+            return grad, None, sum_grad
+        if kept.seed2 is None and own.bias2 is None and kept.before.dtype == grad.dtype:
+            return grad, None, grad
+        total_grad, block_grad, *bias_grads = self.run.norm_backward(
+            None, grad, grad, None, None, None, kept.seed2, how.last_p, "none", 1, False, False,
+            needs.bias2, kept.before.dtype, grad.dtype if own.bias2 is None else own.bias2.dtype,
+        )  # fmt: skip
+        self.found["bias2"] = bias_grads[-1] if needs.bias2 else None
+        differs = kept.seed2 is not None or kept.before.dtype != grad.dtype
+        return block_grad if differs else total_grad, None, total_grad
+
+    def _feed_forward(
+        self, block_grad: Tensor, through: Tensor | None, needs_input: bool
+    ) -> Tensor | None:
+        """Compute the gradient of the block's input, to which ``through`` is added."""
+        kept, own, how, needs = self.kept, self.own, self.call.how, self.needs
+        if needs.weight2:
+            hidden = kept.hidden
+            if hidden is None:
+                hidden = activated(self.run, kept.before, kept.hidden_seed, own, how)
+            self.found["weight2"] = weight_gradient(block_grad, hidden)
+        if not (needs_input or needs.weight1 or needs.bias1):
+            return None
+        hidden_grad = input_gradient(block_grad, own.weight2, None)
+        if how.is_gated:
+            before_grad = gated_gradient(hidden_grad, kept.before, how.activation)
+        else:
+            before_grad, bias_grad = self.run.activation_backward(
+                hidden_grad, kept.before, own.bias1, kept.hidden_seed, how.hidden_p,
+                how.activation, needs.bias1,
+            )  # fmt: skip
+            self.found["bias1"] = bias_grad if needs.bias1 else None
+        if needs.weight1 and kept.middle is not None:
+            self.found["weight1"] = weight_gradient(before_grad, kept.middle)
+        return input_gradient(before_grad, own.weight1, through) if needs_input else None
+
+    def _cross_norm_and_attention(
+        self,
+        grad: Tensor | None,
+        sum_grad: Tensor | None,
+        memory_grad: Tensor | None,
+        needs_attention: bool,
+        needs_input: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the gradients of what attends to the memory, and of the sum it is a norm of."""
+        kept, own, call, needs = self.kept, self.own, self.call, self.needs
+        assert grad is not None
+        assert kept.query is not None
+        assert kept.pair is not None
+        assert kept.cross_merged is not None
+        assert own.cross_out_weight is not None
+        assert call.cross_terms is not None
+        residual_grad, inner_grad = self._norm(
+            "cross_norm", "cross_out_bias", grad, sum_grad, kept.cross_sum, kept.cross_mean,
+            kept.cross_rstd, kept.cross_seed1, call.how.cross_p, kept.query.dtype,
+        )  # fmt: skip
+        if needs.cross_out_weight:
+            self.found["cross_out_weight"] = weight_gradient(inner_grad, kept.cross_merged)
+        if not needs_attention:
+            return None, None
+        query_grad, pair_grad = self.run.attention_backward(
+            input_gradient(inner_grad, own.cross_out_weight, None),
+            (kept.query, kept.pair),
+            kept.cross_merged,
+            kept.cross_statistics,
+            call.batch,
+            call.how.heads,
+            call.cross_terms._replace(seed=kept.cross_seed),
         )
-    )  # fmt: skip
-    if needs.residual:
-        found["residual"] = residual_grad
-    if needs.out_weight:
-        found["out_weight"] = weight_gradient(inner_grad, kept.merged)
-    if not needs_heads:
-        return tuple(found.values())
-    projected: tuple[Tensor, ...] = (kept.projected,)
-    if kept.key is not None and kept.value is not None:
-        projected = kept.projected, kept.key, kept.value
-    grads = run.attention_backward(
-        input_gradient(inner_grad, own.out_weight, None),
-        projected,
-        kept.merged,
-        kept.statistics,
-        batch,
-        how.heads,
-        terms._replace(seed=kept.seed),
-    )
-    x_grad = None if opened else residual_grad
-    # The last first: what comes by the residual goes from one product to the one before.
-    for name, (weight, _), grad in reversed(
-        list(zip(_NAMES, projections(own), grads, strict=False))
-    ):
-        if getattr(needs, f"{name}_weight") and kept.source is not None:
-            found[f"{name}_weight"] = weight_gradient(grad, kept.source)
-        if getattr(needs, f"{name}_bias"):
-            found[f"{name}_bias"] = bias_gradient(grad)
+        (weight_q, _), (weight_kv, _) = cross_projections(own)
+        if needs.cross_weight and kept.asking is not None and kept.memory is not None:
+            self.found["cross_weight"] = joined(
+                weight_gradient(query_grad, kept.asking), weight_gradient(pair_grad, kept.memory)
+            )
+        if needs.cross_bias:
+            self.found["cross_bias"] = joined(bias_gradient(query_grad), bias_gradient(pair_grad))
+        if needs.memory:
+            self.found["memory"] = input_gradient(pair_grad, weight_kv, memory_grad)
+        if not needs_input:
+            return None, None
+        is_open = call.how.last_eps is None
+        through = None if is_open else residual_grad
+        return input_gradient(query_grad, weight_q, through), residual_grad if is_open else None
+
+    def _attention(self, grad: Tensor, sum_grad: Tensor | None, needs_heads: bool) -> None:
+        """Compute the gradients of all before the norm behind self-attention."""
+        kept, own, call, needs, found = self.kept, self.own, self.call, self.needs, self.found
+        residual_grad, inner_grad = self._norm(
+            "middle", "out_bias", grad, sum_grad, kept.sum1, kept.mean1, kept.rstd1, kept.seed1,
+            call.how.middle_p, kept.projected.dtype,
+        )  # fmt: skip
+        if needs.residual:
+            found["residual"] = residual_grad
+        if needs.out_weight:
+            found["out_weight"] = weight_gradient(inner_grad, kept.merged)
+        if not needs_heads:
+            return
+        projected: tuple[Tensor, ...] = (kept.projected,)
+        if kept.key is not None and kept.value is not None:
+            projected = kept.projected, kept.key, kept.value
+        grads = self.run.attention_backward(
+            input_gradient(inner_grad, own.out_weight, None),
+            projected,
+            kept.merged,
+            kept.statistics,
+            call.batch,
+            call.how.heads,
+            call.terms._replace(seed=kept.seed),
+        )
+        if own.cos is not None and own.sin is not None:
+            grads = (rotated_gradient(grads[0], own.cos, own.sin, call.batch, call.how.heads),)
+        has_first = call.how.first_eps is not None
+        x_grad = None if self.is_apart or has_first else residual_grad
+        needs_x = needs.x or needs.first_weight or needs.first_bias
+        # The last first: what comes by the residual goes from one product to the one before.
+        for name, (weight, _), part in reversed(
+            list(zip(_NAMES, projections(own), grads, strict=False))
+        ):
+            if getattr(needs, f"{name}_weight") and kept.source is not None:
+                found[f"{name}_weight"] = weight_gradient(part, kept.source)
+            if getattr(needs, f"{name}_bias"):
+                found[f"{name}_bias"] = bias_gradient(part)
+            if needs_x:
+                x_grad = input_gradient(part, weight, x_grad)
+        if has_first and x_grad is not None:
+            assert kept.x is not None
+            x_grad, _ = self._norm(
+                "first", None, x_grad, None, kept.x, kept.mean0, kept.rstd0, None, 0.0,
+                kept.x.dtype,
+            )  # fmt: skip
+            x_grad = added(x_grad, residual_grad) if needs.x else None
         if needs.x:
-            x_grad = input_gradient(grad, weight, x_grad)
-    if needs.x:
-        found["x"] = x_grad
-    return tuple(found.values())
+            found["x"] = x_grad
 
-
-def _norm_gradients(
-    run: Launchers,
-    grad: Tensor,
-    sum_grad: Tensor | None,
-    total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    needs_weight: bool,
-    needs_bias: bool,
-    needs_input_bias: bool,
-    input_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Compute the gradients of residual, weight, bias, what is added to the input, and input."""
-    parameters = weight, bias, input_bias
-    dtype = common_dtype([None if t is None else t.dtype for t in parameters])
-    needs = needs_weight, needs_bias, needs_input_bias
-    residual_grad, input_grad, *grads = run.norm_backward(
-        grad, sum_grad, total, mean, rstd, weight, seed, p, "layer", 1, *needs, input_dtype, dtype
-    )
-    # By the dispatcher, what is left out is an empty tensor.
-    differs = seed is not None or input_dtype != residual_grad.dtype
-    found = [
-        in_dtype(t.dtype, g) if need and t is not None else None
-        for g, t, need in zip(grads, parameters, needs, strict=True)
-    ]
-    return residual_grad, found[0], found[1], found[2], input_grad if differs else residual_grad
+    def _norm(
+        self,
+        name: str,
+        input_bias_name: str | None,
+        grad: Tensor,
+        sum_grad: Tensor | None,
+        total: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        seed: Tensor | None,
+        p: float,
+        input_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a norm's residual and input; put its parameters' in place."""
+        names = f"{name}_weight", f"{name}_bias", input_bias_name
+        parameters = [None if one is None else getattr(self.own, one) for one in names]
+        needs = [one is not None and getattr(self.needs, one) for one in names]
+        dtype = common_dtype([None if t is None else t.dtype for t in parameters])
+        residual_grad, input_grad, *grads = self.run.norm_backward(
+            grad, sum_grad, total, mean, rstd, parameters[0], seed, p, "layer", 1, *needs,
+            input_dtype, dtype,
+        )  # fmt: skip
+        for one, parameter, need, found in zip(names, parameters, needs, grads, strict=True):
+            if one is not None and need and parameter is not None:
+                self.found[one] = in_dtype(parameter.dtype, found)
+        # By the dispatcher, what is left out is an empty tensor.
+        differs = seed is not None or input_dtype != residual_grad.dtype
+        return residual_grad, input_grad if differs else residual_grad

@@ -1,4 +1,4 @@
-"""The launchers of an encoder layer, imported when they are first needed."""
+"""The launchers of a layer, imported when they are first needed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedformer.ops.attention.terms import AttentionTerms
@@ -67,14 +68,18 @@ def by_dispatcher() -> Launchers:
             qkv = projected[0].view(batch, -1, 3, heads, dim)
             found = registered.self_attention_backward(output_grad, qkv, output, statistics, *terms)
             return (found.reshape(projected[0].shape),)
-        views = (rows.view(batch, -1, heads, dim).transpose(1, 2) for rows in projected)
+        parts = projected
+        if len(projected) == 2:  # keys and values are one product's
+            parts = projected[0], *projected[1].chunk(2, -1)
+        views = (rows.view(batch, -1, heads, dim).transpose(1, 2) for rows in parts)
         needs = [True] * 3 + [False] * 4
         grads = registered.attention_backward(
             output_grad, None, *views, output, statistics, needs, *terms
         )
-        return tuple(
-            g.transpose(1, 2).reshape(rows.shape) for g, rows in zip(grads, projected, strict=False)
-        )
+        found = [
+            g.transpose(1, 2).reshape(rows.shape) for g, rows in zip(grads, parts, strict=False)
+        ]
+        return tuple(found) if len(projected) == 3 else (found[0], torch.cat(found[1:], -1))
 
     return launchers()._replace(
         attention_backward=attention_backward,

@@ -1,27 +1,32 @@
-"""An encoder layer as one node of autograd, on the kernels.
+"""A layer of an encoder or decoder as one node of autograd, on the kernels.
 
-Step by step a layer is six nodes, each of which is called, saves and returns by itself. Here the
-forward and the backward are one function each, over the same launchers and products in the same
-order, so with the same bits. What the backward reads is saved once, and the gradient that comes by
-way of a residual is the memory that the product beside it adds to.
+Step by step an encoder layer is six nodes, each of which is called, saves and returns by itself.
+Here the forward and the backward are one function each, over the same launchers and products in the
+same order, so with the same bits. What the backward reads is saved once, and the gradient that
+comes by way of a residual is the memory that the product beside it adds to.
 
 Who calls it has seen that the layer does nothing else: see ``nn.TransformerEncoderLayer``.
+
+A decoder layer attends to a memory too. The memory is handed on from layer to layer, so that each
+layer's product adds its part of the memory's gradient to what the layers behind it gave.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_dtype, autocast_off, cast
 from fusedformer._internal.backend import kernels_run_on
 from fusedformer._internal.plans import saved_as_they_are
-from fusedformer._internal.tracing import is_eager, is_traced, may_be_batched
+from fusedformer._internal.tracing import is_eager, may_be_batched
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import NO_DOUBLE_BACKWARD
 from fusedformer.ops.attention.calls import MAX_HEAD_DIM
@@ -33,8 +38,8 @@ from fusedformer.ops.encoder.arguments import (
     Kept,
     Needs,
 )
-from fusedformer.ops.encoder.backward import backward
-from fusedformer.ops.encoder.forward import forward
+from fusedformer.ops.encoder.backward import Backward
+from fusedformer.ops.encoder.forward import Call, forward
 
 
 def encoder_layer(
@@ -43,8 +48,12 @@ def encoder_layer(
     parameters: EncoderParameters,
     settings: EncoderSettings,
     terms: AttentionTerms,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Compute a layer: (output, None), or with the last sum left open (its addend, the first sum).
+    memory: Tensor | None = None,
+    cross_terms: AttentionTerms | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Compute a layer: (output, None), or with the last sum left open (its addend, the sum before).
+
+    Third comes the memory, to be handed on to the next layer.
 
     None where weights have not the dtype of ``x``, and no autocast: products raise then.
 
@@ -53,34 +62,37 @@ def encoder_layer(
         residual: of its shape, if it is not ``x`` itself: where norms come first.
         parameters, settings: of the layer.
         terms: what attention's scores depend on, but the seed; none of them requires a gradient.
+        memory, cross_terms: of a decoder's layer, which attends to a memory like ``x`` too.
 
     Raises:
         RuntimeError: from the backward, if its own gradient is asked for.
     """
-    norm_dtype = None
-    if torch._C._is_any_autocast_enabled():
+    dtype = norm_dtype = None
+    is_autocast = torch._C._is_any_autocast_enabled()
+    if is_autocast:
         dtype = autocast_dtype("linear", x)
         norm_dtype = autocast_dtype("layer_norm", x)
         if dtype is not None:
             read = {name: getattr(parameters, name) for name in OF_PRODUCTS}
             parameters = parameters._replace(**{name: cast(t, dtype) for name, t in read.items()})
-    else:
-        dtype = None
     if dtype is None:
         for parameter in _of_products(parameters):
             if parameter is not None and parameter.dtype is not x.dtype:
                 return None
+    batch = x.shape[0] if x.dim() == 3 else 1
+    call = Call(settings, terms, cross_terms, batch, norm_dtype)
     if torch.is_grad_enabled():
-        given = x, residual, *parameters
+        given = x, residual, memory, *parameters
         for tensor in given:
             if tensor is not None and tensor.requires_grad:
-                found: tuple[Tensor, Tensor | None] = _apply(*given, settings, terms, norm_dtype)
-                return found
-    with autocast_off(x):
-        results, _ = run_forward(x, residual, parameters, settings, terms, norm_dtype, keeps=False)
-    return results[0], results[1]
+                output, total, *same = _apply(*given, call)
+                return output, total, same[0] if same else memory
+    with autocast_off(x) if is_autocast else _NOTHING:
+        (output, total, _), _ = run_forward(x, residual, memory, parameters, call, keeps=False)
+    return output, total, memory
 
 
+_NOTHING = contextlib.nullcontext()
 _of_products = operator.itemgetter(*map(EncoderParameters._fields.index, OF_PRODUCTS))
 
 
@@ -91,9 +103,9 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
     from them; and rows of a batch must lie one after another.
     """
     return (
-        type(x) is Tensor
+        (type(x) is Tensor or type(x) is Parameter)
         and kernels_run_on(x)
-        and not is_traced()
+        and not torch.compiler.is_compiling()
         and is_eager()
         and x.dtype in checks.KERNEL_DTYPES
         and x.is_contiguous()
@@ -107,10 +119,9 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
 def run_forward(
     x: Tensor,
     residual: Tensor | None,
+    memory: Tensor | None,
     own: EncoderParameters,
-    how: EncoderSettings,
-    terms: AttentionTerms,
-    norm_dtype: torch.dtype | None,
+    call: Call,
     *,
     keeps: bool,
 ) -> tuple[tuple[Tensor, Tensor | None, Kept], Any]:
@@ -118,8 +129,8 @@ def run_forward(
     shape = x.shape
     rows = x.view(-1, shape[-1])
     residual_rows = None if residual is None else residual.reshape(-1, shape[-1])
-    batch = shape[0] if len(shape) == 3 else 1
-    args = rows, residual_rows, own, how, terms, batch, norm_dtype, keeps
+    memory_rows = None if memory is None else memory.view(-1, shape[-1])
+    args = rows, residual_rows, memory_rows, own, *call, keeps
     (output, total, kept), plan = _planner().run(args, {})
     if len(shape) == 3:
         output, total = output.view(shape), None if total is None else total.view(shape)
@@ -141,38 +152,46 @@ def _planner() -> Any:
 
 
 class _EncoderLayer(torch.autograd.Function):
-    """Takes ``x``, ``residual``, the parameters; then settings, terms and the norms' dtype."""
+    """Takes ``x``, ``residual``, ``memory``, the parameters; then the call."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        own, (how, terms, norm_dtype) = EncoderParameters(*rest[:-3]), rest[-3:]
-        (output, total, kept), ctx.plan = run_forward(
-            x, residual, own, how, terms, norm_dtype, keeps=True
-        )
-        needs = Needs(*ctx.needs_input_grad[:-3])
+        ctx: Any, x: Tensor, residual: Tensor | None, memory: Tensor | None, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        own, call = EncoderParameters(*rest[:-1]), rest[-1]
+        (output, total, kept), ctx.plan = run_forward(x, residual, memory, own, call, keeps=True)
+        needs = Needs(*ctx.needs_input_grad[:-1])
         if not saved_as_they_are():
             ctx.plan = None
-        if how.checkpoint_activation or not needs.weight2:
+        if call.how.checkpoint_activation or not needs.weight2:
             kept = kept._replace(hidden=None)
         if not needs.weight1:
             kept = kept._replace(middle=None)
         if not (needs.in_weight or needs.key_weight or needs.value_weight):
             kept = kept._replace(source=None)
-        ctx.save_for_backward(*kept, *own, *terms[:N_TENSORS])
-        ctx.needs, ctx.how, ctx.numbers, ctx.shape = needs, how, terms[N_TENSORS:], x.shape
+        saved = (*kept, *own, *call.terms[:N_TENSORS])
+        call = call._replace(terms=call.terms[N_TENSORS:])
+        if memory is not None:
+            if not needs.cross_weight:
+                saved = (*kept._replace(asking=None, memory=None), *saved[_KEPT:])
+            saved = (*saved, *call.cross_terms[:N_TENSORS])
+            call = call._replace(cross_terms=call.cross_terms[N_TENSORS:])
+        ctx.save_for_backward(*saved)
+        ctx.needs, ctx.call, ctx.shape = needs, call, x.shape
+        ctx.memory_shape, ctx.is_apart = memory is not None and memory.shape, residual is not None
         ctx.set_materialize_grads(False)
-        return output, total
+        return (output, total, memory) if needs.memory else (output, total)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, sum_grad: Tensor | None) -> tuple[Any, ...]:
-        needs, how, shape = ctx.needs, ctx.how, ctx.shape
+    def backward(
+        ctx: Any, grad: Tensor | None, sum_grad: Tensor | None, memory_grad: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        needs, shape = ctx.needs, ctx.shape
         if grad is None and sum_grad is None:
-            return (None,) * (len(needs) + 3)
+            return None, None, memory_grad, *(None,) * (len(needs) - 2)
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD.format("an encoder layer"))
-        saved, numbers, batch = ctx.saved_tensors, ctx.numbers, shape[0] if len(shape) == 3 else 1
+        saved = ctx.saved_tensors
         if ctx.plan is None:  # what hooks have kept may have come back with other strides
             saved = tuple(None if t is None else t.contiguous() for t in saved)
         if grad is None:
@@ -181,26 +200,41 @@ class _EncoderLayer(torch.autograd.Function):
         rows = grad.reshape(-1, shape[-1])
         if sum_grad is not None:
             sum_grad = sum_grad.reshape(-1, shape[-1])
+        if memory_grad is not None:
+            memory_grad = memory_grad.reshape(-1, shape[-1])
 
-        def call() -> tuple[Tensor | None, ...]:
-            terms = AttentionTerms(*saved[_OWN:], *numbers)
-            own = EncoderParameters(*saved[_KEPT:_OWN])
-            return backward(rows, sum_grad, Kept(*saved[:_KEPT]), own, how, terms, batch, needs)
+        def compute() -> tuple[Tensor | None, ...]:
+            kept, own = Kept(*saved[:_KEPT]), EncoderParameters(*saved[_KEPT:_OWN])
+            call = ctx.call._replace(terms=AttentionTerms(*saved[_OWN:_TERMS], *ctx.call.terms))
+            if call.cross_terms is not None:
+                call = call._replace(cross_terms=AttentionTerms(*saved[_TERMS:], *call.cross_terms))
+            one = Backward(kept, own, call, needs, ctx.is_apart)
+            return one.gradients(rows, sum_grad, memory_grad)
 
-        kind = needs, None if sum_grad is None else (sum_grad.dtype, sum_grad.stride())
+        kind = (
+            needs,
+            *[
+                None if one is None else (one.dtype, one.stride())
+                for one in (sum_grad, memory_grad)
+            ],
+        )
         with autocast_off(rows):  # the forward decided on the dtypes
             if may_be_batched():
-                x_grad, residual_grad, *found = call()
+                found = compute()
             else:
-                others = (sum_grad, *saved)
-                x_grad, residual_grad, *found = _plans().follow(ctx.plan, kind, rows, others, call)
+                others = (sum_grad, memory_grad, *saved)
+                found = _plans().follow(ctx.plan, kind, rows, others, compute)
+        x_grad, residual_grad, memory_grad, *parameter_grads = found
         if x_grad is not None:
             x_grad = x_grad.view(shape)
         if residual_grad is not None:
             residual_grad = residual_grad.view(shape)
-        return x_grad, residual_grad, *found, None, None, None
+        if memory_grad is not None:
+            memory_grad = memory_grad.view(ctx.memory_shape)
+        return x_grad, residual_grad, memory_grad, *parameter_grads, None
 
 
 _KEPT = len(Kept._fields)
 _OWN = _KEPT + len(EncoderParameters._fields)
+_TERMS = _OWN + N_TENSORS
 _apply = plain_apply(_EncoderLayer)

@@ -1,4 +1,4 @@
-"""Steps of an encoder layer besides launches; the products are torch's."""
+"""Steps of a layer besides launches; the products are torch's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.plans import step
-from fusedformer.ops import product
+from fusedformer.ops import activation, product, rotary_aten
 from fusedformer.ops._shared import draw_seed
 
 seed_of = step(draw_seed)
@@ -14,6 +14,22 @@ product_of = step(product.product)
 input_gradient = step(product.input_gradient)
 weight_gradient = step(product.weight_gradient)
 bias_gradient = step(product.bias_gradient)
+rotated = step(rotary_aten.rotated_rows)
+rotated_gradient = step(rotary_aten.rotated_rows_gradient)
+gated = step(activation.gated_activation)
+gated_gradient = step(activation.gated_activation_gradient)
+
+
+@step
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """Add what comes by two ways."""
+    return x + y
+
+
+@step
+def joined(x: Tensor, y: Tensor) -> Tensor:
+    """Put the gradient of the part for keys and values behind that of the part for queries."""
+    return torch.cat((x, y))
 
 
 @step

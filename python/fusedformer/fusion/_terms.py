@@ -1,0 +1,67 @@
+"""What one node of autograd needs to know of the arguments of transformers' attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer.functional.steps import AttentionTerms, self_attention_terms
+from fusedformer.fusion._attention import mask_of_sequences, split_mask
+
+# Arguments of attention that one node does not have.
+_SETTINGS = ("is_causal", "softcap", "sliding_window", "position_bias", "s_aux")
+
+
+def terms_of_call(
+    module: Any,
+    x: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    *,
+    head_dim: int,
+    dropout: float,
+    window: int | None = None,
+) -> AttentionTerms | None:
+    """Return the terms of attention by ``module``; None where it has some that a node does not.
+
+    Args:
+        module: whose ``is_causal`` and, for a mask that contradicts it, configuration are read.
+        x: ``[batch, length, width]``, or packed rows in a batch of 1.
+        mask, kwargs: what a layer was given.
+        head_dim, dropout: of its heads, and of its weights in its mode.
+        window: packed sequences see keys within this distance, itself included.
+    """
+    starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if (
+        x.dim() != 3
+        or getattr(module, "is_causal", True)
+        or any(kwargs.get(setting) is not None for setting in _SETTINGS)
+    ):
+        return None
+    scores = keys = None
+    longest: tuple[Any, Any] = (0, 0)
+    if starts_q is not None and starts_k is not None:  # they replace the mask
+        scores = mask_of_sequences(mask, starts_k)
+        longest = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    elif mask is not None:
+        scores, keys, is_causal = split_mask(module, mask, False)
+        if is_causal or (keys is not None and keys.shape != x.shape[:2]):
+            return None
+    if scores is not None and (scores.dim() != 4 or scores.dtype != torch.bool):
+        return None
+    terms = self_attention_terms(
+        head_dim,
+        dropout,
+        attn_mask=scores,
+        key_mask=keys,
+        is_causal=False,
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+        max_seqlen_q=x.shape[1] if longest[0] is None else int(longest[0]),
+        max_seqlen_k=x.shape[1] if longest[1] is None else int(longest[1]),
+    )
+    if window is None or terms.starts_q is None:  # of others the mask contains it
+        return terms
+    return terms._replace(left=window - 1, right=window - 1)
