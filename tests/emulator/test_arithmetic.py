@@ -165,22 +165,9 @@ def test_the_lesser_zero_is_the_negative_one() -> None:
         assert (torch.signbit(got) == sign).all()
 
 
-COMPARISONS = [
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "equ",
-    "neu",
-    "ltu",
-    "leu",
-    "gtu",
-    "geu",
-    "num",
-    "nan",
-]
+COMPARISONS = (
+    "eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
