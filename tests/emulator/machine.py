@@ -1,7 +1,7 @@
 """Runs kernels that Triton compiled for a GPU on CPU tensors, by the PTX emulator.
 
 >>> machine = Machine()
->>> kernel = compiled(scale, "sm_90", signature={"x": "*fp32"}, constants={"N": 64})
+>>> kernel = compiled("module:scale", "sm_90", {"x": "*fp32"}, {"N": 64})
 >>> machine.launch(kernel, (1,), x)
 >>> assert not machine.findings()
 """
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import itertools
+import multiprocessing
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tests.emulator.build import emulator_library
@@ -69,7 +73,7 @@ class Machine:
 
     def __init__(self, **settings: int) -> None:
         self.library = library()
-        defaults = {"check": 1, "order": 0, "budget": 0, "late": 1}
+        defaults = {"check": 1, "order": 0, "budget": 0, "late": 1, "fenced_copies": 1}
         for name, value in {**defaults, **settings}.items():
             self.library.emulator_configure(name.encode(), value)
         self.handles: dict[str, int] = {}
@@ -190,20 +194,32 @@ def compile_source(source: Any, target_name: str, options: Mapping[str, Any]) ->
 
 
 def compiled(
-    function: Any,
+    function: str,
     target_name: str,
     signature: Mapping[str, str],
     constants: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Compiled:
-    """Compile a ``triton.jit`` function; pointers are taken to be multiples of 16.
+    """Compile a ``triton.jit`` function, named as ``module:name``, in a process for compilers.
 
-    ``signature`` gives the parameters that are no constants, as ``{"x": "*fp32", "n": "i32"}``.
+    Pointers are taken to be multiples of 16. ``signature`` gives the parameters that are no
+    constants, as ``{"x": "*fp32", "n": "i32"}``.
     """
+    return in_compiler(_compiled, function, target_name, signature, constants or {}, options)
+
+
+def _compiled(
+    function: str,
+    target_name: str,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Compiled:
     from triton.compiler import ASTSource
 
-    constants = dict(constants or {})
-    names = function.arg_names
+    module, name = function.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    names = kernel.arg_names
     kinds = {name: signature.get(name, "constexpr") for name in names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -211,4 +227,26 @@ def compiled(
         if kinds[name].startswith("*")
     }
     values = {(names.index(name),): value for name, value in constants.items()}
-    return compile_source(ASTSource(function, kinds, values, attributes), target_name, options)
+    return compile_source(ASTSource(kernel, kinds, values, attributes), target_name, options)
+
+
+Result = TypeVar("Result")
+
+
+def in_compiler(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function here, or in another process if kernels are interpreted in this one."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return function(*arguments)
+    return _compilers().submit(function, *arguments).result()
+
+
+@functools.cache
+def _compilers() -> ProcessPoolExecutor:
+    """Start a process without Triton's interpreter, which is on or off for the whole of one."""
+    kept = os.environ.pop("TRITON_INTERPRET")
+    try:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result()
+    finally:
+        os.environ["TRITON_INTERPRET"] = kept
+    return pool

@@ -52,6 +52,7 @@ void finish_copy(Warp &warp, const Copy &copy) {
     if (settings.check) {
       shared.end_copy(copy.to[lane], copy.bytes);
       const uint32_t problems = shared.write(copy.to[lane], copy.bytes, warp.number, nullptr);
+      shared.by_copy(copy.to[lane], copy.bytes);
       if (problems) report_shared(warp, i, lane, problems, copy.to[lane], true);
       for (uint32_t at = 0; at + 4 <= copy.taken[lane]; at += 4) {
         uint16_t halves[2];

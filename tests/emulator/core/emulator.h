@@ -32,6 +32,8 @@ int emulator_report(char *text, int size);
 //   order   0 (default): blocks and warps run first to last; 1: last to first; 2: shuffled
 //   budget  warp instructions after which a launch is given up; 0 (default): none
 //   late    1 (default): wgmma reads and computes at its wait; 0: where it is issued
+//   fenced_copies  1 (default): what cp.async wrote needs a fence.proxy.async before wgmma reads it,
+//           as PTX says; 0: it does not, as Triton before 3.7 and others have it
 // Returns nothing; an unknown name is left for emulator_error and ignored.
 void emulator_configure(const char *name, int64_t value);
 

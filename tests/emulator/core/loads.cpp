@@ -344,7 +344,10 @@ void report_shared(const Warp &warp, const Instruction &i, int lane, uint32_t pr
     report(warp, i, lane, "wgmma-race", does + place + ", which a wgmma not yet waited for reads");
   if (problems & UNFENCED)
     report(warp, i, lane, "proxy-fence",
-           does + place + " by wgmma with no fence.proxy.async since it was written");
+           does + place + " by wgmma with no fence.proxy.async since it was stored");
+  if (problems & UNFENCED_COPY && settings.fenced_copies)
+    report(warp, i, lane, "proxy-fence-copy",
+           does + place + " by wgmma with no fence.proxy.async since cp.async wrote it");
 }
 
 bool decode_memory(Decoder &d) {

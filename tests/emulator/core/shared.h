@@ -17,7 +17,8 @@ enum Problem : uint32_t {
   UNWRITTEN = 2,        // nobody wrote it since the block began
   PENDING_COPY = 4,     // a cp.async that has not been waited for writes it
   PENDING_PRODUCT = 8,  // a wgmma that has not been waited for reads it
-  UNFENCED = 16,        // no fence.proxy.async between a generic write and wgmma
+  UNFENCED = 16,        // no fence.proxy.async between a store and a wgmma that reads it
+  UNFENCED_COPY = 32,   // the same of a cp.async
 };
 
 class SharedMemory {
@@ -51,9 +52,12 @@ class SharedMemory {
     return write_part(address - SHARED_BASE, bytes, warp, value);
   }
 
-  // cp.async between its issue and its wait.
+  // cp.async between its issue and its wait, and then.
   void begin_copy(uint32_t address, uint32_t bytes);
   void end_copy(uint32_t address, uint32_t bytes);
+  void by_copy(uint32_t address, uint32_t bytes) {
+    for (uint32_t i = 0; i < bytes / 4; i++) words_[(address - SHARED_BASE) / 4 + i].history |= BY_COPY;
+  }
 
   // wgmma reads 16 bytes at a time: note that `warp` does, or all of its group. `fenced` has the
   // clock at the last fence of each warp; what is known of the last writes goes into the last two.
@@ -68,7 +72,8 @@ class SharedMemory {
       const uint32_t clock = word.history >> 12;
       newest_write = clock > newest_write ? clock : newest_write;
       written_now |= word.writer != NOBODY;
-      if (fenced[warp] <= clock && fenced[word.history >> 4 & 255] <= clock) problems |= UNFENCED;
+      if (fenced[warp] <= clock && fenced[word.history >> 4 & 127] <= clock)
+        problems |= word.history & BY_COPY ? UNFENCED_COPY : UNFENCED;
     }
     return problems;
   }
@@ -92,13 +97,13 @@ class SharedMemory {
   uint32_t fence() { return ++clock_; }
 
  private:
-  static constexpr uint32_t PAGE = 1024;
+  static constexpr uint32_t PAGE = 1024, BY_COPY = 1 << 11;
   static constexpr uint32_t NOBODY = 0xffffffffu, MANY = 0xfefefefeu;
   struct Word {
     uint32_t epoch = 0;    // of writer and reader
     uint32_t writer = 0;   // a warp for each byte, or NOBODY
     uint32_t reader = 0;   // the same, or MANY
-    uint32_t history = 0;  // clock of the last write << 12 | its warp << 4 | bytes written
+    uint32_t history = 0;  // clock of the last write << 12 | by cp.async << 11 | warp << 4 | bytes written
   };
   static uint32_t four(int warp) { return (uint32_t)warp * 0x01010101u; }
 

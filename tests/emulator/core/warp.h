@@ -18,6 +18,7 @@ struct Settings {
   int order = 0;
   uint64_t budget = 0;
   bool late = true;
+  bool fenced_copies = true;
 };
 extern Settings settings;
 extern uint64_t instructions_run;

@@ -1,0 +1,120 @@
+"""The library's own kernels, compiled for GPUs and run by the emulator on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tests.emulator.machine import Compiled, Machine, compile_source
+
+Call = Callable[..., torch.Tensor]
+
+
+def compiled_kernels(target_name: str, every: bool) -> dict[str, Compiled | str]:
+    """Compile the compile report's cases; of each kernel one config, or ``every`` one.
+
+    What does not compile is the error's text.
+    """
+    from fusedformer.tools.compile_report import _tf32
+    from fusedformer_kernels.compiler.ahead_of_time import ast_source
+    from fusedformer_kernels.compiler.compile_cases import compile_cases
+    from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+    from fusedformer_kernels.runtime.launch import recorded_launches
+
+    found: dict[str, Compiled | str] = {}
+    seen = set()
+    for case in compile_cases():
+        if not (every or case.core):
+            continue
+        with (
+            _tf32(case.tf32),
+            assume_target(TARGETS[target_name]),
+            recorded_launches(run=False) as launches,
+        ):
+            case.call()
+        for launch in launches:
+            source, options = ast_source(launch), launch.config.options()
+            key = (source.hash(), tuple(options.items())) if every else launch.name
+            if key in seen:
+                continue
+            seen.add(key)
+            name = f"{case.name} {case.dtype} {launch.name} {options}"
+            try:
+                found[name] = compile_source(source, target_name, options)
+            except Exception as error:  # a compiler may raise anything
+                found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def both(
+    call: Call, tensors: list[torch.Tensor], target_name: str, settings: dict[str, int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[str]]:
+    """Call and differentiate: by emulated kernels, then in float64 by the torch backend.
+
+    Returns what came out of each (output and gradients), and what the emulator found.
+    """
+    from fusedformer import backend
+    from fusedformer._internal import backend as backends
+
+    machine = Machine(**settings)
+    given = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    exact = [t.detach().double().requires_grad_(t.is_floating_point()) for t in tensors]
+
+    def differentiated(inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+        out = call(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    with backend("torch"):
+        grad = torch.randn(call(*exact).shape)
+        want = differentiated(exact, grad.to(tensors[0].dtype))
+    kept, backends.INTERPRETER_IS_ON = backends.INTERPRETER_IS_ON, True  # CPU tensors have kernels
+    try:
+        with backend("triton"), machine.taking_launches(target_name):
+            got = differentiated(given, grad)
+    finally:
+        backends.INTERPRETER_IS_ON = kept
+    assert machine.instructions, "nothing was launched"
+    detach = lambda all: [t.detach() for t in all]
+    return detach(got), detach(want), machine.findings()
+
+
+def calls() -> dict[str, tuple[Call, list[torch.Tensor]]]:
+    """Name what is run: a call and its tensors in float32."""
+    from fusedformer import functional as F
+
+    attention = F.scaled_dot_product_attention
+
+    def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(shape) for shape in shapes]
+
+    heads = (1, 2, 150, 64)
+    return {
+        "softmax": (lambda x: F.softmax(x, -1), tensors((5, 300))),
+        "layer_norm": (
+            lambda x, w, b: F.layer_norm(x, (300,), w, b), tensors((9, 300), (300,), (300,)),
+        ),
+        "attention": (attention, tensors(heads, heads, heads)),
+        "attention causal": (
+            lambda q, k, v: attention(q, k, v, is_causal=True), tensors(*[(2, 1, 70, 32)] * 3),
+        ),
+        "attention value dim 16": (
+            attention, tensors((1, 2, 100, 64), (1, 2, 100, 64), (1, 2, 100, 16)),
+        ),
+        "attention d=128": (attention, tensors(*[(1, 1, 130, 128)] * 3)),
+        "attention of few queries": (
+            attention, tensors((1, 2, 3, 64), (1, 2, 600, 64), (1, 2, 600, 64)),
+        ),
+    }  # fmt: skip
+
+
+def errors_of(
+    name: str, dtype: torch.dtype, target_name: str, settings: dict[str, int]
+) -> tuple[list[float], list[str]]:
+    """Run one of ``calls``: largest errors relative to the largest value, and the findings."""
+    call, tensors = calls()[name]
+    got, want, findings = both(call, [t.to(dtype) for t in tensors], target_name, settings)
+    errors = []
+    for have, exact in zip(got, want, strict=True):
+        errors.append(float((have.double() - exact).abs().max() / exact.abs().max()))
+    return errors, findings
