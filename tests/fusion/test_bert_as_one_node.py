@@ -75,5 +75,5 @@ def fusedformer_of(model: Any, pack: bool, training: bool) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    fusedformer.fuse(model, pack=pack or None)
+    fusedformer.fuse(model, pack=pack)
     return model.train(training)
