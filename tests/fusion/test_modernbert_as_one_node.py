@@ -126,11 +126,15 @@ def test_without_gradients_a_layer_is_planned_whole(device: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mlp_bias": True}, {"mlp_dropout": 0.25}, {"hidden_activation": "tanh"}],
-    ids=["bias behind the gate", "dropout behind the gate", "another activation"],
+    [{"mlp_bias": True}, {"mlp_bias": True, "mlp_dropout": 0.25}, {"hidden_activation": "silu"}],
+    ids=["bias of the gated block", "and its dropout", "SwiGLU"],
 )
-def test_what_a_node_has_not_is_computed_by_steps(settings: dict[str, Any], device: str) -> None:
-    model, inputs = fused(device, **settings), given(device)
+def test_forms_of_the_gated_block(settings: dict[str, Any], device: str) -> None:
+    check(fused(device, **settings), given(device))
+
+
+def test_another_activation_is_computed_by_steps(device: str) -> None:
+    model, inputs = fused(device, hidden_activation="tanh"), given(device)
     with mock.patch.object(_gated, "encoder_layer", side_effect=encoder_layer) as called:
         found = results(model, inputs)
     assert called.call_count == 0

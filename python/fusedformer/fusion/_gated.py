@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fusedformer import functional
 from fusedformer.functional.steps import (
     EncoderParameters,
     EncoderSettings,
@@ -59,6 +60,18 @@ class Parts(NamedTuple):
             (*dropout1, *dropout),
         ) and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
 
+    def hidden(self, before: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what the block's second product reads; ``bias`` is still to be added."""
+        name = activation_name(self.activation)
+        if name is None:
+            first, gate = (before if bias is None else before + bias).chunk(2, -1)
+            own: Tensor = self.dropout(self.activation(first) * gate)
+            return own
+        dropout = _dropout_of(self.dropout)
+        return functional.gated_activation(
+            before, bias, name, p=dropout.p, training=dropout.training
+        )
+
 
 class GatedLayer:
     """A base of layers whose forward is a norm, four products and the fused steps between them."""
@@ -106,10 +119,8 @@ class GatedLayer:
         inner, bias = project(heads.flatten(-2), parts.out)
         pending = Pending(inner, bias, _dropout_of(parts.dropout1), x)
         normed, x = pending.normed_and_sum(parts.norm2)
-        before, _ = linear(normed, parts.linear1.weight, parts.linear1.bias)
-        first, gate = before.chunk(2, -1)
-        hidden = parts.dropout(parts.activation(first) * gate)
-        return Pending(*project(hidden, parts.linear2), _NO_DROPOUT, x).added()
+        before, bias = project(normed, parts.linear1)
+        return Pending(*project(parts.hidden(before, bias), parts.linear2), _NO_DROPOUT, x).added()
 
     def _one_node(
         self: Any,
@@ -125,8 +136,6 @@ class GatedLayer:
         if (
             name is None
             or not encoder_layer_is_one_node(x, None, module.head_dim)
-            or parts.linear1.bias is not None
-            or dropout_probability(_dropout_of(parts.dropout))
             or not (type(cos) is type(sin) is Tensor)
             or cos.requires_grad
             or sin.requires_grad
@@ -150,7 +159,7 @@ class GatedLayer:
             activation=name,
             middle_eps=parts.norm2.eps,
             last_eps=None,
-            hidden_p=0.0,
+            hidden_p=dropout_probability(_dropout_of(parts.dropout)),
             middle_p=dropout_probability(_dropout_of(parts.dropout1)),
             last_p=0.0,
             checkpoint_activation=False,

@@ -58,35 +58,17 @@ def activate_aten(x: Tensor, activation: str) -> Tensor:
 
 def activation_gradient_in_place(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     """Turn the gradient of the result of :func:`activate_aten` into that of ``x``, in place."""
-    return _activation_gradient(grad, x, activation, {"grad_input": grad})
-
-
-def _activation_gradient(
-    grad: Tensor, x: Tensor, activation: str, place: dict[str, Tensor]
-) -> Tensor:
     aten = torch.ops.aten
-    found: Tensor
     if activation == "relu":
-        found = aten.threshold_backward(grad, x, 0, **place)
+        found = aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
     elif activation in ("silu", "quick_gelu"):
         scaled = x if activation == "silu" else x * QUICK
-        found = aten.silu_backward(grad, scaled, **place)
+        found = aten.silu_backward.grad_input(grad, scaled, grad_input=grad)
     else:
-        found = aten.gelu_backward(grad, x, approximate=_form(activation), **place)
-    return found
-
-
-def gated_activation(x: Tensor, activation: str) -> Tensor:
-    """Apply the activation to the first half of each row, and multiply by the second, by ATen."""
-    inner, gate = x.chunk(2, -1)
-    return activate_aten(inner, activation) * gate
-
-
-def gated_activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """Compute the gradient of ``x`` from that of what :func:`gated_activation` returned."""
-    inner, gate = x.chunk(2, -1)
-    inner_grad = _activation_gradient(grad * gate, inner, activation, {})
-    return torch.cat((inner_grad, grad * activate_aten(inner, activation)), -1)
+        form = _form(activation)
+        found = aten.gelu_backward.grad_input(grad, x, approximate=form, grad_input=grad)
+    result: Tensor = found
+    return result
 
 
 def _form(activation: str) -> str:

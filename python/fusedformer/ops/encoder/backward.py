@@ -13,7 +13,6 @@ from fusedformer.ops.encoder.launchers import by_dispatcher, launchers
 from fusedformer.ops.encoder.steps import (
     added,
     bias_gradient,
-    gated_gradient,
     in_dtype,
     input_gradient,
     joined,
@@ -97,14 +96,12 @@ class Backward:
         if not (needs_input or needs.weight1 or needs.bias1):
             return None
         hidden_grad = input_gradient(block_grad, own.weight2, None)
+        given = hidden_grad, kept.before, own.bias1, kept.hidden_seed, how.hidden_p, how.activation
         if how.is_gated:
-            before_grad = gated_gradient(hidden_grad, kept.before, how.activation)
+            before_grad, bias_grad = self.run.gated_backward(*given, False, needs.bias1)
         else:
-            before_grad, bias_grad = self.run.activation_backward(
-                hidden_grad, kept.before, own.bias1, kept.hidden_seed, how.hidden_p,
-                how.activation, needs.bias1,
-            )  # fmt: skip
-            self.found["bias1"] = bias_grad if needs.bias1 else None
+            before_grad, bias_grad = self.run.activation_backward(*given, needs.bias1)
+        self.found["bias1"] = bias_grad if needs.bias1 else None
         if needs.weight1 and kept.middle is not None:
             self.found["weight1"] = weight_gradient(before_grad, kept.middle)
         return input_gradient(before_grad, own.weight1, through) if needs_input else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings, Kept
 from fusedformer.ops.encoder.launchers import Launchers, launchers
-from fusedformer.ops.encoder.steps import gated, in_dtype, product_of, rotated, seed_of
+from fusedformer.ops.encoder.steps import in_dtype, product_of, rotated, seed_of
 
 
 class Call(NamedTuple):
@@ -137,9 +137,11 @@ def activated(
     how: EncoderSettings,
 ) -> Tensor:
     """Compute what the second product of the feed-forward block reads, of what the first gave."""
+    found: Tensor
     if how.is_gated:
-        return gated(before, how.activation)
-    found: Tensor = run.activation(before, own.bias1, seed, how.hidden_p, how.activation)
+        found = run.gated(before, own.bias1, seed, how.hidden_p, how.activation, False)
+        return found
+    found = run.activation(before, own.bias1, seed, how.hidden_p, how.activation)
     return found
 
 

@@ -21,6 +21,8 @@ class Launchers(NamedTuple):
     norm_backward: Callable[..., Any]
     activation: Callable[..., Any]
     activation_backward: Callable[..., Any]
+    gated: Callable[..., Any]
+    gated_backward: Callable[..., Any]
 
 
 @functools.cache
@@ -34,6 +36,7 @@ def launchers() -> Launchers:
         bias_activation_backward,
         bias_activation_forward,
     )
+    from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
     from fusedformer_kernels.rows.norm import norm_backward, norm_forward
 
     return Launchers(
@@ -43,12 +46,14 @@ def launchers() -> Launchers:
         norm_backward,
         bias_activation_forward,
         bias_activation_backward,
+        gated_activation_forward,
+        gated_activation_backward,
     )
 
 
 def by_dispatcher() -> Launchers:
     """Return what calls the kernels for each of a batch of gradients, by the dispatcher."""
-    from fusedformer.ops import activation, norm
+    from fusedformer.ops import activation, gated, norm
     from fusedformer.ops.attention import registered
 
     def attention_backward(
@@ -86,4 +91,6 @@ def by_dispatcher() -> Launchers:
         norm_backward=norm._norm_backward,
         activation=activation._bias_activation,
         activation_backward=activation._bias_activation_backward,
+        gated=gated._gated_activation,
+        gated_backward=gated._gated_activation_backward,
     )

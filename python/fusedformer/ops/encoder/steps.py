@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.plans import step
-from fusedformer.ops import activation, product, rotary_aten
+from fusedformer.ops import product, rotary_aten
 from fusedformer.ops._shared import draw_seed
 
 seed_of = step(draw_seed)
@@ -16,8 +16,6 @@ weight_gradient = step(product.weight_gradient)
 bias_gradient = step(product.bias_gradient)
 rotated = step(rotary_aten.rotated_rows)
 rotated_gradient = step(rotary_aten.rotated_rows_gradient)
-gated = step(activation.gated_activation)
-gated_gradient = step(activation.gated_activation_gradient)
 
 
 @step
