@@ -387,8 +387,9 @@ def test_products(shape: tuple[int, int, int], dtype: torch.dtype, target: str) 
             result.double(), want, rtol=0, atol=error * want.abs().max().item()
         )
         instructions |= {n for n in ("wgmma.mma_async", "mma.sync") if n in kernel.ptx}
-    wide = target == "sm_90" and rows >= 64
-    assert ("wgmma.mma_async" in instructions) == (wide and columns > 8)
+    if columns > 8:  # with as few, each version of Triton chooses differently
+        wide = target == "sm_90" and rows >= 64
+        assert ("wgmma.mma_async" in instructions) == wide
 
 
 @pytest.mark.parametrize("target", TARGETS)
