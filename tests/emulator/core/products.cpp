@@ -135,13 +135,18 @@ void mark_registers(Warp &warp, const Product &product) {
       if (!i.operand[i.results + n].is_constant()) mark(warp, i.operand[i.results + n], READS);
 }
 
+bool touched(const Warp &warp, const Instruction &i, int first, int count) {
+  bool found = false;
+  for (int n = first; n < first + count; n++)
+    if (!i.operand[n].is_constant()) found |= warp.uses[i.operand[n].where / 64] & TOUCHED;
+  return found;
+}
+
 void check_fence(Warp &warp, const Instruction &i) {
-  bool touched = !warp.products_fenced;
-  const int registers = i.results + (i.flags & A_IN_REGISTERS ? 4 : 0);
-  for (int n = 0; n < registers; n++)
-    if (!i.operand[n].is_constant()) touched |= warp.uses[i.operand[n].where / 64] & TOUCHED;
-  if (touched)
-    report(warp, i, -1, "wgmma-fence", "no wgmma.fence between wgmma and what wrote its registers");
+  if (!warp.products_fenced || touched(warp, i, 0, i.results))
+    report(warp, i, -1, "wgmma-fence", "no wgmma.fence between wgmma and what wrote its accumulators");
+  if (settings.fenced_operands && i.flags & A_IN_REGISTERS && touched(warp, i, i.results, 4))
+    report(warp, i, -1, "wgmma-fence-operand", "no wgmma.fence between wgmma and what wrote its operands");
 }
 
 uint64_t uniform(Warp &warp, const Instruction &i, const Operand &place) {
