@@ -11,6 +11,9 @@ import torch
 from tests.emulator.machine import Machine, compiled
 from tests.emulator.programs import program
 
+# What numpy says of infinities and NaN among the inputs.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 TARGETS = "sm_80", "sm_90"
