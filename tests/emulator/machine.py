@@ -73,7 +73,8 @@ class Machine:
 
     def __init__(self, **settings: int) -> None:
         self.library = library()
-        defaults = {"check": 1, "order": 0, "budget": 0, "late": 1, "fenced_copies": 1}
+        defaults = {"check": 1, "order": 0, "budget": 0, "late": 1}
+        defaults |= {"fenced_copies": 1, "fenced_operands": 0}
         for name, value in {**defaults, **settings}.items():
             self.library.emulator_configure(name.encode(), value)
         self.handles: dict[str, int] = {}

@@ -308,6 +308,20 @@ def test_operand_register_overwritten_before_the_wait() -> None:
     assert (result == 0).all()  # what a product reads late is seen in its result
 
 
+def test_operand_register_written_after_the_fence() -> None:
+    body = edited(
+        PRODUCT, "%rd11, %rd12, 0, 1, 1, 0, 0;", "{%r4,%r4,%r4,%r4}, %rd12, 0, 1, 1, 0;"
+    )  # fmt: skip
+    fence = "wgmma.fence.sync.aligned;"
+    late = edited(body, fence, f"{fence}\nmov.b32 %r4, 1065369472;")
+    result = torch.zeros(128)
+    for fenced_operands, kinds in ((1, ["wgmma-fence-operand"]), (0, [])):
+        machine = Machine(fenced_operands=fenced_operands)
+        machine.launch(program(late, threads=128), (1,), result)
+        assert [finding.split()[0] for finding in machine.findings()] == kinds
+    assert (result == 16).all()
+
+
 def test_product_of_what_cp_async_wrote() -> None:
     copied = edited(
         PRODUCT, "st.shared.v4.b32 [%r3], {%r4, %r4, %r4, %r4};",

@@ -57,6 +57,7 @@ void emulator_configure(const char *name, int64_t value) {
   else if (setting == "budget") settings.budget = (uint64_t)value;
   else if (setting == "late") settings.late = value != 0;
   else if (setting == "fenced_copies") settings.fenced_copies = value != 0;
+  else if (setting == "fenced_operands") settings.fenced_operands = value != 0;
   else error = "unknown setting " + setting;
 }
 

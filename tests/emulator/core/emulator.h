@@ -34,6 +34,9 @@ int emulator_report(char *text, int size);
 //   late    1 (default): wgmma reads and computes at its wait; 0: where it is issued
 //   fenced_copies  1 (default): what cp.async wrote needs a fence.proxy.async before wgmma reads it,
 //           as PTX says; 0: it does not, as Triton before 3.7 and others have it
+//   fenced_operands  1: registers that wgmma multiplies need a wgmma.fence after they were written,
+//           as PTX says; 0 (default): they do not, since compilers write some later, and ptxas
+//           puts the fence where it belongs
 // Returns nothing; an unknown name is left for emulator_error and ignored.
 void emulator_configure(const char *name, int64_t value);
 

@@ -115,12 +115,13 @@ void check_run(Warp &warp, const Instruction &instruction, Allocation &allocatio
                uint32_t bytes, bool writes, const uint8_t *values) {
   const Launch &launch = *warp.launch;
   const uint32_t first = launch.first_stamp, me = warp.block->stamp;
+  const uint64_t parts = run.address | run.bytes;
+  const int narrowest = parts & 1 ? 0 : parts & 2 ? 1 : 2;
   if (!allocation.writers) {
+    allocation.shift = narrowest < allocation.shift ? narrowest : allocation.shift;
     allocation.writers = reserve(entries_of(allocation));
     allocation.readers = reserve(entries_of(allocation));
   }
-  const uint64_t parts = run.address | run.bytes;
-  const int narrowest = parts & 1 ? 0 : parts & 2 ? 1 : 2;
   if (narrowest < allocation.shift) allocation.refine(narrowest);
   const uint64_t at = (run.address - allocation.base) >> allocation.shift;
   const uint64_t count = run.bytes >> allocation.shift;

@@ -31,10 +31,21 @@ void left_from_registers(const Warp &warp, const Operand *registers, LeftTile &t
   }
 }
 
-void left_from_registers(const Warp &warp, const Operand *registers, int32_t format, LeftTile &tile) {
+// The same: several products in a row often have the same left tile, which is found out by its bits.
+const LeftTile &left_from_registers(const Warp &warp, const Operand *registers, int32_t format) {
+  static thread_local LeftTile tile;
+  static thread_local uint32_t bits[4][LANES];
+  static thread_local int32_t bits_format = -1;
+  bool same = bits_format == format;
+  for (int n = 0; n < 4 && same; n++)
+    same = !memcmp(bits[n], warp.row<uint32_t>(registers[n]), sizeof bits[n]);
+  if (same) return tile;
+  bits_format = format;
+  for (int n = 0; n < 4; n++) memcpy(bits[n], warp.row<uint32_t>(registers[n]), sizeof bits[n]);
   if (format == FLOAT16) left_from_registers<FLOAT16>(warp, registers, tile);
   else if (format == BFLOAT16) left_from_registers<BFLOAT16>(warp, registers, tile);
   else left_from_registers<TF32>(warp, registers, tile);
+  return tile;
 }
 
 template <int32_t FORMAT>
@@ -57,9 +68,8 @@ void right_from_registers(const Warp &warp, const Operand *registers, RightTile 
 
 void multiply_registers(Warp &warp, const Instruction &i) {
   whole_warp(warp, i, "mma");
-  static thread_local LeftTile left;
   static thread_local RightTile right;
-  left_from_registers(warp, i.operand + 4, i.size, left);
+  const LeftTile &left = left_from_registers(warp, i.operand + 4, i.size);
   if (i.size == FLOAT16) right_from_registers<FLOAT16>(warp, i.operand + 8, right);
   else if (i.size == BFLOAT16) right_from_registers<BFLOAT16>(warp, i.operand + 8, right);
   else right_from_registers<TF32>(warp, i.operand + 8, right);
@@ -76,11 +86,10 @@ int columns_of(const Instruction &i) { return i.results * 2; }
 
 void compute(Warp &warp, const Product &product) {
   const Instruction &i = *product.instruction;
-  static thread_local LeftTile left;
-  if (i.flags & A_IN_REGISTERS)
-    left_from_registers(warp, i.operand + i.results, i.size, left);
-  else
-    left_values(warp, *product.left, left);
+  static thread_local LeftTile from_memory;
+  if (product.left) left_values(warp, *product.left, from_memory);
+  const LeftTile &left =
+      product.left ? from_memory : left_from_registers(warp, i.operand + i.results, i.size);
   const RightTile &right = right_values(warp, *product.right);
   static const float zeros[LANES] = {};
   for (int n = 0; n < columns_of(i) / 8; n++) {
@@ -126,13 +135,18 @@ void mark_registers(Warp &warp, const Product &product) {
       if (!i.operand[i.results + n].is_constant()) mark(warp, i.operand[i.results + n], READS);
 }
 
+bool touched(const Warp &warp, const Instruction &i, int first, int count) {
+  bool found = false;
+  for (int n = first; n < first + count; n++)
+    if (!i.operand[n].is_constant()) found |= warp.uses[i.operand[n].where / 64] & TOUCHED;
+  return found;
+}
+
 void check_fence(Warp &warp, const Instruction &i) {
-  bool touched = !warp.products_fenced;
-  const int registers = i.results + (i.flags & A_IN_REGISTERS ? 4 : 0);
-  for (int n = 0; n < registers; n++)
-    if (!i.operand[n].is_constant()) touched |= warp.uses[i.operand[n].where / 64] & TOUCHED;
-  if (touched)
-    report(warp, i, -1, "wgmma-fence", "no wgmma.fence between wgmma and what wrote its registers");
+  if (!warp.products_fenced || touched(warp, i, 0, i.results))
+    report(warp, i, -1, "wgmma-fence", "no wgmma.fence between wgmma and what wrote its accumulators");
+  if (settings.fenced_operands && i.flags & A_IN_REGISTERS && touched(warp, i, i.results, 4))
+    report(warp, i, -1, "wgmma-fence-operand", "no wgmma.fence between wgmma and what wrote its operands");
 }
 
 uint64_t uniform(Warp &warp, const Instruction &i, const Operand &place) {
@@ -142,7 +156,9 @@ uint64_t uniform(Warp &warp, const Instruction &i, const Operand &place) {
       report(warp, i, lane, "wgmma-descriptor", "a descriptor differs between the lanes of a warp");
       break;
     }
-  if (row[0] >> 49 & 7) throw Error("wgmma: base offsets of descriptors are not emulated");
+  // The base offset moves the pattern of a swizzle; without one it says nothing.
+  if (row[0] >> 49 & 7 && row[0] >> 62)
+    throw Error("wgmma: base offsets of swizzled tiles are not emulated");
   return row[0];
 }
 

@@ -4,6 +4,7 @@
 // epoch, at least one of them to write, race. The shadow has an entry for every four bytes.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace emulator {
@@ -34,6 +35,7 @@ class SharedMemory {
 
   // Note an access of `warp` and return its problems. Accesses lie within words or fill them.
   uint32_t read(uint32_t address, uint32_t bytes, int warp) {
+    if (bytes == 16 && read_again((address - SHARED_BASE) / 4, warp)) return 0;
     if (bytes >= 4) {
       uint32_t problems = 0, first = (address - SHARED_BASE) / 4;
       for (uint32_t i = 0; i < bytes / 4; i++) problems |= read_word(first + i, warp);
@@ -115,6 +117,20 @@ class SharedMemory {
       word.writer = word.reader = NOBODY;
     }
     return word;
+  }
+  // Whether four words are as `warp` and others left them when they last read them, in this epoch.
+  bool read_again(uint32_t index, int warp) const {
+    const Word *words = &words_[index];
+    const uint32_t me = four(warp);
+    uint32_t pending;
+    memcpy(&pending, &copies_[index], 4);
+    uint32_t other = pending;
+    for (int i = 0; i < 4; i++) {
+      const uint32_t reader = words[i].reader;
+      other |= (words[i].epoch ^ epoch_) | (words[i].writer ^ NOBODY) | (~words[i].history & 15);
+      other |= (reader != MANY) & (reader != me);
+    }
+    return !other;
   }
   uint32_t read_word(uint32_t index, int warp) {
     Word &word = word_now(index);

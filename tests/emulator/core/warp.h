@@ -19,6 +19,7 @@ struct Settings {
   uint64_t budget = 0;
   bool late = true;
   bool fenced_copies = true;
+  bool fenced_operands = false;
 };
 extern Settings settings;
 extern uint64_t instructions_run;
