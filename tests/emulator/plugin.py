@@ -90,9 +90,6 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     parts = _of_workers or [Figures.of(launches)]
     terminalreporter.section(f"emulated on {TARGET}")
-    unexplained = +launches.unexplained  # of this process
-    if unexplained:
-        terminalreporter.line(f"wgmma-fence, still to be explained: {dict(unexplained)}")
     for line in Figures.sum(parts).lines(time.perf_counter() - _begun):
         terminalreporter.line(line)
 

@@ -34,9 +34,6 @@ _DROPS_UNWRITTEN = {
     "_attention_delta",  # rows behind the last packed sequence
 }
 
-# Still to be explained: counted at the end of a run, and no test fails by it.
-_OPEN = "wgmma-fence"
-
 
 def _is_meant(finding: str) -> bool:
     kind, kernel, *_ = f"{finding}  ".split(" ")
@@ -80,7 +77,6 @@ class Launches:
     device: ctypes.CDLL
     findings: list[str] = field(default_factory=list)
     too_long: Counter[str] = field(default_factory=Counter)
-    unexplained: Counter[str] = field(default_factory=Counter)  # findings, by kernel
     kernels: dict[int, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,8 +151,6 @@ class Launches:
             kernel.seconds += time.perf_counter() - start
             kernel.instructions += self.emulator.instructions - before
             found = [line for line in self.emulator.findings() if not _is_meant(line)]
-        self.unexplained[kernel.name] += sum(line.startswith(_OPEN) for line in found)
-        found = [line for line in found if not line.startswith(_OPEN)]
         if error and _TOO_LONG.match(error):
             self.too_long[kernel.name] += 1
             self.driver.driver_set_error(b"too long to emulate")
