@@ -222,6 +222,8 @@ void decode_multiply_add(Decoder &d) {
   if (wide)
     run = type == Type::s32   ? ternary<int64_t, int32_t, WideProduct>
           : type == Type::u32 ? ternary<uint64_t, uint32_t, WideProduct>
+          : type == Type::s16 ? ternary<int32_t, int16_t, WideProduct>
+          : type == Type::u16 ? ternary<uint32_t, uint16_t, WideProduct>
                               : nullptr;
   else
     run = type == Type::s16 || type == Type::u16   ? ternary<uint16_t, uint16_t, MultiplyAdd>
@@ -230,7 +232,8 @@ void decode_multiply_add(Decoder &d) {
                                                    : nullptr;
   if (!run) d.unknown("type");
   d.expect_arguments(4, 4);
-  const Width width = wide ? Width::bits64 : width_of(type);
+  const Width twice = size_of(type) == 2 ? Width::bits32 : Width::bits64;
+  const Width width = wide ? twice : width_of(type);
   d.result(0, width);
   d.source(1, width_of(type));
   d.source(2, width_of(type));

@@ -123,6 +123,20 @@ void complement_predicate(Warp &warp, const Instruction &i) {
   to = (to & ~warp.exec) | (~warp.predicate(i.operand[1]) & warp.exec);
 }
 
+void count_ones(Warp &warp, const Instruction &i) {
+  const uint32_t *a = warp.row<uint32_t>(i.operand[1]);
+  each_lane(warp, warp.row<uint32_t>(i.operand[0]),
+            [&](int l) { return (uint32_t)__builtin_popcount(a[l]); });
+}
+
+void decode_count(Decoder &d) {
+  if (d.type() != Type::b32) d.unknown("type");
+  d.expect_arguments(2, 2);
+  d.result(0, Width::bits32);
+  d.source(1, Width::bits32);
+  d.instruction.run = count_ones;
+}
+
 void decode_not(Decoder &d) {
   const Width width = width_of(d.type());
   d.expect_arguments(2, 2);
@@ -347,6 +361,7 @@ bool decode_bits(Decoder &d) {
   else if (base == "or") decode_logic<Or>(d);
   else if (base == "xor") decode_logic<Xor>(d);
   else if (base == "not") decode_not(d);
+  else if (base == "popc") decode_count(d);
   else if (base == "shl") decode_shift(d, true);
   else if (base == "shr") decode_shift(d, false);
   else if (base == "shf") decode_funnel_shift(d);

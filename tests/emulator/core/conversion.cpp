@@ -70,6 +70,11 @@ struct Byte {
   template <class R> struct To { static R of(uint16_t a) { return (R)(A)a; } };
 };
 
+// The lower half of a register that is wider, which cvt may be given.
+struct LowHalf {
+  static int64_t of(uint64_t a) { return (int32_t)a; }
+};
+
 Handler handler(Type to, Type from, const std::string &rounding) {
   if (from == Type::f32 && to == Type::f16) return rounding == "rn" ? convert<uint16_t, float, ToFloat16> : nullptr;
   if (from == Type::f32 && to == Type::bf16) return rounding == "rn" ? convert<uint16_t, float, ToBfloat16> : nullptr;
@@ -126,7 +131,12 @@ bool decode_conversion(Decoder &d) {
   if (!d.instruction.run) d.unknown("conversion");
   d.expect_arguments(2, 2);
   d.result(0, width_of(to));
-  d.source(1, width_of(from));
+  d.any_source(1, width_of(from));
+  const Width given = d.operand(1).width;
+  if (given == Width::bits64 && to == Type::s64 && from == Type::s32)
+    d.instruction.run = convert<int64_t, uint64_t, LowHalf>;
+  else if (given != width_of(from))
+    d.unknown("width of operand " + d.argument(1));
   return true;
 }
 
