@@ -316,6 +316,14 @@ def test_conversions_of_integers() -> None:
         ("cvt.u16.u32 {d}, {a};", torch.int16, a.short()),
     ):
         assert_equal(elementwise(statement, [a], torch.empty(len(a), dtype=dtype)), want)
+    wide = a.long() + (1 << 40)  # of a wider register the lower half
+    got = elementwise("cvt.s64.s32 {d}, {a};", [wide], torch.empty_like(wide))
+    assert_equal(got, a.long())
+    got = elementwise("popc.b32 {d}, {a};", [a], torch.empty_like(a))
+    assert got.tolist() == [(x % 2**32).bit_count() for x in a.tolist()]
+    halves = a.short()
+    got = elementwise("mad.wide.u16 {d}, {a}, {b}, {c};", [halves, halves, a], torch.empty_like(a))
+    assert_equal(got, ((halves.long() % 2**16) ** 2 + a).int())
     x = hard_floats()
     got = elementwise("cvt.rzi.u32.f32 {d}, {a};", [x], torch.empty(len(x), dtype=torch.int32))
     want = x.double().nan_to_num(0).trunc().clamp(0, 2**32 - 1).long()
