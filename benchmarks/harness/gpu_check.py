@@ -188,6 +188,7 @@ def run_stage(stage: Stage, seconds: float, state: State, again: bool) -> tuple[
     replacements = {"LIMIT": str(int(0.8 * seconds)), "DONE": str(done)}
     command = [replacements.get(word, word) for word in stage.command]
     environment = {**os.environ, **stage.environment}
+    environment.pop("TRITON_INTERPRET", None)  # kernels are timed, never their interpretation
     with (state.folder / f"{stage.name}.log").open("a") as log:
         process = subprocess.Popen(
             command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
@@ -226,7 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.cpu_dry_run and not torch.cuda.is_available():
         print("gpu_check: torch sees no GPU here (--cpu-dry-run needs none)", file=sys.stderr)
         return 2
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are timed, never their interpretation
     if given.commit:
         os.environ["FUSEDFORMER_COMMIT"] = given.commit
     commit = measured_commit()[0]

@@ -47,6 +47,7 @@ def test_other_strides_give_the_same_gradients(
         if isinstance(value, Tensor)
         and value.is_floating_point()
         and not (argument == "weight" and "cross_entropy" in function)
+        and argument not in ("cos", "sin")
     ]
 
     def run(hooks: Any) -> list[Tensor]:

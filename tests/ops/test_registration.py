@@ -57,6 +57,15 @@ def activation_case(bias: bool, p: float = 0.0) -> tuple[Any, ...]:
     return leaf(4, 6), leaf(6) if bias else None, seed() if p else None, p, "gelu"
 
 
+def rotary_case(norm: str, backward: bool = False) -> tuple[Any, ...]:
+    make = torch.randn if backward else leaf
+    weights = (None,) * 4 if norm == "none" else (make(8), None, make(8), None)
+    query, key = make(2, 5, 2, 8), make(2, 5, 1, 8)
+    grads = (torch.randn(2, 5, 2, 8), torch.randn(2, 5, 1, 8)) if backward else ()
+    tables = torch.rand(1, 6, 4), torch.rand(1, 6, 4), torch.randint(6, (2, 5))
+    return *grads, query, key, *tables, *weights, norm, 1e-6, True
+
+
 def activation_backward_case(bias: bool) -> tuple[Any, ...]:
     given = torch.randn(6) if bias else None
     return torch.randn(4, 6), torch.randn(4, 6), given, None, 0.0, "silu", bias
@@ -230,6 +239,14 @@ CASES: dict[str, tuple[str, Any]] = {
     "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
     "activation": ("bias_activation", lambda: activation_case(False)),
     "activation, bias, dropout": ("bias_activation", lambda: activation_case(True, 0.5)),
+    "rotary": ("rotary_embedding", lambda: rotary_case("none")),
+    "rotary, QK-norm": ("rotary_embedding", lambda: rotary_case("rms")),
+    "rotary backward": (
+        "rotary_embedding_backward", lambda: (*rotary_case("none", backward=True), False),
+    ),
+    "rotary backward, QK-norm": (
+        "rotary_embedding_backward", lambda: (*rotary_case("rms", backward=True), True),
+    ),
     "gated activation": (
         "gated_activation", lambda: (*activation_case(True, 0.5), True),
     ),

@@ -303,6 +303,7 @@ def _heads(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
 def _angles_of(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None) -> Angles:
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = contiguous(cos), contiguous(sin)
+    positions = None if positions is None else contiguous(positions)
     batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     return Angles(cos, sin, positions, batch, cos.stride(1), cos.shape[2])
 
