@@ -153,9 +153,8 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if narrow else "ieee"
 
 
-def precision_of_products() -> str:
-    """What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it."""
-    return torch._C._get_fp32_precision_getter("cuda", "matmul")
+# What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it.
+precision_of_products = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
 def assumed_target() -> Target | None:

@@ -184,4 +184,9 @@ tuned.when_cleared(clear)
 
 def _is_watched() -> bool:
     """Tell whether somebody looks at launches or forces configs, or records an outer call."""
-    return not launches.can_be_repeated() or tuned.is_forced() or steps.recorder() is not None
+    # The latter two as is_forced() and recorder() have them, since every planned call asks.
+    return bool(
+        not launches.can_be_repeated()
+        or tuned._forced
+        or steps._recording.recorder is not None
+    )
