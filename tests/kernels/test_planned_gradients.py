@@ -59,20 +59,6 @@ def _triton() -> Iterator[None]:
     plans.clear()
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
-    """The plans that are run, in order."""
-    found: list[plan.Plan] = []
-    original = plan.Plan.run
-
-    def run(self: plan.Plan, *args: Any) -> Any:
-        found.append(self)
-        return original(self, *args)
-
-    monkeypatch.setattr(plan.Plan, "run", run)
-    return found
-
-
 def inputs_of(call: Callable[..., Any], device: str, dtype: torch.dtype) -> Inputs:
     return {
         name: torch.randn(shape, device=device, dtype=dtype, requires_grad=True)

@@ -30,20 +30,6 @@ def _triton() -> Iterator[None]:
     plans.clear()
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
-    """The plans that are run, in order."""
-    found: list[plan.Plan] = []
-    original = plan.Plan.run
-
-    def run(self: plan.Plan, *args: Any) -> Any:
-        found.append(self)
-        return original(self, *args)
-
-    monkeypatch.setattr(plan.Plan, "run", run)
-    return found
-
-
 def softmax(x: Tensor) -> Tensor:
     return softmax_forward(x, None, 1.0, False, x.dtype, False)
 
