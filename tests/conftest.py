@@ -32,7 +32,8 @@ except ImportError:  # a bare GPU machine may lack it; the tests that draw examp
 # Files that take longest, which go first, so that no worker begins one when the other is done.
 LONGEST = (
     "test_compile_report", "tests/distributed", "test_architectures", "test_gpu_check",
-    "test_compile.py",
+    "test_compile.py", "test_one_node", "tests/emulator/test_suite", "test_library_kernels",
+    "as_one_node",
 )  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:
