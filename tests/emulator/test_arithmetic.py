@@ -324,6 +324,8 @@ def test_conversions_of_integers() -> None:
     halves = a.short()
     got = elementwise("mad.wide.u16 {d}, {a}, {b}, {c};", [halves, halves, a], torch.empty_like(a))
     assert_equal(got, ((halves.long() % 2**16) ** 2 + a).int())
+    got = elementwise("mul.wide.u16 {d}, {a}, {b};", [halves, halves], torch.empty_like(a))
+    assert_equal(got, ((halves.long() % 2**16) ** 2).int())
     x = hard_floats()
     got = elementwise("cvt.rzi.u32.f32 {d}, {a};", [x], torch.empty(len(x), dtype=torch.int32))
     want = x.double().nan_to_num(0).trunc().clamp(0, 2**32 - 1).long()

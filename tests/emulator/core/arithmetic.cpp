@@ -196,9 +196,12 @@ void decode_multiply(Decoder &d) {
     Type type = d.type();
     d.instruction.run = type == Type::s32   ? binary<int64_t, int32_t, WideProduct>
                         : type == Type::u32 ? binary<uint64_t, uint32_t, WideProduct>
+                        : type == Type::s16 ? binary<int32_t, int16_t, WideProduct>
+                        : type == Type::u16 ? binary<uint32_t, uint16_t, WideProduct>
                                             : nullptr;
     if (!d.instruction.run) d.unknown("type");
-    return operands_of(d, Width::bits64, Width::bits32, 2);
+    const Width twice = size_of(type) == 2 ? Width::bits32 : Width::bits64;
+    return operands_of(d, twice, width_of(type), 2);
   }
   if (d.take("hi")) {
     Type type = d.type();
