@@ -184,7 +184,7 @@ tuned.when_cleared(clear)
 
 def _is_watched() -> bool:
     """Tell whether somebody looks at launches or forces configs, or records an outer call."""
-    # The latter two as is_forced() and recorder() have them, since every planned call asks.
+    # Read where they are kept, since every planned call asks.
     return bool(
         not launches.can_be_repeated()
         or tuned._forced

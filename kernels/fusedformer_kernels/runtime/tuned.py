@@ -75,11 +75,6 @@ def when_cleared(forget: Callable[[], None]) -> None:
     _told.append(forget)
 
 
-def is_forced() -> bool:
-    """Whether :func:`forced` is in force."""
-    return bool(_forced)
-
-
 def tuned_config(key: Key, target: Target, default: C) -> C:
     """``default``, with what the tables for ``target`` say of ``key``."""
     fields = _forced.get(key) if _forced else None
