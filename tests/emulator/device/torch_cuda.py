@@ -6,6 +6,8 @@ Torch's Python stays as it is where it can: what it asks of C is answered here.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -149,6 +151,19 @@ def install(device: ctypes.CDLL, properties: Properties) -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda._initialized = True
     cuda.default_generators = (torch.Generator("cuda"),)  # the first of all, see runtime.cpp
+
+
+def let_graphed_callables_read_unwritten(context: Callable[[], Any]) -> None:
+    """Let it pass that ``make_graphed_callables`` warms up with gradients that nobody wrote."""
+    plain = torch.cuda.make_graphed_callables
+
+    @functools.wraps(plain)
+    def wrapped(*args: Any, **named: Any) -> Any:
+        with context():
+            return plain(*args, **named)
+
+    graphs: Any = torch.cuda.graphs
+    torch.cuda.make_graphed_callables = graphs.make_graphed_callables = wrapped
 
 
 def _let_storages_be_copied() -> None:
