@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.emulator import kernels
 from tests.emulator.machine import Machine, compiled
 from tests.emulator.programs import program
 
@@ -433,3 +434,39 @@ def test_reductions_and_scans(rows: int, columns: int, warps: int, target: str) 
     torch.testing.assert_close(most, x.amax(1), rtol=0, atol=0)
     torch.testing.assert_close(where.long(), x.argmax(1))
     torch.testing.assert_close(scan, x.cumsum(1), rtol=1e-4, atol=1e-4)
+
+
+def interpreted(name: str) -> Any:
+    """The kernel as Triton's interpreter runs it; skip where nothing is interpreted."""
+    kernel: Any = getattr(kernels, name)
+    if type(kernel).__name__ != "InterpretedFunction":
+        pytest.skip("no kernel is interpreted here")
+    return kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_and_reductions_as_interpreted(target: str) -> None:
+    """In float16 products are exact, so that only the order of sums is left to differ."""
+    a, b = torch.randn(64, 32).half(), torch.randn(32, 16).half()
+    sizes = {"ROWS": 64, "COLUMNS": 16, "STEPS": 32}
+    flags = dict.fromkeys(("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED", "IN_REGISTERS"), 0)
+    kernel = compiled(PRODUCT, target, {"a": "*fp16", "b": "*fp16", "c": "*fp32"}, sizes | flags)
+    got, want = torch.empty(2, 64, 16)
+    run(kernel, 1, a, b, got)
+    interpreted("product")[(1,)](a, b, want, **sizes, **flags)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+    x = torch.randn(4, 100)
+    found: list[list[torch.Tensor]] = []
+    signature = {**dict.fromkeys(("x", "sums", "most", "where", "scan"), "*fp32"), "columns": "i32"}
+    kernel = compiled(REDUCTIONS, target, {**signature, "where": "*i32"}, {"COLUMNS": 128})
+    for is_interpreted in (False, True):
+        results = [torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.int32)]
+        results.append(torch.empty(4, 100))
+        if is_interpreted:
+            interpreted("reductions")[(4,)](x, *results, 100, COLUMNS=128)
+        else:
+            run(kernel, 4, x, *results, 100)
+        found.append(results)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
