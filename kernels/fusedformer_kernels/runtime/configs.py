@@ -131,6 +131,30 @@ def row_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
+@dataclass(frozen=True)
+class LongRowConfig(LaunchConfig):
+    """Chunks of block_n columns: a program walks those of a row, or each of ``splits`` has one."""
+
+    block_n: int = 8192
+    splits: int = 1
+
+
+CHUNK_BYTES = 32 * 1024  # of a row that is read in chunks, of all tensors together
+
+
+@cached_config
+def long_rows(n_rows: int, columns: int, column_bytes: int, target: Target) -> LongRowConfig:
+    """Chunks of softmax's rows that are too long for registers, and who reads them.
+
+    Chunks go by the columns alone, since bits depend on them. Split rows keep all SMs busy, but are
+    read from memory twice: three passes over memory in place of two.
+    """
+    block_n = 1 << ((CHUNK_BYTES // column_bytes).bit_length() - 1)
+    splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
+    stages = 3 if target.backend == "cuda" else 1
+    return LongRowConfig(_warps(block_n, 32, target), stages, block_n, splits)
+
+
 @cached_config
 def elementwise_tile(
     kernel: str, columns: int, target: Target, per_thread: int = 16

@@ -54,7 +54,7 @@ def negative(x):
 
 @triton.jit
 def store(pointers, x, mask):
-    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to."""
+    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to; all if no ``mask``."""
     tl.store(pointers, cast(x, pointers.dtype.element_ty), mask=mask)
 
 
