@@ -173,10 +173,10 @@ def _moved_again(launch: Launch, in_flight: int) -> float:
     given = launch.arguments
     first, second, written = (given[name] for name in launch.kernel.arg_names[:3])
     if given["splits"] > 1:  # the first of two launches writes statistics alone
-        return 0.0 if given["n_parts"] else -float(written.numel() * written.element_size())
+        return 0.0 if given["n_written"] else -float(written.numel() * written.element_size())
     read = sum(t.numel() * t.element_size() for t in (first, second) if t is not None)
     together = read / given["n_rows"] * in_flight
-    return read * max(0.0, 1.0 - GPU.cache_bytes / together)
+    return read * max(0.0, 1.0 - GPU.cache_bytes / max(together, 1.0))
 
 
 def _passes(launch: Launch, pairs: float | None) -> float:

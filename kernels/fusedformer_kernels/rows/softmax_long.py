@@ -1,10 +1,10 @@
 """Compute softmax of rows that are too long for registers, and its gradient.
 
-A row is read twice, in chunks of BLOCK_N columns: for its statistics, which are those of its
-chunks, merged in the order of the columns; then to write, from the row's end on, which the cache
-has had last. With rows enough for all SMs one program does both. With fewer, each chunk gets a
-program of its own, in two launches of the same code: the first leaves the statistics of chunks in
-memory, the second merges and writes. So a row's bits do not depend on how many others there are.
+A row is read twice, in chunks of BLOCK_N columns. First for its statistics: those of each chunk go
+to memory, and are merged from there. Then to write, from the row's end on, which the cache has had
+last. With rows enough for all SMs one program does both. With fewer, each chunk gets a program of
+its own, in two launches of the same code: the first ends with the statistics of chunks, the second
+begins there. So the bits of a row do not depend on how many others there are.
 """
 
 from __future__ import annotations
@@ -30,29 +30,24 @@ _NO_MASK = tl.constexpr(NO_MASK)
 
 
 @triton.jit
-def _place(n_rows, n_columns, splits, n_parts, BLOCK_N: tl.constexpr):
-    """Find this program's row (int64 where ``n_rows`` is), its chunks, and what it does of them.
-
-    That is (row, first chunk, end of the chunks to read, end of those to write): of a row that is
-    split among ``splits`` programs, one chunk is read, or written where ``n_parts`` are there.
-    """
+def _row_and_first_chunk(n_rows, splits):
+    """Find this program's row, int64 where ``n_rows`` is, and its first chunk."""
     program = tl.program_id(0) + n_rows * 0
-    row, first = program // splits, program % splits
-    end = tl.where(splits > 1, first + 1, tl.cdiv(n_columns, BLOCK_N))
-    to_read = tl.where(n_parts > 0, first, end)
-    to_write = tl.where((splits > 1) & (n_parts == 0), first, end)
-    return row, first, to_read, to_write
+    return program // splits, program % splits
 
 
 @triton.jit
-def _merge(top, total, other_top, other_total):
-    """Merge (largest score, sum of exp(score - largest)) of two parts of a row."""
-    new_top = tl.maximum(top, other_top)
-    # -inf so far is no error yet: a later part may hold the first finite score.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    total = total * tl.exp2((top - base) * LOG2_E)
-    total += other_total * tl.exp2((other_top - base) * LOG2_E)
-    return new_top, total
+def _merged(parts, n_parts, n_written, PARTS: tl.constexpr):
+    """Merge (largest score, sum of exp(score - largest)) of a row's chunks; see where they went."""
+    tl.debug_barrier()  # one thread has written what all read
+    index = tl.arange(0, PARTS)
+    # A program that writes nothing has no use for them, and others may not be done.
+    there = (index < n_parts) & (n_written > 0)
+    tops = tl.load(parts + index, mask=there, other=float("-inf"))
+    totals = tl.load(parts + n_parts + index, mask=there, other=0.0)
+    top = tl.max(tops, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.sum(totals * tl.exp2((tops - base) * LOG2_E), 0)
 
 
 @triton.jit
@@ -78,11 +73,13 @@ def _chunk_scores(
 
 
 @triton.jit
-def _merge_scores(top, total, s):
-    """Merge the statistics of scores [BLOCK_N] into those of the chunks before."""
-    chunk_top = tl.max(s, 0)
-    base = tl.where(chunk_top == float("-inf"), 0.0, chunk_top)
-    return _merge(top, total, chunk_top, tl.sum(tl.exp2((s - base) * LOG2_E), 0))
+def _store_statistics(parts, index, n_parts, s):
+    """Store the largest of a chunk's scores [BLOCK_N], and the sum of exp(score - largest)."""
+    top = tl.max(s, 0)
+    # -inf is no error yet: another chunk may hold the first finite score.
+    base = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(parts + index, top)
+    tl.store(parts + n_parts + index, tl.sum(tl.exp2((s - base) * LOG2_E), 0))
 
 
 @triton.jit
@@ -98,12 +95,13 @@ def _write_softmax(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _long_softmax_forward(
-    x_ptr, mask_ptr, y_ptr, parts_ptr, scale, n_rows, n_columns, size_1, size_2, splits, n_parts,
+    x_ptr, mask_ptr, y_ptr, parts_ptr, scale, n_rows, n_columns, size_1, size_2,
+    splits, n_parts, n_read, n_written,
     stride_x0, stride_x1, stride_x2, stride_x, stride_m0, stride_m1, stride_m2, stride_m,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    LOG: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MASK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr,
 ):
-    row, first, to_read, to_write = _place(n_rows, n_columns, splits, n_parts, BLOCK_N)
+    row, first = _row_and_first_chunk(n_rows, splits)
     full = n_columns // BLOCK_N  # chunks; one more may be there
     row_index = row % size_2
     x_row = x_ptr + row_offsets(row, size_1, size_2, stride_x0, stride_x1, stride_x2)
@@ -111,37 +109,31 @@ def _long_softmax_forward(
     if MASK != _NO_MASK:
         mask_row += row_offsets(row, size_1, size_2, stride_m0, stride_m1, stride_m2)
     y_row = y_ptr + row.to(tl.int64) * n_columns
-    parts = parts_ptr + 2 * splits * row.to(tl.int64)
-    top, total = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32)
-    for index in tl.range(first, tl.minimum(to_read, full), num_stages=STAGES):
+    parts = parts_ptr + row.to(tl.int64) * n_parts * 2
+    for index in tl.range(first, tl.minimum(first + n_read, full), num_stages=STAGES):
         s = _chunk_scores(
             x_row, mask_row, row_index, index, n_columns, stride_x, stride_m, scale, BLOCK_N, MASK,
             IS_CAUSAL, SCALED, False,
         )  # [BLOCK_N]
-        top, total = _merge_scores(top, total, s)
-    if to_read > full:
+        _store_statistics(parts, index, n_parts, s)
+    if first + n_read > full:
         s = _chunk_scores(
             x_row, mask_row, row_index, full, n_columns, stride_x, stride_m, scale, BLOCK_N, MASK,
             IS_CAUSAL, SCALED, True,
         )  # [BLOCK_N]
-        top, total = _merge_scores(top, total, s)
-    leaves_part = (splits > 1) & (n_parts == 0)
-    tl.store(parts + 2 * first, top, mask=leaves_part)
-    tl.store(parts + 2 * first + 1, total, mask=leaves_part)
-    for part in tl.range(0, n_parts, loop_unroll_factor=8):
-        part_top, part_total = tl.load(parts + 2 * part), tl.load(parts + 2 * part + 1)
-        top, total = _merge(top, total, part_top, part_total)
+        _store_statistics(parts, full, n_parts, s)
+    top, total = _merged(parts, n_parts, n_written, PARTS)
     if MASK != _NO_MASK or IS_CAUSAL:
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.where(total == 0.0, 1.0, total)
     factor = tl.log2(total) * LN_2 if LOG else 1.0 / total
-    if to_write > full:
+    if first + n_written > full:
         s = _chunk_scores(
             x_row, mask_row, row_index, full, n_columns, stride_x, stride_m, scale, BLOCK_N, MASK,
             IS_CAUSAL, SCALED, True,
         )  # [BLOCK_N]
         _write_softmax(y_row, s, full, n_columns, top, factor, BLOCK_N, LOG, True)
-    end = tl.minimum(to_write, full)
+    end = tl.minimum(first + n_written, full)
     for back in tl.range(first, end, num_stages=STAGES):
         index = first + end - 1 - back
         s = _chunk_scores(
@@ -178,34 +170,34 @@ def _write_gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _long_softmax_backward(
-    dy_ptr, y_ptr, dx_ptr, parts_ptr, scale, n_rows, n_columns, size_1, size_2, splits, n_parts,
+    dy_ptr, y_ptr, dx_ptr, parts_ptr, scale, n_rows, n_columns, size_1, size_2,
+    splits, n_parts, n_read, n_written,
     stride_dy0, stride_dy1, stride_dy2, stride_dy, stride_y0, stride_y1, stride_y2, stride_y,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, LOG: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    row, first, to_read, to_write = _place(n_rows, n_columns, splits, n_parts, BLOCK_N)
+    row, first = _row_and_first_chunk(n_rows, splits)
     full = n_columns // BLOCK_N  # chunks; one more may be there
     y_row = y_ptr + row_offsets(row, size_1, size_2, stride_y0, stride_y1, stride_y2)
     dy_row = dy_ptr + row_offsets(row, size_1, size_2, stride_dy0, stride_dy1, stride_dy2)
     dx_row = dx_ptr + row.to(tl.int64) * n_columns
-    parts = parts_ptr + splits * row.to(tl.int64)
-    total = tl.cast(0.0, tl.float32)
-    for index in tl.range(first, tl.minimum(to_read, full), num_stages=STAGES):
-        total += _chunk_sum(
-            dy_row, y_row, index, n_columns, stride_dy, stride_y, BLOCK_N, LOG, False
-        )
-    if to_read > full:
-        total += _chunk_sum(
-            dy_row, y_row, full, n_columns, stride_dy, stride_y, BLOCK_N, LOG, True
-        )
-    tl.store(parts + first, total, mask=(splits > 1) & (n_parts == 0))
-    for part in tl.range(0, n_parts, loop_unroll_factor=8):
-        total += tl.load(parts + part)
-    if to_write > full:
+    parts = parts_ptr + row.to(tl.int64) * n_parts
+    for index in tl.range(first, tl.minimum(first + n_read, full), num_stages=STAGES):
+        part = _chunk_sum(dy_row, y_row, index, n_columns, stride_dy, stride_y, BLOCK_N, LOG, False)
+        tl.store(parts + index, part)
+    if first + n_read > full:
+        part = _chunk_sum(dy_row, y_row, full, n_columns, stride_dy, stride_y, BLOCK_N, LOG, True)
+        tl.store(parts + full, part)
+    tl.debug_barrier()  # one thread has written what all read
+    index = tl.arange(0, PARTS)
+    there = (index < n_parts) & (n_written > 0)
+    total = tl.sum(tl.load(parts + index, mask=there, other=0.0), 0)
+    if first + n_written > full:
         _write_gradient(
             dx_row, dy_row, y_row, full, n_columns, total, stride_dy, stride_y, scale, BLOCK_N,
             MASKED, LOG, True,
         )
-    end = tl.minimum(to_write, full)
+    end = tl.minimum(first + n_written, full)
     for back in tl.range(first, end, num_stages=STAGES):
         _write_gradient(
             dx_row, dy_row, y_row, first + end - 1 - back, n_columns, total, stride_dy, stride_y,
@@ -239,15 +231,18 @@ def _launch(
     """Launch a kernel that reads two tensors, and keeps some statistics of each chunk."""
     n_columns = first.shape[3]
     n_rows = first.numel() // n_columns
-    column_bytes = first.element_size() + (0 if second is None else second.element_size())
-    config = configs.long_rows(n_rows, n_columns, column_bytes, configs.target_of(first.device))
-    n_parts = config.splits if config.splits > 1 else 0
+    read = (first,) if second is None else (first, second)
+    itemsizes = tuple(tensor.element_size() for tensor in read)
+    config = configs.long_rows(n_rows, n_columns, itemsizes, configs.target_of(first.device))
+    n_parts = configs.ceil_div(n_columns, config.block_n)
     parts = torch.empty(n_rows * n_parts * statistics, dtype=torch.float32, device=first.device)
-    for there in (0, n_parts) if n_parts else (0,):
+    chunks = ((1, 0), (0, 1)) if config.splits > 1 else ((n_parts, n_parts),)
+    for n_read, n_written in chunks:
         launch(
             kernel, (n_rows * config.splits,), config,
             first, second, written, parts, scale, n_rows, n_columns, first.shape[1],
-            first.shape[2], config.splits, there, *first.stride(),
+            first.shape[2], config.splits, n_parts, n_read, n_written, *first.stride(),
             *((0, 0, 0, 0) if second is None else second.stride()),
-            BLOCK_N=config.block_n, STAGES=config.num_stages, **flags,
+            BLOCK_N=config.block_n, STAGES=config.num_stages,
+            PARTS=configs.next_power_of_2(n_parts), **flags,
         )

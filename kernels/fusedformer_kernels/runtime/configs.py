@@ -139,20 +139,28 @@ class LongRowConfig(LaunchConfig):
     splits: int = 1
 
 
-CHUNK_BYTES = 32 * 1024  # of a row that is read in chunks, of all tensors together
+CHUNK_BYTES = 32 * 1024  # of the widest tensor that is read
+IN_FLIGHT_BYTES = 128 * 1024  # of a program's chunks that are on their way
 
 
 @cached_config
-def long_rows(n_rows: int, columns: int, column_bytes: int, target: Target) -> LongRowConfig:
+def long_rows(
+    n_rows: int, columns: int, itemsizes: tuple[int, ...], target: Target
+) -> LongRowConfig:
     """Chunks of softmax's rows that are too long for registers, and who reads them.
 
-    Chunks go by the columns alone, since bits depend on them. Split rows keep all SMs busy, but are
-    read from memory twice: three passes over memory in place of two.
+    Chunks go by the columns alone, since bits depend on them. One or two programs of an SM have
+    enough bytes on their way, and so few rows are read at once that the second pass finds most of
+    them in the cache. Split rows keep all SMs busy, but are read from memory twice.
     """
-    block_n = 1 << ((CHUNK_BYTES // column_bytes).bit_length() - 1)
+    block_n, stages = CHUNK_BYTES // max(itemsizes), 1
+    if columns % 16 or target.backend == "hip":  # elements of odd rows are loaded one by one
+        block_n = LONG_ROW_CHUNK
+    else:
+        room = min(target.shared_memory - 2048, IN_FLIGHT_BYTES)
+        stages = min(1 + room // (block_n * sum(itemsizes)), 4)
     splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
-    stages = 3 if target.backend == "cuda" else 1
-    return LongRowConfig(_warps(block_n, 32, target), stages, block_n, splits)
+    return LongRowConfig(256 // target.warp_size, stages, block_n, splits)
 
 
 @cached_config
