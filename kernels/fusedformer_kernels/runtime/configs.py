@@ -153,14 +153,15 @@ def long_rows(
     enough bytes on their way, and so few rows are read at once that the second pass finds most of
     them in the cache. Split rows keep all SMs busy, but are read from memory twice.
     """
-    block_n, stages = CHUNK_BYTES // max(itemsizes), 1
-    if columns % 16 or target.backend == "hip":  # elements of odd rows are loaded one by one
-        block_n = LONG_ROW_CHUNK
-    else:
+    block_n, threads, stages = LONG_ROW_CHUNK, 256, 1
+    if target.backend == "cuda" and columns % 16:  # elements are loaded one by one
+        block_n, threads = LONG_ROW_CHUNK // 2, 128
+    elif target.backend == "cuda":
+        block_n = CHUNK_BYTES // max(itemsizes)
         room = min(target.shared_memory - 2048, IN_FLIGHT_BYTES)
         stages = min(1 + room // (block_n * sum(itemsizes)), 4)
     splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
-    return LongRowConfig(256 // target.warp_size, stages, block_n, splits)
+    return LongRowConfig(threads // target.warp_size, stages, block_n, splits)
 
 
 @cached_config
