@@ -191,6 +191,20 @@ def test_comparisons_of_floats(name: str) -> None:
     assert_equal(got, want.int())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_comparisons_of_pairs_of_halves(dtype: torch.dtype) -> None:
+    a = EVERY_HALF.view(dtype)
+    a = a[bits(a) != 0x7FA5][: 2**16 - 64]
+    b = torch.where(torch.rand(len(a)) < 0.5, a, a.roll(7))
+    name = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}[dtype]
+    statement = f"""setp.eq.{name} %p1|%p2, {{a}}, {{b}};
+    selp.b32 {{d}}, 1, 0, %p1;
+    @%p2 add.s32 {{d}}, {{d}}, 2;"""
+    pairs = [one.view(torch.int32) for one in (a, b)]
+    got = elementwise(statement, pairs, torch.empty(len(a) // 2, dtype=torch.int32))
+    assert_equal(got, ((a == b).view(-1, 2).int() * torch.tensor([1, 2])).sum(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     ("name", "exact"),
     [

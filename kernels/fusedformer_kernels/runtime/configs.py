@@ -131,6 +131,39 @@ def row_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
+@dataclass(frozen=True)
+class LongRowConfig(LaunchConfig):
+    """Chunks of block_n columns: a program walks those of a row, or each of ``splits`` has one."""
+
+    block_n: int = 8192
+    splits: int = 1
+
+
+CHUNK_BYTES = 32 * 1024  # of the widest tensor that is read
+IN_FLIGHT_BYTES = 128 * 1024  # of a program's chunks that are on their way
+
+
+@cached_config
+def long_rows(
+    n_rows: int, columns: int, itemsizes: tuple[int, ...], target: Target
+) -> LongRowConfig:
+    """Chunks of softmax's rows that are too long for registers, and who reads them.
+
+    Chunks go by the columns alone, since bits depend on them. One or two programs of an SM have
+    enough bytes on their way, and so few rows are read at once that the second pass finds most of
+    them in the cache. Split rows keep all SMs busy, but are read from memory twice.
+    """
+    block_n, threads, stages = LONG_ROW_CHUNK, 256, 1
+    if target.backend == "cuda" and columns % 16:  # elements are loaded one by one
+        block_n, threads = LONG_ROW_CHUNK // 2, 128
+    elif target.backend == "cuda":
+        block_n = CHUNK_BYTES // max(itemsizes)
+        room = min(target.shared_memory - 2048, IN_FLIGHT_BYTES)
+        stages = min(1 + room // (block_n * sum(itemsizes)), 4)
+    splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
+    return LongRowConfig(threads // target.warp_size, stages, block_n, splits)
+
+
 @cached_config
 def elementwise_tile(
     kernel: str, columns: int, target: Target, per_thread: int = 16

@@ -20,6 +20,7 @@ COUNTS = (
     "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
     "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
     "split_keys", "splits", "queries", "keys", "radius", "n_tokens", "n_positions", "n_types",
+    "n_read", "n_written",
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def negative(x):
 
 @triton.jit
 def store(pointers, x, mask):
-    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to."""
+    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to; all if no ``mask``."""
     tl.store(pointers, cast(x, pointers.dtype.element_ty), mask=mask)
 
 

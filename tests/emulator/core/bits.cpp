@@ -298,6 +298,17 @@ void compare(Warp &warp, const Instruction &i) {
                  [&](int l) { return F::of(Convert::of(a[l]), Convert::of(b[l])); });
 }
 
+// Two halves of a register each; the second predicate is that of the upper ones.
+template <class F, class Convert>
+void compare_pairs(Warp &warp, const Instruction &i) {
+  const uint32_t *a = warp.row<uint32_t>(i.operand[2]), *b = warp.row<uint32_t>(i.operand[3]);
+  for (int half = 0; half < 2; half++)
+    each_predicate(warp, warp.predicate(i.operand[half]), [&](int l) {
+      const int shift = 16 * half;
+      return F::of(Convert::of(uint16_t(a[l] >> shift)), Convert::of(uint16_t(b[l] >> shift)));
+    });
+}
+
 template <class F>
 Handler compare_handler(Type type) {
   switch (type) {
@@ -310,6 +321,8 @@ Handler compare_handler(Type type) {
     case Type::f32: return compare<float, F, AsIs>;
     case Type::f16: return compare<uint16_t, F, Float16>;
     case Type::bf16: return compare<uint16_t, F, Bfloat16>;
+    case Type::f16x2: return compare_pairs<F, Float16>;
+    case Type::bf16x2: return compare_pairs<F, Bfloat16>;
     default: return nullptr;
   }
 }
@@ -339,7 +352,9 @@ void decode_compare(Decoder &d) {
   d.instruction.run = comparison(name, type);
   if (!d.instruction.run) d.unknown("comparison ." + name);
   d.expect_arguments(3, 3);
-  d.result(0, Width::predicate);
+  const bool pairs = type == Type::f16x2 || type == Type::bf16x2;
+  if (pairs) d.pair_of_results(0, Width::predicate);
+  else d.result(0, Width::predicate);
   d.source(1, width_of(type));
   d.source(2, width_of(type));
 }

@@ -105,6 +105,14 @@ void Decoder::results(size_t index, Width width) {
   }
 }
 
+void Decoder::pair_of_results(size_t index, Width width) {
+  const std::string &both = argument(index);
+  const size_t bar = both.find('|');
+  if (bar == std::string::npos) unknown("form, a pair of results is missing");
+  add(parser_.named(both.substr(0, bar), width), true);
+  add(parser_.named(both.substr(bar + 1), width), true);
+}
+
 void Decoder::source(size_t index, Width width) {
   Operand place = parser_.named(argument(index), width);
   if (place.width != width) unknown("width of operand " + argument(index));

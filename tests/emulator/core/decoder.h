@@ -44,6 +44,7 @@ class Decoder {
   // Add an operand to the instruction. Immediates become constant rows of `width`.
   void result(size_t argument, Width width);
   void results(size_t argument, Width width);  // {a, b, ...} or one
+  void pair_of_results(size_t argument, Width width);  // a|b
   void source(size_t argument, Width width);
   void sources(size_t argument, Width width);
   void address(size_t argument);               // [register + offset]
