@@ -21,6 +21,9 @@ TOKENS = dict(bos_token_id=97, eos_token_id=98, pad_token_id=1)
 MODERN = dict(
     global_attn_every_n_layers=2, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS
 )
+SHAPES = dict(
+    pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
+)  # fmt: skip
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -41,6 +44,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "albert": lambda: T.AlbertModel(T.AlbertConfig(**TEXT, embedding_size=16)),
     "modernbert": lambda: T.ModernBertModel(T.ModernBertConfig(**TEXT, **MODERN)),
+    "ernie": lambda: T.ErnieModel(T.ErnieConfig(**TEXT, use_task_id=True)),
+    "data2vec-text": lambda: T.Data2VecTextModel(T.Data2VecTextConfig(**TEXT)),
+    "roc-bert": lambda: T.RoCBertModel(T.RoCBertConfig(**TEXT, **SHAPES)),
+    "layoutlm": lambda: T.LayoutLMModel(T.LayoutLMConfig(**TEXT, max_2d_position_embeddings=64)),
+    "roberta-prelayernorm": lambda: T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**TEXT)),
+    "xlm-roberta-xl": lambda: T.XLMRobertaXLModel(T.XLMRobertaXLConfig(**TEXT)),
+    "bert-generation": lambda: T.BertGenerationEncoder(T.BertGenerationConfig(**TEXT)),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -55,7 +65,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
-    "albert", "modernbert",
+    "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
+    "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -97,6 +108,12 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name in ("clip", "siglip"):  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
         return {**pixels, **text}
+    if name == "roc-bert":
+        for kind in ("shape", "pronunciation"):
+            text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
+    if name == "layoutlm":
+        text["bbox"] = torch.randint(0, 60, (*shape, 2), generator=generator).repeat(1, 1, 2)
+        text["bbox"][..., 2:] += 3
     if name == "bart":
         return {**text, "decoder_input_ids": torch.randint(3, 97, (3, 6), generator=generator)}
     return text

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import (
     NAME,
     NAME_4D,
@@ -28,16 +29,14 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
-from fusedformer.fusion._gated import LAYERS as GATED_LAYERS
-from fusedformer.fusion._packed_model import MODELS, PackedModel
-from fusedformer.fusion._post_norm import ENCODERS, PackedEncoder
-from fusedformer.fusion._post_norm import LAYERS as POST_NORM_LAYERS
+from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
+from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._packed_encoder import PackedEncoder
+from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
 
-_LAYERS = {**POST_NORM_LAYERS, **GATED_LAYERS}
-_PACKED = "packed: real tokens only"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
@@ -154,28 +153,32 @@ def _reads_padding(model: nn.Module) -> str:
 
 
 def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool) -> None:
-    cls = place.cls
-    known = f"{cls.__module__}.{cls.__name__}".removeprefix("transformers.models.")
+    cls, known = place.cls, name_of(place.cls)
     packs: Any = PackedEncoder if known in ENCODERS else PackedModel if known in MODELS else None
-    if id(place.model) not in by_ours or (known not in _LAYERS and packs is None):
+    if id(place.model) not in by_ours or (known not in LAYERS and packs is None):
         return
     path, module = place.path, place.module
     if "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
-    elif known in _LAYERS:
-        layer = _LAYERS[known]
+    elif known in LAYERS:
+        layer: Any = combined(FusedLayer, cls)
         reason = layer.refuses(module)
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, combined(layer, cls), layer.FUSED)
+        plan.give(path, module, layer, layer.fused_as())
         if layer.plain_parts(module) is None:
             plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
     elif reads or not pack:
-        if reads:
+        if reads and not _has_encoder(module):
             plan.leave(path, module, reads)
     else:
-        plan.give(path, module, combined(packs, cls), _PACKED)
+        plan.give(path, module, combined(packs, cls), packs.FUSED)
         reason = needs_batch(module, by_ours=False)
-        if reason:
+        if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    """Return whether a child of ``model`` packs by itself, and so tells why it would not."""
+    return any(name_of(type(child)) in ENCODERS for child in model.children())

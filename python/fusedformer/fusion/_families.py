@@ -1,0 +1,129 @@
+"""Tables of the families of transformers whose layers are fused, and which of them are packed.
+
+A family is a line where it has BERT's children, and else a :class:`Form`; see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fusedformer.fusion._forms import Form, Model
+
+BERT = Form(
+    attention="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    out="attention.output.dense",
+    norm1="attention.output.LayerNorm",
+    norm2="output.LayerNorm",
+    linear1="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    linear2="output.dense",
+    attention_dropout="attention.self.dropout",
+    dropout1="attention.output.dropout",
+    dropout2="output.dropout",
+)
+DISTILBERT = Form(
+    attention="attention",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    out="attention.out_lin",
+    norm1="sa_layer_norm",
+    norm2="output_layer_norm",
+    linear1="ffn.lin1",
+    activation="ffn.activation",
+    linear2="ffn.lin2",
+    attention_dropout="attention.dropout",
+    dropout2="ffn.dropout",
+)
+ALBERT = Form(
+    attention="attention",
+    query="attention.query",
+    key="attention.key",
+    value="attention.value",
+    out="attention.dense",
+    norm1="attention.LayerNorm",
+    norm2="full_layer_layer_norm",
+    linear1="ffn",
+    activation="activation",
+    linear2="ffn_output",
+    attention_dropout="attention.attention_dropout",
+    dropout1="attention.output_dropout",
+)
+MODERNBERT = Form(
+    attention="attn",
+    query="attn.Wqkv",
+    out="attn.Wo",
+    norm1="attn_norm",
+    norm2="mlp_norm",
+    linear1="mlp.Wi",
+    activation="mlp.act",
+    linear2="mlp.Wo",
+    attention_dropout="attn.attention_dropout",
+    dropout1="attn.out_drop",
+    hidden_dropout="mlp.drop",
+    norms_first=True,
+    is_gated=True,
+    rotary="position_embeddings",
+    head_dim="head_dim",
+    scaling=None,
+    window="sliding_window",
+)
+
+PRE_NORM = dataclasses.replace(
+    BERT, norm1="attention.LayerNorm", norm2="intermediate.LayerNorm", norms_first=True
+)
+XLM_ROBERTA_XL = dataclasses.replace(
+    BERT,
+    norm1="attention.self_attn_layer_norm",
+    norm2="LayerNorm",
+    dropout2=None,
+    norms_first=True,
+)
+# Attention says nothing of causality.
+LAYOUTLM = dataclasses.replace(BERT, is_causal=False)
+
+
+BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
+
+
+# Modules of transformers, the names of their classes, and their models and layers.
+_LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
+    ("bert", "Bert", BY_COLUMN, BERT),
+    ("roberta", "Roberta", BY_TOKEN, BERT),
+    ("xlm_roberta", "XLMRoberta", BY_TOKEN, BERT),
+    ("camembert", "Camembert", BY_TOKEN, BERT),
+    ("electra", "Electra", BY_COLUMN, BERT),
+    ("ernie", "Ernie", BY_COLUMN, BERT),
+    ("roc_bert", "RoCBert", BY_COLUMN, BERT),
+    ("layoutlm", "LayoutLM", BY_COLUMN, LAYOUTLM),
+    ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
+    ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
+)
+_GENERATION = "bert_generation.modeling_bert_generation"
+_DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
+LAYERS: dict[str, Form] = {
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
+    f"{_DATA2VEC}Layer": BERT,
+    f"{_GENERATION}.BertGenerationLayer": BERT,
+    "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
+    "albert.modeling_albert.AlbertLayer": ALBERT,
+    "modernbert.modeling_modernbert.ModernBertEncoderLayer": MODERNBERT,
+}
+ENCODERS = {
+    *(f"{m}.modeling_{m}.{name}Encoder" for m, name, *_ in _LIKE_BERT),
+    f"{_DATA2VEC}Encoder",
+    f"{_GENERATION}.BertEncoder",
+    "distilbert.modeling_distilbert.Transformer",
+    "albert.modeling_albert.AlbertTransformer",
+}
+MODELS: dict[str, Model] = {
+    **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
+    f"{_DATA2VEC}Model": BY_TOKEN,
+    f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
+    "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
+    "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
+    "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
+}

@@ -1,0 +1,140 @@
+"""Descriptions of layers and models: where each keeps its products, norms and activation.
+
+A :class:`Form` and a :class:`Model` are all that is written down of a family, see ``_families.py``.
+How such layers are computed stands once, in ``_layers.py``, and how models are packed once, in
+``_packed_model.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fusedformer.fusion._norms import is_plain_norm
+from fusedformer.fusion._rows import is_untouched
+from fusedformer.nn.children import are_plain, is_plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """Where layers of a class keep what they compute with: paths below the layer.
+
+    A path may lead to a module, a function or a number; None says that there is nothing of it. All
+    modules that paths lead through must do no more than call those at their ends.
+    """
+
+    attention: str  # whose attributes are the settings below
+    query: str  # the product of the query; without ``key``, that of query, key and value in one
+    key: str | None = None
+    value: str | None = None
+    out: str
+    norm1: str  # in the order of the computation
+    norm2: str
+    linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
+    gate: str | None = None  # a product whose activated result gates that of ``linear1``
+    activation: str
+    linear2: str
+    attention_dropout: str | None = None  # of weights
+    dropout1: str | None = None  # of what attention adds
+    hidden_dropout: str | None = None  # behind the activation
+    dropout2: str | None = None  # of what the feed-forward block adds
+    query_norm: str | None = None  # of each head
+    key_norm: str | None = None
+
+    norms_first: bool = False
+    is_gated: bool = False
+    rotary: str | None = None  # the argument of the layer with cosines and sines
+    head_dim: str = "attention_head_size"
+    scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
+    window: str | None = None  # keys at smaller distances are seen
+    is_causal: bool | None = None  # None: as attention says
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What must be known of a model to give it the real tokens of a batch alone."""
+
+    behind_padding: bool = False  # positions begin behind the id of padding, as RoBERTa's do
+    has_distances: bool = False  # attention counts the positions between two tokens
+    pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
+
+
+class Parts(NamedTuple):
+    """What the paths of a :class:`Form` lead to, in a layer."""
+
+    attention: Any
+    query: nn.Linear
+    key: nn.Linear | None
+    value: nn.Linear | None
+    out: nn.Linear
+    norm1: Any
+    norm2: Any
+    linear1: nn.Linear
+    gate: nn.Linear | None
+    activation: Any
+    linear2: nn.Linear
+    attention_dropout: Any
+    dropout1: Any
+    hidden_dropout: Any
+    dropout2: Any
+    query_norm: Any
+    key_norm: Any
+
+    def are_plain(self) -> bool:
+        """Return whether the fused steps do exactly what calling these children would do."""
+        linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
+        norms = self.norm1, self.norm2, self.query_norm, self.key_norm
+        dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
+        return (
+            are_plain(
+                [one for one in linears if one is not None],
+                (),
+                [one for one in dropouts if not _drops_nothing(one)],
+            )
+            and all(one is None or is_plain_norm(one) for one in norms)
+            and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+        )
+
+
+def _drops_nothing(dropout: Any) -> bool:
+    return dropout is None or type(dropout) is float or is_plain(dropout, nn.Identity)
+
+
+class Finder:
+    """Finds the parts of layers by a form; each module on the way is looked up once a call."""
+
+    def __init__(self, form: Form) -> None:
+        """Write down the steps of the way: the index of a module found before, and a name."""
+        self._steps: list[tuple[int, str]] = []
+        known = {"": 0}
+        paths = [getattr(form, field) for field in Parts._fields]
+        for path in filter(None, paths):
+            names = path.split(".")
+            for depth in range(1, len(names) + 1):
+                inner, outer = ".".join(names[:depth]), ".".join(names[: depth - 1])
+                if inner not in known:
+                    self._steps.append((known[outer], names[depth - 1]))
+                    known[inner] = len(self._steps)
+        self._parts = [None if path is None else known[path] for path in paths]
+        holders = {index for index, _ in self._steps} | {known[form.attention]}
+        self._holders = sorted(holders - {0})
+
+    def parts(self, layer: nn.Module) -> Parts | None:
+        """Return the parts, if calling them is all that the forward of ``layer`` does."""
+        found: list[Any] = [layer]
+        for index, name in self._steps:
+            holder = found[index]
+            if not isinstance(holder, nn.Module):
+                return None
+            inside = holder.__dict__["_modules"]
+            found.append(inside[name] if name in inside else getattr(holder, name, None))
+        home = type(layer).__module__
+        for index in self._holders:
+            holder = found[index]
+            if type(holder).__module__ != home or not is_untouched(holder):
+                return None
+        parts = Parts._make([None if index is None else found[index] for index in self._parts])
+        return parts if parts.are_plain() else None

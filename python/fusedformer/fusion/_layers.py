@@ -1,0 +1,265 @@
+"""Layers of transformers' models by their description: norms after the sums, or first.
+
+A layer whose children were replaced since (by an adapter, say) or have hooks, and a call with a
+cache or a memory, are computed by the layer's own forward. Attention and norms are still the
+library's then.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fusedformer import functional
+from fusedformer.functional.steps import (
+    EncoderParameters,
+    EncoderSettings,
+    FeedForward,
+    encoder_layer,
+    encoder_layer_is_one_node,
+    feed_forward,
+    linear,
+    rotated,
+)
+from fusedformer.fusion._activations import activation_name
+from fusedformer.fusion._attention import attention, captured
+from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._configs import NAMES, named
+from fusedformer.fusion._families import LAYERS
+from fusedformer.fusion._forms import Finder, Form, Parts
+from fusedformer.fusion._terms import terms_of_call
+from fusedformer.nn.children import (
+    Pending,
+    dropout_probability,
+    project,
+    weights_and_biases,
+)
+
+_NO_DROPOUT = nn.Dropout(0.0)
+# Arguments of layers with which they do more than the fused steps.
+_MORE = "past_key_values", "encoder_hidden_states", "output_attentions"
+
+
+class Call(NamedTuple):
+    """What a layer was given."""
+
+    x: Tensor
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    others: dict[str, Any]
+
+
+class FusedLayer:
+    """A base of layers whose forward is products and the fused steps between them.
+
+    Gradients that come by a residual are added up within the products that compute the others.
+    """
+
+    _form: Form
+    _finder: Finder
+    _arguments: tuple[str, ...]  # of the forward of the class behind this one
+
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        theirs: Any = cls._made_of[1]  # type: ignore[attr-defined]
+        cls._form, cls._arguments = LAYERS[name_of(theirs)], arguments_of(theirs)
+        cls._finder = Finder(cls._form)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the class behind this one computes, by the fused steps if they fit."""
+        given = dict(zip(self._arguments, args, strict=False))
+        given.update(kwargs)
+        if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        parts = self._parts()
+        call = None if parts is None else self._call(given)
+        if parts is None or call is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        found = self._one_node(parts, call)
+        return self._steps(parts, call) if found is None else found
+
+    def _call(self, given: dict[str, Any]) -> Call | None:
+        """Sort the arguments; return None where the form's are missing."""
+        rotary = None
+        if self._form.rotary is not None:
+            rotary = given.pop(self._form.rotary, None)
+            if rotary is None:
+                return None
+        return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
+
+    def _steps(self, parts: Parts, call: Call) -> Tensor:
+        form, x = self._form, call.x
+        source = parts.norm1(x) if form.norms_first else x
+        forks = source is x
+        query, key, value, through = self._heads(parts, call, source, forks)
+        residual = through if forks else x
+        heads, _ = attention(
+            parts.attention,
+            query,
+            key,
+            value,
+            call.mask,
+            dropout=_probability(parts.attention_dropout, parts.attention),
+            scaling=self._scaling(parts.attention),
+            **self._settings(parts.attention, call.others),
+        )
+        inner, bias = project(heads.flatten(-2), parts.out)
+        pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
+        if form.norms_first:
+            normed, x = pending.normed_and_sum(parts.norm2)
+        else:
+            normed = pending.normed(parts.norm1)
+        inner, bias, through = self._block(parts, normed, fork=not form.norms_first)
+        pending = Pending(
+            inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
+        )
+        return pending.added() if form.norms_first else pending.normed(parts.norm2)
+
+    def _heads(
+        self, parts: Parts, call: Call, source: Tensor, fork: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute query, key and value ``[batch, heads, length, dim]``; and ``source`` again."""
+        dim = getattr(parts.attention, self._form.head_dim)
+        query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
+        if parts.key is None or parts.value is None:
+            qkv = query.view(*x.shape[:-1], 3, -1, dim)
+            if call.rotary is None:
+                q, k, v = qkv.unbind(2)
+            else:
+                q, k = rotated(qkv[:, :, :2], *call.rotary).unbind(2)
+                v = qkv[:, :, 2]
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x
+        key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
+        value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
+        shape = *x.shape[:-1], -1, dim
+        q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        return q, k, v, x
+
+    def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
+        name = activation_name(parts.activation)
+        if not self._form.is_gated:
+            activation = parts.activation if name is None else name
+            block = FeedForward._make(
+                (*weights_and_biases(parts.linear1, parts.linear2), activation, 0.0, False)
+            )
+            return feed_forward(x, block, fork=fork)
+        before, bias = project(x, parts.linear1)
+        hidden = _gated(before, bias, parts.activation, name, parts.hidden_dropout)
+        return *project(hidden, parts.linear2), x
+
+    def _settings(self, module: Any, others: dict[str, Any]) -> dict[str, Any]:
+        """Return what attention is given besides; of the arguments that the layer was given."""
+        form = self._form
+        own: dict[str, Any] = {}
+        if form.window is not None:
+            own["sliding_window"] = getattr(module, form.window)
+        if form.is_causal is not None:
+            own["is_causal"] = form.is_causal
+        return {**others, **own}
+
+    def _scaling(self, module: Any) -> float:
+        form = self._form
+        found = getattr(module, form.head_dim) ** -0.5
+        return float(found if form.scaling is None else getattr(module, form.scaling))
+
+    def _one_node(self, parts: Parts, call: Call) -> Tensor | None:
+        """Compute the steps as one node of autograd; return None where that cannot be."""
+        form, module, x = self._form, parts.attention, call.x
+        dim, name = getattr(module, form.head_dim), activation_name(parts.activation)
+        tables: tuple[Any, ...] = call.rotary or (None, None)
+        if (
+            name is None
+            or not encoder_layer_is_one_node(x, None, dim)
+            or any(one is not None and (type(one) is not Tensor or one.requires_grad)
+                   for one in tables)
+        ):  # fmt: skip
+            return None
+        terms = terms_of_call(
+            module,
+            x,
+            call.mask,
+            self._settings(module, call.others),
+            head_dim=dim,
+            dropout=_probability(parts.attention_dropout, module),
+        )
+        if terms is None:
+            return None
+        has_first = form.norms_first and not isinstance(parts.norm1, nn.Identity)
+        middle, last = (parts.norm2, None) if form.norms_first else (parts.norm1, parts.norm2)
+        settings = EncoderSettings(
+            heads=parts.out.weight.shape[1] // dim,
+            activation=name,
+            middle_eps=middle.eps,
+            last_eps=None if last is None else last.eps,
+            hidden_p=_probability(parts.hidden_dropout, module),
+            middle_p=_probability(parts.dropout1, module),
+            last_p=_probability(parts.dropout2, module),
+            checkpoint_activation=False,
+            first_eps=parts.norm1.eps if has_first else None,
+            adds_last=form.norms_first,
+            is_gated=form.is_gated,
+        )
+        modules = (
+            parts.query, parts.key, parts.value, parts.out, middle, parts.linear1, parts.linear2,
+            last, parts.norm1 if has_first else None,
+        )  # fmt: skip
+        parameters = EncoderParameters(*weights_and_biases(*modules), *tables)
+        terms = terms._replace(scale=self._scaling(module))
+        found = encoder_layer(x, None, parameters, settings, terms)
+        return None if found is None else found[0]
+
+    @classmethod
+    def fused_as(cls) -> str:
+        """Say in the report how layers are computed."""
+        return "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str:
+        """Say why ``layer`` cannot be fused; empty if it can."""
+        names = cls._arguments
+        wanted = {"hidden_states", "attention_mask", cls._form.rotary} - {None}
+        if not wanted <= {*names} or names[0] != "hidden_states":
+            return "its forward takes other arguments than those of a transformers known here"
+        attention = layer.get_submodule(cls._form.attention)
+        config = getattr(layer, "config", None) or getattr(attention, "config", None)
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            return "it is a decoder's; its attention and norms are fused"
+        if getattr(layer, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward is set"
+        return ""
+
+    @classmethod
+    def plain_parts(cls, layer: Any) -> Parts | None:
+        """Return the parts, if calling them is all that the forward of ``layer`` does."""
+        return cls._finder.parts(layer)
+
+    def _parts(self) -> Parts | None:
+        """Return the parts if the fused steps compute what the layer's own forward would."""
+        parts = self.plain_parts(self)
+        if parts is None or named(parts.attention.config) not in NAMES:
+            return None  # something was changed since, or the layer attends otherwise
+        return parts
+
+
+def _dropout_of(module: Any) -> nn.Dropout:
+    return module if isinstance(module, nn.Dropout) else _NO_DROPOUT
+
+
+def _probability(dropout: Any, module: Any) -> float:
+    """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout_probability(dropout)
+    return float(dropout) if type(dropout) is float and module.training else 0.0
+
+
+def _gated(before: Tensor, bias: Tensor | None, activation: Any, name: Any, dropout: Any) -> Tensor:
+    """Compute what the block's second product reads; ``bias`` is still to be added."""
+    drop = _dropout_of(dropout)
+    if name is None:
+        first, gate = (before if bias is None else before + bias).chunk(2, -1)
+        own: Tensor = drop(activation(first) * gate)
+        return own
+    return functional.gated_activation(before, bias, name, p=drop.p, training=drop.training)
