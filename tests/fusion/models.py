@@ -24,6 +24,10 @@ MODERN = dict(
 SHAPES = dict(
     pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
 )  # fmt: skip
+ESM: dict[str, Any] = dict(
+    pad_token_id=1, mask_token_id=5, token_dropout=True, position_embedding_type="rotary",
+    emb_layer_norm_before=True,
+)  # fmt: skip
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -51,6 +55,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "roberta-prelayernorm": lambda: T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**TEXT)),
     "xlm-roberta-xl": lambda: T.XLMRobertaXLModel(T.XLMRobertaXLConfig(**TEXT)),
     "bert-generation": lambda: T.BertGenerationEncoder(T.BertGenerationConfig(**TEXT)),
+    "nomic-bert": lambda: T.NomicBertModel(T.NomicBertConfig(**TEXT), add_pooling_layer=True),
+    "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
+    "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
+    "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -66,7 +74,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
-    "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation",
+    "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
+    "esm",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch.nn.functional as F
+
 from fusedformer.fusion._forms import Form, Model
 
 BERT = Form(
@@ -72,6 +74,37 @@ MODERNBERT = Form(
     window="sliding_window",
 )
 
+ESM = dataclasses.replace(
+    BERT,
+    norm1="attention.LayerNorm",
+    norm2="LayerNorm",
+    activation=F.gelu,
+    norms_first=True,
+    rotary="position_embeddings",
+    scaling=None,
+)
+NOMIC_BERT = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    norm1="post_attention_layernorm",
+    norm2="post_mlp_layernorm",
+    linear1="mlp.up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="self_attn.attention_dropout",
+    dropout1="post_attention_dropout",
+    dropout2="post_mlp_dropout",
+    rotary="position_embeddings",
+    head_dim="head_dim",
+)
+GTE = dataclasses.replace(NOMIC_BERT, hidden_dropout="mlp.dropout")
+JINA = dataclasses.replace(
+    NOMIC_BERT, linear1="mlp.fc1", gate=None, activation="mlp.activation_fn", linear2="mlp.fc2"
+)
 PRE_NORM = dataclasses.replace(
     BERT, norm1="attention.LayerNorm", norm2="intermediate.LayerNorm", norms_first=True
 )
@@ -102,10 +135,18 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
 )
+# The same of models that call their layers themselves.
+_FLAT: tuple[tuple[str, str, Form], ...] = (
+    ("nomic_bert", "NomicBert", NOMIC_BERT),
+    ("gte", "Gte", GTE),
+    ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
+)
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
+    "esm.modeling_esm.EsmLayer": ESM,
     f"{_DATA2VEC}Layer": BERT,
     f"{_GENERATION}.BertGenerationLayer": BERT,
     "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
@@ -121,9 +162,11 @@ ENCODERS = {
 }
 MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
+    **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
+    "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

@@ -8,9 +8,10 @@ How such layers are computed stands once, in ``_layers.py``, and how models are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fusedformer.fusion._norms import is_plain_norm
 from fusedformer.fusion._rows import is_untouched
@@ -34,7 +35,7 @@ class Form:
     norm2: str
     linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
     gate: str | None = None  # a product whose activated result gates that of ``linear1``
-    activation: str
+    activation: str | Callable[[Tensor], Tensor]  # or the function itself
     linear2: str
     attention_dropout: str | None = None  # of weights
     dropout1: str | None = None  # of what attention adds
@@ -51,12 +52,18 @@ class Form:
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
 
+    @property
+    def gates(self) -> bool:
+        """Return whether the feed-forward block is gated."""
+        return self.is_gated or self.gate is not None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """What must be known of a model to give it the real tokens of a batch alone."""
 
     behind_padding: bool = False  # positions begin behind the id of padding, as RoBERTa's do
+    embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
@@ -95,6 +102,7 @@ class Parts(NamedTuple):
                 [one for one in dropouts if not _drops_nothing(one)],
             )
             and all(one is None or is_plain_norm(one) for one in norms)
+            and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
         )
 
@@ -111,6 +119,8 @@ class Finder:
         self._steps: list[tuple[int, str]] = []
         known = {"": 0}
         paths = [getattr(form, field) for field in Parts._fields]
+        self._constants = {i: one for i, one in enumerate(paths) if callable(one)}
+        paths = [None if callable(one) else one for one in paths]
         for path in filter(None, paths):
             names = path.split(".")
             for depth in range(1, len(names) + 1):
@@ -136,5 +146,8 @@ class Finder:
             holder = found[index]
             if type(holder).__module__ != home or not is_untouched(holder):
                 return None
-        parts = Parts._make([None if index is None else found[index] for index in self._parts])
+        reached = [None if index is None else found[index] for index in self._parts]
+        for index, constant in self._constants.items():
+            reached[index] = constant
+        parts = Parts._make(reached)
         return parts if parts.are_plain() else None

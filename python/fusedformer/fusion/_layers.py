@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.functional.steps import (
     EncoderParameters,
     EncoderSettings,
@@ -74,19 +76,15 @@ class FusedLayer:
         if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         parts = self._parts()
-        call = None if parts is None else self._call(given)
-        if parts is None or call is None:
+        if parts is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        call = self._call(given)
         found = self._one_node(parts, call)
         return self._steps(parts, call) if found is None else found
 
-    def _call(self, given: dict[str, Any]) -> Call | None:
-        """Sort the arguments; return None where the form's are missing."""
-        rotary = None
-        if self._form.rotary is not None:
-            rotary = given.pop(self._form.rotary, None)
-            if rotary is None:
-                return None
+    def _call(self, given: dict[str, Any]) -> Call:
+        """Sort the arguments."""
+        rotary = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
@@ -135,20 +133,39 @@ class FusedLayer:
         value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
         shape = *x.shape[:-1], -1, dim
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        if call.rotary is not None:  # whose tables have each angle twice
+            cos, sin = (table[..., : dim // 2] for table in call.rotary)
+            q, k = functional.rotary_embedding(q, k, cos, sin)
         return q, k, v, x
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
         name = activation_name(parts.activation)
-        if not self._form.is_gated:
+        if not self._form.gates:
             activation = parts.activation if name is None else name
             block = FeedForward._make(
                 (*weights_and_biases(parts.linear1, parts.linear2), activation, 0.0, False)
             )
             return feed_forward(x, block, fork=fork)
-        before, bias = project(x, parts.linear1)
-        hidden = _gated(before, bias, parts.activation, name, parts.hidden_dropout)
+        hidden, x = self._gated(parts, x, name, fork)
         return *project(hidden, parts.linear2), x
+
+    def _gated(self, parts: Parts, x: Tensor, name: Any, fork: bool) -> tuple[Tensor, Tensor]:
+        """Compute what the block's second product reads, and ``x`` again."""
+        dropout, by_aten = _dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
+        if parts.gate is not None and (name is None or by_aten):
+            first, x = linear(x, parts.gate.weight, parts.gate.bias, fork=fork)
+            second, x = linear(x, parts.linear1.weight, parts.linear1.bias, fork=fork)
+            return dropout(parts.activation(first) * second), x
+        weight, bias = _joint(parts)
+        # ATen adds the bias for free within the product.
+        before, x = linear(x, weight, bias if by_aten else None, fork=fork)
+        bias = None if by_aten else bias
+        if name is None:
+            first, second = (before if bias is None else before + bias).chunk(2, -1)
+            return dropout(parts.activation(first) * second), x
+        p, training = dropout.p, dropout.training
+        return functional.gated_activation(before, bias, name, p=p, training=training), x
 
     def _settings(self, module: Any, others: dict[str, Any]) -> dict[str, Any]:
         """Return what attention is given besides; of the arguments that the layer was given."""
@@ -200,13 +217,13 @@ class FusedLayer:
             checkpoint_activation=False,
             first_eps=parts.norm1.eps if has_first else None,
             adds_last=form.norms_first,
-            is_gated=form.is_gated,
+            is_gated=form.gates,
         )
-        modules = (
-            parts.query, parts.key, parts.value, parts.out, middle, parts.linear1, parts.linear2,
-            last, parts.norm1 if has_first else None,
-        )  # fmt: skip
-        parameters = EncoderParameters(*weights_and_biases(*modules), *tables)
+        products = weights_and_biases(parts.query, parts.key, parts.value, parts.out, middle)
+        others = weights_and_biases(parts.linear2, last, parts.norm1 if has_first else None)
+        parameters = EncoderParameters._make(
+            (*products, *_joint(parts), *others, *tables, *[None] * 6)
+        )
         terms = terms._replace(scale=self._scaling(module))
         found = encoder_layer(x, None, parameters, settings, terms)
         return None if found is None else found[0]
@@ -255,11 +272,11 @@ def _probability(dropout: Any, module: Any) -> float:
     return float(dropout) if type(dropout) is float and module.training else 0.0
 
 
-def _gated(before: Tensor, bias: Tensor | None, activation: Any, name: Any, dropout: Any) -> Tensor:
-    """Compute what the block's second product reads; ``bias`` is still to be added."""
-    drop = _dropout_of(dropout)
-    if name is None:
-        first, gate = (before if bias is None else before + bias).chunk(2, -1)
-        own: Tensor = drop(activation(first) * gate)
-        return own
-    return functional.gated_activation(before, bias, name, p=drop.p, training=drop.training)
+def _joint(parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the block's first product, the activated half first."""
+    weight, bias = weights_and_biases(parts.linear1)
+    if parts.gate is None:
+        return weight, bias
+    gate_weight, gate_bias = weights_and_biases(parts.gate)
+    both = None if bias is None else torch.cat((gate_bias, bias))
+    return torch.cat((gate_weight, weight)), both

@@ -99,10 +99,13 @@ class PackedModel:
         """Return the arguments of the packed call that differ from those ``given``."""
         places = packing.indices.clamp(min=0)
         embedded = given.get("inputs_embeds")
+        if embedded is None and self._model.embeds_padded:
+            asked = "input_ids", "attention_mask", "position_ids"
+            embedded = self.embeddings(**{name: given.get(name) for name in asked})
         if embedded is None:
             rows = {"input_ids": given["input_ids"].flatten()[places][None]}
         else:
-            rows = {"inputs_embeds": functional.pack(embedded, packing)[None]}
+            rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
         for name, one in _others(given).items():
             rows[name] = one.flatten(0, 1)[places][None]
         masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else None
