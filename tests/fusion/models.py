@@ -59,6 +59,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
     "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
     "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
+    "mpnet": lambda: T.MPNetModel(T.MPNetConfig(**TEXT)),
+    "megatron-bert": lambda: T.MegatronBertModel(T.MegatronBertConfig(**TEXT)),
+    "rembert": lambda: T.RemBertModel(T.RemBertConfig(**TEXT, input_embedding_size=16)),
+    "splinter": lambda: T.SplinterModel(T.SplinterConfig(**TEXT, question_token_id=3)),
+    "roformer": lambda: T.RoFormerModel(T.RoFormerConfig(**TEXT, embedding_size=16)),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -75,7 +80,7 @@ PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
-    "esm",
+    "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -137,7 +142,7 @@ def run(model: Any, inputs: dict[str, Tensor], seed: int = 2) -> dict[str, Tenso
             outputs[key] = value[MASK.to(value.device)] if of_tokens else value
     generator = torch.Generator().manual_seed(seed)
     dys = [torch.randn(o.shape, generator=generator).to(o) for o in outputs.values()]
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(
         list(outputs.values()), list(parameters.values()), dys, allow_unused=True
     )

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch.nn.functional as F
 
-from fusedformer.fusion._forms import Form, Model
+from fusedformer.fusion._forms import Composed, Form, Model
 
 BERT = Form(
     attention="attention.self",
@@ -115,6 +115,23 @@ XLM_ROBERTA_XL = dataclasses.replace(
     dropout2=None,
     norms_first=True,
 )
+# Those of models that take no registered attention.
+SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
+MEGATRON_BERT = dataclasses.replace(SPLINTER, norm1="attention.ln", norm2="ln", norms_first=True)
+ROFORMER = dataclasses.replace(
+    SPLINTER, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
+)
+MPNET = dataclasses.replace(
+    SPLINTER,
+    attention="attention.attn",
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    out="attention.attn.o",
+    norm1="attention.LayerNorm",
+    attention_dropout="attention.attn.dropout",
+    dropout1="attention.dropout",
+)
 # Attention says nothing of causality.
 LAYOUTLM = dataclasses.replace(BERT, is_causal=False)
 
@@ -135,6 +152,42 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
 )
+# The same of models whose layers are told of masks alone.
+_COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
+    (
+        "mpnet",
+        "MPNet",
+        Model(
+            behind_padding=True,
+            has_distances=True,
+            composed=Composed(
+                buckets="encoder.relative_attention_bias", output="BaseModelOutputWithPooling"
+            ),
+        ),
+        MPNET,
+    ),
+    ("megatron_bert", "MegatronBert", Model(composed=Composed(behind="encoder.ln")), MEGATRON_BERT),
+    (
+        "rembert",
+        "RemBert",
+        Model(composed=Composed(before="encoder.embedding_hidden_mapping_in")),
+        SPLINTER,
+    ),
+    ("splinter", "Splinter", Model(composed=Composed(output="BaseModelOutput")), SPLINTER),
+    (
+        "roformer",
+        "RoFormer",
+        Model(
+            composed=Composed(
+                embeds=("input_ids", "token_type_ids", "inputs_embeds"),
+                before="embeddings_project",
+                angles="encoder.embed_positions",
+                output="BaseModelOutputWithPastAndCrossAttentions",
+            )
+        ),
+        ROFORMER,
+    ),
+)
 # The same of models that call their layers themselves.
 _FLAT: tuple[tuple[str, str, Form], ...] = (
     ("nomic_bert", "NomicBert", NOMIC_BERT),
@@ -146,6 +199,7 @@ _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
     "esm.modeling_esm.EsmLayer": ESM,
     f"{_DATA2VEC}Layer": BERT,
     f"{_GENERATION}.BertGenerationLayer": BERT,
@@ -163,6 +217,7 @@ ENCODERS = {
 MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
+    **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,

@@ -47,15 +47,31 @@ class Form:
     norms_first: bool = False
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
+    interleaved: bool = False  # it is one tensor, sines first, and pairs of columns are neighbours
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
+    attends_itself: bool = False  # it asks transformers for no attention, and returns a tuple
+    unless: str | None = None  # an attribute of attention; where true it computes otherwise
 
     @property
     def gates(self) -> bool:
         """Return whether the feed-forward block is gated."""
         return self.is_gated or self.gate is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composed:
+    """What the forward of a model calls besides ``embeddings`` and ``pooler``, by paths."""
+
+    embeds: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+    layers: str = "encoder.layer"
+    before: str | None = None  # between embeddings and layers
+    behind: str | None = None
+    angles: str | None = None  # makes what layers take as ``rotary``
+    buckets: str | None = None  # biases of distances by T5's buckets, for all layers
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +82,7 @@ class Model:
     embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    composed: Composed | None = None  # where its layers cannot be told of packed sequences
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
 
 
@@ -133,7 +150,7 @@ class Finder:
         self._holders = sorted(holders - {0})
 
     def parts(self, layer: nn.Module) -> Parts | None:
-        """Return the parts, if calling them is all that the forward of ``layer`` does."""
+        """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
         found: list[Any] = [layer]
         for index, name in self._steps:
             holder = found[index]
@@ -149,5 +166,4 @@ class Finder:
         reached = [None if index is None else found[index] for index in self._parts]
         for index, constant in self._constants.items():
             reached[index] = constant
-        parts = Parts._make(reached)
-        return parts if parts.are_plain() else None
+        return Parts._make(reached)

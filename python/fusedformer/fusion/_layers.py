@@ -75,16 +75,25 @@ class FusedLayer:
         given.update(kwargs)
         if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        parts = self._parts()
-        if parts is None:
+        form, parts = self._form, self._finder.parts(self)
+        is_plain = parts is not None and parts.are_plain()
+        if parts is None or not (is_plain or form.attends_itself) or not self._is_ours(parts):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         call = self._call(given)
-        found = self._one_node(parts, call)
-        return self._steps(parts, call) if found is None else found
+        found = self._one_node(parts, call) if is_plain else self._called(parts, call)
+        if found is None:
+            found = self._steps(parts, call)
+        return (found,) if form.attends_itself else found
+
+    def _is_ours(self, parts: Parts) -> bool:
+        """Return whether attention is still this library's."""
+        return self._form.attends_itself or named(parts.attention.config) in NAMES
 
     def _call(self, given: dict[str, Any]) -> Call:
         """Sort the arguments."""
-        rotary = None if self._form.rotary is None else given.pop(self._form.rotary, None)
+        rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
+        if self._form.interleaved and rotary is not None:
+            rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
         return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
@@ -93,17 +102,8 @@ class FusedLayer:
         forks = source is x
         query, key, value, through = self._heads(parts, call, source, forks)
         residual = through if forks else x
-        heads, _ = attention(
-            parts.attention,
-            query,
-            key,
-            value,
-            call.mask,
-            dropout=_probability(parts.attention_dropout, parts.attention),
-            scaling=self._scaling(parts.attention),
-            **self._settings(parts.attention, call.others),
-        )
-        inner, bias = project(heads.flatten(-2), parts.out)
+        heads = self._attended(parts, call, query, key, value)
+        inner, bias = project(heads, parts.out)
         pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
         if form.norms_first:
             normed, x = pending.normed_and_sum(parts.norm2)
@@ -114,6 +114,46 @@ class FusedLayer:
             inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
         )
         return pending.added() if form.norms_first else pending.normed(parts.norm2)
+
+    def _called(self, parts: Parts, call: Call) -> Tensor:
+        """Call the children, which may be more than they were, as by an adapter."""
+        form, x = self._form, call.x
+        dim = getattr(parts.attention, form.head_dim)
+        source = parts.norm1(x) if form.norms_first else x
+        shape = *x.shape[:-1], -1, dim
+        assert parts.key is not None
+        assert parts.value is not None
+        products: list[Any] = [parts.query, parts.key, parts.value]
+        q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
+        q, k = self._turned(q, k, call)
+        x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        normed = parts.norm2(x) if form.norms_first else parts.norm1(x)
+        inner = parts.linear2(parts.activation(parts.linear1(normed)))
+        x = (x if form.norms_first else normed) + _dropout_of(parts.dropout2)(inner)
+        return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+
+    def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; return heads side by side."""
+        heads, _ = attention(
+            parts.attention,
+            q,
+            k,
+            v,
+            call.mask,
+            dropout=_probability(parts.attention_dropout, parts.attention),
+            scaling=self._scaling(parts.attention),
+            **self._settings(parts.attention, call.others),
+        )
+        return heads.flatten(-2)
+
+    def _turned(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the angles of their positions, where there are some."""
+        if call.rotary is None:
+            return q, k
+        cos, sin = call.rotary
+        if not self._form.interleaved:  # the tables have each angle twice
+            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+        return functional.rotary_embedding(q, k, cos, sin, interleaved=self._form.interleaved)
 
     def _heads(
         self, parts: Parts, call: Call, source: Tensor, fork: bool
@@ -133,10 +173,7 @@ class FusedLayer:
         value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
         shape = *x.shape[:-1], -1, dim
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
-        if call.rotary is not None:  # whose tables have each angle twice
-            cos, sin = (table[..., : dim // 2] for table in call.rotary)
-            q, k = functional.rotary_embedding(q, k, cos, sin)
-        return q, k, v, x
+        return *self._turned(q, k, call), v, x
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
@@ -175,6 +212,9 @@ class FusedLayer:
             own["sliding_window"] = getattr(module, form.window)
         if form.is_causal is not None:
             own["is_causal"] = form.is_causal
+        bias = others.get("position_bias")
+        if bias is not None and bias.dim() == 2:  # a table of biases by distance
+            own.update(position_bias=None, relative_bias=bias)
         return {**others, **own}
 
     def _scaling(self, module: Any) -> float:
@@ -189,6 +229,7 @@ class FusedLayer:
         tables: tuple[Any, ...] = call.rotary or (None, None)
         if (
             name is None
+            or form.interleaved
             or not encoder_layer_is_one_node(x, None, dim)
             or any(one is not None and (type(one) is not Tensor or one.requires_grad)
                    for one in tables)
@@ -231,7 +272,8 @@ class FusedLayer:
     @classmethod
     def fused_as(cls) -> str:
         """Say in the report how layers are computed."""
-        return "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+        steps = "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+        return f"{steps}, with attention" if cls._form.attends_itself else steps
 
     @classmethod
     def refuses(cls, layer: Any) -> str:
@@ -242,23 +284,25 @@ class FusedLayer:
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
         config = getattr(layer, "config", None) or getattr(attention, "config", None)
-        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        decodes = "is_decoder", "add_cross_attention"
+        if any(getattr(one, name, False) for one in (config, layer) for name in decodes):
             return "it is a decoder's; its attention and norms are fused"
         if getattr(layer, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
+        if cls._form.unless is not None and getattr(attention, cls._form.unless):
+            return f"its {cls._form.unless} is set"
         return ""
 
     @classmethod
-    def plain_parts(cls, layer: Any) -> Parts | None:
-        """Return the parts, if calling them is all that the forward of ``layer`` does."""
-        return cls._finder.parts(layer)
+    def is_known(cls, layer: Any) -> bool:
+        """Return whether what ``layer`` computes is what its form says."""
+        return cls._finder.parts(layer) is not None
 
-    def _parts(self) -> Parts | None:
-        """Return the parts if the fused steps compute what the layer's own forward would."""
-        parts = self.plain_parts(self)
-        if parts is None or named(parts.attention.config) not in NAMES:
-            return None  # something was changed since, or the layer attends otherwise
-        return parts
+    @classmethod
+    def is_plain(cls, layer: Any) -> bool:
+        """Return whether the fused steps are what the forward of ``layer`` does."""
+        parts = cls._finder.parts(layer)
+        return parts is not None and parts.are_plain()
 
 
 def _dropout_of(module: Any) -> nn.Dropout:

@@ -34,12 +34,16 @@ class PackedModel:
 
     FUSED = "packed: real tokens only, embeddings too"
     static_shapes = False  # as in TransformerEncoder
+    _looks_attention_up = True  # in its configuration, so that it may be another by now
     _model: Model
     _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
     def __init_subclass__(cls) -> None:
         """Look up once what the class behind is."""
-        theirs: Any = cls._made_of[1]  # type: ignore[attr-defined]
+        made_of = getattr(cls, "_made_of", None)
+        if made_of is None:  # a base too
+            return
+        theirs = made_of[1]
         cls._model, cls._arguments = MODELS[name_of(theirs)], arguments_of(theirs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,10 +86,18 @@ class PackedModel:
             or any(is_asked(given.get(name)) for name in _MORE)
             or any(one.shape[:2] != keep.shape for one in _others(given).values())
             or captured()
-            or any(given.get(name, getattr(self.config, name, False)) for name in _ASKED)
+            or self._is_asked_for_more(given)
             or not can_pack(tokens, self.static_shapes, keep)
-            or needs_batch(self)
+            or needs_batch(self, by_ours=self._looks_attention_up)
         )
+
+    def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
+        """Return whether outputs of layers are wanted."""
+        for name in _ASKED:
+            asked = given.get(name)
+            if is_asked(getattr(self.config, name, False) if asked is None else asked):
+                return True
+        return False
 
     def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
         """Return the packing of a batch, and a mask of keys where not all that it has are real."""
@@ -108,7 +120,7 @@ class PackedModel:
             rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
         for name, one in _others(given).items():
             rows[name] = one.flatten(0, 1)[places][None]
-        masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else None
+        masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
         return {
             **rows, "attention_mask": masks,
             "position_ids": self._positions(given, packing, places)[None],

@@ -35,6 +35,9 @@ def terms_of_call(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    table = kwargs.get("relative_bias")
+    if table is not None and table.requires_grad and torch.is_grad_enabled():
+        return None
     if x.dim() != 3 or any(kwargs.get(setting) is not None for setting in _SETTINGS):
         return None
     scores = keys = None
@@ -59,6 +62,7 @@ def terms_of_call(
         max_seqlen_q=x.shape[1] if longest[0] is None else int(longest[0]),
         max_seqlen_k=x.shape[1] if longest[1] is None else int(longest[1]),
     )
+    terms = terms._replace(table=table)
     window = kwargs.get("sliding_window")
     if window is None or terms.starts_q is None:  # of others the mask contains it
         return terms
