@@ -28,6 +28,12 @@ ESM: dict[str, Any] = dict(
     pad_token_id=1, mask_token_id=5, token_dropout=True, position_embedding_type="rotary",
     emb_layer_norm_before=True,
 )  # fmt: skip
+EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
+QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, use_cache=False, **TOKENS)
+GEMMA3: dict[str, Any] = dict(
+    num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, use_cache=False, sliding_window=4,
+    use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
+)  # fmt: skip
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -64,6 +70,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "rembert": lambda: T.RemBertModel(T.RemBertConfig(**TEXT, input_embedding_size=16)),
     "splinter": lambda: T.SplinterModel(T.SplinterConfig(**TEXT, question_token_id=3)),
     "roformer": lambda: T.RoFormerModel(T.RoFormerConfig(**TEXT, embedding_size=16)),
+    "eurobert": lambda: T.EuroBertModel(T.EuroBertConfig(**TEXT, **EUROBERT)),
+    "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**TEXT, **QWEN3)),
+    "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(**TEXT, **GEMMA3)),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -80,7 +89,8 @@ PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
-    "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer",
+    "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
+    "gemma3",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

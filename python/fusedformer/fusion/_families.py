@@ -74,6 +74,32 @@ MODERNBERT = Form(
     window="sliding_window",
 )
 
+LLAMA = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    norm1="input_layernorm",
+    norm2="post_attention_layernorm",
+    linear1="mlp.up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="self_attn.attention_dropout",
+    norms_first=True,
+    rotary="position_embeddings",
+    head_dim="head_dim",
+)
+QWEN3 = dataclasses.replace(
+    LLAMA, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", window="sliding_window"
+)
+GEMMA3 = dataclasses.replace(
+    QWEN3,
+    norm2="pre_feedforward_layernorm",
+    out_norm="post_attention_layernorm",
+    block_norm="post_feedforward_layernorm",
+)
 ESM = dataclasses.replace(
     BERT,
     norm1="attention.LayerNorm",
@@ -137,6 +163,7 @@ LAYOUTLM = dataclasses.replace(BERT, is_causal=False)
 
 
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
+CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
 
 
 # Modules of transformers, the names of their classes, and their models and layers.
@@ -201,6 +228,9 @@ LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
     "esm.modeling_esm.EsmLayer": ESM,
+    "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
+    "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
+    "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
     f"{_DATA2VEC}Layer": BERT,
     f"{_GENERATION}.BertGenerationLayer": BERT,
     "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
@@ -222,6 +252,9 @@ MODELS: dict[str, Model] = {
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
+    "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
+    "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
+    "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

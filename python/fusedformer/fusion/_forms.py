@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fusedformer.fusion._norms import is_plain_norm
+from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
 from fusedformer.fusion._rows import is_untouched
 from fusedformer.nn.children import are_plain, is_plain
 
@@ -41,6 +41,8 @@ class Form:
     dropout1: str | None = None  # of what attention adds
     hidden_dropout: str | None = None  # behind the activation
     dropout2: str | None = None  # of what the feed-forward block adds
+    out_norm: str | None = None  # of what attention adds
+    block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
 
@@ -83,6 +85,7 @@ class Model:
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
+    caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
 
 
@@ -104,13 +107,20 @@ class Parts(NamedTuple):
     dropout1: Any
     hidden_dropout: Any
     dropout2: Any
+    out_norm: Any
+    block_norm: Any
     query_norm: Any
     key_norm: Any
+
+    def norms(self) -> tuple[Any, ...]:
+        """Return the norms of tokens and heads."""
+        return (
+            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
+        )  # fmt: skip
 
     def are_plain(self) -> bool:
         """Return whether the fused steps do exactly what calling these children would do."""
         linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
-        norms = self.norm1, self.norm2, self.query_norm, self.key_norm
         dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
         return (
             are_plain(
@@ -118,10 +128,18 @@ class Parts(NamedTuple):
                 (),
                 [one for one in dropouts if not _drops_nothing(one)],
             )
-            and all(one is None or is_plain_norm(one) for one in norms)
+            and all(one is None or is_plain_norm(one) for one in self.norms())
+            and self._heads_are_normed_alike()
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
         )
+
+    def _heads_are_normed_alike(self) -> bool:
+        """Return whether one kernel can norm heads of queries and keys."""
+        norms = self.query_norm, self.key_norm
+        if norms == (None, None):
+            return True
+        return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
 
 
 def _drops_nothing(dropout: Any) -> bool:

@@ -199,6 +199,8 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
     else:
         plan.give(path, module, combined(packs, place.cls), packs.FUSED)
         reason = needs_batch(module, by_ours=False)
+        if model is not None and model.caches and getattr(module.config, "use_cache", False):
+            reason = "its config.use_cache is True, and a cache is of batches"
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
 

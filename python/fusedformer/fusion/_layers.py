@@ -31,6 +31,14 @@ from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
 from fusedformer.fusion._forms import Finder, Form, Parts
+from fusedformer.fusion._norms import (
+    dtypes_fit,
+    epsilon,
+    gain,
+    is_rms,
+    normed,
+    normed_and_sum,
+)
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
@@ -77,7 +85,13 @@ class FusedLayer:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         form, parts = self._form, self._finder.parts(self)
         is_plain = parts is not None and parts.are_plain()
-        if parts is None or not (is_plain or form.attends_itself) or not self._is_ours(parts):
+        fits = parts is not None and dtypes_fit(parts.norms(), given["hidden_states"])
+        if (
+            parts is None
+            or not fits
+            or not (is_plain or form.attends_itself)
+            or not self._is_ours(parts)
+        ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         call = self._call(given)
         found = self._one_node(parts, call) if is_plain else self._called(parts, call)
@@ -103,17 +117,18 @@ class FusedLayer:
         query, key, value, through = self._heads(parts, call, source, forks)
         residual = through if forks else x
         heads = self._attended(parts, call, query, key, value)
-        inner, bias = project(heads, parts.out)
+        inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
         pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
         if form.norms_first:
-            normed, x = pending.normed_and_sum(parts.norm2)
+            source, x = normed_and_sum(pending, parts.norm2)
         else:
-            normed = pending.normed(parts.norm1)
-        inner, bias, through = self._block(parts, normed, fork=not form.norms_first)
+            source = normed(pending, parts.norm1)
+        inner, bias, through = self._block(parts, source, fork=not form.norms_first)
+        inner, bias = _normed_alone(inner, bias, parts.block_norm)
         pending = Pending(
             inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
         )
-        return pending.added() if form.norms_first else pending.normed(parts.norm2)
+        return pending.added() if form.norms_first else normed(pending, parts.norm2)
 
     def _called(self, parts: Parts, call: Call) -> Tensor:
         """Call the children, which may be more than they were, as by an adapter."""
@@ -125,11 +140,11 @@ class FusedLayer:
         assert parts.value is not None
         products: list[Any] = [parts.query, parts.key, parts.value]
         q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
-        q, k = self._turned(q, k, call)
+        q, k = self._turned(q, k, parts, call)
         x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
-        normed = parts.norm2(x) if form.norms_first else parts.norm1(x)
-        inner = parts.linear2(parts.activation(parts.linear1(normed)))
-        x = (x if form.norms_first else normed) + _dropout_of(parts.dropout2)(inner)
+        source = parts.norm2(x) if form.norms_first else parts.norm1(x)
+        inner = parts.linear2(parts.activation(parts.linear1(source)))
+        x = (x if form.norms_first else source) + _dropout_of(parts.dropout2)(inner)
         return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -146,14 +161,22 @@ class FusedLayer:
         )
         return heads.flatten(-2)
 
-    def _turned(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by the angles of their positions, where there are some."""
+    def _turned(self, q: Tensor, k: Tensor, parts: Parts, call: Call) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the angles of their positions, normed before where they are."""
         if call.rotary is None:
             return q, k
         cos, sin = call.rotary
         if not self._form.interleaved:  # the tables have each angle twice
             cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
-        return functional.rotary_embedding(q, k, cos, sin, interleaved=self._form.interleaved)
+        norms: dict[str, Any] = {}
+        if parts.query_norm is not None:
+            norms = {
+                "norm": "rms", "query_weight": gain(parts.query_norm),
+                "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
+            }  # fmt: skip
+        return functional.rotary_embedding(
+            q, k, cos, sin, interleaved=self._form.interleaved, **norms
+        )
 
     def _heads(
         self, parts: Parts, call: Call, source: Tensor, fork: bool
@@ -173,7 +196,7 @@ class FusedLayer:
         value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
         shape = *x.shape[:-1], -1, dim
         q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
-        return *self._turned(q, k, call), v, x
+        return *self._turned(q, k, parts, call), v, x
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
@@ -229,7 +252,7 @@ class FusedLayer:
         tables: tuple[Any, ...] = call.rotary or (None, None)
         if (
             name is None
-            or form.interleaved
+            or not self._one_node_has(parts)
             or not encoder_layer_is_one_node(x, None, dim)
             or any(one is not None and (type(one) is not Tensor or one.requires_grad)
                    for one in tables)
@@ -250,24 +273,37 @@ class FusedLayer:
         settings = EncoderSettings(
             heads=parts.out.weight.shape[1] // dim,
             activation=name,
-            middle_eps=middle.eps,
-            last_eps=None if last is None else last.eps,
+            middle_eps=epsilon(middle),
+            last_eps=None if last is None else epsilon(last),
             hidden_p=_probability(parts.hidden_dropout, module),
             middle_p=_probability(parts.dropout1, module),
             last_p=_probability(parts.dropout2, module),
             checkpoint_activation=False,
-            first_eps=parts.norm1.eps if has_first else None,
+            first_eps=epsilon(parts.norm1) if has_first else None,
             adds_last=form.norms_first,
             is_gated=form.gates,
+            norm="rms" if is_rms(middle) else "layer",
         )
-        products = weights_and_biases(parts.query, parts.key, parts.value, parts.out, middle)
-        others = weights_and_biases(parts.linear2, last, parts.norm1 if has_first else None)
+        products = weights_and_biases(parts.query, parts.key, parts.value, parts.out)
+        first = _gain_and_bias(parts.norm1 if has_first else None)
+        others = *weights_and_biases(parts.linear2), *_gain_and_bias(last), *first
         parameters = EncoderParameters._make(
-            (*products, *_joint(parts), *others, *tables, *[None] * 6)
+            (*products, *_gain_and_bias(middle), *_joint(parts), *others, *tables, *[None] * 6)
         )
         terms = terms._replace(scale=self._scaling(module))
         found = encoder_layer(x, None, parameters, settings, terms)
         return None if found is None else found[0]
+
+    def _one_node_has(self, parts: Parts) -> bool:
+        """Return whether all steps of the form are among those of one node of autograd."""
+        kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
+        more = parts.out_norm, parts.block_norm, parts.query_norm
+        return (
+            not self._form.interleaved
+            and len(kinds) == 1
+            and all(one is None for one in more)
+            and (parts.key is None or parts.key.weight.shape == parts.query.weight.shape)
+        )
 
     @classmethod
     def fused_as(cls) -> str:
@@ -314,6 +350,17 @@ def _probability(dropout: Any, module: Any) -> float:
     if isinstance(dropout, nn.Dropout):
         return dropout_probability(dropout)
     return float(dropout) if type(dropout) is float and module.training else 0.0
+
+
+def _normed_alone(x: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Norm what is to be added to the residual, where there is a norm; return what is pending."""
+    if norm is None:
+        return x, bias
+    return norm(x if bias is None else x + bias), None
+
+
+def _gain_and_bias(norm: Any) -> list[Any]:
+    return [gain(norm), None] if is_rms(norm) else weights_and_biases(norm)
 
 
 def _joint(parts: Parts) -> tuple[Tensor, Tensor | None]:

@@ -93,7 +93,7 @@ class PackedModel:
 
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
         """Return whether outputs of layers are wanted."""
-        for name in _ASKED:
+        for name in (*_ASKED, *["use_cache"][: self._model.caches]):
             asked = given.get(name)
             if is_asked(getattr(self.config, name, False) if asked is None else asked):
                 return True

@@ -244,8 +244,8 @@ class Backward:
         needs = [one is not None and getattr(self.needs, one) for one in names]
         dtype = common_dtype([None if t is None else t.dtype for t in parameters])
         residual_grad, input_grad, *grads = self.run.norm_backward(
-            grad, sum_grad, total, mean, rstd, parameters[0], seed, p, "layer", 1, *needs,
-            input_dtype, dtype,
+            grad, sum_grad, total, mean, rstd, parameters[0], seed, p, self.call.how.norm, 1,
+            *needs, input_dtype, dtype,
         )  # fmt: skip
         for one, parameter, need, found in zip(names, parameters, needs, grads, strict=True):
             if one is not None and need and parameter is not None:

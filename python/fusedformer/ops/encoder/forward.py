@@ -44,7 +44,7 @@ def forward(
     normed = x
     if how.first_eps is not None:
         normed, _, mean0, rstd0 = run.norm(
-            x, None, None, own.first_weight, own.first_bias, None, 0.0, how.first_eps, "layer", 1,
+            x, None, None, own.first_weight, own.first_bias, None, 0.0, how.first_eps, how.norm, 1,
             False, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(x=x, mean0=mean0, rstd0=rstd0)
@@ -57,7 +57,7 @@ def forward(
     seed1 = seed_of(how.middle_p, device)
     normed, total, mean1, rstd1 = run.norm(
         inner, x if residual is None else residual, own.out_bias, own.middle_weight,
-        own.middle_bias, seed1, how.middle_p, how.middle_eps, "layer", 1, keeps or is_open, keeps,
+        own.middle_bias, seed1, how.middle_p, how.middle_eps, how.norm, 1, keeps or is_open, keeps,
         norm_dtype,
     )  # fmt: skip
     key, value = projected[1:] if len(projected) == 3 else (None, None)
@@ -85,7 +85,7 @@ def forward(
     elif how.last_eps is not None:
         output, sum2, mean2, rstd2 = run.norm(
             output, normed, own.bias2, own.last_weight, own.last_bias, seed2, how.last_p,
-            how.last_eps, "layer", 1, keeps, keeps, norm_dtype,
+            how.last_eps, how.norm, 1, keeps, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(sum2=sum2, mean2=mean2, rstd2=rstd2, seed2=seed2)
     left = total if is_open and not how.adds_last else None
@@ -146,8 +146,8 @@ def _to_memory(
     seed1 = seed_of(how.cross_p, normed.device)
     normed, total, mean, rstd = run.norm(
         inner, total if is_open else normed, own.cross_out_bias, own.cross_norm_weight,
-        own.cross_norm_bias, seed1, how.cross_p, how.cross_eps, "layer", 1, keeps or is_open, keeps,
-        call.norm_dtype,
+        own.cross_norm_bias, seed1, how.cross_p, how.cross_eps, how.norm, 1, keeps or is_open,
+        keeps, call.norm_dtype,
     )  # fmt: skip
     kept.update(
         asking=asking, memory=memory, query=query, pair=pair, cross_merged=merged,
