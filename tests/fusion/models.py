@@ -25,7 +25,7 @@ SHAPES = dict(
     pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
 )  # fmt: skip
 ESM: dict[str, Any] = dict(
-    pad_token_id=1, mask_token_id=5, token_dropout=True, position_embedding_type="rotary",
+    pad_token_id=1, mask_token_id=7, token_dropout=True, position_embedding_type="rotary",
     emb_layer_norm_before=True,
 )  # fmt: skip
 EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
@@ -34,6 +34,7 @@ GEMMA3: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, use_cache=False, sliding_window=4,
     use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
 )  # fmt: skip
+T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -73,6 +74,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "eurobert": lambda: T.EuroBertModel(T.EuroBertConfig(**TEXT, **EUROBERT)),
     "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**TEXT, **QWEN3)),
     "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(**TEXT, **GEMMA3)),
+    "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -90,7 +93,7 @@ PACKED = {
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
-    "gemma3",
+    "gemma3", "t5", "umt5",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

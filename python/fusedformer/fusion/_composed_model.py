@@ -14,7 +14,6 @@ from fusedformer import functional
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked
 from fusedformer.fusion._forms import Composed
-from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
 
@@ -29,10 +28,12 @@ class ComposedModel(PackedModel):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        path = self._model.composed.layers
+        if "position_ids" not in self._model.composed.embeds:  # then they count for nothing
+            given.pop("position_ids", None)
+        path = self._model.layers
         layers = self.get_submodule(path)
         encoder = self.get_submodule(path.rpartition(".")[0])
-        if not self._composes(given, encoder, layers):
+        if not self._composes(given, encoder):
             return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
         keep: Any = given.get("attention_mask")
         packing = None
@@ -53,7 +54,7 @@ class ComposedModel(PackedModel):
             return tuple(found.values())
         return getattr(modeling_outputs, self._model.composed.output)(**found)
 
-    def _composes(self: Any, given: dict[str, Any], encoder: Any, layers: Any) -> bool:
+    def _composes(self: Any, given: dict[str, Any], encoder: Any) -> bool:
         """Return whether all is known of the model, and no more is wanted than what it encodes."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
         return (
@@ -63,7 +64,7 @@ class ComposedModel(PackedModel):
             and not self._is_asked_for_more(given)
             and type(encoder).__module__ == type(self).__module__
             and is_untouched(encoder)
-            and all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
+            and self._knows_layers()
         )
 
     def _states(self: Any, made: Composed, layers: Any, rows: dict[str, Any]) -> Tensor:
@@ -82,7 +83,8 @@ class ComposedModel(PackedModel):
             name = layers[0]._form.rotary
             others[name] = angles.view(1, 1, *angles.shape[-2:])
         for layer in layers:
-            x = layer(x, mask, **others)[0]
+            found = layer(x, mask, **others)
+            x = found if isinstance(found, Tensor) else found[0]
         return x if made.behind is None else self.get_submodule(made.behind)(x)
 
 

@@ -100,6 +100,29 @@ GEMMA3 = dataclasses.replace(
     out_norm="post_attention_layernorm",
     block_norm="post_feedforward_layernorm",
 )
+T5 = Form(
+    attention="layer.0.SelfAttention",
+    query="layer.0.SelfAttention.q",
+    key="layer.0.SelfAttention.k",
+    value="layer.0.SelfAttention.v",
+    out="layer.0.SelfAttention.o",
+    norm1="layer.0.layer_norm",
+    norm2="layer.1.layer_norm",
+    linear1="layer.1.DenseReluDense.wi|wi_1",
+    gate="layer.1.DenseReluDense.wi_0",
+    activation="layer.1.DenseReluDense.act",
+    linear2="layer.1.DenseReluDense.wo",
+    attention_dropout="layer.0.SelfAttention.dropout",
+    dropout1="layer.0.dropout",
+    hidden_dropout="layer.1.DenseReluDense.dropout",
+    dropout2="layer.1.dropout",
+    buckets="layer.0.SelfAttention.relative_attention_bias",
+    norms_first=True,
+    head_dim="key_value_proj_dim",
+    returns_bias=True,
+    clamps_half=True,
+)
+UMT5 = dataclasses.replace(T5, returns_bias=False)
 ESM = dataclasses.replace(
     BERT,
     norm1="attention.LayerNorm",
@@ -143,12 +166,13 @@ XLM_ROBERTA_XL = dataclasses.replace(
 )
 # Those of models that take no registered attention.
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
-MEGATRON_BERT = dataclasses.replace(SPLINTER, norm1="attention.ln", norm2="ln", norms_first=True)
+REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
+MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
-    SPLINTER, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
+    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
 )
 MPNET = dataclasses.replace(
-    SPLINTER,
+    REMBERT,
     attention="attention.attn",
     query="attention.attn.q",
     key="attention.attn.k",
@@ -162,7 +186,9 @@ MPNET = dataclasses.replace(
 LAYOUTLM = dataclasses.replace(BERT, is_causal=False)
 
 
+_LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
+T5_STACK = Model(has_distances=True, layers="block")
 CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
 
 
@@ -187,30 +213,42 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
         Model(
             behind_padding=True,
             has_distances=True,
+            layers=_LAYER,
             composed=Composed(
                 buckets="encoder.relative_attention_bias", output="BaseModelOutputWithPooling"
             ),
         ),
         MPNET,
     ),
-    ("megatron_bert", "MegatronBert", Model(composed=Composed(behind="encoder.ln")), MEGATRON_BERT),
+    (
+        "megatron_bert",
+        "MegatronBert",
+        Model(layers=_LAYER, composed=Composed(behind="encoder.ln")),
+        MEGATRON_BERT,
+    ),
     (
         "rembert",
         "RemBert",
-        Model(composed=Composed(before="encoder.embedding_hidden_mapping_in")),
+        Model(layers=_LAYER, composed=Composed(before="encoder.embedding_hidden_mapping_in")),
+        REMBERT,
+    ),
+    (
+        "splinter",
+        "Splinter",
+        Model(layers=_LAYER, composed=Composed(output="BaseModelOutput")),
         SPLINTER,
     ),
-    ("splinter", "Splinter", Model(composed=Composed(output="BaseModelOutput")), SPLINTER),
     (
         "roformer",
         "RoFormer",
         Model(
+            layers=_LAYER,
             composed=Composed(
                 embeds=("input_ids", "token_type_ids", "inputs_embeds"),
                 before="embeddings_project",
                 angles="encoder.embed_positions",
                 output="BaseModelOutputWithPastAndCrossAttentions",
-            )
+            ),
         ),
         ROFORMER,
     ),
@@ -228,6 +266,9 @@ LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
     "esm.modeling_esm.EsmLayer": ESM,
+    "t5.modeling_t5.T5Block": T5,
+    "mt5.modeling_mt5.MT5Block": T5,
+    "umt5.modeling_umt5.UMT5Block": UMT5,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
     "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
@@ -252,6 +293,7 @@ MODELS: dict[str, Model] = {
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
+    **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
     "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
     "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
     "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,

@@ -22,8 +22,9 @@ from fusedformer.nn.children import are_plain, is_plain
 class Form:
     """Where layers of a class keep what they compute with: paths below the layer.
 
-    A path may lead to a module, a function or a number; None says that there is nothing of it. All
-    modules that paths lead through must do no more than call those at their ends.
+    A path may lead to a module, a function or a number; None says that there is nothing of it, as
+    does a path to nothing. ``a|b`` is the first of two names that there is. All modules that paths
+    lead through must do no more than call those at their ends.
     """
 
     attention: str  # whose attributes are the settings below
@@ -45,6 +46,7 @@ class Form:
     block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
+    buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
 
     norms_first: bool = False
     is_gated: bool = False
@@ -54,13 +56,11 @@ class Form:
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
-    attends_itself: bool = False  # it asks transformers for no attention, and returns a tuple
+    attends_itself: bool = False  # it asks transformers for no attention
+    returns_tuple: bool = False
+    returns_bias: bool = False  # with the states, for the next layer
+    clamps_half: bool = False  # float16 has steps of its own
     unless: str | None = None  # an attribute of attention; where true it computes otherwise
-
-    @property
-    def gates(self) -> bool:
-        """Return whether the feed-forward block is gated."""
-        return self.is_gated or self.gate is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,6 @@ class Composed:
     """What the forward of a model calls besides ``embeddings`` and ``pooler``, by paths."""
 
     embeds: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
-    layers: str = "encoder.layer"
     before: str | None = None  # between embeddings and layers
     behind: str | None = None
     angles: str | None = None  # makes what layers take as ``rotary``
@@ -84,6 +83,7 @@ class Model:
     embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
@@ -111,6 +111,7 @@ class Parts(NamedTuple):
     block_norm: Any
     query_norm: Any
     key_norm: Any
+    buckets: nn.Embedding | None
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
@@ -151,7 +152,7 @@ class Finder:
 
     def __init__(self, form: Form) -> None:
         """Write down the steps of the way: the index of a module found before, and a name."""
-        self._steps: list[tuple[int, str]] = []
+        self._steps: list[tuple[int, list[str]]] = []
         known = {"": 0}
         paths = [getattr(form, field) for field in Parts._fields]
         self._constants = {i: one for i, one in enumerate(paths) if callable(one)}
@@ -161,7 +162,7 @@ class Finder:
             for depth in range(1, len(names) + 1):
                 inner, outer = ".".join(names[:depth]), ".".join(names[: depth - 1])
                 if inner not in known:
-                    self._steps.append((known[outer], names[depth - 1]))
+                    self._steps.append((known[outer], names[depth - 1].split("|")))
                     known[inner] = len(self._steps)
         self._parts = [None if path is None else known[path] for path in paths]
         holders = {index for index, _ in self._steps} | {known[form.attention]}
@@ -170,16 +171,18 @@ class Finder:
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
         found: list[Any] = [layer]
-        for index, name in self._steps:
+        for index, names in self._steps:
             holder = found[index]
             if not isinstance(holder, nn.Module):
                 return None
             inside = holder.__dict__["_modules"]
+            name = next((one for one in names if one in inside), names[-1])
             found.append(inside[name] if name in inside else getattr(holder, name, None))
         home = type(layer).__module__
         for index in self._holders:
             holder = found[index]
-            if type(holder).__module__ != home or not is_untouched(holder):
+            is_theirs = type(holder).__module__ == home or type(holder) is nn.ModuleList
+            if not is_theirs or not is_untouched(holder):
                 return None
         reached = [None if index is None else found[index] for index in self._parts]
         for index, constant in self._constants.items():

@@ -82,32 +82,50 @@ class FusedLayer:
         given = dict(zip(self._arguments, args, strict=False))
         given.update(kwargs)
         if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return self._own(given)
         form, parts = self._form, self._finder.parts(self)
-        is_plain = parts is not None and parts.are_plain()
-        fits = parts is not None and dtypes_fit(parts.norms(), given["hidden_states"])
-        if (
-            parts is None
-            or not fits
-            or not (is_plain or form.attends_itself)
-            or not self._is_ours(parts)
-        ):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        call = self._call(given)
+        if parts is None or not self._fits(parts, given["hidden_states"]):
+            return self._own(given)
+        is_plain = parts.are_plain()
+        if not is_plain and not self._calls_children():
+            return self._own(given)
+        call = self._call(parts, given)
         found = self._one_node(parts, call) if is_plain else self._called(parts, call)
         if found is None:
             found = self._steps(parts, call)
-        return (found,) if form.attends_itself else found
+        if form.returns_bias:
+            return found, call.others.get("position_bias"), None
+        return (found,) if form.returns_tuple else found
 
-    def _is_ours(self, parts: Parts) -> bool:
-        """Return whether attention is still this library's."""
-        return self._form.attends_itself or named(parts.attention.config) in NAMES
+    def _own(self, given: dict[str, Any]) -> Any:
+        """Call the forward of the class behind this one."""
+        bias = given.get("position_bias")
+        if bias is not None and bias.dim() == 2:  # of a layer before
+            given = {**given, "position_bias": _dense(bias, given["hidden_states"].shape[1])}
+        return super().forward(**given)  # type: ignore[misc]
 
-    def _call(self, given: dict[str, Any]) -> Call:
+    def _calls_children(self) -> bool:
+        """Return whether children that do more are called here, not by the layer's own forward."""
+        return self._form.attends_itself or self._form.buckets is not None
+
+    def _fits(self, parts: Parts, x: Tensor) -> bool:
+        """Return whether attention is still this library's, and no cast stands between steps."""
+        form = self._form
+        if not form.attends_itself and named(parts.attention.config) not in NAMES:
+            return False
+        if form.clamps_half and (x.dtype is torch.float16 or x.dtype != parts.linear2.weight.dtype):
+            return False
+        return dtypes_fit(parts.norms(), x)
+
+    def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
         """Sort the arguments."""
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         if self._form.interleaved and rotary is not None:
             rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
+        if parts.buckets is not None and given.get("position_bias") is None:
+            given["position_bias"] = functional.relative_position_bias(
+                parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
+            )
         return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
@@ -143,7 +161,12 @@ class FusedLayer:
         q, k = self._turned(q, k, parts, call)
         x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if form.norms_first else parts.norm1(x)
-        inner = parts.linear2(parts.activation(parts.linear1(source)))
+        inner = parts.linear1(source)
+        if parts.gate is None:
+            inner = parts.activation(inner)
+        else:
+            inner = parts.activation(parts.gate(source)) * inner
+        inner = parts.linear2(_dropout_of(parts.hidden_dropout)(inner))
         x = (x if form.norms_first else source) + _dropout_of(parts.dropout2)(inner)
         return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
@@ -201,14 +224,18 @@ class FusedLayer:
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
         name = activation_name(parts.activation)
-        if not self._form.gates:
+        if not self._gates(parts):
+            products = weights_and_biases(parts.linear1, parts.linear2)
+            p = _probability(parts.hidden_dropout, parts.attention)
             activation = parts.activation if name is None else name
-            block = FeedForward._make(
-                (*weights_and_biases(parts.linear1, parts.linear2), activation, 0.0, False)
-            )
+            block = FeedForward._make((*products, activation, p, False))
             return feed_forward(x, block, fork=fork)
         hidden, x = self._gated(parts, x, name, fork)
         return *project(hidden, parts.linear2), x
+
+    def _gates(self, parts: Parts) -> bool:
+        """Return whether the feed-forward block is gated."""
+        return self._form.is_gated or parts.gate is not None
 
     def _gated(self, parts: Parts, x: Tensor, name: Any, fork: bool) -> tuple[Tensor, Tensor]:
         """Compute what the block's second product reads, and ``x`` again."""
@@ -281,7 +308,7 @@ class FusedLayer:
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
             adds_last=form.norms_first,
-            is_gated=form.gates,
+            is_gated=self._gates(parts),
             norm="rms" if is_rms(middle) else "layer",
         )
         products = weights_and_biases(parts.query, parts.key, parts.value, parts.out)
@@ -332,13 +359,22 @@ class FusedLayer:
     @classmethod
     def is_known(cls, layer: Any) -> bool:
         """Return whether what ``layer`` computes is what its form says."""
-        return cls._finder.parts(layer) is not None
+        parts = cls._finder.parts(layer)
+        return parts is not None and layer._fits(parts, parts.linear2.weight)
 
     @classmethod
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
         return parts is not None and parts.are_plain()
+
+
+def _dense(table: Tensor, length: int) -> Tensor:
+    """Return biases ``[1, heads, length, length]`` of a table by distance."""
+    places = torch.arange(length, device=table.device)
+    reach = table.shape[1] // 2
+    distances = (places[None] - places[:, None]).clamp(-reach, reach)
+    return table[:, distances + reach][None]
 
 
 def _dropout_of(module: Any) -> nn.Dropout:

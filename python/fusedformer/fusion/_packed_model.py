@@ -16,6 +16,7 @@ from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
+from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -87,6 +88,7 @@ class PackedModel:
             or any(one.shape[:2] != keep.shape for one in _others(given).values())
             or captured()
             or self._is_asked_for_more(given)
+            or not self._knows_layers()
             or not can_pack(tokens, self.static_shapes, keep)
             or needs_batch(self, by_ours=self._looks_attention_up)
         )
@@ -98,6 +100,13 @@ class PackedModel:
             if is_asked(getattr(self.config, name, False) if asked is None else asked):
                 return True
         return False
+
+    def _knows_layers(self: Any) -> bool:
+        """Return whether all layers are computed by their form, where they have to be."""
+        if self._model.layers is None:
+            return True
+        layers = self.get_submodule(self._model.layers)
+        return all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
 
     def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
         """Return the packing of a batch, and a mask of keys where not all that it has are real."""
