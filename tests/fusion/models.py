@@ -21,6 +21,16 @@ TOKENS = dict(bos_token_id=97, eos_token_id=98, pad_token_id=1)
 MODERN = dict(
     global_attn_every_n_layers=2, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS
 )
+DEBERTA = dict(
+    relative_attention=True,
+    position_buckets=8,
+    max_relative_positions=12,
+    share_att_key=True,
+    pos_att_type="p2c|c2p",
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
+    type_vocab_size=0,
+)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -41,6 +51,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "albert": lambda: T.AlbertModel(T.AlbertConfig(**TEXT, embedding_size=16)),
     "modernbert": lambda: T.ModernBertModel(T.ModernBertConfig(**TEXT, **MODERN)),
+    "deberta-v3": lambda: T.DebertaV2Model(T.DebertaV2Config(**TEXT, **DEBERTA)),
+    "deberta-v2": lambda: T.DebertaV2Model(
+        T.DebertaV2Config(
+            **TEXT,
+            relative_attention=True,
+            max_relative_positions=6,
+            pos_att_type="c2p|p2c",
+            conv_kernel_size=3,
+            type_vocab_size=2,
+        )
+    ),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -55,7 +76,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
-    "albert", "modernbert",
+    "albert", "modernbert", "deberta-v3", "deberta-v2",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
