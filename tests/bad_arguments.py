@@ -192,7 +192,12 @@ def fused_steps() -> Iterator[Row]:
     yield function, {"position_key": t(4, 8, 7)}, ValueError, r"shape \(4, 2 \* span, 8\)"
     yield function, {"position_query": t(4, 6, 8)}, ValueError, "with one span for all"
     yield function, {"position_query": t(4, 8, 8).half()}, TypeError, "the dtype of 'query'"
-    yield function, {"max_distance": 3}, ValueError, "an int above 3 with a multiple of 4 buckets"
+    yield (
+        function,
+        {"max_distance": 3},
+        ValueError,
+        "an int above 3 with a multiple of 4 buckets, 8 or more",
+    )
     yield function, {"cu_seqlens_q": t(3, dtype=INT)}, ValueError, "expected all of 'cu_seqlens_q'"
     yield function, {"key_mask": t(2, 5) > 0}, ValueError, r"'key_mask' to have shape \(2, 6\)"
     yield function, {"dropout_p": 1.5}, ValueError, r"'dropout_p' to be in \[0, 1\]"

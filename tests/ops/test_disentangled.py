@@ -154,9 +154,10 @@ def test_buckets_are_those_of_transformers() -> None:
         want = theirs.make_log_bucket_position(distance, span, longest).long()
         want = (want + span).clamp(0, 2 * span - 1)
         assert torch.equal(distance_bucket(distance, span, longest), want)
-        found = distance_buckets(span, longest, torch.device("cpu"))
+        found, firsts = distance_buckets(span, longest, torch.device("cpu"))
         reach = len(found) // 2
         assert torch.equal(found[distance.clamp(-reach, reach) + reach].long(), want)
+        assert torch.equal(torch.searchsorted(firsts, distance, right=True) - 1, want)
 
 
 @pytest.mark.parametrize("backend_name", ["torch", "triton"])

@@ -318,11 +318,14 @@ def check_disentangled(
     n_buckets = next(iter(given.values())).shape[1]
     exact = n_buckets // 4
     if max_distance is not None and (
-        not isinstance(max_distance, int) or n_buckets % 4 or max_distance <= exact + 1
+        not isinstance(max_distance, int)
+        or n_buckets < 8
+        or n_buckets % 4
+        or max_distance <= exact + 1
     ):
         raise BadValueError(
             f"{function}(): expected 'max_distance' to be None, or an int above {exact + 1} with a "
-            f"multiple of 4 buckets, but got {max_distance!r} with {n_buckets} buckets"
+            f"multiple of 4 buckets, 8 or more, but got {max_distance!r} with {n_buckets} buckets"
         )
 
 

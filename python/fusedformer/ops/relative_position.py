@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +29,25 @@ def relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: in
     return F.embedding(first + torch.where(distance < exact, distance, wide), weight).t()
 
 
+_FAR = 1 << 29  # beyond all distances, and far from the ends of int32
+
+
+class DistanceBuckets(NamedTuple):
+    """DeBERTa's buckets of the distances of keys before queries; they never change."""
+
+    by_distance: Tensor  # int32 [2R + 1]: entry R + distance; at -R and R are all beyond
+    firsts: Tensor  # int32 [buckets + 1]: the first distance of each, and one beyond all
+
+
 @functools.lru_cache(64)
-def distance_buckets(span: int, max_distance: int, device: torch.device) -> Tensor:
-    """Make DeBERTa's buckets, 0 to ``2 * span - 1``, of the distances of keys before queries.
+def distance_buckets(span: int, max_distance: int, device: torch.device) -> DistanceBuckets:
+    """Make the buckets 0 to ``2 * span - 1``.
 
     Args:
         span: distance 0 has this bucket; the first and the last have all distances beyond them.
         max_distance: distances above ``span // 2`` share logarithmically wider buckets up to about
             this one; 0: all have a bucket each.
-
-    Returns:
-        int32 ``[2R + 1]``: entry ``R + distance``; at -R and R are all beyond. It never changes.
+        device: where to.
     """
     reach = max(max_distance, span)
     with torch.inference_mode(False):
@@ -51,4 +60,7 @@ def distance_buckets(span: int, max_distance: int, device: torch.device) -> Tens
             ratio = ratio / torch.log(torch.tensor((max_distance - 1) / exact))
             wide = torch.ceil(ratio * (exact - 1)).long() + exact
             bucket = torch.where(distance.abs() <= exact, distance, wide * distance.sign())
-        return (bucket + span).clamp(0, 2 * span - 1).to(device, torch.int32)
+        bucket = (bucket + span).clamp(0, 2 * span - 1)
+        firsts = torch.searchsorted(bucket, torch.arange(2 * span + 1)) - reach
+        firsts[0], firsts[-1] = -_FAR, _FAR
+        return DistanceBuckets(bucket.to(device, torch.int32), firsts.to(device, torch.int32))

@@ -114,7 +114,7 @@ def _parts(inputs: Inputs, settings: Settings) -> Iterator[_Part]:
 
 def _places(inputs: Inputs, max_distance: int, queries: int, keys: int) -> _Places:
     table = inputs.position_key if inputs.position_key is not None else inputs.position_query
-    buckets = distance_buckets(table.shape[1] // 2, max_distance, table.device)
+    buckets, _ = distance_buckets(table.shape[1] // 2, max_distance, table.device)
     reach = buckets.shape[0] // 2
     if not (queries and keys):
         return _Places(slice(0, 0), *[buckets[None, :0].long()] * 2)
