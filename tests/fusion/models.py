@@ -35,6 +35,16 @@ GEMMA3: dict[str, Any] = dict(
     use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
 )  # fmt: skip
 T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
+DEBERTA = dict(
+    relative_attention=True,
+    position_buckets=8,
+    max_relative_positions=12,
+    share_att_key=True,
+    pos_att_type="p2c|c2p",
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
+    type_vocab_size=0,
+)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -76,6 +86,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(**TEXT, **GEMMA3)),
     "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
     "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
+    "deberta-v3": lambda: T.DebertaV2Model(T.DebertaV2Config(**TEXT, **DEBERTA)),
+    "deberta-v2": lambda: T.DebertaV2Model(
+        T.DebertaV2Config(
+            **TEXT,
+            relative_attention=True,
+            max_relative_positions=6,
+            pos_att_type="c2p|p2c",
+            conv_kernel_size=3,
+            type_vocab_size=2,
+        )
+    ),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -93,7 +114,7 @@ PACKED = {
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
-    "gemma3", "t5", "umt5",
+    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

@@ -30,6 +30,7 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
+from fusedformer.fusion._deberta import plan_deberta
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
@@ -59,9 +60,10 @@ class Place(NamedTuple):
 
 def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     """Add to the plan what is to become of the models of transformers in ``model``."""
-    places = list(_places(model))
-    by_ours = _plan_attention(plan, model, places)
     reads = _reads_padding(model) if pack is None else ""
+    planned = plan_deberta(plan, model, reads, pack is not False)
+    places = [place for place in _places(model) if id(place.module) not in planned]
+    by_ours = _plan_attention(plan, model, places)
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
             _plan_stack(plan, place, by_ours, reads, pack is not False)

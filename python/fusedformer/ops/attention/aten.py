@@ -324,7 +324,7 @@ def _packed(
 def _batches(tensor: Tensor, places: Batches, sizes: list[tuple[int, int]]) -> list[Tensor]:
     """``[1, H, tokens, D]`` as one ``[n, H, length, D]`` for each (n, length) of ``sizes``."""
     rows = places.batched(tensor[0].transpose(0, 1))
-    parts = rows.split([n * length for n, length in sizes])
+    parts: tuple[Tensor, ...] = torch.split(rows, [n * length for n, length in sizes])
     return [
         torch.unflatten(part, 0, size).transpose(1, 2)
         for part, size in zip(parts, sizes, strict=True)
