@@ -37,7 +37,8 @@ ALLOWED = {
     "objectives": ("fusedformer.functional", *_SHARED),
     "finetuning": ("fusedformer.models", "fusedformer.functional", *_SHARED),
     "fusion": (
-        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "transformers", *_SHARED,
+        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "transformers",
+        "sentence_transformers", *_SHARED,
     ),
     "parity": (
         "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",

@@ -56,6 +56,10 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     transformers = _transformers()
     if transformers is not None:
         transformers.plan_huggingface(plan, model, pack)
+        if "sentence_transformers" in sys.modules:
+            from fusedformer.fusion import _sentence_transformers
+
+            _sentence_transformers.plan_sentence_models(plan, model)
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()

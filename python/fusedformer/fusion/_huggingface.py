@@ -40,7 +40,7 @@ _LAYERS = {**POST_NORM_LAYERS, **GATED_LAYERS}
 _PACKED = "packed: real tokens only"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
-_LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
+_LATE_INTERACTION = {"ColBERT"}
 
 
 class Place(NamedTuple):

@@ -12,6 +12,7 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
+from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -35,12 +36,13 @@ class PackedModel:
         keep = given["attention_mask"].bool()
         packing, keys = _spans(keep, self.static_shapes or not has_values(keep))
         output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
-        unpacked = functional.unpack(output[0][0], packing)
-        if keys is not None:
-            unpacked = unpacked.masked_fill(~keep[..., None], 0.0)
+        if keys is None:
+            found = unpacked(output[0][0], packing)
+        else:  # some of the rows are padding
+            found = functional.unpack(output[0][0], packing).masked_fill(~keep[..., None], 0.0)
         if isinstance(output, tuple):
-            return unpacked, *output[1:]
-        output.last_hidden_state = unpacked
+            return found, *output[1:]
+        output.last_hidden_state = found
         return output
 
     def _packs(self: Any, given: dict[str, Any]) -> bool:
@@ -55,6 +57,7 @@ class PackedModel:
             or tokens.shape[:2] != keep.shape
             or given.get("cu_seq_lens_q") is not None
             or captured()
+            or wants_padding()
             or any(given.get(n, getattr(self.config, n, False)) for n in asked)
             or not can_pack(tokens, self.static_shapes, keep)
             or needs_batch(self)

@@ -24,6 +24,7 @@ from fusedformer.functional.steps import (
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
+from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
@@ -303,6 +304,7 @@ class PackedEncoder:
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
+            or wants_padding()
             or not can_pack(hidden_states, self.static_shapes, keep)
             or needs_batch(self)
         ):
@@ -319,7 +321,7 @@ class PackedEncoder:
             max_length_q=packing.max_seqlen,
             max_length_k=packing.max_seqlen,
         )
-        output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)
+        output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
         return output
 
 
