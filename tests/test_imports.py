@@ -45,6 +45,7 @@ ALLOWED = {
         "fusedformer.reference", "fusedformer.backend", "transformers",
         "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
+    "embedding": ("fusedformer.fusion", "sentence_transformers", "tqdm"),
     "testing": ("fusedformer.parity",),
     "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
     "_internal": (*_SHARED, "fusedformer_kernels.runtime", "matplotlib"),

@@ -23,8 +23,8 @@ M: Any = SimpleNamespace()  # the modules of its models
 for _kind in ("sparse_encoder", "multi_vector_encoder", "sentence_transformer", "base"):
     vars(M).update(vars(importlib.import_module(f"sentence_transformers.{_kind}.modules")))
 VOCABULARY = [
-    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "cat", "dog", "sat", "on", "mat", "of",
-    "big", "small", "red", "blue", "runs", "fast", "and", "in", "query", "document", ":",
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "cat", "dog", "sat", "on", "mat",
+    "of", "big", "small", "red", "blue", "runs", "fast", "and", "in", "query", "document", ":",
 ]  # fmt: skip
 MOST_TOKENS = 32
 TEXTS = [

@@ -16,7 +16,7 @@ from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapp
 from fusedformer.fusion._report import FusionReport
 from fusedformer.nn import TransformerEncoder
 
-__all__ = ["FusionReport", "fuse", "unfuse"]
+__all__ = ["FusionReport", "fuse", "is_fused", "unfuse"]
 
 
 def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) -> FusionReport:
@@ -57,9 +57,9 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     if transformers is not None:
         transformers.plan_huggingface(plan, model, pack)
         if "sentence_transformers" in sys.modules:
-            from fusedformer.fusion import _sentence_transformers
+            from fusedformer.fusion import sentences
 
-            _sentence_transformers.plan_sentence_models(plan, model)
+            sentences.plan_sentence_models(plan, model)
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()
@@ -94,6 +94,11 @@ def unfuse(model: nn.Module) -> int:
             module.__dict__.pop("compute_padding", None)
             restored += 1
     return restored
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Return whether :func:`fuse` replaced something in ``model``."""
+    return any(BEFORE in module.__dict__ for module in model.modules())
 
 
 def _transformers() -> Any:

@@ -154,6 +154,11 @@ def _hands_rows_on(transformer: Any) -> bool:
     )
 
 
+def packs(model: nn.Module) -> bool:
+    """Return whether an encoder in ``model`` computes real tokens only."""
+    return any(isinstance(one, PackedEncoder | PackedModel) for one in model.modules())
+
+
 def plan_sentence_models(plan: Plan, model: nn.Module) -> None:
     """Add to the plan what is to become of the models of sentence-transformers in ``model``.
 
