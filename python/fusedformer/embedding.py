@@ -248,12 +248,14 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _check_cpu_has(dtype: torch.dtype) -> None:
     """Raise unless oneDNN has products in that dtype on this CPU; others are many times slower."""
-    known: Any = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype in known and not known[dtype]():
-        others = [n for n, one in _DTYPES.items() if one not in known or known[one]()]
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+    def lacks(one: torch.dtype) -> bool:
+        asked = f"_is_mkldnn_{names.get(one)}_supported"  # missing where torch has no oneDNN
+        return one in names and not getattr(torch.ops.mkldnn, asked, lambda: True)()
+
+    if lacks(dtype):
+        others = [name for name, one in _DTYPES.items() if not lacks(one)]
         raise BadValueError(
             f"embed(): expected 'dtype' to be one that this CPU multiplies in, "
             f"{' or '.join(others)}, but got {dtype}"
