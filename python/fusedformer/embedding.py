@@ -193,7 +193,7 @@ def loaded(given: Any, dtype: str | torch.dtype | None, device: str | torch.devi
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "embed(): sentence-transformers is not installed: pip install sentence-transformers"
+            "embed(): sentence-transformers is not installed: pip install 'fusedformer[embed]'"
         ) from error
     if isinstance(given, SentenceTransformer):
         for name, value in (("dtype", dtype), ("device", device)):
