@@ -92,9 +92,11 @@ def sparse_model(folder: Path) -> Any:
     return S.SparseEncoder(modules=[first, M.SpladePooling("max")], device="cpu")
 
 
-def late_model(folder: Path, expansion: dict[str, Any] | None) -> Any:
-    """Make a MultiVectorEncoder (ColBERT) whose queries are expanded."""
+def late_model(folder: Path, expansion: dict[str, Any], routed: bool) -> Any:
+    """Make a MultiVectorEncoder (ColBERT) whose queries are expanded; documents may be routed."""
     first = M.Transformer(saved(folder, "bert"), query_length=12, query_expansion=expansion)
+    if routed:
+        first = M.Router.for_query_document([first], [M.Transformer(str(folder))])
     rest = [
         M.Dense(32, 16, bias=False, activation_function=torch.nn.Identity(),
               module_input_name="token_embeddings", module_output_name="token_embeddings"),

@@ -75,6 +75,13 @@ def test_encode_takes_stocks_arguments(tmp_path: Path) -> None:
     assert isinstance(single, torch.Tensor) and single.shape == (16,)
 
 
+def test_a_compiled_model_encodes(tmp_path: Path) -> None:
+    """Traced whole by its own ``compile``; what is traced unpacks tokens before pooling."""
+    both = three(dense_model(tmp_path, "bert", "mean", M.Normalize()))
+    both.fused.compile(backend="eager", dynamic=True)
+    assert_same("encode", *(m.encode(TEXTS) for m in both))
+
+
 def test_tokens_and_features_are_stocks(tmp_path: Path) -> None:
     """Padded, and under the same names; a hook on the pooling sees them so."""
     both = three(dense_model(tmp_path))
@@ -142,12 +149,12 @@ def test_a_sparse_encoder_computes_no_logits_of_padding(tmp_path: Path) -> None:
     assert_same("encode", *(m.encode(TEXTS, batch_size=4).to_dense() for m in both))
 
 
-@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize(("attend", "routed"), [(False, False), (True, False), (False, True)])
 def test_late_interaction_expands_queries_and_packs_documents(
-    tmp_path: Path, attend: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, attend: bool, routed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expansion = dict(strategy="fixed", length=12, attend=attend, token=None)
-    both = three(late_model(tmp_path, expansion))
+    both = three(late_model(tmp_path, expansion, routed))
     queries = [torch.stack(m.encode_query(TEXTS)) for m in both]
     assert queries[0].shape == (len(TEXTS), 12, 16)
     assert_same("queries", *queries)
@@ -166,7 +173,7 @@ def test_gradients_of_contrastive_losses(tmp_path: Path, cached: bool) -> None:
     from sentence_transformers.sentence_transformer import losses
 
     both = three(dense_model(tmp_path, "bert", "mean", M.Normalize()))
-    found = []
+    found: list[dict[str, Any]] = []
     for model in both:
         loss = (
             losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
@@ -219,9 +226,10 @@ def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:
     """By pack=False, or because the encoder has no packed form; the module in it stays stock's."""
     model = dense_model(tmp_path)
     fusedformer.fuse(model, pack=False)
-    assert type(model[0]) is M.Transformer and type(model) is S.SentenceTransformer
+    parts = M.Transformer, M.Pooling, S.SentenceTransformer
+    assert (*map(type, (*model, model)),) == parts
     decoder = three(dense_model(tmp_path / "gpt2", "gpt2"))
-    assert type(decoder.fused[0]) is M.Transformer
+    assert (*map(type, (*decoder.fused, decoder.fused)),) == parts
     for one in decoder:
         one.tokenizer.padding_side = "right"
     assert decoder.fused.max_seq_length == MOST_TOKENS

@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -165,35 +166,28 @@ def plan_sentence_models(plan: Plan, model: nn.Module) -> None:
     What is to become of the encoders in them stands in ``plan`` already.
     """
     for path, module in model.named_modules():
-        if isinstance(module, SentenceTransformer | SparseEncoder | MultiVectorEncoder):
-            children = dict(module.named_children())
-            first = next(iter(children.values()), None)
-            if type(first) is Transformer and _packs(plan, first):
-                _plan_children(plan, f"{path}." if path else "", children)
-                _plan_encode(plan, path, module)
+        for stock, (ours, after) in _OURS.items():
+            encoders = module if isinstance(module, Transformer | BaseModel) else model
+            if _is_plain(module, stock) and _will_pack(plan, encoders):
+                plan.give(path, module, combined(ours, type(module)), after)
 
 
-def _packs(plan: Plan, transformer: Transformer) -> bool:
-    classes = map(plan.class_of, transformer.modules())
+def _is_plain(module: Any, stock: Any) -> bool:
+    """Return whether ``module`` is a ``stock``, with its method that is replaced."""
+    name = "_inference" if issubclass(stock, BaseModel) else "forward"
+    own = getattr(type(module), name, None)
+    return isinstance(module, stock) and own is not None and own is getattr(stock, name, None)
+
+
+def _will_pack(plan: Plan, model: nn.Module) -> bool:
+    classes = map(plan.class_of, model.modules())
     return any(issubclass(cls, PackedEncoder | PackedModel) for cls in classes)
-
-
-def _plan_children(plan: Plan, prefix: str, children: dict[str, nn.Module]) -> None:
-    for name, module in children.items():
-        ours = _OURS.get(type(module))
-        if ours is not None:
-            cls, after = ours
-            plan.give(prefix + name, module, combined(cls, type(module)), after)
-
-
-def _plan_encode(plan: Plan, path: str, model: Any) -> None:
-    stock = SentenceTransformer if isinstance(model, SentenceTransformer) else SparseEncoder
-    if getattr(type(model), "_inference", None) is stock._inference:
-        plan.give(path, model, combined(SentenceModel, type(model)), "encode keeps tokens packed")
 
 
 _OURS: dict[Any, tuple[Any, str]] = {
     Transformer: (PackedTokens, "can leave tokens packed"),
     Pooling: (PackedPooling, "pools packed tokens"),
     SpladePooling: (PackedSplade, "pools packed tokens"),
+    SentenceTransformer: (SentenceModel, "encode keeps tokens packed"),
+    SparseEncoder: (SentenceModel, "encode keeps tokens packed"),
 }
