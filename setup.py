@@ -8,10 +8,12 @@ ROOT = Path(__file__).parent
 VERSION = (ROOT / "python/fusedformer/_version.py").read_text().split('"')[1]
 
 REPORT = ["transformers>=5.17", "safetensors", "tokenizers", "matplotlib", "rich", "scikit-learn"]
+EMBED = ["sentence-transformers>=6.2"]
+TRAINER = [*EMBED, "accelerate", "datasets"]  # the Trainer of sentence-transformers
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 # `make docs` needs no torch: the API reference is read from the source.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
-DEV = [*REPORT, *TEST, "ruff", "mypy", "build", "pre-commit"]
+DEV = [*REPORT, *TEST, *TRAINER, "ruff", "mypy", "build", "pre-commit"]
 
 setup(
     name="fusedformer",
@@ -35,7 +37,7 @@ setup(
         # Where triton has no wheel the torch backend is the whole library.
         'triton>=3.6; platform_system == "Linux"',
     ],
-    extras_require={"report": REPORT, "test": TEST, "docs": DOCS, "dev": DEV},
+    extras_require={"report": REPORT, "embed": EMBED, "test": TEST, "docs": DOCS, "dev": DEV},
     entry_points={"console_scripts": ["fusedformer = fusedformer.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

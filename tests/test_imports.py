@@ -37,13 +37,15 @@ ALLOWED = {
     "objectives": ("fusedformer.functional", *_SHARED),
     "finetuning": ("fusedformer.models", "fusedformer.functional", *_SHARED),
     "fusion": (
-        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "transformers", *_SHARED,
+        "fusedformer.fusion", "fusedformer.nn", "fusedformer.functional", "transformers",
+        "sentence_transformers", *_SHARED,
     ),
     "parity": (
         "fusedformer.parity", "fusedformer.functional", "fusedformer.fusion",
         "fusedformer.reference", "fusedformer.backend", "transformers",
         "matplotlib", "safetensors", "triton", "pytest", *_SHARED,
     ),
+    "embedding": ("fusedformer.fusion", "sentence_transformers", "tqdm"),
     "testing": ("fusedformer.parity",),
     "serving": ("fusedformer.serving", "fusedformer.nn", *_SHARED),
     "_internal": (*_SHARED, "fusedformer_kernels.runtime", "matplotlib"),

@@ -7,11 +7,12 @@
 from fusedformer import functional, nn
 from fusedformer._internal.backend import backend
 from fusedformer._version import __version__
+from fusedformer.embedding import embed
 from fusedformer.fusion import FusionReport, fuse, unfuse
 from fusedformer.serving.graphs import Graphed, graphed
 from fusedformer.serving.warmup import warmup
 
 __all__ = [
-    "FusionReport", "Graphed", "__version__", "backend", "functional", "fuse", "graphed", "nn",
-    "unfuse", "warmup",
+    "FusionReport", "Graphed", "__version__", "backend", "embed", "functional", "fuse", "graphed",
+    "nn", "unfuse", "warmup",
 ]  # fmt: skip

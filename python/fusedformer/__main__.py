@@ -12,6 +12,7 @@ COMMANDS = {
     "pretrain": "BERT, GPT or CLIP on text that is here, beside the same model of torch's modules",
     "finetune": "a pretrained model learns to tell packages apart: whole, frozen, by a prefix",
     "fewshot": "a small decoder learns to do what examples in its prompt say",
+    "embed": "vectors of texts by a model of sentence-transformers",
     "report": "stock against fused on a pretrained encoder and real text",
     "parity": "every op, or a fused model, against float64, beside stock PyTorch",
     "bench": "the library's speed beside its peers' (in a checkout)",

@@ -16,7 +16,7 @@ from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapp
 from fusedformer.fusion._report import FusionReport
 from fusedformer.nn import TransformerEncoder
 
-__all__ = ["FusionReport", "fuse", "unfuse"]
+__all__ = ["FusionReport", "fuse", "is_fused", "unfuse"]
 
 
 def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) -> FusionReport:
@@ -27,7 +27,7 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     computation alone. Of Hugging Face's transformers: the attention of every ``PreTrainedModel``
     that takes registered implementations, and the layers and the encoder of BERT, RoBERTa, XLM-R,
     CamemBERT, ELECTRA, DistilBERT and ALBERT, and the whole of ModernBERT, which then compute real
-    tokens only.
+    tokens only. Of sentence-transformers: pooling, and ``encode``, in which tokens stay packed.
 
     Calling it again changes nothing. Parameters are the same objects before and after; the
     state_dict does not change.
@@ -56,6 +56,10 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     transformers = _transformers()
     if transformers is not None:
         transformers.plan_huggingface(plan, model, pack)
+        if "sentence_transformers" in sys.modules:
+            from fusedformer.fusion import sentences
+
+            sentences.plan_sentence_models(plan, model)
     if strict and plan.left:
         raise ValueError(f"fuse(): strict=True, but left alone were\n{FusionReport([], plan.left)}")
     plan.apply()
@@ -90,6 +94,11 @@ def unfuse(model: nn.Module) -> int:
             module.__dict__.pop("compute_padding", None)
             restored += 1
     return restored
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Return whether :func:`fuse` replaced something in ``model``."""
+    return any(BEFORE in module.__dict__ for module in model.modules())
 
 
 def _transformers() -> Any:

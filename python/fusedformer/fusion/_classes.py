@@ -88,6 +88,10 @@ class Plan:
         self.replaced.append(Replaced(path, named(type(module)), after))
         self._classes.append((module, cls))
 
+    def class_of(self, module: nn.Module) -> type[Any]:
+        """Return the class that ``module`` is going to have."""
+        return next((cls for one, cls in self._classes if one is module), type(module))
+
     def attend(self, path: str, before: str) -> None:
         """Report that the model at ``path`` will attend by this library."""
         self.replaced.append(Replaced(path, f"{before} attention", "fusedformer.functional"))

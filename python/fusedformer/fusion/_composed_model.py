@@ -14,6 +14,7 @@ from fusedformer import functional
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked
 from fusedformer.fusion._forms import Composed
+from fusedformer.fusion._kept_rows import unpacked
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
 
@@ -42,12 +43,14 @@ class ComposedModel(PackedModel):
             packing, keys = self._packing(keep.bool())
             rows.update(self._packed_arguments(given, packing, keys))
         states = self._states(self._model.composed, layers, rows)
-        if packing is not None:
+        if packing is not None and keys is None:
+            states = unpacked(states[0], packing)
+        elif packing is not None:
             states = functional.unpack(states[0], packing)
-            if keys is not None:
-                states = states.masked_fill(~keep.bool()[..., None], 0.0)
+            states = states.masked_fill(~keep.bool()[..., None], 0.0)
         found = {"last_hidden_state": states}
-        if hasattr(self, "pooler"):
+        is_padded = keep is None or states.shape[:2] == keep.shape  # else whoever keeps rows pools
+        if hasattr(self, "pooler") and is_padded:
             found["pooler_output"] = self._pooled(states)
         returns_dict = given.get("return_dict")
         if not (self.config.return_dict if returns_dict is None else returns_dict):

@@ -19,6 +19,7 @@ from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.nn.children import (
     Pending,
@@ -154,8 +155,9 @@ class PackedDeberta:
         packing = self._packing(given)
         if packing is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        states = [functional.unpack(rows[0], packing) for rows in self._states(given, packing)]
         wanted = _asked(self, given, "output_hidden_states")
+        unpack = functional.unpack if wanted else unpacked
+        states = [unpack(rows[0], packing) for rows in self._states(given, packing)]
         if not _asked(self, given, "return_dict"):
             return (states[-1], tuple(states)) if wanted else (states[-1],)
         from transformers.modeling_outputs import BaseModelOutput
@@ -178,6 +180,7 @@ class PackedDeberta:
             or tokens.shape[:2] != keep.shape
             or _asked(self, given, "output_attentions")
             or captured()
+            or wants_padding()
             or self.z_steps > 1
             or self.static_shapes
             or not has_values(keep)

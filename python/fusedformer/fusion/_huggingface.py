@@ -41,7 +41,7 @@ __all__ = ["plan_huggingface", "restore"]
 
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
-_LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
+_LATE_INTERACTION = {"ColBERT"}
 
 
 class Place(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer.fusion._attention import captured, key_mask_of
+from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -39,6 +40,7 @@ class PackedEncoder:
             or any(one is not None for one in others)
             or kwargs.get("cu_seq_lens_q") is not None
             or captured()
+            or wants_padding()
             or not can_pack(hidden_states, self.static_shapes, keep)
             or needs_batch(self)
         ):
@@ -55,5 +57,5 @@ class PackedEncoder:
             max_length_q=packing.max_seqlen,
             max_length_k=packing.max_seqlen,
         )
-        output.last_hidden_state = functional.unpack(output.last_hidden_state[0], packing)
+        output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
         return output

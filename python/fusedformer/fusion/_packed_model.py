@@ -16,6 +16,7 @@ from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
+from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
@@ -55,13 +56,15 @@ class PackedModel:
         keep = given["attention_mask"].bool()
         packing, keys = self._packing(keep)
         output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
-        unpacked = functional.unpack(output[0][0], packing)
-        if keys is not None:
-            unpacked = unpacked.masked_fill(~keep[..., None], 0.0)
-        pooled = self._pooled(unpacked)
+        if keys is None:
+            states = unpacked(output[0][0], packing)
+        else:  # some of the rows are padding
+            states = functional.unpack(output[0][0], packing).masked_fill(~keep[..., None], 0.0)
+        is_padded = states.shape[:2] == keep.shape  # whoever keeps the rows pools them
+        pooled = self._pooled(states) if is_padded else None
         if isinstance(output, tuple):
-            return (unpacked, *output[1:]) if pooled is None else (unpacked, pooled, *output[2:])
-        output.last_hidden_state = unpacked
+            return (states, *output[1:]) if pooled is None else (states, pooled, *output[2:])
+        output.last_hidden_state = states
         if pooled is not None:
             output.pooler_output = pooled
         return output
@@ -87,6 +90,7 @@ class PackedModel:
             or any(is_asked(given.get(name)) for name in _MORE)
             or any(one.shape[:2] != keep.shape for one in _others(given).values())
             or captured()
+            or wants_padding()
             or self._is_asked_for_more(given)
             or not self._knows_layers()
             or not can_pack(tokens, self.static_shapes, keep)

@@ -1,0 +1,62 @@
+"""What a caller may ask of packed encoders for one call: packed rows, or padding computed.
+
+Neither can be asked for within a compiled function, which reads no context variables: there
+encoders pack and unpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from fusedformer import functional
+from fusedformer.functional import Packing
+
+
+class KeptRows:
+    """Where the encoder that keeps its rows packed leaves their packing; None if it did not."""
+
+    packing: Packing | None = None
+
+
+_kept: ContextVar[KeptRows | None] = ContextVar("kept", default=None)
+_padded: ContextVar[bool] = ContextVar("padded", default=False)
+
+
+@contextmanager
+def rows_kept() -> Iterator[KeptRows]:
+    """Have the next packed encoder return its rows ``[1, total, width]`` as they are."""
+    kept = KeptRows()
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
+def padding_computed() -> Iterator[None]:
+    """Have encoders compute padded positions as stock does."""
+    token = _padded.set(True)
+    try:
+        yield
+    finally:
+        _padded.reset(token)
+
+
+def wants_padding() -> bool:
+    """Return whether the caller asked for :func:`padding_computed`."""
+    return not torch.compiler.is_compiling() and _padded.get()
+
+
+def unpacked(rows: Tensor, packing: Packing) -> Tensor:
+    """Unpack the rows ``[total, width]`` of an encoder, unless its caller keeps them packed."""
+    kept = None if torch.compiler.is_compiling() else _kept.get()
+    if kept is None or kept.packing is not None:
+        return functional.unpack(rows, packing)
+    kept.packing = packing
+    return rows[None]

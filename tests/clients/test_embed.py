@@ -1,0 +1,172 @@
+"""fusedformer.embed and its command, beside ``encode``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.clients.small_clients import (
+    ALL_MODES,
+    TEXTS,
+    M,
+    S,
+    assert_same,
+    dense_model,
+    saved,
+    sparse_model,
+    three,
+)
+from torch import nn
+
+import fusedformer
+from fusedformer import embedding
+from fusedformer.__main__ import main
+
+LONG = ".*1 of 7 'texts' fill the model's 32 tokens"
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(m) for m in model.modules()]
+
+
+@pytest.mark.filterwarnings("ignore:embed")
+@pytest.mark.parametrize("backbone", ["bert", "modernbert", "gpt2"])
+def test_it_returns_what_encode_returns(tmp_path: Path, backbone: str) -> None:
+    """For any budget; the model is fused for the call alone; gpt2 is computed padded."""
+    both = three(dense_model(tmp_path, backbone, ALL_MODES, M.Normalize()))
+    before = classes(both.stock)
+    truth, stock = both.truth.encode(TEXTS), both.stock.encode(TEXTS)
+    for model, most in ((both.fused, 4096), (both.stock, 1), (both.stock, 40)):
+        found = fusedformer.embed(model, TEXTS, batch_tokens=most)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        assert_same(f"{most} tokens", found, stock, truth)
+    assert classes(both.stock) == before and "packed" not in str(fusedformer.fuse(both.fused))
+    one = fusedformer.embed(both.fused, TEXTS[0], convert_to_tensor=True)
+    assert isinstance(one, torch.Tensor) and one.shape == truth[0].shape
+    assert_same("one text", one, stock[0], truth[0])
+
+
+@pytest.mark.filterwarnings("ignore:embed")
+def test_it_takes_what_encode_takes(tmp_path: Path) -> None:
+    both = three(dense_model(tmp_path))
+    for settings in (
+        dict(prompt_name="query"), dict(prompt="document : ", truncate_dim=8),
+        dict(normalize_embeddings=True, truncate_dim=16), dict(convert_to_tensor=True),
+    ):  # fmt: skip
+        stock, truth = (m.encode(TEXTS, **settings) for m in both[1:])
+        assert_same(str(settings), fusedformer.embed(both.fused, TEXTS, **settings), stock, truth)
+    many = [TEXTS[i % len(TEXTS)] for i in range(embedding._TOKENIZED_AT_ONCE + 3)]
+    found, rows = fusedformer.embed(both.fused, many), fusedformer.embed(both.fused, TEXTS)
+    np.testing.assert_allclose(found[-3:], rows[[i % 7 for i in range(len(many) - 3, len(many))]],
+                               atol=1e-6)  # fmt: skip
+
+
+def test_batches_have_as_many_tokens_as_fit(tmp_path: Path) -> None:
+    """Longest texts first; real tokens are counted where padding is not computed."""
+    sizes = [30, 20, 20, 9, 1]
+    order = [0, 1, 2, 3, 4]
+    assert [*embedding._cut(order, sizes, 40, False)] == [[0], [1, 2], [3, 4]]
+    assert [*embedding._cut(order, sizes, 60, True)] == [[0, 1], [2, 3, 4]]
+    assert [*embedding._cut(order, sizes, 1, True)] == [[0], [1], [2], [3], [4]]
+    model = dense_model(tmp_path)
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda m, args: seen.append(int(args[0]["attention_mask"].sum()))
+    )
+    with pytest.warns(UserWarning, match=LONG):
+        fusedformer.embed(model, TEXTS, batch_tokens=40)
+    assert seen[0] == 32 and max(seen) <= 40 and len(seen) < len(TEXTS)
+
+
+def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
+    model = dense_model(tmp_path / "bert")
+    with pytest.warns(UserWarning, match=LONG):
+        fusedformer.embed(model, TEXTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say
+        assert fusedformer.embed(model, ["", "cat"]).shape == (2, 32)
+        assert fusedformer.embed(model, []).shape == (0, 32)
+    with pytest.warns(UserWarning, match="computes padding: no encoder in it has a packed form"):
+        fusedformer.embed(dense_model(tmp_path / "gpt2", "gpt2"), ["cat"])
+    fusedformer.fuse(model, pack=False)
+    with pytest.warns(UserWarning, match="computes padding: it was fused so"):
+        fusedformer.embed(model, ["cat"])
+
+
+def test_a_model_without_tokens_is_computed(tmp_path: Path) -> None:
+    """A table of words, say: its features are no batch of tokens."""
+    tokenizer = dense_model(tmp_path).tokenizer.backend_tokenizer
+    model = S.SentenceTransformer(
+        modules=[M.StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu"
+    )
+    with pytest.warns(UserWarning, match="computes padding"):
+        found = fusedformer.embed(model, TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-6)
+
+
+def test_a_folder_is_loaded_in_a_dtype(tmp_path: Path) -> None:
+    folder, texts = saved(tmp_path, "bert"), TEXTS[:4]
+    wanted = S.SentenceTransformer(folder, device="cpu").encode(texts)
+    np.testing.assert_allclose(fusedformer.embed(folder, texts, device="cpu"), wanted, atol=1e-5)
+    half = fusedformer.embed(tmp_path, texts, dtype="bfloat16", device="cpu")
+    error = np.abs(half - wanted).max()
+    assert half.dtype == np.float32 and 1e-4 < error < 0.1 * np.abs(wanted).max()
+
+
+embed: Any = fusedformer.embed
+BAD: list[tuple[type[Exception], str, Callable[[Any, Path], Any]]] = [
+    (TypeError, "'texts' to be a str or several of them, but got int", lambda m, f: embed(m, 3)),
+    (TypeError, "'texts' to have only str, .* int at index 1", lambda m, f: embed(m, ["cat", 3])),
+    (ValueError, "'batch_tokens' to be a positive int, but got 0",
+     lambda m, f: embed(m, ["cat"], batch_tokens=0)),
+    (TypeError, "'model_or_path' to be a SentenceTransformer, .* int", lambda m, f: embed(3, [])),
+    (TypeError, "'model_or_path' to be .* but got SparseEncoder",
+     lambda m, f: embed(sparse_model(f / "sparse"), [])),
+    (ValueError, "no 'dtype' with a model that is loaded",
+     lambda m, f: embed(m, [], dtype="bfloat16")),
+    (ValueError, "no 'device' with a model that is loaded",
+     lambda m, f: embed(m, [], device="cpu")),
+    (ValueError, "'dtype' to be one of float32, .*, but got 'float8_e4m3fn'",
+     lambda m, f: embed(str(f), [], dtype="float8_e4m3fn")),
+    (ValueError, "'dtype' to be one that this CPU multiplies in, float32 or float64, .*float16",
+     lambda m, f: embed(str(f), [], dtype="float16", device="cpu")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), BAD, ids=[one[1] for one in BAD])
+def test_bad_input_is_named(
+    tmp_path: Path,
+    error: type[Exception],
+    message: str,
+    call: Callable[[Any, Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    with pytest.raises(error, match=rf"^embed\(\): expected .*{message}"):
+        call(dense_model(tmp_path), tmp_path)
+
+
+def test_the_command_writes_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, texts = saved(tmp_path, "bert"), ["the cat", "", "a big red dog"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    wanted = S.SentenceTransformer(folder, device="cpu").encode(texts)
+    found = {}
+    for name, words in (("ours", []), ("stock", ["--stock"])):
+        out = tmp_path / "vectors" / f"{name}.npy"
+        given = ["--model", folder, "--texts", str(tmp_path / "texts.txt"), "--out", str(out)]
+        assert main(["embed", *given, *words]) == 0
+        found[name] = np.load(out)
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], wanted, atol=1e-5)
+    assert "float32 [3, 32]" in capsys.readouterr().out
+    assert main(["embed", *given, "--dtype", "float3"]) == 2
+    assert "'dtype' to be one of" in capsys.readouterr().err
+    given[3] = str(tmp_path / "none.txt")
+    assert main(["embed", *given]) == 2
+    assert "none.txt" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""fuse() on the models of sentence-transformers, by their own calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from tests.clients.small_clients import (
+    ALL_MODES,
+    MOST_TOKENS,
+    PAIRS,
+    TEXTS,
+    M,
+    S,
+    assert_same,
+    dense_model,
+    gradients,
+    late_model,
+    saved,
+    sparse_model,
+    three,
+)
+
+import fusedformer
+from fusedformer import functional
+
+
+@pytest.fixture
+def _nothing_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("something padded was made")
+
+    monkeypatch.setattr(functional, "unpack", refuse)
+
+
+@pytest.mark.usefixtures("_nothing_is_unpacked")
+@pytest.mark.parametrize(
+    ("backbone", "side"),
+    [("bert", "right"), ("bert", "left"), ("modernbert", "right"), ("distilbert", "right")],
+)
+def test_encode_pools_packed_tokens(tmp_path: Path, backbone: str, side: str) -> None:
+    """By all modes; prompts may be left out; each text's vector is the same alone."""
+    both = three(dense_model(tmp_path, backbone, ALL_MODES, M.Normalize()))
+    for model in both:
+        model.tokenizer.padding_side = side
+    assert_same("encode", *(m.encode(TEXTS, batch_size=4) for m in both))
+    for model in both:
+        model[1].include_prompt = False
+    found = [m.encode(TEXTS, prompt_name="query") for m in both]
+    assert_same("without the prompt", *found)
+    assert not np.allclose(found[0], both.fused.encode(TEXTS), atol=1e-3)
+    assert found[0].dtype == np.float32 and len(both.fused.encode([])) == 0
+    if side == "right":  # else BERT's positions go by the padding before a text
+        alone = both.fused.encode(TEXTS[0], prompt_name="query")
+        np.testing.assert_allclose(alone, found[0][0], rtol=0, atol=1e-6)
+
+
+def test_encode_takes_stocks_arguments(tmp_path: Path) -> None:
+    both = three(dense_model(tmp_path, "bert", "mean", M.Dense(32, 16)))
+    for settings in (
+        dict(truncate_dim=8, normalize_embeddings=True),
+        dict(convert_to_tensor=True),
+        dict(prompt="document : "),
+    ):
+        assert_same(str(settings), *(m.encode(TEXTS, **settings) for m in both))
+    vectors = [m.encode(TEXTS) for m in both]
+    assert_same("similarity", *(m.similarity(v, v) for m, v in zip(both, vectors, strict=True)))
+    single = both.fused.encode("cat", convert_to_numpy=False)
+    assert isinstance(single, torch.Tensor) and single.shape == (16,)
+
+
+def test_a_compiled_model_encodes(tmp_path: Path) -> None:
+    """Traced whole by its own ``compile``; what is traced unpacks tokens before pooling."""
+    both = three(dense_model(tmp_path, "bert", "mean", M.Normalize()))
+    both.fused.compile(backend="eager", dynamic=True)
+    assert_same("encode", *(m.encode(TEXTS) for m in both))
+
+
+def test_tokens_and_features_are_stocks(tmp_path: Path) -> None:
+    """Padded, and under the same names; a hook on the pooling sees them so."""
+    both = three(dense_model(tmp_path))
+    for one in zip(*(m.encode(TEXTS, output_value="token_embeddings") for m in both), strict=True):
+        assert_same("token_embeddings", *one)
+    everything = [m.encode(TEXTS[:3], output_value=None) for m in both]
+    features = [m(m.preprocess(TEXTS[:3])) for m in both]
+    for fused, stock, truth in (features, *zip(*everything, strict=True)):
+        assert fused.keys() == stock.keys()
+        keep = stock["attention_mask"].bool()
+        assert_same("tokens", *(x["token_embeddings"][keep] for x in (fused, stock, truth)))
+    seen = []
+    both.fused[1].register_forward_pre_hook(lambda m, args: seen.append(dict(args[0])))
+    both.fused.encode(TEXTS[:3])
+    assert seen[0]["token_embeddings"].shape[:2] == seen[0]["attention_mask"].shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_pooled_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Arrays have vectors of length 1 to float32's rounding; tensors keep the model's dtype."""
+    both = three(dense_model(tmp_path, "bert", ALL_MODES, M.Normalize()), dtype)
+    found, stock, truth = (m.encode(TEXTS) for m in both)
+    result = fusedformer.testing.compare_tensors(
+        "encode", *(torch.as_tensor(x) for x in (found, stock, truth))
+    )
+    assert result.error <= 2 * result.stock_error, result
+    lengths = np.linalg.norm(found.astype(np.float64), axis=1)
+    np.testing.assert_allclose(lengths, 1.0, atol=1e-6)
+    assert both.fused.encode(TEXTS, convert_to_tensor=True).dtype == dtype
+    narrow = dense_model(tmp_path, "bert", "mean", M.Dense(32, 16)).to(
+        dtype
+    )  # weights of that dtype
+    fusedformer.fuse(narrow)
+    assert narrow.encode(TEXTS).shape == (len(TEXTS), 16)
+
+
+def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
+    """Copies and pickles are fused; unfuse gives stock's bits back."""
+    fused, stock, _ = three(dense_model(tmp_path / "a", "bert", "mean", M.Normalize()))
+    wanted = fused.encode(TEXTS)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert np.array_equal(twin.encode(TEXTS), wanted)
+        assert not fusedformer.fuse(twin).replaced
+    fused.save_pretrained(str(tmp_path / "saved"))
+    loaded = S.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert [type(m) for m in loaded] == [type(m) for m in stock]
+    assert np.array_equal(loaded.encode(TEXTS), stock.encode(TEXTS))
+    assert fusedformer.unfuse(fused) > 0
+    assert type(fused) is type(stock)
+    assert np.array_equal(fused.encode(TEXTS), stock.encode(TEXTS))
+
+
+def test_a_cross_encoder_ranks(tmp_path: Path) -> None:
+    both = three(S.CrossEncoder(saved(tmp_path, "classifier"), device="cpu"))
+    assert any("packed" in type(m).__mro__[1].__name__.lower() for m in both.fused.modules())
+    assert_same("predict", *(m.predict(PAIRS) for m in both))
+    ranked = [m.rank(TEXTS[0], TEXTS) for m in both]
+    scores = [sorted((one["corpus_id"], one["score"]) for one in found) for found in ranked]
+    assert_same("rank", *(np.array(found)[:, 1] for found in scores))
+
+
+@pytest.mark.usefixtures("_nothing_is_unpacked")
+def test_a_sparse_encoder_computes_no_logits_of_padding(tmp_path: Path) -> None:
+    both = three(sparse_model(tmp_path))
+    assert_same("encode", *(m.encode(TEXTS, batch_size=4).to_dense() for m in both))
+
+
+@pytest.mark.parametrize(("attend", "routed"), [(False, False), (True, False), (False, True)])
+def test_late_interaction_expands_queries_and_packs_documents(
+    tmp_path: Path, attend: bool, routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expansion = dict(strategy="fixed", length=12, attend=attend, token=None)
+    both = three(late_model(tmp_path, expansion, routed))
+    queries = [torch.stack(m.encode_query(TEXTS)) for m in both]
+    assert queries[0].shape == (len(TEXTS), 12, 16)
+    assert_same("queries", *queries)
+    unpack = Mock(side_effect=functional.unpack)
+    monkeypatch.setattr(functional, "unpack", unpack)
+    documents = [m.encode_document(TEXTS) for m in both]
+    assert unpack.called
+    for one in zip(*documents, strict=True):
+        assert_same("document", *one)
+    scores = [m.similarity(q, d) for m, q, d in zip(both, queries, documents, strict=True)]
+    assert_same("scores", *scores)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradients_of_contrastive_losses(tmp_path: Path, cached: bool) -> None:
+    from sentence_transformers.sentence_transformer import losses
+
+    both = three(dense_model(tmp_path, "bert", "mean", M.Normalize()))
+    found: list[dict[str, Any]] = []
+    for model in both:
+        loss = (
+            losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
+            if cached
+            else losses.MultipleNegativesRankingLoss(model)
+        )
+        columns = [model.preprocess(TEXTS), model.preprocess(TEXTS[::-1])]
+        model.train()
+        value = loss(columns, labels=None)
+        value.backward()
+        found.append({"loss": value, **gradients(model)})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 30
+    for name in found[0]:
+        if not name.endswith("key.bias"):  # rounding alone: its truth is 0
+            assert_same(name, *(one[name] for one in found))
+
+
+def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
+    """Three steps by its Trainer; the weights went the same way."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    data = datasets.Dataset.from_dict({"anchor": TEXTS * 2, "positive": TEXTS[::-1] * 2})
+    fused, stock, _ = three(dense_model(tmp_path / "model"))
+    before = {n: p.detach().clone() for n, p in stock.named_parameters()}
+    for model in (fused, stock):
+        arguments = S.SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, seed=1,
+            learning_rate=1e-2, optim="sgd", report_to=[], save_strategy="no", use_cpu=True,
+            disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        S.SentenceTransformerTrainer(
+            model=model, args=arguments, train_dataset=data,
+            loss=MultipleNegativesRankingLoss(model),
+        ).train()  # fmt: skip
+    after = dict(fused.named_parameters())
+    moved = 0.0
+    for name, wanted in stock.named_parameters():
+        step = (wanted - before[name]).abs().max()
+        assert (after[name] - wanted).abs().max() <= 1e-3 * step + 1e-6, name
+        moved = max(moved, step.item())
+    assert moved > 1e-3
+    fused.save_pretrained(str(tmp_path / "trained"))
+    loaded = S.SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), fused.encode(TEXTS), atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:
+    """By pack=False, or because the encoder has no packed form; the module in it stays stock's."""
+    model = dense_model(tmp_path)
+    fusedformer.fuse(model, pack=False)
+    parts = M.Transformer, M.Pooling, S.SentenceTransformer
+    assert (*map(type, (*model, model)),) == parts
+    decoder = three(dense_model(tmp_path / "gpt2", "gpt2"))
+    assert (*map(type, (*decoder.fused, decoder.fused)),) == parts
+    for one in decoder:
+        one.tokenizer.padding_side = "right"
+    assert decoder.fused.max_seq_length == MOST_TOKENS
+    assert_same("encode", *(m.encode(TEXTS) for m in decoder))
