@@ -32,12 +32,13 @@ from fusedformer.fusion._gated import LAYERS as GATED_LAYERS
 from fusedformer.fusion._packed_model import MODELS, PackedModel
 from fusedformer.fusion._post_norm import ENCODERS, PackedEncoder
 from fusedformer.fusion._post_norm import LAYERS as POST_NORM_LAYERS
-from fusedformer.fusion._rows import needs_batch
+from fusedformer.fusion._rows import has_quantized_products, needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
 
 _LAYERS = {**POST_NORM_LAYERS, **GATED_LAYERS}
 _PACKED = "packed: real tokens only"
+_CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
 _LATE_INTERACTION = {"ColBERT"}
@@ -170,7 +171,8 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
             return
         plan.give(path, module, combined(layer, cls), layer.FUSED)
         if layer.plain_parts(module) is None:
-            plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
+            changed = "products are quantized" if has_quantized_products(module) else _CHANGED
+            plan.leave(path, module, f"{changed}: its own forward runs")
     elif reads or not pack:
         if reads:
             plan.leave(path, module, reads)
