@@ -35,10 +35,11 @@ from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedModel
-from fusedformer.fusion._rows import needs_batch
+from fusedformer.fusion._rows import has_quantized_products, needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
 
+_CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
 _LATE_INTERACTION = {"ColBERT"}
@@ -194,7 +195,8 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
             return
         plan.give(path, module, layer, layer.fused_as())
         if not layer.is_plain(module):
-            plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
+            changed = "products are quantized" if has_quantized_products(module) else _CHANGED
+            plan.leave(path, module, f"{changed}: its own forward runs")
     elif reads or not pack:
         if reads and not _has_encoder(module):
             plan.leave(path, module, reads)

@@ -32,6 +32,11 @@ def is_sharded_at_most(module: nn.Module) -> bool:
     )
 
 
+def has_quantized_products(module: nn.Module) -> bool:
+    """Return whether linear layers in ``module`` were replaced by torch.ao's quantized ones."""
+    return any(type(m).__module__.startswith("torch.ao.nn.quantized.") for m in module.modules())
+
+
 def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
     """Say what below ``encoder`` may need the batch that it was given; empty if nothing does.
 
