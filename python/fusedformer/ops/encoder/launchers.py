@@ -37,7 +37,8 @@ def launchers() -> Launchers:
         bias_activation_forward,
     )
     from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
-    from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+    from fusedformer_kernels.rows.norm import norm_forward
+    from fusedformer_kernels.rows.norm_backward import norm_backward
 
     return Launchers(
         self_attention_forward,
