@@ -188,6 +188,28 @@ def elementwise_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
+@cached_config
+def column_tile(kernel: str, columns: int, programs: int, target: Target) -> PartsConfig:
+    """Tiles for programs that walk the rows of a block of columns and sum them up.
+
+    A thread has sixteen elements, of eight neighbouring columns where there are enough, and all
+    rows of a tile; ``programs`` is how many of them, two warps each, an SM holds.
+    """
+    block_n = min(max(next_power_of_2(columns), 16), 512)
+    block_m = max(1, min(1024 // block_n, 64))
+    warps = _warps(block_m * block_n, 16, target)
+    default = PartsConfig(warps, 3, block_m, block_n, 1, programs)
+    return tuned_config((kernel, block_n), target, default)
+
+
+def column_programs(
+    n_rows: int, column_blocks: int, config: PartsConfig, target: Target
+) -> int:
+    """How many persistent programs walk the rows of each block of columns."""
+    of_all = config.programs * target.multiprocessors
+    return max(1, min(ceil_div(n_rows, config.block_m), of_all // column_blocks))
+
+
 def row_programs(row_blocks: int, target: Target, programs: int = 2) -> int:
     """How many persistent programs walk ``row_blocks``, so many a multiprocessor.
 

@@ -156,6 +156,8 @@ def _rows() -> Iterator[Workload]:
             candidates = _row_tiles(n, rows)
             if name == "norm_backward":
                 candidates = _persistent_tiles(n // 4)
+            elif name == "activation_backward":
+                candidates = _column_tiles(n)
             # Elementwise tiles are 512 wide, and run over the width of a feed-forward block.
             width = 3072 if name.startswith("activation") else n
             sizes = {f"{2**25 // width}x{width}": (2**25 // width, width)}
@@ -178,6 +180,14 @@ def _persistent_tiles(block_n: int) -> tuple[Fields, ...]:
         for w, s, (p, r) in product((4, 8, 16), (2, 3, 4), ((1, 0), (2, 0), (3, 168)))
         if w * 256 >= block_n
     )  # fmt: skip
+
+
+def _column_tiles(block_n: int) -> tuple[Fields, ...]:
+    return tuple(
+        {"block_m": m, "num_warps": w, "num_stages": s, "programs": p}
+        for m, w, s, p in product((1, 2, 4), (1, 2, 4), (2, 3, 4), (4, 8, 12, 16))
+        if 8 <= m * block_n // (32 * w) <= 32 and 16 <= p * w <= 32
+    )
 
 
 def _made(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
