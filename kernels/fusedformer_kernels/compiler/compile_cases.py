@@ -34,7 +34,8 @@ from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embedding_forward
 from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
 from fusedformer_kernels.rows.gather import gather_rows
-from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.norm import norm_forward
+from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward

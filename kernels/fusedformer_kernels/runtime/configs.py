@@ -164,6 +164,52 @@ def long_rows(
     return LongRowConfig(threads // target.warp_size, stages, block_n, splits)
 
 
+@dataclass(frozen=True)
+class PartsConfig(TileConfig):
+    """Rows of ``parts`` tiles of BLOCK_M rows and BLOCK_N columns, for persistent programs.
+
+    Attributes:
+        programs: how many a multiprocessor is to hold at once.
+        max_registers: of a thread, so that they fit; 0 leaves it to the compiler.
+    """
+
+    parts: int = 1
+    programs: int = 2
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+        bound = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return super().options() | bound
+
+
+@cached_config
+def parts_tile(
+    kernel: str, columns: int, one_pass: int, heavy: bool, target: Target
+) -> PartsConfig:
+    """Whole rows of up to ``one_pass`` columns in a few tiles; else one chunk.
+
+    A row is three or four tiles: three are enough for 768 columns, of which one tile of 1,024 would
+    waste a quarter. A warp has 256 columns of a tile: eight a lane, which one instruction loads of
+    16 bits. Of such programs an SM holds two; of those with three tiles it holds three, if the
+    compiler lets go of registers that it does not need. ``heavy`` ones have three sums of columns,
+    and need them.
+    """
+    if columns > one_pass:
+        return PartsConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
+    block_n = max(next_power_of_2(columns) // 4, 16)
+    block_m = max(1, min(1024 // block_n, 64))
+    parts = ceil_div(columns, block_n)
+    warps = _warps(block_m * block_n, 8, target)
+    small = parts < 4 and not heavy and warps == 4 and target.backend == "cuda"
+    default = PartsConfig(
+        warps, 3, block_m, block_n, parts, 3 if small else max(1, 8 // warps), 168 if small else 0
+    )
+    if heavy:
+        return default
+    return tuned_config((kernel, next_power_of_2(columns)), target, default)
+
+
 @cached_config
 def elementwise_tile(
     kernel: str, columns: int, target: Target, per_thread: int = 16
@@ -175,9 +221,34 @@ def elementwise_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
-def row_programs(row_blocks: int, target: Target) -> int:
-    """How many persistent programs walk ``row_blocks``: it bounds the partial sums they leave."""
-    return max(1, min(row_blocks, 2 * target.multiprocessors))
+@cached_config
+def column_tile(kernel: str, columns: int, programs: int, target: Target) -> PartsConfig:
+    """Tiles for programs that walk the rows of a block of columns and sum them up.
+
+    A thread has sixteen elements, of eight neighbouring columns where there are enough, and all
+    rows of a tile; ``programs`` is how many of them, two warps each, an SM holds.
+    """
+    block_n = min(max(next_power_of_2(columns), 16), 512)
+    block_m = max(1, min(1024 // block_n, 64))
+    warps = _warps(block_m * block_n, 16, target)
+    default = PartsConfig(warps, 3, block_m, block_n, 1, programs)
+    return tuned_config((kernel, block_n), target, default)
+
+
+def column_programs(
+    n_rows: int, column_blocks: int, config: PartsConfig, target: Target
+) -> int:
+    """How many persistent programs walk the rows of each block of columns."""
+    of_all = config.programs * target.multiprocessors
+    return max(1, min(ceil_div(n_rows, config.block_m), of_all // column_blocks))
+
+
+def row_programs(row_blocks: int, target: Target, programs: int = 2) -> int:
+    """How many persistent programs walk ``row_blocks``, so many a multiprocessor.
+
+    It bounds the partial sums they leave.
+    """
+    return max(1, min(row_blocks, programs * target.multiprocessors))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

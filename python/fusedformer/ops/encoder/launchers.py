@@ -39,7 +39,8 @@ def launchers() -> Launchers:
         bias_activation_forward,
     )
     from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
-    from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+    from fusedformer_kernels.rows.norm import norm_forward
+    from fusedformer_kernels.rows.norm_backward import norm_backward
     from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 
     return Launchers(
