@@ -91,8 +91,8 @@ def place_of(s, sizes, sequence, head):
     """Find where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
     wide = head.to(tl.int64)
-    q_start = tl.zeros_like(batch)
-    k_start = tl.zeros_like(batch)
+    q_start = batch * 0
+    k_start = batch * 0
     stored_queries = tl.cast(sizes.queries, tl.int32)
     stored_keys = tl.cast(keys_of(sizes), tl.int32)
     index = batch
@@ -101,11 +101,11 @@ def place_of(s, sizes, sequence, head):
         k_start = tl.load(s.starts_k + sequence).to(tl.int64)
         stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
         stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
-        index = tl.zeros_like(batch)
+        index = batch * 0
     n_keys = stored_keys
     if s.key_lengths is not None:
         n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
-    offset = tl.zeros_like(stored_keys)
+    offset = stored_keys * 0
     if s.align_end is not None:
         offset = n_keys - stored_queries
     # Stand-ins for what is absent: never read.
@@ -251,7 +251,7 @@ def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
     Those before ``full`` are seen whole by all of the rows.
     """
-    first = tl.zeros_like(place.n_keys)
+    first = place.n_keys * 0
     full = place.n_keys
     last = place.n_keys
     if s.right is not None:

@@ -3,6 +3,7 @@
 
 #include "halves.h"
 #include "lanes.h"
+#include "parser.h"
 
 namespace emulator {
 
@@ -353,7 +354,7 @@ void decode_compare(Decoder &d) {
   if (!d.instruction.run) d.unknown("comparison ." + name);
   d.expect_arguments(3, 3);
   const bool pairs = type == Type::f16x2 || type == Type::bf16x2;
-  if (pairs) d.pair_of_results(0, Width::predicate);
+  if (pairs) d.pair_of_results(0, Width::predicate, Width::predicate);
   else d.result(0, Width::predicate);
   d.source(1, width_of(type));
   d.source(2, width_of(type));
@@ -367,11 +368,27 @@ void decode_permute(Decoder &d) {
   d.instruction.run = permute_bytes;
 }
 
+// A generic address is one of the host; one of a parameter counts from where they are kept.
+void to_generic(Warp &warp, const Instruction &i) {
+  const uint64_t *a = warp.row<uint64_t>(i.operand[1]), *begin = warp.row<uint64_t>(i.operand[2]);
+  each_lane(warp, warp.row<uint64_t>(i.operand[0]), [&](int l) { return a[l] + begin[l]; });
+}
+
+void decode_address(Decoder &d) {
+  if (!d.take("param") || d.type() != Type::u64) d.unknown("form of cvta");
+  d.expect_arguments(2, 2);
+  d.result(0, Width::bits64);
+  d.source(1, Width::bits64);
+  d.constant_source(d.parser().kernel().memory);
+  d.instruction.run = to_generic;
+}
+
 }  // namespace
 
 bool decode_bits(Decoder &d) {
   const std::string &base = d.base();
   if (base == "mov") decode_move(d);
+  else if (base == "cvta") decode_address(d);
   else if (base == "and") decode_logic<And>(d);
   else if (base == "or") decode_logic<Or>(d);
   else if (base == "xor") decode_logic<Xor>(d);

@@ -26,7 +26,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
 _REPLAY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 _TOO_LONG = re.compile(r"more than \d+ warp instructions")
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w(\d+)(?:[^,)\[]*\[(\d+)\])?")
 # Kernels that read what nobody wrote on purpose, and drop it: the memory is NaN, so that it would
 # show in results if they did not.
 _DROPS_UNWRITTEN = {
@@ -129,7 +129,7 @@ class Launches:
     def _load(self, function: int, ptx: bytes, name: bytes) -> int:
         head = ptx[ptx.index(b".entry") :].decode()
         head = head[: head.index("{")]
-        sizes = [int(bits) // 8 for _, _, bits in _PARAMETER.findall(head)]
+        sizes = [int(bits) // 8 * int(count or 1) for bits, count in _PARAMETER.findall(head)]
         self.kernels[function] = Kernel(name.decode(), sizes)
         error = self.emulator.load(function, ptx, name)
         return self._fail(f"{name.decode()}: {error}") if error else 0
