@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
 from tests.ops.judge import DTYPES, grad
-from torch import Tensor
 
 from fusedformer import backend, functional, reference
+from fusedformer.parity.cases import stock_disentangled
 from fusedformer.reference.disentangled import distance_bucket
 from fusedformer.testing import assert_function_parity
 
 HEADS, SPAN = 2, 8
-
-
-def gathered(
-    query: Tensor, key: Tensor, value: Tensor, position_key: Any = None, position_query: Any = None,
-    max_distance: int | None = None, key_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Compute it as transformers does, by gathers from products, in the dtype of the query."""
-    tables = [table for table in (position_key, position_query) if table is not None]
-    scale = 1.0 / math.sqrt(query.shape[-1] * (1 + len(tables)))
-    rows, columns = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
-    bucket = distance_bucket(rows[:, None] - columns, tables[0].shape[1] // 2, max_distance)
-    bucket = bucket.expand(*query.shape[:3], -1)
-    scores = query @ key.transpose(2, 3) * scale
-    if position_key is not None:
-        scores = scores + (query @ position_key.transpose(1, 2)).gather(3, bucket) * scale
-    if position_query is not None:
-        turned = (key @ position_query.transpose(1, 2)).gather(3, bucket.transpose(2, 3))
-        scores = scores + turned.transpose(2, 3) * scale
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1) @ value
 
 
 def inputs_of(
@@ -55,7 +33,7 @@ def inputs_of(
 def check(inputs: dict[str, Any], dtype: torch.dtype, **settings: Any) -> None:
     assert_function_parity(
         lambda **tensors: functional.disentangled_attention(**tensors, **settings),
-        lambda **tensors: gathered(**tensors, **settings),
+        lambda **tensors: stock_disentangled(**tensors, **settings),
         lambda **tensors: reference.disentangled_attention(**tensors, **settings),
         inputs,
         dtype=dtype,

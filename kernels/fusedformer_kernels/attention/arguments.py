@@ -196,6 +196,7 @@ def attention_arguments(
         causal=terms.right is not None,
         equal=constants["BLOCK_D"] == constants["BLOCK_DV"],
         masked=mask is not None,
+        gathers=positions is not None,
     )
     return AttentionArguments(
         scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],

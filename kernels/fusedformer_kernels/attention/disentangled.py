@@ -198,7 +198,7 @@ def disentangled_backward(
     if statistics.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
         unplanned()
         return *first, *(None if x is None else x.zero_() for x in found)
-    config = configs.attention_mask_gradient_config(
+    config = configs.attention_bucket_gradient_config(
         arguments.kind, configs.target_of(query.device)
     )
     tensors = (query, key, value, grad, statistics, delta, Given(), firsts)
@@ -210,10 +210,10 @@ def disentangled_backward(
         work, blocks = blocks_of(arguments, terms, rows.shape[2], config.block_m, of_keys=of_keys)
         launch(
             _attention_bucket_gradients,
-            (blocks * rows.shape[1], configs.ceil_div(sums.shape[3], config.block_m)), config,
+            (blocks * rows.shape[1], configs.ceil_div(sums.shape[3], config.block_n)), config,
             *tensors, sums, work, arguments.scores, *arguments.sizes, *layouts,
             sums.stride(0) if sums.shape[0] > 1 else 0, sums.stride(1), query.shape[2],
             statistics[0].numel(),
-            BLOCK=config.block_m, BLOCK_B=config.block_m, OF_KEYS=of_keys, **arguments.constants,
+            BLOCK=config.block_m, BLOCK_B=config.block_n, OF_KEYS=of_keys, **arguments.constants,
         )
     return *first, *found

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from fusedformer_kernels.attention.backward import attention_backward
+from fusedformer_kernels.attention.disentangled import disentangled_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.merge import merge_states, merge_states_backward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.rows import contrastive
 from fusedformer_kernels.rows.activation import (
@@ -41,7 +42,9 @@ from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
-CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
+CORE_FLOAT32 = {
+    "softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64", "disentangled d=64",
+}
 CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
@@ -52,6 +55,7 @@ CORE = CORE_FLOAT32 | {
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token",
+    "disentangled d=64 packed", "disentangled d=64 key mask, dropout",
 }  # fmt: skip
 
 
@@ -224,6 +228,28 @@ def _attention(
     output, _, statistics = attention_forward(q, k, v, given)
     needs = [True, True, True, *learned, given.sinks is not None]
     attention_backward(output, None, q, k, v, output, statistics, given, needs)
+
+
+def _disentangled(
+    head_dim: int, dtype: torch.dtype, *, packed: bool = False, one_term: bool = False,
+    dropout: bool = False,
+) -> None:
+    """Call both with 512 buckets, as DeBERTa v3 has; padded with a mask of keys."""
+    heads, batch, length = 12, 4, 512
+    leading, tokens = (1, batch * length) if packed else (batch, length)
+    qkv = _empty(leading, tokens, 3, heads, head_dim, dtype=dtype)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    starts = _empty(batch + 1, dtype=torch.int32) if packed else None
+    given = AttentionTerms(
+        key_mask=None if packed else _empty(batch, length, dtype=torch.bool), starts_q=starts,
+        starts_k=starts, p=0.1, seed=_seed() if dropout else None, scale=0.125,
+        max_queries=length, max_keys=length,
+    )
+    products = _empty(heads, leading, tokens, 512, dtype=dtype).transpose(0, 1)
+    buckets, firsts = (_empty(n, dtype=torch.int32) for n in (1025, 513))
+    positions = PositionTerms(buckets, products, None if one_term else products)
+    output, _, statistics = attention_forward(q, k, v, given, False, positions)
+    disentangled_backward(output, q, k, v, output, statistics, given, positions, firsts)
 
 
 def _places(mask: torch.Tensor, tail: bool) -> None:
@@ -402,6 +428,16 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
+    for dim in (64, 128):
+        call = partial(_disentangled, dim, HALF, packed=True)
+        add(f"disentangled d={dim} packed", HALF, call, matrix=True)
+    call = partial(_disentangled, 64, HALF, dropout=True)
+    add("disentangled d=64 key mask, dropout", HALF, call, matrix=True)
+    call = partial(_disentangled, 64, torch.float16, packed=True, one_term=True)
+    add("disentangled d=64 one term", torch.float16, call, matrix=True)
+    add("disentangled d=64", full, lambda: _disentangled(64, full, packed=True))
+    call = partial(_disentangled, 64, full)
+    add("disentangled d=64 tf32", full, call, tf32=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
         add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))

@@ -319,6 +319,7 @@ class AttentionKind:
     causal: bool = False
     equal: bool = True  # the padded head dims of key and value
     masked: bool = False  # by a mask of pairs, boolean or additive
+    gathers: bool = False  # position terms by bucket: more registers still
 
     @property
     def size(self) -> int:
@@ -374,6 +375,18 @@ _HOPPER_BACKWARD = {
     ),
     ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
 }
+# Disentangled attention: forward, and both backward kernels. Tiles of sm_100 spill less.
+_GATHERING = {
+    ("half", 64): (AttentionConfig(4, 3, 64, 64), AttentionConfig(4, 3, 32, 64)),
+    ("half", 128): (AttentionConfig(8, 2, 64, 64, True), AttentionConfig(8, 2, 32, 64, True)),
+    ("half", 256): (AttentionConfig(8, 2, 64, 32, True), AttentionConfig(8, 2, 16, 64, True, True)),
+    ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(8, 1, 32, 64, True)),
+    ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 16, 64, True, True)),
+    ("tf32", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
 
 
 # So few queries over many keys leave most of a GPU idle unless the keys are split among programs.
@@ -393,7 +406,7 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
-    if not kind.equal:  # see attention_backward_config
+    if not kind.equal or kind.gathers:  # see attention_backward_config
         return default
     return tuned_config(("attention_forward", *kind.words), target, default)
 
@@ -403,6 +416,8 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
         if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)
         return AttentionConfig(4, 1, 128 if kind.size == 64 else 64, 64)
+    if kind.gathers:
+        return _GATHERING[kind.operands, kind.size][0]
     if target.arch == 90 or kind.operands != "half":
         return _HOPPER_FORWARD[kind.operands, kind.size][kind.heavy]
     roomy = target.shared_memory > 160 * 1024
@@ -418,7 +433,7 @@ def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionC
     # Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
     # configs that were right there. With a mask of pairs ptxas waits after each product of tiles
     # that are fine without.
-    if not kind.equal or kind.masked:
+    if not kind.equal or kind.masked or kind.gathers:
         return default
     return tuned_config(("attention_backward", *kind.words), target, default)
 
@@ -427,6 +442,8 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
     if target.backend == "hip":
         small = kind.size > 64 or kind.operands != "half"
         return AttentionConfig(4, 1, 32 if small else 64, 32 if small else 64)
+    if kind.gathers and (target.arch != 100 or kind.operands != "half"):
+        return _GATHERING[kind.operands, kind.size][1]
     if target.arch == 90 or kind.operands != "half":
         config = _HOPPER_BACKWARD[kind.operands, kind.size][kind.heavy]
         if kind.causal and kind.operands == "half" and kind.size == 128:
@@ -444,3 +461,12 @@ def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> Atten
     config = _attention_backward_default(kind, target)
     side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
     return AttentionConfig(config.num_warps, 1, side, side)
+
+
+def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Square tiles of scores; block_n buckets of each row or column."""
+    if kind.operands != "half":
+        return AttentionConfig(8, 1, 16, 32)
+    if target.backend == "hip" or kind.size == 256:
+        return AttentionConfig(4, 1, 32, 32)
+    return AttentionConfig(8, 1, 64, 64)

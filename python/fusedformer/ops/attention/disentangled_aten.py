@@ -243,7 +243,7 @@ def _add_gradients(dy: Tensor, own: Inputs, into: Inputs, part: _Part, settings:
 
 @_backward.register_fake
 def _(grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return tuple(nothing(grad) if x is None else x.new_empty(x.shape) for x in given[:INPUTS])
+    return tuple(nothing(grad) if x is None else torch.empty_like(x) for x in given[:INPUTS])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
