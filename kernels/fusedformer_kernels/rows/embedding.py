@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.norm import affine
+from fusedformer_kernels.rows.norm import affine, load_affine
 from fusedformer_kernels.rows.norm_backward import load_weights, sum_gradient
 from fusedformer_kernels.rows.reduction import (
     add_to_sums,
@@ -112,23 +112,25 @@ def _embedding_forward(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_valid = rows < n_rows
     ids, wrong = _load_ids(tables, n_tokens, n_positions, n_types, rows, row_valid)
-    parts = no_tiles()
+    parts, parameters = no_tiles(), no_tiles()
     for part in tl.static_range(PARTS):
         columns = part * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        parameters += (
+            load_affine(weight_ptr, bias_ptr, part * BLOCK_N, n_columns, BLOCK_M, BLOCK_N),
+        )
         valid = (row_valid & ~wrong)[:, None] & (columns < n_columns)[None, :]
         parts += (_load_embedded(tables, ids, strides, columns, valid),)
     mean = tl.where(wrong, float("nan"), mean_of_parts(parts, n_columns))
     rstd = 1.0 / tl.sqrt(variance_of_parts(parts, mean, n_columns) + eps)
     for part in tl.static_range(PARTS):
         columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_row = columns < n_columns
         normed = (parts[part] - mean[:, None]) * rstd[:, None]
-        y = affine(normed, weight_ptr, bias_ptr, columns, in_row)
+        y = affine(normed, parameters[part])
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows, part * BLOCK_N, p, BLOCK_N)
             y = tl.where(keep, y * dropout_scale(p), 0.0)
         offsets = (rows * n_columns)[:, None] + columns[None, :]
-        store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
+        store(y_ptr + offsets, y, row_valid[:, None] & (columns < n_columns)[None, :])
     tl.store(mean_ptr + rows, mean, mask=row_valid)
     tl.store(rstd_ptr + rows, rstd, mask=row_valid)
 
@@ -205,7 +207,9 @@ def embedding_forward(
     mean = torch.empty(n_rows, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty_like(mean)
     if y.numel():
-        config = _config("embedding_forward", n_columns, tokens.device)
+        config = configs.parts_tile(
+            "embedding_forward", n_columns, LONGEST, configs.target_of(tokens.device)
+        )
         launch(
             _embedding_forward, (configs.ceil_div(n_rows, config.block_m),), config,
             *_arguments(tables), weight, bias, seed, y, mean, rstd, p, eps, n_rows, n_columns,
@@ -237,9 +241,10 @@ def embedding_backward(
     if not n_rows * n_columns:
         sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
     else:
-        config = _config("embedding_backward", n_columns, device)
+        target = configs.target_of(device)
+        config = configs.persistent_tile("embedding_backward", n_columns, LONGEST, False, target)
         blocks = configs.ceil_div(n_rows, config.block_m)
-        programs = configs.row_programs(blocks, configs.target_of(device), config.programs)
+        programs = configs.row_programs(blocks, target, config.programs)
         shape = programs, sum(wanted) * n_columns
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         dy_rows = rows_of(dy, n_columns)
@@ -254,10 +259,6 @@ def embedding_backward(
     rows = iter(sums)
     dweight, dbias = (next(rows) if want else None for want in wanted)
     return dz, dweight, dbias
-
-
-def _config(kernel: str, n_columns: int, device: torch.device) -> configs.PartsConfig:
-    return configs.parts_tile(kernel, n_columns, LONGEST, False, configs.target_of(device))
 
 
 def _arguments(tables: Tables) -> tuple[Tables | TableStrides | int, ...]:

@@ -19,7 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.reduction import row_mean
+from fusedformer_kernels.rows.reduction import (
+    mean_of_parts,
+    no_tiles,
+    row_mean,
+    variance_of_parts,
+)
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
@@ -75,61 +80,88 @@ def _load_sum(inputs, rows, first_column, n_columns, row_valid, BLOCK_N: tl.cons
 
 @triton.jit
 def _store_sum(z_ptr, z, rows, columns, n_columns, row_valid):
-    """Write the tile ``z`` [BLOCK_M, BLOCK_N]; return the mean [BLOCK_M] of its rounding."""
+    """Write the tile ``z`` [BLOCK_M, BLOCK_N]; return how much its rounding adds to it."""
     in_row = (columns < n_columns)[None, :]
     offsets = (rows * n_columns)[:, None] + columns[None, :]
     stored = cast(z, z_ptr.dtype.element_ty)
     tl.store(z_ptr + offsets, stored, mask=row_valid[:, None] & in_row)
-    return tl.sum(tl.where(in_row, stored.to(tl.float32) - z, 0.0), 1) / n_columns
+    return tl.where(in_row, stored.to(tl.float32) - z, 0.0)
 
 
 @triton.jit
-def affine(normed, weight_ptr, bias_ptr, columns, in_row):
-    """Compute ``normed * weight + bias`` of a tile [BLOCK_M, BLOCK_N]; either may be None."""
-    y = normed
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
+def load_affine(weight_ptr, bias_ptr, first_column, n_columns, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr):
+    """Load (weight, bias) of columns as tiles [BLOCK_M, BLOCK_N]; None where there is none.
+
+    All rows are equal, but so each thread loads what it needs, and none waits for another.
+    """
+    columns = (tl.zeros([BLOCK_M, 1], tl.int32) + first_column) + tl.arange(0, BLOCK_N)[None, :]
+    weight = None
+    bias = None
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        if bias_ptr is not None:
-            y = fma(y, weight, bias)
+        weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0)
+    return weight, bias
+
+
+@triton.jit
+def affine(normed, parameters):
+    """Compute ``normed * weight + bias`` of tiles [BLOCK_M, BLOCK_N]; either may be None."""
+    weight, bias = parameters
+    y = normed
+    if weight is not None:
+        if bias is not None:
+            y = fma(y, weight.to(tl.float32), bias.to(tl.float32))
         else:
-            y *= weight
-    elif bias_ptr is not None:
-        y += bias
+            y *= weight.to(tl.float32)
+    elif bias is not None:
+        y += bias.to(tl.float32)
     return y
 
 
 @triton.jit
-def _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid):
+def _store_normed(y_ptr, z, mean, rstd, parameters, rows, columns, n_columns, row_valid):
     """Write the norm of the tile ``z`` [BLOCK_M, BLOCK_N] from statistics [BLOCK_M]."""
-    in_row = columns < n_columns
-    y = affine((z - mean[:, None]) * rstd[:, None], inputs.weight, inputs.bias, columns, in_row)
+    y = affine((z - mean[:, None]) * rstd[:, None], parameters)
     offsets = (rows * n_columns)[:, None] + columns[None, :]
-    store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
+    store(y_ptr + offsets, y, row_valid[:, None] & (columns < n_columns)[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _norm_forward(
     inputs, y_ptr, z_ptr, mean_ptr, rstd_ptr, n_rows, n_columns, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, ONE_PASS: tl.constexpr, KIND: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_valid = rows < n_rows
     mean = tl.zeros([BLOCK_M], tl.float32)
-    rounding = tl.zeros([BLOCK_M], tl.float32)
+    roundings = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if ONE_PASS:
-        z = _load_sum(inputs, rows, 0, n_columns, row_valid, BLOCK_N)  # [BLOCK_M, BLOCK_N]
-        columns = tl.arange(0, BLOCK_N)
-        in_row = (columns < n_columns)[None, :]
-        if z_ptr is not None:
-            rounding = _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
+        parts, parameters = no_tiles(), no_tiles()
+        for part in tl.static_range(PARTS):
+            z = _load_sum(
+                inputs, rows, part * BLOCK_N, n_columns, row_valid, BLOCK_N
+            )  # [BLOCK_M, BLOCK_N]
+            if z_ptr is not None:
+                columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
+                roundings += _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
+            parts += (z,)
+            parameters += (
+                load_affine(
+                    inputs.weight, inputs.bias, part * BLOCK_N, n_columns, BLOCK_M, BLOCK_N
+                ),
+            )
         if KIND != _NONE:
             if KIND == _LAYER:
-                mean = row_mean(z, in_row, n_columns)
-            centered = tl.where(in_row, z - mean[:, None], 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + inputs.eps)
-            _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid)
+                mean = mean_of_parts(parts, n_columns)
+            rstd = 1.0 / tl.sqrt(variance_of_parts(parts, mean, n_columns) + inputs.eps)
+            for part in tl.static_range(PARTS):
+                columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
+                _store_normed(
+                    y_ptr, parts[part], mean, rstd, parameters[part], rows, columns, n_columns,
+                    row_valid,
+                )
     else:
         squares = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, n_columns, BLOCK_N):
@@ -137,7 +169,7 @@ def _norm_forward(
             columns = start + tl.arange(0, BLOCK_N)
             in_row = (columns < n_columns)[None, :]
             if z_ptr is not None:
-                rounding += _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
+                roundings += _store_sum(z_ptr, z, rows, columns, n_columns, row_valid)
             if KIND == _LAYER:
                 # Chan, Golub and LeVeque's update: means and squared deviations of two parts.
                 count = tl.minimum(n_columns - start, BLOCK_N).to(tl.float32)
@@ -154,11 +186,16 @@ def _norm_forward(
             for start in range(0, n_columns, BLOCK_N):
                 z = _load_sum(inputs, rows, start, n_columns, row_valid, BLOCK_N)
                 columns = start + tl.arange(0, BLOCK_N)
-                _store_normed(y_ptr, z, mean, rstd, inputs, rows, columns, n_columns, row_valid)
+                parameters = load_affine(
+                    inputs.weight, inputs.bias, start, n_columns, BLOCK_M, BLOCK_N
+                )
+                _store_normed(y_ptr, z, mean, rstd, parameters, rows, columns, n_columns, row_valid)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
         if KIND == _LAYER:  # the mean of z as the backward will read it
-            tl.store(mean_ptr + rows, mean + rounding, mask=row_valid)
+            if z_ptr is not None:
+                mean += tl.sum(roundings, 1) / n_columns
+            tl.store(mean_ptr + rows, mean, mask=row_valid)
 
 
 @planned
@@ -195,9 +232,8 @@ def norm_forward(
         rstd = x.new_empty(n_rows, dtype=torch.float32)
         mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel() > 0:
-        config = configs.row_tile(
-            "norm_forward", n_columns, configs.NORM_ONE_PASS, 2048, 16, configs.target_of(x.device)
-        )
+        target = configs.target_of(x.device)
+        config = configs.parts_tile("norm_forward", n_columns, configs.NORM_ONE_PASS, target)
         x, x_stride = rows_and_stride(x, n_columns)
         residual, residual_stride = rows_and_stride(residual, n_columns)
         inputs = Inputs(
@@ -207,8 +243,8 @@ def norm_forward(
         launch(
             _norm_forward, (configs.ceil_div(n_rows, config.block_m),), config, inputs, y, z, mean,
             rstd, n_rows, n_columns,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, ONE_PASS=n_columns <= config.block_n,
-            KIND=KINDS[kind],
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
+            ONE_PASS=n_columns <= configs.NORM_ONE_PASS, KIND=KINDS[kind],
         )
     return y, z, mean, rstd
 

@@ -298,7 +298,7 @@ def norm_backward(
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
-    config = configs.parts_tile("norm_backward", n_columns, longest, needs_input_bias, target)
+    config = configs.persistent_tile("norm_backward", n_columns, longest, needs_input_bias, target)
     one_pass = n_columns <= longest
     block_m = config.block_m if one_pass else 8
     programs = configs.row_programs(

@@ -184,26 +184,42 @@ class PartsConfig(TileConfig):
 
 
 @cached_config
-def parts_tile(
-    kernel: str, columns: int, one_pass: int, heavy: bool, target: Target
-) -> PartsConfig:
+def parts_tile(kernel: str, columns: int, one_pass: int, target: Target) -> PartsConfig:
     """Whole rows of up to ``one_pass`` columns in a few tiles; else one chunk.
 
     A row is three or four tiles: three are enough for 768 columns, of which one tile of 1,024 would
     waste a quarter. A warp has 256 columns of a tile: eight a lane, which one instruction loads of
-    16 bits. Of such programs an SM holds two; of those with three tiles it holds three, if the
-    compiler lets go of registers that it does not need. ``heavy`` ones have three sums of columns,
-    and need them.
+    16 bits.
     """
+    default = _parts_default(columns, one_pass, target)
+    return tuned_config((kernel, next_power_of_2(columns)), target, default)
+
+
+def _parts_default(columns: int, one_pass: int, target: Target) -> PartsConfig:
     if columns > one_pass:
         return PartsConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
     block_n = max(next_power_of_2(columns) // 4, 16)
     block_m = max(1, min(1024 // block_n, 64))
-    parts = ceil_div(columns, block_n)
     warps = _warps(block_m * block_n, 8, target)
-    small = parts < 4 and not heavy and warps == 4 and target.backend == "cuda"
-    default = PartsConfig(
-        warps, 3, block_m, block_n, parts, 3 if small else max(1, 8 // warps), 168 if small else 0
+    return PartsConfig(warps, 2, block_m, block_n, ceil_div(columns, block_n))
+
+
+@cached_config
+def persistent_tile(
+    kernel: str, columns: int, one_pass: int, heavy: bool, target: Target
+) -> PartsConfig:
+    """The same for programs that walk the rows, load ahead and keep sums of columns.
+
+    An SM holds eight warps of them; with three tiles it holds twelve, if the compiler lets go of
+    registers that it does not need. ``heavy`` ones have three sums, and need them.
+    """
+    tile = _parts_default(columns, one_pass, target)
+    if columns > one_pass:
+        return tile
+    small = tile.parts < 4 and not heavy and tile.num_warps == 4 and target.backend == "cuda"
+    default = replace(
+        tile, num_stages=3, programs=3 if small else max(1, 8 // tile.num_warps),
+        max_registers=168 if small else 0,
     )
     if heavy:
         return default
