@@ -124,11 +124,13 @@ class PackedModel:
             asked = "input_ids", "attention_mask", "position_ids"
             embedded = self.embeddings(**{name: given.get(name) for name in asked})
         if embedded is None:
-            rows = {"input_ids": given["input_ids"].flatten()[places][None]}
+            rows: dict[str, Any] = {"input_ids": given["input_ids"].flatten()[places][None]}
         else:
             rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
         for name, one in _others(given).items():
             rows[name] = one.flatten(0, 1)[places][None]
+        if self._model.is_causal is not None:
+            rows["is_causal"] = self._model.is_causal
         masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
         return {
             **rows, "attention_mask": masks,
