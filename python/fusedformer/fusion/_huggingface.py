@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._classes import named as name_of
@@ -33,7 +33,7 @@ from fusedformer.fusion._configs import (
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
-from fusedformer.fusion._packed_model import PackedModel
+from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
@@ -62,9 +62,10 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     places = list(_places(model))
     by_ours = _plan_attention(plan, model, places)
     reads = _reads_padding(model) if pack is None else ""
+    generates = any(isinstance(module, GenerationMixin) for module in model.modules())
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
-            _plan_stack(plan, place, by_ours, reads, pack is not False)
+            _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
@@ -173,12 +174,15 @@ def _reads_padding(model: nn.Module) -> str:
     return ""
 
 
-def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool) -> None:
+def _plan_stack(
+    plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool, generates: bool
+) -> None:
     known, path, module = name_of(place.cls), place.path, place.module
     form, model = LAYERS.get(known), MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else None
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
+        packs = PackedDecoder if model.caches and generates else packs
     needs_ours = not (form and form.attends_itself) and packs is not ComposedModel
     if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):
         return
@@ -199,7 +203,7 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
     else:
         plan.give(path, module, combined(packs, place.cls), packs.FUSED)
         reason = needs_batch(module, by_ours=False)
-        if model is not None and model.caches and getattr(module.config, "use_cache", False):
+        if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
