@@ -196,7 +196,10 @@ def _plan_stack(
             return
         plan.give(path, module, layer, layer.fused_as())
         if not layer.is_plain(module):
-            plan.leave(path, module, "something in it was replaced or hooked: its own forward runs")
+            instead = (
+                "its children are called" if layer.calls_children() else "its own forward runs"
+            )
+            plan.leave(path, module, f"something in it was replaced or hooked: {instead}")
     elif reads or not pack:
         if reads and not _has_encoder(module):
             plan.leave(path, module, reads)
