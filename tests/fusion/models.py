@@ -29,9 +29,9 @@ ESM: dict[str, Any] = dict(
     emb_layer_norm_before=True,
 )  # fmt: skip
 EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
-QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, use_cache=False, **TOKENS)
+QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, **TOKENS)
 GEMMA3: dict[str, Any] = dict(
-    num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, use_cache=False, sliding_window=4,
+    num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
     use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
 )  # fmt: skip
 T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)

@@ -20,6 +20,8 @@ from fusedformer.fusion._rows import is_untouched
 
 _MORE = "past_key_values", "encoder_hidden_states", "use_cache"
 
+_BUCKETS = 32  # of MPNet, whatever its configuration says
+
 
 class ComposedModel(PackedModel):
     """A base of models that are computed by their parts, packed or padded."""
@@ -78,7 +80,7 @@ class ComposedModel(PackedModel):
         mask = rows["attention_mask"]
         others = {n: one for n, one in rows.items() if n.startswith(("cu_seq", "max_length"))}
         if made.buckets is not None:
-            weight = self.get_submodule(made.buckets).weight
+            weight = self.get_submodule(made.buckets).weight[:_BUCKETS]
             others["position_bias"] = functional.relative_position_bias(weight)
         if made.angles is not None:
             positions = rows.get("position_ids")

@@ -182,8 +182,6 @@ MPNET = dataclasses.replace(
     attention_dropout="attention.attn.dropout",
     dropout1="attention.dropout",
 )
-# Attention says nothing of causality.
-LAYOUTLM = dataclasses.replace(BERT, is_causal=False)
 
 
 _LAYER = "encoder.layer"
@@ -201,7 +199,7 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("electra", "Electra", BY_COLUMN, BERT),
     ("ernie", "Ernie", BY_COLUMN, BERT),
     ("roc_bert", "RoCBert", BY_COLUMN, BERT),
-    ("layoutlm", "LayoutLM", BY_COLUMN, LAYOUTLM),
+    ("layoutlm", "LayoutLM", Model(is_causal=False), BERT),
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
 )

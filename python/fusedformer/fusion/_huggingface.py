@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._classes import named as name_of
@@ -34,7 +34,7 @@ from fusedformer.fusion._deberta import plan_deberta
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
-from fusedformer.fusion._packed_model import PackedModel
+from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
@@ -65,9 +65,10 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     planned = plan_deberta(plan, model, reads, pack is not False)
     places = [place for place in _places(model) if id(place.module) not in planned]
     by_ours = _plan_attention(plan, model, places)
+    generates = any(isinstance(module, GenerationMixin) for module in model.modules())
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
-            _plan_stack(plan, place, by_ours, reads, pack is not False)
+            _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
@@ -176,12 +177,15 @@ def _reads_padding(model: nn.Module) -> str:
     return ""
 
 
-def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool) -> None:
+def _plan_stack(
+    plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool, generates: bool
+) -> None:
     known, path, module = name_of(place.cls), place.path, place.module
     form, model = LAYERS.get(known), MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else None
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
+        packs = PackedDecoder if model.caches and generates else packs
     needs_ours = not (form and form.attends_itself) and packs is not ComposedModel
     if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):
         return
@@ -196,14 +200,17 @@ def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: b
         plan.give(path, module, layer, layer.fused_as())
         if not layer.is_plain(module):
             changed = "products are quantized" if has_quantized_products(module) else _CHANGED
-            plan.leave(path, module, f"{changed}: its own forward runs")
+            instead = (
+                "its children are called" if layer.calls_children() else "its own forward runs"
+            )
+            plan.leave(path, module, f"{changed}: {instead}")
     elif reads or not pack:
         if reads and not _has_encoder(module):
             plan.leave(path, module, reads)
     else:
         plan.give(path, module, combined(packs, place.cls), packs.FUSED)
         reason = needs_batch(module, by_ours=False)
-        if model is not None and model.caches and getattr(module.config, "use_cache", False):
+        if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")

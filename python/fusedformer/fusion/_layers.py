@@ -87,7 +87,7 @@ class FusedLayer:
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
         is_plain = parts.are_plain()
-        if not is_plain and not self._calls_children():
+        if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
         found = self._one_node(parts, call) if is_plain else self._called(parts, call)
@@ -104,9 +104,10 @@ class FusedLayer:
             given = {**given, "position_bias": _dense(bias, given["hidden_states"].shape[1])}
         return super().forward(**given)  # type: ignore[misc]
 
-    def _calls_children(self) -> bool:
+    @classmethod
+    def calls_children(cls) -> bool:
         """Return whether children that do more are called here, not by the layer's own forward."""
-        return self._form.attends_itself or self._form.buckets is not None
+        return cls._form.attends_itself or cls._form.buckets is not None
 
     def _fits(self, parts: Parts, x: Tensor) -> bool:
         """Return whether attention is still this library's, and no cast stands between steps."""

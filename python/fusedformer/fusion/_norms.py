@@ -10,9 +10,11 @@ import importlib
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusedformer import functional
+from fusedformer._internal.backend import chosen_backend
 from fusedformer.nn import LayerNorm
 from fusedformer.nn.children import Pending, is_plain
 from fusedformer.nn.tracers import introduce
@@ -23,11 +25,11 @@ class RMSNorm:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Compute what the class behind this one computes."""
-        weight, eps = gain(self), epsilon(self)
-        if hidden_states.dtype != weight.dtype:  # casts tell on which dtype results are
+        if hidden_states.dtype != self.weight.dtype or not _takes_gain(self, hidden_states):
             own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return own
-        found = functional.rms_norm(hidden_states, weight.shape, weight, eps)
+        weight = gain(self)
+        found = functional.rms_norm(hidden_states, weight.shape, weight, epsilon(self))
         return found.to(hidden_states.dtype)  # autocast may have widened it
 
 
@@ -100,9 +102,11 @@ def is_rms(norm: Any) -> bool:
 
 
 def gain(norm: Any) -> Tensor:
-    """Return what an RMS norm multiplies with."""
+    """Return what an RMS norm multiplies with; in float32 at least, where that is a sum."""
     weight: Tensor = norm.weight
-    return weight + 1 if rms_norm_of(type(norm)) is CenteredRMSNorm else weight
+    if rms_norm_of(type(norm)) is not CenteredRMSNorm:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
 
 
 def epsilon(norm: Any) -> float:
@@ -128,7 +132,16 @@ def normed_and_sum(pending: Pending, norm: Any) -> tuple[Tensor, Tensor]:
     return both
 
 
+def _takes_gain(norm: Any, x: Tensor) -> bool:
+    """Return whether the backend norms ``x`` with the gain; ATen's warns of one that is wider."""
+    is_wider = rms_norm_of(type(norm)) is CenteredRMSNorm and x.dtype.itemsize < 4
+    return not is_wider or chosen_backend(x) != "torch"
+
+
 def _call(pending: Pending, norm: Any, *, return_sum: bool) -> Any:
+    if not _takes_gain(norm, pending.x):
+        total = pending.added()
+        return (norm(total), total) if return_sum else norm(total)
     weight = gain(norm)
     call: Any = functional.dropout_add_rms_norm  # its overloads take no variable return_sum
     return call(

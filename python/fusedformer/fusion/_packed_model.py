@@ -36,6 +36,7 @@ class PackedModel:
 
     FUSED = "packed: real tokens only, embeddings too"
     static_shapes = False  # as in TransformerEncoder
+    _minds_cache = False  # of its configuration
     _looks_attention_up = True  # in its configuration, so that it may be another by now
     _model: Model
     _arguments: tuple[str, ...]  # of the forward of the class behind this one
@@ -99,7 +100,8 @@ class PackedModel:
 
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
         """Return whether outputs of layers are wanted."""
-        for name in (*_ASKED, *["use_cache"][: self._model.caches]):
+        asks = (*_ASKED, "use_cache") if self._minds_cache else _ASKED
+        for name in asks:
             asked = given.get(name)
             if is_asked(getattr(self.config, name, False) if asked is None else asked):
                 return True
@@ -128,11 +130,15 @@ class PackedModel:
             asked = "input_ids", "attention_mask", "position_ids"
             embedded = self.embeddings(**{name: given.get(name) for name in asked})
         if embedded is None:
-            rows = {"input_ids": given["input_ids"].flatten()[places][None]}
+            rows: dict[str, Any] = {"input_ids": given["input_ids"].flatten()[places][None]}
         else:
             rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
         for name, one in _others(given).items():
             rows[name] = one.flatten(0, 1)[places][None]
+        if self._model.caches:
+            rows["use_cache"] = False
+        if self._model.is_causal is not None:
+            rows["is_causal"] = self._model.is_causal
         masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
         return {
             **rows, "attention_mask": masks,
@@ -156,6 +162,15 @@ class PackedModel:
         real = given["input_ids"].ne(padding).int()
         numbered: Tensor = real.cumsum(1) * real + padding
         return numbered.flatten()[places]
+
+
+class PackedDecoder(PackedModel):
+    """The same of models that generate, and so need the cache for which their configuration asks.
+
+    Others, which embed texts, return none where they pack.
+    """
+
+    _minds_cache = True
 
 
 def _others(given: dict[str, Any]) -> dict[str, Tensor]:
