@@ -167,7 +167,7 @@ def attention_arguments(
         # ptxas then confuses their descriptors (descriptors.py).
         "BLOCK_DV": max(configs.padded_dim(value_dim), min(block_d, 64)),
         "SCALED": scores_are_scaled(query.dtype, terms),
-        "PRECISION": configs.dot_precision(query.dtype),
+        "PRECISION": precision_of(query, value_dim),
     }
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
@@ -184,6 +184,12 @@ def attention_arguments(
         scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],
         terms.max_keys if packed else key.shape[2], constants,
     )
+
+
+def precision_of(query: torch.Tensor, value_dim: int) -> str:
+    """Precision of float32 products, the same in all kernels of a call."""
+    dim = max(query.shape[3], value_dim)
+    return configs.dot_precision(query.dtype, configs.target_of(query.device), dim)
 
 
 def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:

@@ -22,6 +22,7 @@ from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
     layout_of,
+    precision_of,
 )
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
@@ -354,7 +355,7 @@ def attention_backward(
             layout_of(grad), layout_of(output),
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
             VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]),
-            BLOCK_M=block, PRECISION=configs.dot_precision(grad.dtype),
+            BLOCK_M=block, PRECISION=precision_of(query, value.shape[3]),
         )
     gradients = score_gradients_of(
         query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs[:-1], into
