@@ -186,8 +186,14 @@ _float32_products = "torch"
 def set_float32_products(name: str) -> None:
     """See :func:`fusedformer.set_float32_products`."""
     global _float32_products
-    _float32_products = name
-    clear_caches()  # plans have launches of the other kind
+    if name != _float32_products:
+        _float32_products = name
+        clear_caches()  # plans have launches of the other kind
+
+
+def float32_products() -> str:
+    """What :func:`set_float32_products` says."""
+    return _float32_products
 
 
 def dot_precision(dtype: torch.dtype, target: Target | None = None, dim: int = 0) -> str:

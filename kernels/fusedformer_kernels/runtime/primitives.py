@@ -89,8 +89,9 @@ def _dot_tf32x3(a, b):
     the operands change places, as the backward needs that computes scores again, transposed.
     """
     a_high, b_high = _to_tf32(a), _to_tf32(b)
-    rests = tl.dot(a - a_high, b_high, input_precision="tf32")
-    rests += tl.dot(a_high, b - b_high, input_precision="tf32")
+    of_a = tl.dot(a - a_high, b_high, input_precision="tf32")
+    of_b = tl.dot(a_high, b - b_high, input_precision="tf32")
+    rests = fma(of_a, 1.0, of_b)  # Triton would make one product add onto the other of a plain sum
     # The rest of an infinity is NaN: then the main product alone says what comes out.
     return tl.dot(a_high, b_high, tl.where(rests == rests, rests, 0.0), input_precision="tf32")
 
