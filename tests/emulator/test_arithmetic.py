@@ -434,6 +434,27 @@ def test_products_in_float32(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_products_in_float32_by_three_of_tf32(target: str) -> None:
+    """As near as float32, the same bits with operands in each other's place, and infinities."""
+    a, b = torch.randn(32, 64), torch.randn(64, 32)
+    sizes = {"ROWS": 32, "COLUMNS": 32, "STEPS": 64}
+    flags = dict.fromkeys(("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED", "IN_REGISTERS"), 0)
+    constants = {**sizes, **flags, "PRECISION": "tf32x3"}
+    kernel = compiled(PRODUCT, target, dict.fromkeys("abc", "*fp32"), constants)
+    assert "mma.sync.aligned.m16n8k8" in kernel.ptx
+    result, swapped = torch.empty(32, 32), torch.empty(32, 32)
+    run(kernel, 1, a, b, result)
+    run(kernel, 1, b.T.contiguous(), a.T.contiguous(), swapped)
+    assert torch.equal(swapped.T, result)
+    error = (result.double() - a.double() @ b.double()).abs()
+    assert (error <= 2.0**-21 * (a.abs().double() @ b.abs().double())).all()
+    a[3, 5], a[4, 6], b[7, 8], a[9, 9] = torch.inf, -torch.inf, torch.inf, torch.nan
+    b[5, 10] = 0.0
+    run(kernel, 1, a, b, result)
+    torch.testing.assert_close(result, a @ b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("rows", "columns", "warps"), [(1, 32, 1), (4, 100, 4), (7, 1000, 8)])
 def test_reductions_and_scans(rows: int, columns: int, warps: int, target: str) -> None:
     x = torch.randn(rows, columns)

@@ -184,7 +184,7 @@ def attention_arguments(
         # ptxas then confuses their descriptors (descriptors.py).
         "BLOCK_DV": max(configs.padded_dim(value_dim), min(block_d, 64)),
         "SCALED": scores_are_scaled(query.dtype, terms),
-        "PRECISION": configs.dot_precision(query.dtype),
+        "PRECISION": precision_of(query, value_dim),
     }
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
@@ -216,6 +216,12 @@ def _position_arguments(positions: PositionTerms | None) -> dict[str, Any]:
         batch, head, *_ = broadcast_strides(tensor, 4)
         found |= {name: tensor, f"{name}_batch": batch, f"{name}_head": head}
     return found
+
+
+def precision_of(query: torch.Tensor, value_dim: int) -> str:
+    """Precision of float32 products, the same in all kernels of a call."""
+    dim = max(query.shape[3], value_dim)
+    return configs.dot_precision(query.dtype, configs.target_of(query.device), dim)
 
 
 def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:

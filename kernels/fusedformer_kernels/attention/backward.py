@@ -22,6 +22,7 @@ from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
     layout_of,
+    precision_of,
 )
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
@@ -344,7 +345,8 @@ def attention_backward(
     if grad is None:
         unplanned()
         grad = torch.zeros_like(output)
-    delta = attention_delta(grad, output, lse_grad, statistics)
+    precision = precision_of(query, value.shape[3])
+    delta = attention_delta(grad, output, lse_grad, statistics, precision)
     gradients = score_gradients_of(
         query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs[:-1], into
     )
@@ -357,6 +359,7 @@ def attention_delta(
     output: torch.Tensor,
     lse_grad: torch.Tensor | None,
     statistics: torch.Tensor,
+    precision: str,
 ) -> torch.Tensor:
     """Compute delta of each query, laid out as the first of the statistics."""
     batch, heads, n_rows, value_dim = output.shape
@@ -369,7 +372,7 @@ def attention_delta(
             layout_of(grad), layout_of(output),
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
             VALUE_DIM=value_dim, BLOCK_DV=configs.padded_dim(value_dim),
-            BLOCK_M=block, PRECISION=configs.dot_precision(grad.dtype),
+            BLOCK_M=block, PRECISION=precision,
         )
     return delta
 

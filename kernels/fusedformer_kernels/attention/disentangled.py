@@ -21,6 +21,7 @@ from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
     layout_of,
+    precision_of,
 )
 from fusedformer_kernels.attention.backward import (
     attention_delta,
@@ -187,7 +188,8 @@ def disentangled_backward(
     ``firsts`` is int32 ``[W + 1]``: the first distance of each bucket, and one beyond all.
     """
     statistics = contiguous(statistics)
-    delta = attention_delta(grad, output, None, statistics)
+    precision = precision_of(query, value.shape[3])
+    delta = attention_delta(grad, output, None, statistics, precision)
     needs = [True, True, True, False, False, False]
     first = score_gradients_of(
         query, key, value, grad, statistics, delta, None, Given(), terms, needs, (), positions

@@ -72,7 +72,7 @@ class CompileCase:
     dtype: torch.dtype
     call: Callable[[], object] = field(compare=False)
     matrix: bool = False
-    tf32: bool = False
+    products: str = "ieee"  # of float32: also "tf32" and "tf32x3"
     core: bool = False
     extra: bool = False
 
@@ -291,7 +291,7 @@ def compile_cases() -> list[CompileCase]:
     full = torch.float32
     cases: list[CompileCase] = []
 
-    def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: bool) -> None:
+    def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: Any) -> None:
         core = dtype != torch.float16 and name in CORE and (dtype == HALF or name in CORE_FLOAT32)
         cases.append(CompileCase(name, dtype, call, core=core, **flags))
 
@@ -371,7 +371,9 @@ def compile_cases() -> list[CompileCase]:
     for dim in (64, 128, 256):
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)
-        add(f"attention d={dim} tf32", full, call, matrix=dim < 256, tf32=True)
+        add(f"attention d={dim} tf32", full, call, matrix=dim < 256, products="tf32")
+        if dim < 256:
+            add(f"attention d={dim} tf32x3", full, call, products="tf32x3")
     for dtype in (full, torch.float16):
         call = partial(_attention, 64, dtype, sinks=_empty(16, dtype=dtype))
         add("attention d=64 sinks", dtype, call, matrix=dtype != full)
@@ -448,5 +450,5 @@ def compile_cases() -> list[CompileCase]:
             add(f"{name}{more}", HALF, call, matrix=True, extra=sigmoid and rows == 1024)
         call = partial(_contrastive, 1024, full, sigmoid=sigmoid)
         add(name, full, call, extra=sigmoid)
-        add(f"{name} tf32", full, call, matrix=True, tf32=True, extra=sigmoid)
+        add(f"{name} tf32", full, call, matrix=True, products="tf32", extra=sigmoid)
     return cases

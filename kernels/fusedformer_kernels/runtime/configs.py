@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedformer_kernels.runtime.tuned import cached_config, tuned_config
+from fusedformer_kernels.runtime.tuned import cached_config, clear_caches, tuned_config
 
 
 @dataclass(frozen=True, eq=False)  # one object each: hashed by every launch
@@ -267,10 +267,34 @@ def row_programs(row_blocks: int, target: Target, programs: int = 2) -> int:
     return max(1, min(row_blocks, programs * target.multiprocessors))
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of float32 products: torch's own setting for matrix products."""
-    narrow = dtype == torch.float32 and precision_of_products() == "tf32"
-    return "tf32" if narrow else "ieee"
+_float32_products = "torch"
+
+
+def set_float32_products(name: str) -> None:
+    """See :func:`fusedformer.set_float32_products`."""
+    global _float32_products
+    if name != _float32_products:
+        _float32_products = name
+        clear_caches()  # plans have launches of the other kind
+
+
+def float32_products() -> str:
+    """What :func:`set_float32_products` says."""
+    return _float32_products
+
+
+def dot_precision(dtype: torch.dtype, target: Target | None = None, dim: int = 0) -> str:
+    """Precision of float32 products: "tf32" where torch's own setting for products is that.
+
+    Those of attention, for a target and of the larger head dim, may be by three of TF32; above 128
+    these have no registers.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if precision_of_products() == "tf32":
+        return "tf32"
+    has_tf32 = target is not None and target.backend == "cuda" and int(target.arch) >= 80
+    return "tf32x3" if _float32_products == "tf32x3" and has_tf32 and dim <= 128 else "ieee"
 
 
 # What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it.
@@ -330,7 +354,7 @@ class AttentionKind:
     """What attention's tiles depend on besides the target."""
 
     dim: int  # the larger of the padded key and value head dims
-    operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
+    operands: str  # "half", or of float32 the precision of products
     heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
     equal: bool = True  # the padded head dims of key and value
@@ -367,6 +391,9 @@ _HOPPER_FORWARD = {
     ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    # HMMA here and in the backward, which is to find the very scores of the forward again.
+    ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 32, True)),
+    ("tf32x3", 128): (AttentionConfig(4, 1, 32, 32, True), AttentionConfig(4, 1, 16, 32, True)),
     ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(4, 2, 64, 32)),
     ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     # A tile of 64 rows, which HGMMA wants, spills here: HMMA then.
@@ -384,6 +411,11 @@ _HOPPER_BACKWARD = {
     ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 16, True, True)),
+    ("tf32x3", 128): (
+        AttentionConfig(4, 1, 32, 16, True, True),
+        AttentionConfig(4, 1, 16, 16, True, True),
+    ),
     ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
     ("tf32", 128): (
         AttentionConfig(8, 1, 16, 64, True, True),
