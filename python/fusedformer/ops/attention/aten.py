@@ -288,7 +288,8 @@ def _packed(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """A few calls for all sequences, in batches of like lengths, their results back in place."""
-    same = lengths_q == lengths_k
+    # Ends that are aligned stay so if all queries and keys of a sequence are as many.
+    same = all(q == k or not (q and k) for q, k in zip(lengths_q, lengths_k, strict=True))
     aligned = not terms.align_end or (same and terms.key_lengths is None)
     may_pad = aligned and query.device.type == "cpu" and _is_plain(query, key, value)
     groups = groups_of(tuple(lengths_q), tuple(lengths_k), query.shape[1], may_pad=may_pad)
@@ -334,7 +335,9 @@ def _batches(
     heads = tensor.shape[1]
     sizes = [(len(g.members), heads, length) for g, length in zip(groups, longest, strict=True)]
     x = tensor.squeeze(0).transpose(0, 1)  # its gradient copies nothing, as that of an index would
-    places = batches_of(tuple(lengths), groups, longest, heads, heads_apart(x), x.device)
+    # What is made under a mode or a transform is theirs, and must not be kept.
+    make = batches_of if is_eager() else batches_of.__wrapped__
+    places = make(tuple(lengths), groups, longest, heads, heads_apart(x), x.device)
     parts = torch.split(places.batched(x), [math.prod(size) for size in sizes])
     return [torch.unflatten(p, 0, size) for p, size in zip(parts, sizes, strict=True)], places
 
