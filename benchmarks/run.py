@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import timing
+from harness.busy import spinning
 from harness.case import Sizes
 from harness.providers import absent_peers
 from harness.records import ResultFile, clocks, new_document
@@ -29,6 +30,11 @@ from reporting.table import markdown
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen suites; 1 if the library failed a check or raised, 3 if time ran out."""
     given = _parser().parse_args(arguments)
+    with spinning(given.busy):
+        return _run(given)
+
+
+def _run(given: argparse.Namespace) -> int:
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     sizes = Sizes.of(given.sizes or ("full" if device.type == "cuda" else "cpu"))
@@ -42,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-    results = ResultFile(given.out, new_document(device, absent_peers(device)))
+    results = ResultFile(given.out, new_document(device, absent_peers(device), given.busy))
     document = results.document
     print(f"{document['device']}, torch {document['torch']}, triton {document['triton']}")
     for peer, reason in document["absent"].items():
@@ -109,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes", choices=("full", "cpu", "tiny"), help="default: full on a GPU, cpu on CPU"
     )
     parser.add_argument("--seconds", type=float, help="of timing for each provider and direction")
+    parser.add_argument(
+        "--busy", type=int, nargs="?", const=1, default=0, metavar="N",
+        help="run N processes beside that spin (1 if no number is given)",
+    )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="seconds after which no further case starts"
     )

@@ -165,10 +165,10 @@ class ResultFile:
     def __init__(self, path: Path | None, document: dict[str, Any]) -> None:
         self.path = path
         self.document = document
-        same = ("commit", "dirty", "device", "torch", "triton")
+        same = ("commit", "dirty", "device", "torch", "triton", "busy")
         if path is not None and path.exists():
             earlier = json.loads(path.read_text())
-            if not problems(earlier) and all(earlier[k] == document[k] for k in same):
+            if not problems(earlier) and all(earlier.get(k, 0) == document[k] for k in same):
                 self.document["records"] = earlier["records"]
                 self.set_ceilings(earlier["ceilings"])
 
@@ -202,8 +202,11 @@ def _text(document: dict[str, Any]) -> str:
     return f"{head}[\n{rows}\n ]\n}}\n"
 
 
-def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]:
-    """Make a document without ceilings and records, with all that is known of this run."""
+def new_document(device: torch.device, absent: dict[str, str], busy: int = 0) -> dict[str, Any]:
+    """Make a document without ceilings and records, with all that is known of this run.
+
+    ``busy`` is the number of processes that spin beside it.
+    """
     commit, dirty = measured_commit()
     try:
         import triton
@@ -219,6 +222,7 @@ def new_document(device: torch.device, absent: dict[str, str]) -> dict[str, Any]
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton_version,
+        "busy": busy,
         "ceilings": {},
         "absent": absent,
         "clocks": {"start": clocks(device)},

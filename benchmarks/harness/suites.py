@@ -27,6 +27,7 @@ SUITES = {
     "encoder": Stage(90, "--compile none"),
     "graphs": Stage(90),
     "huggingface": Stage(60, "--compile none"),
+    "serving": Stage(60),
     "pretraining": Stage(240),
     "host": Stage(20),
 }

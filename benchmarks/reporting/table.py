@@ -36,8 +36,10 @@ def markdown(
 ) -> str:
     """Make the tables of a benchmark document, under one line that says where it was measured."""
     ceilings = document["ceilings"]
+    busy = document.get("busy", 0)  # older files lack it
     lines = [
-        f"{document['device']}, torch {document['torch']}, triton {document['triton']}, commit "
+        f"{document['device']}{f' beside {busy} spinning processes' if busy else ''}, "
+        f"torch {document['torch']}, triton {document['triton']}, commit "
         f"{document['commit'][:12]}{' with changes' if document['dirty'] else ''}, "
         f"{document['date'][:10]}. Ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, "
         f"{ceilings['matmul_dtype']} product {ceilings['matmul_tflop_s']:.3g} TFLOP/s.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``x @ weight.T + bias``; not differentiable.
 
     float32 products of some size on the CPU go to oneDNN by the operator that torch.compile uses:
-    MKL, which ``F.linear`` takes, is slower there on AMD's processors.
+    MKL, which ``F.linear`` takes, is slower there on AMD's processors. In bfloat16 ``F.linear``
+    takes oneDNN too, with more around it, and an activation is a pass of its own.
     """
     if _prefers_onednn(x, weight, bias):
         return _onednn(x, weight, bias, "none", "")
@@ -94,13 +97,20 @@ def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
     tensors = [x, weight] if addend is None else [x, weight, addend]
     return (
         all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _multiplies_bfloat16()))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN takes bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -7,6 +7,8 @@ of near lengths run as one batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
-from fusedformer.ops.attention.groups import Batches, Group, groups_of
+from fusedformer.ops.attention.groups import Batches, Group, batches_of, groups_of, heads_apart
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import draw_kept, dropout_aten
 
@@ -286,11 +288,11 @@ def _packed(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """A few calls for all sequences, in batches of like lengths, their results back in place."""
-    same = lengths_q == lengths_k
+    # Ends that are aligned stay so if all queries and keys of a sequence are as many.
+    same = all(q == k or not (q and k) for q, k in zip(lengths_q, lengths_k, strict=True))
     aligned = not terms.align_end or (same and terms.key_lengths is None)
     may_pad = aligned and query.device.type == "cpu" and _is_plain(query, key, value)
     groups = groups_of(tuple(lengths_q), tuple(lengths_k), query.shape[1], may_pad=may_pad)
-    starts_q, starts_k = terms.starts_q, terms.starts_k
     terms = terms._replace(starts_q=None, starts_k=None)
     if len(groups) == 1 and not groups[0].is_padded:
         q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))
@@ -298,37 +300,46 @@ def _packed(
         output, lse = _padded(q, k, v, own, return_lse)
         output = output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
         return output, None if lse is None else lse.transpose(0, 1).flatten(1, 2)[None]
-    if not groups or starts_q is None or starts_k is None:
+    if not groups:
         wide = torch.float64
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         empty = empty + 0.0 * (query.sum() + key.sum() + value.sum())  # a gradient, if an empty one
         return empty, empty.new_zeros(query.shape[:3], dtype=wide)
-    places_q = Batches.of(starts_q, lengths_q, groups, [group.queries for group in groups])
-    places_k = places_q
-    if not same:
-        places_k = Batches.of(starts_k, lengths_k, groups, [group.keys for group in groups])
-    parts_q = _batches(query, places_q, [(len(group.members), group.queries) for group in groups])
-    sizes_k = [(len(group.members), group.keys) for group in groups]
-    parts_k, parts_v = (_batches(tensor, places_k, sizes_k) for tensor in (key, value))
+    longest_q, longest_k = (
+        tuple(longest) for longest in zip(*(g[1:3] for g in groups), strict=True)
+    )
+    parts_q, places = _batches(query, lengths_q, groups, longest_q)
+    parts_k, _ = _batches(key, lengths_k, groups, longest_k)
+    parts_v, _ = _batches(value, lengths_k, groups, longest_k)
     outputs, lses = [], []
     for group, q, k, v in zip(groups, parts_q, parts_k, parts_v, strict=True):
-        output, lse = _padded(q, k, v, _own_terms(terms, group, lengths_q, lengths_k), return_lse)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        own = _own_terms(terms, group, lengths_q, lengths_k)
+        output, lse = _padded(q, k, v, own, return_lse)
+        outputs.append(output.flatten(0, 2))
         if lse is not None:
-            lses.append(lse.transpose(1, 2).flatten(0, 1))
+            lses.append(lse.flatten())
     # [total, heads, dim] in memory: merging the heads is then a view.
-    output = places_q.packed(torch.cat(outputs)).transpose(0, 1)[None]
-    return output, places_q.packed(torch.cat(lses)).t()[None] if return_lse else None
+    heads = query.shape[1]
+    output = places.packed(_joined(outputs), heads).transpose(0, 1)[None]
+    return output, places.packed(_joined(lses), heads).t()[None] if return_lse else None
 
 
-def _batches(tensor: Tensor, places: Batches, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """``[1, H, tokens, D]`` as one ``[n, H, length, D]`` for each (n, length) of ``sizes``."""
-    rows = places.batched(tensor[0].transpose(0, 1))
-    parts: tuple[Tensor, ...] = torch.split(rows, [n * length for n, length in sizes])
-    return [
-        torch.unflatten(part, 0, size).transpose(1, 2)
-        for part, size in zip(parts, sizes, strict=True)
-    ]
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _batches(
+    tensor: Tensor, lengths: list[int], groups: tuple[Group, ...], longest: tuple[int, ...]
+) -> tuple[list[Tensor], Batches]:
+    """``[1, H, tokens, D]`` as one ``[n, H, length, D]`` for each group, and their places."""
+    heads = tensor.shape[1]
+    sizes = [(len(g.members), heads, length) for g, length in zip(groups, longest, strict=True)]
+    x = tensor.squeeze(0).transpose(0, 1)  # its gradient copies nothing, as that of an index would
+    # What is made under a mode or a transform is theirs, and must not be kept.
+    make = batches_of if is_eager() else batches_of.__wrapped__
+    places = make(tuple(lengths), groups, longest, heads, heads_apart(x), x.device)
+    parts: tuple[Tensor, ...] = torch.split(places.batched(x), [math.prod(size) for size in sizes])
+    return [torch.unflatten(p, 0, size) for p, size in zip(parts, sizes, strict=True)], places
 
 
 def _batched(tensor: Tensor, sequences: int) -> Tensor:

@@ -21,8 +21,9 @@ from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
 from fusedformer.ops.dropout_aten import dropped_again, kept_factor
 
-# Scores in a chunk: what stays in a core's cache from one product to the next.
-CHUNK = 1 << 20
+# Scores in a chunk: few enough to stay in cache from one product to the next, and many, since each
+# call waits for all threads.
+CHUNK = 1 << 21
 
 
 _SETTINGS = "Tensor? mask, Tensor? sinks, Tensor? kept, float scale, bool is_causal, float p"

@@ -7,6 +7,7 @@ take less time than the calls of another group would.
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fusedformer._internal.tracing import is_eager
 from fusedformer.ops._registered import plain_apply
 
 # Scores of one head that are computed in the time of a group's calls, with some waiting.
-_WORTH_A_GROUP = 2**18
+_WORTH_A_GROUP = 2**19
 
 
 class Group(NamedTuple):
@@ -58,42 +59,70 @@ def groups_of(
 
 
 class Batches(NamedTuple):
-    """Where the rows of packed sequences go in the batches of their groups, and back."""
+    """Where heads of packed rows go in the batches of their groups, and back."""
 
-    places: Tensor  # int64 [rows of all batches]: the packed row that each takes
-    rows: Tensor  # int64 [packed rows]: which row of the batches each is
-
-    @staticmethod
-    def of(
-        starts: Tensor, lengths: list[int], groups: tuple[Group, ...], longest: list[int]
-    ) -> Batches:
-        """Place sequences that begin at ``starts``; those of a group are as long as its longest.
-
-        Rows behind the end of a sequence take its last row, so that nothing but its own is read.
-        """
-        order = [(i, most) for group, most in zip(groups, longest, strict=True) for i in group[0]]
-        device = starts.device
-        members, padded = torch.tensor(order, device=device).unbind(1)
-        own = torch.tensor(lengths, device=device)[members]
-        sequence = torch.repeat_interleave(padded)
-        step = torch.arange(len(sequence), device=device) - (padded.cumsum(0) - padded)[sequence]
-        places = starts.long()[members][sequence] + step.minimum(own[sequence] - 1)
-        real = (step < own[sequence]).nonzero().flatten()
-        return Batches(places, torch.empty_like(real).scatter_(0, places[real], real))
+    places: Tensor  # int64 [rows of all batches]: which of the packed heads each takes
+    rows: Tensor  # int64 [packed rows * heads]: which row of the batches each head is
 
     def batched(self, x: Tensor) -> Tensor:
-        """Return the rows of all batches, of packed ``x`` ``[rows, heads, dim]``."""
+        """Return the rows ``[n, dim]`` of all batches, of packed ``x`` ``[rows, heads, dim]``."""
         if not (is_eager() and x.requires_grad and torch.is_grad_enabled()):
-            return x.index_select(0, self.places)
+            return _heads_of(x).index_select(0, self.places)
         found: Tensor = _batched(x, *self)
         return found
 
-    def packed(self, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor, heads: int) -> Tensor:
         """Undo :meth:`batched`; what stands behind the end of a sequence is left out."""
         if not (is_eager() and x.requires_grad and torch.is_grad_enabled()):
-            return x.index_select(0, self.rows)
-        found: Tensor = _packed(x, *self)
-        return found
+            found = x.index_select(0, self.rows)
+        else:
+            found = _packed(x, self.rows)
+        return torch.unflatten(found, 0, (-1, heads))
+
+
+@lru_cache(maxsize=16)
+def batches_of(
+    lengths: tuple[int, ...],
+    groups: tuple[Group, ...],
+    longest: tuple[int, ...],
+    heads: int,
+    apart: int,
+    device: torch.device,
+) -> Batches:
+    """Place sequences of ``lengths``; those of a group are as long as its ``longest``.
+
+    A batch is ``[sequences, heads, length]``. Rows behind the end of a sequence take its last row,
+    so that nothing but its own is read. The first heads of two tokens are ``apart`` heads, see
+    :func:`heads_apart`. The result is kept for the next layer.
+    """
+    order = [i for group in groups for i in group.members]
+    most = [n for group, n in zip(groups, longest, strict=True) for _ in group.members]
+    begins = list(itertools.accumulate(lengths, initial=0))
+    given = [[begins[i] for i in order], [lengths[i] for i in order], most]
+    with torch.inference_mode(False):  # others may save them for a backward
+        # A column for each head of a sequence.
+        begin, own, padded = torch.tensor(given).repeat_interleave(heads, 1)
+        plane = torch.repeat_interleave(padded)
+        step = torch.arange(len(plane)) - (padded.cumsum(0) - padded)[plane]
+        token, head = begin[plane] + step.minimum(own[plane] - 1), plane % heads
+        real = (step < own[plane]).nonzero().flatten()
+        rows = torch.empty_like(real).scatter_(0, (token * heads + head)[real], real)
+        return Batches((token * apart + head).to(device), rows.to(device))
+
+
+def heads_apart(x: Tensor) -> int:
+    """Return how many heads of ``x`` ``[rows, heads, dim]``, in memory, are from row to row."""
+    dim = x.shape[2]
+    is_view = is_eager() and x.stride()[1:] == (dim, 1) and x.stride(0) % dim == 0 and len(x) > 0
+    return x.stride(0) // dim if is_view else x.shape[1]
+
+
+def _heads_of(x: Tensor) -> Tensor:
+    """View all that lies between the first head of ``x`` and its last as rows."""
+    apart, dim = heads_apart(x), x.shape[2]
+    if apart == x.shape[1]:
+        return x.flatten(0, 1)
+    return x.detach().as_strided(((len(x) - 1) * apart + x.shape[1], dim), (dim, 1))
 
 
 class _Batched(torch.autograd.Function):
@@ -102,26 +131,29 @@ class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        return x.index_select(0, places)
+        ctx.heads = x.shape[1]
+        return _heads_of(x).index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+        (rows,) = ctx.saved_tensors
+        found = grad.index_select(0, rows)
+        return torch.unflatten(found, 0, (-1, ctx.heads)), None, None
 
 
 class _Packed(torch.autograd.Function):
     """The gradient is 0 in rows that are left out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(places, rows)
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        places, rows = ctx.saved_tensors
-        found = grad.new_zeros(places.shape[0], *grad.shape[1:])
-        return found.index_copy(0, rows, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, rows, grad), None
 
 
 _batched, _packed = plain_apply(_Batched), plain_apply(_Packed)

@@ -71,14 +71,8 @@ class MiniLM:
     def batches(
         self, ids: list[list[int]], size: int, device: torch.device, *, by_length: bool = False
     ) -> list[Batch]:
-        """Make padded batches, in the order given or sorted by length (less padding)."""
-        order = list(range(len(ids)))
-        if by_length:
-            order.sort(key=lambda i: len(ids[i]))
-        return [
-            _padded(ids, order[start : start + size], device)
-            for start in range(0, len(order), size)
-        ]
+        """Call :func:`padded_batches`."""
+        return padded_batches(ids, size, device, by_length=by_length)
 
     def stock(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Make Hugging Face's ``BertModel`` on torch's fused attention, in eval mode."""
@@ -101,6 +95,18 @@ class MiniLM:
     def truth(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Make the stock model in float64, with its weights rounded to ``dtype`` first."""
         return self.stock(dtype, device).double()
+
+
+def padded_batches(
+    ids: list[list[int]], size: int, device: torch.device, *, by_length: bool = False
+) -> list[Batch]:
+    """Make padded batches, in the order given or sorted by length (less padding)."""
+    order = list(range(len(ids)))
+    if by_length:
+        order.sort(key=lambda i: len(ids[i]))
+    return [
+        _padded(ids, order[start : start + size], device) for start in range(0, len(order), size)
+    ]
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:

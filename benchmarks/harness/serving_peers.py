@@ -1,0 +1,80 @@
+"""Other runtimes and libraries that embed text on a CPU, with the weights of a stock BERT."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.case import Unsupported
+
+Hidden = Callable[[Tensor, Tensor], Tensor]  # of ids and mask ``[B, L]``, the last hidden states
+
+
+def openvino(model: nn.Module, dtype: torch.dtype) -> Hidden:
+    """Compile ``model``, which is in float32, for as many threads as torch has."""
+    ov = _found("openvino")
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    converted = ov.convert_model(model, example_input=_example())
+    compiled = ov.Core().compile_model(converted, "CPU", settings)
+
+    def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(compiled(given)[0])
+
+    return hidden
+
+
+def onnxruntime(model: nn.Module, dtype: torch.dtype) -> Hidden:
+    """Run ``model`` in ONNX Runtime, which has float32 alone on the CPU."""
+    if dtype != torch.float32:
+        raise Unsupported("it computes in float32 on the CPU")
+    ort, _ = _found("onnxruntime"), _found("onnx")
+    names = list(_example())
+    axes = {name: {0: "batch", 1: "length"} for name in (*names, "hidden")}
+    file: Any = io.BytesIO()
+    torch.onnx.export(
+        model, (), file, kwargs=_example(), input_names=names, output_names=["hidden"],
+        dynamic_axes=axes, dynamo=False,
+    )  # fmt: skip
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+
+    def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(session.run(["hidden"], given)[0])
+
+    return hidden
+
+
+def sentence_transformer(folder: Path, dtype: torch.dtype, batch: int) -> Any:
+    """Make ``texts -> embeddings`` of sentence-transformers with the model in ``folder``."""
+    library, own = _found("sentence_transformers"), _found("sentence_transformers.models")
+    words = own.Transformer(str(folder), max_seq_length=256, model_args={"torch_dtype": dtype})
+    pooling = own.Pooling(words.get_word_embedding_dimension(), "mean")
+    model = library.SentenceTransformer(modules=[words, pooling, own.Normalize()], device="cpu")
+    return lambda texts: model.encode(
+        texts, batch_size=batch, convert_to_tensor=True, show_progress_bar=False
+    )
+
+
+def _found(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unsupported(f"{module} is not installed") from error
+
+
+def _example() -> dict[str, Tensor]:
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": ids.clone()}
