@@ -125,6 +125,17 @@ def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert np.array_equal(twin.encode(TEXTS), wanted)
         assert not fusedformer.fuse(twin).replaced
+    worker = pickle.loads(pickle.dumps(type(fused)._multi_process_worker))  # of a pool
+    settings = dict.fromkeys(("prompt", "show_progress_bar", "normalize_embeddings"))
+    settings |= dict(batch_size=4, output_value="sentence_embedding", save_to_cpu=True,
+                     truncate_dim=None)  # fmt: skip
+    given, results = Mock(), Mock()
+    given.get.side_effect = [(3, TEXTS, settings), EOFError]
+    with pytest.raises(EOFError):
+        worker("cpu", fused, given, results)
+    ((chunk, found),) = results.put.call_args.args
+    assert chunk == 3
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
     fused.save_pretrained(str(tmp_path / "saved"))
     loaded = S.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert [type(m) for m in loaded] == [type(m) for m in stock]
@@ -200,16 +211,17 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"anchor": TEXTS * 2, "positive": TEXTS[::-1] * 2})
     fused, stock, _ = three(dense_model(tmp_path / "model"))
     before = {n: p.detach().clone() for n, p in stock.named_parameters()}
-    for model in (fused, stock):
+    for model in (stock, fused):
         arguments = S.SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, seed=1,
             learning_rate=1e-2, optim="sgd", report_to=[], save_strategy="no", use_cpu=True,
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        S.SentenceTransformerTrainer(
+        trainer = S.SentenceTransformerTrainer(
             model=model, args=arguments, train_dataset=data,
             loss=MultipleNegativesRankingLoss(model),
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.train()
     after = dict(fused.named_parameters())
     moved = 0.0
     for name, wanted in stock.named_parameters():
@@ -220,6 +232,10 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
     fused.save_pretrained(str(tmp_path / "trained"))
     loaded = S.SentenceTransformer(str(tmp_path / "trained"), device="cpu")
     np.testing.assert_allclose(loaded.encode(TEXTS), fused.encode(TEXTS), atol=1e-5)
+    trained = {n: p.detach().clone() for n, p in after.items()}
+    fused.load_state_dict(before)
+    trainer._load_from_checkpoint(str(tmp_path / "trained"))  # as it does for the best model
+    assert all(torch.equal(p, trained[n]) for n, p in after.items())
 
 
 def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:

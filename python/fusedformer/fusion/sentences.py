@@ -69,6 +69,12 @@ class SentenceModel:
         with only_sentences(self, wide=settings.get("save_to_cpu", False)):
             return super()._inference(inputs, **settings)  # type: ignore[misc]
 
+    @staticmethod
+    def _multi_process_worker(device: str, model: Any, *queues: Any) -> None:
+        """Encode in a process of a pool, to which a method of a class made here can't be sent."""
+        stock = type(model)._made_of[1]
+        stock._multi_process_worker(device, model, *queues)
+
 
 class _Part(ABC):  # noqa: B024
     """A base for parts of a model; ABC, as theirs is, or no object could change its class."""
