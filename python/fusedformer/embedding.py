@@ -131,6 +131,9 @@ class _Run:
         if not isinstance(mask, Tensor) or mask.shape[:1] != (count,) or mask.dim() != 2:
             yield [*range(count)], features  # not by tokens: the module says what it needs
             return
+        if not mask.shape[1]:  # none has a token: encoders need a place to see that
+            features = {name: _widened(value, mask) for name, value in features.items()}
+            mask = features["attention_mask"]
         sizes = mask.sum(1).tolist()
         self.cut += sum(size >= (self.model.max_seq_length or torch.inf) for size in sizes)
         order = sorted(range(count), key=lambda i: -sizes[i])
@@ -147,6 +150,12 @@ class _Run:
         with only_sentences(self.model, wide=True):
             vectors: Tensor = self.model(placed)["sentence_embedding"]
         return vectors[:, : self.truncate_dim]
+
+
+def _widened(value: Any, mask: Tensor) -> Any:
+    """Return a feature of texts without tokens with a padded place for each."""
+    is_of_tokens = isinstance(value, Tensor) and value.shape == mask.shape
+    return torch.nn.functional.pad(value, (0, 1)) if is_of_tokens else value
 
 
 def _part(value: Any, rows: list[int], columns: slice, mask: Tensor) -> Any:

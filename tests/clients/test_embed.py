@@ -98,6 +98,20 @@ def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
         fusedformer.embed(model, ["cat"])
 
 
+@pytest.mark.filterwarnings("ignore:embed")
+@pytest.mark.parametrize("backbone", ["bert", "modernbert"])
+def test_texts_without_any_token(tmp_path: Path, backbone: str) -> None:
+    """Where the tokenizer adds none to an empty text, its mean is 0, beside others and alone."""
+    first = M.Transformer(
+        saved(tmp_path, backbone), processing_kwargs={"text": {"add_special_tokens": False}}
+    )
+    model = S.SentenceTransformer(modules=[first, M.Pooling(32, "mean")], device="cpu")
+    found = fusedformer.embed(model, TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    assert not found[TEXTS.index("")].any() and found[0].any()
+    assert not fusedformer.embed(model, ["", ""]).any()
+
+
 def test_a_model_without_tokens_is_computed(tmp_path: Path) -> None:
     """A table of words, say: its features are no batch of tokens."""
     tokenizer = dense_model(tmp_path).tokenizer.backend_tokenizer

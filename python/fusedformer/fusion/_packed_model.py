@@ -12,7 +12,7 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
-from fusedformer.fusion._kept_rows import unpacked, wants_padding
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -35,11 +35,15 @@ class PackedModel:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = given["attention_mask"].bool()
         packing, keys = _spans(keep, self.static_shapes or not has_values(keep))
-        output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
-        if keys is None:
-            found = unpacked(output[0][0], packing)
-        else:  # some of the rows are padding
-            found = functional.unpack(output[0][0], packing).masked_fill(~keep[..., None], 0.0)
+        if has_no_rows(packing):
+            output = super().forward(**given)  # type: ignore[misc]
+            found = zeroed(output[0], keep)
+        else:
+            output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
+            if keys is None:
+                found = unpacked(output[0][0], packing)
+            else:  # some of the rows are padding
+                found = zeroed(functional.unpack(output[0][0], packing), keep)
         if isinstance(output, tuple):
             return found, *output[1:]
         output.last_hidden_state = found

@@ -24,7 +24,7 @@ from fusedformer.functional.steps import (
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import attention, captured, key_mask_of
 from fusedformer.fusion._configs import NAMES, named
-from fusedformer.fusion._kept_rows import unpacked, wants_padding
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._rows import is_untouched, needs_batch
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
@@ -310,6 +310,10 @@ class PackedEncoder:
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)
+        if has_no_rows(packing):
+            output = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            output.last_hidden_state = zeroed(output.last_hidden_state, keep)
+            return output
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
             rows[None],
