@@ -57,6 +57,7 @@ def test_it_takes_what_encode_takes(tmp_path: Path) -> None:
     for settings in (
         dict(prompt_name="query"), dict(prompt="document : ", truncate_dim=8),
         dict(normalize_embeddings=True, truncate_dim=16), dict(convert_to_tensor=True),
+        dict(truncate_dim=64),
     ):  # fmt: skip
         stock, truth = (m.encode(TEXTS, **settings) for m in both[1:])
         assert_same(str(settings), fusedformer.embed(both.fused, TEXTS, **settings), stock, truth)
@@ -91,6 +92,7 @@ def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
         warnings.simplefilter("error")  # nothing to say
         assert fusedformer.embed(model, ["", "cat"]).shape == (2, 32)
         assert fusedformer.embed(model, []).shape == (0, 32)
+        assert fusedformer.embed(model, [], truncate_dim=8).shape == (0, 8)
     with pytest.warns(UserWarning, match="computes padding: no encoder in it has a packed form"):
         fusedformer.embed(dense_model(tmp_path / "gpt2", "gpt2"), ["cat"])
     fusedformer.fuse(model, pack=False)
