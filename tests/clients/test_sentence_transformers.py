@@ -29,6 +29,7 @@ from tests.clients.small_clients import (
 
 import fusedformer
 from fusedformer import functional
+from fusedformer.fusion.sentences import packs
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
 
 def test_a_cross_encoder_ranks(tmp_path: Path) -> None:
     both = three(S.CrossEncoder(saved(tmp_path, "classifier"), device="cpu"))
-    assert any("packed" in type(m).__mro__[1].__name__.lower() for m in both.fused.modules())
+    assert packs(both.fused)
     assert_same("predict", *(m.predict(PAIRS) for m in both))
     ranked = [m.rank(TEXTS[0], TEXTS) for m in both]
     scores = [sorted((one["corpus_id"], one["score"]) for one in found) for found in ranked]
@@ -177,6 +178,21 @@ def test_late_interaction_expands_queries_and_packs_documents(
         assert_same("document", *one)
     scores = [m.similarity(q, d) for m, q, d in zip(both, queries, documents, strict=True)]
     assert_same("scores", *scores)
+
+
+def test_late_interaction_by_a_forward_of_its_own_is_padded(tmp_path: Path) -> None:
+    """It could do anything with expanded queries."""
+
+    class Own(M.Transformer):  # type: ignore[misc]
+        def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
+            return super().forward(features, **kwargs)
+
+    model = late_model(tmp_path, dict(strategy="fixed", length=12, attend=False, token=None), False)
+    assert not fusedformer.fuse(copy.deepcopy(model)).left
+    model[0].__class__ = Own
+    both = three(model)
+    assert "MultiVectorEncoder reads padded positions" in str(fusedformer.fuse(both.fused))
+    assert_same("queries", *(torch.stack(m.encode_query(TEXTS)) for m in both))
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
@@ -164,6 +164,14 @@ def _hands_rows_on(transformer: Any) -> bool:
 def packs(model: nn.Module) -> bool:
     """Return whether an encoder in ``model`` computes real tokens only."""
     return any(isinstance(one, PackedEncoder | PackedModel) for one in model.modules())
+
+
+def marks_expansions(model: nn.Module) -> bool:
+    """Return whether :class:`PackedTokens` gets all queries of ``model``, with their expansions."""
+    parts = [one for one in model.modules() if isinstance(one, Transformer)]
+    return isinstance(model, MultiVectorEncoder) and all(
+        _is_plain(one, Transformer) or isinstance(one, PackedTokens) for one in parts
+    )
 
 
 def plan_sentence_models(plan: Plan, model: nn.Module) -> None:
