@@ -21,6 +21,7 @@ from fusedformer.fusion import fuse, is_fused, unfuse
 __all__ = ["embed"]
 
 _TOKENIZED_AT_ONCE = 1024  # texts
+_TEXTS_IN_A_BATCH = 32  # as in encode, where tokens cannot be counted
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "float64": torch.float64,
@@ -111,26 +112,38 @@ class _Run:
     def vectors(self, texts: list[str], padded: str, bar: Any) -> Tensor:
         """Compute the vectors of all texts, in their order."""
         self.model.eval()
-        width = self.truncate_dim or self.model.get_embedding_dimension() or 0
-        found = torch.empty(len(texts), width, device=self.model.device)
+        found: Any = None
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for start in range(0, len(order), _TOKENIZED_AT_ONCE):
             index = order[start : start + _TOKENIZED_AT_ONCE]
-            features = self.model.preprocess([texts[i] for i in index], prompt=self.prompt)
-            for rows, batch in self._batches(features, len(index), bool(padded)):
-                places = torch.tensor([index[i] for i in rows], device=found.device)
-                found[places] = self._vectors_of_batch(batch).to(found.dtype)
+            for rows, batch in self._batches([texts[i] for i in index], bool(padded)):
+                vectors = self._vectors_of_batch(batch).float()
+                if found is None:
+                    found = vectors.new_empty(len(texts), vectors.shape[1])
+                found[[index[i] for i in rows]] = vectors
                 bar.update(len(rows))
-        return found
+        return self._no_vectors() if found is None else found
+
+    def _no_vectors(self) -> Tensor:
+        sizes = self.truncate_dim, self.model.get_embedding_dimension()
+        return torch.empty(0, min(filter(None, sizes), default=0), device=self.model.device)
 
     def _batches(
-        self, features: dict[str, Any], count: int, padded: bool
+        self, texts: list[str], padded: bool
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Split the features of ``count`` texts into batches, with the indices of their texts."""
+        """Make batches of ``texts``: the indices of theirs, and their features."""
+        count = len(texts)
+        features = self.model.preprocess(texts, prompt=self.prompt)
         mask = features.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape[:1] != (count,) or mask.dim() != 2:
-            yield [*range(count)], features  # not by tokens: the module says what it needs
+            for start in range(0, count, _TEXTS_IN_A_BATCH):  # features that nobody could split
+                rows = [*range(start, min(start + _TEXTS_IN_A_BATCH, count))]
+                part = [texts[i] for i in rows]
+                yield rows, self.model.preprocess(part, prompt=self.prompt)
             return
+        if not mask.shape[1]:  # none has a token: encoders need a place to see that
+            features = {name: _widened(value, mask) for name, value in features.items()}
+            mask = features["attention_mask"]
         sizes = mask.sum(1).tolist()
         self.cut += sum(size >= (self.model.max_seq_length or torch.inf) for size in sizes)
         order = sorted(range(count), key=lambda i: -sizes[i])
@@ -147,6 +160,12 @@ class _Run:
         with only_sentences(self.model, wide=True):
             vectors: Tensor = self.model(placed)["sentence_embedding"]
         return vectors[:, : self.truncate_dim]
+
+
+def _widened(value: Any, mask: Tensor) -> Any:
+    """Return a feature of texts without tokens with a padded place for each."""
+    is_of_tokens = isinstance(value, Tensor) and value.shape == mask.shape
+    return torch.nn.functional.pad(value, (0, 1)) if is_of_tokens else value
 
 
 def _part(value: Any, rows: list[int], columns: slice, mask: Tensor) -> Any:

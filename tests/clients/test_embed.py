@@ -57,6 +57,7 @@ def test_it_takes_what_encode_takes(tmp_path: Path) -> None:
     for settings in (
         dict(prompt_name="query"), dict(prompt="document : ", truncate_dim=8),
         dict(normalize_embeddings=True, truncate_dim=16), dict(convert_to_tensor=True),
+        dict(truncate_dim=64),
     ):  # fmt: skip
         stock, truth = (m.encode(TEXTS, **settings) for m in both[1:])
         assert_same(str(settings), fusedformer.embed(both.fused, TEXTS, **settings), stock, truth)
@@ -91,11 +92,26 @@ def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
         warnings.simplefilter("error")  # nothing to say
         assert fusedformer.embed(model, ["", "cat"]).shape == (2, 32)
         assert fusedformer.embed(model, []).shape == (0, 32)
+        assert fusedformer.embed(model, [], truncate_dim=8).shape == (0, 8)
     with pytest.warns(UserWarning, match="computes padding: no encoder in it has a packed form"):
         fusedformer.embed(dense_model(tmp_path / "gpt2", "gpt2"), ["cat"])
     fusedformer.fuse(model, pack=False)
     with pytest.warns(UserWarning, match="computes padding: it was fused so"):
         fusedformer.embed(model, ["cat"])
+
+
+@pytest.mark.filterwarnings("ignore:embed")
+@pytest.mark.parametrize("backbone", ["bert", "modernbert"])
+def test_texts_without_any_token(tmp_path: Path, backbone: str) -> None:
+    """Where the tokenizer adds none to an empty text, its mean is 0, beside others and alone."""
+    first = M.Transformer(
+        saved(tmp_path, backbone), processing_kwargs={"text": {"add_special_tokens": False}}
+    )
+    model = S.SentenceTransformer(modules=[first, M.Pooling(32, "mean")], device="cpu")
+    found = fusedformer.embed(model, TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    assert not found[TEXTS.index("")].any() and found[0].any()
+    assert not fusedformer.embed(model, ["", ""]).any()
 
 
 def test_a_model_without_tokens_is_computed(tmp_path: Path) -> None:

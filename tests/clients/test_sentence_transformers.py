@@ -29,6 +29,7 @@ from tests.clients.small_clients import (
 
 import fusedformer
 from fusedformer import functional
+from fusedformer.fusion.sentences import packs
 
 
 @pytest.fixture
@@ -125,6 +126,17 @@ def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert np.array_equal(twin.encode(TEXTS), wanted)
         assert not fusedformer.fuse(twin).replaced
+    worker = pickle.loads(pickle.dumps(type(fused)._multi_process_worker))  # of a pool
+    settings = dict.fromkeys(("prompt", "show_progress_bar", "normalize_embeddings"))
+    settings |= dict(batch_size=4, output_value="sentence_embedding", save_to_cpu=True,
+                     truncate_dim=None)  # fmt: skip
+    given, results = Mock(), Mock()
+    given.get.side_effect = [(3, TEXTS, settings), EOFError]
+    with pytest.raises(EOFError):
+        worker("cpu", fused, given, results)
+    ((chunk, found),) = results.put.call_args.args
+    assert chunk == 3
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
     fused.save_pretrained(str(tmp_path / "saved"))
     loaded = S.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert [type(m) for m in loaded] == [type(m) for m in stock]
@@ -136,7 +148,7 @@ def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
 
 def test_a_cross_encoder_ranks(tmp_path: Path) -> None:
     both = three(S.CrossEncoder(saved(tmp_path, "classifier"), device="cpu"))
-    assert any("packed" in type(m).__mro__[1].__name__.lower() for m in both.fused.modules())
+    assert packs(both.fused)
     assert_same("predict", *(m.predict(PAIRS) for m in both))
     ranked = [m.rank(TEXTS[0], TEXTS) for m in both]
     scores = [sorted((one["corpus_id"], one["score"]) for one in found) for found in ranked]
@@ -166,6 +178,21 @@ def test_late_interaction_expands_queries_and_packs_documents(
         assert_same("document", *one)
     scores = [m.similarity(q, d) for m, q, d in zip(both, queries, documents, strict=True)]
     assert_same("scores", *scores)
+
+
+def test_late_interaction_by_a_forward_of_its_own_is_padded(tmp_path: Path) -> None:
+    """It could do anything with expanded queries."""
+
+    class Own(M.Transformer):  # type: ignore[misc]
+        def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
+            return super().forward(features, **kwargs)
+
+    model = late_model(tmp_path, dict(strategy="fixed", length=12, attend=False, token=None), False)
+    assert not fusedformer.fuse(copy.deepcopy(model)).left
+    model[0].__class__ = Own
+    both = three(model)
+    assert "MultiVectorEncoder reads padded positions" in str(fusedformer.fuse(both.fused))
+    assert_same("queries", *(torch.stack(m.encode_query(TEXTS)) for m in both))
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -200,16 +227,17 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"anchor": TEXTS * 2, "positive": TEXTS[::-1] * 2})
     fused, stock, _ = three(dense_model(tmp_path / "model"))
     before = {n: p.detach().clone() for n, p in stock.named_parameters()}
-    for model in (fused, stock):
+    for model in (stock, fused):
         arguments = S.SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, seed=1,
             learning_rate=1e-2, optim="sgd", report_to=[], save_strategy="no", use_cpu=True,
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
-        S.SentenceTransformerTrainer(
+        trainer = S.SentenceTransformerTrainer(
             model=model, args=arguments, train_dataset=data,
             loss=MultipleNegativesRankingLoss(model),
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.train()
     after = dict(fused.named_parameters())
     moved = 0.0
     for name, wanted in stock.named_parameters():
@@ -220,6 +248,10 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
     fused.save_pretrained(str(tmp_path / "trained"))
     loaded = S.SentenceTransformer(str(tmp_path / "trained"), device="cpu")
     np.testing.assert_allclose(loaded.encode(TEXTS), fused.encode(TEXTS), atol=1e-5)
+    trained = {n: p.detach().clone() for n, p in after.items()}
+    fused.load_state_dict(before)
+    trainer._load_from_checkpoint(str(tmp_path / "trained"))  # as it does for the best model
+    assert all(torch.equal(p, trained[n]) for n, p in after.items())
 
 
 def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:

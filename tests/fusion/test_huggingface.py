@@ -312,3 +312,15 @@ def test_a_decoder_of_bert_is_left_to_itself_and_strict_says_so() -> None:
         assert [one.path for one in report.left] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
         ours = model(input_ids=ids, attention_mask=MASK.long()).logits
     assert torch.allclose(ours[MASK], stock[MASK], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(PACKED))
+def test_a_batch_that_is_all_padding_gives_zeros(name: str) -> None:
+    """As rows of padding do beside others; stock computes numbers of no meaning."""
+    model, inputs = model_of(name), inputs_of(name)
+    fusedformer.fuse(model)
+    inputs["attention_mask"].zero_()
+    output = next(iter(model(**inputs, output_hidden_states=False).values()))
+    if name != "bert, pre-training":  # whose first output comes after a head
+        assert output.shape[:2] == MASK.shape and not output.any()
+    output.backward(torch.randn_like(output))

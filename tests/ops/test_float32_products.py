@@ -1,6 +1,7 @@
 """How attention multiplies float32: by torch's setting, or by three products of TF32."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_three_products_only_where_they_are_asked_for() -> None:
 @pytest.mark.parametrize("dim", [24, 128])
 def test_three_products_meet_the_criterion(dim: int, device: str) -> None:
     fusedformer.set_float32_products("tf32x3")
-    inputs = {n: grad(1, 2, 37, dim, device=device) for n in ("query", "key", "value")}
+    inputs: Any = {n: grad(1, 2, 37, dim, device=device) for n in ("query", "key", "value")}
     check(NAME, torch.float32, is_causal=True, return_lse=True, **inputs)
     mask = grad(37, 37, device=device)
     check(NAME, torch.float32, only=first, attn_mask=mask, **inputs)

@@ -14,7 +14,7 @@ from fusedformer import functional
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked
 from fusedformer.fusion._forms import Composed
-from fusedformer.fusion._kept_rows import unpacked
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, zeroed
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
 
@@ -43,13 +43,15 @@ class ComposedModel(PackedModel):
         rows = dict(given, attention_mask=None if keep is None else _of_keys(keep))
         if self._packs(given):
             packing, keys = self._packing(keep.bool())
-            rows.update(self._packed_arguments(given, packing, keys))
+            if not has_no_rows(packing):
+                rows.update(self._packed_arguments(given, packing, keys))
         states = self._states(self._model.composed, layers, rows)
-        if packing is not None and keys is None:
+        if packing is not None and has_no_rows(packing):
+            states = zeroed(states, keep.bool())
+        elif packing is not None and keys is None:
             states = unpacked(states[0], packing)
         elif packing is not None:
-            states = functional.unpack(states[0], packing)
-            states = states.masked_fill(~keep.bool()[..., None], 0.0)
+            states = zeroed(functional.unpack(states[0], packing), keep.bool())
         found = {"last_hidden_state": states}
         is_padded = keep is None or states.shape[:2] == keep.shape  # else whoever keeps rows pools
         if hasattr(self, "pooler") and is_padded:

@@ -9,6 +9,7 @@ tiles.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ __all__ = ["plan_huggingface", "restore"]
 _CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
-_LATE_INTERACTION = {"ColBERT"}
+_LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
 
 class Place(NamedTuple):
@@ -169,12 +170,22 @@ def _name_for(model: Any, places: list[Place]) -> str:
 def _reads_padding(model: nn.Module) -> str:
     for module in model.modules():
         for cls in type(module).__mro__:
-            if cls.__name__.endswith(_HEADS) or cls.__name__ in _LATE_INTERACTION:
+            is_late = cls.__name__ in _LATE_INTERACTION and not _marks_expansions(module)
+            if cls.__name__.endswith(_HEADS) or is_late:
                 return (
                     f"{cls.__name__} reads padded positions, which would be 0; pack=True packs, "
                     f"pack=False says nothing"
                 )
     return ""
+
+
+def _marks_expansions(model: nn.Module) -> bool:
+    """Return whether ``model`` says which queries' padding has a meaning: only these need it."""
+    if "sentence_transformers" not in sys.modules:
+        return False
+    from fusedformer.fusion import sentences
+
+    return sentences.marks_expansions(model)
 
 
 def _plan_stack(

@@ -1,7 +1,7 @@
-"""What a caller may ask of packed encoders for one call: packed rows, or padding computed.
+"""What packed encoders share, and what a caller may ask of them for one call.
 
-Neither can be asked for within a compiled function, which reads no context variables: there
-encoders pack and unpack.
+That is to return packed rows, or to compute padding. Neither can be asked for within a compiled
+function, which reads no context variables: there encoders pack and unpack.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ def padding_computed() -> Iterator[None]:
 def wants_padding() -> bool:
     """Return whether the caller asked for :func:`padding_computed`."""
     return not torch.compiler.is_compiling() and _padded.get()
+
+
+def has_no_rows(packing: Packing) -> bool:
+    """Return whether all of a batch is padding, which layers cannot compute packed."""
+    return not torch.compiler.is_compiling() and packing.total == 0
+
+
+def zeroed(hidden: Tensor, keep: Tensor) -> Tensor:
+    """Write zeros to ``hidden`` ``[N, S, d]`` where ``keep`` ``[N, S]`` is False."""
+    return hidden.masked_fill(~keep[..., None], 0.0)
 
 
 def unpacked(rows: Tensor, packing: Packing) -> Tensor:

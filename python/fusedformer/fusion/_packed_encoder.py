@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer.fusion._attention import captured, key_mask_of
-from fusedformer.fusion._kept_rows import unpacked, wants_padding
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -46,6 +46,10 @@ class PackedEncoder:
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)
+        if has_no_rows(packing):
+            output = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            output.last_hidden_state = zeroed(output.last_hidden_state, keep)
+            return output
         rows = functional.pack(hidden_states, packing)
         output = super().forward(  # type: ignore[misc]
             rows[None],

@@ -16,7 +16,7 @@ from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
-from fusedformer.fusion._kept_rows import unpacked, wants_padding
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
@@ -56,11 +56,15 @@ class PackedModel:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = given["attention_mask"].bool()
         packing, keys = self._packing(keep)
-        output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
-        if keys is None:
-            states = unpacked(output[0][0], packing)
-        else:  # some of the rows are padding
-            states = functional.unpack(output[0][0], packing).masked_fill(~keep[..., None], 0.0)
+        if has_no_rows(packing):
+            output = super().forward(**given)  # type: ignore[misc]
+            states = zeroed(output[0], keep)
+        else:
+            output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
+            if keys is None:
+                states = unpacked(output[0][0], packing)
+            else:  # some of the rows are padding
+                states = zeroed(functional.unpack(output[0][0], packing), keep)
         is_padded = states.shape[:2] == keep.shape  # whoever keeps the rows pools them
         pooled = self._pooled(states) if is_padded else None
         if isinstance(output, tuple):

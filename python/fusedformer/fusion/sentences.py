@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
@@ -68,6 +68,12 @@ class SentenceModel:
         # Arrays are float32 anyway; tensors have the model's dtype.
         with only_sentences(self, wide=settings.get("save_to_cpu", False)):
             return super()._inference(inputs, **settings)  # type: ignore[misc]
+
+    @staticmethod
+    def _multi_process_worker(device: str, model: Any, *queues: Any) -> None:
+        """Encode in a process of a pool, to which a method of a class made here can't be sent."""
+        stock = type(model)._made_of[1]
+        stock._multi_process_worker(device, model, *queues)
 
 
 class _Part(ABC):  # noqa: B024
@@ -158,6 +164,14 @@ def _hands_rows_on(transformer: Any) -> bool:
 def packs(model: nn.Module) -> bool:
     """Return whether an encoder in ``model`` computes real tokens only."""
     return any(isinstance(one, PackedEncoder | PackedModel) for one in model.modules())
+
+
+def marks_expansions(model: nn.Module) -> bool:
+    """Return whether :class:`PackedTokens` gets all queries of ``model``, with their expansions."""
+    parts = [one for one in model.modules() if isinstance(one, Transformer)]
+    return isinstance(model, MultiVectorEncoder) and all(
+        _is_plain(one, Transformer) or isinstance(one, PackedTokens) for one in parts
+    )
 
 
 def plan_sentence_models(plan: Plan, model: nn.Module) -> None:
