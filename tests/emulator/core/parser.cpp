@@ -130,7 +130,7 @@ void Parser::statements(std::string &pending) {
     }
     size_t word = pending.find_first_of(" \t:;");
     if (word != std::string::npos && pending[word] == ':' && pending[word + 1] != ':') {
-      labels_[pending.substr(0, word)] = (int)kernel_->code.size();
+      labels_[{scope_numbers_.back(), pending.substr(0, word)}] = (int)kernel_->code.size();
       pending.erase(0, word + 1);
       continue;
     }
@@ -163,8 +163,8 @@ void Parser::statement(std::string text) {
   Decoder decoder(*this, whole, parts, arguments);
   decoder.instruction.first = (uint32_t)kernel_->operands.size();
   if (!decode_arithmetic(decoder) && !decode_bits(decoder) && !decode_conversion(decoder) &&
-      !decode_memory(decoder) && !decode_copies(decoder) && !decode_products(decoder) &&
-      !decode_control(decoder))
+      !decode_memory(decoder) && !decode_atomics(decoder) && !decode_copies(decoder) &&
+      !decode_products(decoder) && !decode_control(decoder))
     throw Error("unknown opcode " + opcode + " in: " + whole);
   if (!decoder.instruction.run) throw Error("undecoded " + whole);
   decoder.finish();
@@ -178,7 +178,7 @@ void Parser::statement(std::string text) {
     if (place.width != Width::predicate) throw Error("guard of " + whole);
     instruction.guard = place.offset();
   }
-  if (decoder.base() == "bra") branches_.emplace_back((int)kernel_->code.size(), arguments.at(0));
+  if (decoder.base() == "bra") branches_.push_back({(int)kernel_->code.size(), arguments.at(0), scope_numbers_});
   kernel_->code.push_back(instruction);
   kernel_->lines.push_back(line_);
   kernel_->texts.push_back(whole);
@@ -302,10 +302,12 @@ void Parser::files() {
 }
 
 void Parser::link() {
-  for (auto &branch : branches_) {
-    auto found = labels_.find(branch.second);
-    if (found == labels_.end()) throw Error("unknown label " + branch.second);
-    kernel_->code[branch.first].target = found->second;
+  for (const Branch &branch : branches_) {
+    auto found = labels_.end();  // innermost first
+    for (size_t i = branch.scopes.size(); i-- > 0 && found == labels_.end();)
+      found = labels_.find({branch.scopes[i], branch.label});
+    if (found == labels_.end()) throw Error("unknown label " + branch.label);
+    kernel_->code[branch.at].target = found->second;
   }
   for (Instruction &instruction : kernel_->code)
     instruction.operand = kernel_->operands.data() + instruction.first;
