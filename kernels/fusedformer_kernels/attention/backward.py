@@ -30,12 +30,12 @@ from fusedformer_kernels.attention.position_gradient import attention_position_g
 from fusedformer_kernels.attention.query_sums import (
     QuerySums,
     add_share,
+    block_of_ticket,
     cleared_query_sums,
     end_turn,
     first_sum,
     look_at_turn,
     store_query_sums,
-    take_ticket,
     take_turn,
 )
 from fusedformer_kernels.attention.schedule import work_list
@@ -91,13 +91,11 @@ def _walk_queries(
     Score tiles are [keys, queries]. The caller drops keys beyond the length. In one pass this
     ``block`` of keys adds its shares to the sums of these queries, the first at ``sum_tile``.
     """
-    if query_sums.sums is not None:
-        turns = query_sums.turns + 1 + sum_tile
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_M)
         if query_sums.sums is not None:
-            seen = look_at_turn(turns + index)
+            seen = look_at_turn(query_sums.turns + 1 + sum_tile + index)
         rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         q = load_tile(
             q_base, start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
@@ -147,11 +145,11 @@ def _walk_queries(
             number = block
             if s.left is not None:  # the first block of keys that these queries see
                 number -= tl.maximum(start + place.offset - s.left, 0) // BLOCK_N
-            take_turn(turns + index, seen, number, index > first)
-            sums = query_sums.sums + (sum_tile + index) * (BLOCK_M * BLOCK_D)
+            take_turn(query_sums.turns + 1 + sum_tile + index, seen, number, index > first)
+            sums = query_sums.sums + (sum_tile + index).to(tl.int64) * (BLOCK_M * BLOCK_D)
             add_share(sums, share, query_sums.wide is not None)
     if query_sums.sums is not None:
-        end_turn(turns + last - 1, last > first)
+        end_turn(query_sums.turns + sum_tile + last, last > first)
     return dk, dv
 
 
@@ -170,7 +168,8 @@ def _attention_backward_keys(
     if query_sums.sums is None:
         sequence, key_head, block = which_block(work_ptr, key_heads, key_blocks, False)
     else:
-        sequence, key_head, block = take_ticket(query_sums.turns, work_ptr, key_heads, key_blocks)
+        ticket = tl.atomic_add(query_sums.turns, 1, sem="relaxed")
+        sequence, key_head, block = block_of_ticket(ticket, work_ptr, key_heads, key_blocks)
     if work_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the inner one)
         if sequence < 0:
             return
@@ -223,6 +222,10 @@ def _attention_backward_keys(
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
             NEEDS_V, True, block, query_sums, sum_tile,
         )
+    if query_sums.sums is not None:  # worked out again: the loop needs the registers
+        sequence, key_head, block = block_of_ticket(ticket, work_ptr, key_heads, key_blocks)
+        place = place_of(s, sizes, sequence, key_head * s.group)
+        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
     if NEEDS_K:

@@ -39,9 +39,8 @@ class QuerySums(NamedTuple):
 
 
 @triton.jit
-def take_ticket(turns, work, heads, blocks):
-    """Find (sequence, head, block) of this program, heads first; see ``which_block``."""
-    ticket = tl.atomic_add(turns, 1, sem="relaxed")
+def block_of_ticket(ticket, work, heads, blocks):
+    """Find (sequence, head, block) of a ticket, heads first; see ``which_block``."""
     if work is not None:
         entry = work + 2 * (ticket // heads)
         sequence = tl.load(entry)
@@ -54,11 +53,11 @@ def take_ticket(turns, work, heads, blocks):
 
 @triton.jit
 def first_sum(s, sizes, place, sequence, sum_tiles, BLOCK_M: tl.constexpr):
-    """Number the first tile of queries of ``place``; int64. Each head has ``sum_tiles``."""
+    """Number the first tile of queries of ``place``. Each head has ``sum_tiles``."""
     tile = (place.batch * sizes.heads + place.head) * sum_tiles
     if s.starts_q is not None:  # a sequence begins a tile of its own
         tile += place.q_start // BLOCK_M + sequence
-    return tile
+    return tile.to(tl.int32)
 
 
 @triton.jit
@@ -119,8 +118,22 @@ def take_turn(turn, seen, number, goes_on):
 def end_turn(turn, any_taken):
     """Give the turn of the last tile on, if any was taken."""
     if not INTERPRET:
-        tl.debug_barrier()
-        tl.atomic_add(turn, 1, mask=any_taken, sem="release")
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred here;
+            .reg .b32 thread;
+            bar.sync 0;
+            mov.u32 thread, %tid.x;
+            setp.ne.u32 here, thread, 0;
+            @here bra given;
+            setp.ne.s32 here, $2, 0;
+            @here red.release.gpu.global.add.s32 [$1], 1;
+            given:
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r", [turn.to(tl.int64), any_taken.to(tl.int32)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

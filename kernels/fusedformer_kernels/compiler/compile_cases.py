@@ -7,8 +7,8 @@ is what runs: the same kernel, config and specialization.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -234,8 +234,9 @@ def _attention(
         return
     output, _, statistics = attention_forward(q, k, v, given)
     needs = [True, True, True, *learned, given.sinks is not None]
-    forms = nullcontext()
-    if one_pass and assumed_target().backend == "cuda":
+    forms: AbstractContextManager[None] = nullcontext()
+    target = assumed_target()
+    if one_pass and target is not None and target.backend == "cuda":
         kind = attention_arguments(q, k, v.shape[3], given).kind
         causal = terms.get("right") is not None
         fields = {**ONE_PASS[kind.size], "one_loop": causal}
