@@ -407,7 +407,7 @@ def score_gradients_of(
         work, blocks = _work(arguments, terms, key.shape[2], config.block_n, of_keys=True)
         tiles = mask_tiles(arguments, config.block_n, config.block_m, of_columns=True)
         if in_one_pass:
-            query_sums, sum_tiles = cleared_query_sums(arguments, query, target, config.block_m)
+            query_sums, sum_tiles = cleared_query_sums(arguments, query, target, config)
         for part_k, part_v in parts:
             if part_k or part_v:
                 launch(

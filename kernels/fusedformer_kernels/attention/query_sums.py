@@ -35,7 +35,7 @@ class QuerySums(NamedTuple):
 
     sums: Any = None  # float32, BLOCK_M * BLOCK_D for each tile
     turns: Any = None  # int32: programs that have begun, then blocks of keys in each tile's sums
-    wide: Any = None  # 1: the GPU adds 16 bytes at once
+    wide: Any = None  # 1: each thread adds 16 bytes at once
 
 
 @triton.jit
@@ -203,18 +203,27 @@ def _store_query_sums(
 
 
 def cleared_query_sums(
-    arguments: AttentionArguments, query: torch.Tensor, target: configs.Target, block_m: int
+    arguments: AttentionArguments,
+    query: torch.Tensor,
+    target: configs.Target,
+    config: configs.AttentionConfig,
 ) -> tuple[QuerySums, int]:
-    """Make sums of zeros for tiles of ``block_m`` queries: (sums, tiles of each head)."""
+    """Make sums of zeros for tiles of queries: (sums, tiles of each head)."""
     batch, heads, n_rows, _ = query.shape
+    block_m, block_d = config.block_m, arguments.constants["BLOCK_D"]
     tiles = configs.ceil_div(n_rows, block_m)
     if arguments.packed:
         tiles = n_rows // block_m + arguments.sequences
-    count, size = batch * heads * tiles, block_m * arguments.constants["BLOCK_D"]
+    count, size = batch * heads * tiles, block_m * block_d
     sums = torch.empty(count * size, dtype=torch.float32, device=query.device)
     turns = torch.empty(count + 1, dtype=torch.int32, device=query.device)
     launch(_clear_query_sums, (count,), configs.LaunchConfig(4, 2), sums, turns, TILE=size)
-    wide = target.backend == "cuda" and int(target.arch) >= 90 and not target.interpreted
+    # Of narrower products several warps hold the same rows, each of which would add its own; and
+    # what threads hold is known of HGMMA.
+    wide = (
+        target.arch == 90 and not target.interpreted and arguments.kind.operands == "half"
+        and block_d >= 16 * config.num_warps
+    )
     return QuerySums(sums, turns, 1 if wide else None), tiles
 
 
