@@ -19,9 +19,9 @@ from torch import Tensor
 from fusedformer import backend, parity
 from fusedformer import functional as F
 from fusedformer.parity.cases import Case, all_cases
-from fusedformer_kernels.compiler.compile_cases import compile_cases
+from fusedformer_kernels.compiler.compile_cases import ONE_PASS, compile_cases
 from fusedformer_kernels.rows.dropout import dropout_mask
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import configs, tuned
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 GPU = torch.device("cuda", 0)
@@ -122,6 +122,28 @@ def test_what_the_grid_leaves_out(name: str) -> None:
         expected = results_of(run, wide)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+def test_attention_in_one_pass() -> None:
+    """As in two, the same bits again, also replayed by a graph: sums are cleared each time."""
+    given = {name: leaf(1, 2, 100, 128) for name in ("query", "key", "value")}
+    expected = repeated(F.scaled_dot_product_attention, given)
+    dy = torch.randn(1, 2, 100, 128, device=GPU).bfloat16()
+
+    def gradients() -> list[Tensor]:
+        output = F.scaled_dot_product_attention(**given)
+        return list(torch.autograd.grad(output, list(given.values()), dy))
+
+    with tuned.forced(("attention_backward", "half", 128, "plain", "full"), ONE_PASS[128]):
+        found = repeated(F.scaled_dot_product_attention, given)
+        eager, graph = gradients(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
 
 def test_dropout_masks() -> None:

@@ -118,3 +118,25 @@ def errors_of(
     for have, exact in zip(got, want, strict=True):
         errors.append(float((have.double() - exact).abs().max() / exact.abs().max()))
     return errors, findings
+
+
+def one_pass(target_name: str, dim: int, order: int) -> tuple[list[float], list[str], int]:
+    """Run attention with its backward in one pass: errors, findings, and a hash of the gradients.
+
+    ``order`` is that of programs and warps.
+    """
+    from fusedformer import functional as F
+    from fusedformer_kernels.runtime.tuned import forced
+
+    fields = {"passes": 1, "block_m": 32, "block_n": 64, "num_warps": 4, "num_stages": 2}
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 150, dim).bfloat16() for _ in range(3)]
+    with forced(("attention_backward", "half", 64, "plain", "causal"), fields):
+        got, want, findings = both(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            tensors, target_name, {"order": order},
+        )  # fmt: skip
+    errors = []
+    for have, exact in zip(got, want, strict=True):
+        errors.append(float((have.double() - exact).abs().max() / exact.abs().max()))
+    return errors, findings, hash(tuple(got[1].float().flatten().tolist()))

@@ -52,6 +52,8 @@ def test_no_kernel_is_left_out(rows: list[dict[str, Any]], target: str) -> None:
     for path in (ROOT / "kernels/fusedformer_kernels").rglob("*.py"):
         launched |= set(re.findall(r"launch\(\s*(_\w+)", path.read_text()))
     assert len(launched) > 8
+    if target == "gfx942":
+        launched -= {"_clear_query_sums", "_store_query_sums"}  # of one pass, on NVIDIA's alone
     assert launched <= {row["kernel"] for row in rows if row["target"] == target}
 
 
@@ -61,10 +63,10 @@ def test_attention_is_not_serialized_on_hopper(rows: list[dict[str, Any]]) -> No
         row["facts"]
         for row in rows
         if row["target"] == "sm_90"
-        and re.fullmatch(r"attention d=(64|128)( causal)?", row["case"])
+        and re.fullmatch(r"attention d=(64|128)( causal| one pass)?", row["case"])
         and row["dtype"] in ("bfloat16", "float16")
-        and row["kernel"] != "_attention_delta"
+        and re.match(r"_attention_(forward|backward)", row["kernel"])
     ]
-    assert len(plain) >= 11
+    assert len(plain) >= 13
     for facts in plain:
         assert facts["waits"] < facts["tensor_core_count"] / 2, facts

@@ -3,12 +3,12 @@
     p = exp(s - top) / sum;  dv = dropout(p)^T do;  dp = dropout'(do v^T)
     delta = rowsum(do * o) - dlse;  ds = p * (dp - delta);  dq = scale * ds k;  dk = scale * ds^T q
 
-Three kernels, none with atomics, so that the same inputs give the same bits; the gradients of the
-terms have files of their own. One computes delta of each query. In one a program owns a block of
-keys (of all query heads that share it) and walks the queries: dk, dv. In one it owns a block of
-queries and walks the keys: dq. Scores are recomputed from q and k, seven products in all. For the
-gradient of the attention weights themselves (weights.py), dp is a given tensor and delta 0. Source:
-Dao, FlashAttention-2, arXiv:2307.08691.
+The same inputs give the same bits. The gradients of the terms, and delta, have files of their own.
+In one kernel a program owns a block of keys (of all query heads that share it) and walks the
+queries: dk, dv. In one it owns a block of queries and walks the keys: dq. Scores are recomputed
+from q and k, seven products in all. In one pass, where a tuned table says so, the first kernel adds
+up dq too, five products (query_sums.py). For the gradient of the attention weights themselves
+(weights.py), dp is a given tensor and delta 0. Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ from fusedformer_kernels.attention.arguments import (
     layout_of,
     precision_of,
 )
+from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.position_gradient import attention_position_gradients
+from fusedformer_kernels.attention.query_sums import (
+    QuerySums,
+    add_share,
+    block_of_ticket,
+    cleared_query_sums,
+    end_turn,
+    first_sum,
+    look_at_turn,
+    store_query_sums,
+    take_turn,
+)
 from fusedformer_kernels.attention.schedule import work_list
 from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
@@ -39,7 +51,6 @@ from fusedformer_kernels.attention.tiles import (
     keys_of,
     load_pair,
     load_row_terms,
-    load_strided_rows,
     load_tile,
     matrix_of,
     place_of,
@@ -67,59 +78,25 @@ from fusedformer_kernels.runtime.steps import unplanned
 from fusedformer_kernels.runtime.strided import contiguous
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _attention_delta(
-    grad_ptr, o_ptr, lse_grad_ptr, delta_ptr, n_heads, n_rows, grad_layout, o_layout,
-    lse_grad_strides, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write delta [BLOCK_M] = rowsum(do * o) - dlse, which all scores' gradients of a row share.
-
-    In float32 it is the diagonal of a product, which adds in the order of do v^T: where a query is
-    sure of one key, delta is exactly what that key's weight gets, and its score no gradient.
-    """
-    blocks = tl.cdiv(n_rows, BLOCK_M)
-    plane = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, head = plane // n_heads, plane % n_heads
-    first_row = (tl.program_id(0) % blocks) * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_valid = rows < n_rows
-    grad = load_tile(
-        matrix_of(grad_ptr, grad_layout, batch, head, 0), first_row, n_rows, grad_layout,
-        BLOCK_M, VALUE_DIM, BLOCK_DV, False,
-    )  # [BLOCK_M, BLOCK_DV]
-    o = load_tile(
-        matrix_of(o_ptr, o_layout, batch, head, 0), first_row, n_rows, o_layout, BLOCK_M,
-        VALUE_DIM, BLOCK_DV, False,
-    )  # [BLOCK_M, BLOCK_DV]
-    if grad.dtype == tl.float32:
-        zeros = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-        own = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
-        delta = tl.sum(tl.where(own, dot(grad, tl.trans(o), zeros, PRECISION), 0.0), 1)
-    else:
-        delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
-    if lse_grad_ptr is not None:
-        delta -= load_strided_rows(
-            lse_grad_ptr, lse_grad_strides, batch, head, rows.to(tl.int64), row_valid
-        )
-    tl.store(delta_ptr + plane * n_rows + rows, delta, mask=row_valid)
-
-
 @triton.jit
 def _walk_queries(
     k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, last, tiles, columns,
     first_column, given, s, sizes, place, q_layout, grad_layout, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr,
+    NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PIPELINED: tl.constexpr, block, query_sums,
+    sum_tile,
 ):
     """Add to dk and dv the shares of the tiles of queries from ``first`` to ``last``.
 
-    Score tiles are [keys, queries]. The caller drops keys beyond the length.
+    Score tiles are [keys, queries]. The caller drops keys beyond the length. In one pass this
+    ``block`` of keys adds its shares to the sums of these queries, the first at ``sum_tile``.
     """
     # As in the forward: one pipelined loop a kernel.
     for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
         start, partial = tile_of(tiles, index, BLOCK_M)
+        if query_sums.sums is not None:
+            seen = look_at_turn(query_sums.turns + 1 + sum_tile + index)
         rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         q = load_tile(
             q_base, start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
@@ -161,23 +138,39 @@ def _walk_queries(
                 dscores = weights * (dweights - delta[None, :])
             if s.softcap is not None:
                 dscores *= fma(negative(capped), capped, 1.0)
-            dk = dot(cast(dscores, q.dtype), q, dk, PRECISION)
+            dscores = cast(dscores, q.dtype)
+            dk = dot(dscores, q, dk, PRECISION)
+        if query_sums.sums is not None:
+            zeros = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
+            share = dot(tl.trans(k), dscores, zeros, PRECISION)  # [BLOCK_D, BLOCK_M]
+            number = block
+            if s.left is not None:  # the first block of keys that these queries see
+                number -= tl.maximum(start + place.offset - s.left, 0) // BLOCK_N
+            take_turn(query_sums.turns + 1 + sum_tile + index, seen, number, index > first)
+            sums = query_sums.sums + (sum_tile + index).to(tl.int64) * (BLOCK_M * BLOCK_D)
+            add_share(sums, share, query_sums.wide is not None)
+    if query_sums.sums is not None:
+        end_turn(query_sums.turns + sum_tile + last, last > first)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _attention_backward_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, statistics_ptr, delta_ptr, given, dk_ptr, dv_ptr, work_ptr,
-    tiles, s, heads, queries, keys, in_sixteens, radius, q_layout, k_layout, v_layout, grad_layout,
-    dk_layout, dv_layout, lse_rows, plane, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
+    tiles, query_sums, s, heads, queries, keys, in_sixteens, radius, q_layout, k_layout, v_layout,
+    grad_layout, dk_layout, dv_layout, lse_rows, plane, sum_tiles, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):
     sizes = Sizes(heads, queries, keys, in_sixteens, radius)
-    sequence, key_head, block = which_block(
-        work_ptr, sizes.heads // s.group, tl.cdiv(keys_of(sizes), BLOCK_N), False
-    )
+    key_heads = sizes.heads // s.group
+    key_blocks = tl.cdiv(keys_of(sizes), BLOCK_N)
+    if query_sums.sums is None:
+        sequence, key_head, block = which_block(work_ptr, key_heads, key_blocks, False)
+    else:
+        ticket = tl.atomic_add(query_sums.turns, 1, sem="relaxed")
+        sequence, key_head, block = block_of_ticket(ticket, work_ptr, key_heads, key_blocks)
     if work_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the inner one)
         if sequence < 0:
             return
@@ -212,6 +205,7 @@ def _attention_backward_keys(
         grad_base = query_rows(grad_ptr, grad_layout, place)
         row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
         delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        sum_tile = first_sum(s, sizes, place, sequence, sum_tiles, BLOCK_M)
         listed = None
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
@@ -221,14 +215,18 @@ def _attention_backward_keys(
                 k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, full, listed,
                 columns, first_column, given, s, sizes, place, q_layout, grad_layout,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, SCALED, PRECISION,
-                NEEDS_K, NEEDS_V, False,
+                NEEDS_K, NEEDS_V, False, block, query_sums, sum_tile,
             )
         dk, dv = _walk_queries(
             k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, full, last, listed,
             columns, first_column, given, s, sizes, place, q_layout, grad_layout, HEAD_DIM,
             VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
-            NEEDS_V, True,
+            NEEDS_V, True, block, query_sums, sum_tile,
         )
+    if query_sums.sums is not None:  # worked out again: the loop needs the registers
+        sequence, key_head, block = block_of_ticket(ticket, work_ptr, key_heads, key_blocks)
+        place = place_of(s, sizes, sequence, key_head * s.group)
+        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
     if NEEDS_K:
@@ -354,29 +352,6 @@ def attention_backward(
     return *gradients[:-1], dsinks
 
 
-def attention_delta(
-    grad: torch.Tensor,
-    output: torch.Tensor,
-    lse_grad: torch.Tensor | None,
-    statistics: torch.Tensor,
-    precision: str,
-) -> torch.Tensor:
-    """Compute delta of each query, laid out as the first of the statistics."""
-    batch, heads, n_rows, value_dim = output.shape
-    delta = torch.empty_like(statistics[0])
-    if delta.numel():
-        block = 16 if grad.dtype == torch.float32 else 64
-        launch(
-            _attention_delta, (configs.ceil_div(n_rows, block) * batch * heads,),
-            configs.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
-            layout_of(grad), layout_of(output),
-            (0, 0, 0) if lse_grad is None else lse_grad.stride(),
-            VALUE_DIM=value_dim, BLOCK_DV=configs.padded_dim(value_dim),
-            BLOCK_M=block, PRECISION=precision,
-        )
-    return delta
-
-
 def score_gradients_of(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -426,22 +401,31 @@ def score_gradients_of(
     n_rows = query.shape[2]
     plane = statistics[0].numel()
     one_loop = config.one_loop or arguments.one_loop
-    passes = [(needs_k, dv is not None)]
+    parts = [(needs_k, dv is not None)]
     if config.split_keys:
-        passes = [(needs_k, False), (False, dv is not None)]
+        parts = [(needs_k, False), (False, dv is not None)]
+    in_one_pass = needs_k and _is_one_pass(config, arguments, target, dq, dv, given)
+    query_sums, sum_tiles = QuerySums(), 0
     if needs_k or dv is not None:
         work, blocks = blocks_of(arguments, terms, key.shape[2], config.block_n, of_keys=True)
         tiles = mask_tiles(arguments, config.block_n, config.block_m, of_columns=True)
-        for pass_k, pass_v in passes:
-            if pass_k or pass_v:
+        if in_one_pass:
+            query_sums, sum_tiles = cleared_query_sums(arguments, query, target, config)
+        for part_k, part_v in parts:
+            if part_k or part_v:
                 launch(
                     _attention_backward_keys, (blocks * key.shape[1],), config, *tensors, dk, dv,
-                    work, tiles, arguments.scores, *arguments.sizes, *layouts, layout_of(dk),
-                    layout_of(dv), n_rows, plane,
-                    BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_K=pass_k,
-                    NEEDS_V=pass_v, ONE_LOOP=one_loop, **arguments.constants,
+                    work, tiles, query_sums, arguments.scores, *arguments.sizes, *layouts,
+                    layout_of(dk), layout_of(dv), n_rows, plane, sum_tiles,
+                    BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_K=part_k,
+                    NEEDS_V=part_v, ONE_LOOP=one_loop, **arguments.constants,
                 )
-    if dq is not None:
+    if in_one_pass and dq is not None:
+        work, blocks = blocks_of(arguments, terms, n_rows, config.block_m, of_keys=False)
+        store_query_sums(
+            query_sums, sum_tiles, dq, layout_of(dq), work, blocks, arguments, config.block_m
+        )
+    elif dq is not None:
         # This kernel's loop runs over keys, so the wide side of the tile is that of the queries.
         block_m, block_n = config.block_n, config.block_m
         work, blocks = blocks_of(arguments, terms, n_rows, block_m, of_keys=False)
@@ -460,6 +444,26 @@ def score_gradients_of(
             layouts, arguments, target,
         )
     return dq, dk, dv, dmask, dslopes, dtable, dlse
+
+
+def _is_one_pass(
+    config: configs.AttentionConfig,
+    arguments: AttentionArguments,
+    target: configs.Target,
+    dq: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    given: Given,
+) -> bool:
+    """Whether the keys' kernel gives dq too: not on ROCm, nor where a mask lists the tiles.
+
+    Programs of several blocks of keys wait for each other there, by instructions of NVIDIA's; and
+    a block of keys must know how many before it see the same queries.
+    """
+    return (
+        config.passes == 1 and target.backend == "cuda" and not config.split_keys
+        and not arguments.lists_tiles and given.pointer is None
+        and dq is not None and dv is not None
+    )
 
 
 def blocks_of(

@@ -24,10 +24,10 @@ from fusedformer_kernels.attention.arguments import (
     precision_of,
 )
 from fusedformer_kernels.attention.backward import (
-    attention_delta,
     blocks_of,
     score_gradients_of,
 )
+from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,

@@ -7,12 +7,14 @@ is what runs: the same kernel, config and specialization.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
+from fusedformer_kernels.attention.arguments import attention_arguments
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.disentangled import disentangled_backward
 from fusedformer_kernels.attention.forward import attention_forward
@@ -40,6 +42,8 @@ from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
+from fusedformer_kernels.runtime.configs import assumed_target
+from fusedformer_kernels.runtime.tuned import forced
 
 HALF = torch.bfloat16
 CORE_FLOAT32 = {
@@ -54,9 +58,16 @@ CORE = CORE_FLOAT32 | {
     "gated gelu", "rotary 64", "rotary 128 rms norm",
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
-    "attention d=128 value dim 32", "attention d=64 causal, one token",
+    "attention d=128 value dim 32", "attention d=64 causal, one token", "attention d=128 one pass",
     "disentangled d=64 packed", "disentangled d=64 key mask, dropout",
 }  # fmt: skip
+
+
+# Of the backward in one pass, by head dim: no shipped table has it, a user's own may.
+ONE_PASS = {
+    dim: {"passes": 1, "block_m": m, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    for dim, m in ((64, 64), (128, 32))
+}
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ def _attention(
     keys: int = 2048,
     packed: bool = False,
     weights: str = "",
+    one_pass: bool = False,
     **terms: Any,
 ) -> None:
     length, heads, batch = keys, 16, 4
@@ -227,7 +239,15 @@ def _attention(
         return
     output, _, statistics = attention_forward(q, k, v, given)
     needs = [True, True, True, *learned, given.sinks is not None]
-    attention_backward(output, None, q, k, v, output, statistics, given, needs)
+    forms: AbstractContextManager[None] = nullcontext()
+    target = assumed_target()
+    if one_pass and target is not None and target.backend == "cuda":
+        kind = attention_arguments(q, k, v.shape[3], given).kind
+        causal = terms.get("right") is not None
+        fields = {**ONE_PASS[kind.size], "one_loop": causal}
+        forms = forced(("attention_backward", *kind.words), fields)
+    with forms:
+        attention_backward(output, None, q, k, v, output, statistics, given, needs)
 
 
 def _disentangled(
@@ -368,6 +388,10 @@ def compile_cases() -> list[CompileCase]:
             f"attention d={dim} causal", HALF,
             partial(_attention, dim, HALF, right=0), matrix=True,
         )
+        for name, flags in (("", {}), (" causal", {"right": 0}), (" packed", {"packed": True})):
+            call = partial(_attention, dim, HALF, one_pass=True, **flags)
+            extra = dim == 64 or bool(flags)
+            add(f"attention d={dim} one pass{name}", HALF, call, matrix=True, extra=extra)
     for dim in (64, 128, 256):
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)

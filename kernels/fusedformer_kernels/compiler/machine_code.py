@@ -36,6 +36,7 @@ ISSUE_LANES = 128  # four schedulers, a warp instruction each
 PRODUCT_FLOPS = 4096  # of bfloat16 in a clock and SM
 REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64  # of an SM
 SHARED_RESERVED = 1024  # for each program
+_ORDERED_LOAD = re.compile(r"\bLDG\.E\.STRONG")  # of what another program writes
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,19 @@ def main_loop(code: str) -> Mix:
 
 
 def inner_loops(lines: list[str]) -> list[tuple[int, int]]:
-    """Find the first and the last line of each loop that has no loop in it."""
+    """Find the first and the last line of each loop that has no loop in it.
+
+    A loop that waits for another program is none: it ends at once if that one is done.
+    """
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L_\w+:", line)}
     loops: list[tuple[int, int]] = []
     for at, line in enumerate(lines):
         found = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
         if found and labels.get(found.group(1), at) < at - 1:  # one that jumps to itself is padding
-            loops.append((labels[found.group(1)], at))
+            first = labels[found.group(1)]
+            inside = "\n".join(lines[first:at])
+            if "MMA." in inside or not _ORDERED_LOAD.search(inside):
+                loops.append((first, at))
     return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
 

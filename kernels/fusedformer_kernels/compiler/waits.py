@@ -24,7 +24,8 @@ CAUSES = ("issue", "product", "memory", "cache", "shared", "special", "barrier")
 UNITS = ("product", "issue", "special", "shared")  # of an SM
 
 _KINDS = {
-    "memory": r"LDG|ATOM|RED|LDL|LD\b|UTMALDG|SYNCS|MEMBAR",
+    # An ordered load, which looks at what another program has done, is as fast as that one.
+    "memory": r"LDG(?!\S*STRONG)|ATOM|RED|LDL|LD\b|UTMALDG|SYNCS|MEMBAR",
     "shared": r"LDS|STS|LDC|ULDC|FENCE",
     "special": r"MUFU|SHFL|F2I|I2F|F2F|FRND|S2R|S2UR|REDUX|VOTE|R2UR|POPC|FLO|BREV",
     "product": r"HGMMA|HMMA",

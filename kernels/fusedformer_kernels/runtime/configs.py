@@ -347,6 +347,7 @@ class AttentionConfig(LaunchConfig):
     one_loop: bool = False  # one checked loop in place of a full and a partial one: fewer registers
     split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
     keys_per_split: int = 0  # forward: keys that one program walks when queries are few; 0: all
+    passes: int = 2  # backward: 1 for one over the keys that gives dq too (query_sums.py)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ bool decode_arithmetic(Decoder &decoder);
 bool decode_bits(Decoder &decoder);
 bool decode_conversion(Decoder &decoder);
 bool decode_memory(Decoder &decoder);
+bool decode_atomics(Decoder &decoder);
+bool decode_ordered_load(Decoder &decoder);  // of "ld": whether it says how it is ordered
 bool decode_copies(Decoder &decoder);
 bool decode_products(Decoder &decoder);
 bool decode_mbarriers(Decoder &decoder);

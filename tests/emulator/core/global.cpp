@@ -86,22 +86,37 @@ uint32_t GlobalMemory::begin_launch(uint64_t blocks) {
 
 namespace {
 
-// Note a run of entries; true if another block of this launch was there.
-bool note_read(uint32_t *writers, uint32_t *readers, uint64_t count, uint32_t first, uint32_t me,
+// Whether a stamp is another block's of this launch.
+struct Other {
+  uint32_t first, me;
+  uint32_t operator()(uint32_t stamp) const { return (stamp >= first) & (stamp != me); }
+};
+
+// The same where blocks tell each other what is done, which then is no race.
+struct OtherNotDone {
+  const Launch &launch;
+  const Block &block;
+  uint32_t operator()(uint32_t stamp) const {
+    return stamp >= launch.first_stamp && !launch.is_done(block, stamp);
+  }
+};
+
+// Note a run of entries; true if another block of this launch wrote there.
+template <class T>
+bool note_read(uint32_t *writers, uint32_t *readers, uint64_t count, T other, uint32_t me,
                uint32_t several) {
   uint32_t others = 0;
   for (uint64_t i = 0; i < count; i++) {
-    others |= (writers[i] >= first) & (writers[i] != me);
-    readers[i] = (readers[i] >= first) & (readers[i] != me) ? several : me;
+    others |= other(writers[i]);
+    readers[i] = other(readers[i]) ? several : me;
   }
   return others;
 }
 
-bool others_were_there(const uint32_t *writers, const uint32_t *readers, uint64_t count,
-                       uint32_t first, uint32_t me) {
+template <class T>
+bool others_were_there(const uint32_t *writers, const uint32_t *readers, uint64_t count, T other) {
   uint32_t others = 0;
-  for (uint64_t i = 0; i < count; i++)
-    others |= ((writers[i] >= first) & (writers[i] != me)) | ((readers[i] >= first) & (readers[i] != me));
+  for (uint64_t i = 0; i < count; i++) others |= other(writers[i]) | other(readers[i]);
   return others;
 }
 
@@ -111,10 +126,10 @@ struct Run {
   int first = 0, last = 0;
 };
 
+template <class T>
 void check_run(Warp &warp, const Instruction &instruction, Allocation &allocation, const Run &run,
-               uint32_t bytes, bool writes, const uint8_t *values) {
-  const Launch &launch = *warp.launch;
-  const uint32_t first = launch.first_stamp, me = warp.block->stamp;
+               uint32_t bytes, bool writes, const uint8_t *values, T other) {
+  const uint32_t me = warp.block->stamp;
   const uint64_t parts = run.address | run.bytes;
   const int narrowest = parts & 1 ? 0 : parts & 2 ? 1 : 2;
   if (!allocation.writers) {
@@ -127,22 +142,22 @@ void check_run(Warp &warp, const Instruction &instruction, Allocation &allocatio
   const uint64_t count = run.bytes >> allocation.shift;
   uint32_t *writers = allocation.writers + at, *readers = allocation.readers + at;
   if (!writes) {
-    if (note_read(writers, readers, count, first, me, launch.shared_stamp()))
+    if (note_read(writers, readers, count, other, me, warp.launch->shared_stamp()))
       report(warp, instruction, run.first, "global-race",
              "reads at " + hex(run.address) + " what another block of the launch writes");
     return;
   }
-  if (others_were_there(writers, readers, count, first, me)) {
+  if (others_were_there(writers, readers, count, other)) {
     // Only bytes that change: a value written twice is no fault.
     const uint8_t *value = values + (uint64_t)run.first * bytes;
     for (uint64_t i = 0; i < count; i++) {
-      if (!others_were_there(writers + i, readers + i, 1, first, me)) continue;
+      if (!others_were_there(writers + i, readers + i, 1, other)) continue;
       const uint64_t offset = i << allocation.shift;
       const uint8_t *there = reinterpret_cast<uint8_t *>(run.address + offset);
       if (!memcmp(there, value + offset, 1u << allocation.shift)) continue;
       report(warp, instruction, run.first + (int)(offset / bytes), "global-race",
              "writes at " + hex(run.address + offset) + " what another block of the launch " +
-                 (writers[i] >= first && writers[i] != me ? "writes" : "reads"));
+                 (other(writers[i]) ? "writes" : "reads"));
       break;
     }
   }
@@ -161,7 +176,14 @@ uint32_t check_global(Warp &warp, const Instruction &instruction, uint32_t mask,
   auto close = [&] {
     if (!open) return;
     open = false;
-    if (settings.check) check_run(warp, instruction, *recent, run, bytes, writes, values);
+    if (!settings.check) return;
+    const Launch &launch = *warp.launch;
+    if (launch.epochs.empty())
+      check_run(warp, instruction, *recent, run, bytes, writes, values,
+                Other{launch.first_stamp, warp.block->stamp});
+    else
+      check_run(warp, instruction, *recent, run, bytes, writes, values,
+                OtherNotDone{launch, *warp.block});
   };
   for (int lane = 0; lane < LANES; lane++) {
     if (!(mask >> lane & 1)) {

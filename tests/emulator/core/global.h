@@ -32,6 +32,7 @@ class GlobalMemory {
 
   // Stamps for the blocks of a launch, and one for "several": the first of them.
   uint32_t begin_launch(uint64_t blocks);
+  uint32_t next_stamp() { return next_stamp_++; }  // one more for a block of this launch
 
  private:
   std::map<uint64_t, std::unique_ptr<Allocation>> allocations_;

@@ -1,6 +1,7 @@
 // Runs the blocks of a launch one after another, and their warps by turns.
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "global.h"
 #include "lanes.h"
@@ -75,7 +76,10 @@ void begin_block(Block &block, uint32_t index) {
   block.at[0] = index % grid[0];
   block.at[1] = index / grid[0] % grid[1];
   block.at[2] = index / grid[0] / grid[1];
+  block.index = index;
   block.stamp = launch.first_stamp + index;
+  block.epoch = block.looks = 0;
+  for (auto *epochs : {&block.done, &block.told, &block.tells}) epochs->clear();
   block.shared.begin_block();
   block.mbarriers.clear();
   block.bulk_copies.clear();
@@ -232,6 +236,18 @@ void fill_constants(Launch &launch, void **parameters) {
 }
 
 }  // namespace
+
+uint32_t Launch::new_epoch(uint32_t block, uint32_t before) {
+  epochs.emplace_back(block, before + 1);
+  return global_memory.next_stamp();
+}
+
+bool Launch::is_done(const Block &block, uint32_t stamp) const {
+  if (stamp == shared_stamp()) return false;  // of several
+  uint32_t whose = stamp - first_stamp, epoch = 0;
+  if (stamp > shared_stamp()) std::tie(whose, epoch) = epochs[stamp - shared_stamp() - 1];
+  return whose == block.index || (whose < block.done.size() && epoch < block.done[whose]);
+}
 
 void run_launch(Launch &launch, void **parameters) {
   static Block block;

@@ -274,6 +274,7 @@ void skip_hints(Decoder &d) {
 }
 
 void decode_access(Decoder &d, bool loads) {
+  if (loads && decode_ordered_load(d)) return;
   d.take("volatile");
   const bool parameter = d.take("param"), global = !parameter && d.take("global");
   const bool shared = !parameter && !global && (d.take("shared") || d.take("shared::cta"));

@@ -143,8 +143,7 @@ void Parser::statements(std::string &pending) {
     }
     size_t word = pending.find_first_of(" \t:;");
     if (word != std::string::npos && pending[word] == ':' && pending[word + 1] != ':') {
-      const std::string scope = std::to_string(scope_numbers_.back());
-      labels_[scope + ":" + pending.substr(0, word)] = (int)kernel_->code.size();
+      labels_[{scope_numbers_.back(), pending.substr(0, word)}] = (int)kernel_->code.size();
       pending.erase(0, word + 1);
       continue;
     }
@@ -177,8 +176,8 @@ void Parser::statement(std::string text) {
   Decoder decoder(*this, whole, parts, arguments);
   decoder.instruction.first = (uint32_t)kernel_->operands.size();
   if (!decode_arithmetic(decoder) && !decode_bits(decoder) && !decode_conversion(decoder) &&
-      !decode_memory(decoder) && !decode_copies(decoder) && !decode_products(decoder) &&
-      !decode_mbarriers(decoder) && !decode_control(decoder))
+      !decode_memory(decoder) && !decode_atomics(decoder) && !decode_copies(decoder) &&
+      !decode_products(decoder) && !decode_mbarriers(decoder) && !decode_control(decoder))
     throw Error("unknown opcode " + opcode + " in: " + whole);
   if (!decoder.instruction.run) throw Error("undecoded " + whole);
   decoder.finish();
@@ -322,12 +321,12 @@ void Parser::files() {
 }
 
 void Parser::link() {
-  for (Branch &branch : branches_) {
-    auto found = labels_.end();
-    for (; !branch.scopes.empty() && found == labels_.end(); branch.scopes.pop_back())
-      found = labels_.find(std::to_string(branch.scopes.back()) + ":" + branch.label);
+  for (const Branch &branch : branches_) {
+    auto found = labels_.end();  // innermost first
+    for (size_t i = branch.scopes.size(); i-- > 0 && found == labels_.end();)
+      found = labels_.find({branch.scopes[i], branch.label});
     if (found == labels_.end()) throw Error("unknown label " + branch.label);
-    kernel_->code[branch.from].target = found->second;
+    kernel_->code[branch.at].target = found->second;
   }
   for (Instruction &instruction : kernel_->code)
     instruction.operand = kernel_->operands.data() + instruction.first;

@@ -48,9 +48,9 @@ class Parser {
   int scopes_seen_ = 0;
   std::unordered_map<std::string, Operand> registers_;
   std::map<std::pair<uint64_t, Width>, Operand> immediates_;
-  std::unordered_map<std::string, int> labels_;  // by scope and name, as registers
+  std::map<std::pair<int, std::string>, int> labels_;  // by the scope that they are in
   struct Branch {
-    int from;
+    int at;
     std::string label;
     std::vector<int> scopes;
   };

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstring>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -36,9 +37,26 @@ struct Launch {
   uint32_t first_stamp = 0;          // of its blocks, in the shadow of global memory
   uint32_t shared_stamp() const { return first_stamp + grid[0] * grid[1] * grid[2]; }
   uint64_t run = 0;                  // warp instructions
+
+  // Of blocks that told others what is done (atomics.cpp): whose each later stamp is, from
+  // shared_stamp() + 1 on, and what was told at an address, in epochs of each block.
+  std::vector<std::pair<uint32_t, uint32_t>> epochs;  // (block, epoch)
+  struct Told {
+    std::vector<uint32_t> epochs, epochs_before;
+    uint32_t before = 0;  // what was there before the last change
+  };
+  std::map<uint64_t, Told> told;
+  uint32_t new_epoch(uint32_t block, uint32_t before);
+  bool is_done(const Block &block, uint32_t stamp) const;  // for `block`, or by itself
 };
 
 constexpr uint32_t REGISTERS = 65536;  // of a multiprocessor
+
+// Each number of `to` becomes at least that of `from`.
+inline void raise_to(std::vector<uint32_t> &to, const std::vector<uint32_t> &from) {
+  if (to.size() < from.size()) to.resize(from.size());
+  for (size_t i = 0; i < from.size(); i++) to[i] = to[i] < from[i] ? from[i] : to[i];
+}
 
 // One cp.async of a warp, done at its wait.
 struct Copy {
@@ -147,7 +165,12 @@ struct BulkCopy {
 struct Block {
   Launch *launch = nullptr;
   uint32_t at[3] = {0, 0, 0};
+  uint32_t index = 0;  // in the grid
   uint32_t stamp = 0;  // in the shadow of global memory
+  uint32_t epoch = 0;  // how often it released
+  std::vector<uint32_t> done, told, tells;  // epochs of others: acquired, read, and to be told
+  uint64_t looked_at = 0;                   // by the last ordered load, how often, and what it saw
+  uint32_t looks = 0, saw = 0;
   std::vector<Warp> warps;
   std::vector<uint32_t> fenced;  // the clock at each warp's last fence.proxy.async
   Lines registers;

@@ -61,6 +61,8 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
             return f"does not compile: {type(error).__name__}"
         if compiled.spills:
             return f"{compiled.spills} spills in {launch.name}"
+        if compiled.wrong_descriptors:
+            return f"products of {launch.name} may read the wrong memory"
         if compiled.shared_bytes > target.shared_memory:
             return f"{compiled.shared_bytes} bytes of shared memory in {launch.name}"
     return ""

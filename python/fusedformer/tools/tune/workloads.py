@@ -99,15 +99,25 @@ def _forward_tiles(dim: int, heavy: bool) -> tuple[Fields, ...]:
 
 
 def _backward_tiles(dim: int) -> tuple[Fields, ...]:
-    return tuple(
+    two_passes = tuple(
         {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one,
          "split_keys": split}
         for m, n, w, s, one, split in product(
             (32, 64) if dim < 256 else (16, 32), (64, 128) if dim < 256 else (64,), (4, 8),
-            (1, 2, 3) if dim == 64 else (1, 2), (False, True),
+            (1, 2, 3) if dim < 256 else (1, 2), (False, True),
             (False,) if dim == 64 else (False, True),
         )
     )  # fmt: skip
+    one_pass: tuple[Fields, ...] = ()
+    if dim < 256:  # whose sums of keys and of queries do not fit in registers together
+        one_pass = tuple(
+            {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one,
+             "split_keys": False, "passes": 1}
+            for m, (n, w), s, one in product(
+                (32, 64), ((64, 4), (128, 8)), (2, 3), (False, True)
+            )
+        )  # fmt: skip
+    return (*two_passes, *one_pass)
 
 
 def _terms(device: torch.device, heavy: bool, causal: bool) -> AttentionTerms:
