@@ -125,7 +125,7 @@ def _embedding_forward(
     for part in tl.static_range(PARTS):
         columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
         normed = (parts[part] - mean[:, None]) * rstd[:, None]
-        y = affine(normed, parameters[part])
+        y = affine(normed, parameters[part], weight_ptr, bias_ptr)
         if seed_ptr is not None:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows, part * BLOCK_N, p, BLOCK_N)
             y = tl.where(keep, y * dropout_scale(p), 0.0)

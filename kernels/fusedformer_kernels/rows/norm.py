@@ -89,41 +89,49 @@ def _store_sum(z_ptr, z, rows, columns, n_columns, row_valid):
 
 
 @triton.jit
-def load_affine(weight_ptr, bias_ptr, first_column, n_columns, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr):
-    """Load (weight, bias) of columns as tiles [BLOCK_M, BLOCK_N]; None where there is none.
-
-    All rows are equal, but so each thread loads what it needs, and none waits for another.
-    """
-    columns = (tl.zeros([BLOCK_M, 1], tl.int32) + first_column) + tl.arange(0, BLOCK_N)[None, :]
-    weight = None
-    bias = None
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < n_columns, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0)
-    return weight, bias
+def _load_parameter(ptr, columns, n_columns):
+    """Load a weight or bias, whose columns are given for each element of a tile."""
+    if ptr is None:
+        return tl.zeros(columns.shape, tl.float32)
+    else:
+        return tl.load(ptr + columns, mask=columns < n_columns, other=0.0)
 
 
 @triton.jit
-def affine(normed, parameters):
-    """Compute ``normed * weight + bias`` of tiles [BLOCK_M, BLOCK_N]; either may be None."""
-    weight, bias = parameters
+def load_affine(
+    weight_ptr, bias_ptr, first_column, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Load (weight, bias) of columns as tiles [BLOCK_M, BLOCK_N].
+
+    All rows are equal, but so each thread loads what it needs, and none waits for another.
+    """
+    columns = first_column + tl.zeros([BLOCK_M, 1], tl.int32) + tl.arange(0, BLOCK_N)[None, :]
+    weight = _load_parameter(weight_ptr, columns, n_columns)
+    return weight, _load_parameter(bias_ptr, columns, n_columns)
+
+
+@triton.jit
+def affine(normed, parameters, weight_ptr, bias_ptr):
+    """Compute ``normed * weight + bias`` of tiles [BLOCK_M, BLOCK_N], without those that are None.
+
+    ``parameters`` are the tiles that :func:`load_affine` loaded from the two.
+    """
     y = normed
-    if weight is not None:
-        if bias is not None:
-            y = fma(y, weight.to(tl.float32), bias.to(tl.float32))
+    if weight_ptr is not None:
+        if bias_ptr is not None:
+            y = fma(y, parameters[0].to(tl.float32), parameters[1].to(tl.float32))
         else:
-            y *= weight.to(tl.float32)
-    elif bias is not None:
-        y += bias.to(tl.float32)
+            y *= parameters[0].to(tl.float32)
+    elif bias_ptr is not None:
+        y += parameters[1].to(tl.float32)
     return y
 
 
 @triton.jit
-def _store_normed(y_ptr, z, mean, rstd, parameters, rows, columns, n_columns, row_valid):
+def _store_normed(y_ptr, z, mean, rstd, parameters, inputs, rows, columns, n_columns, row_valid):
     """Write the norm of the tile ``z`` [BLOCK_M, BLOCK_N] from statistics [BLOCK_M]."""
-    y = affine((z - mean[:, None]) * rstd[:, None], parameters)
+    normed = (z - mean[:, None]) * rstd[:, None]
+    y = affine(normed, parameters, inputs.weight, inputs.bias)
     offsets = (rows * n_columns)[:, None] + columns[None, :]
     store(y_ptr + offsets, y, row_valid[:, None] & (columns < n_columns)[None, :])
 
@@ -159,8 +167,8 @@ def _norm_forward(
             for part in tl.static_range(PARTS):
                 columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
                 _store_normed(
-                    y_ptr, parts[part], mean, rstd, parameters[part], rows, columns, n_columns,
-                    row_valid,
+                    y_ptr, parts[part], mean, rstd, parameters[part], inputs, rows, columns,
+                    n_columns, row_valid,
                 )
     else:
         squares = tl.zeros([BLOCK_M], tl.float32)
@@ -189,7 +197,9 @@ def _norm_forward(
                 parameters = load_affine(
                     inputs.weight, inputs.bias, start, n_columns, BLOCK_M, BLOCK_N
                 )
-                _store_normed(y_ptr, z, mean, rstd, parameters, rows, columns, n_columns, row_valid)
+                _store_normed(
+                    y_ptr, z, mean, rstd, parameters, inputs, rows, columns, n_columns, row_valid
+                )
     if rstd_ptr is not None:
         tl.store(rstd_ptr + rows, rstd, mask=row_valid)
         if KIND == _LAYER:  # the mean of z as the backward will read it
