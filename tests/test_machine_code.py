@@ -19,7 +19,11 @@ from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import ahead_of_time
 from fusedformer_kernels.compiler.ahead_of_time import Compiled
-from fusedformer_kernels.compiler.machine_code import main_loop, programs_per_multiprocessor
+from fusedformer_kernels.compiler.machine_code import (
+    inner_loops,
+    main_loop,
+    programs_per_multiprocessor,
+)
 from fusedformer_kernels.compiler.prediction import Factors, demand_of, parts_us, predict
 from fusedformer_kernels.compiler.waits import CAUSES, UNITS, Work, work_of
 from fusedformer_kernels.rows.contrastive import row_and_column_lse
@@ -70,6 +74,22 @@ def test_without_a_loop_all_the_code_counts() -> None:
     mix = main_loop(LISTING.splitlines()[1])
     assert not mix.in_loop
     assert mix.counts == {"load": 1}
+
+
+def test_a_wait_for_another_program_is_no_loop() -> None:
+    """It is a part of the loop around it, and ends at once if that program is done."""
+    wait = """
+.L_x_3:
+        /*0051*/                   LDG.E.STRONG.GPU R9, desc[UR4][R2.64] ;
+        /*0052*/                   ISETP.GE.AND P2, PT, R9, R8, PT ;
+        /*0053*/              @!P2 BRA `(.L_x_3) ;
+"""
+    around = LISTING.replace("        /*0060*/", f"{wait.strip(chr(10))}\n        /*0060*/", 1)
+    found = [
+        [lines[a] for a, _ in inner_loops(lines)]
+        for lines in map(str.splitlines, (LISTING, around))
+    ]
+    assert found == [[".L_x_0:", ".L_x_1:"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from tests.emulator.build import emulator_library
+from tests.emulator.build import FOLDER, emulator_library
 
 REPORT_BYTES = 1 << 20
 
@@ -206,13 +206,19 @@ def target(name: str) -> Any:
 
 @contextmanager
 def without_ptxas() -> Iterator[None]:
-    """Let Triton compile to PTX and no further: machine code is not needed here."""
+    """Let Triton compile to PTX and no further: machine code is not needed here.
+
+    What it keeps lies in a folder of its own: elsewhere the machine code is wanted.
+    """
+    from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
 
     kept = CUDABackend.make_cubin
     CUDABackend.make_cubin = lambda self, source, metadata, options, capability: b""
     try:
-        yield
+        with knobs.cache.scope():
+            knobs.cache.dir = str(FOLDER / "ptx-cache")
+            yield
     finally:
         CUDABackend.make_cubin = kept
 

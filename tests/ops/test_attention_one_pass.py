@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.ops.features import CHOICES, Call
 from tests.ops.judge import grad
+from torch import Tensor
 
 from fusedformer import functional as F
 
@@ -18,6 +19,8 @@ pytest.importorskip("triton")
 from fusedformer_kernels.runtime import configs, plans
 from fusedformer_kernels.runtime.launch import recorded_launches
 
+attention: Any = F.scaled_dot_product_attention  # called in more ways than its overloads know
+varlen_attention: Any = F.varlen_attention
 ABSENT = {name: values[0] for name, values in CHOICES.items()}
 BLOCK_KEYS = 32  # so that short sequences have several blocks that take turns
 
@@ -31,8 +34,7 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         found = original(kind, target)
         if kind.masked:
             return found
-        tile = {"block_m": 16, "block_n": BLOCK_KEYS, "split_keys": False}
-        return replace(found, passes=1, **tile)
+        return replace(found, passes=1, block_m=16, block_n=BLOCK_KEYS, split_keys=False)
 
     monkeypatch.setattr(configs, "attention_backward_config", config)
     plans.clear()
@@ -68,7 +70,7 @@ def test_features(name: str, device: str) -> None:
 
 def launched(device: str, **settings: Any) -> set[str]:
     leaves = [grad(1, 2, 40, 16, device=device) for _ in range(3)]
-    output = F.scaled_dot_product_attention(*leaves, **settings)
+    output: Tensor = attention(*leaves, **settings)
     with recorded_launches(run=True) as launches:
         output.backward(torch.randn_like(output))
     return {launch.name for launch in launches}
@@ -80,7 +82,7 @@ def test_what_keeps_two_passes(device: str) -> None:
     for mask in (torch.rand(40, 40, device=device) > 0.4, torch.randn(40, 40, device=device)):
         assert "_store_query_sums" not in launched(device, attn_mask=mask)
     query, key = (grad(1, 2, 40, 16, device=device) for _ in range(2))
-    output = F.scaled_dot_product_attention(query, key, key.detach())
+    output = attention(query, key, key.detach())
     with recorded_launches(run=True) as launches:
         output.backward(torch.randn_like(output))
     assert "_attention_backward_queries" in {launch.name for launch in launches}
@@ -93,13 +95,13 @@ def test_alone_packed_and_planned_are_the_same_bits(device: str) -> None:
     whole = torch.randn(3, 107, 2, 16, device=device).half()
     dy = torch.randn(107, 2, 16, device=device).half()
 
-    def gradients(packed: bool, rows: slice = slice(None)) -> list[torch.Tensor]:
+    def gradients(packed: bool, rows: slice = slice(None)) -> list[Tensor]:
         leaves = [x[rows].clone().requires_grad_() for x in whole]
         if packed:
-            output = F.varlen_attention(*leaves, starts, starts, 70, 70, is_causal=True)
+            output = varlen_attention(*leaves, starts, starts, 70, 70, is_causal=True)
         else:
             heads = [leaf.transpose(0, 1)[None] for leaf in leaves]
-            output = F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+            output = attention(*heads, is_causal=True)[0].transpose(0, 1)
         return list(torch.autograd.grad(output, leaves, dy[rows]))
 
     together = gradients(True)

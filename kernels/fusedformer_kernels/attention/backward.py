@@ -92,11 +92,17 @@ def _walk_queries(
     Score tiles are [keys, queries]. The caller drops keys beyond the length. In one pass this
     ``block`` of keys adds its shares to the sums of these queries, the first at ``sum_tile``.
     """
+    begin = first
+    end = last
+    if query_sums.sums is not None:  # from the last back to the first
+        begin = 1 - last
+        end = 1 - first
     # As in the forward: one pipelined loop a kernel.
-    for index in tl.range(first, last, num_stages=None if PIPELINED else 1):
-        start, partial = tile_of(tiles, index, BLOCK_M)
+    for step in tl.range(begin, end, num_stages=None if PIPELINED else 1):
+        index = step
         if query_sums.sums is not None:
-            seen = look_at_turn(query_sums.turns + 1 + sum_tile + index)
+            index = -step
+        start, partial = tile_of(tiles, index, BLOCK_M)
         rows = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         q = load_tile(
             q_base, start, place.n_queries, q_layout, BLOCK_M, HEAD_DIM, BLOCK_D, False
@@ -139,6 +145,8 @@ def _walk_queries(
             if s.softcap is not None:
                 dscores *= fma(negative(capped), capped, 1.0)
             dscores = cast(dscores, q.dtype)
+            if query_sums.sums is not None:
+                seen = look_at_turn(query_sums.turns + 1 + sum_tile + index)
             dk = dot(dscores, q, dk, PRECISION)
         if query_sums.sums is not None:
             zeros = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
@@ -146,11 +154,11 @@ def _walk_queries(
             number = block
             if s.left is not None:  # the first block of keys that these queries see
                 number -= tl.maximum(start + place.offset - s.left, 0) // BLOCK_N
-            take_turn(query_sums.turns + 1 + sum_tile + index, seen, number, index > first)
+            take_turn(query_sums.turns + 1 + sum_tile + index, seen, number, step > begin)
             sums = query_sums.sums + (sum_tile + index).to(tl.int64) * (BLOCK_M * BLOCK_D)
             add_share(sums, share, query_sums.wide is not None)
     if query_sums.sums is not None:
-        end_turn(query_sums.turns + sum_tile + last, last > first)
+        end_turn(query_sums.turns + 1 + sum_tile + first, last > first)
     return dk, dv
 
 
@@ -166,7 +174,9 @@ def _attention_backward_keys(
     sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     key_heads = sizes.heads // s.group
     key_blocks = tl.cdiv(keys_of(sizes), BLOCK_N)
-    if query_sums.sums is None:
+    ONE_PASS: tl.constexpr = query_sums.sums is not None
+    STEP: tl.constexpr = -1 if ONE_PASS else 1
+    if not ONE_PASS:
         sequence, key_head, block = which_block(work_ptr, key_heads, key_blocks, False)
     else:
         ticket = tl.atomic_add(query_sums.turns, 1, sem="relaxed")
@@ -210,20 +220,18 @@ def _attention_backward_keys(
         if tiles.entries is not None:
             listed, last = tiles_of(tiles, sequence, place.head, block)
             full = tl.zeros_like(last)
-        if s.right is not None and not ONE_LOOP:
-            dk, dv = _walk_queries(
-                k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, first, full, listed,
-                columns, first_column, given, s, sizes, place, q_layout, grad_layout,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, True, SCALED, PRECISION,
-                NEEDS_K, NEEDS_V, False, block, query_sums, sum_tile,
-            )
-        dk, dv = _walk_queries(
-            k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base, full, last, listed,
-            columns, first_column, given, s, sizes, place, q_layout, grad_layout, HEAD_DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP, SCALED, PRECISION, NEEDS_K,
-            NEEDS_V, True, block, query_sums, sum_tile,
-        )
-    if query_sums.sums is not None:  # worked out again: the loop needs the registers
+        # Tiles that must be checked, then the others; in one pass all go back from the last, where
+        # blocks of keys do not wait for those before, whose diagonals are further up.
+        for main in tl.static_range(1 if ONE_PASS else 0, -1 if ONE_PASS else 2, STEP):
+            if main or (s.right is not None and not ONE_LOOP):
+                dk, dv = _walk_queries(
+                    k, v, dk, dv, q_base, grad_base, row_base, plane, delta_base,
+                    full if main else first, last if main else full, listed, columns, first_column,
+                    given, s, sizes, place, q_layout, grad_layout, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, BLOCK_N, ONE_LOOP or main == 0, SCALED, PRECISION, NEEDS_K,
+                    NEEDS_V, main == 1, block, query_sums, sum_tile,
+                )
+    if ONE_PASS:  # worked out again: the loop needs the registers
         sequence, key_head, block = block_of_ticket(ticket, work_ptr, key_heads, key_blocks)
         place = place_of(s, sizes, sequence, key_head * s.group)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -40,14 +40,22 @@ class QuerySums(NamedTuple):
 
 @triton.jit
 def block_of_ticket(ticket, work, heads, blocks):
-    """Find (sequence, head, block) of a ticket, heads first; see ``which_block``."""
+    """Find (sequence, head, block) of a ticket; see ``which_block``.
+
+    Blocks of 64 heads are worked on side by side, so that few of one wait for each other at a time;
+    of packed sequences those of one sequence.
+    """
     if work is not None:
         entry = work + 2 * (ticket // heads)
         sequence = tl.load(entry)
         block = tl.load(entry + 1)
     else:
-        sequence = ticket // (heads * blocks)
-        block = ticket // heads % blocks
+        first = ticket // (64 * blocks) * 64
+        others = tl.minimum(tl.num_programs(0) // blocks - first, 64)
+        ticket -= first * blocks
+        block = ticket // others
+        ticket = first + ticket % others
+        sequence = ticket // heads
     return sequence, ticket % heads, block
 
 
@@ -98,7 +106,7 @@ def take_turn(turn, seen, number, goes_on):
             @done bra taken;
             fence.acq_rel.gpu;
             setp.ne.s32 done, $4, 0;
-            @done red.relaxed.gpu.global.add.s32 [$1 + -4], 1;
+            @done red.relaxed.gpu.global.add.s32 [$1 + 4], 1;
             mov.s32 now, $2;
             again:
             setp.ge.s32 done, now, $3;
