@@ -34,6 +34,18 @@ def openvino(model: nn.Module, dtype: torch.dtype) -> Hidden:
     return hidden
 
 
+class _Hidden(nn.Module):
+    """A model that takes its two inputs by position, and returns one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.model(ids, attention_mask=mask).last_hidden_state
+        return found
+
+
 def onnxruntime(model: nn.Module, dtype: torch.dtype) -> Hidden:
     """Run ``model`` in ONNX Runtime, which has float32 alone on the CPU."""
     if dtype != torch.float32:
