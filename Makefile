@@ -20,9 +20,9 @@ test-compiled: $(READY)  ## tests that touch no GPU, with no interpreter, as whe
 	FUSEDFORMER_TEST_COMPILED=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m cpu \
 	tests/ops tests/kernels tests/ecosystem tests/models tests/test_graphs.py tests/tools/test_tune.py
 
-emulate: $(READY)  ## the tests of ops as on a GPU of sm_90, whose kernels' PTX is emulated
+emulate: $(READY)  ## the tests of ops and CUDA graphs as on a GPU of sm_90, whose kernels' PTX is emulated
 	FUSEDFORMER_EMULATE=$(or $(EMULATE),sm_90) $(PY) -m pytest -p tests.emulator.plugin \
-	-n $(WORKERS) --dist worksteal tests/ops
+	-n $(WORKERS) --dist worksteal tests/ops tests/ecosystem/test_cuda_graphs.py tests/test_graphs.py
 
 lint: $(READY)
 	$(PY) -m ruff format --check .

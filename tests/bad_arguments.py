@@ -55,6 +55,9 @@ def good(function: str) -> dict[str, Any]:
         "scaled_dot_product_attention": dict(
             query=t(2, 4, 5, 8), key=t(2, 4, 6, 8), value=t(2, 4, 6, 3)
         ),
+        "disentangled_attention": dict(
+            query=t(2, 4, 5, 8), key=t(2, 4, 6, 8), value=t(2, 4, 6, 3), position_key=t(4, 8, 8)
+        ),
         "merge_attention_states": dict(
             output1=t(2, 5, 8), lse1=t(2, 5), output2=t(2, 5, 8), lse2=t(2, 5)
         ),
@@ -177,6 +180,27 @@ def fused_steps() -> Iterator[Row]:
         yield function, {"residual": t(2, 3, 4).int()}, TypeError, "'residual' .* floating-point"
         yield function, {"input_bias": t(3, 4)}, ValueError, r"'input_bias' to have shape \(4,\)"
     yield "dropout_add", {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+    function = "disentangled_attention"
+    yield function, {"key": t(2, 4, 6, 7)}, ValueError, "'query' and 'key' to have the same last"
+    yield (
+        function,
+        {"key": t(1, 4, 6, 8)},
+        ValueError,
+        r"\[batch, heads, length, dim\] of one batch",
+    )
+    yield function, {"position_key": None}, ValueError, "'position_key' or 'position_query'"
+    yield function, {"position_key": t(4, 8, 7)}, ValueError, r"shape \(4, 2 \* span, 8\)"
+    yield function, {"position_query": t(4, 6, 8)}, ValueError, "with one span for all"
+    yield function, {"position_query": t(4, 8, 8).half()}, TypeError, "the dtype of 'query'"
+    yield (
+        function,
+        {"max_distance": 3},
+        ValueError,
+        "an int above 3 with a multiple of 4 buckets, 8 or more",
+    )
+    yield function, {"cu_seqlens_q": t(3, dtype=INT)}, ValueError, "expected all of 'cu_seqlens_q'"
+    yield function, {"key_mask": t(2, 5) > 0}, ValueError, r"'key_mask' to have shape \(2, 6\)"
+    yield function, {"dropout_p": 1.5}, ValueError, r"'dropout_p' to be in \[0, 1\]"
     function = "rotary_embedding"
     yield function, {"key": t(2, 1, 6, 8)}, ValueError, "'key' to have the shape of 'query'"
     yield function, {"key": t(2, 1, 5, 8).half()}, TypeError, "'key' to have the dtype of 'query'"

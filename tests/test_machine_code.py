@@ -134,12 +134,12 @@ def test_passes_of_the_loop_are_those_of_one_program() -> None:
     with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
         row_and_column_lse(x, x, scale, 0)  # 64 dimensions of 512 at a time
         attention_forward(query, key, key, AttentionTerms(scale=1.0))  # splits of 512 keys
-        softmax_forward(long, None, 1.0, False, long.dtype, False)  # chunks of 4,096 columns
+        softmax_forward(long, None, 1.0, False, long.dtype, False)  # chunks of 16,384 columns
     compiled = _compiled(1, loops=True, clocks={"issue": 1.0})
     found = {each.name: demand_of(each, compiled).clocks["issue"] for each in launches}
     assert found["_score_parts"] == 8
     assert (found["_attention_forward"], found["_merge_splits"]) == (8, 16)
-    assert found["_softmax_forward"] == 32
+    assert found["_long_softmax_forward"] == 8
     (forward,) = (each for each in launches if each.name == "_attention_forward")
     pairs = 2.0 * 16 * 8192  # of one query each, whatever the tile's rows
     assert demand_of(forward, compiled, pairs).clocks["issue"] == 8

@@ -183,6 +183,25 @@ def attention(
     }
 
 
+def disentangled(
+    batch: int, heads: int, length: int, dim: int, buckets: int, itemsize: int, *, real_keys: int
+) -> Costs:
+    """Count attention with both position terms, ``buckets`` vectors a head for each.
+
+    Besides :func:`attention`: a product of all queries with one table and of all keys with the
+    other forward; backward both again, and two more for each. The tables are read, and their
+    gradients written; the products themselves need not be in memory.
+    """
+    pairs = heads * length * real_keys
+    own = attention(batch, heads, length, dim, itemsize, real_keys=real_keys, pairs=pairs)
+    products = 2 * 2 * batch * heads * length * buckets * dim
+    tables = 2 * heads * buckets * dim * itemsize
+    forward = own["forward"] + Cost(products, tables)
+    backward = own["backward"] + Cost(3 * products, 2 * tables)
+    both = own["both"] + Cost(4 * products, 3 * tables)
+    return {"forward": forward, "backward": backward, "both": both}
+
+
 def encoder(
     lengths: Sequence[int],
     layers: int,

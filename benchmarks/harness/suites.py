@@ -23,6 +23,7 @@ SUITES = {
     "losses": Stage(60),
     "contrastive": Stage(30),
     "attention": Stage(200),
+    "disentangled": Stage(40),
     "encoder": Stage(90, "--compile none"),
     "graphs": Stage(90),
     "huggingface": Stage(60, "--compile none"),

@@ -43,6 +43,8 @@ LEFT_OUT: dict[str, tuple[str, ...] | None] = {
     # Spills with dropout, a relative bias or an additive mask.
     "attention_backward half 128 heavy full": None,
     "attention_backward half 128 heavy causal": None,
+    # Its kernel has changed since it was measured: loads are pipelined, and tiles are others.
+    "activation_backward 512": None,
 }
 
 

@@ -6,6 +6,7 @@
 
 from fusedformer import functional, nn
 from fusedformer._internal.backend import backend
+from fusedformer._internal.products import set_float32_products
 from fusedformer._version import __version__
 from fusedformer.embedding import embed
 from fusedformer.fusion import FusionReport, fuse, unfuse
@@ -14,5 +15,5 @@ from fusedformer.serving.warmup import warmup
 
 __all__ = [
     "FusionReport", "Graphed", "__version__", "backend", "embed", "functional", "fuse", "graphed",
-    "nn", "unfuse", "warmup",
+    "nn", "set_float32_products", "unfuse", "warmup",
 ]  # fmt: skip

@@ -270,7 +270,8 @@ def test_which_ops_have_no_rule() -> None:
     ruled = {op._opname for op in rules if op.namespace == "fusedformer"}
     assert {name.removesuffix("_backward") for name in names - ruled} == {
         "chunked_attention",  # of the torch backend, which takes ATen's for a DTensor
-        "cross_entropy", "embedding_norm", "gather_rows", "linear_cross_entropy",
+        "cross_entropy", "disentangled_attention", "disentangled_attention_aten",
+        "embedding_norm", "gather_rows", "linear_cross_entropy",
         "linear_cross_entropy_scaled", "packed_attention_aten", "pairs", "row_and_column_lse",
         "softplus_sums",
     }  # fmt: skip

@@ -111,7 +111,9 @@ def test_every_op_replays_with_eager_bits(case: Case) -> None:
 DROPPING: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout_add": lambda x: F.dropout_add(x, torch.zeros_like(x), p=0.5),
     "bias_activation": lambda x: F.bias_activation(x, None, "relu", p=0.5),
-    "gated_activation": lambda x: F.gated_activation(x, None, "silu", p=0.5),
+    "gated_activation": lambda x: F.gated_activation(
+        torch.cat((x, x), -1), None, "silu", p=0.5
+    ),
     "norm": lambda x: F.dropout_add_layer_norm(
         x, torch.zeros_like(x), (D,), return_sum=True, p=0.5
     )[1],

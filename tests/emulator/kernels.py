@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.runtime.primitives import dot
+
 
 @triton.jit
 def product(
@@ -26,7 +28,7 @@ def product(
     if IN_REGISTERS:
         wide = left.to(tl.float32)
         left = (wide + 0 * tl.exp2(wide)).to(right.dtype)
-    result = tl.dot(left, right, input_precision=PRECISION)
+    result = dot(left, right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
     tl.store(c + m[:, None] * COLUMNS + n[None, :], result)
 
 

@@ -15,7 +15,7 @@ def compiled_kernels(target_name: str, every: bool) -> dict[str, Compiled | str]
 
     What does not compile is the error's text.
     """
-    from fusedformer.tools.compile_report import _tf32
+    from fusedformer.tools.compile_report import float32_products
     from fusedformer_kernels.compiler.ahead_of_time import ast_source
     from fusedformer_kernels.compiler.compile_cases import compile_cases
     from fusedformer_kernels.runtime.configs import TARGETS, assume_target
@@ -27,7 +27,7 @@ def compiled_kernels(target_name: str, every: bool) -> dict[str, Compiled | str]
         if not (every or case.core):
             continue
         with (
-            _tf32(case.tf32),
+            float32_products(case.products),
             assume_target(TARGETS[target_name]),
             recorded_launches(run=False) as launches,
         ):

@@ -38,9 +38,34 @@ class Compiled:
 
     @property
     def parameters(self) -> list[str]:
-        """The types of the parameters in PTX, as ``u64``."""
-        header = self.ptx[self.ptx.index(f".entry {self.name}(") :]
-        return re.findall(r"\.param \.(\w+)", header[: header.index(")")])
+        """The types of the parameters in PTX, as ``u64`` or ``b8[128]``."""
+        start = self.ptx.index(f".entry {self.name}(")
+        header = self.ptx[start : self.ptx.index(")", start)] + "\n"
+        found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^,]*?(\[\d+\])?[,\n]", header)
+        return [kind + size for kind, size in found]
+
+
+class TensorMap(ctypes.Structure):
+    """A descriptor of boxes of a tensor, in the form that core/bulk_copies.cpp reads."""
+
+    _fields_ = (
+        ("magic", ctypes.c_uint64), ("base", ctypes.c_uint64), ("dimensions", ctypes.c_uint32),
+        ("element", ctypes.c_uint32), ("swizzle", ctypes.c_uint32), ("box", ctypes.c_uint32 * 5),
+        ("sizes", ctypes.c_int32 * 5), ("padding", ctypes.c_uint32),
+        ("strides", ctypes.c_uint64 * 5), ("rest", ctypes.c_uint8 * 16),
+    )  # fmt: skip
+
+    def __init__(self, tensor: torch.Tensor, box: Sequence[int], swizzle: int) -> None:
+        element = tensor.element_size()
+        assert tensor.stride(-1) == 1 and not tensor.data_ptr() % 16
+        super().__init__(0x70616D20726F736E, tensor.data_ptr(), tensor.ndim, element, swizzle)
+        self.tensor = tensor
+        for index, (extent, size, stride) in enumerate(
+            zip(reversed(box), reversed(tensor.shape), reversed(tensor.stride()), strict=True)
+        ):
+            self.box[index], self.sizes[index] = extent, size
+            self.strides[index] = stride * element
+            assert not index or not stride * element % 16
 
 
 @functools.cache
@@ -109,14 +134,14 @@ class Machine:
         handle = self.load(kernel.ptx, kernel.name)
         kinds = kernel.parameters
         values: list[Any] = [
-            _NUMBERS[kind](value.data_ptr() if isinstance(value, torch.Tensor) else value)
-            for kind, value in zip(kinds, arguments, strict=False)
+            _parameter(kind, value) for kind, value in zip(kinds, arguments, strict=False)
         ]
         # The last two, which Triton adds, point to scratch memory that no kernel here has.
         values += [ctypes.c_uint64(0)] * (len(kinds) - len(values))
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid)))
-        with self.allocated([a for a in arguments if isinstance(a, torch.Tensor)]):
+        tensors = [a.tensor if isinstance(a, TensorMap) else a for a in arguments]
+        with self.allocated([t for t in tensors if isinstance(t, torch.Tensor)]):
             if self.library.emulator_launch(handle, sizes, kernel.threads, kernel.shared, pointers):
                 raise RuntimeError(f"emulator: {self.library.emulator_error().decode()}")
 
@@ -151,6 +176,14 @@ class Machine:
     def instructions(self) -> int:
         """Count the warp instructions that were run."""
         return int(self.library.emulator_instructions())
+
+
+def _parameter(kind: str, value: Any) -> Any:
+    """Make what the driver would be pointed to for an argument."""
+    if isinstance(value, TensorMap):
+        assert kind == f"b8[{ctypes.sizeof(value)}]", kind
+        return value
+    return _NUMBERS[kind](value.data_ptr() if isinstance(value, torch.Tensor) else value)
 
 
 def _passed(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> Iterator[Any]:
@@ -216,7 +249,7 @@ def _compiled(
     constants: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Compiled:
-    from triton.compiler import ASTSource
+    from fusedformer_kernels.compiler.ahead_of_time import source_class
 
     module, name = function.split(":")
     kernel = getattr(importlib.import_module(module), name)
@@ -228,7 +261,8 @@ def _compiled(
         if kinds[name].startswith("*")
     }
     values = {(names.index(name),): value for name, value in constants.items()}
-    return compile_source(ASTSource(kernel, kinds, values, attributes), target_name, options)
+    source = source_class(kernel)(kernel, kinds, values, attributes)
+    return compile_source(source, target_name, options)
 
 
 Result = TypeVar("Result")

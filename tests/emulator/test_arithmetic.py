@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.emulator import kernels
 from tests.emulator.machine import Machine, compiled
 from tests.emulator.programs import program
 
@@ -188,6 +189,20 @@ def test_comparisons_of_floats(name: str) -> None:
     else:
         want = getattr(torch, plain)(a, b) | (unordered if name.endswith("u") else False)
     assert_equal(got, want.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_comparisons_of_pairs_of_halves(dtype: torch.dtype) -> None:
+    a = EVERY_HALF.view(dtype)
+    a = a[bits(a) != 0x7FA5][: 2**16 - 64]
+    b = torch.where(torch.rand(len(a)) < 0.5, a, a.roll(7))
+    name = {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}[dtype]
+    statement = f"""setp.eq.{name} %p1|%p2, {{a}}, {{b}};
+    selp.b32 {{d}}, 1, 0, %p1;
+    @%p2 add.s32 {{d}}, {{d}}, 2;"""
+    pairs = [one.view(torch.int32) for one in (a, b)]
+    got = elementwise(statement, pairs, torch.empty(len(a) // 2, dtype=torch.int32))
+    assert_equal(got, ((a == b).view(-1, 2).int() * torch.tensor([1, 2])).sum(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -419,6 +434,27 @@ def test_products_in_float32(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_products_in_float32_by_three_of_tf32(target: str) -> None:
+    """As near as float32, the same bits with operands in each other's place, and infinities."""
+    a, b = torch.randn(32, 64), torch.randn(64, 32)
+    sizes = {"ROWS": 32, "COLUMNS": 32, "STEPS": 64}
+    flags = dict.fromkeys(("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED", "IN_REGISTERS"), 0)
+    constants = {**sizes, **flags, "PRECISION": "tf32x3"}
+    kernel = compiled(PRODUCT, target, dict.fromkeys("abc", "*fp32"), constants)
+    assert "mma.sync.aligned.m16n8k8" in kernel.ptx
+    result, swapped = torch.empty(32, 32), torch.empty(32, 32)
+    run(kernel, 1, a, b, result)
+    run(kernel, 1, b.T.contiguous(), a.T.contiguous(), swapped)
+    assert torch.equal(swapped.T, result)
+    error = (result.double() - a.double() @ b.double()).abs()
+    assert (error <= 2.0**-21 * (a.abs().double() @ b.abs().double())).all()
+    a[3, 5], a[4, 6], b[7, 8], a[9, 9] = torch.inf, -torch.inf, torch.inf, torch.nan
+    b[5, 10] = 0.0
+    run(kernel, 1, a, b, result)
+    torch.testing.assert_close(result, a @ b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("rows", "columns", "warps"), [(1, 32, 1), (4, 100, 4), (7, 1000, 8)])
 def test_reductions_and_scans(rows: int, columns: int, warps: int, target: str) -> None:
     x = torch.randn(rows, columns)
@@ -433,3 +469,39 @@ def test_reductions_and_scans(rows: int, columns: int, warps: int, target: str) 
     torch.testing.assert_close(most, x.amax(1), rtol=0, atol=0)
     torch.testing.assert_close(where.long(), x.argmax(1))
     torch.testing.assert_close(scan, x.cumsum(1), rtol=1e-4, atol=1e-4)
+
+
+def interpreted(name: str) -> Any:
+    """The kernel as Triton's interpreter runs it; skip where nothing is interpreted."""
+    kernel: Any = getattr(kernels, name)
+    if type(kernel).__name__ != "InterpretedFunction":
+        pytest.skip("no kernel is interpreted here")
+    return kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_and_reductions_as_interpreted(target: str) -> None:
+    """In float16 products are exact, so that only the order of sums is left to differ."""
+    a, b = torch.randn(64, 32).half(), torch.randn(32, 16).half()
+    sizes = {"ROWS": 64, "COLUMNS": 16, "STEPS": 32}
+    flags = dict.fromkeys(("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED", "IN_REGISTERS"), 0)
+    kernel = compiled(PRODUCT, target, {"a": "*fp16", "b": "*fp16", "c": "*fp32"}, sizes | flags)
+    got, want = torch.empty(2, 64, 16)
+    run(kernel, 1, a, b, got)
+    interpreted("product")[(1,)](a, b, want, **sizes, **flags)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+    x = torch.randn(4, 100)
+    found: list[list[torch.Tensor]] = []
+    signature = {**dict.fromkeys(("x", "sums", "most", "where", "scan"), "*fp32"), "columns": "i32"}
+    kernel = compiled(REDUCTIONS, target, {**signature, "where": "*i32"}, {"COLUMNS": 128})
+    for is_interpreted in (False, True):
+        results = [torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.int32)]
+        results.append(torch.empty(4, 100))
+        if is_interpreted:
+            interpreted("reductions")[(4,)](x, *results, 100, COLUMNS=128)
+        else:
+            run(kernel, 4, x, *results, 100)
+        found.append(results)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)

@@ -89,7 +89,8 @@ def _level(report: Any) -> str:
 
     attends = some(lambda one: one.before.endswith(" attention"))
     norms = some(lambda one: "Norm" in one.before)
-    if some(lambda one: one.after.startswith("packed")):
+    padded = {one.path for one in report.left if one.reason.startswith("computed padded")}
+    if some(lambda one: one.after.startswith("packed") and one.path not in padded):
         return "A" if some(lambda one: "fused steps" in one.after) else "B"
     return ("C" if norms else "D") if attends else "E" if norms else "-"
 

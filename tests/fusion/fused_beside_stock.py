@@ -75,6 +75,10 @@ class RealPositions:
             return tensor
         if tensor.shape[:2] == self.mask.shape:
             return tensor[self.mask]
+        if name.endswith("pooler_output") and tensor.shape[0] == self.mask.shape[0]:
+            tensor = tensor[self.mask[:, 0]]  # of others the first position is padding
+            steady = self.steady.get(name)
+            return tensor if steady is None else tensor[steady[self.mask[:, 0]]]
         return tensor[self.steady[name]] if name in self.steady else tensor
 
 

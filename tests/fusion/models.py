@@ -21,6 +21,30 @@ TOKENS = dict(bos_token_id=97, eos_token_id=98, pad_token_id=1)
 MODERN = dict(
     global_attn_every_n_layers=2, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS
 )
+SHAPES = dict(
+    pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
+)  # fmt: skip
+ESM: dict[str, Any] = dict(
+    pad_token_id=1, mask_token_id=7, token_dropout=True, position_embedding_type="rotary",
+    emb_layer_norm_before=True,
+)  # fmt: skip
+EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
+QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, **TOKENS)
+GEMMA3: dict[str, Any] = dict(
+    num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
+    use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
+)  # fmt: skip
+T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
+DEBERTA = dict(
+    relative_attention=True,
+    position_buckets=8,
+    max_relative_positions=12,
+    share_att_key=True,
+    pos_att_type="p2c|c2p",
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
+    type_vocab_size=0,
+)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
             eos_token_id=2)  # fmt: skip
 BART = dict(
@@ -41,6 +65,38 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "albert": lambda: T.AlbertModel(T.AlbertConfig(**TEXT, embedding_size=16)),
     "modernbert": lambda: T.ModernBertModel(T.ModernBertConfig(**TEXT, **MODERN)),
+    "ernie": lambda: T.ErnieModel(T.ErnieConfig(**TEXT, use_task_id=True)),
+    "data2vec-text": lambda: T.Data2VecTextModel(T.Data2VecTextConfig(**TEXT)),
+    "roc-bert": lambda: T.RoCBertModel(T.RoCBertConfig(**TEXT, **SHAPES)),
+    "layoutlm": lambda: T.LayoutLMModel(T.LayoutLMConfig(**TEXT, max_2d_position_embeddings=64)),
+    "roberta-prelayernorm": lambda: T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**TEXT)),
+    "xlm-roberta-xl": lambda: T.XLMRobertaXLModel(T.XLMRobertaXLConfig(**TEXT)),
+    "bert-generation": lambda: T.BertGenerationEncoder(T.BertGenerationConfig(**TEXT)),
+    "nomic-bert": lambda: T.NomicBertModel(T.NomicBertConfig(**TEXT), add_pooling_layer=True),
+    "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
+    "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
+    "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
+    "mpnet": lambda: T.MPNetModel(T.MPNetConfig(**TEXT)),
+    "megatron-bert": lambda: T.MegatronBertModel(T.MegatronBertConfig(**TEXT)),
+    "rembert": lambda: T.RemBertModel(T.RemBertConfig(**TEXT, input_embedding_size=16)),
+    "splinter": lambda: T.SplinterModel(T.SplinterConfig(**TEXT, question_token_id=3)),
+    "roformer": lambda: T.RoFormerModel(T.RoFormerConfig(**TEXT, embedding_size=16)),
+    "eurobert": lambda: T.EuroBertModel(T.EuroBertConfig(**TEXT, **EUROBERT)),
+    "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**TEXT, **QWEN3)),
+    "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(**TEXT, **GEMMA3)),
+    "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
+    "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
+    "deberta-v3": lambda: T.DebertaV2Model(T.DebertaV2Config(**TEXT, **DEBERTA)),
+    "deberta-v2": lambda: T.DebertaV2Model(
+        T.DebertaV2Config(
+            **TEXT,
+            relative_attention=True,
+            max_relative_positions=6,
+            pos_att_type="c2p|p2c",
+            conv_kernel_size=3,
+            type_vocab_size=2,
+        )
+    ),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -55,7 +111,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
-    "albert", "modernbert",
+    "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
+    "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
+    "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
+    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -97,6 +156,12 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name in ("clip", "siglip"):  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
         return {**pixels, **text}
+    if name == "roc-bert":
+        for kind in ("shape", "pronunciation"):
+            text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
+    if name == "layoutlm":
+        text["bbox"] = torch.randint(0, 60, (*shape, 2), generator=generator).repeat(1, 1, 2)
+        text["bbox"][..., 2:] += 3
     if name == "bart":
         return {**text, "decoder_input_ids": torch.randint(3, 97, (3, 6), generator=generator)}
     return text
@@ -111,7 +176,7 @@ def run(model: Any, inputs: dict[str, Tensor], seed: int = 2) -> dict[str, Tenso
             outputs[key] = value[MASK.to(value.device)] if of_tokens else value
     generator = torch.Generator().manual_seed(seed)
     dys = [torch.randn(o.shape, generator=generator).to(o) for o in outputs.values()]
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(
         list(outputs.values()), list(parameters.values()), dys, allow_unused=True
     )

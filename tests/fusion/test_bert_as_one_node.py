@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import fusedformer  # noqa: E402
 from fusedformer.functional.steps import encoder_layer  # noqa: E402
-from fusedformer.fusion import _post_norm  # noqa: E402
+from fusedformer.fusion import _layers  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -33,7 +33,6 @@ def _triton() -> Iterator[None]:
 def models() -> Iterator[tuple[str, Any]]:
     t = transformers
     yield "bert", lambda: t.BertModel(t.BertConfig(**SIZES))
-    yield "roberta", lambda: t.RobertaModel(t.RobertaConfig(**SIZES))
     yield "albert", lambda: t.AlbertModel(t.AlbertConfig(**SIZES, embedding_size=16))
     yield (
         "distilbert",
@@ -43,20 +42,43 @@ def models() -> Iterator[tuple[str, Any]]:
     )
 
 
+def other_forms() -> Iterator[tuple[str, bool, Any]]:
+    """Norms first; a gate of its own; rotary embedding, behind a norm. One layer of each."""
+    t, sizes = transformers, {**SIZES, "num_hidden_layers": 1}
+    rotary = {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 2}
+    yield (
+        "roberta-prelayernorm", True,
+        lambda: t.RobertaPreLayerNormModel(t.RobertaPreLayerNormConfig(**sizes)),
+    )  # fmt: skip
+    yield "gte", True, lambda: t.GteModel(t.GteConfig(**sizes, hidden_dropout_prob=0.2))
+    yield "esm", False, lambda: t.EsmModel(t.EsmConfig(**sizes, **rotary))
+
+
+@pytest.mark.parametrize(("name", "pack", "make"), list(other_forms()))
+def test_other_forms_have_the_bits_of_their_steps(
+    name: str, pack: bool, make: Any, device: str
+) -> None:
+    check(make(), pack, True, device)
+
+
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "not training"])
 @pytest.mark.parametrize(("name", "make"), list(models()))
 def test_the_bits_are_those_of_the_steps(
     name: str, make: Any, training: bool, pack: bool, device: str
 ) -> None:
-    model = fusedformer_of(make(), pack, training).to(device)
+    check(make(), pack, training, device)
+
+
+def check(model: Any, pack: bool, training: bool, device: str) -> None:
+    model = fusedformer_of(model, pack, training).to(device)
     ids = torch.randint(5, 40, (2, 7), device=device)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     weights = list(model.parameters())
 
     def run(one_node: bool) -> list[Tensor]:
-        steps = mock.patch.object(_post_norm, "encoder_layer_is_one_node", return_value=False)
+        steps = mock.patch.object(_layers, "encoder_layer_is_one_node", return_value=False)
         torch.manual_seed(3)
         with nullcontext() if one_node else steps:
             output = model(ids, attention_mask=mask).last_hidden_state
@@ -64,10 +86,10 @@ def test_the_bits_are_those_of_the_steps(
         return [output.detach(), *(grad for grad in grads if grad is not None)]
 
     want = run(False)
-    with mock.patch.object(_post_norm, "encoder_layer", side_effect=encoder_layer) as called:
+    with mock.patch.object(_layers, "encoder_layer", side_effect=encoder_layer) as called:
         for _ in range(2):
             assert all(map(torch.equal, run(True), want))
-    assert called.call_count == 4
+    assert called.call_count == 2 * model.config.num_hidden_layers
     assert all(one.any() for one in want[:1])
 
 

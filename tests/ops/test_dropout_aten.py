@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fusedformer.ops.dropout_aten import (
     drop_in_place,
     dropout_add_aten,
     dropout_aten,
-    kept_factor,
+    dropped_again,
 )
 
 SIGMAS = 4
@@ -43,11 +44,11 @@ def test_in_place_and_again(p: float) -> None:
     if kept is None:
         assert p == 0 and torch.equal(dropped, x)
         return
-    assert torch.equal(dropped != 0, kept)
+    assert torch.equal(dropped != 0, kept.bool())
     again = x.clone()
     drop_again_in_place(again, kept, p)
     assert torch.equal(again, dropped)
-    assert torch.allclose(x * kept_factor(kept, p, x), dropped)
+    assert torch.allclose(dropped_again(x, kept, p), dropped)
 
 
 def test_the_seed_decides() -> None:
@@ -62,6 +63,50 @@ def test_the_seed_decides() -> None:
     for p, whole in ((0.0, x), (1.0, torch.zeros_like(x))):
         assert torch.equal(dropout_aten(x, p), whole)
         assert torch.equal(dropout_add_aten(x, residual, p), whole + residual)
+
+
+def test_threads_change_nothing() -> None:
+    """Neither elements that are dropped nor the state of the generator behind them."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            found.append((dropout_aten(torch.ones(100_003), 0.1), torch.get_rng_state()))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_few_calls_and_a_byte_of_each_element() -> None:
+    """Eight calls, however large the tensor: drawn once; and one byte is saved of each element."""
+    x, residual = (torch.rand(700, 1000, requires_grad=True) for _ in range(2))
+    with torch.profiler.profile() as profiled:
+        torch.autograd.grad(dropout_add_aten(x, residual, 0.1), (x, residual), residual.detach())
+    calls = Counter(event.name for event in profiled.events())
+    shared = "aten::random_", "aten::ge", "aten::addcmul", "aten::copy_", "aten::mul", "aten::mul_"
+    assert calls["aten::random_"] == 1 and calls["aten::ge"] == 1
+    assert sum(calls[name] for name in shared) <= 8, calls
+    saved: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        dropout_aten(x, 0.1)
+    assert [(t.numel(), t.element_size()) for t in saved] == [(x.numel(), 1)]
+
+
+def test_gradients_of_gradients() -> None:
+    x, residual = (torch.rand(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def call(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return dropout_add_aten(x.sin(), residual, 0.4)
+
+    assert torch.autograd.gradgradcheck(call, (x, residual))
 
 
 def test_gradients_and_odd_shapes() -> None:

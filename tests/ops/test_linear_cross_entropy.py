@@ -269,10 +269,12 @@ def test_peak_memory_is_a_third_of_the_naive_form_at_most(
 
 def test_sizes_of_chunks() -> None:
     half, full = torch.bfloat16, torch.float32
-    assert logit_chunks.rows_at_once(8192, 50257, 768, half, "cuda") == 2048
-    assert logit_chunks.rows_at_once(2458, 30522, 768, full, "cpu") == 274  # 32 MiB
-    assert logit_chunks.rows_at_once(500, 128256, 4096, half, "cuda") == 500
-    assert logit_chunks.classes_at_once(8192, 128256, half, "cuda") * 8192 * 2 <= 2**30 // 2
+    assert logit_chunks.rows_at_once(8192, 50257, 768, half, "cuda", False) == 2048
+    assert logit_chunks.rows_at_once(8192, 50257, 768, half, "cuda", True) == 1024
+    assert logit_chunks.rows_at_once(2458, 30522, 768, full, "cpu", True) == 274  # 32 MiB
+    assert logit_chunks.rows_at_once(500, 128256, 4096, half, "cuda", False) == 500
+    block = logit_chunks.classes_at_once(8192, 128256, half, "cuda", False)
+    assert block * 8192 * 2 <= 2**30 // 2
     assert logit_chunks.gradients_in_forward(8192, 768, half, "mean")
     assert not logit_chunks.gradients_in_forward(8192, 4096, half, "mean")
     assert logit_chunks.gradients_in_forward(8192, 4096, full, "sum")

@@ -125,7 +125,11 @@ def test_static_shapes(pattern: str, name: Any, device: str) -> None:
 def test_attention_spends_nothing_behind_the_last_token(
     pattern: str, name: Any, device: str
 ) -> None:
-    """Zeros there, in output and gradients, whatever was in it; the bits of the rest."""
+    """Zeros there, in output and gradients, whatever was in it; the bits of the rest.
+
+    On a GPU the torch backend is ATen's attention, which has other sums for other shapes.
+    """
+    exactly = name == "triton" or device == "cpu"
     keep = PATTERNS[pattern]().to(device)
     static, exact = Packing.of(keep, static_shapes=True), Packing.of(keep)
     count, shape = exact.total, (keep.numel(), 2, 8)
@@ -141,7 +145,10 @@ def test_attention_spends_nothing_behind_the_last_token(
         wanted_grads = torch.autograd.grad(wanted, parts, dy[:count])
     pairs = [(found, wanted), *zip(grads, wanted_grads, strict=True)]
     for got, want in pairs:
-        assert torch.equal(got[:count], want)
+        if exactly:
+            assert torch.equal(got[:count], want)
+        else:
+            torch.testing.assert_close(got[:count], want)
         assert not got[count:].any()
 
 

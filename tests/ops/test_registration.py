@@ -128,6 +128,25 @@ def chunked_backward_case() -> tuple[Any, ...]:
     return torch.randn(2, 2, 5, 4), *case, [True, False, True, True]
 
 
+def disentangled_case(packed: bool, p: float = 0.0) -> tuple[Any, ...]:
+    starts = torch.tensor([0, 3, 7], dtype=torch.int32) if packed else None
+    keep = None if packed else torch.rand(2, 7) > 0.2
+    leading = (1, 7) if packed else (2, 7)
+    heads = (leaf(*leading, 2, 8).transpose(1, 2) for _ in range(3))
+    numbers = (4, 4, p, 0.25)
+    tables = leaf(2, 8, 8), leaf(2, 8, 8) if packed else None
+    dropped = seed() if p else None
+    return *heads, *tables, 6 if packed else 0, keep, starts, starts, dropped, *numbers
+
+
+def disentangled_backward_case(packed: bool, by_aten: bool = False) -> tuple[Any, ...]:
+    case = detached(disentangled_case(packed))
+    grad = torch.randn_like(case[0])
+    if by_aten:
+        return grad, *case
+    return grad, *torch.ops.fusedformer.disentangled_attention(*case), *case
+
+
 def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
     query, key, value, _, *others = attention_case(packed=True, **terms)
     return query, key, value, return_lse, *others
@@ -288,6 +307,17 @@ CASES: dict[str, tuple[str, Any]] = {
         "chunked_attention", lambda: chunked_case(torch.rand(2, 1, 5, 7) > 0.3, sinks=leaf(2)),
     ),
     "chunked attention backward": ("chunked_attention_backward", chunked_backward_case),
+    "disentangled": ("disentangled_attention", lambda: disentangled_case(False)),
+    "disentangled, packed": ("disentangled_attention", lambda: disentangled_case(True, 0.3)),
+    "disentangled backward": (
+        "disentangled_attention_backward", lambda: disentangled_backward_case(False),
+    ),
+    "disentangled ATen, packed": (
+        "disentangled_attention_aten", lambda: disentangled_case(True, 0.3),
+    ),
+    "disentangled ATen backward": (
+        "disentangled_attention_aten_backward", lambda: disentangled_backward_case(False, True),
+    ),
     "packed ATen": ("packed_attention_aten", lambda: packed_aten_case(False, seed=seed(), p=0.3)),
     "packed ATen, log-sum-exp, learned": (
         "packed_attention_aten", lambda: packed_aten_case(True, table=leaf(2, 5), softcap=2.0),

@@ -1,10 +1,17 @@
 """softmax and log_softmax against their definitions, forward and gradients."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from tests.ops.judge import DTYPES, check, grad
+from torch import Tensor
 
 from fusedformer import functional as F
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 NAMES = ["softmax", "log_softmax"]
 WIDTHS = {
@@ -37,10 +44,60 @@ def test_rows_beyond_one_pass(name: str, width: int, device: str) -> None:
 
 
 def test_longest_row(device: str) -> None:
-    x = torch.randn(1, 262144, device=device)
-    y = F.softmax(x, -1)
-    truth = torch.softmax(x.double(), -1)
-    assert (y - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.max()
+    check("softmax", torch.float32, input=grad(1, 262144, device=device), dim=-1)
+
+
+LONG: dict[str, tuple[str, int, Callable[[Tensor], dict[str, Any]]]] = {
+    "whole chunks": ("softmax", 49152, lambda x: {"input": x}),
+    "chunks and a rest": ("log_softmax", 50001, lambda x: {"input": x}),
+    "wider output": ("softmax", 50001, lambda x: {"input": x.bfloat16(), "dtype": torch.float32}),
+    "narrower output": ("log_softmax", 49152, lambda x: {"input": x, "dtype": torch.bfloat16}),
+    "every other column": (
+        "softmax",
+        49155,
+        lambda x: {"input": x.repeat_interleave(2, 1)[:, ::2]},
+    ),
+    "unaligned rows": ("log_softmax", 49152, lambda x: {"input": x.repeat(1, 2)[:, 1:49153]}),
+    "boolean mask": ("softmax", 50001, lambda x: {"input": x, "mask": x > -1.0}),
+    "additive mask": (
+        "log_softmax",
+        49152,
+        lambda x: {"input": x.bfloat16(), "mask": x.flip(1), "scale": 0.5},
+    ),
+    "causal": ("softmax", 50001, lambda x: {"input": x, "is_causal": True}),
+    "large numbers": ("log_softmax", 50001, lambda x: {"input": x.sign() * 3e38}),
+    "rows that begin with -inf": ("softmax", 50001, lambda x: {"input": x.sort().values.log()}),
+    "a row of -inf": (
+        "log_softmax",
+        50001,
+        lambda x: {"input": torch.where(x[:, :1] < x[0, 0], x, -torch.inf)},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LONG)
+def test_long_rows_have_the_same_bits_split_and_whole(form: str, device: str) -> None:
+    """Few rows are split among programs, many are not: what is in a row does not depend on it."""
+    name, width, make = LONG[form]
+    inputs = make(3 * torch.randn(2, width, device=device))
+    x = inputs["input"] = inputs["input"].detach().requires_grad_()
+    target = configs.target_of(x.device)
+    found, programs = [], []
+    for multiprocessors in (1, 132):
+        with (
+            configs.assume_target(dataclasses.replace(target, multiprocessors=multiprocessors)),
+            recorded_launches(run=True) as launches,
+        ):
+            y = getattr(F, name)(dim=-1, **inputs)
+            torch.manual_seed(1)
+            found.append((y, *torch.autograd.grad(y, x, torch.randn_like(y))))
+        programs.append([launch.grid[0] for launch in launches])
+    assert programs[0] == [2, 2] and len(programs[1]) == 4 and min(programs[1]) > 2
+    for whole, split in zip(*found, strict=True):
+        assert torch.equal(whole.isnan(), split.isnan())
+        assert torch.equal(whole.nan_to_num(), split.nan_to_num())
+    if set(inputs) == {"input"}:
+        torch.testing.assert_close(found[0][0], getattr(torch, name)(x, -1), equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

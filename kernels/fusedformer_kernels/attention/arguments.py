@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
@@ -21,7 +21,7 @@ class Sizes(NamedTuple):
     queries: Any  # of the padded form
     keys: Any
     in_sixteens: Any  # 1: keys are in units of 16, which lets masks be read by wider loads
-    radius: Any  # of the table
+    radius: Any  # of the table, or of the buckets
 
 
 class Scores(NamedTuple):
@@ -56,6 +56,14 @@ class Scores(NamedTuple):
     starts_q: Any
     starts_k: Any
     group: Any  # query heads that share a key head
+    buckets: Any  # of disentangled attention, by distance
+    n_buckets: Any
+    of_queries: Any  # [batch, heads, queries, n_buckets], or None
+    of_queries_batch: Any
+    of_queries_head: Any
+    of_keys: Any  # the same of keys
+    of_keys_batch: Any
+    of_keys_head: Any
 
 
 class Layout(NamedTuple):
@@ -112,9 +120,16 @@ class AttentionArguments:
 
 
 def attention_arguments(
-    query: torch.Tensor, key: torch.Tensor, value_dim: int, terms: AttentionTerms
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value_dim: int,
+    terms: AttentionTerms,
+    positions: PositionTerms | None = None,
 ) -> AttentionArguments:
-    """Arguments of one call; tensors as :class:`AttentionTerms` documents them."""
+    """Arguments of one call; tensors as the classes of terms document them.
+
+    A table and ``positions`` are not both given.
+    """
     packed = terms.starts_q is not None
     sequences = terms.starts_q.numel() - 1 if terms.starts_q is not None else query.shape[0]
     mask, slopes, table = terms.mask, terms.slopes, terms.table
@@ -151,8 +166,10 @@ def attention_arguments(
         starts_q=contiguous_vector(terms.starts_q),
         starts_k=contiguous_vector(terms.starts_k),
         group=query.shape[1] // key.shape[1],
+        **_position_arguments(positions),
     )
-    radius = 0 if table is None else table.shape[1] // 2
+    by_distance = table if positions is None else positions.buckets
+    radius = 0 if by_distance is None else by_distance.shape[-1] // 2
     n_keys = key.shape[2]
     in_sixteens = None if n_keys % 16 else 1
     sizes = Sizes(
@@ -167,23 +184,44 @@ def attention_arguments(
         # ptxas then confuses their descriptors (descriptors.py).
         "BLOCK_DV": max(configs.padded_dim(value_dim), min(block_d, 64)),
         "SCALED": scores_are_scaled(query.dtype, terms),
-        "PRECISION": configs.dot_precision(query.dtype),
+        "PRECISION": precision_of(query, value_dim),
     }
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
         operands=constants["PRECISION"] if query.dtype == torch.float32 else "half",
         heavy=(
             _must_be_scaled(terms) or mask is not None or terms.seed is not None
-            or terms.left is not None
+            or terms.left is not None or positions is not None
         ),
         causal=terms.right is not None,
         equal=constants["BLOCK_D"] == constants["BLOCK_DV"],
         masked=mask is not None,
+        gathers=positions is not None,
     )
     return AttentionArguments(
         scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],
         terms.max_keys if packed else key.shape[2], constants,
     )
+
+
+def _position_arguments(positions: PositionTerms | None) -> dict[str, Any]:
+    of_queries = None if positions is None else positions.of_queries
+    of_keys = None if positions is None else positions.of_keys
+    wide = of_keys if of_queries is None else of_queries
+    found: dict[str, Any] = {
+        "buckets": None if positions is None else positions.buckets,
+        "n_buckets": 0 if wide is None else wide.shape[3],
+    }
+    for name, tensor in (("of_queries", of_queries), ("of_keys", of_keys)):
+        batch, head, *_ = broadcast_strides(tensor, 4)
+        found |= {name: tensor, f"{name}_batch": batch, f"{name}_head": head}
+    return found
+
+
+def precision_of(query: torch.Tensor, value_dim: int) -> str:
+    """Precision of float32 products, the same in all kernels of a call."""
+    dim = max(query.shape[3], value_dim)
+    return configs.dot_precision(query.dtype, configs.target_of(query.device), dim)
 
 
 def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:

@@ -22,13 +22,14 @@ from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
     layout_of,
+    precision_of,
 )
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.position_gradient import attention_position_gradients
 from fusedformer_kernels.attention.schedule import work_list
 from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
     exponentials,
@@ -340,11 +341,28 @@ def attention_backward(
     output and of the log-sum-exp, either of which may be None. The first three gradients are
     written to ``into`` if given: views of one gradient, say.
     """
-    batch, heads, n_rows, _ = query.shape
     statistics = contiguous(statistics)
     if grad is None:
         unplanned()
         grad = torch.zeros_like(output)
+    precision = precision_of(query, value.shape[3])
+    delta = attention_delta(grad, output, lse_grad, statistics, precision)
+    gradients = score_gradients_of(
+        query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs[:-1], into
+    )
+    dsinks = attention_sink_gradient(statistics, delta, query.dtype, terms) if needs[-1] else None
+    return *gradients[:-1], dsinks
+
+
+def attention_delta(
+    grad: torch.Tensor,
+    output: torch.Tensor,
+    lse_grad: torch.Tensor | None,
+    statistics: torch.Tensor,
+    precision: str,
+) -> torch.Tensor:
+    """Compute delta of each query, laid out as the first of the statistics."""
+    batch, heads, n_rows, value_dim = output.shape
     delta = torch.empty_like(statistics[0])
     if delta.numel():
         block = 16 if grad.dtype == torch.float32 else 64
@@ -353,14 +371,10 @@ def attention_backward(
             configs.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
             layout_of(grad), layout_of(output),
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
-            VALUE_DIM=value.shape[3], BLOCK_DV=configs.padded_dim(value.shape[3]),
-            BLOCK_M=block, PRECISION=configs.dot_precision(grad.dtype),
+            VALUE_DIM=value_dim, BLOCK_DV=configs.padded_dim(value_dim),
+            BLOCK_M=block, PRECISION=precision,
         )
-    gradients = score_gradients_of(
-        query, key, value, grad, statistics, delta, lse_grad, Given(), terms, needs[:-1], into
-    )
-    dsinks = attention_sink_gradient(statistics, delta, query.dtype, terms) if needs[-1] else None
-    return *gradients[:-1], dsinks
+    return delta
 
 
 def score_gradients_of(
@@ -375,6 +389,7 @@ def score_gradients_of(
     terms: AttentionTerms,
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
+    positions: PositionTerms | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Compute gradients of (query, key, value, mask, slopes, table, lse), None if not needed.
 
@@ -397,7 +412,7 @@ def score_gradients_of(
         dv = empty_like(value) if needs_v and value is not None else None
     dlse = torch.empty_like(statistics[0]) if given.pointer is not None else None
     value_dim = query.shape[3] if value is None else value.shape[3]
-    arguments = attention_arguments(query, key, value_dim, terms)
+    arguments = attention_arguments(query, key, value_dim, terms, positions)
     if statistics.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
         unplanned()
         wanted = zip((mask, slopes, table), needs[3:], strict=True)
@@ -415,7 +430,7 @@ def score_gradients_of(
     if config.split_keys:
         passes = [(needs_k, False), (False, dv is not None)]
     if needs_k or dv is not None:
-        work, blocks = _work(arguments, terms, key.shape[2], config.block_n, of_keys=True)
+        work, blocks = blocks_of(arguments, terms, key.shape[2], config.block_n, of_keys=True)
         tiles = mask_tiles(arguments, config.block_n, config.block_m, of_columns=True)
         for pass_k, pass_v in passes:
             if pass_k or pass_v:
@@ -429,7 +444,7 @@ def score_gradients_of(
     if dq is not None:
         # This kernel's loop runs over keys, so the wide side of the tile is that of the queries.
         block_m, block_n = config.block_n, config.block_m
-        work, blocks = _work(arguments, terms, n_rows, block_m, of_keys=False)
+        work, blocks = blocks_of(arguments, terms, n_rows, block_m, of_keys=False)
         launch(
             _attention_backward_queries, (blocks * query.shape[1],), config, *tensors, dq, dlse,
             work, mask_tiles(arguments, block_m, block_n), arguments.scores, *arguments.sizes,
@@ -447,7 +462,7 @@ def score_gradients_of(
     return dq, dk, dv, dmask, dslopes, dtable, dlse
 
 
-def _work(
+def blocks_of(
     arguments: AttentionArguments, terms: AttentionTerms, tokens: int, block: int, *, of_keys: bool
 ) -> tuple[torch.Tensor | None, int]:
     """Find (the work list of packed sequences or None, the number of blocks of each head)."""

@@ -26,7 +26,7 @@ from fusedformer_kernels.attention.arguments import (
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.merge import merge_splits
 from fusedformer_kernels.attention.schedule import work_list
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     load_tile,
@@ -176,6 +176,7 @@ def attention_forward(
     value: torch.Tensor,
     terms: AttentionTerms,
     return_lse: bool = False,
+    positions: PositionTerms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(output [B, H, L, Ev], log-sum-exp float32 [B, H, L] if asked for, statistics [2, B, H, L]).
 
@@ -195,7 +196,7 @@ def attention_forward(
     statistics = query.new_empty(2, batch, heads, n_rows, dtype=torch.float32)
     if statistics.numel() == 0:
         return output, lse, statistics
-    arguments = attention_arguments(query, key, value_dim, terms)
+    arguments = attention_arguments(query, key, value_dim, terms, positions)
     if arguments.sequences == 0 or arguments.max_queries == 0:
         unplanned()
         statistics[0] = -torch.inf

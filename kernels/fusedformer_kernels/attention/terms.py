@@ -38,4 +38,15 @@ class AttentionTerms(NamedTuple):
     max_keys: int = 0
 
 
+class PositionTerms(NamedTuple):
+    """What disentangled attention adds to the products of queries and keys, by their distances.
+
+    The distance is query i less key j, without the offset of the other terms. W buckets hold all.
+    """
+
+    buckets: Tensor  # int32 [2R + 1]: entry R + clamp(distance, -R, R), which never falls
+    of_queries: Tensor | None  # [B, H, L, W], rows of it contiguous; packed [1, H, tokens, W]
+    of_keys: Tensor | None  # [B, H, S, W]
+
+
 N_TENSORS = 9  # fields that are tensors or None; they come first

@@ -49,6 +49,8 @@ class Place(NamedTuple):
     key_mask: Any
     slope: Any
     table: Any  # at distance 0
+    of_queries: Any  # at the first query
+    of_keys: Any
 
 
 class Given(NamedTuple):
@@ -89,8 +91,8 @@ def place_of(s, sizes, sequence, head):
     """Find where ``head`` of ``sequence`` lies, and its terms."""
     batch = sequence.to(tl.int64)
     wide = head.to(tl.int64)
-    q_start = tl.zeros_like(batch)
-    k_start = tl.zeros_like(batch)
+    q_start = batch * 0
+    k_start = batch * 0
     stored_queries = tl.cast(sizes.queries, tl.int32)
     stored_keys = tl.cast(keys_of(sizes), tl.int32)
     index = batch
@@ -99,11 +101,11 @@ def place_of(s, sizes, sequence, head):
         k_start = tl.load(s.starts_k + sequence).to(tl.int64)
         stored_queries = (tl.load(s.starts_q + sequence + 1) - q_start).to(tl.int32)
         stored_keys = (tl.load(s.starts_k + sequence + 1) - k_start).to(tl.int32)
-        index = tl.zeros_like(batch)
+        index = batch * 0
     n_keys = stored_keys
     if s.key_lengths is not None:
         n_keys = tl.minimum(stored_keys, tl.load(s.key_lengths + sequence).to(tl.int32))
-    offset = tl.zeros_like(stored_keys)
+    offset = stored_keys * 0
     if s.align_end is not None:
         offset = n_keys - stored_queries
     # Stand-ins for what is absent: never read.
@@ -111,6 +113,8 @@ def place_of(s, sizes, sequence, head):
     key_mask = batch
     slope = batch
     table = batch
+    of_queries = batch
+    of_keys = batch
     key = sequence
     key_offset = sequence
     if s.mask is not None:
@@ -122,11 +126,17 @@ def place_of(s, sizes, sequence, head):
         slope = slope.to(tl.float32)
     if s.table is not None:
         table = s.table + wide * s.table_head + sizes.radius * s.table_column
+    if s.of_queries is not None:
+        of_queries = s.of_queries + index * s.of_queries_batch + wide * s.of_queries_head
+        of_queries += q_start * s.n_buckets
+    if s.of_keys is not None:
+        of_keys = s.of_keys + index * s.of_keys_batch + wide * s.of_keys_head
+        of_keys += k_start * s.n_buckets
     if s.seed is not None:
         key, key_offset = dropout_key(tl.load(s.seed), sequence * sizes.heads + head)
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
-        offset, key, key_offset, mask, key_mask, slope, table,
+        offset, key, key_offset, mask, key_mask, slope, table, of_queries, of_keys,
     )
 
 
@@ -241,7 +251,7 @@ def key_tiles_of_rows(s, place, first_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
     Those before ``full`` are seen whole by all of the rows.
     """
-    first = tl.zeros_like(place.n_keys)
+    first = place.n_keys * 0
     full = place.n_keys
     last = place.n_keys
     if s.right is not None:
@@ -279,6 +289,21 @@ def _with_bias(scores, factor, bias):
 
 
 @triton.jit
+def with_positions(product, rows, columns, s, sizes, place):
+    """Add what queries and keys have for the bucket of their distance, row less column."""
+    distances = tl.minimum(tl.maximum(rows - columns, -sizes.radius), sizes.radius)
+    bucket = tl.load(s.buckets + sizes.radius + distances)
+    valid = (rows < place.n_queries) & (columns < place.n_keys)
+    if s.of_queries is not None:
+        pointers = place.of_queries + (rows * s.n_buckets + bucket)
+        product += tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+    if s.of_keys is not None:
+        pointers = place.of_keys + (columns * s.n_buckets + bucket)
+        product += tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+    return product
+
+
+@triton.jit
 def score_tile(
     product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
 ):
@@ -288,6 +313,8 @@ def score_tile(
     [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
     causality. The second result is that of ``tanh`` where scores are capped.
     """
+    if s.buckets is not None:
+        product = with_positions(product, rows, columns, s, sizes, place)
     scores = product
     capped = product
     factor = None  # that the scores are still to be multiplied by

@@ -92,7 +92,16 @@ def ast_source(launch: Launch) -> ASTSource:
         signature[parameter.name] = describe(
             value, (index,), parameter.is_constexpr, parameter.do_not_specialize
         )
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return source_class(launch.kernel)(launch.kernel, signature, constants, attributes)
+
+
+def source_class(kernel: Any) -> type[ASTSource]:
+    """Return the class that holds the source of a kernel, written in Triton or in Gluon."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource  # costs all imports of Gluon
+
+    return GluonASTSource
 
 
 # Cases share kernels, and a disassembler takes a quarter of a second to begin.

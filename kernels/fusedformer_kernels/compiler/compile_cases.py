@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from fusedformer_kernels.attention.backward import attention_backward
+from fusedformer_kernels.attention.disentangled import disentangled_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.merge import merge_states, merge_states_backward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.weights import attention_weights, attention_weights_backward
 from fusedformer_kernels.rows import contrastive
 from fusedformer_kernels.rows.activation import (
@@ -34,13 +35,16 @@ from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.rows.embedding import Tables, embedding_backward, embedding_forward
 from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
 from fusedformer_kernels.rows.gather import gather_rows
-from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.norm import norm_forward
+from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 
 HALF = torch.bfloat16
-CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
+CORE_FLOAT32 = {
+    "softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64", "disentangled d=64",
+}
 CORE = CORE_FLOAT32 | {
     "softmax 131072", "layer_norm 32768", "dropout_add_layer_norm 768", "bias_gelu dropout",
     "dropout mask", "attention d=128", "attention d=256", "attention d=64 all", "merge states",
@@ -51,6 +55,7 @@ CORE = CORE_FLOAT32 | {
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token",
+    "disentangled d=64 packed", "disentangled d=64 key mask, dropout",
 }  # fmt: skip
 
 
@@ -67,7 +72,7 @@ class CompileCase:
     dtype: torch.dtype
     call: Callable[[], object] = field(compare=False)
     matrix: bool = False
-    tf32: bool = False
+    products: str = "ieee"  # of float32: also "tf32" and "tf32x3"
     core: bool = False
     extra: bool = False
 
@@ -225,6 +230,28 @@ def _attention(
     attention_backward(output, None, q, k, v, output, statistics, given, needs)
 
 
+def _disentangled(
+    head_dim: int, dtype: torch.dtype, *, packed: bool = False, one_term: bool = False,
+    dropout: bool = False,
+) -> None:
+    """Call both with 512 buckets, as DeBERTa v3 has; padded with a mask of keys."""
+    heads, batch, length = 12, 4, 512
+    leading, tokens = (1, batch * length) if packed else (batch, length)
+    qkv = _empty(leading, tokens, 3, heads, head_dim, dtype=dtype)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    starts = _empty(batch + 1, dtype=torch.int32) if packed else None
+    given = AttentionTerms(
+        key_mask=None if packed else _empty(batch, length, dtype=torch.bool), starts_q=starts,
+        starts_k=starts, p=0.1, seed=_seed() if dropout else None, scale=0.125,
+        max_queries=length, max_keys=length,
+    )
+    products = _empty(heads, leading, tokens, 512, dtype=dtype).transpose(0, 1)
+    buckets, firsts = (_empty(n, dtype=torch.int32) for n in (1025, 513))
+    positions = PositionTerms(buckets, products, None if one_term else products)
+    output, _, statistics = attention_forward(q, k, v, given, False, positions)
+    disentangled_backward(output, q, k, v, output, statistics, given, positions, firsts)
+
+
 def _places(mask: torch.Tensor, tail: bool) -> None:
     counts = token_counts(mask, tail)
     token_places(mask, counts, mask.numel(), tail, tail)
@@ -264,13 +291,13 @@ def compile_cases() -> list[CompileCase]:
     full = torch.float32
     cases: list[CompileCase] = []
 
-    def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: bool) -> None:
+    def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: Any) -> None:
         core = dtype != torch.float16 and name in CORE and (dtype == HALF or name in CORE_FLOAT32)
         cases.append(CompileCase(name, dtype, call, core=core, **flags))
 
     keep = _empty(64, 1, dtype=torch.bool)
     for dtype in (HALF, torch.float16, full):
-        for columns in (100, 1024, 16384, 32768, 131072):
+        for columns in (100, 1024, 16384, 32768, 50257, 131072):
             if dtype != torch.float16 or columns == 1024:
                 add(f"softmax {columns}", dtype, partial(_softmax, columns, dtype, None))
         for columns in (17, 768, 1024, 4096, 8192, 16384, 32768):
@@ -344,7 +371,9 @@ def compile_cases() -> list[CompileCase]:
     for dim in (64, 128, 256):
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)
-        add(f"attention d={dim} tf32", full, call, matrix=dim < 256, tf32=True)
+        add(f"attention d={dim} tf32", full, call, matrix=dim < 256, products="tf32")
+        if dim < 256:
+            add(f"attention d={dim} tf32x3", full, call, products="tf32x3")
     for dtype in (full, torch.float16):
         call = partial(_attention, 64, dtype, sinks=_empty(16, dtype=dtype))
         add("attention d=64 sinks", dtype, call, matrix=dtype != full)
@@ -401,6 +430,16 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
+    for dim in (64, 128):
+        call = partial(_disentangled, dim, HALF, packed=True)
+        add(f"disentangled d={dim} packed", HALF, call, matrix=True)
+    call = partial(_disentangled, 64, HALF, dropout=True)
+    add("disentangled d=64 key mask, dropout", HALF, call, matrix=True)
+    call = partial(_disentangled, 64, torch.float16, packed=True, one_term=True)
+    add("disentangled d=64 one term", torch.float16, call, matrix=True)
+    add("disentangled d=64", full, lambda: _disentangled(64, full, packed=True))
+    call = partial(_disentangled, 64, full)
+    add("disentangled d=64 tf32", full, call, tf32=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
         add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))
@@ -411,5 +450,5 @@ def compile_cases() -> list[CompileCase]:
             add(f"{name}{more}", HALF, call, matrix=True, extra=sigmoid and rows == 1024)
         call = partial(_contrastive, 1024, full, sigmoid=sigmoid)
         add(name, full, call, extra=sigmoid)
-        add(f"{name} tf32", full, call, matrix=True, tf32=True, extra=sigmoid)
+        add(f"{name} tf32", full, call, matrix=True, products="tf32", extra=sigmoid)
     return cases

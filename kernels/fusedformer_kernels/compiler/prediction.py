@@ -30,6 +30,7 @@ class Gpu:
     copy_bytes: float = 4.243e12  # a second, read plus written
     clock: float = 1.755e9
     multiprocessors: int = 132
+    cache_bytes: float = 30e6  # of rows that a second pass still finds: 50 MB less what is written
 
 
 GPU = Gpu()
@@ -141,7 +142,9 @@ def demand_of(launch: Launch, compiled: Compiled, pairs: float | None = None) ->
     busiest = ceil(programs / GPU.multiprocessors)
     tensors = {id(t): t for t in _tensors_in(launch.arguments.values())}
     moved: float = sum(t.numel() * t.element_size() for t in tensors.values())
-    if launch.arguments.get("ONE_PASS") is False:
+    if _is_in_chunks(launch):
+        moved += _moved_again(launch, min(programs, GPU.multiprocessors * compiled.programs))
+    elif launch.arguments.get("ONE_PASS") is False:
         moved += programs * work.loaded_bytes / 2  # rows that are read again
     return Demand(
         rounds=max(1.0, busiest / max(compiled.programs, 1)),
@@ -160,9 +163,27 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
+def _is_in_chunks(launch: Launch) -> bool:
+    """Tell whether rows are read in chunks (``rows/softmax_long.py``)."""
+    return "STAGES" in launch.arguments
+
+
+def _moved_again(launch: Launch, in_flight: int) -> float:
+    """Count bytes of rows in chunks besides one for each tensor, which may be negative."""
+    given = launch.arguments
+    first, second, written = (given[name] for name in launch.kernel.arg_names[:3])
+    if given["splits"] > 1:  # the first of two launches writes statistics alone
+        return 0.0 if given["n_written"] else -float(written.numel() * written.element_size())
+    read = sum(t.numel() * t.element_size() for t in (first, second) if t is not None)
+    together = read / given["n_rows"] * in_flight
+    return read * max(0.0, 1.0 - GPU.cache_bytes / max(together, 1.0))
+
+
 def _passes(launch: Launch, pairs: float | None) -> float:
     """Count the passes of the loop in one program, on average."""
     given = launch.arguments
+    if _is_in_chunks(launch):
+        return 1.0 if given["splits"] > 1 else given["n_columns"] / given["BLOCK_N"]
     if "n_dims" in given:
         return float(ceil(given["n_dims"] / given["BLOCK_K"]))
     if given.get("s") is not None and "queries" in given:

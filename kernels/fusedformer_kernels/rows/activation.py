@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.rows.reduction import column_sums, sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
@@ -54,6 +54,7 @@ def _normal(x):
 
     erfc(z) = exp(-z**2) * t * polynomial(t), t = 1 / (1 + 0.3 z), z >= 0: the form of Hastings
     (Abramowitz and Stegun 7.1.26), coefficients fitted to a relative error of 2e-8 up to z = 9.5.
+    Half of it is a tail of the distribution: the code has half of those coefficients.
     With an erf the instructions would take longer than the memory, and tails would be lost.
     """
     # Bounded, since Newton's step makes NaN of infinity; the bell is 0 long before.
@@ -62,16 +63,16 @@ def _normal(x):
     t = root * root  # two instructions, where a division takes six
     # A step of Newton's: a GPU's reciprocal square root lacks the last bits.
     t = fma(t, fma(divisor, negative(t), 1.0), t)
-    polynomial = fma(t, -0.12943339273426546, 0.4850931121587671)
-    polynomial = fma(polynomial, t, -0.5112195144753633)
-    polynomial = fma(polynomial, t, 0.546387028160565)
-    polynomial = fma(polynomial, t, -0.09362560171812473)
-    polynomial = fma(polynomial, t, 0.21443380048947402)
-    polynomial = fma(polynomial, t, 0.14848309055531433)
-    polynomial = fma(polynomial, t, 0.17069183719068443)
-    polynomial = fma(polynomial, t, 0.16918962094764084)
+    polynomial = fma(t, -0.06471669636713273, 0.24254655607938355)
+    polynomial = fma(polynomial, t, -0.25560975723768165)
+    polynomial = fma(polynomial, t, 0.2731935140802825)
+    polynomial = fma(polynomial, t, -0.046812800859062365)
+    polynomial = fma(polynomial, t, 0.10721690024473701)
+    polynomial = fma(polynomial, t, 0.07424154527765717)
+    polynomial = fma(polynomial, t, 0.08534591859534221)
+    polynomial = fma(polynomial, t, 0.08459481047382042)
     bell = tl.exp2(x * x * (-0.5 * LOG2_E))
-    tail = (0.5 * polynomial) * (t * bell)
+    tail = polynomial * (t * bell)
     return tl.where(x < 0.0, tail, 1.0 - tail), bell
 
 
@@ -129,6 +130,7 @@ def _bias_activation_backward(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
     stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     first_column = tl.program_id(1) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -136,7 +138,9 @@ def _bias_activation_backward(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES
+    ):
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
         valid = (rows < n_rows)[:, None] & in_row[None, :]
         x_offsets = (rows * stride_x)[:, None] + columns[None, :]
@@ -152,10 +156,10 @@ def _bias_activation_backward(
             dx = tl.where(keep, dx * dropout_scale(p), 0.0)
         store(dx_ptr + (rows * n_columns)[:, None] + columns[None, :], dx, valid)
         if NEEDS_BIAS:
-            dbias += tl.where(valid, dx, 0.0)
+            dbias += dx  # 0 in rows that there are not, as dy is
     if NEEDS_BIAS:
         row = tl.program_id(0).to(tl.int64) * n_columns
-        tl.store(partials_ptr + row + columns, tl.sum(dbias, 0), mask=in_row)
+        tl.store(partials_ptr + row + columns, column_sums(dbias), mask=in_row)
 
 
 @planned
@@ -205,10 +209,11 @@ def bias_activation_backward(
     bias = contiguous_vector(bias)
     n_rows = x_rows.shape[0]
     target = configs.target_of(x.device)
-    config = configs.elementwise_tile("activation_backward", n_columns, target)
+    config = configs.column_tile(
+        "activation_backward", n_columns, 12 if seed is None else 8, target
+    )
     column_blocks = configs.ceil_div(n_columns, config.block_n)
-    row_blocks = configs.ceil_div(n_rows, config.block_m)
-    programs = configs.row_programs(row_blocks, target)
+    programs = configs.column_programs(n_rows, column_blocks, config, target)
     shape = (programs if wants_bias else 0, n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
@@ -216,6 +221,6 @@ def bias_activation_backward(
         dy_rows, x_rows, bias, seed, dx, partials, p, n_rows, n_columns, dy_rows.stride(0),
         x_rows.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None, DROPOUT=seed is not None,
-        NEEDS_BIAS=wants_bias,
+        NEEDS_BIAS=wants_bias, STAGES=config.num_stages,
     )
     return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None

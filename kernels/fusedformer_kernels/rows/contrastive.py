@@ -317,9 +317,9 @@ class _Strips:
         """Cut ``a`` in strips of at most ``length`` rows."""
         n_rows = a.shape[0]
         rows = [slice(i, min(i + length, n_rows)) for i in range(0, n_rows, length)]
+        target = configs.target_of(a.device)
         precision = configs.dot_precision(a.dtype)
         operands = precision if a.dtype == torch.float32 else "half"
-        target = configs.target_of(a.device)
         config = configs.pair_tile(operands, min(n_rows, length), b.shape[0], target)
         a, b = (_aligned(t, config.block_k) for t in (a, b))
         return _Strips(a, b, rows, config, precision)

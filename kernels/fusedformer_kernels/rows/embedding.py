@@ -19,8 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.rows.norm import affine, sum_gradient
-from fusedformer_kernels.rows.reduction import row_mean, store_partials, sums_of_partials
+from fusedformer_kernels.rows.norm import affine, load_affine
+from fusedformer_kernels.rows.norm_backward import load_weights, sum_gradient
+from fusedformer_kernels.rows.reduction import (
+    add_to_sums,
+    mean_of_parts,
+    no_tiles,
+    store_partials,
+    sums_of_partials,
+    variance_of_parts,
+    zero_sums,
+)
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
@@ -44,14 +53,6 @@ class Tables(NamedTuple):
     types: torch.Tensor | None = None
 
 
-class TableSizes(NamedTuple):
-    """How many rows each table has. Kernels get each by itself: see ``primitives.COUNTS``."""
-
-    tokens: Any
-    positions: Any
-    types: Any
-
-
 class TableStrides(NamedTuple):
     """Elements from a row of each table to the next."""
 
@@ -60,37 +61,45 @@ class TableStrides(NamedTuple):
     types: Any
 
 
-@triton.jit
-def _load_vectors(table, ids_ptr, n_table, stride, rows, columns, row_valid, in_row):
-    """Load rows of a table as float32 [BLOCK_M, BLOCK_N]; NaN where an id has none, 0 outside."""
-    ids = tl.zeros_like(rows)
-    if ids_ptr is not None:
-        ids = tl.load(ids_ptr + rows, mask=row_valid, other=0).to(tl.int64)
-    there = (ids >= 0) & (ids < n_table)
-    valid = (row_valid & there)[:, None] & in_row[None, :]
-    vectors = tl.load(
-        table + (ids * stride)[:, None] + columns[None, :], mask=valid, other=0.0
-    ).to(tl.float32)
-    wrong = (row_valid & (ids < 0)) | (row_valid & (ids >= n_table))
-    return tl.where(wrong[:, None] & in_row[None, :], float("nan"), vectors)
+class TableIds(NamedTuple):
+    """The ids of a tile's rows, int64 [BLOCK_M], 0 where a table has none."""
+
+    tokens: Any
+    positions: Any
+    types: Any
 
 
 @triton.jit
-def _load_embedded(tables, sizes, strides, rows, columns, row_valid, in_row):
-    """Load the float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 outside."""
-    z = _load_vectors(
-        tables.tokens, tables.ids, sizes.tokens, strides.tokens, rows, columns, row_valid, in_row
-    )
+def _load_ids(tables, n_tokens, n_positions, n_types, rows, row_valid):
+    """Load what id of each table rows [BLOCK_M] have, and find those that a table does not have."""
+    ids = tl.load(tables.ids + rows, mask=row_valid, other=0).to(tl.int64)
+    wrong = (ids < 0) | (ids >= n_tokens)
+    position_ids = tl.zeros_like(rows)
     if tables.positions is not None:
-        z += _load_vectors(
-            tables.positions, tables.position_ids, sizes.positions, strides.positions, rows,
-            columns, row_valid, in_row,
-        )
+        position_ids = tl.load(tables.position_ids + rows, mask=row_valid, other=0).to(tl.int64)
+        wrong |= (position_ids < 0) | (position_ids >= n_positions)
+    type_ids = tl.zeros_like(rows)
+    if tables.type_ids is not None:
+        type_ids = tl.load(tables.type_ids + rows, mask=row_valid, other=0).to(tl.int64)
+        wrong |= (type_ids < 0) | (type_ids >= n_types)
+    return TableIds(ids, position_ids, type_ids), wrong
+
+
+@triton.jit
+def _load_vectors(table, ids, stride, columns, valid):
+    """Load rows of a table as float32 [BLOCK_M, BLOCK_N], 0 where not valid."""
+    offsets = (ids * stride)[:, None] + columns[None, :]
+    return tl.load(table + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_embedded(tables, ids, strides, columns, valid):
+    """Load the float32 sum of the tables' rows [BLOCK_M, BLOCK_N], 0 where not valid."""
+    z = _load_vectors(tables.tokens, ids.tokens, strides.tokens, columns, valid)
+    if tables.positions is not None:
+        z += _load_vectors(tables.positions, ids.positions, strides.positions, columns, valid)
     if tables.types is not None:
-        z += _load_vectors(
-            tables.types, tables.type_ids, sizes.types, strides.types, rows, columns, row_valid,
-            in_row,
-        )
+        z += _load_vectors(tables.types, ids.types, strides.types, columns, valid)
     return z
 
 
@@ -98,24 +107,30 @@ def _load_embedded(tables, sizes, strides, rows, columns, row_valid, in_row):
 def _embedding_forward(
     tables, n_tokens, n_positions, n_types, strides, weight_ptr, bias_ptr, seed_ptr, y_ptr,
     mean_ptr, rstd_ptr, p, eps, n_rows, n_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    sizes = TableSizes(n_tokens, n_positions, n_types)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_valid = rows < n_rows
-    in_row = columns < n_columns
-    z = _load_embedded(
-        tables, sizes, strides, rows, columns, row_valid, in_row
-    )  # [BLOCK_M, BLOCK_N]
-    mean = row_mean(z, in_row[None, :], n_columns)
-    centered = tl.where(in_row[None, :], z - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / n_columns + eps)
-    y = affine(centered * rstd[:, None], weight_ptr, bias_ptr, columns, in_row)
-    if seed_ptr is not None:
-        keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
-        y = tl.where(keep, y * dropout_scale(p), 0.0)
-    offsets = (rows * n_columns)[:, None] + columns[None, :]
-    store(y_ptr + offsets, y, row_valid[:, None] & in_row[None, :])
+    ids, wrong = _load_ids(tables, n_tokens, n_positions, n_types, rows, row_valid)
+    parts, parameters = no_tiles(), no_tiles()
+    for part in tl.static_range(PARTS):
+        columns = part * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        parameters += (
+            load_affine(weight_ptr, bias_ptr, part * BLOCK_N, n_columns, BLOCK_M, BLOCK_N),
+        )
+        valid = (row_valid & ~wrong)[:, None] & (columns < n_columns)[None, :]
+        parts += (_load_embedded(tables, ids, strides, columns, valid),)
+    mean = tl.where(wrong, float("nan"), mean_of_parts(parts, n_columns))
+    rstd = 1.0 / tl.sqrt(variance_of_parts(parts, mean, n_columns) + eps)
+    for part in tl.static_range(PARTS):
+        columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
+        normed = (parts[part] - mean[:, None]) * rstd[:, None]
+        y = affine(normed, parameters[part])
+        if seed_ptr is not None:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows, part * BLOCK_N, p, BLOCK_N)
+            y = tl.where(keep, y * dropout_scale(p), 0.0)
+        offsets = (rows * n_columns)[:, None] + columns[None, :]
+        store(y_ptr + offsets, y, row_valid[:, None] & (columns < n_columns)[None, :])
     tl.store(mean_ptr + rows, mean, mask=row_valid)
     tl.store(rstd_ptr + rows, rstd, mask=row_valid)
 
@@ -124,46 +139,53 @@ def _embedding_forward(
 def _embedding_backward(
     dy_ptr, tables, n_tokens, n_positions, n_types, strides, mean_ptr, rstd_ptr, weight_ptr,
     seed_ptr, dz_ptr, partials_ptr, p, n_rows, n_columns, stride_dy, n_partial,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
 ):
-    sizes = TableSizes(n_tokens, n_positions, n_types)
-    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    in_row = columns < n_columns
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+    weights = load_weights(weight_ptr, n_columns, BLOCK_N, PARTS)
+    sums = zero_sums(PARTS, BLOCK_M, BLOCK_N)
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES
+    ):
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
         row_valid = rows < n_rows
-        offsets = (rows * stride_dy)[:, None] + columns[None, :]
-        valid = row_valid[:, None] & in_row[None, :]
-        dy = tl.load(dy_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        if seed_ptr is not None:
-            keep = dropout_keep(tl.load(seed_ptr), 0, rows, 0, p, BLOCK_N)
-            dy = tl.where(keep, dy * dropout_scale(p), 0.0)
-        if dz_ptr is not None or NEEDS_WEIGHT:
-            z = _load_embedded(
-                tables, sizes, strides, rows, columns, row_valid, in_row
-            )  # [BLOCK_M, BLOCK_N]
-            mean = tl.load(mean_ptr + rows, mask=row_valid, other=0.0)
-            rstd = tl.load(rstd_ptr + rows, mask=row_valid, other=0.0)
-            normed = tl.where(valid, (z - mean[:, None]) * rstd[:, None], 0.0)
-        if dz_ptr is not None:
+        mean = tl.load(mean_ptr + rows, mask=row_valid, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=row_valid, other=0.0)
+        # The forward made the mean of a row with a wrong id NaN, and so is its gradient.
+        ids, wrong = _load_ids(tables, n_tokens, n_positions, n_types, rows, row_valid)
+        products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        parts, new_sums = no_tiles(), no_tiles()
+        for part in tl.static_range(PARTS):
+            columns = part * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            valid = row_valid[:, None] & (columns < n_columns)[None, :]
+            offsets = (rows * stride_dy)[:, None] + columns[None, :]
+            dy = tl.load(dy_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                keep = dropout_keep(tl.load(seed_ptr), 0, rows, part * BLOCK_N, p, BLOCK_N)
+                dy = tl.where(keep, dy * dropout_scale(p), 0.0)
+            normed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if dz_ptr is not None or NEEDS_WEIGHT:
+                z = _load_embedded(tables, ids, strides, columns, valid & ~wrong[:, None])
+                normed = (z - mean[:, None]) * rstd[:, None]
             weighted = dy
             if weight_ptr is not None:
-                weighted = dy * weight[None, :]
-            mean_product = tl.sum(weighted * normed, 1) / n_columns  # [BLOCK_M]
-            mean_weighted = tl.sum(weighted, 1) / n_columns
-            dz = sum_gradient(normed, weighted, mean_product, mean_weighted, rstd)
-            store(dz_ptr + (rows * n_columns)[:, None] + columns[None, :], dz, valid)
-        if NEEDS_WEIGHT:
-            dweight = fma(dy, normed, dweight)
-        if NEEDS_BIAS:
-            dbias += dy
+                weighted = dy * weights[part][None, :]
+            products = fma(weighted, normed, products)
+            totals += weighted
+            parts += ((normed, weighted),)
+            new_sums += (add_to_sums(sums[part], dy, normed, NEEDS_WEIGHT, NEEDS_BIAS),)
+        sums = new_sums
+        if dz_ptr is not None:
+            mean_product = tl.sum(products, 1) / n_columns  # [BLOCK_M]
+            mean_weighted = tl.sum(totals, 1) / n_columns
+            for part in tl.static_range(PARTS):
+                columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
+                valid = row_valid[:, None] & (columns < n_columns)[None, :]
+                dz = sum_gradient(parts[part], mean_product, mean_weighted, rstd)
+                store(dz_ptr + (rows * n_columns)[:, None] + columns[None, :], dz, valid)
     store_partials(
-        partials_ptr + tl.program_id(0) * n_partial, columns, n_columns, dweight, dbias, dbias,
+        partials_ptr + tl.program_id(0) * n_partial, sums, 0, n_columns, BLOCK_N, PARTS,
         NEEDS_WEIGHT, NEEDS_BIAS, False,
     )
 
@@ -185,11 +207,13 @@ def embedding_forward(
     mean = torch.empty(n_rows, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty_like(mean)
     if y.numel():
-        config = _config(n_columns, tokens.device)
+        config = configs.parts_tile(
+            "embedding_forward", n_columns, LONGEST, configs.target_of(tokens.device)
+        )
         launch(
             _embedding_forward, (configs.ceil_div(n_rows, config.block_m),), config,
             *_arguments(tables), weight, bias, seed, y, mean, rstd, p, eps, n_rows, n_columns,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
         )
     return y, mean, rstd
 
@@ -218,8 +242,9 @@ def embedding_backward(
         sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
     else:
         target = configs.target_of(device)
-        config = _config(n_columns, device)
-        programs = configs.row_programs(configs.ceil_div(n_rows, config.block_m), target)
+        config = configs.persistent_tile("embedding_backward", n_columns, LONGEST, False, target)
+        blocks = configs.ceil_div(n_rows, config.block_m)
+        programs = configs.row_programs(blocks, target, config.programs)
         shape = programs, sum(wanted) * n_columns
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         dy_rows = rows_of(dy, n_columns)
@@ -227,19 +252,13 @@ def embedding_backward(
             _embedding_backward, (programs,), config,
             dy_rows, *_arguments(tables), mean, rstd, weight, seed, dz, partials, p, n_rows,
             n_columns, dy_rows.stride(0), partials.shape[1],
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, NEEDS_WEIGHT=needs_weight,
-            NEEDS_BIAS=needs_bias,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
+            STAGES=config.num_stages, NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
         )
         sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
     rows = iter(sums)
     dweight, dbias = (next(rows) if want else None for want in wanted)
     return dz, dweight, dbias
-
-
-def _config(n_columns: int, device: torch.device) -> configs.TileConfig:
-    return configs.row_tile(
-        "embedding", n_columns, LONGEST, 2048, 16, configs.target_of(device)
-    )
 
 
 def _arguments(tables: Tables) -> tuple[Tables | TableStrides | int, ...]:

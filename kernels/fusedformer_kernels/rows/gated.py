@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.rows.activation import ACTIVATIONS, activation_and_derivative
-from fusedformer_kernels.rows.reduction import sum_partials
+from fusedformer_kernels.rows.reduction import column_sums, sum_partials
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
@@ -69,7 +69,7 @@ def _gated_activation_backward(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
     stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
     ACTIVATES_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):
     first_column = tl.program_id(1) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -81,7 +81,9 @@ def _gated_activation_backward(
         second_bias = tl.load(bias_ptr + n_columns + columns, mask=in_row, other=0.0).to(tl.float32)
     first_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES
+    ):
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M  # [BLOCK_M]
         valid = (rows < n_rows)[:, None] & in_row[None, :]
         first = _load_half(x_ptr, rows, columns, stride_x, first_bias, valid, HAS_BIAS)
@@ -105,12 +107,12 @@ def _gated_activation_backward(
         store(dx_ptrs, dfirst, valid)
         store(dx_ptrs + n_columns, dsecond, valid)
         if NEEDS_BIAS:
-            first_sum += tl.where(valid, dfirst, 0.0)
-            second_sum += tl.where(valid, dsecond, 0.0)
+            first_sum += dfirst  # 0 in rows that there are not, as dy is
+            second_sum += dsecond
     if NEEDS_BIAS:
         row_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 2 * n_columns
-        tl.store(row_ptr + columns, tl.sum(first_sum, 0), mask=in_row)
-        tl.store(row_ptr + n_columns + columns, tl.sum(second_sum, 0), mask=in_row)
+        tl.store(row_ptr + columns, column_sums(first_sum), mask=in_row)
+        tl.store(row_ptr + n_columns + columns, column_sums(second_sum), mask=in_row)
 
 
 @planned
@@ -162,9 +164,9 @@ def gated_activation_backward(
     bias = contiguous_vector(bias)
     n_rows = x_rows.shape[0]
     target = configs.target_of(x.device)
-    config = configs.elementwise_tile("gated_backward", n_columns, target, 8)
+    config = configs.column_tile("gated_backward", n_columns, 8, target)
     column_blocks = configs.ceil_div(n_columns, config.block_n)
-    programs = configs.row_programs(configs.ceil_div(n_rows, config.block_m), target)
+    programs = configs.column_programs(n_rows, column_blocks, config, target)
     shape = (programs if wants_bias else 0, 2 * n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
@@ -173,5 +175,6 @@ def gated_activation_backward(
         x_rows.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ACTIVATION=ACTIVATIONS[activation], ACTIVATES_SECOND=activates_second,
         HAS_BIAS=bias is not None, DROPOUT=seed is not None, NEEDS_BIAS=wants_bias,
+        STAGES=config.num_stages,
     )
     return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.primitives import COUNTS, store
+from fusedformer_kernels.runtime.primitives import COUNTS, fma, store
 
 
 @triton.jit
@@ -27,26 +27,114 @@ def row_mean(x, in_row, count):
 
 
 @triton.jit
+def no_tiles():
+    """Begin a tuple, to which a row's tiles are added."""
+    return ()
+
+
+@triton.jit
+def mean_of_parts(parts, n_columns):
+    """Compute the mean of rows, given in tiles [BLOCK_M, BLOCK_N] that are 0 outside.
+
+    The mean of equal values is that value to the bit. Their sum is rounded, and the quotient off by
+    several ulps; the rest is small, and its mean accurate.
+    """
+    total = parts[0]
+    for part in tl.static_range(1, len(parts)):
+        total += parts[part]
+    mean = tl.sum(total, 1) / n_columns
+    total = _centered(parts, 0, mean, n_columns)
+    for part in tl.static_range(1, len(parts)):
+        total += _centered(parts, part, mean, n_columns)
+    return mean + tl.sum(total, 1) / n_columns
+
+
+@triton.jit
+def variance_of_parts(parts, mean, n_columns):
+    """Compute the mean square of rows around ``mean`` [BLOCK_M], as :func:`mean_of_parts`."""
+    centered = _centered(parts, 0, mean, n_columns)
+    total = centered * centered
+    for part in tl.static_range(1, len(parts)):
+        centered = _centered(parts, part, mean, n_columns)
+        total = fma(centered, centered, total)
+    return tl.sum(total, 1) / n_columns
+
+
+@triton.jit
+def _centered(parts, AT: tl.constexpr, mean, n_columns):
+    """Subtract the mean from a part of rows; 0 outside, where only the last part has columns."""
+    centered = parts[AT] - mean[:, None]
+    if AT == len(parts) - 1:
+        BLOCK_N: tl.constexpr = centered.shape[1]
+        in_row = AT * BLOCK_N + tl.arange(0, BLOCK_N) < n_columns
+        centered = tl.where(in_row[None, :], centered, 0.0)
+    return centered
+
+
+@triton.jit
+def zero_sums(PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Make what :func:`store_partials` takes of each part of a row, all zero."""
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = no_tiles()
+    for _ in tl.static_range(PARTS):
+        sums += ((zero, zero, zero),)
+    return sums
+
+
+@triton.jit
+def column_sums(tile):
+    """Sum up to 64 rows of a tile [BLOCK_M, BLOCK_N], its lower half on its upper half, and again.
+
+    For a reduction warps would write to shared memory by columns, which all lie in one bank where a
+    thread has eight neighbours. Halves are exchanged by rows, without conflicts.
+    """
+    for _ in tl.static_range(6):
+        if tile.shape[0] > 1:
+            halves = tl.reshape(tile, [2, tile.shape[0] // 2, tile.shape[1]])
+            first, second = tl.split(tl.permute(halves, [1, 2, 0]))
+            tile = first + second
+    return tl.reshape(tile, [tile.shape[1]])
+
+
+@triton.jit
+def add_to_sums(sums, dy, normed, NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr):
+    """Add tiles to the sums of a part for weight and bias, those that are asked for."""
+    dweight, dbias, dinput_bias = sums
+    if NEEDS_WEIGHT:
+        dweight = fma(dy, normed, dweight)
+    if NEEDS_BIAS:
+        dbias += dy
+    return dweight, dbias, dinput_bias
+
+
+@triton.jit
 def store_partials(
-    partials_ptr, columns, n_columns, dweight, dbias, dinput_bias,
+    partials_ptr, sums, first_column, n_columns, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
 ):
-    """Write one program's column sums of tiles [BLOCK_M, BLOCK_N], a row for each asked for."""
-    in_row = columns < n_columns
-    if NEEDS_WEIGHT:
-        tl.store(partials_ptr + columns, tl.sum(dweight, 0), mask=in_row)
-        partials_ptr += n_columns
-    if NEEDS_BIAS:
-        tl.store(partials_ptr + columns, tl.sum(dbias, 0), mask=in_row)
-        partials_ptr += n_columns
-    if NEEDS_INPUT_BIAS:
-        tl.store(partials_ptr + columns, tl.sum(dinput_bias, 0), mask=in_row)
+    """Write one program's column sums, a row for each asked for.
+
+    ``sums`` are the tiles for weight, bias and input bias of each part.
+    """
+    for part in tl.static_range(PARTS):
+        dweight, dbias, dinput_bias = sums[part]
+        columns = first_column + part * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_row = columns < n_columns
+        row_ptr = partials_ptr
+        if NEEDS_WEIGHT:
+            tl.store(row_ptr + columns, column_sums(dweight), mask=in_row)
+            row_ptr += n_columns
+        if NEEDS_BIAS:
+            tl.store(row_ptr + columns, column_sums(dbias), mask=in_row)
+            row_ptr += n_columns
+        if NEEDS_INPUT_BIAS:
+            tl.store(row_ptr + columns, column_sums(dinput_bias), mask=in_row)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _sum_partials(
     partials_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_columns, n_sums,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):
     blocks = tl.cdiv(n_columns, BLOCK_N)
     which = tl.program_id(0) // blocks
@@ -54,7 +142,7 @@ def _sum_partials(
     in_row = columns < n_columns
     partials_ptr += which * n_columns
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, n_rows, BLOCK_M):
+    for start in tl.range(0, n_rows, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)  # [BLOCK_M]
         valid = (rows < n_rows)[:, None] & in_row[None, :]
         offsets = (rows * n_columns * n_sums)[:, None] + columns[None, :]
@@ -78,10 +166,11 @@ def sums_of_partials(
     """Sum columns in up to three neighbouring parts, to tensors that share no memory."""
     n_rows, n_columns = partials.shape[0], partials.shape[1] // count
     sums = [partials.new_empty(n_columns, dtype=dtype) for _ in range(count)]
+    block_n = 32  # a line of the cache
     if n_columns:
         launch(
-            _sum_partials, (configs.ceil_div(n_columns, 128) * count,), configs.LaunchConfig(4, 2),
-            partials, *sums, *[None] * (3 - count), n_rows, n_columns, count, BLOCK_M=16,
-            BLOCK_N=128,
+            _sum_partials, (configs.ceil_div(n_columns, block_n) * count,), configs.LaunchConfig(8),
+            partials, *sums, *[None] * (3 - count), n_rows, n_columns, count,
+            BLOCK_M=128, BLOCK_N=block_n, STAGES=4,
         )
     return sums

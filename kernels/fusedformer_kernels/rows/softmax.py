@@ -14,6 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows.softmax_long import long_softmax_backward, long_softmax_forward
+from fusedformer_kernels.rows.softmax_tiles import (
+    ADDITIVE,
+    BOOLEAN,
+    NO_MASK,
+    load_output_and_grad,
+    load_scores,
+    score_gradient,
+)
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
@@ -21,46 +30,21 @@ from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     LN_2,
     LOG2_E,
-    online_sum,
     row_numbers,
     row_offsets,
     store,
 )
 from fusedformer_kernels.runtime.strided import collapsed, contiguous_like
 
-NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
-_NO_MASK, _BOOLEAN, _ADDITIVE = map(tl.constexpr, (NO_MASK, BOOLEAN, ADDITIVE))
-
-
-@triton.jit
-def _load_scores(
-    x_rows, mask_rows, columns, row_index, in_row, valid, stride_x, stride_mask, scale,
-    MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SCALED: tl.constexpr,
-):
-    """Load float32 scores [BLOCK_M, BLOCK_N], -inf where masked or outside the columns."""
-    if not SCALED and MASK != _ADDITIVE:  # the load puts -inf where it belongs
-        scores = tl.load(x_rows + columns * stride_x, mask=valid, other=float("-inf"))
-        scores = scores.to(tl.float32)
-    else:
-        x = tl.load(x_rows + columns * stride_x, mask=valid, other=0.0).to(tl.float32)
-        scores = tl.where(in_row, x * scale, float("-inf"))
-    if MASK == _BOOLEAN:
-        keep = tl.load(mask_rows + columns * stride_mask, mask=valid, other=0)
-        scores = tl.where(keep != 0, scores, float("-inf"))
-    if MASK == _ADDITIVE:
-        mask = tl.load(mask_rows + columns * stride_mask, mask=valid, other=0.0)
-        scores += mask.to(tl.float32)
-    if IS_CAUSAL:
-        scores = tl.where(columns <= row_index, scores, float("-inf"))
-    return scores
+_NO_MASK = tl.constexpr(NO_MASK)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _softmax_forward(
     x_ptr, mask_ptr, y_ptr, scale, n_rows, n_columns, size_1, size_2,
     stride_x0, stride_x1, stride_x2, stride_x, stride_m0, stride_m1, stride_m2, stride_m,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, MASK: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    LOG: tl.constexpr, SCALED: tl.constexpr,
 ):
     rows = row_numbers(n_rows, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # [1, BLOCK_N]
@@ -71,79 +55,29 @@ def _softmax_forward(
     if MASK != _NO_MASK:
         mask_rows += row_offsets(rows, size_1, size_2, stride_m0, stride_m1, stride_m2)[:, None]
     y_rows = y_ptr + (rows.to(tl.int64) * n_columns)[:, None]
-    if ONE_PASS:
-        in_row = columns < n_columns
-        s = _load_scores(
-            x_rows, mask_rows, columns, row_index, in_row, in_row & row_valid, stride_x, stride_m,
-            scale, MASK, IS_CAUSAL, SCALED,
-        )  # [BLOCK_M, BLOCK_N]
-        top = tl.where(row_valid, tl.max(s, 1)[:, None], 0.0)  # [BLOCK_M, 1]
-        if MASK != _NO_MASK or IS_CAUSAL:
-            top = tl.where(top == float("-inf"), 0.0, top)
-        # Not one multiply-add: of rows at a dtype's lowest value the product would overflow.
-        shifted = s - top
-        weights = tl.exp2(shifted * LOG2_E)
-        total = tl.where(row_valid, tl.sum(weights, 1)[:, None], 1.0)
-        if MASK != _NO_MASK or IS_CAUSAL:
-            total = tl.where(total == 0.0, 1.0, total)
-        y = shifted - tl.log2(total) * LN_2 if LOG else weights * (1.0 / total)
-        store(y_rows + columns, y, in_row & row_valid)
-    else:
-        top = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M, 1], tl.float32)
-        for start in range(0, n_columns, BLOCK_N):
-            tile = columns + start
-            in_row = tile < n_columns
-            s = _load_scores(
-                x_rows, mask_rows, tile, row_index, in_row, in_row & row_valid, stride_x,
-                stride_m, scale, MASK, IS_CAUSAL, SCALED,
-            )  # [BLOCK_M, BLOCK_N]
-            top, total = online_sum(top, total, s)
-        if MASK != _NO_MASK or IS_CAUSAL:
-            top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.where(total == 0.0, 1.0, total)
-        log_total = tl.log2(total) * LN_2
-        for start in range(0, n_columns, BLOCK_N):
-            tile = columns + start
-            in_row = tile < n_columns
-            s = _load_scores(
-                x_rows, mask_rows, tile, row_index, in_row, in_row & row_valid, stride_x,
-                stride_m, scale, MASK, IS_CAUSAL, SCALED,
-            )  # [BLOCK_M, BLOCK_N]
-            shifted = s - top
-            y = shifted - log_total if LOG else tl.exp2(shifted * LOG2_E) * (1.0 / total)
-            store(y_rows + tile, y, in_row & row_valid)
-
-
-@triton.jit
-def _load_output_and_grad(
-    y_rows, dy_rows, columns, valid, stride_y, stride_dy, LOG: tl.constexpr
-):
-    """float32 (output, its gradient) of a tile; outside it the output counts as 0 (log: -inf)."""
-    other = float("-inf") if LOG else 0.0
-    y = tl.load(y_rows + columns * stride_y, mask=valid, other=other).to(tl.float32)
-    dy = tl.load(dy_rows + columns * stride_dy, mask=valid, other=0.0).to(tl.float32)
-    return y, dy
-
-
-@triton.jit
-def _score_gradient(y, dy, total, MASKED: tl.constexpr, LOG: tl.constexpr):
-    """Compute the gradient of scores from the row sum of ``dy * y`` (log: of ``dy``)."""
-    if LOG:
-        ds = dy - tl.exp2(y * LOG2_E) * total
-        if MASKED:
-            ds = tl.where(y == float("-inf"), 0.0, ds)
-    else:
-        ds = y * (dy - total)
-    return ds
+    in_row = columns < n_columns
+    s = load_scores(
+        x_rows, mask_rows, columns, row_index, in_row, in_row & row_valid, stride_x, stride_m,
+        scale, MASK, IS_CAUSAL, SCALED,
+    )  # [BLOCK_M, BLOCK_N]
+    top = tl.where(row_valid, tl.max(s, 1)[:, None], 0.0)  # [BLOCK_M, 1]
+    if MASK != _NO_MASK or IS_CAUSAL:
+        top = tl.where(top == float("-inf"), 0.0, top)
+    # Not one multiply-add: of rows at a dtype's lowest value the product would overflow.
+    shifted = s - top
+    weights = tl.exp2(shifted * LOG2_E)
+    total = tl.where(row_valid, tl.sum(weights, 1)[:, None], 1.0)
+    if MASK != _NO_MASK or IS_CAUSAL:
+        total = tl.where(total == 0.0, 1.0, total)
+    y = shifted - tl.log2(total) * LN_2 if LOG else weights * (1.0 / total)
+    store(y_rows + columns, y, in_row & row_valid)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _softmax_backward(
     dy_ptr, y_ptr, dx_ptr, scale, n_rows, n_columns, size_1, size_2,
     stride_dy0, stride_dy1, stride_dy2, stride_dy, stride_y0, stride_y1, stride_y2, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_PASS: tl.constexpr, MASKED: tl.constexpr,
-    LOG: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, LOG: tl.constexpr,
 ):
     rows = row_numbers(n_rows, BLOCK_M)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]  # [1, BLOCK_N]
@@ -153,28 +87,12 @@ def _softmax_backward(
         dy_ptr + row_offsets(rows, size_1, size_2, stride_dy0, stride_dy1, stride_dy2)[:, None]
     )
     dx_rows = dx_ptr + (rows.to(tl.int64) * n_columns)[:, None]
-    if ONE_PASS:
-        valid = (columns < n_columns) & row_valid
-        y, dy = _load_output_and_grad(
-            y_rows, dy_rows, columns, valid, stride_y, stride_dy, LOG
-        )  # [BLOCK_M, BLOCK_N]
-        total = tl.sum(dy if LOG else dy * y, 1)[:, None]
-        store(dx_rows + columns, _score_gradient(y, dy, total, MASKED, LOG) * scale, valid)
-    else:
-        total = tl.zeros([BLOCK_M, 1], tl.float32)
-        for start in range(0, n_columns, BLOCK_N):
-            valid = (columns + start < n_columns) & row_valid
-            y, dy = _load_output_and_grad(
-                y_rows, dy_rows, columns + start, valid, stride_y, stride_dy, LOG
-            )  # [BLOCK_M, BLOCK_N]
-            total += tl.sum(dy if LOG else dy * y, 1)[:, None]
-        for start in range(0, n_columns, BLOCK_N):
-            valid = (columns + start < n_columns) & row_valid
-            y, dy = _load_output_and_grad(
-                y_rows, dy_rows, columns + start, valid, stride_y, stride_dy, LOG
-            )  # [BLOCK_M, BLOCK_N]
-            ds = _score_gradient(y, dy, total, MASKED, LOG)
-            store(dx_rows + columns + start, ds * scale, valid)
+    valid = (columns < n_columns) & row_valid
+    y, dy = load_output_and_grad(
+        y_rows, dy_rows, columns, valid, stride_y, stride_dy, LOG
+    )  # [BLOCK_M, BLOCK_N]
+    total = tl.sum(dy if LOG else dy * y, 1)[:, None]
+    store(dx_rows + columns, score_gradient(y, dy, total, MASKED, LOG) * scale, valid)
 
 
 @planned
@@ -202,6 +120,10 @@ def softmax_forward(
         mask_view = mask_view.view(torch.uint8) if kind == BOOLEAN else mask_view
     n_columns = view.shape[3]
     n_rows = view.numel() // n_columns
+    flags = {"MASK": kind, "IS_CAUSAL": is_causal, "LOG": log, "SCALED": scale != 1.0}
+    if n_columns > configs.SOFTMAX_ONE_PASS:
+        long_softmax_forward(view, mask_view, y, scale, **flags)
+        return y
     config = configs.row_tile(
         "softmax_forward", n_columns, configs.SOFTMAX_ONE_PASS, 4096, 32,
         configs.target_of(x.device),
@@ -210,9 +132,7 @@ def softmax_forward(
         _softmax_forward, (configs.ceil_div(n_rows, config.block_m),), config,
         view, mask_view, y, scale, n_rows, n_columns, view.shape[1], view.shape[2],
         *view.stride(), *((0, 0, 0, 0) if mask_view is None else mask_view.stride()),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        ONE_PASS=n_columns <= config.block_n, MASK=kind, IS_CAUSAL=is_causal, LOG=log,
-        SCALED=scale != 1.0,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags,
     )
     return y
 
@@ -228,6 +148,9 @@ def softmax_backward(
     (dy_view, y_view), _ = collapsed([dy, y])
     n_columns = y_view.shape[3]
     n_rows = y_view.numel() // n_columns
+    if n_columns > configs.SOFTMAX_BACKWARD_ONE_PASS:
+        long_softmax_backward(dy_view, y_view, dx, scale, MASKED=masked, LOG=log)
+        return dx
     config = configs.row_tile(
         "softmax_backward", n_columns, configs.SOFTMAX_BACKWARD_ONE_PASS, 4096, 16,
         configs.target_of(y.device),
@@ -236,7 +159,6 @@ def softmax_backward(
         _softmax_backward, (configs.ceil_div(n_rows, config.block_m),), config,
         dy_view, y_view, dx, scale, n_rows, n_columns, y_view.shape[1], y_view.shape[2],
         *dy_view.stride(), *y_view.stride(),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        ONE_PASS=n_columns <= config.block_n, MASKED=masked, LOG=log,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED=masked, LOG=log,
     )
     return dx

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedformer_kernels.runtime.tuned import cached_config, tuned_config
+from fusedformer_kernels.runtime.tuned import cached_config, clear_caches, tuned_config
 
 
 @dataclass(frozen=True, eq=False)  # one object each: hashed by every launch
@@ -131,6 +131,101 @@ def row_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
+@dataclass(frozen=True)
+class LongRowConfig(LaunchConfig):
+    """Chunks of block_n columns: a program walks those of a row, or each of ``splits`` has one."""
+
+    block_n: int = 8192
+    splits: int = 1
+
+
+CHUNK_BYTES = 32 * 1024  # of the widest tensor that is read
+IN_FLIGHT_BYTES = 128 * 1024  # of a program's chunks that are on their way
+
+
+@cached_config
+def long_rows(
+    n_rows: int, columns: int, itemsizes: tuple[int, ...], target: Target
+) -> LongRowConfig:
+    """Chunks of softmax's rows that are too long for registers, and who reads them.
+
+    Chunks go by the columns alone, since bits depend on them. One or two programs of an SM have
+    enough bytes on their way, and so few rows are read at once that the second pass finds most of
+    them in the cache. Split rows keep all SMs busy, but are read from memory twice.
+    """
+    block_n, threads, stages = LONG_ROW_CHUNK, 256, 1
+    if target.backend == "cuda" and columns % 16:  # elements are loaded one by one
+        block_n, threads = LONG_ROW_CHUNK // 2, 128
+    elif target.backend == "cuda":
+        block_n = CHUNK_BYTES // max(itemsizes)
+        room = min(target.shared_memory - 2048, IN_FLIGHT_BYTES)
+        stages = min(1 + room // (block_n * sum(itemsizes)), 4)
+    splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
+    return LongRowConfig(threads // target.warp_size, stages, block_n, splits)
+
+
+@dataclass(frozen=True)
+class PartsConfig(TileConfig):
+    """Rows of ``parts`` tiles of BLOCK_M rows and BLOCK_N columns, for persistent programs.
+
+    Attributes:
+        programs: how many a multiprocessor is to hold at once.
+        max_registers: of a thread, so that they fit; 0 leaves it to the compiler.
+    """
+
+    parts: int = 1
+    programs: int = 2
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+        bound = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return super().options() | bound
+
+
+@cached_config
+def parts_tile(kernel: str, columns: int, one_pass: int, target: Target) -> PartsConfig:
+    """Whole rows of up to ``one_pass`` columns in a few tiles; else one chunk.
+
+    A row is three or four tiles: three are enough for 768 columns, of which one tile of 1,024 would
+    waste a quarter. A warp has 256 columns of a tile: eight a lane, which one instruction loads of
+    16 bits.
+    """
+    default = _parts_default(columns, one_pass, target)
+    return tuned_config((kernel, next_power_of_2(columns)), target, default)
+
+
+def _parts_default(columns: int, one_pass: int, target: Target) -> PartsConfig:
+    if columns > one_pass:
+        return PartsConfig(_warps(LONG_ROW_CHUNK, 16, target), 2, 1, LONG_ROW_CHUNK)
+    block_n = max(next_power_of_2(columns) // 4, 16)
+    block_m = max(1, min(1024 // block_n, 64))
+    warps = _warps(block_m * block_n, 8, target)
+    return PartsConfig(warps, 2, block_m, block_n, ceil_div(columns, block_n))
+
+
+@cached_config
+def persistent_tile(
+    kernel: str, columns: int, one_pass: int, heavy: bool, target: Target
+) -> PartsConfig:
+    """The same for programs that walk the rows, load ahead and keep sums of columns.
+
+    An SM holds eight warps of them; with three tiles it holds twelve, if the compiler lets go of
+    registers that it does not need. ``heavy`` ones have three sums, and need them.
+    """
+    tile = _parts_default(columns, one_pass, target)
+    if columns > one_pass:
+        return tile
+    small = tile.parts < 4 and not heavy and tile.num_warps == 4 and target.backend == "cuda"
+    default = replace(
+        tile, num_stages=3, programs=3 if small else max(1, 8 // tile.num_warps),
+        max_registers=168 if small else 0,
+    )
+    if heavy:
+        return default
+    return tuned_config((kernel, next_power_of_2(columns)), target, default)
+
+
 @cached_config
 def elementwise_tile(
     kernel: str, columns: int, target: Target, per_thread: int = 16
@@ -142,15 +237,64 @@ def elementwise_tile(
     return tuned_config((kernel, block_n), target, default)
 
 
-def row_programs(row_blocks: int, target: Target) -> int:
-    """How many persistent programs walk ``row_blocks``: it bounds the partial sums they leave."""
-    return max(1, min(row_blocks, 2 * target.multiprocessors))
+@cached_config
+def column_tile(kernel: str, columns: int, programs: int, target: Target) -> PartsConfig:
+    """Tiles for programs that walk the rows of a block of columns and sum them up.
+
+    A thread has sixteen elements, of eight neighbouring columns where there are enough, and all
+    rows of a tile; ``programs`` is how many of them, two warps each, an SM holds.
+    """
+    block_n = min(max(next_power_of_2(columns), 16), 512)
+    block_m = max(1, min(1024 // block_n, 64))
+    warps = _warps(block_m * block_n, 16, target)
+    default = PartsConfig(warps, 3, block_m, block_n, 1, programs)
+    return tuned_config((kernel, block_n), target, default)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of float32 products: torch's own setting for matrix products."""
-    narrow = dtype == torch.float32 and precision_of_products() == "tf32"
-    return "tf32" if narrow else "ieee"
+def column_programs(
+    n_rows: int, column_blocks: int, config: PartsConfig, target: Target
+) -> int:
+    """How many persistent programs walk the rows of each block of columns."""
+    of_all = config.programs * target.multiprocessors
+    return max(1, min(ceil_div(n_rows, config.block_m), of_all // column_blocks))
+
+
+def row_programs(row_blocks: int, target: Target, programs: int = 2) -> int:
+    """How many persistent programs walk ``row_blocks``, so many a multiprocessor.
+
+    It bounds the partial sums they leave.
+    """
+    return max(1, min(row_blocks, programs * target.multiprocessors))
+
+
+_float32_products = "torch"
+
+
+def set_float32_products(name: str) -> None:
+    """See :func:`fusedformer.set_float32_products`."""
+    global _float32_products
+    if name != _float32_products:
+        _float32_products = name
+        clear_caches()  # plans have launches of the other kind
+
+
+def float32_products() -> str:
+    """What :func:`set_float32_products` says."""
+    return _float32_products
+
+
+def dot_precision(dtype: torch.dtype, target: Target | None = None, dim: int = 0) -> str:
+    """Precision of float32 products: "tf32" where torch's own setting for products is that.
+
+    Those of attention, for a target and of the larger head dim, may be by three of TF32; above 128
+    these have no registers.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if precision_of_products() == "tf32":
+        return "tf32"
+    has_tf32 = target is not None and target.backend == "cuda" and int(target.arch) >= 80
+    return "tf32x3" if _float32_products == "tf32x3" and has_tf32 and dim <= 128 else "ieee"
 
 
 # What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it.
@@ -210,11 +354,12 @@ class AttentionKind:
     """What attention's tiles depend on besides the target."""
 
     dim: int  # the larger of the padded key and value head dims
-    operands: str  # "half", or of float32 the precision of products: "ieee" or "tf32"
+    operands: str  # "half", or of float32 the precision of products
     heavy: bool = False  # anything added, masks, dropout, a window: more registers an element
     causal: bool = False
     equal: bool = True  # the padded head dims of key and value
     masked: bool = False  # by a mask of pairs, boolean or additive
+    gathers: bool = False  # position terms by bucket: more registers still
 
     @property
     def size(self) -> int:
@@ -246,6 +391,9 @@ _HOPPER_FORWARD = {
     ("ieee", 64): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    # HMMA here and in the backward, which is to find the very scores of the forward again.
+    ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 32, True)),
+    ("tf32x3", 128): (AttentionConfig(4, 1, 32, 32, True), AttentionConfig(4, 1, 16, 32, True)),
     ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(4, 2, 64, 32)),
     ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     # A tile of 64 rows, which HGMMA wants, spills here: HMMA then.
@@ -263,12 +411,29 @@ _HOPPER_BACKWARD = {
     ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 16, True, True)),
+    ("tf32x3", 128): (
+        AttentionConfig(4, 1, 32, 16, True, True),
+        AttentionConfig(4, 1, 16, 16, True, True),
+    ),
     ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
     ("tf32", 128): (
         AttentionConfig(8, 1, 16, 64, True, True),
         AttentionConfig(8, 1, 16, 64, True, True),
     ),
     ("tf32", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+}
+# Disentangled attention: forward, and both backward kernels. Tiles of sm_100 spill less.
+_GATHERING = {
+    ("half", 64): (AttentionConfig(4, 3, 64, 64), AttentionConfig(4, 3, 32, 64)),
+    ("half", 128): (AttentionConfig(8, 2, 64, 64, True), AttentionConfig(8, 2, 32, 64, True)),
+    ("half", 256): (AttentionConfig(8, 2, 64, 32, True), AttentionConfig(8, 2, 16, 64, True, True)),
+    ("ieee", 64): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
+    ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
+    ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(8, 1, 32, 64, True)),
+    ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 16, 64, True, True)),
+    ("tf32", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
 }
 
 
@@ -289,7 +454,7 @@ def attention_forward_config(
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
     default = _attention_forward_default(kind, target)
-    if not kind.equal:  # see attention_backward_config
+    if not kind.equal or kind.gathers:  # see attention_backward_config
         return default
     return tuned_config(("attention_forward", *kind.words), target, default)
 
@@ -299,6 +464,8 @@ def _attention_forward_default(kind: AttentionKind, target: Target) -> Attention
         if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)
         return AttentionConfig(4, 1, 128 if kind.size == 64 else 64, 64)
+    if kind.gathers:
+        return _GATHERING[kind.operands, kind.size][0]
     if target.arch == 90 or kind.operands != "half":
         return _HOPPER_FORWARD[kind.operands, kind.size][kind.heavy]
     roomy = target.shared_memory > 160 * 1024
@@ -314,7 +481,7 @@ def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionC
     # Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
     # configs that were right there. With a mask of pairs ptxas waits after each product of tiles
     # that are fine without.
-    if not kind.equal or kind.masked:
+    if not kind.equal or kind.masked or kind.gathers:
         return default
     return tuned_config(("attention_backward", *kind.words), target, default)
 
@@ -323,6 +490,8 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
     if target.backend == "hip":
         small = kind.size > 64 or kind.operands != "half"
         return AttentionConfig(4, 1, 32 if small else 64, 32 if small else 64)
+    if kind.gathers and (target.arch != 100 or kind.operands != "half"):
+        return _GATHERING[kind.operands, kind.size][1]
     if target.arch == 90 or kind.operands != "half":
         config = _HOPPER_BACKWARD[kind.operands, kind.size][kind.heavy]
         if kind.causal and kind.operands == "half" and kind.size == 128:
@@ -340,3 +509,12 @@ def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> Atten
     config = _attention_backward_default(kind, target)
     side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
     return AttentionConfig(config.num_warps, 1, side, side)
+
+
+def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Square tiles of scores; block_n buckets of each row or column."""
+    if kind.operands != "half":
+        return AttentionConfig(8, 1, 16, 32)
+    if target.backend == "hip" or kind.size == 256:
+        return AttentionConfig(4, 1, 32, 32)
+    return AttentionConfig(8, 1, 64, 64)

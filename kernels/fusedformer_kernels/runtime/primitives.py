@@ -20,6 +20,7 @@ COUNTS = (
     "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
     "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
     "split_keys", "splits", "queries", "keys", "radius", "n_tokens", "n_positions", "n_types",
+    "n_read", "n_written",
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def negative(x):
 
 @triton.jit
 def store(pointers, x, mask):
-    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to."""
+    """Store float32 ``x``, rounded to the dtype that ``pointers`` point to; all if no ``mask``."""
     tl.store(pointers, cast(x, pointers.dtype.element_ty), mask=mask)
 
 
@@ -67,7 +68,32 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         # backward finds the very scores of the forward again. So here they are rounded once.
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
         return product.to(tl.float32) + acc
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+        return acc + _dot_tf32x3(a, b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _to_tf32(x):
+    """Float32 ``x`` rounded to the 11 bits that tensor cores read, ties away from zero."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _dot_tf32x3(a, b):
+    """``a @ b`` of float32 by three products of TF32: of what each is rounded to, and the rests.
+
+    Triton's own form adds the rests one onto the other. Their sum here is the same to the bit if
+    the operands change places, as the backward needs that computes scores again, transposed.
+    """
+    a_high, b_high = _to_tf32(a), _to_tf32(b)
+    of_a = tl.dot(a - a_high, b_high, input_precision="tf32")
+    of_b = tl.dot(a_high, b - b_high, input_precision="tf32")
+    rests = fma(of_a, 1.0, of_b)  # Triton would make one product add onto the other of a plain sum
+    # The rest of an infinity is NaN: then the main product alone says what comes out.
+    return tl.dot(a_high, b_high, tl.where(rests == rests, rests, 0.0), input_precision="tf32")
 
 
 @triton.jit

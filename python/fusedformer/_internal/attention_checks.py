@@ -85,12 +85,13 @@ def check_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     options: Mapping[str, Any],
+    function: str = "varlen_attention",
 ) -> None:
     """Raise unless the arguments of ``varlen_attention`` fit together.
 
     What is in ``cu_seqlens`` is looked at on the CPU only: elsewhere it would synchronize.
     """
-    function, sides = "varlen_attention", ("_q", "_k")
+    sides = ("_q", "_k")
     starts = cu_seqlens_q, cu_seqlens_k
     _check_varlen(function, sides, query, key, value, *starts, max_seqlen_q, max_seqlen_k, options)
     for side, tensor, tokens, longest in (
@@ -247,6 +248,84 @@ def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distan
         raise BadValueError(
             f"{function}(): expected 'max_distance' to be an int above {exact}, the distances "
             f"with a bucket each, but got {max_distance!r}"
+        )
+
+
+_NO_TERMS: dict[str, Any] = dict.fromkeys(
+    ("attn_mask", "window", "alibi_slopes", "relative_bias", "sinks", "softcap", "key_lengths")
+) | {"is_causal": False, "enable_gqa": False, "return_weights": False,
+     "causal_alignment": "top_left"}  # fmt: skip
+
+
+def check_disentangled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_key: Tensor | None,
+    position_query: Tensor | None,
+    max_distance: int | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    scale: float | None,
+) -> None:
+    """Raise unless the arguments of ``disentangled_attention`` fit together."""
+    function = "disentangled_attention"
+    options = _NO_TERMS | {"dropout_p": dropout_p, "scale": scale, "key_mask": key_mask}
+    packing: list[Any] = [cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k]
+    if any(one is not None for one in packing):
+        if any(one is None for one in packing) or key_mask is not None:
+            raise BadValueError(
+                f"{function}(): expected all of 'cu_seqlens_q', 'cu_seqlens_k', 'max_seqlen_q' and "
+                f"'max_seqlen_k', and no 'key_mask', for packed sequences; or none of the four"
+            )
+        starts_q, starts_k, longest_q, longest_k = packing
+        check_varlen(
+            query, key, value, starts_q, starts_k, longest_q, longest_k, options, function
+        )  # fmt: skip
+    else:
+        check_attention(query, key, value, options, function)
+        shapes = [tuple(x.shape) for x in (query, key, value)]
+        if query.dim() != 4 or len({shape[:2] for shape in shapes}) > 1:
+            raise BadValueError(
+                f"{function}(): expected 'query', 'key' and 'value' to be [batch, heads, length, "
+                f"dim] of one batch and number of heads, but got shapes {shapes}"
+            )
+    heads, dim = query.shape[1], query.shape[-1]
+    tables = {"position_key": position_key, "position_query": position_query}
+    given = {name: table for name, table in tables.items() if table is not None}
+    if not given:
+        raise BadValueError(
+            f"{function}(): expected 'position_key' or 'position_query', but got neither"
+        )
+    checks.check_same_device(function, {"query": query, **given})
+    for name, table in given.items():
+        if table.dtype != query.dtype:
+            raise BadTypeError(
+                f"{function}(): expected '{name}' to have the dtype of 'query', {query.dtype}, but "
+                f"got {table.dtype}"
+            )
+        buckets = next(iter(given.values())).shape[1:2]
+        wanted = table.dim() == 3 and (table.shape[0], table.shape[2]) == (heads, dim)
+        if not wanted or table.shape[1] % 2 or not table.shape[1] or table.shape[1:2] != buckets:
+            raise BadValueError(
+                f"{function}(): expected '{name}' to have shape ({heads}, 2 * span, {dim}), with "
+                f"one span for all, but got {tuple(table.shape)}"
+            )
+    n_buckets = next(iter(given.values())).shape[1]
+    exact = n_buckets // 4
+    if max_distance is not None and (
+        not isinstance(max_distance, int)
+        or n_buckets < 8
+        or n_buckets % 4
+        or max_distance <= exact + 1
+    ):
+        raise BadValueError(
+            f"{function}(): expected 'max_distance' to be None, or an int above {exact + 1} with a "
+            f"multiple of 4 buckets, 8 or more, but got {max_distance!r} with {n_buckets} buckets"
         )
 
 

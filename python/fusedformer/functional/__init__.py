@@ -21,6 +21,7 @@ from fusedformer.functional._contrastive import REDUCTIONS as REDUCTIONS
 from fusedformer.functional._contrastive import Reduction as Reduction
 from fusedformer.functional._contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.functional._cross_entropy import cross_entropy, linear_cross_entropy
+from fusedformer.functional._disentangled import disentangled_attention
 from fusedformer.functional._embedding import embedding_layer_norm
 from fusedformer.functional._norm import (
     dropout_add,
@@ -39,6 +40,7 @@ __all__ = [
     "bias_activation",
     "contrastive_loss",
     "cross_entropy",
+    "disentangled_attention",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",

@@ -64,6 +64,7 @@ def attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -82,7 +83,8 @@ def attention(
         sliding_window: of packed sequences, keys within this distance are seen, itself included;
             of others the mask says so.
         position_bias: added to the scores.
-        s_aux: the functional form's ``sinks``.
+        relative_bias: the functional form's.
+        s_aux: its ``sinks``.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences, in a batch
             of 1.
 
@@ -102,6 +104,7 @@ def attention(
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
         "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
+        "relative_bias": relative_bias,
         "causal_alignment": "bottom_right",
     }  # fmt: skip
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # they replace the mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,16 @@ def named(cls: type[Any]) -> str:
         if module.startswith(known + "."):
             module = known
     return f"{module.removeprefix('transformers.models.')}.{cls.__qualname__}"
+
+
+def arguments_of(cls: Any) -> tuple[str, ...]:
+    """Return the names of the arguments of the ``forward`` of a class."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def is_asked(value: Any) -> bool:
+    """Return whether an argument asks for more than its absence would."""
+    return value is not None and value is not False
 
 
 class Plan:

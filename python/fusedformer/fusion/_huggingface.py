@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._composed_model import ComposedModel
 from fusedformer.fusion._configs import (
     NAME,
     NAME_4D,
@@ -29,16 +31,15 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
-from fusedformer.fusion._gated import LAYERS as GATED_LAYERS
-from fusedformer.fusion._packed_model import MODELS, PackedModel
-from fusedformer.fusion._post_norm import ENCODERS, PackedEncoder
-from fusedformer.fusion._post_norm import LAYERS as POST_NORM_LAYERS
+from fusedformer.fusion._deberta import plan_deberta
+from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
+from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._packed_encoder import PackedEncoder
+from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
 
 __all__ = ["plan_huggingface", "restore"]
 
-_LAYERS = {**POST_NORM_LAYERS, **GATED_LAYERS}
-_PACKED = "packed: real tokens only"
 _CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
@@ -61,12 +62,14 @@ class Place(NamedTuple):
 
 def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     """Add to the plan what is to become of the models of transformers in ``model``."""
-    places = list(_places(model))
-    by_ours = _plan_attention(plan, model, places)
     reads = _reads_padding(model) if pack is None else ""
+    planned = plan_deberta(plan, model, reads, pack is not False)
+    places = [place for place in _places(model) if id(place.module) not in planned]
+    by_ours = _plan_attention(plan, model, places)
+    generates = any(isinstance(module, GenerationMixin) for module in model.modules())
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
-            _plan_stack(plan, place, by_ours, reads, pack is not False)
+            _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
@@ -81,7 +84,11 @@ def _places(model: nn.Module) -> Iterator[Place]:
 
 def _plan_attention(plan: Plan, model: nn.Module, places: list[Place]) -> set[int]:
     """Choose the configurations that will name :func:`attention`; return these models' ids."""
-    attending = [p for p in places if attends(p.cls) and "config" in vars(p.module)]
+    alone = _attending_alone(places)
+    attending = [
+        p for p in places
+        if attends(p.cls) and "config" in vars(p.module) and not p.path.startswith(alone)
+    ]  # fmt: skip
     refused: dict[int, str] = {}
     for place in attending:
         reason = _refuses(place)
@@ -103,9 +110,25 @@ def _plan_attention(plan: Plan, model: nn.Module, places: list[Place]) -> set[in
     if named_here:
         plan.do(functools.partial(exchange, model, named_here, by_them))
     for place in places:
-        if computes_attention(place.module):
+        if computes_attention(place.module) and not place.path.startswith(alone):
             plan.leave(place.path, place.module, "it computes attention itself")
     return by_ours
+
+
+def _attending_alone(places: list[Place]) -> tuple[str, ...]:
+    """Return how paths begin below layers that attend by themselves, fused or to be fused."""
+    found = []
+    for place in places:
+        form = LAYERS.get(name_of(place.cls))
+        if form is not None and form.attends_itself and not _fused(place).refuses(place.module):
+            found.append(f"{place.path}.")
+    return tuple(found)
+
+
+def _fused(place: Place) -> Any:
+    """Return the class of a layer of a known form, once it is fused."""
+    cls: Any = place.cls
+    return cls if issubclass(cls, FusedLayer) else combined(FusedLayer, cls)
 
 
 def _refuses(place: Place) -> str:
@@ -165,30 +188,45 @@ def _marks_expansions(model: nn.Module) -> bool:
     return sentences.marks_expansions(model)
 
 
-def _plan_stack(plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool) -> None:
-    cls = place.cls
-    known = f"{cls.__module__}.{cls.__name__}".removeprefix("transformers.models.")
-    packs: Any = PackedEncoder if known in ENCODERS else PackedModel if known in MODELS else None
-    if id(place.model) not in by_ours or (known not in _LAYERS and packs is None):
+def _plan_stack(
+    plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool, generates: bool
+) -> None:
+    known, path, module = name_of(place.cls), place.path, place.module
+    form, model = LAYERS.get(known), MODELS.get(known)
+    packs: Any = PackedEncoder if known in ENCODERS else None
+    if model is not None and not getattr(module.config, "is_decoder", False):
+        packs = PackedModel if model.composed is None else ComposedModel
+        packs = PackedDecoder if model.caches and generates else packs
+    needs_ours = not (form and form.attends_itself) and packs is not ComposedModel
+    if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):
         return
-    path, module = place.path, place.module
     if "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
-    elif known in _LAYERS:
-        layer = _LAYERS[known]
+    elif form is not None:
+        layer = _fused(place)
         reason = layer.refuses(module)
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, combined(layer, cls), layer.FUSED)
-        if layer.plain_parts(module) is None:
+        plan.give(path, module, layer, layer.fused_as())
+        if not layer.is_plain(module):
             changed = "products are quantized" if has_quantized_products(module) else _CHANGED
-            plan.leave(path, module, f"{changed}: its own forward runs")
+            instead = (
+                "its children are called" if layer.calls_children() else "its own forward runs"
+            )
+            plan.leave(path, module, f"{changed}: {instead}")
     elif reads or not pack:
-        if reads:
+        if reads and not _has_encoder(module):
             plan.leave(path, module, reads)
     else:
-        plan.give(path, module, combined(packs, cls), _PACKED)
+        plan.give(path, module, combined(packs, place.cls), packs.FUSED)
         reason = needs_batch(module, by_ours=False)
-        if reason:
+        if packs is PackedDecoder and getattr(module.config, "use_cache", False):
+            reason = "its config.use_cache is True, and a cache is of batches"
+        if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    """Return whether a child of ``model`` packs by itself, and so tells why it would not."""
+    return any(name_of(type(child)) in ENCODERS for child in model.children())

@@ -38,7 +38,7 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     base = next((known for known in cls.__mro__ if _ours(known) is not None), None)
     if base is None:
         if cls.__name__.endswith(("LayerNorm", "RMSNorm")):
-            plan.leave(path, module, "a norm that is not torch.nn's")
+            _plan_norm(plan, path, module, cls)
         return
     ours: Any = _ours(base)
     reason = REFUSES.get(ours, lambda module: "")(module)
@@ -52,6 +52,21 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
         plan.give(path, module, ours, named(ours))
     else:
         plan.give(path, module, combined(ours, cls), f"{named(ours)}, as a {cls.__name__}")
+
+
+def _plan_norm(plan: Plan, path: str, module: nn.Module, cls: Any) -> None:
+    """Add to the plan a norm of another maker."""
+    ours: Any = None
+    if cls.__module__.startswith("transformers."):
+        from fusedformer.fusion._norms import rms_norm_of  # which imports transformers' models
+
+        ours = rms_norm_of(cls)
+    if ours is None:
+        plan.leave(path, module, "a norm that is not torch.nn's")
+    elif "forward" in module.__dict__:
+        plan.leave(path, module, "its forward was replaced on the instance")
+    else:
+        plan.give(path, module, combined(ours, cls), "fusedformer.functional.rms_norm")
 
 
 def _ours(cls: type[Any]) -> type[Any] | None:

@@ -12,11 +12,19 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
+from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._families import MODELS
+from fusedformer.fusion._forms import Model
 from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
+from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
-_ARGUMENTS = "input_ids", "attention_mask", "position_ids", "inputs_embeds"
+# Arguments with which a model does more than encode tokens.
+_MORE = "past_key_values", "encoder_hidden_states", "use_cache", "cu_seq_lens_q"
+_ASKED = "output_hidden_states", "output_attentions"
+_OF_TOKENS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 
 
 class PackedModel:
@@ -26,66 +34,155 @@ class PackedModel:
     positions stay as they were. Kernels apply the windows of local layers, not masks.
     """
 
+    FUSED = "packed: real tokens only, embeddings too"
     static_shapes = False  # as in TransformerEncoder
+    _minds_cache = False  # of its configuration
+    _looks_attention_up = True  # in its configuration, so that it may be another by now
+    _model: Model
+    _arguments: tuple[str, ...]  # of the forward of the class behind this one
+
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        made_of = getattr(cls, "_made_of", None)
+        if made_of is None:  # a base too
+            return
+        theirs = made_of[1]
+        cls._model, cls._arguments = MODELS[name_of(theirs)], arguments_of(theirs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""
-        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         if not self._packs(given):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = given["attention_mask"].bool()
-        packing, keys = _spans(keep, self.static_shapes or not has_values(keep))
+        packing, keys = self._packing(keep)
         if has_no_rows(packing):
             output = super().forward(**given)  # type: ignore[misc]
-            found = zeroed(output[0], keep)
+            states = zeroed(output[0], keep)
         else:
             output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
             if keys is None:
-                found = unpacked(output[0][0], packing)
+                states = unpacked(output[0][0], packing)
             else:  # some of the rows are padding
-                found = zeroed(functional.unpack(output[0][0], packing), keep)
+                states = zeroed(functional.unpack(output[0][0], packing), keep)
+        is_padded = states.shape[:2] == keep.shape  # whoever keeps the rows pools them
+        pooled = self._pooled(states) if is_padded else None
         if isinstance(output, tuple):
-            return found, *output[1:]
-        output.last_hidden_state = found
+            return (states, *output[1:]) if pooled is None else (states, pooled, *output[2:])
+        output.last_hidden_state = states
+        if pooled is not None:
+            output.pooler_output = pooled
         return output
+
+    def _pooled(self: Any, states: Tensor) -> Any:
+        """Pool the padded states, where the model does."""
+        pooler = getattr(self, "pooler", None)
+        if pooler is None:
+            return None
+        if self._model.pools_first_token:
+            return self.pooler_activation(pooler(states[:, 0]))
+        return pooler(states)
 
     def _packs(self: Any, given: dict[str, Any]) -> bool:
         """Return whether there is a 2-D mask, and nothing needs the batch padded."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
         tokens: Any = ids if embedded is None else embedded
-        asked = "output_hidden_states", "output_attentions"
         return not (
             not isinstance(keep, Tensor)
             or keep.dim() != 2
             or (ids is None) == (embedded is None)
             or tokens.shape[:2] != keep.shape
-            or given.get("cu_seq_lens_q") is not None
+            or any(is_asked(given.get(name)) for name in _MORE)
+            or any(one.shape[:2] != keep.shape for one in _others(given).values())
             or captured()
             or wants_padding()
-            or any(given.get(n, getattr(self.config, n, False)) for n in asked)
+            or self._is_asked_for_more(given)
+            or not self._knows_layers()
             or not can_pack(tokens, self.static_shapes, keep)
-            or needs_batch(self)
+            or needs_batch(self, by_ours=self._looks_attention_up)
         )
+
+    def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
+        """Return whether outputs of layers are wanted."""
+        asks = (*_ASKED, "use_cache") if self._minds_cache else _ASKED
+        for name in asks:
+            asked = given.get(name)
+            if is_asked(getattr(self.config, name, False) if asked is None else asked):
+                return True
+        return False
+
+    def _knows_layers(self: Any) -> bool:
+        """Return whether all layers are computed by their form, where they have to be."""
+        if self._model.layers is None:
+            return True
+        layers = self.get_submodule(self._model.layers)
+        return all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
+
+    def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
+        """Return the packing of a batch, and a mask of keys where not all that it has are real."""
+        if self._model.has_distances:
+            return _spans(keep, self.static_shapes or not has_values(keep))
+        return packing_of(keep, self.static_shapes), None
 
     def _packed_arguments(
         self: Any, given: dict[str, Any], packing: Packing, keys: Tensor | None
     ) -> dict[str, Any]:
         """Return the arguments of the packed call that differ from those ``given``."""
         places = packing.indices.clamp(min=0)
-        positions, embedded = given.get("position_ids"), given.get("inputs_embeds")
-        columns = places % packing.length
-        if positions is not None:
-            columns = positions.expand(packing.batch, packing.length).flatten()[places]
+        embedded = given.get("inputs_embeds")
+        if embedded is None and self._model.embeds_padded:
+            asked = "input_ids", "attention_mask", "position_ids"
+            embedded = self.embeddings(**{name: given.get(name) for name in asked})
         if embedded is None:
-            rows = {"input_ids": given["input_ids"].flatten()[places][None]}
+            rows: dict[str, Any] = {"input_ids": given["input_ids"].flatten()[places][None]}
         else:
-            rows = {"inputs_embeds": functional.pack(embedded, packing)[None]}
+            rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
+        for name, one in _others(given).items():
+            rows[name] = one.flatten(0, 1)[places][None]
+        if self._model.caches:
+            rows["use_cache"] = False
+        if self._model.is_causal is not None:
+            rows["is_causal"] = self._model.is_causal
+        masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
         return {
-            **rows, "attention_mask": dict.fromkeys(self.config.layer_types, keys),
-            "position_ids": columns[None], "cu_seq_lens_q": packing.cu_seqlens_q,
-            "cu_seq_lens_k": packing.cu_seqlens_k, "max_length_q": packing.max_seqlen,
-            "max_length_k": packing.max_seqlen,
+            **rows, "attention_mask": masks,
+            "position_ids": self._positions(given, packing, places)[None],
+            "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
+            "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
         }  # fmt: skip
+
+    def _positions(self: Any, given: dict[str, Any], packing: Packing, places: Tensor) -> Tensor:
+        """Return the positions of tokens, as the class behind this one would number them."""
+        positions = given.get("position_ids")
+        if positions is not None:
+            expanded: Tensor = positions.expand(packing.batch, packing.length)
+            return expanded.flatten()[places]
+        columns: Tensor = places % packing.length
+        if not self._model.behind_padding:
+            return columns
+        padding: int = self.embeddings.padding_idx
+        if given.get("input_ids") is None:
+            return columns + (padding + 1)
+        real = given["input_ids"].ne(padding).int()
+        numbered: Tensor = real.cumsum(1) * real + padding
+        return numbered.flatten()[places]
+
+
+class PackedDecoder(PackedModel):
+    """The same of models that generate, and so need the cache for which their configuration asks.
+
+    Others, which embed texts, return none where they pack.
+    """
+
+    _minds_cache = True
+
+
+def _others(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Return further tensors that were given: of each token, or else nothing is packed."""
+    return {
+        name: one for name, one in given.items()
+        if isinstance(one, Tensor) and name not in _OF_TOKENS
+    }  # fmt: skip
 
 
 def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
@@ -112,6 +209,3 @@ def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
     within = begins[:, None] + torch.arange(packing.max_seqlen, device=keep.device)
     keys = keep.gather(1, within.clamp(max=length - 1))
     return packing, F.pad(keys, (0, 0, 0, 2 * packing.has_tail), value=True)[:, None, None]
-
-
-MODELS = {"modernbert.modeling_modernbert.ModernBertModel"}

@@ -11,7 +11,7 @@ from fusedformer.functional.steps import AttentionTerms, self_attention_terms
 from fusedformer.fusion._attention import mask_of_sequences, split_mask
 
 # Arguments of attention that one node does not have.
-_SETTINGS = ("is_causal", "softcap", "sliding_window", "position_bias", "s_aux")
+_SETTINGS = ("softcap", "position_bias", "s_aux")
 
 
 def terms_of_call(
@@ -22,23 +22,23 @@ def terms_of_call(
     *,
     head_dim: int,
     dropout: float,
-    window: int | None = None,
 ) -> AttentionTerms | None:
     """Return the terms of attention by ``module``; None where it has some that a node does not.
 
     Args:
         module: whose ``is_causal`` and, for a mask that contradicts it, configuration are read.
         x: ``[batch, length, width]``, or packed rows in a batch of 1.
-        mask, kwargs: what a layer was given.
+        mask, kwargs: what attention is given.
         head_dim, dropout: of its heads, and of its weights in its mode.
-        window: packed sequences see keys within this distance, itself included.
     """
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
     starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if (
-        x.dim() != 3
-        or getattr(module, "is_causal", True)
-        or any(kwargs.get(setting) is not None for setting in _SETTINGS)
-    ):
+    table = kwargs.get("relative_bias")
+    if table is not None and table.requires_grad and torch.is_grad_enabled():
+        return None
+    if x.dim() != 3 or any(kwargs.get(setting) is not None for setting in _SETTINGS):
         return None
     scores = keys = None
     longest: tuple[Any, Any] = (0, 0)
@@ -46,8 +46,8 @@ def terms_of_call(
         scores = mask_of_sequences(mask, starts_k)
         longest = kwargs.get("max_length_q"), kwargs.get("max_length_k")
     elif mask is not None:
-        scores, keys, is_causal = split_mask(module, mask, False)
-        if is_causal or (keys is not None and keys.shape != x.shape[:2]):
+        scores, keys, is_causal = split_mask(module, mask, is_causal)
+        if keys is not None and keys.shape != x.shape[:2]:
             return None
     if scores is not None and (scores.dim() != 4 or scores.dtype != torch.bool):
         return None
@@ -56,12 +56,14 @@ def terms_of_call(
         dropout,
         attn_mask=scores,
         key_mask=keys,
-        is_causal=False,
+        is_causal=is_causal,
         cu_seqlens_q=starts_q,
         cu_seqlens_k=starts_k,
         max_seqlen_q=x.shape[1] if longest[0] is None else int(longest[0]),
         max_seqlen_k=x.shape[1] if longest[1] is None else int(longest[1]),
     )
+    terms = terms._replace(table=table)
+    window = kwargs.get("sliding_window")
     if window is None or terms.starts_q is None:  # of others the mask contains it
         return terms
-    return terms._replace(left=window - 1, right=window - 1)
+    return terms._replace(left=window - 1, right=0 if is_causal else window - 1)

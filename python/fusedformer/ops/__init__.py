@@ -3,10 +3,13 @@
 from fusedformer.ops._shared import draw_seed, seeds_added_to, seeds_drawn_at_once
 from fusedformer.ops.activation import bias_activation
 from fusedformer.ops.attention import (
+    DisentangledInputs,
+    DisentangledSettings,
     attention_part,
     attention_part_backward,
     attention_terms,
     check_for_kernels,
+    disentangled_attention,
     merge_attention_states,
     merge_parts,
     scale_of,
@@ -49,6 +52,8 @@ from fusedformer.ops.rotary_aten import rotated
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
+    "DisentangledInputs",
+    "DisentangledSettings",
     "EncoderParameters",
     "EncoderSettings",
     "FeedForward",
@@ -61,6 +66,7 @@ __all__ = [
     "check_for_kernels",
     "contrastive_loss",
     "cross_entropy",
+    "disentangled_attention",
     "draw_seed",
     "dropout_add",
     "dropout_add_layer_norm",

@@ -33,7 +33,7 @@ from fusedformer.ops.dropout_aten import (
     drop_again_in_place,
     drop_in_place,
     dropout_aten,
-    kept_factor,
+    dropped_again,
 )
 from fusedformer.ops.product import (
     bias_gradient,
@@ -279,7 +279,7 @@ def _differentiable_gradients(
     with torch.enable_grad():
         hidden = activate_aten(F.linear(x.to(weight1.dtype), weight1, bias1), ctx.activation)
         if kept is not None:
-            hidden = hidden * kept_factor(kept, ctx.p, hidden)
+            hidden = dropped_again(hidden, kept, ctx.p)
         output = F.linear(hidden, weight2, bias2)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))

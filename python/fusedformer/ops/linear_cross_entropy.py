@@ -194,7 +194,7 @@ def _by_rows(
     input, linear_weight, linear_bias = tensors
     (every, features), classes, wide = input.shape, linear_weight.shape[0], wide_dtype(dtype)
     count = every if rows is None else rows.shape[0]
-    step = rows_at_once(count, classes, features, dtype, input.device.type)
+    step = rows_at_once(count, classes, features, dtype, input.device.type, not loss.triton)
     matrix = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     summed = dtype if count <= step and linear_weight.dtype == dtype else wide

@@ -29,23 +29,25 @@ def gradients_in_forward(rows: int, features: int, dtype: torch.dtype, reduction
     return dtype != torch.bfloat16 or rows <= features or rows >= 4 * features
 
 
-def rows_at_once(rows: int, classes: int, features: int, dtype: torch.dtype, device: str) -> int:
+def rows_at_once(
+    rows: int, classes: int, features: int, dtype: torch.dtype, device: str, by_aten: bool
+) -> int:
     """Choose the rows of a chunk: a share of all, within bounds; a pure function."""
     if dtype.itemsize == 2 and rows <= features:
         return max(rows, 1)
     bound = _BYTES.get(device, 2**30) // (classes * dtype.itemsize)
-    return max(min(-(-rows // _chunks(device)), bound, _MOST_ROWS), _FEWEST_ROWS)
+    return max(min(-(-rows // _chunks(by_aten)), bound, _MOST_ROWS), _FEWEST_ROWS)
 
 
-def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str) -> int:
+def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str, by_aten: bool) -> int:
     """Choose the classes of a block, a multiple of 64, by the same bounds; a pure function."""
     bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
-    return max(min(-(-classes // _chunks(device)), bound) // 64 * 64, 64)
+    return max(min(-(-classes // _chunks(by_aten)), bound) // 64 * 64, 64)
 
 
-def _chunks(device: str) -> int:
+def _chunks(by_aten: bool) -> int:
     """Return how many chunks the logits are cut into; ATen's need room for its own results."""
-    return 8 if device == "cpu" else 4
+    return 8 if by_aten else 4
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,7 +148,7 @@ def each_block(
 ) -> None:
     """Call ``use(classes, rows of the weight, logits)`` for each block of classes."""
     classes = linear_weight.shape[0]
-    step = classes_at_once(x.shape[0], classes, x.dtype, x.device.type)
+    step = classes_at_once(x.shape[0], classes, x.dtype, x.device.type, not loss.triton)
     buffer = loss.buffer(x.shape[0], min(step, classes), x)
     for first in range(0, classes, step):
         block = slice(first, min(first + step, classes))

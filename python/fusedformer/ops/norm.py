@@ -302,7 +302,7 @@ def _norm_backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Compute gradients of (residual, input if it differs, weight, bias, input bias)."""
-    from fusedformer_kernels.rows.norm import norm_backward
+    from fusedformer_kernels.rows.norm_backward import norm_backward
 
     return norm_backward(
         grad,

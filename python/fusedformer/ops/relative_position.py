@@ -1,8 +1,10 @@
-"""Look up T5's buckets of relative positions by distance; small, so by ATen everywhere."""
+"""Look up buckets of relative positions by distance, T5's and DeBERTa's; small, so by ATen."""
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,3 +27,40 @@ def relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: in
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     wide = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
     return F.embedding(first + torch.where(distance < exact, distance, wide), weight).t()
+
+
+_FAR = 1 << 29  # beyond all distances, and far from the ends of int32
+
+
+class DistanceBuckets(NamedTuple):
+    """DeBERTa's buckets of the distances of keys before queries; they never change."""
+
+    by_distance: Tensor  # int32 [2R + 1]: entry R + distance; at -R and R are all beyond
+    firsts: Tensor  # int32 [buckets + 1]: the first distance of each, and one beyond all
+
+
+@functools.lru_cache(64)
+def distance_buckets(span: int, max_distance: int, device: torch.device) -> DistanceBuckets:
+    """Make the buckets 0 to ``2 * span - 1``.
+
+    Args:
+        span: distance 0 has this bucket; the first and the last have all distances beyond them.
+        max_distance: distances above ``span // 2`` share logarithmically wider buckets up to about
+            this one; 0: all have a bucket each.
+        device: where to.
+    """
+    reach = max(max_distance, span)
+    with torch.inference_mode(False):
+        distance = torch.arange(-reach, reach + 1)  # on the CPU, so that all devices agree
+        bucket = distance
+        if max_distance:
+            exact = span // 2
+            # In float32, so that the edges of buckets are those of the published models.
+            ratio = torch.log(distance.abs().clamp(min=exact) / exact)
+            ratio = ratio / torch.log(torch.tensor((max_distance - 1) / exact))
+            wide = torch.ceil(ratio * (exact - 1)).long() + exact
+            bucket = torch.where(distance.abs() <= exact, distance, wide * distance.sign())
+        bucket = (bucket + span).clamp(0, 2 * span - 1)
+        firsts = torch.searchsorted(bucket, torch.arange(2 * span + 1)) - reach
+        firsts[0], firsts[-1] = -_FAR, _FAR
+        return DistanceBuckets(bucket.to(device, torch.int32), firsts.to(device, torch.int32))

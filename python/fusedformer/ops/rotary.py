@@ -99,7 +99,8 @@ def _rotated_aten(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Ten
         first, second = turned[..., :pairs], turned[..., pairs:]
     parts = [first * cos - second * sin, second * cos + first * sin]
     turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    turned = turned.to(x.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
 
 
 @registered("rotary_embedding")

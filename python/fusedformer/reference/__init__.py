@@ -14,6 +14,7 @@ from fusedformer.reference.attention import (
 )
 from fusedformer.reference.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from fusedformer.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from fusedformer.reference.disentangled import disentangled_attention
 from fusedformer.reference.embedding import embedding_layer_norm
 from fusedformer.reference.norm import (
     dropout_add,
@@ -31,6 +32,7 @@ __all__ = [
     "bias_activation",
     "contrastive_loss",
     "cross_entropy",
+    "disentangled_attention",
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",

@@ -44,13 +44,18 @@ class Row:
 
 
 @contextlib.contextmanager
-def _tf32(enabled: bool) -> Iterator[None]:
-    previous = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if enabled else "ieee"
+def float32_products(name: str) -> Iterator[None]:
+    """Multiply float32 by "ieee", "tf32" or "tf32x3" inside."""
+    from fusedformer_kernels.runtime import configs
+
+    previous = torch.backends.cuda.matmul.fp32_precision, configs.float32_products()
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    configs.set_float32_products("tf32x3" if name == "tf32x3" else "torch")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = previous
+        torch.backends.cuda.matmul.fp32_precision = previous[0]
+        configs.set_float32_products(previous[1])
 
 
 def compile_case(index: int, target_name: str) -> list[Row]:
@@ -62,7 +67,11 @@ def compile_case(index: int, target_name: str) -> list[Row]:
 
     case, target = compile_cases()[index], TARGETS[target_name]
     dtype = str(case.dtype).removeprefix("torch.")
-    with _tf32(case.tf32), assume_target(target), recorded_launches(run=False) as launches:
+    with (
+        float32_products(case.products),
+        assume_target(target),
+        recorded_launches(run=False) as launches,
+    ):
         case.call()
     rows = []
     for launch in launches:

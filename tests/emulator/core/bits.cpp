@@ -3,6 +3,7 @@
 
 #include "halves.h"
 #include "lanes.h"
+#include "parser.h"
 
 namespace emulator {
 
@@ -298,6 +299,17 @@ void compare(Warp &warp, const Instruction &i) {
                  [&](int l) { return F::of(Convert::of(a[l]), Convert::of(b[l])); });
 }
 
+// Two halves of a register each; the second predicate is that of the upper ones.
+template <class F, class Convert>
+void compare_pairs(Warp &warp, const Instruction &i) {
+  const uint32_t *a = warp.row<uint32_t>(i.operand[2]), *b = warp.row<uint32_t>(i.operand[3]);
+  for (int half = 0; half < 2; half++)
+    each_predicate(warp, warp.predicate(i.operand[half]), [&](int l) {
+      const int shift = 16 * half;
+      return F::of(Convert::of(uint16_t(a[l] >> shift)), Convert::of(uint16_t(b[l] >> shift)));
+    });
+}
+
 template <class F>
 Handler compare_handler(Type type) {
   switch (type) {
@@ -310,6 +322,8 @@ Handler compare_handler(Type type) {
     case Type::f32: return compare<float, F, AsIs>;
     case Type::f16: return compare<uint16_t, F, Float16>;
     case Type::bf16: return compare<uint16_t, F, Bfloat16>;
+    case Type::f16x2: return compare_pairs<F, Float16>;
+    case Type::bf16x2: return compare_pairs<F, Bfloat16>;
     default: return nullptr;
   }
 }
@@ -339,7 +353,9 @@ void decode_compare(Decoder &d) {
   d.instruction.run = comparison(name, type);
   if (!d.instruction.run) d.unknown("comparison ." + name);
   d.expect_arguments(3, 3);
-  d.result(0, Width::predicate);
+  const bool pairs = type == Type::f16x2 || type == Type::bf16x2;
+  if (pairs) d.pair_of_results(0, Width::predicate, Width::predicate);
+  else d.result(0, Width::predicate);
   d.source(1, width_of(type));
   d.source(2, width_of(type));
 }
@@ -352,11 +368,27 @@ void decode_permute(Decoder &d) {
   d.instruction.run = permute_bytes;
 }
 
+// A generic address is one of the host; one of a parameter counts from where they are kept.
+void to_generic(Warp &warp, const Instruction &i) {
+  const uint64_t *a = warp.row<uint64_t>(i.operand[1]), *begin = warp.row<uint64_t>(i.operand[2]);
+  each_lane(warp, warp.row<uint64_t>(i.operand[0]), [&](int l) { return a[l] + begin[l]; });
+}
+
+void decode_address(Decoder &d) {
+  if (!d.take("param") || d.type() != Type::u64) d.unknown("form of cvta");
+  d.expect_arguments(2, 2);
+  d.result(0, Width::bits64);
+  d.source(1, Width::bits64);
+  d.constant_source(d.parser().kernel().memory);
+  d.instruction.run = to_generic;
+}
+
 }  // namespace
 
 bool decode_bits(Decoder &d) {
   const std::string &base = d.base();
   if (base == "mov") decode_move(d);
+  else if (base == "cvta") decode_address(d);
   else if (base == "and") decode_logic<And>(d);
   else if (base == "or") decode_logic<Or>(d);
   else if (base == "xor") decode_logic<Xor>(d);

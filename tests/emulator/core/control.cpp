@@ -49,6 +49,12 @@ void exit_lanes(Warp &warp, const Instruction &) {
   if (!warp.active) next_group(warp);
 }
 
+void block(Warp &warp) {
+  warp.pc--;
+  warp.state = State::blocked;
+  warp.look_again();
+}
+
 void whole_warp(Warp &warp, const Instruction &i, const char *what) {
   if (warp.exec != ALL)
     report(warp, i, first_lane(warp.exec), "partial-warp",
@@ -69,7 +75,47 @@ void wait_at_barrier(Warp &warp, const Instruction &i) {
 
 void nothing(Warp &, const Instruction &) {}
 
+// The lowest lane of those that run is the one that is elected.
+void elect(Warp &warp, const Instruction &i) {
+  const uint32_t members = warp.row<uint32_t>(i.operand[2])[first_lane(warp.exec)];
+  if (members & ~warp.exec) whole_warp(warp, i, "elect");
+  const int chosen = first_lane(members & warp.exec);
+  if (!i.operand[0].is_sink())
+    each_lane(warp, warp.row<uint32_t>(i.operand[0]), [&](int) { return (uint32_t)chosen; });
+  each_predicate(warp, warp.predicate(i.operand[1]), [&](int lane) { return lane == chosen; });
+}
+
+// Registers go back to the block, or come from what others gave back: then the warp waits for them.
+void set_registers(Warp &warp, const Instruction &i) {
+  whole_warp(warp, i, "setmaxnreg");
+  uint32_t others = 0;
+  for (const Warp &each : warp.block->warps) others += &each == &warp ? 0 : each.registers;
+  if ((others + i.count) * LANES > REGISTERS && !warp.forced) return block(warp);
+  warp.forced = false;
+  warp.registers = i.count;
+}
+
+void decode_set_registers(Decoder &d) {
+  if (!(d.take("inc") || d.take("dec")) || !d.take("sync") || !d.take("aligned") || !d.take("u32"))
+    d.unknown("form of setmaxnreg");
+  d.expect_arguments(1, 1);
+  const int64_t count = d.immediate(0);
+  if (count < 24 || count > 256 || count % 8) d.unknown("number of registers");
+  d.instruction.count = (int32_t)count;
+  d.instruction.run = set_registers;
+}
+
+// "elect.sync register|predicate, members"
+void decode_elect(Decoder &d) {
+  if (!d.take("sync")) d.unknown("form of elect");
+  d.expect_arguments(2, 2);
+  d.pair_of_results(0, Width::bits32, Width::predicate);
+  d.source(1, Width::bits32);
+  d.instruction.run = elect;
+}
+
 void fence_proxy(Warp &warp, const Instruction &) {
+  warp.block->shared.order.fence(warp.number);
   warp.block->fenced[warp.number] = warp.block->shared.fence();
 }
 
@@ -169,6 +215,11 @@ void decode_barrier(Decoder &d) {
 }
 
 void decode_fence(Decoder &d) {
+  if (d.take("mbarrier_init")) {  // of a block's barriers, which a bar.sync makes visible as well
+    if (!d.take("release") || !d.take("cluster")) d.unknown("form of fence");
+    d.instruction.run = nothing;
+    return;
+  }
   if (!d.take("proxy") || !d.take("async") || !(d.take("shared::cta") || d.take("shared::cluster")))
     d.unknown("form of fence");
   d.instruction.run = fence_proxy;
@@ -183,8 +234,12 @@ bool decode_control(Decoder &d) {
     d.instruction.run = branch;
   } else if (base == "ret" || base == "exit") {
     d.instruction.run = exit_lanes;
-  } else if (base == "bar") {
+  } else if (base == "bar" || base == "barrier") {
     decode_barrier(d);
+  } else if (base == "setmaxnreg") {
+    decode_set_registers(d);
+  } else if (base == "elect") {
+    decode_elect(d);
   } else if (base == "fence") {
     decode_fence(d);
   } else if (base == "shfl") {

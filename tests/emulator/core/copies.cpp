@@ -74,12 +74,14 @@ void wait_for_copies(Warp &warp, const Instruction &i) {
   warp.copies.wait(i.count, [&](const Copy &copy) { finish_copy(warp, copy); });
 }
 
-void wait_for_all_copies(Warp &warp, const Instruction &) {
+void wait_for_all_copies(Warp &warp, const Instruction &) { finish_copies(warp); }
+
+}  // namespace
+
+void finish_copies(Warp &warp) {
   warp.copies.commit();
   warp.copies.wait(0, [&](const Copy &copy) { finish_copy(warp, copy); });
 }
-
-}  // namespace
 
 bool decode_copies(Decoder &d) {
   if (d.base() != "cp") return false;
@@ -95,6 +97,14 @@ bool decode_copies(Decoder &d) {
   if (d.take("wait_group")) {
     d.instruction.count = (int32_t)d.immediate(0);
     d.instruction.run = wait_for_copies;
+    return true;
+  }
+  if (d.take("mbarrier")) {
+    decode_copies_arrive(d);
+    return true;
+  }
+  if (d.take("bulk")) {
+    decode_bulk_copy(d);
     return true;
   }
   const bool wide = d.take("cg");

@@ -105,6 +105,17 @@ void Decoder::results(size_t index, Width width) {
   }
 }
 
+void Decoder::pair_of_results(size_t index, Width first, Width second) {
+  const std::string &whole = argument(index);
+  const size_t bar = whole.find('|');
+  if (bar == std::string::npos) unknown("pair " + whole);
+  Operand a = parser_.named(trimmed(whole.substr(0, bar)), first);
+  Operand b = parser_.named(trimmed(whole.substr(bar + 1)), second);
+  if (a.width != first || b.width != second) unknown("width of pair " + whole);
+  add(a, true);
+  add(b, true);
+}
+
 void Decoder::source(size_t index, Width width) {
   Operand place = parser_.named(argument(index), width);
   if (place.width != width) unknown("width of operand " + argument(index));
@@ -142,6 +153,15 @@ void Decoder::address(size_t index) {
   size_t sign = inner.find_first_of("+");
   instruction.offset = sign == std::string::npos ? 0 : parser_.integer(trimmed(inner.substr(sign + 1)));
   add(parser_.named(trimmed(inner.substr(0, sign)), Width::bits32), false);
+}
+
+void Decoder::tensor(size_t index) {
+  const std::string &whole = argument(index);
+  if (whole.size() < 3 || whole[0] != '[' || whole.back() != ']') unknown("tensor " + whole);
+  const auto parts = split_at_commas(whole.substr(1, whole.size() - 2));
+  if (parts.size() != 2) unknown("tensor " + whole);
+  add(parser_.named(parts[0], Width::bits64), false);
+  for (const std::string &name : members(parts[1])) add(parser_.named(name, Width::bits32), false);
 }
 
 int64_t Decoder::immediate(size_t index) const { return parser_.integer(argument(index)); }

@@ -44,9 +44,11 @@ class Decoder {
   // Add an operand to the instruction. Immediates become constant rows of `width`.
   void result(size_t argument, Width width);
   void results(size_t argument, Width width);  // {a, b, ...} or one
+  void pair_of_results(size_t argument, Width first, Width second);  // first|second
   void source(size_t argument, Width width);
   void sources(size_t argument, Width width);
   void address(size_t argument);               // [register + offset]
+  void tensor(size_t argument);                // [descriptor, {coordinates}]
   void any_result(size_t argument);            // of whatever width the register has
   void any_results(size_t argument);
   void any_source(size_t argument, Width of_immediate);
@@ -73,6 +75,9 @@ bool decode_conversion(Decoder &decoder);
 bool decode_memory(Decoder &decoder);
 bool decode_copies(Decoder &decoder);
 bool decode_products(Decoder &decoder);
+bool decode_mbarriers(Decoder &decoder);
+void decode_copies_arrive(Decoder &decoder);  // cp.async.mbarrier, of decode_copies
+void decode_bulk_copy(Decoder &decoder);      // cp.async.bulk, of decode_copies
 bool decode_control(Decoder &decoder);
 
 }  // namespace emulator

@@ -2,6 +2,7 @@
 #include "emulator.h"
 
 #include <memory>
+#include <mutex>
 #include <unordered_map>
 
 #include "global.h"
@@ -11,6 +12,7 @@ using namespace emulator;
 namespace {
 std::unordered_map<uint64_t, std::unique_ptr<Kernel>> kernels;
 std::string error;
+std::mutex busy;  // other threads allocate while a kernel runs
 }  // namespace
 
 int emulator_load(uint64_t handle, const char *ptx, const char *name) {
@@ -24,12 +26,19 @@ int emulator_load(uint64_t handle, const char *ptx, const char *name) {
   }
 }
 
-void emulator_allocate(uint64_t base, uint64_t bytes) { global_memory.allocate(base, bytes); }
+void emulator_allocate(uint64_t base, uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(busy);
+  global_memory.allocate(base, bytes);
+}
 
-void emulator_free(uint64_t base) { global_memory.free(base); }
+void emulator_free(uint64_t base) {
+  std::lock_guard<std::mutex> lock(busy);
+  global_memory.free(base);
+}
 
 int emulator_launch(uint64_t handle, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes,
                     void **parameters) {
+  std::lock_guard<std::mutex> lock(busy);
   try {
     auto found = kernels.find(handle);
     if (found == kernels.end()) throw Error("no kernel was loaded as " + std::to_string(handle));

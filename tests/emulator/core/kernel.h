@@ -60,6 +60,8 @@ struct SourceLine {
 
 struct Parameter {
   uint32_t size = 0;
+  bool is_memory = false;          // an array, which lies at `address` of the parameters' memory
+  uint32_t address = 0;
   std::vector<Operand> rows;       // constants that hold it, one for each width that is loaded
   std::vector<bool> is_signed;
 };
@@ -81,6 +83,9 @@ struct Kernel {
   std::vector<Parameter> parameters;
   std::vector<std::string> files;  // by the number that .loc gives
   uint32_t threads = 0;            // .reqntid, or 0
+  bool has_mbarriers = false;      // warps meet by them, so that accesses are ordered by steps
+  uint32_t memory_bytes = 0;       // of parameters that are arrays,
+  Operand memory;                  // and a constant that says where it begins in a launch
   Operand block[3], blocks[3], thread_count;  // constants filled at each launch or block
   Operand thread, lane, warp;                 // registers filled at each launch
 

@@ -63,6 +63,7 @@ void run_warp(Warp &warp) {
     }
     if (!warp.special) continue;
     if (warp.tracking && exec) track(warp, i);
+    if (warp.state == State::blocked) run--;
     if (warp.state != State::running) return;
     if (!warp.others.empty() && warp.pc >= warp.lowest_other) next_group(warp);
   }
@@ -76,6 +77,8 @@ void begin_block(Block &block, uint32_t index) {
   block.at[2] = index / grid[0] / grid[1];
   block.stamp = launch.first_stamp + index;
   block.shared.begin_block();
+  block.mbarriers.clear();
+  block.bulk_copies.clear();
   std::fill(block.fenced.begin(), block.fenced.end(), 0);
   for (int axis = 0; axis < 3; axis++)
     fill_row(launch.constants[0].bytes + launch.kernel->block[axis].offset(), Width::bits32, block.at[axis]);
@@ -83,7 +86,9 @@ void begin_block(Block &block, uint32_t index) {
     warp.pc = 0;
     warp.active = warp.alive = ALL;
     warp.state = State::running;
-    warp.tracking = warp.products_fenced = false;
+    warp.tracking = warp.products_fenced = warp.forced = false;
+    warp.asked = nullptr;
+    warp.registers = std::min(REGISTERS / launch.threads / 8 * 8, 255u);  // as ptxas spreads them
     warp.others.clear();
     warp.copies.clear();
     warp.products.clear();
@@ -100,6 +105,40 @@ void end_warp(Warp &warp) {
     report(warp, last, -1, "wgmma-register", "ends with a wgmma that is not waited for");
 }
 
+// What these warps did until now comes before all that they do next.
+void meet(Block &block, const std::vector<int> &warps) {
+  if (block.shared.by_steps()) block.shared.order.meet(warps);
+  else block.shared.begin_epoch();
+}
+
+// Run a warp; false if it is where it was.
+bool moves(Warp &warp) {
+  const uint64_t before = warp.launch->run;
+  warp.state = State::running;
+  run_warp(warp);
+  if (warp.state == State::done) end_warp(warp);
+  return warp.state != State::blocked || warp.launch->run > before;
+}
+
+// Nothing moves: report who waits for what never comes, and let them go on.
+bool force(Block &block) {
+  std::vector<int> waiting;
+  for (Warp &warp : block.warps) {
+    const bool at_barrier = warp.state == State::at_barrier;
+    if (!at_barrier && warp.state != State::blocked) continue;
+    if (waiting.empty() || !at_barrier)
+      report(warp, warp.kernel->code[at_barrier ? warp.pc - 1 : warp.pc], -1,
+             at_barrier ? "partial-barrier" : "deadlock",
+             at_barrier ? "a warp waits at a barrier that others, which ended or wait elsewhere, never reach"
+                        : "a warp waits for what never comes: arrivals, bytes or registers");
+    waiting.push_back(warp.number);
+    warp.forced = !at_barrier;
+    if (at_barrier) warp.state = State::running;
+  }
+  if (!waiting.empty()) meet(block, waiting);
+  return !waiting.empty();
+}
+
 // Let the warps go on that wait at a barrier which enough have reached; false if there are none.
 bool release(Block &block) {
   bool released = false;
@@ -110,9 +149,13 @@ bool release(Block &block) {
     uint32_t threads = 0;
     for (const Warp &warp : block.warps) threads += waits(warp) ? LANES : 0;
     if (threads < block.warps[w].barrier_threads) continue;
-    for (Warp &warp : block.warps)
-      if (waits(warp)) warp.state = State::running;
-    block.shared.begin_epoch();
+    std::vector<int> together;
+    for (Warp &warp : block.warps) {
+      if (!waits(warp)) continue;
+      warp.state = State::running;
+      together.push_back(warp.number);
+    }
+    meet(block, together);
     released = true;
   }
   return released;
@@ -121,25 +164,17 @@ bool release(Block &block) {
 void run_block(Block &block, uint32_t index) {
   begin_block(block, index);
   for (uint64_t round = 0;; round++) {
+    bool moved = false;
     for (uint32_t w : order_of(block.warps.size(), round + index)) {
       Warp &warp = block.warps[w];
-      if (warp.state != State::running) continue;
-      run_warp(warp);
-      if (warp.state == State::done) end_warp(warp);
+      if (warp.state == State::running || warp.state == State::blocked) moved |= moves(warp);
     }
-    if (release(block)) continue;
-    bool waits = false;
-    for (Warp &warp : block.warps) {
-      if (warp.state != State::at_barrier) continue;
-      if (!waits)
-        report(warp, warp.kernel->code[warp.pc - 1], -1, "partial-barrier",
-               "a warp waits at a barrier that others, which ended or wait elsewhere, never reach");
-      waits = true;
-      warp.state = State::running;
-    }
-    if (!waits) return;
-    block.shared.begin_epoch();
+    if (release(block) || moved) continue;
+    if (!force(block)) break;
   }
+  for (const BulkCopy &copy : block.bulk_copies)
+    report(block.warps[copy.warp], *copy.instruction, -1, "pending-copy",
+           "a bulk copy is not waited for before the block ends");
 }
 
 void prepare(Block &block, Launch &launch) {
@@ -150,7 +185,7 @@ void prepare(Block &block, Launch &launch) {
   block.warps.resize(count);
   block.fenced.assign(count, 0);
   block.registers.resize(std::max(block.registers.size(), count * lines));
-  block.shared.resize(launch.shared_bytes);
+  block.shared.resize(launch.shared_bytes, kernel.has_mbarriers);
   for (size_t w = 0; w < count; w++) {
     Warp &warp = block.warps[w];
     warp.number = (int)w;
@@ -178,8 +213,14 @@ void fill_constants(Launch &launch, void **parameters) {
   for (int axis = 0; axis < 3; axis++)
     fill_row(constants + kernel.blocks[axis].offset(), Width::bits32, launch.grid[axis]);
   fill_row(constants + kernel.thread_count.offset(), Width::bits32, launch.threads);
+  launch.memory.resize(kernel.memory_bytes / 64 + 1);
+  fill_row(constants + kernel.memory.offset(), Width::bits64, (uint64_t)launch.memory[0].bytes);
   for (size_t p = 0; p < kernel.parameters.size(); p++) {
     const Parameter &parameter = kernel.parameters[p];
+    if (parameter.is_memory) {
+      memcpy(launch.memory[0].bytes + parameter.address, parameters[p], parameter.size);
+      continue;
+    }
     uint64_t value = 0;
     if (!parameter.rows.empty()) memcpy(&value, parameters[p], parameter.size);
     const int unused = 64 - 8 * (int)parameter.size;

@@ -8,6 +8,7 @@ namespace emulator {
 namespace {
 
 constexpr int MOST = 16;  // bytes that a lane accesses at once
+constexpr uint32_t EXTENDS_SIGN = 1;  // of 32 bits that are loaded to 64
 
 void load_parameter(Warp &warp, const Instruction &i) {
   const Operand to = i.operand[0], from = i.operand[1];
@@ -71,6 +72,7 @@ void to_registers(const Warp &warp, const Instruction &i, const uint8_t *bytes, 
   for (int n = 0; n < i.count; n++) {
     if (i.size == 1) spread_any<uint8_t>(warp, i.operand[n], bytes, each, n, mask);
     else if (i.size == 2) spread_any<uint16_t>(warp, i.operand[n], bytes, each, n, mask);
+    else if (i.size == 4 && i.flags & EXTENDS_SIGN) spread_any<int32_t>(warp, i.operand[n], bytes, each, n, mask);
     else if (i.size == 4) spread_any<uint32_t>(warp, i.operand[n], bytes, each, n, mask);
     else spread_any<uint64_t>(warp, i.operand[n], bytes, each, n, mask);
   }
@@ -300,9 +302,9 @@ void decode_access(Decoder &d, bool loads) {
     d.address(0);
     d.any_sources(1, width_of(type));
   }
-  const bool extends = type == Type::s8 || (type == Type::s16 && d.operand(0).width != Width::bits16) ||
-                       (type == Type::s32 && d.operand(0).width == Width::bits64);
-  if (loads && extends) d.unknown("load that extends a sign");
+  const bool narrow = type == Type::s8 || (type == Type::s16 && d.operand(0).width != Width::bits16);
+  if (loads && narrow) d.unknown("load that extends a sign");
+  if (loads && type == Type::s32 && d.operand(0).width == Width::bits64) d.instruction.flags = EXTENDS_SIGN;
   const Width width = d.operand(loads ? count : 0).width;
   if (width != (global ? Width::bits64 : Width::bits32)) d.unknown("width of address");
   d.instruction.run = loads ? (global ? load_global : load_shared)

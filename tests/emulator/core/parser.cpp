@@ -48,6 +48,7 @@ Kernel *Parser::parse(const std::string &name) {
     kernel_->blocks[axis] = new_constant(Width::bits32);
   }
   kernel_->thread_count = new_constant(Width::bits32);
+  kernel_->memory = new_constant(Width::bits64);
   size_t begin = 0;
   header(entry + mark.size(), begin);
   body(begin);
@@ -64,12 +65,24 @@ void Parser::header(size_t entry, size_t &body) {
   kernel_->name = trimmed(ptx_.substr(entry, open - entry));
   for (const std::string &text : split_at_commas(ptx_.substr(open + 1, close - open - 1))) {
     // ".param .u64 .ptr .global .align 1 name" or ".param .u32 name"
-    size_t dot = text.find('.', 1), end = text.find_first_of(" \t", dot);
+    size_t dot = text.find('.', 1);
+    if (text.compare(dot, 7, ".align ") == 0) dot = text.find('.', dot + 1);
+    size_t end = text.find_first_of(" \t", dot);
     Type type = type_named(text.substr(dot + 1, end - dot - 1));
     if (type == Type::none) throw Error("parameter " + text);
-    parameters_[text.substr(text.find_last_of(" \t") + 1)] = (int)kernel_->parameters.size();
-    kernel_->parameters.emplace_back();
-    kernel_->parameters.back().size = size_of(type);
+    std::string name = text.substr(text.find_last_of(" \t") + 1);
+    Parameter parameter;
+    parameter.size = size_of(type);
+    size_t bracket = name.find('[');
+    if (bracket != std::string::npos) {  // ".param .align 64 .b8 name[128]"
+      parameter.size *= (uint32_t)integer(name.substr(bracket + 1, name.size() - bracket - 2));
+      parameter.is_memory = true;
+      parameter.address = kernel_->memory_bytes;
+      kernel_->memory_bytes += (parameter.size + 63) / 64 * 64;
+      name.resize(bracket);
+    }
+    parameters_[name] = (int)kernel_->parameters.size();
+    kernel_->parameters.push_back(parameter);
   }
   std::string directives = ptx_.substr(close + 1, body - close - 1);
   size_t threads = directives.find(".reqntid");
@@ -130,7 +143,8 @@ void Parser::statements(std::string &pending) {
     }
     size_t word = pending.find_first_of(" \t:;");
     if (word != std::string::npos && pending[word] == ':' && pending[word + 1] != ':') {
-      labels_[pending.substr(0, word)] = (int)kernel_->code.size();
+      const std::string scope = std::to_string(scope_numbers_.back());
+      labels_[scope + ":" + pending.substr(0, word)] = (int)kernel_->code.size();
       pending.erase(0, word + 1);
       continue;
     }
@@ -164,7 +178,7 @@ void Parser::statement(std::string text) {
   decoder.instruction.first = (uint32_t)kernel_->operands.size();
   if (!decode_arithmetic(decoder) && !decode_bits(decoder) && !decode_conversion(decoder) &&
       !decode_memory(decoder) && !decode_copies(decoder) && !decode_products(decoder) &&
-      !decode_control(decoder))
+      !decode_mbarriers(decoder) && !decode_control(decoder))
     throw Error("unknown opcode " + opcode + " in: " + whole);
   if (!decoder.instruction.run) throw Error("undecoded " + whole);
   decoder.finish();
@@ -178,7 +192,7 @@ void Parser::statement(std::string text) {
     if (place.width != Width::predicate) throw Error("guard of " + whole);
     instruction.guard = place.offset();
   }
-  if (decoder.base() == "bra") branches_.emplace_back((int)kernel_->code.size(), arguments.at(0));
+  if (decoder.base() == "bra") branches_.push_back({(int)kernel_->code.size(), arguments.at(0), scope_numbers_});
   kernel_->code.push_back(instruction);
   kernel_->lines.push_back(line_);
   kernel_->texts.push_back(whole);
@@ -219,6 +233,12 @@ Operand Parser::named(const std::string &name, Width of_immediate) {
     auto found = registers_.find(key);
     if (found == registers_.end()) found = registers_.emplace(key, new_register(*width)).first;
     return found->second;
+  }
+  auto parameter = parameters_.find(name);
+  if (parameter != parameters_.end()) {
+    Parameter &found = kernel_->parameters[parameter->second];
+    if (!found.is_memory) throw Error("the address of parameter " + name);
+    return constant(found.address, of_immediate);
   }
   if (name == "global_smem") return constant(SHARED_BASE, of_immediate);
   if (!name.empty() && (isdigit((unsigned char)name[0]) || name[0] == '-'))
@@ -302,10 +322,12 @@ void Parser::files() {
 }
 
 void Parser::link() {
-  for (auto &branch : branches_) {
-    auto found = labels_.find(branch.second);
-    if (found == labels_.end()) throw Error("unknown label " + branch.second);
-    kernel_->code[branch.first].target = found->second;
+  for (Branch &branch : branches_) {
+    auto found = labels_.end();
+    for (; !branch.scopes.empty() && found == labels_.end(); branch.scopes.pop_back())
+      found = labels_.find(std::to_string(branch.scopes.back()) + ":" + branch.label);
+    if (found == labels_.end()) throw Error("unknown label " + branch.label);
+    kernel_->code[branch.from].target = found->second;
   }
   for (Instruction &instruction : kernel_->code)
     instruction.operand = kernel_->operands.data() + instruction.first;

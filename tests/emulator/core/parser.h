@@ -48,8 +48,13 @@ class Parser {
   int scopes_seen_ = 0;
   std::unordered_map<std::string, Operand> registers_;
   std::map<std::pair<uint64_t, Width>, Operand> immediates_;
-  std::unordered_map<std::string, int> labels_;
-  std::vector<std::pair<int, std::string>> branches_;
+  std::unordered_map<std::string, int> labels_;  // by scope and name, as registers
+  struct Branch {
+    int from;
+    std::string label;
+    std::vector<int> scopes;
+  };
+  std::vector<Branch> branches_;
   std::unordered_map<std::string, int> parameters_;
   SourceLine line_;
   uint32_t used_bytes_ = ALL;  // of the next load, by a .pragma

@@ -5,14 +5,19 @@
 
 namespace emulator {
 
-void SharedMemory::resize(uint32_t bytes) {
+void SharedMemory::resize(uint32_t bytes, bool by_steps) {
   bytes_ = bytes;
+  by_steps_ = by_steps;
   uint32_t whole = (bytes + 15) / 16 * 16;
   data_.resize(whole);
   words_.resize(whole / 4);
   copies_.assign(whole / 4, 0);
   versions_.resize(whole / PAGE + 1);
   reading_.assign(whole / PAGE + 1, 0);
+  if (by_steps && reads_.size() < whole / 4) {
+    reads_.resize(whole / 4);
+    writes_.resize(whole / 4);
+  }
 }
 
 // What a block finds is a NaN in every 16-bit and 32-bit format.
@@ -28,6 +33,7 @@ void SharedMemory::begin_block() {
   }
   block_epoch_ = ++epoch_;
   clock_ = 1;
+  order.begin_block();
 }
 
 bool SharedMemory::differs(uint32_t offset, uint32_t bytes, const uint8_t *value) const {
@@ -63,6 +69,73 @@ uint32_t SharedMemory::write_part(uint32_t offset, uint32_t bytes, int warp, con
   }
   word.history = clock_ << 12 | (uint32_t)warp << 4 | written;
   return problems;
+}
+
+bool SharedMemory::races(const uint32_t *steps, int warp) const {
+  const uint32_t *seen = order.seen(warp).step.data();
+  uint32_t found = 0;
+  for (int other = 0; other <= MOST_WARPS; other++) found |= steps[other] > seen[other];
+  return found;
+}
+
+uint32_t SharedMemory::read_by_steps(uint32_t address, uint32_t bytes, int warp) {
+  const uint32_t offset = address - SHARED_BASE;
+  uint32_t problems = 0;
+  for (uint32_t index = offset / 4; index <= (offset + bytes - 1) / 4; index++) {
+    const Word &word = word_now(index);
+    const uint32_t parts = bytes >= 4 ? 15u : ((1u << bytes) - 1) << offset % 4;
+    if ((word.history & parts) != parts) problems |= UNWRITTEN;
+    if (copies_[index]) problems |= PENDING_COPY;
+    if (races(writes_[index].at, warp)) problems |= RACE;
+    reads_[index].at[warp] = order.now(warp);
+  }
+  return problems;
+}
+
+uint32_t SharedMemory::write_by_steps(uint32_t address, uint32_t bytes, int warp, const uint8_t *value) {
+  const uint32_t offset = address - SHARED_BASE;
+  uint32_t problems = 0;
+  for (uint32_t index = offset / 4; index <= (offset + bytes - 1) / 4; index++) {
+    Word &word = word_now(index);
+    if (copies_[index]) problems |= PENDING_COPY;
+    if (reading_[index * 4 / PAGE] && is_read(index * 4)) problems |= PENDING_PRODUCT;
+    if (races(reads_[index].at, warp) || races(writes_[index].at, warp))
+      if (bytes < 4 ? differs(offset, bytes, value) : differs(index * 4, 4, value ? value + index * 4 - offset : nullptr))
+        problems |= RACE;
+    writes_[index].at[warp] = order.now(warp);
+    const uint32_t parts = bytes >= 4 ? 15u : ((1u << bytes) - 1) << offset % 4;
+    word.history = (uint32_t)warp << 4 | (word.history & 15) | parts;
+  }
+  return problems;
+}
+
+uint32_t SharedMemory::unfenced_by_steps(uint32_t address, int warp) const {
+  uint32_t problems = 0;
+  for (uint32_t index = (address - SHARED_BASE) / 4; index < (address - SHARED_BASE) / 4 + 4; index++) {
+    const uint32_t history = words_[index].history;
+    const int writer = history >> 4 & 127;
+    if (writer == TENSOR_COPIES || order.is_fenced(writer, writes_[index].at[writer], warp)) continue;
+    problems |= history & BY_COPY ? UNFENCED_COPY : UNFENCED;
+  }
+  return problems;
+}
+
+uint32_t SharedMemory::begin_bulk_copy(uint32_t address, uint32_t bytes, int warp) {
+  uint32_t problems = 0;
+  for (uint32_t index = (address - SHARED_BASE) / 4; index < (address + bytes - SHARED_BASE) / 4; index++) {
+    if (copies_[index]++) problems |= PENDING_COPY;
+    if (reading_[index * 4 / PAGE] && is_read(index * 4)) problems |= PENDING_PRODUCT;
+    if (races(reads_[index].at, warp) || races(writes_[index].at, warp)) problems |= RACE;
+  }
+  return problems;
+}
+
+void SharedMemory::end_bulk_copy(uint32_t address, uint32_t bytes, uint32_t step) {
+  end_copy(address, bytes);
+  for (uint32_t index = (address - SHARED_BASE) / 4; index < (address + bytes - SHARED_BASE) / 4; index++) {
+    writes_[index].at[TENSOR_COPIES] = step;
+    word_now(index).history = (uint32_t)TENSOR_COPIES << 4 | 15;
+  }
 }
 
 void SharedMemory::begin_copy(uint32_t address, uint32_t bytes) {

@@ -2,10 +2,16 @@
 //
 // Time is counted in barrier intervals ("epochs"): two warps that access the same byte in one
 // epoch, at least one of them to write, race. The shadow has an entry for every four bytes.
+//
+// Where warps meet by mbarriers, or some of them by a barrier of their own, there are no intervals
+// that hold for all. Then each entry has the step of each warp's last read and write, and an access
+// races with those that order.h does not know to come before it.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "order.h"
 
 namespace emulator {
 
@@ -24,7 +30,9 @@ enum Problem : uint32_t {
 
 class SharedMemory {
  public:
-  void resize(uint32_t bytes);
+  Order order;  // of the warps' steps, if `by_steps`
+
+  void resize(uint32_t bytes, bool by_steps);
   void begin_block();    // everything is unwritten
   void begin_epoch() { epoch_++; }
   uint32_t bytes() const { return bytes_; }
@@ -35,6 +43,7 @@ class SharedMemory {
 
   // Note an access of `warp` and return its problems. Accesses lie within words or fill them.
   uint32_t read(uint32_t address, uint32_t bytes, int warp) {
+    if (by_steps_) return read_by_steps(address, bytes, warp);
     if (bytes == 16 && read_again((address - SHARED_BASE) / 4, warp)) return 0;
     if (bytes >= 4) {
       uint32_t problems = 0, first = (address - SHARED_BASE) / 4;
@@ -45,6 +54,7 @@ class SharedMemory {
   }
   // `value` is what will be written: a write of what is there already races with nobody.
   uint32_t write(uint32_t address, uint32_t bytes, int warp, const uint8_t *value) {
+    if (by_steps_) return write_by_steps(address, bytes, warp, value);
     if (bytes >= 4) {
       uint32_t problems = 0, first = (address - SHARED_BASE) / 4;
       for (uint32_t i = 0; i < bytes / 4; i++)
@@ -61,10 +71,16 @@ class SharedMemory {
     for (uint32_t i = 0; i < bytes / 4; i++) words_[(address - SHARED_BASE) / 4 + i].history |= BY_COPY;
   }
 
+  // A bulk copy that `warp` issues, when it is issued and when it is waited for.
+  uint32_t begin_bulk_copy(uint32_t address, uint32_t bytes, int warp);
+  void end_bulk_copy(uint32_t address, uint32_t bytes, uint32_t step);
+  bool by_steps() const { return by_steps_; }
+
   // wgmma reads 16 bytes at a time: note that `warp` does, or all of its group. `fenced` has the
   // clock at the last fence of each warp; what is known of the last writes goes into the last two.
   uint32_t read_for_product(uint32_t address, int warp, bool all, const std::vector<uint32_t> &fenced,
                             uint32_t &newest_write, bool &written_now) {
+    if (by_steps_) return read_by_steps(address, 16, warp) | unfenced_by_steps(address, warp);
     uint32_t problems = 0;
     const uint32_t first = (address - SHARED_BASE) / 4;
     for (uint32_t i = first; i < first + 4; i++) {
@@ -169,6 +185,17 @@ class SharedMemory {
   uint32_t read_part(uint32_t offset, uint32_t bytes, int warp);
   uint32_t write_part(uint32_t offset, uint32_t bytes, int warp, const uint8_t *value);
 
+  // The same by steps; what lies in one word counts as one.
+  uint32_t read_by_steps(uint32_t address, uint32_t bytes, int warp);
+  uint32_t write_by_steps(uint32_t address, uint32_t bytes, int warp, const uint8_t *value);
+  uint32_t unfenced_by_steps(uint32_t address, int warp) const;
+  bool races(const uint32_t *steps, int warp) const;  // one of them is not before `warp`
+
+  bool by_steps_ = false;
+  struct Steps {
+    uint32_t at[MOST_WARPS + 1] = {};  // of the last access of each warp and of bulk copies
+  };
+  std::vector<Steps> reads_, writes_;  // of each word, if `by_steps_`
   uint32_t bytes_ = 0;
   uint32_t epoch_ = 1, block_epoch_ = 1, clock_ = 0;
   std::vector<uint8_t> data_;

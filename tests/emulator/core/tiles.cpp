@@ -114,7 +114,7 @@ uint32_t check_tile(Warp &warp, Tile &tile, bool for_all_warps, uint32_t &where)
   SharedMemory &shared = warp.block->shared;
   const uint64_t version = shared.version(tile.begin, tile.end);
   const std::vector<uint32_t> &fenced = warp.block->fenced;
-  if ((for_all_warps || tile.checked_by == warp.number) && tile.checked == version && tile.checked_epoch == shared.epoch() &&
+  if (!shared.by_steps() && (for_all_warps || tile.checked_by == warp.number) && tile.checked == version && tile.checked_epoch == shared.epoch() &&
       fenced[warp.number] > tile.newest_write)
     return 0;
   uint32_t problems = 0, newest = 0;

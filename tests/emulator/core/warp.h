@@ -1,6 +1,7 @@
 // What runs: a launch of blocks of warps, with their registers and shared memory.
 #pragma once
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "kernel.h"
@@ -30,11 +31,14 @@ struct Launch {
   uint32_t grid[3] = {1, 1, 1};
   uint32_t threads = 0, shared_bytes = 0;
   Lines constants;
+  Lines memory;                      // of the parameters that are arrays
   std::vector<Allocation *> recent;  // by instruction: where its last access fell
   uint32_t first_stamp = 0;          // of its blocks, in the shadow of global memory
   uint32_t shared_stamp() const { return first_stamp + grid[0] * grid[1] * grid[2]; }
   uint64_t run = 0;                  // warp instructions
 };
+
+constexpr uint32_t REGISTERS = 65536;  // of a multiprocessor
 
 // One cp.async of a warp, done at its wait.
 struct Copy {
@@ -76,7 +80,8 @@ struct Groups {
   }
 };
 
-enum class State : uint8_t { running, at_barrier, done };
+// `blocked`: its instruction could not be done, and is tried again once others have gone on.
+enum class State : uint8_t { running, at_barrier, blocked, done };
 
 struct Warp {
   uint8_t *bases[2] = {nullptr, nullptr};  // of registers, of constants
@@ -88,6 +93,9 @@ struct Warp {
   bool special = false;    // the loop must look at more than the next instruction
   bool tracking = false;   // of registers that wgmma uses
   int number = 0;
+  bool forced = false;      // blocked for good: the instruction is to be done whatever holds it up
+  const Instruction *asked = nullptr;  // the mbarrier.try_wait that it was last told "not yet" by
+  uint32_t registers = 0;   // of each thread, as setmaxnreg counts them
   int barrier = 0;          // that it waits at, and for how many threads
   uint32_t barrier_threads = 0;
   Block *block = nullptr;
@@ -116,6 +124,26 @@ struct Warp {
   uint32_t &predicate(Operand operand) const { return *row<uint32_t>(operand); }
 };
 
+// One mbarrier of a block, by its address.
+struct Mbarrier {
+  uint32_t count = 0;      // of arrivals that a phase takes
+  int64_t pending = 0;     // that are missing yet,
+  int64_t bytes = 0;       // and bytes of bulk copies, below 0 where more came than were expected
+  uint32_t phase = 0;      // that is not complete
+  Seen arrived, complete;  // what comes before the end of this phase, of the last one
+};
+
+// One cp.async.bulk.tensor, done when its mbarrier is waited for.
+struct BulkCopy {
+  const Instruction *instruction = nullptr;
+  int warp = 0;
+  uint32_t to = 0, bytes = 0, barrier = 0, step = 0;
+  // Of every 16 bytes; those that are not taken, outside of the tensor, become zero.
+  std::vector<uint64_t> from;
+  std::vector<uint8_t> taken;
+  std::vector<uint32_t> places;
+};
+
 struct Block {
   Launch *launch = nullptr;
   uint32_t at[3] = {0, 0, 0};
@@ -124,6 +152,8 @@ struct Block {
   std::vector<uint32_t> fenced;  // the clock at each warp's last fence.proxy.async
   Lines registers;
   SharedMemory shared;
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::vector<BulkCopy> bulk_copies;
 };
 
 // Fill a row with one value.
@@ -148,6 +178,16 @@ void next_group(Warp &warp);
 
 // Report if fewer lanes than the warp has run an instruction that is for all of them.
 void whole_warp(Warp &warp, const Instruction &instruction, const char *what);
+
+// Leave an instruction to be tried again.
+void block(Warp &warp);
+
+// What arrives at an mbarrier when it is done; of copies.cpp and bulk_copies.cpp.
+void finish_copies(Warp &warp);
+void finish_bulk_copies(Block &block, uint32_t barrier);
+
+// Let a bulk copy's bytes count at an mbarrier; of mbarriers.cpp.
+void complete_bytes(Block &block, uint32_t barrier, const BulkCopy &copy);
 
 // Note a finding of the current block; `lane` -1 stands for all.
 void report(const Warp &warp, const Instruction &instruction, int lane, const char *kind,

@@ -56,6 +56,7 @@ def install(target: str, emulator: Path) -> Launches:
         arch, properties.multi_processor_count, properties.shared_memory_per_block_optin
     )
     _keep_ptx(launches)
+    torch_cuda.let_graphed_callables_read_unwritten(launches.reading_unwritten)
     _installed = launches
     return launches
 

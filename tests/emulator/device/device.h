@@ -24,10 +24,12 @@ class Pool {
   ~Pool();
   void adopt(void* block);
   void discard(void* block);  // torch has let it go; the graph writes to it still
-  void forget();              // makes what was let go unwritten again
+  void forget(int64_t graph);  // makes what that graph's capture made and let go unwritten again
+  int64_t graph = 0;           // whose capture allocates
  private:
   struct Kept {
     void* block;
+    int64_t graph;
     bool is_discarded;
   };
   std::vector<Kept> kept_;

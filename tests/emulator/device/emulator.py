@@ -13,7 +13,7 @@ class Emulator:
     """Is the emulator of one process."""
 
     def __init__(self, path: Path) -> None:
-        # PyDLL keeps the lock of the interpreter: nothing is allocated while a kernel runs.
+        # PyDLL keeps the lock of the interpreter: no other thread launches meanwhile.
         library = ctypes.PyDLL(str(path))
         self.library = library
         library.emulator_load.argtypes = [ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p]

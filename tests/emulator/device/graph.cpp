@@ -6,6 +6,7 @@
 #include "device.h"
 
 #include <map>
+#include <mutex>
 #include <vector>
 
 namespace fake {
@@ -24,6 +25,7 @@ std::map<int64_t, std::weak_ptr<Pool>> pools;
 Graph* capturing = nullptr;
 int64_t next_graph = 1;
 std::string last_error;
+std::mutex replaying;  // graphs of one pool share memory: a device has events to keep them apart
 
 template <typename Work>
 int guarded(Work work) {
@@ -69,8 +71,9 @@ int64_t device_begin_capture(int64_t pool) {
     graph->before = std::make_unique<Snapshot>();
     graph->random_state = host_generator(std::nullopt).get_state();
     capturing = graph.get();
-    allocate_from(graph->pool);
     number = next_graph++;
+    graph->pool->graph = number;
+    allocate_from(graph->pool);
     graphs[number] = std::move(graph);
   });
   return number;
@@ -93,9 +96,10 @@ int device_end_capture() {
 
 int device_replay(int64_t number) {
   return guarded([&] {
+    std::lock_guard<std::mutex> lock(replaying);
     Graph* graph = graphs.at(number).get();
     TORCH_CHECK(!is_capturing(), "CUDA error: a graph is replayed within a capture");
-    graph->pool->forget();
+    graph->pool->forget(number);
     for (const auto& step : graph->steps) step();
   });
 }

@@ -6,12 +6,13 @@ and is noted, for a test that swallows errors.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
 _REPLAY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 _TOO_LONG = re.compile(r"more than \d+ warp instructions")
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w(\d+)(?:[^,)\[]*\[(\d+)\])?")
 # Kernels that read what nobody wrote on purpose, and drop it: the memory is NaN, so that it would
 # show in results if they did not.
 _DROPS_UNWRITTEN = {
@@ -33,11 +34,6 @@ _DROPS_UNWRITTEN = {
     "_cross_entropy_gradient",
     "_attention_delta",  # rows behind the last packed sequence
 }
-
-
-def _is_meant(finding: str) -> bool:
-    kind, kernel, *_ = f"{finding}  ".split(" ")
-    return kind == "unwritten-global" and kernel in _DROPS_UNWRITTEN
 
 
 @dataclass
@@ -81,6 +77,7 @@ class Launches:
 
     def __post_init__(self) -> None:
         self._recorded: dict[int, Recorded] = {}
+        self._reads_unwritten = False
         self._local = threading.local()
         self._lock = threading.RLock()
         # Kept, for they are called as long as the process lives.
@@ -109,6 +106,20 @@ class Launches:
 
         return wrapped
 
+    @contextlib.contextmanager
+    def reading_unwritten(self) -> Iterator[None]:
+        """Let every kernel read what nobody wrote."""
+        self._reads_unwritten = True
+        try:
+            yield
+        finally:
+            self._reads_unwritten = False
+
+    def _is_meant(self, finding: str) -> bool:
+        kind, kernel, *_ = f"{finding}  ".split(" ")
+        is_unwritten = kind == "unwritten-global"
+        return is_unwritten and (self._reads_unwritten or kernel in _DROPS_UNWRITTEN)
+
     def damage(self) -> list[str]:
         """Return what was written beside allocations, by whatever means, since the last call."""
         text = ctypes.create_string_buffer(1 << 16)
@@ -118,7 +129,7 @@ class Launches:
     def _load(self, function: int, ptx: bytes, name: bytes) -> int:
         head = ptx[ptx.index(b".entry") :].decode()
         head = head[: head.index("{")]
-        sizes = [int(bits) // 8 for _, _, bits in _PARAMETER.findall(head)]
+        sizes = [int(bits) // 8 * int(count or 1) for bits, count in _PARAMETER.findall(head)]
         self.kernels[function] = Kernel(name.decode(), sizes)
         error = self.emulator.load(function, ptx, name)
         return self._fail(f"{name.decode()}: {error}") if error else 0
@@ -133,6 +144,9 @@ class Launches:
             extents = (grid[0], grid[1], grid[2])
             if self.device.device_is_capturing():
                 self._record(function, extents, threads, shared, parameters)
+                # Operators run in a capture, and may read what this writes. Nothing is judged.
+                self.emulator.launch(function, extents, threads, shared, parameters)
+                self.emulator.findings()
                 return 0
             kernel = self.kernels[function]
             kernel.launches += 1
@@ -150,7 +164,7 @@ class Launches:
             error = self.emulator.launch(function, grid, threads, shared, parameters)
             kernel.seconds += time.perf_counter() - start
             kernel.instructions += self.emulator.instructions - before
-            found = [line for line in self.emulator.findings() if not _is_meant(line)]
+            found = [line for line in self.emulator.findings() if not self._is_meant(line)]
         if error and _TOO_LONG.match(error):
             self.too_long[kernel.name] += 1
             self.driver.driver_set_error(b"too long to emulate")
@@ -175,9 +189,11 @@ class Launches:
     def _replay(self, number: int) -> int:
         try:
             one = self._recorded[number]
-            pointers = ctypes.cast(one.pointers(), ctypes.c_void_p).value or 0
+            pointers = one.pointers()  # alive until the launch is over
             self.kernels[one.function].launches += 1
-            return self._run(one.function, one.grid, one.threads, one.shared, pointers)
+            return self._run(
+                one.function, one.grid, one.threads, one.shared, ctypes.addressof(pointers)
+            )
         except Exception as error:
             return self._fail(f"the replay of a launch failed: {error!r}")
 

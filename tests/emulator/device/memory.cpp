@@ -144,17 +144,17 @@ Pool::~Pool() {
     if (kept.is_discarded) release(kept.block);
 }
 
-void Pool::adopt(void* block) { kept_.push_back({block, false}); }
+void Pool::adopt(void* block) { kept_.push_back({block, graph, false}); }
 
 void Pool::discard(void* block) {
   for (Kept& kept : kept_)
     if (kept.block == block) kept.is_discarded = true;
 }
 
-void Pool::forget() {
+void Pool::forget(int64_t graph) {
   std::lock_guard<std::mutex> lock(state().mutex);
   for (const Kept& kept : kept_)
-    if (kept.is_discarded)
+    if (kept.is_discarded && kept.graph == graph)
       fill(static_cast<char*>(kept.block), state().blocks.at(kept.block).bytes);
 }
 

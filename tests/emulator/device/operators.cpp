@@ -207,6 +207,10 @@ class Call {
     record([call = *this, arguments] {
       Stack stack = arguments;
       call.execute(&stack);
+      for (const auto& [device, host] : call.written_) {  // what the kernel resized is its own
+        const Tensor same = on_host(device);
+        if (host.numel() > 0 && same.data_ptr() != host.data_ptr()) same.copy_(host);
+      }
       size_t next = 0;
       for (const auto& value : torch::jit::last(stack, call.results_))
         mapped(value, [&](const Tensor& host) {

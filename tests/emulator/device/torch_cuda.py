@@ -6,6 +6,8 @@ Torch's Python stays as it is where it can: what it asks of C is answered here.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,18 +153,37 @@ def install(device: ctypes.CDLL, properties: Properties) -> None:
     cuda.default_generators = (torch.Generator("cuda"),)  # the first of all, see runtime.cpp
 
 
+def let_graphed_callables_read_unwritten(context: Callable[[], Any]) -> None:
+    """Let it pass that ``make_graphed_callables`` warms up with gradients that nobody wrote."""
+    plain = torch.cuda.make_graphed_callables
+
+    @functools.wraps(plain)
+    def wrapped(*args: Any, **named: Any) -> Any:
+        with context():
+            return plain(*args, **named)
+
+    graphs: Any = torch.cuda.graphs
+    torch.cuda.make_graphed_callables = graphs.make_graphed_callables = wrapped
+
+
 def _let_storages_be_copied() -> None:
     """Make the memory of copies by an operator: storages make none of CUDA in this build."""
     storages: Any = torch.UntypedStorage
-    plain = storages.clone
+    plain_clone, plain_to = storages.clone, storages.to
+
+    def on_device(storage: Any) -> Any:
+        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cuda")
+        return memory.untyped_storage().copy_(storage)
 
     def clone(self: Any) -> Any:
-        if self.device.type != "cuda":
-            return plain(self)
-        memory = torch.empty(self.nbytes(), dtype=torch.uint8, device=self.device)
-        return memory.untyped_storage().copy_(self)
+        return on_device(self) if self.device.type == "cuda" else plain_clone(self)
 
-    storages.clone = clone
+    def to(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        if torch.device(device).type == "cuda" and self.device.type == "cpu":
+            return on_device(self)
+        return plain_to(self, device=device, non_blocking=non_blocking)
+
+    storages.clone, storages.to = clone, to
 
 
 def _install_in_c(device: ctypes.CDLL) -> None:

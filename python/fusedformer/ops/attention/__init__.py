@@ -3,7 +3,8 @@
 ``aten`` is what ATen computes, ``packed`` the op of it for packed sequences.
 
 ``terms`` is what scores depend on, ``chunks`` the torch backend's form of linear memory, ``part``
-attention over some of the keys, to be merged.
+attention over some of the keys, to be merged. ``disentangled`` is that of DeBERTa, with
+``disentangled_aten`` as its ATen form.
 """
 
 from fusedformer.ops.attention.calls import (
@@ -13,6 +14,9 @@ from fusedformer.ops.attention.calls import (
     self_attention,
     varlen_attention,
 )
+from fusedformer.ops.attention.disentangled import disentangled_attention
+from fusedformer.ops.attention.disentangled_aten import Inputs as DisentangledInputs
+from fusedformer.ops.attention.disentangled_aten import Settings as DisentangledSettings
 from fusedformer.ops.attention.part import attention_part, attention_part_backward, merge_parts
 from fusedformer.ops.attention.terms import (
     attention_terms,
@@ -22,10 +26,13 @@ from fusedformer.ops.attention.terms import (
 )
 
 __all__ = [
+    "DisentangledInputs",
+    "DisentangledSettings",
     "attention_part",
     "attention_part_backward",
     "attention_terms",
     "check_for_kernels",
+    "disentangled_attention",
     "merge_attention_states",
     "merge_parts",
     "scale_of",

@@ -2,12 +2,10 @@
 
 What ``F.scaled_dot_product_attention`` can express goes to it, with the smallest mask that says
 it; a cap on the scores and weights that are asked for need the scores themselves. Packed sequences
-of equal lengths run as one batch.
+of near lengths run as one batch.
 """
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +16,9 @@ from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
+from fusedformer.ops.attention.groups import Batches, Group, groups_of
 from fusedformer.ops.attention.terms import AttentionTerms
-from fusedformer.ops.dropout_aten import dropout_aten
+from fusedformer.ops.dropout_aten import draw_kept, dropout_aten
 
 
 def attention_aten(
@@ -101,16 +100,20 @@ def _padded(
     mask = keep
     if added is not None:
         mask = added if keep is None else added.masked_fill(~keep, -torch.inf)
-    if terms.p and mask is None and not is_causal and key.shape[2] and query.device.type == "cpu":
-        return _dropped(query, key, value, terms), None
-    if not terms.p and not empty and (sunk or _needs_chunks(query, key, value, mask)):
+    dropped = terms.p > 0 and query.device.type == "cpu"
+    if not empty and (dropped or sunk or _needs_chunks(query, key, value, mask)):
         tensors = query, key, value, mask, terms.sinks
-        if _is_plain(*tensors) and (mask is None or not mask.requires_grad):
+        may_draw = not dropped or not torch.compiler.is_compiling()
+        if _is_plain(*tensors) and (mask is None or not mask.requires_grad) and may_draw:
             key, value = (_shared_by_heads(tensor, query.shape[1]) for tensor in (key, value))
+            scores = query.new_empty(()).expand(*query.shape[:3], key.shape[2])
+            kept = draw_kept(scores, terms.p) if terms.p else None
             output: Tensor = chunked_attention(
-                query, key, value, mask, terms.sinks, terms.scale, is_causal
+                query, key, value, mask, terms.sinks, kept, terms.scale, is_causal, terms.p
             )
             return output, None
+        if dropped and mask is None and not is_causal:
+            return _dropped(query, key, value, terms), None
         if sunk or (mask is not None and mask.dtype != torch.bool):
             return _explicit(query, key, value, terms, return_lse)[:2]
     cast = mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
@@ -282,41 +285,50 @@ def _packed(
     lengths_k: list[int],
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One call for all sequences of the same two lengths, their results back in place."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for sequence, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        groups[lengths].append(sequence)
+    """A few calls for all sequences, in batches of like lengths, their results back in place."""
+    same = lengths_q == lengths_k
+    aligned = not terms.align_end or (same and terms.key_lengths is None)
+    may_pad = aligned and query.device.type == "cpu" and _is_plain(query, key, value)
+    groups = groups_of(tuple(lengths_q), tuple(lengths_k), query.shape[1], may_pad=may_pad)
+    starts_q, starts_k = terms.starts_q, terms.starts_k
     terms = terms._replace(starts_q=None, starts_k=None)
-    if len(groups) == 1 and lengths_q:
+    if len(groups) == 1 and not groups[0].is_padded:
         q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))
-        own = _own_terms(terms, list(range(len(lengths_q))), lengths_q[0], lengths_k[0])
+        own = _own_terms(terms, groups[0], [], [])
         output, lse = _padded(q, k, v, own, return_lse)
         output = output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
         return output, None if lse is None else lse.transpose(0, 1).flatten(1, 2)[None]
-    parts_q = torch.split(query[0], lengths_q, 1)
-    parts_k, parts_v = (torch.split(tensor[0], lengths_k, 1) for tensor in (key, value))
-    outputs = [query.new_empty(0)] * len(lengths_q)
-    lses = list(outputs)
-    for (queries, keys), members in groups.items():
-        if len(members) == 1:  # without a copy
-            q, k, v = (parts[members[0]][None] for parts in (parts_q, parts_k, parts_v))
-        else:
-            q, k, v = (
-                torch.stack([parts[i] for i in members]) for parts in (parts_q, parts_k, parts_v)
-            )
-        output, lse = _padded(q, k, v, _own_terms(terms, members, queries, keys), return_lse)
-        for row, member in enumerate(members):
-            outputs[member] = output[row].transpose(0, 1)
-            if lse is not None:
-                lses[member] = lse[row]
-    if not outputs:
+    if not groups or starts_q is None or starts_k is None:
         wide = torch.float64
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         empty = empty + 0.0 * (query.sum() + key.sum() + value.sum())  # a gradient, if an empty one
         return empty, empty.new_zeros(query.shape[:3], dtype=wide)
+    places_q = Batches.of(starts_q, lengths_q, groups, [group.queries for group in groups])
+    places_k = places_q
+    if not same:
+        places_k = Batches.of(starts_k, lengths_k, groups, [group.keys for group in groups])
+    parts_q = _batches(query, places_q, [(len(group.members), group.queries) for group in groups])
+    sizes_k = [(len(group.members), group.keys) for group in groups]
+    parts_k, parts_v = (_batches(tensor, places_k, sizes_k) for tensor in (key, value))
+    outputs, lses = [], []
+    for group, q, k, v in zip(groups, parts_q, parts_k, parts_v, strict=True):
+        output, lse = _padded(q, k, v, _own_terms(terms, group, lengths_q, lengths_k), return_lse)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        if lse is not None:
+            lses.append(lse.transpose(1, 2).flatten(0, 1))
     # [total, heads, dim] in memory: merging the heads is then a view.
-    output = torch.cat(outputs).transpose(0, 1)[None]
-    return output, torch.cat(lses, 1)[None] if return_lse else None
+    output = places_q.packed(torch.cat(outputs)).transpose(0, 1)[None]
+    return output, places_q.packed(torch.cat(lses)).t()[None] if return_lse else None
+
+
+def _batches(tensor: Tensor, places: Batches, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """``[1, H, tokens, D]`` as one ``[n, H, length, D]`` for each (n, length) of ``sizes``."""
+    rows = places.batched(tensor[0].transpose(0, 1))
+    parts: tuple[Tensor, ...] = torch.split(rows, [n * length for n, length in sizes])
+    return [
+        torch.unflatten(part, 0, size).transpose(1, 2)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
 
 
 def _batched(tensor: Tensor, sequences: int) -> Tensor:
@@ -326,16 +338,26 @@ def _batched(tensor: Tensor, sequences: int) -> Tensor:
 
 
 def _own_terms(
-    terms: AttentionTerms, members: list[int], queries: int, keys: int
+    terms: AttentionTerms, group: Group, lengths_q: list[int], lengths_k: list[int]
 ) -> AttentionTerms:
-    """The terms of some sequences only, cut to their lengths."""
+    """The terms of some sequences only, cut to their lengths, with keys behind the ends hidden."""
+    members, queries, keys, is_padded = group
     mask, slopes, lengths = terms.mask, terms.slopes, terms.key_lengths
     if mask is not None:
-        mask = mask[members] if mask.shape[0] > 1 else mask
+        mask = mask[list(members)] if mask.shape[0] > 1 else mask
         mask = mask[:, :, :queries] if mask.shape[2] > 1 else mask
         mask = mask[..., :keys] if mask.shape[3] > 1 else mask
     if slopes is not None and slopes.shape[0] > 1:
-        slopes = slopes[members]
+        slopes = slopes[list(members)]
     if lengths is not None:
-        lengths = lengths[members].clamp(max=keys)
-    return terms._replace(mask=mask, slopes=slopes, key_lengths=lengths)
+        lengths = lengths[list(members)].clamp(max=keys)
+    terms = terms._replace(mask=mask, slopes=slopes, key_lengths=lengths)
+    if not is_padded:
+        return terms
+    terms = terms._replace(align_end=False)
+    own = torch.tensor([lengths_k[i] for i in members])
+    if lengths is not None:
+        return terms._replace(key_lengths=lengths.minimum(own))
+    if terms.right == 0 and all(lengths_q[i] == lengths_k[i] for i in members):
+        return terms  # causality hides those keys from all queries but those behind the ends
+    return terms._replace(key_mask=torch.arange(keys) < own[:, None])

@@ -19,12 +19,13 @@ from torch import Tensor
 from fusedformer._internal.autocast import autocast_off
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
+from fusedformer.ops.dropout_aten import dropped_again, kept_factor
 
 # Scores in a chunk: what stays in a core's cache from one product to the next.
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 
 
-_SETTINGS = "Tensor? mask, Tensor? sinks, float scale, bool is_causal"
+_SETTINGS = "Tensor? mask, Tensor? sinks, Tensor? kept, float scale, bool is_causal, float p"
 
 
 @registered("chunked_attention", f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> Tensor")
@@ -34,16 +35,21 @@ def chunked_attention(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     is_causal: bool,
+    p: float,
 ) -> Tensor:
-    """Output ``[B, H, L, Ev]`` of padded attention without dropout; keys have the heads of queries.
+    """Output ``[B, H, L, Ev]`` of padded attention; keys have the heads of queries.
 
     ``mask`` is boolean (True = keep) or added, has no gradient, and broadcasts to ``[B, H, L, S]``.
-    Scores are at least float32. With sinks ``[H]`` the forward is computed in chunks too; and with
-    an added mask of another dtype than the queries: cast to theirs, it might be finite no more.
+    Scores are at least float32. With sinks ``[H]`` the forward is computed in chunks too; with
+    ``kept``, of uint8 and the shape of the scores, which dropout of probability ``p`` keeps; and
+    with an added mask of another dtype than the queries: cast to theirs, it might be finite no
+    more.
     """
-    if sinks is None and (mask is None or mask.dtype in (torch.bool, query.dtype)):
+    own = mask is None or mask.dtype in (torch.bool, query.dtype)
+    if sinks is None and kept is None and own:
         output = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=is_causal, scale=scale
         )
@@ -51,8 +57,12 @@ def chunked_attention(
         q, k, v = (_planes(t) for t in (query, key, value))
         found = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
         with autocast_off(query):
-            for chunk in _chunks(query.shape[0], q, k, mask, sinks, scale, is_causal):
-                found[chunk.rows] = chunk.weights @ v[chunk.keys]
+            for chunk in _chunks(query.shape[0], q, k, mask, sinks, kept, scale, is_causal):
+                if chunk.kept is not None:
+                    chunk.weights.mul_(chunk.kept)
+                found[chunk.rows].baddbmm_(
+                    chunk.weights, v[chunk.keys], beta=0, alpha=kept_factor(p)
+                )
         output = found.view(*query.shape[:3], -1).to(query.dtype)
     # [B, L, H, Ev] in memory: merging the heads is then a view.
     return output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -76,8 +86,10 @@ def _chunked_backward(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     is_causal: bool,
+    p: float,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and sinks, contiguous; None where ``needs`` says False."""
@@ -87,14 +99,22 @@ def _chunked_backward(
     dq = torch.empty_like(q) if needs[0] else None
     dk, dv = new(k) if needs[1] else None, new(v) if needs[2] else None
     dsinks = q.new_zeros(q.shape[0]) if needs[3] and sinks is not None else None
+    factor = kept_factor(p)
+    nothing_added = q.new_empty(1)  # ignored, as beta is 0
     with autocast_off(query):
-        for chunk in _chunks(query.shape[0], q, k, mask, sinks, scale, is_causal):
-            own, kept = dy[chunk.rows], min(chunk.rows[1].start, 1)
+        for chunk in _chunks(query.shape[0], q, k, mask, sinks, kept, scale, is_causal):
+            own, seen = dy[chunk.rows], min(chunk.rows[1].start, 1)
             if dv is not None:
-                dv[chunk.keys].baddbmm_(chunk.weights.transpose(1, 2), own, beta=kept)
+                weights = chunk.weights
+                if chunk.kept is not None:
+                    weights = weights * chunk.kept
+                dv[chunk.keys].baddbmm_(weights.transpose(1, 2), own, beta=seen, alpha=factor)
             if dq is None and dk is None and dsinks is None:
                 continue
-            dweights = torch.bmm(own, v[chunk.keys].transpose(1, 2))
+            turned = v[chunk.keys].transpose(1, 2)
+            dweights = torch.baddbmm(nothing_added, own, turned, beta=0, alpha=factor)
+            if chunk.kept is not None:
+                dweights.mul_(chunk.kept)
             if dsinks is not None and chunk.sinks is not None:
                 delta = torch.linalg.vecdot(dweights, chunk.weights)
                 dsinks[chunk.rows[0]] -= torch.linalg.vecdot(delta, chunk.sinks)
@@ -105,7 +125,7 @@ def _chunked_backward(
                 dq[chunk.rows].baddbmm_(dscores, k[chunk.keys], beta=0, alpha=scale)
             if dk is not None:
                 dk[chunk.keys].baddbmm_(
-                    dscores.transpose(1, 2), q[chunk.rows], beta=kept, alpha=scale
+                    dscores.transpose(1, 2), q[chunk.rows], beta=seen, alpha=scale
                 )
     found = zip((dq, dk, dv), (query, key, value), strict=True)
     grads = [None if g is None else g.view(t.shape).to(t.dtype) for g, t in found]
@@ -123,8 +143,8 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +154,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     else:
         found = _chunked_backward(grad, *tensors, *ctx.settings, needs)
     dq, dk, dv, dsinks = (g if need else None for g, need in zip(found, needs, strict=True))
-    return dq, dk, dv, None, dsinks, None, None
+    return dq, dk, dv, None, dsinks, *(None,) * 4
 
 
 chunked_attention.register_autograd(_autograd, setup_context=_setup)
@@ -148,6 +168,7 @@ class _Chunk(NamedTuple):
     keys: tuple[slice, slice]  # that any of them sees
     weights: Tensor  # [planes, queries, keys]
     sinks: Tensor | None  # [planes, queries], the weights of the sinks
+    kept: Tensor | None  # like the weights, in their dtype: 1 where dropout keeps them
 
 
 def _planes(tensor: Tensor) -> Tensor:
@@ -162,6 +183,7 @@ def _chunks(
     key: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     is_causal: bool,
 ) -> Iterator[_Chunk]:
@@ -187,7 +209,10 @@ def _chunks(
             own_sinks = None if sinks is None else sinks[h]
             weights, of_sinks = _weights(by_head, own_mask, own_sinks)
             of_sinks = None if of_sinks is None else of_sinks.flatten(0, 1)
-            yield _Chunk((plane, rows), (plane, keys), weights.flatten(0, 1), of_sinks)
+            own_kept = None
+            if kept is not None:
+                own_kept = kept.flatten(0, 1)[plane, rows, keys].to(weights.dtype)
+            yield _Chunk((plane, rows), (plane, keys), weights.flatten(0, 1), of_sinks, own_kept)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -233,8 +258,10 @@ def _differentiable_gradients(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     is_causal: bool,
+    p: float,
 ) -> tuple[Tensor | None, ...]:
     """The same in one chunk, nothing in place: of a batch of gradients (torch.vmap), or twice."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -254,8 +281,11 @@ def _differentiable_gradients(
         nothing = sees_nothing(mask)
         weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
     of_sinks, weights = weights[..., k.shape[2] :], weights[..., : k.shape[2]]
+    left = weights
+    if kept is not None:
+        left, dweights = (dropped_again(each, kept, p) for each in (weights, dweights))
     delta = (dweights * weights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta) * scale
-    found = dscores @ k, dscores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ dy
+    found = dscores @ k, dscores.transpose(-2, -1) @ q, left.transpose(-2, -1) @ dy
     dq, dk, dv = (g.to(t.dtype) for g, t in zip(found, (query, key, value), strict=True))
     return dq, dk, dv, None if sinks is None else -(of_sinks * delta).sum((0, 2, 3)).to(sinks.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedformer_kernels.attention.terms import N_TENSORS as N_TENSORS
 from fusedformer_kernels.attention.terms import AttentionTerms as AttentionTerms
+from fusedformer_kernels.attention.terms import PositionTerms as PositionTerms
 
 
 def attention_terms(query: Tensor, options: Mapping[str, Any]) -> AttentionTerms:

@@ -62,6 +62,7 @@ class EncoderSettings(NamedTuple):
     first_eps: float | None = None  # None: no norm before attention, or it is computed already
     adds_last: bool = False  # without a norm at the end: the last sum is not left to the next layer
     is_gated: bool = False
+    norm: str = "layer"  # or "rms"
     cross_eps: float = 0.0
     cross_p: float = 0.0  # of what attention to the memory adds
 

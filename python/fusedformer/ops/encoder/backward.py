@@ -8,7 +8,15 @@ from torch import Tensor
 from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops._shared import common_dtype
 from fusedformer.ops.encoder.arguments import EncoderParameters, Kept, Needs
-from fusedformer.ops.encoder.forward import Call, activated, cross_projections, projections
+from fusedformer.ops.encoder.forward import (
+    NO_NORMS,
+    Call,
+    activated,
+    cross_projections,
+    half_tables,
+    heads_of,
+    projections,
+)
 from fusedformer.ops.encoder.launchers import by_dispatcher, launchers
 from fusedformer.ops.encoder.steps import (
     added,
@@ -180,7 +188,7 @@ class Backward:
             call.terms._replace(seed=kept.seed),
         )
         if own.cos is not None and own.sin is not None:
-            grads = (rotated_gradient(grads[0], own.cos, own.sin, call.batch, call.how.heads),)
+            grads = self._turned_back(grads)
         has_first = call.how.first_eps is not None
         x_grad = None if self.is_apart or has_first else residual_grad
         needs_x = needs.x or needs.first_weight or needs.first_bias
@@ -204,6 +212,19 @@ class Backward:
         if needs.x:
             found["x"] = x_grad
 
+    def _turned_back(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Compute the gradients of queries and keys before they were turned."""
+        own, call = self.own, self.call
+        assert own.cos is not None
+        assert own.sin is not None
+        if len(grads) == 1:
+            return (rotated_gradient(grads[0], own.cos, own.sin, call.batch, call.how.heads),)
+        query, key = (heads_of(rows, call) for rows in grads[:2])
+        found = self.run.rotary_backward(
+            query, key, query, key, *half_tables(own), None, NO_NORMS, "none", 0.0, False, False
+        )
+        return (*(heads.view(grads[0].shape) for heads in found[:2]), grads[2])
+
     def _norm(
         self,
         name: str,
@@ -223,8 +244,8 @@ class Backward:
         needs = [one is not None and getattr(self.needs, one) for one in names]
         dtype = common_dtype([None if t is None else t.dtype for t in parameters])
         residual_grad, input_grad, *grads = self.run.norm_backward(
-            grad, sum_grad, total, mean, rstd, parameters[0], seed, p, "layer", 1, *needs,
-            input_dtype, dtype,
+            grad, sum_grad, total, mean, rstd, parameters[0], seed, p, self.call.how.norm, 1,
+            *needs, input_dtype, dtype,
         )  # fmt: skip
         for one, parameter, need, found in zip(names, parameters, needs, grads, strict=True):
             if one is not None and need and parameter is not None:

@@ -12,6 +12,8 @@ from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings
 from fusedformer.ops.encoder.launchers import Launchers, launchers
 from fusedformer.ops.encoder.steps import in_dtype, product_of, rotated, seed_of
 
+NO_NORMS = (None, None, None, None)  # of heads before they are turned
+
 
 class Call(NamedTuple):
     """What a call has besides the tensors that it computes with."""
@@ -42,21 +44,20 @@ def forward(
     normed = x
     if how.first_eps is not None:
         normed, _, mean0, rstd0 = run.norm(
-            x, None, None, own.first_weight, own.first_bias, None, 0.0, how.first_eps, "layer", 1,
+            x, None, None, own.first_weight, own.first_bias, None, 0.0, how.first_eps, how.norm, 1,
             False, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(x=x, mean0=mean0, rstd0=rstd0)
     source = in_dtype(own.in_weight.dtype, normed)
     seed = seed_of(terms.p, device)
     projected = tuple(product_of(source, weight, bias) for weight, bias in projections(own))
-    if own.cos is not None and own.sin is not None:
-        projected = (rotated(projected[0], own.cos, own.sin, batch, how.heads),)
+    projected = _rotated(run, projected, own, call)
     merged, statistics = run.attention(projected, batch, how.heads, terms._replace(seed=seed))
     inner = product_of(merged, own.out_weight, None)
     seed1 = seed_of(how.middle_p, device)
     normed, total, mean1, rstd1 = run.norm(
         inner, x if residual is None else residual, own.out_bias, own.middle_weight,
-        own.middle_bias, seed1, how.middle_p, how.middle_eps, "layer", 1, keeps or is_open, keeps,
+        own.middle_bias, seed1, how.middle_p, how.middle_eps, how.norm, 1, keeps or is_open, keeps,
         norm_dtype,
     )  # fmt: skip
     key, value = projected[1:] if len(projected) == 3 else (None, None)
@@ -84,11 +85,38 @@ def forward(
     elif how.last_eps is not None:
         output, sum2, mean2, rstd2 = run.norm(
             output, normed, own.bias2, own.last_weight, own.last_bias, seed2, how.last_p,
-            how.last_eps, "layer", 1, keeps, keeps, norm_dtype,
+            how.last_eps, how.norm, 1, keeps, keeps, norm_dtype,
         )  # fmt: skip
         kept.update(sum2=sum2, mean2=mean2, rstd2=rstd2, seed2=seed2)
     left = total if is_open and not how.adds_last else None
     return output, left, Kept(**kept) if keeps else None
+
+
+def _rotated(
+    run: Launchers, projected: tuple[Tensor, ...], own: EncoderParameters, call: Call
+) -> tuple[Tensor, ...]:
+    """Turn queries and keys by the angles of their positions, where there are some."""
+    if own.cos is None or own.sin is None:
+        return projected
+    if len(projected) == 1:
+        return (rotated(projected[0], own.cos, own.sin, call.batch, call.how.heads),)
+    query, key = (heads_of(rows, call) for rows in projected[:2])
+    turned = run.rotary(query, key, *half_tables(own), None, NO_NORMS, "none", 0.0, False)
+    return (*(heads.view(projected[0].shape) for heads in turned), projected[2])
+
+
+def heads_of(rows: Tensor, call: Call) -> Tensor:
+    """View rows ``[batch * length, E]`` as heads ``[batch, length, heads, dim]``."""
+    length = rows.shape[0] // max(call.batch, 1)
+    return rows.view(call.batch, length, call.how.heads, rows.shape[1] // call.how.heads)
+
+
+def half_tables(own: EncoderParameters) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of each pair of columns, which stand twice in a row."""
+    assert own.cos is not None
+    assert own.sin is not None
+    pairs = own.cos.shape[-1] // 2
+    return own.cos[..., :pairs], own.sin[..., :pairs]
 
 
 def _to_memory(
@@ -118,8 +146,8 @@ def _to_memory(
     seed1 = seed_of(how.cross_p, normed.device)
     normed, total, mean, rstd = run.norm(
         inner, total if is_open else normed, own.cross_out_bias, own.cross_norm_weight,
-        own.cross_norm_bias, seed1, how.cross_p, how.cross_eps, "layer", 1, keeps or is_open, keeps,
-        call.norm_dtype,
+        own.cross_norm_bias, seed1, how.cross_p, how.cross_eps, how.norm, 1, keeps or is_open,
+        keeps, call.norm_dtype,
     )  # fmt: skip
     kept.update(
         asking=asking, memory=memory, query=query, pair=pair, cross_merged=merged,

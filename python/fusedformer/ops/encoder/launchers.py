@@ -23,6 +23,8 @@ class Launchers(NamedTuple):
     activation_backward: Callable[..., Any]
     gated: Callable[..., Any]
     gated_backward: Callable[..., Any]
+    rotary: Callable[..., Any]
+    rotary_backward: Callable[..., Any]
 
 
 @functools.cache
@@ -37,7 +39,9 @@ def launchers() -> Launchers:
         bias_activation_forward,
     )
     from fusedformer_kernels.rows.gated import gated_activation_backward, gated_activation_forward
-    from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+    from fusedformer_kernels.rows.norm import norm_forward
+    from fusedformer_kernels.rows.norm_backward import norm_backward
+    from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 
     return Launchers(
         self_attention_forward,
@@ -48,12 +52,14 @@ def launchers() -> Launchers:
         bias_activation_backward,
         gated_activation_forward,
         gated_activation_backward,
+        rotary_forward,
+        rotary_backward,
     )
 
 
 def by_dispatcher() -> Launchers:
     """Return what calls the kernels for each of a batch of gradients, by the dispatcher."""
-    from fusedformer.ops import activation, gated, norm
+    from fusedformer.ops import activation, gated, norm, rotary
     from fusedformer.ops.attention import registered
 
     def attention_backward(
@@ -86,6 +92,10 @@ def by_dispatcher() -> Launchers:
         ]
         return tuple(found) if len(projected) == 3 else (found[0], torch.cat(found[1:], -1))
 
+    def rotary_backward(*args: Any) -> Any:
+        *tensors, weights, name, eps, interleaved, needs_weights = args
+        return rotary._rotary_backward(*tensors, *weights, name, eps, interleaved, needs_weights)
+
     return launchers()._replace(
         attention_backward=attention_backward,
         norm_backward=norm._norm_backward,
@@ -93,4 +103,5 @@ def by_dispatcher() -> Launchers:
         activation_backward=activation._bias_activation_backward,
         gated=gated._gated_activation,
         gated_backward=gated._gated_activation_backward,
+        rotary_backward=rotary_backward,
     )

@@ -19,7 +19,8 @@ from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.rows.activation import bias_activation_backward, bias_activation_forward
-from fusedformer_kernels.rows.norm import norm_backward, norm_forward
+from fusedformer_kernels.rows.norm import norm_forward
+from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.tuned import Fields, Key
@@ -152,15 +153,41 @@ def _rows() -> Iterator[Workload]:
     }
     for name, (make, columns, rows) in calls.items():
         for n in columns:
-            candidates = tuple(
-                {"block_m": m, "num_warps": w}
-                for m, w in product(rows, (1, 2, 4, 8, 16, 32))
-                if 4 <= m * n // (32 * w) <= 64
-            )
+            candidates = _row_tiles(n, rows)
+            if name == "norm_backward":
+                candidates = _persistent_tiles(n // 4)
+            elif name == "activation_backward":
+                candidates = _column_tiles(n)
             # Elementwise tiles are 512 wide, and run over the width of a feed-forward block.
             width = 3072 if name.startswith("activation") else n
             sizes = {f"{2**25 // width}x{width}": (2**25 // width, width)}
             yield Workload((name, n), candidates, sizes, make, (67, width))
+
+
+def _row_tiles(n: int, rows: tuple[int, ...]) -> tuple[Fields, ...]:
+    return tuple(
+        {"block_m": m, "num_warps": w}
+        for m, w in product(rows, (1, 2, 4, 8, 16, 32))
+        if 4 <= m * n // (32 * w) <= 64
+    )
+
+
+def _persistent_tiles(block_n: int) -> tuple[Fields, ...]:
+    """Tiles of 256 columns a warp, by how many programs of them an SM is to hold."""
+    return tuple(
+        {"block_m": w * 256 // block_n, "num_warps": w, "num_stages": s, "programs": p,
+         "max_registers": r}
+        for w, s, (p, r) in product((4, 8, 16), (2, 3, 4), ((1, 0), (2, 0), (3, 168)))
+        if w * 256 >= block_n
+    )  # fmt: skip
+
+
+def _column_tiles(block_n: int) -> tuple[Fields, ...]:
+    return tuple(
+        {"block_m": m, "num_warps": w, "num_stages": s, "programs": p}
+        for m, w, s, p in product((1, 2, 4), (1, 2, 4), (2, 3, 4), (4, 8, 12, 16))
+        if 8 <= m * block_n // (32 * w) <= 32 and 16 <= p * w <= 32
+    )
 
 
 def _made(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:

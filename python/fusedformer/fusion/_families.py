@@ -1,0 +1,300 @@
+"""Tables of the families of transformers whose layers are fused, and which of them are packed.
+
+A family is a line where it has BERT's children, and else a :class:`Form`; see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.nn.functional as F
+
+from fusedformer.fusion._forms import Composed, Form, Model
+
+BERT = Form(
+    attention="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    out="attention.output.dense",
+    norm1="attention.output.LayerNorm",
+    norm2="output.LayerNorm",
+    linear1="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    linear2="output.dense",
+    attention_dropout="attention.self.dropout",
+    dropout1="attention.output.dropout",
+    dropout2="output.dropout",
+)
+DISTILBERT = Form(
+    attention="attention",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    out="attention.out_lin",
+    norm1="sa_layer_norm",
+    norm2="output_layer_norm",
+    linear1="ffn.lin1",
+    activation="ffn.activation",
+    linear2="ffn.lin2",
+    attention_dropout="attention.dropout",
+    dropout2="ffn.dropout",
+)
+ALBERT = Form(
+    attention="attention",
+    query="attention.query",
+    key="attention.key",
+    value="attention.value",
+    out="attention.dense",
+    norm1="attention.LayerNorm",
+    norm2="full_layer_layer_norm",
+    linear1="ffn",
+    activation="activation",
+    linear2="ffn_output",
+    attention_dropout="attention.attention_dropout",
+    dropout1="attention.output_dropout",
+)
+MODERNBERT = Form(
+    attention="attn",
+    query="attn.Wqkv",
+    out="attn.Wo",
+    norm1="attn_norm",
+    norm2="mlp_norm",
+    linear1="mlp.Wi",
+    activation="mlp.act",
+    linear2="mlp.Wo",
+    attention_dropout="attn.attention_dropout",
+    dropout1="attn.out_drop",
+    hidden_dropout="mlp.drop",
+    norms_first=True,
+    is_gated=True,
+    rotary="position_embeddings",
+    head_dim="head_dim",
+    scaling=None,
+    window="sliding_window",
+)
+
+LLAMA = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    norm1="input_layernorm",
+    norm2="post_attention_layernorm",
+    linear1="mlp.up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="self_attn.attention_dropout",
+    norms_first=True,
+    rotary="position_embeddings",
+    head_dim="head_dim",
+)
+QWEN3 = dataclasses.replace(
+    LLAMA, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", window="sliding_window"
+)
+GEMMA3 = dataclasses.replace(
+    QWEN3,
+    norm2="pre_feedforward_layernorm",
+    out_norm="post_attention_layernorm",
+    block_norm="post_feedforward_layernorm",
+)
+T5 = Form(
+    attention="layer.0.SelfAttention",
+    query="layer.0.SelfAttention.q",
+    key="layer.0.SelfAttention.k",
+    value="layer.0.SelfAttention.v",
+    out="layer.0.SelfAttention.o",
+    norm1="layer.0.layer_norm",
+    norm2="layer.1.layer_norm",
+    linear1="layer.1.DenseReluDense.wi|wi_1",
+    gate="layer.1.DenseReluDense.wi_0",
+    activation="layer.1.DenseReluDense.act",
+    linear2="layer.1.DenseReluDense.wo",
+    attention_dropout="layer.0.SelfAttention.dropout",
+    dropout1="layer.0.dropout",
+    hidden_dropout="layer.1.DenseReluDense.dropout",
+    dropout2="layer.1.dropout",
+    buckets="layer.0.SelfAttention.relative_attention_bias",
+    norms_first=True,
+    head_dim="key_value_proj_dim",
+    returns_bias=True,
+    clamps_half=True,
+)
+UMT5 = dataclasses.replace(T5, returns_bias=False)
+ESM = dataclasses.replace(
+    BERT,
+    norm1="attention.LayerNorm",
+    norm2="LayerNorm",
+    activation=F.gelu,
+    norms_first=True,
+    rotary="position_embeddings",
+    scaling=None,
+)
+NOMIC_BERT = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.o_proj",
+    norm1="post_attention_layernorm",
+    norm2="post_mlp_layernorm",
+    linear1="mlp.up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="self_attn.attention_dropout",
+    dropout1="post_attention_dropout",
+    dropout2="post_mlp_dropout",
+    rotary="position_embeddings",
+    head_dim="head_dim",
+)
+GTE = dataclasses.replace(NOMIC_BERT, hidden_dropout="mlp.dropout")
+JINA = dataclasses.replace(
+    NOMIC_BERT, linear1="mlp.fc1", gate=None, activation="mlp.activation_fn", linear2="mlp.fc2"
+)
+PRE_NORM = dataclasses.replace(
+    BERT, norm1="attention.LayerNorm", norm2="intermediate.LayerNorm", norms_first=True
+)
+XLM_ROBERTA_XL = dataclasses.replace(
+    BERT,
+    norm1="attention.self_attn_layer_norm",
+    norm2="LayerNorm",
+    dropout2=None,
+    norms_first=True,
+)
+# Those of models that take no registered attention.
+SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
+REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
+MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
+ROFORMER = dataclasses.replace(
+    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
+)
+MPNET = dataclasses.replace(
+    REMBERT,
+    attention="attention.attn",
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    out="attention.attn.o",
+    norm1="attention.LayerNorm",
+    attention_dropout="attention.attn.dropout",
+    dropout1="attention.dropout",
+)
+
+
+_LAYER = "encoder.layer"
+BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
+T5_STACK = Model(has_distances=True, layers="block")
+CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
+
+
+# Modules of transformers, the names of their classes, and their models and layers.
+_LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
+    ("bert", "Bert", BY_COLUMN, BERT),
+    ("roberta", "Roberta", BY_TOKEN, BERT),
+    ("xlm_roberta", "XLMRoberta", BY_TOKEN, BERT),
+    ("camembert", "Camembert", BY_TOKEN, BERT),
+    ("electra", "Electra", BY_COLUMN, BERT),
+    ("ernie", "Ernie", BY_COLUMN, BERT),
+    ("roc_bert", "RoCBert", BY_COLUMN, BERT),
+    ("layoutlm", "LayoutLM", Model(is_causal=False), BERT),
+    ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
+    ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
+)
+# The same of models whose layers are told of masks alone.
+_COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
+    (
+        "mpnet",
+        "MPNet",
+        Model(
+            behind_padding=True,
+            has_distances=True,
+            layers=_LAYER,
+            composed=Composed(
+                buckets="encoder.relative_attention_bias", output="BaseModelOutputWithPooling"
+            ),
+        ),
+        MPNET,
+    ),
+    (
+        "megatron_bert",
+        "MegatronBert",
+        Model(layers=_LAYER, composed=Composed(behind="encoder.ln")),
+        MEGATRON_BERT,
+    ),
+    (
+        "rembert",
+        "RemBert",
+        Model(layers=_LAYER, composed=Composed(before="encoder.embedding_hidden_mapping_in")),
+        REMBERT,
+    ),
+    (
+        "splinter",
+        "Splinter",
+        Model(layers=_LAYER, composed=Composed(output="BaseModelOutput")),
+        SPLINTER,
+    ),
+    (
+        "roformer",
+        "RoFormer",
+        Model(
+            layers=_LAYER,
+            composed=Composed(
+                embeds=("input_ids", "token_type_ids", "inputs_embeds"),
+                before="embeddings_project",
+                angles="encoder.embed_positions",
+                output="BaseModelOutputWithPastAndCrossAttentions",
+            ),
+        ),
+        ROFORMER,
+    ),
+)
+# The same of models that call their layers themselves.
+_FLAT: tuple[tuple[str, str, Form], ...] = (
+    ("nomic_bert", "NomicBert", NOMIC_BERT),
+    ("gte", "Gte", GTE),
+    ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
+)
+_GENERATION = "bert_generation.modeling_bert_generation"
+_DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
+LAYERS: dict[str, Form] = {
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
+    "esm.modeling_esm.EsmLayer": ESM,
+    "t5.modeling_t5.T5Block": T5,
+    "mt5.modeling_mt5.MT5Block": T5,
+    "umt5.modeling_umt5.UMT5Block": UMT5,
+    "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
+    "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
+    "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
+    f"{_DATA2VEC}Layer": BERT,
+    f"{_GENERATION}.BertGenerationLayer": BERT,
+    "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
+    "albert.modeling_albert.AlbertLayer": ALBERT,
+    "modernbert.modeling_modernbert.ModernBertEncoderLayer": MODERNBERT,
+}
+ENCODERS = {
+    *(f"{m}.modeling_{m}.{name}Encoder" for m, name, *_ in _LIKE_BERT),
+    f"{_DATA2VEC}Encoder",
+    f"{_GENERATION}.BertEncoder",
+    "distilbert.modeling_distilbert.Transformer",
+    "albert.modeling_albert.AlbertTransformer",
+}
+MODELS: dict[str, Model] = {
+    **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
+    **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
+    **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
+    f"{_DATA2VEC}Model": BY_TOKEN,
+    f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
+    "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
+    "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
+    **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
+    "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
+    "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
+    "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
+    "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
+    "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
+}

@@ -1,0 +1,191 @@
+"""Descriptions of layers and models: where each keeps its products, norms and activation.
+
+A :class:`Form` and a :class:`Model` are all that is written down of a family, see ``_families.py``.
+How such layers are computed stands once, in ``_layers.py``, and how models are packed once, in
+``_packed_model.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
+from fusedformer.fusion._rows import is_untouched
+from fusedformer.nn.children import are_plain, is_plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """Where layers of a class keep what they compute with: paths below the layer.
+
+    A path may lead to a module, a function or a number; None says that there is nothing of it, as
+    does a path to nothing. ``a|b`` is the first of two names that there is. All modules that paths
+    lead through must do no more than call those at their ends.
+    """
+
+    attention: str  # whose attributes are the settings below
+    query: str  # the product of the query; without ``key``, that of query, key and value in one
+    key: str | None = None
+    value: str | None = None
+    out: str
+    norm1: str  # in the order of the computation
+    norm2: str
+    linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
+    gate: str | None = None  # a product whose activated result gates that of ``linear1``
+    activation: str | Callable[[Tensor], Tensor]  # or the function itself
+    linear2: str
+    attention_dropout: str | None = None  # of weights
+    dropout1: str | None = None  # of what attention adds
+    hidden_dropout: str | None = None  # behind the activation
+    dropout2: str | None = None  # of what the feed-forward block adds
+    out_norm: str | None = None  # of what attention adds
+    block_norm: str | None = None  # of what the feed-forward block adds
+    query_norm: str | None = None  # of each head
+    key_norm: str | None = None
+    buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
+
+    norms_first: bool = False
+    is_gated: bool = False
+    rotary: str | None = None  # the argument of the layer with cosines and sines
+    interleaved: bool = False  # it is one tensor, sines first, and pairs of columns are neighbours
+    head_dim: str = "attention_head_size"
+    scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
+    window: str | None = None  # keys at smaller distances are seen
+    is_causal: bool | None = None  # None: as attention says
+    attends_itself: bool = False  # it asks transformers for no attention
+    returns_tuple: bool = False
+    returns_bias: bool = False  # with the states, for the next layer
+    clamps_half: bool = False  # float16 has steps of its own
+    unless: str | None = None  # an attribute of attention; where true it computes otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composed:
+    """What the forward of a model calls besides ``embeddings`` and ``pooler``, by paths."""
+
+    embeds: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+    before: str | None = None  # between embeddings and layers
+    behind: str | None = None
+    angles: str | None = None  # makes what layers take as ``rotary``
+    buckets: str | None = None  # biases of distances by T5's buckets, for all layers
+    output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What must be known of a model to give it the real tokens of a batch alone."""
+
+    behind_padding: bool = False  # positions begin behind the id of padding, as RoBERTa's do
+    embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
+    has_distances: bool = False  # attention counts the positions between two tokens
+    pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    is_causal: bool | None = None  # what its attention leaves to the mask
+    layers: str | None = None  # where these must all be known, as their own forward cannot pack
+    composed: Composed | None = None  # where its layers cannot be told of packed sequences
+    caches: bool = False  # it returns a cache, unless it is told otherwise
+    masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
+
+
+class Parts(NamedTuple):
+    """What the paths of a :class:`Form` lead to, in a layer."""
+
+    attention: Any
+    query: nn.Linear
+    key: nn.Linear | None
+    value: nn.Linear | None
+    out: nn.Linear
+    norm1: Any
+    norm2: Any
+    linear1: nn.Linear
+    gate: nn.Linear | None
+    activation: Any
+    linear2: nn.Linear
+    attention_dropout: Any
+    dropout1: Any
+    hidden_dropout: Any
+    dropout2: Any
+    out_norm: Any
+    block_norm: Any
+    query_norm: Any
+    key_norm: Any
+    buckets: nn.Embedding | None
+
+    def norms(self) -> tuple[Any, ...]:
+        """Return the norms of tokens and heads."""
+        return (
+            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
+        )  # fmt: skip
+
+    def are_plain(self) -> bool:
+        """Return whether the fused steps do exactly what calling these children would do."""
+        linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
+        dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
+        return (
+            are_plain(
+                [one for one in linears if one is not None],
+                (),
+                [one for one in dropouts if not _drops_nothing(one)],
+            )
+            and all(one is None or is_plain_norm(one) for one in self.norms())
+            and self._heads_are_normed_alike()
+            and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
+            and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+        )
+
+    def _heads_are_normed_alike(self) -> bool:
+        """Return whether one kernel can norm heads of queries and keys."""
+        norms = self.query_norm, self.key_norm
+        if norms == (None, None):
+            return True
+        return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
+
+
+def _drops_nothing(dropout: Any) -> bool:
+    return dropout is None or type(dropout) is float or is_plain(dropout, nn.Identity)
+
+
+class Finder:
+    """Finds the parts of layers by a form; each module on the way is looked up once a call."""
+
+    def __init__(self, form: Form) -> None:
+        """Write down the steps of the way: the index of a module found before, and a name."""
+        self._steps: list[tuple[int, list[str]]] = []
+        known = {"": 0}
+        paths = [getattr(form, field) for field in Parts._fields]
+        self._constants = {i: one for i, one in enumerate(paths) if callable(one)}
+        paths = [None if callable(one) else one for one in paths]
+        for path in filter(None, paths):
+            names = path.split(".")
+            for depth in range(1, len(names) + 1):
+                inner, outer = ".".join(names[:depth]), ".".join(names[: depth - 1])
+                if inner not in known:
+                    self._steps.append((known[outer], names[depth - 1].split("|")))
+                    known[inner] = len(self._steps)
+        self._parts = [None if path is None else known[path] for path in paths]
+        holders = {index for index, _ in self._steps} | {known[form.attention]}
+        self._holders = sorted(holders - {0})
+
+    def parts(self, layer: nn.Module) -> Parts | None:
+        """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
+        found: list[Any] = [layer]
+        for index, names in self._steps:
+            holder = found[index]
+            if not isinstance(holder, nn.Module):
+                return None
+            inside = holder.__dict__["_modules"]
+            name = next((one for one in names if one in inside), names[-1])
+            found.append(inside[name] if name in inside else getattr(holder, name, None))
+        home = type(layer).__module__
+        for index in self._holders:
+            holder = found[index]
+            is_theirs = type(holder).__module__ == home or type(holder) is nn.ModuleList
+            if not is_theirs or not is_untouched(holder):
+                return None
+        reached = [None if index is None else found[index] for index in self._parts]
+        for index, constant in self._constants.items():
+            reached[index] = constant
+        return Parts._make(reached)

@@ -1,0 +1,410 @@
+"""Layers of transformers' models by their description: norms after the sums, or first.
+
+A layer whose children were replaced since (by an adapter, say) or have hooks, and a call with a
+cache or a memory, are computed by the layer's own forward. Attention and norms are still the
+library's then.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedformer import functional
+from fusedformer._internal.backend import chosen_backend
+from fusedformer.functional.steps import (
+    EncoderParameters,
+    EncoderSettings,
+    FeedForward,
+    encoder_layer,
+    encoder_layer_is_one_node,
+    feed_forward,
+    linear,
+    rotated,
+)
+from fusedformer.fusion._activations import activation_name
+from fusedformer.fusion._attention import attention, captured
+from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._configs import NAMES, named
+from fusedformer.fusion._families import LAYERS
+from fusedformer.fusion._forms import Finder, Form, Parts
+from fusedformer.fusion._norms import (
+    dtypes_fit,
+    epsilon,
+    gain,
+    is_rms,
+    normed,
+    normed_and_sum,
+)
+from fusedformer.fusion._terms import terms_of_call
+from fusedformer.nn.children import (
+    Pending,
+    dropout_probability,
+    project,
+    weights_and_biases,
+)
+
+_NO_DROPOUT = nn.Dropout(0.0)
+# Arguments of layers with which they do more than the fused steps.
+_MORE = "past_key_values", "encoder_hidden_states", "output_attentions"
+
+
+class Call(NamedTuple):
+    """What a layer was given."""
+
+    x: Tensor
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    others: dict[str, Any]
+
+
+class FusedLayer:
+    """A base of layers whose forward is products and the fused steps between them.
+
+    Gradients that come by a residual are added up within the products that compute the others.
+    """
+
+    _form: Form
+    _finder: Finder
+    _arguments: tuple[str, ...]  # of the forward of the class behind this one
+
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        theirs: Any = cls._made_of[1]  # type: ignore[attr-defined]
+        cls._form, cls._arguments = LAYERS[name_of(theirs)], arguments_of(theirs)
+        cls._finder = Finder(cls._form)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the class behind this one computes, by the fused steps if they fit."""
+        given = dict(zip(self._arguments, args, strict=False))
+        given.update(kwargs)
+        if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
+            return self._own(given)
+        form, parts = self._form, self._finder.parts(self)
+        if parts is None or not self._fits(parts, given["hidden_states"]):
+            return self._own(given)
+        is_plain = parts.are_plain()
+        if not is_plain and not self.calls_children():
+            return self._own(given)
+        call = self._call(parts, given)
+        found = self._one_node(parts, call) if is_plain else self._called(parts, call)
+        if found is None:
+            found = self._steps(parts, call)
+        if form.returns_bias:
+            return found, call.others.get("position_bias"), None
+        return (found,) if form.returns_tuple else found
+
+    def _own(self, given: dict[str, Any]) -> Any:
+        """Call the forward of the class behind this one."""
+        bias = given.get("position_bias")
+        if bias is not None and bias.dim() == 2:  # of a layer before
+            given = {**given, "position_bias": _dense(bias, given["hidden_states"].shape[1])}
+        return super().forward(**given)  # type: ignore[misc]
+
+    @classmethod
+    def calls_children(cls) -> bool:
+        """Return whether children that do more are called here, not by the layer's own forward."""
+        return cls._form.attends_itself or cls._form.buckets is not None
+
+    def _fits(self, parts: Parts, x: Tensor) -> bool:
+        """Return whether attention is still this library's, and no cast stands between steps."""
+        form = self._form
+        if not form.attends_itself and named(parts.attention.config) not in NAMES:
+            return False
+        if form.clamps_half and (x.dtype is torch.float16 or x.dtype != parts.linear2.weight.dtype):
+            return False
+        return dtypes_fit(parts.norms(), x)
+
+    def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
+        """Sort the arguments."""
+        rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
+        if self._form.interleaved and rotary is not None:
+            rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
+        if parts.buckets is not None and given.get("position_bias") is None:
+            given["position_bias"] = functional.relative_position_bias(
+                parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
+            )
+        return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
+
+    def _steps(self, parts: Parts, call: Call) -> Tensor:
+        form, x = self._form, call.x
+        source = parts.norm1(x) if form.norms_first else x
+        forks = source is x
+        query, key, value, through = self._heads(parts, call, source, forks)
+        residual = through if forks else x
+        heads = self._attended(parts, call, query, key, value)
+        inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
+        pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
+        if form.norms_first:
+            source, x = normed_and_sum(pending, parts.norm2)
+        else:
+            source = normed(pending, parts.norm1)
+        inner, bias, through = self._block(parts, source, fork=not form.norms_first)
+        inner, bias = _normed_alone(inner, bias, parts.block_norm)
+        pending = Pending(
+            inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
+        )
+        return pending.added() if form.norms_first else normed(pending, parts.norm2)
+
+    def _called(self, parts: Parts, call: Call) -> Tensor:
+        """Call the children, which may be more than they were, as by an adapter."""
+        form, x = self._form, call.x
+        dim = getattr(parts.attention, form.head_dim)
+        source = parts.norm1(x) if form.norms_first else x
+        shape = *x.shape[:-1], -1, dim
+        assert parts.key is not None
+        assert parts.value is not None
+        products: list[Any] = [parts.query, parts.key, parts.value]
+        q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
+        q, k = self._turned(q, k, parts, call)
+        x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        source = parts.norm2(x) if form.norms_first else parts.norm1(x)
+        inner = parts.linear1(source)
+        if parts.gate is None:
+            inner = parts.activation(inner)
+        else:
+            inner = parts.activation(parts.gate(source)) * inner
+        inner = parts.linear2(_dropout_of(parts.hidden_dropout)(inner))
+        x = (x if form.norms_first else source) + _dropout_of(parts.dropout2)(inner)
+        return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+
+    def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; return heads side by side."""
+        heads, _ = attention(
+            parts.attention,
+            q,
+            k,
+            v,
+            call.mask,
+            dropout=_probability(parts.attention_dropout, parts.attention),
+            scaling=self._scaling(parts.attention),
+            **self._settings(parts.attention, call.others),
+        )
+        return heads.flatten(-2)
+
+    def _turned(self, q: Tensor, k: Tensor, parts: Parts, call: Call) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the angles of their positions, normed before where they are."""
+        if call.rotary is None:
+            return q, k
+        cos, sin = call.rotary
+        if not self._form.interleaved:  # the tables have each angle twice
+            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+        norms: dict[str, Any] = {}
+        if parts.query_norm is not None:
+            norms = {
+                "norm": "rms", "query_weight": gain(parts.query_norm),
+                "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
+            }  # fmt: skip
+        return functional.rotary_embedding(
+            q, k, cos, sin, interleaved=self._form.interleaved, **norms
+        )
+
+    def _heads(
+        self, parts: Parts, call: Call, source: Tensor, fork: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute query, key and value ``[batch, heads, length, dim]``; and ``source`` again."""
+        dim = getattr(parts.attention, self._form.head_dim)
+        query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
+        if parts.key is None or parts.value is None:
+            qkv = query.view(*x.shape[:-1], 3, -1, dim)
+            if call.rotary is None:
+                q, k, v = qkv.unbind(2)
+            else:
+                q, k = rotated(qkv[:, :, :2], *call.rotary).unbind(2)
+                v = qkv[:, :, 2]
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x
+        key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
+        value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
+        shape = *x.shape[:-1], -1, dim
+        q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+        return *self._turned(q, k, parts, call), v, x
+
+    def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
+        name = activation_name(parts.activation)
+        if not self._gates(parts):
+            products = weights_and_biases(parts.linear1, parts.linear2)
+            p = _probability(parts.hidden_dropout, parts.attention)
+            activation = parts.activation if name is None else name
+            block = FeedForward._make((*products, activation, p, False))
+            return feed_forward(x, block, fork=fork)
+        hidden, x = self._gated(parts, x, name, fork)
+        return *project(hidden, parts.linear2), x
+
+    def _gates(self, parts: Parts) -> bool:
+        """Return whether the feed-forward block is gated."""
+        return self._form.is_gated or parts.gate is not None
+
+    def _gated(self, parts: Parts, x: Tensor, name: Any, fork: bool) -> tuple[Tensor, Tensor]:
+        """Compute what the block's second product reads, and ``x`` again."""
+        dropout, by_aten = _dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
+        if parts.gate is not None and (name is None or by_aten):
+            first, x = linear(x, parts.gate.weight, parts.gate.bias, fork=fork)
+            second, x = linear(x, parts.linear1.weight, parts.linear1.bias, fork=fork)
+            return dropout(parts.activation(first) * second), x
+        weight, bias = _joint(parts)
+        # ATen adds the bias for free within the product.
+        before, x = linear(x, weight, bias if by_aten else None, fork=fork)
+        bias = None if by_aten else bias
+        if name is None:
+            first, second = (before if bias is None else before + bias).chunk(2, -1)
+            return dropout(parts.activation(first) * second), x
+        p, training = dropout.p, dropout.training
+        return functional.gated_activation(before, bias, name, p=p, training=training), x
+
+    def _settings(self, module: Any, others: dict[str, Any]) -> dict[str, Any]:
+        """Return what attention is given besides; of the arguments that the layer was given."""
+        form = self._form
+        own: dict[str, Any] = {}
+        if form.window is not None:
+            own["sliding_window"] = getattr(module, form.window)
+        if form.is_causal is not None:
+            own["is_causal"] = form.is_causal
+        bias = others.get("position_bias")
+        if bias is not None and bias.dim() == 2:  # a table of biases by distance
+            own.update(position_bias=None, relative_bias=bias)
+        return {**others, **own}
+
+    def _scaling(self, module: Any) -> float:
+        form = self._form
+        found = getattr(module, form.head_dim) ** -0.5
+        return float(found if form.scaling is None else getattr(module, form.scaling))
+
+    def _one_node(self, parts: Parts, call: Call) -> Tensor | None:
+        """Compute the steps as one node of autograd; return None where that cannot be."""
+        form, module, x = self._form, parts.attention, call.x
+        dim, name = getattr(module, form.head_dim), activation_name(parts.activation)
+        tables: tuple[Any, ...] = call.rotary or (None, None)
+        if (
+            name is None
+            or not self._one_node_has(parts)
+            or not encoder_layer_is_one_node(x, None, dim)
+            or any(one is not None and (type(one) is not Tensor or one.requires_grad)
+                   for one in tables)
+        ):  # fmt: skip
+            return None
+        terms = terms_of_call(
+            module,
+            x,
+            call.mask,
+            self._settings(module, call.others),
+            head_dim=dim,
+            dropout=_probability(parts.attention_dropout, module),
+        )
+        if terms is None:
+            return None
+        has_first = form.norms_first and not isinstance(parts.norm1, nn.Identity)
+        middle, last = (parts.norm2, None) if form.norms_first else (parts.norm1, parts.norm2)
+        settings = EncoderSettings(
+            heads=parts.out.weight.shape[1] // dim,
+            activation=name,
+            middle_eps=epsilon(middle),
+            last_eps=None if last is None else epsilon(last),
+            hidden_p=_probability(parts.hidden_dropout, module),
+            middle_p=_probability(parts.dropout1, module),
+            last_p=_probability(parts.dropout2, module),
+            checkpoint_activation=False,
+            first_eps=epsilon(parts.norm1) if has_first else None,
+            adds_last=form.norms_first,
+            is_gated=self._gates(parts),
+            norm="rms" if is_rms(middle) else "layer",
+        )
+        products = weights_and_biases(parts.query, parts.key, parts.value, parts.out)
+        first = _gain_and_bias(parts.norm1 if has_first else None)
+        others = *weights_and_biases(parts.linear2), *_gain_and_bias(last), *first
+        parameters = EncoderParameters._make(
+            (*products, *_gain_and_bias(middle), *_joint(parts), *others, *tables, *[None] * 6)
+        )
+        terms = terms._replace(scale=self._scaling(module))
+        found = encoder_layer(x, None, parameters, settings, terms)
+        return None if found is None else found[0]
+
+    def _one_node_has(self, parts: Parts) -> bool:
+        """Return whether all steps of the form are among those of one node of autograd."""
+        kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
+        more = parts.out_norm, parts.block_norm, parts.query_norm
+        return (
+            not self._form.interleaved
+            and len(kinds) == 1
+            and all(one is None for one in more)
+            and (parts.key is None or parts.key.weight.shape == parts.query.weight.shape)
+        )
+
+    @classmethod
+    def fused_as(cls) -> str:
+        """Say in the report how layers are computed."""
+        steps = "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+        return f"{steps}, with attention" if cls._form.attends_itself else steps
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str:
+        """Say why ``layer`` cannot be fused; empty if it can."""
+        names = cls._arguments
+        wanted = {"hidden_states", "attention_mask", cls._form.rotary} - {None}
+        if not wanted <= {*names} or names[0] != "hidden_states":
+            return "its forward takes other arguments than those of a transformers known here"
+        attention = layer.get_submodule(cls._form.attention)
+        config = getattr(layer, "config", None) or getattr(attention, "config", None)
+        decodes = "is_decoder", "add_cross_attention"
+        if any(getattr(one, name, False) for one in (config, layer) for name in decodes):
+            return "it is a decoder's; its attention and norms are fused"
+        if getattr(layer, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward is set"
+        if cls._form.unless is not None and getattr(attention, cls._form.unless):
+            return f"its {cls._form.unless} is set"
+        return ""
+
+    @classmethod
+    def is_known(cls, layer: Any) -> bool:
+        """Return whether what ``layer`` computes is what its form says."""
+        parts = cls._finder.parts(layer)
+        return parts is not None and layer._fits(parts, parts.linear2.weight)
+
+    @classmethod
+    def is_plain(cls, layer: Any) -> bool:
+        """Return whether the fused steps are what the forward of ``layer`` does."""
+        parts = cls._finder.parts(layer)
+        return parts is not None and parts.are_plain()
+
+
+def _dense(table: Tensor, length: int) -> Tensor:
+    """Return biases ``[1, heads, length, length]`` of a table by distance."""
+    places = torch.arange(length, device=table.device)
+    reach = table.shape[1] // 2
+    distances = (places[None] - places[:, None]).clamp(-reach, reach)
+    return table[:, distances + reach][None]
+
+
+def _dropout_of(module: Any) -> nn.Dropout:
+    return module if isinstance(module, nn.Dropout) else _NO_DROPOUT
+
+
+def _probability(dropout: Any, module: Any) -> float:
+    """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout_probability(dropout)
+    return float(dropout) if type(dropout) is float and module.training else 0.0
+
+
+def _normed_alone(x: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Norm what is to be added to the residual, where there is a norm; return what is pending."""
+    if norm is None:
+        return x, bias
+    return norm(x if bias is None else x + bias), None
+
+
+def _gain_and_bias(norm: Any) -> list[Any]:
+    return [gain(norm), None] if is_rms(norm) else weights_and_biases(norm)
+
+
+def _joint(parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the block's first product, the activated half first."""
+    weight, bias = weights_and_biases(parts.linear1)
+    if parts.gate is None:
+        return weight, bias
+    gate_weight, gate_bias = weights_and_biases(parts.gate)
+    both = None if bias is None else torch.cat((gate_bias, bias))
+    return torch.cat((gate_weight, weight)), both

@@ -1,0 +1,162 @@
+"""RMS norms of transformers' models in place of theirs, and norms as steps of fused layers.
+
+Nearly every model has a class of its own for the one formula. What a class computes is told by the
+code of its ``forward``, which is compared with that of classes whose formula is known.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedformer import functional
+from fusedformer._internal.backend import chosen_backend
+from fusedformer.nn import LayerNorm
+from fusedformer.nn.children import Pending, is_plain
+from fusedformer.nn.tracers import introduce
+
+
+class RMSNorm:
+    """Llama's and T5's: with a weight, and the epsilon as ``variance_epsilon``."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Compute what the class behind this one computes."""
+        if hidden_states.dtype != self.weight.dtype or not _takes_gain(self, hidden_states):
+            own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return own
+        weight = gain(self)
+        found = functional.rms_norm(hidden_states, weight.shape, weight, epsilon(self))
+        return found.to(hidden_states.dtype)  # autocast may have widened it
+
+
+class CenteredRMSNorm(RMSNorm):
+    """Gemma's: the gain is one more than the weight, and the epsilon is ``eps``."""
+
+
+introduce([RMSNorm])
+
+_MODELS = "transformers.models."
+# Classes whose formula is known, by what computes them.
+_KNOWN: tuple[tuple[type[Any], str, str], ...] = (
+    (RMSNorm, "llama.modeling_llama", "LlamaRMSNorm"),
+    (RMSNorm, "olmo2.modeling_olmo2", "Olmo2RMSNorm"),
+    (RMSNorm, "t5.modeling_t5", "T5LayerNorm"),
+    (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),
+)
+
+
+_computed_by: dict[Any, Any] = {}  # a dictionary, as compiled calls can read it
+
+
+def rms_norm_of(cls: Any) -> Any:
+    """Return the class here that computes what a norm of transformers does; None if none does."""
+    if cls not in _computed_by:
+        _computed_by[cls] = _looked_up(getattr(cls, "_made_of", (cls,))[0])
+    return _computed_by[cls]
+
+
+def _looked_up(cls: Any) -> Any:
+    if cls in (RMSNorm, CenteredRMSNorm):
+        return cls
+    if not cls.__module__.startswith(_MODELS) or not inspect.isfunction(cls.forward):
+        return None
+    code = _code_of(cls)
+    for ours, module, name in _KNOWN:
+        known = getattr(importlib.import_module(_MODELS + module), name, None)
+        if known is not None and code == _code_of(known):
+            return ours
+    return None
+
+
+def _code_of(cls: Any) -> list[Any]:
+    """Return what the methods of a norm compute, whatever their variables are called."""
+    codes = [
+        inspect.unwrap(method).__code__
+        for method in (getattr(cls, "_norm", None), cls.forward)
+        if inspect.isfunction(method)
+    ]
+    return [(code.co_code, code.co_names, _numbers(code.co_consts)) for code in codes]
+
+
+def _numbers(constants: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the constants without names and docstrings."""
+    return tuple(one for one in constants if not isinstance(one, str))
+
+
+def is_plain_norm(norm: Any) -> bool:
+    """Return whether ``norm`` is one that the fused steps know, or none at all."""
+    if is_plain(norm, LayerNorm, nn.LayerNorm):
+        return len(norm.normalized_shape) == 1
+    if is_rms(norm):
+        return is_plain(norm, getattr(type(norm), "_made_of", (type(norm),))[0])
+    return is_plain(norm, nn.Identity)
+
+
+def is_rms(norm: Any) -> bool:
+    """Return whether ``norm`` is an RMS norm, replaced or still to be replaced."""
+    return rms_norm_of(type(norm)) is not None
+
+
+def gain(norm: Any) -> Tensor:
+    """Return what an RMS norm multiplies with; in float32 at least, where that is a sum."""
+    weight: Tensor = norm.weight
+    if rms_norm_of(type(norm)) is not CenteredRMSNorm:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
+
+
+def epsilon(norm: Any) -> float:
+    """Return the epsilon of a norm."""
+    own = norm.__dict__
+    found: float = own["variance_epsilon"] if "variance_epsilon" in own else own["eps"]
+    return found
+
+
+def normed(pending: Pending, norm: Any) -> Tensor:
+    """Compute the norm of a sum that is pending."""
+    if not is_rms(norm):
+        return pending.normed(norm)
+    output: Tensor = _call(pending, norm, return_sum=False)
+    return output
+
+
+def normed_and_sum(pending: Pending, norm: Any) -> tuple[Tensor, Tensor]:
+    """Compute the norm of a sum that is pending, and the sum."""
+    if not is_rms(norm):
+        return pending.normed_and_sum(norm)
+    both: tuple[Tensor, Tensor] = _call(pending, norm, return_sum=True)
+    return both
+
+
+def _takes_gain(norm: Any, x: Tensor) -> bool:
+    """Return whether the backend norms ``x`` with the gain; ATen's warns of one that is wider."""
+    is_wider = rms_norm_of(type(norm)) is CenteredRMSNorm and x.dtype.itemsize < 4
+    return not is_wider or chosen_backend(x) != "torch"
+
+
+def _call(pending: Pending, norm: Any, *, return_sum: bool) -> Any:
+    if not _takes_gain(norm, pending.x):
+        total = pending.added()
+        return (norm(total), total) if return_sum else norm(total)
+    weight = gain(norm)
+    call: Any = functional.dropout_add_rms_norm  # its overloads take no variable return_sum
+    return call(
+        pending.x,
+        pending.residual,
+        weight.shape,
+        weight,
+        epsilon(norm),
+        p=pending.dropout.p,
+        training=pending.dropout.training,
+        input_bias=pending.bias,
+        return_sum=return_sum,
+    )
+
+
+def dtypes_fit(norms: tuple[Any, ...], x: Tensor) -> bool:
+    """Return whether RMS norms of ``x`` have its dtype, so that their casts change nothing."""
+    return all(not is_rms(norm) or norm.weight.dtype == x.dtype for norm in norms)

@@ -1,0 +1,257 @@
+"""What each family of encoders does once it is fused, beside its outputs and gradients."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from tests.fusion.models import MASK, PACKED, QWEN3, TEXT, inputs_of, model_of, perturbed, run
+from tests.fusion.test_huggingface import faults
+from torch import Tensor, nn
+
+import fusedformer
+from fusedformer.fusion import _families, _forms, _layers, _norms
+
+T: Any = pytest.importorskip("transformers")
+
+FAMILIES = sorted(PACKED - {"bert, pre-training"})
+HOLE = MASK.clone()
+HOLE[0, 3:6] = HOLE[2, 2] = False
+
+
+def close(found: Any, wanted: Any, mask: Tensor) -> bool:
+    """Whether results are of one kind, and equal where tokens are real but for rounding."""
+    assert type(found) is type(wanted)
+    assert len(found) == len(wanted)
+    if not torch.allclose(found[0][mask], wanted[0][mask], atol=3e-5, rtol=1e-4):
+        return False
+    pooled = [i for i in range(1, len(wanted)) if isinstance(wanted[i], Tensor)]
+    return all(torch.allclose(found[i], wanted[i], atol=3e-5, rtol=1e-4) for i in pooled)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_form_of_input(name: str) -> None:
+    """Embedded, with positions and kinds of tokens, as a tuple, with a hole, without a mask."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    ids = inputs["input_ids"]
+    embedded = torch.randn(*MASK.shape, model.get_input_embeddings().embedding_dim)
+    others = {n: x for n, x in inputs.items() if n == "attention_mask" or name != "roc-bert"}
+    others.pop("input_ids", None)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    calls: list[tuple[Tensor, dict[str, Any]]] = [
+        (MASK, {**others, "inputs_embeds": embedded}),
+        (MASK, {**inputs, "position_ids": torch.arange(2, 13).flip(0)[None]}),
+        (MASK, {**inputs, "return_dict": False}),
+        (HOLE, {**inputs, "attention_mask": HOLE.long()}),
+        (torch.ones_like(MASK), {n: x for n, x in inputs.items() if n != "attention_mask"}),
+    ]
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        calls.append((MASK, {**inputs, "token_type_ids": ids % 2}))
+    fused = copy.deepcopy(model)
+    fusedformer.fuse(fused, strict=True)
+    with torch.no_grad():
+        for mask, call in calls:
+            found = fused(**call)
+            assert close(found, model(**call), mask)
+            assert not found[0][~mask].any()
+            assert found[0][mask].any()
+
+
+class Adapted(nn.Module):
+    """A product with an adapter beside it, as peft makes them."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+    def __init__(self, product: nn.Linear) -> None:
+        super().__init__()
+        self.product = product
+        self.down = nn.Linear(product.in_features, 2, bias=False)
+        self.up = nn.Linear(2, product.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.product.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) + self.up(self.down(x))
+
+
+def adapt(model: nn.Module) -> None:
+    torch.manual_seed(5)
+    for path, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and "pooler" not in path:
+                setattr(module, name, Adapted(child))
+
+
+def rows_of_products(model: Any, inputs: dict[str, Tensor]) -> set[int]:
+    """How many rows the products of a call have, but for those of a pooler."""
+    rows, linear = set(), nn.functional.linear
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.add(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    with torch.no_grad(), mock.patch.object(nn.functional, "linear", spy):
+        model(**inputs)
+    return rows - {1, len(MASK)}
+
+
+@pytest.mark.parametrize("name", ["mpnet", "t5", "layoutlm", "gte", "qwen3"])
+def test_adapters_on_all_products_keep_packing(name: str) -> None:
+    """Put on afterwards; and the report tells of those that were there before."""
+    model, inputs = model_of(name).train(), inputs_of(name)
+    stock = copy.deepcopy(model)
+    fusedformer.fuse(model)
+    for one in (model, stock):
+        adapt(one)
+    wanted, found = run(stock, inputs), run(model, inputs)
+    for key, value in wanted.items():
+        scale = value.abs().max().item()
+        assert torch.allclose(found[key], value, atol=2e-5 * scale + 1e-5), key
+    assert rows_of_products(model, inputs) == {int(MASK.sum())}
+    left = fusedformer.fuse(stock).left
+    assert len(left) == 2 and all("replaced or hooked" in one.reason for one in left)
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "gte": {"gate": "mlp.up_proj", "linear1": "mlp.gate_proj"},
+    "esm": {"scaling": "scaling"},
+    "megatron-bert": {"norms_first": False},
+    "nomic-bert": {"norm1": "post_mlp_layernorm", "norm2": "post_attention_layernorm"},
+    "gemma3": {"out_norm": None},
+    "qwen3": {"query_norm": None, "key_norm": None},
+    "t5": {"buckets": None},
+}
+
+
+def are_seen(fused: Any, stock: Any, inputs: dict[str, Tensor]) -> bool:
+    """Whether the criterion fails, or parameters have no gradient that should have one."""
+    try:
+        return faults(fused, stock, inputs) != []
+    except AssertionError:
+        return True
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_in_a_table_are_seen(name: str) -> None:
+    model, inputs = model_of(name), inputs_of(name)
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model)
+    cls: Any = next(type(m) for m in model.modules() if isinstance(m, _layers.FusedLayer))
+    wrong = dataclasses.replace(cls._form, **FAULTS[name])
+    assert not are_seen(model, twin, inputs)
+    with (
+        mock.patch.object(cls, "_form", wrong),
+        mock.patch.object(cls, "_finder", _forms.Finder(wrong)),
+    ):
+        assert are_seen(model, twin, inputs)
+
+
+@pytest.mark.parametrize("name", ["mpnet", "gemma3", "roberta"])
+def test_faults_in_the_table_of_models_are_seen(name: str) -> None:
+    model, inputs = model_of(name), inputs_of(name)
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model)
+    own = type(model)._model
+    changes: dict[str, Any] = {"behind_padding": False, "caches": False}
+    if name == "mpnet":
+        changes["composed"] = dataclasses.replace(own.composed, buckets=None)
+    elif name == "gemma3":  # whose windows would see no key
+        changes["is_causal"] = True
+    with mock.patch.object(type(model), "_model", dataclasses.replace(own, **changes)):
+        assert are_seen(model, twin, inputs)
+
+
+def test_no_bias_of_all_pairs_is_made() -> None:
+    """Neither MPNet nor T5 makes one; a table by distance reaches attention instead."""
+    for name in ("mpnet", "t5"):
+        model = model_of(name).eval()
+        fusedformer.fuse(model)
+        seen: list[Any] = []
+        own = fusedformer.functional.varlen_attention
+
+        def spy(*args: Any, own: Any = own, seen: list[Any] = seen, **settings: Any) -> Any:
+            seen.append(settings)
+            return own(*args, **settings)
+
+        with torch.no_grad(), mock.patch.object(fusedformer.functional, "varlen_attention", spy):
+            model(**inputs_of(name))
+        assert len(seen) == 2
+        for settings in seen:
+            assert settings["relative_bias"].shape == (4, 257)
+            assert settings["attn_mask"] is None
+
+
+def test_a_model_that_generates_keeps_its_cache() -> None:
+    """And is computed padded, as the report says; a bare one packs unless a cache is asked for."""
+    inputs = inputs_of("qwen3")
+    model = perturbed(T.Qwen3ForCausalLM(T.Qwen3Config(**TEXT, **QWEN3)), 0).eval()
+    stock = copy.deepcopy(model)
+    report = fusedformer.fuse(model)
+    assert [one.path for one in report.left] == ["model"]
+    assert "use_cache" in report.left[0].reason
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    left = {**inputs, "attention_mask": MASK.flip(1).long()}
+    assert torch.equal(model.generate(**left, **settings), stock.generate(**left, **settings))
+    with torch.no_grad():
+        assert model(**inputs).past_key_values is not None
+        assert model.model.config is model.config
+        model.config.use_cache = False
+        assert rows_of_products(model.model, inputs) == {int(MASK.sum())}
+        bare = model_of("qwen3").eval()
+        fusedformer.fuse(bare, strict=True)
+        assert bare(**inputs).past_key_values is None
+        assert bare(**inputs, use_cache=True).past_key_values is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["t5", "qwen3", "gemma3"])
+def test_norms_of_other_makers(name: str, dtype: torch.dtype) -> None:
+    """Three formulas; the library's is as near to the truth as theirs, or nearer."""
+    model = model_of(name)
+    norms = [m for m in model.modules() if _norms.rms_norm_of(type(m)) is not None]
+    norms = [m for m in norms if m.weight.shape == (32,)]
+    assert len(norms) >= 5
+    norm, x = norms[0].to(dtype), torch.randn(7, 32).to(dtype)
+    wanted = norm(x)
+    with torch.no_grad():
+        weight = norm.weight.double() + (1 if name == "gemma3" else 0)
+        truth = nn.functional.rms_norm(x.double(), (32,), weight, _norms.epsilon(norm))
+    fusedformer.fuse(model)
+    found = norm(x)
+    assert type(norm)._made_of[0] in (_norms.RMSNorm, _norms.CenteredRMSNorm)
+    assert found.dtype == wanted.dtype == dtype
+    errors = [(one.double() - truth).abs().max() for one in (found, wanted)]
+    assert errors[0] <= 1.01 * errors[1] + 1e-6
+    norm.weight.data = norm.weight.data.double()
+    assert norm(x).dtype in (torch.float64, dtype)  # by its own forward
+
+
+def test_a_norm_of_another_formula_is_left_alone() -> None:
+    report = fusedformer.fuse(T.CohereModel(T.CohereConfig(**TEXT, pad_token_id=0)))
+    assert sum("a norm that is not torch.nn's" in one.reason for one in report.left) == 3
+
+
+def test_a_compiled_mpnet_is_one_graph() -> None:
+    model, inputs = model_of("mpnet").eval(), inputs_of("mpnet")
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert close(compiled(**inputs), wanted, MASK)
+
+
+def test_tables_name_classes_that_there_are() -> None:
+    """Of the transformers that is installed; and every model's layers have a form."""
+    for name in (*_families.LAYERS, *_families.ENCODERS, *_families.MODELS):
+        module, _, cls = name.rpartition(".")
+        found = getattr(__import__(f"transformers.models.{module}", fromlist=[cls]), cls)
+        assert issubclass(found, nn.Module)
+    made = {name.partition(".")[0] for name in _families.LAYERS}
+    assert made == {name.partition(".")[0] for name in _families.MODELS}
