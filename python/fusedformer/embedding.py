@@ -201,7 +201,7 @@ def _fused(model: Any) -> Iterator[str]:
     report = fuse(model)
     try:
         reasons = "; ".join(f"'{one.path}': {one.reason}" for one in report.left)
-        yield "" if packs(model) else reasons or "no encoder in it has a packed form"
+        yield "" if packs(model) else reasons or "nothing in it has a packed form"
     finally:
         unfuse(model)
 

@@ -52,6 +52,18 @@ BACKBONES: dict[str, Callable[[], Any]] = {
     "distilbert": lambda: T.DistilBertModel(
         T.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=len(VOCABULARY))
     ),
+    "mpnet": lambda: T.MPNetModel(T.MPNetConfig(**_SIZES)),
+    "deberta": lambda: T.DebertaV2Model(
+        T.DebertaV2Config(
+            **_SIZES,
+            relative_attention=True,
+            position_buckets=8,
+            pos_att_type=["p2c", "c2p"],
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+        )
+    ),
+    "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**_SIZES, head_dim=8, num_key_value_heads=2)),
     "masked": lambda: T.BertForMaskedLM(T.BertConfig(**_SIZES)),
     "classifier": lambda: T.BertForSequenceClassification(T.BertConfig(**_SIZES, num_labels=1)),
     "tokens": lambda: T.BertForTokenClassification(T.BertConfig(**_SIZES, num_labels=3)),

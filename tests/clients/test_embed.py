@@ -93,7 +93,7 @@ def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
         assert fusedformer.embed(model, ["", "cat"]).shape == (2, 32)
         assert fusedformer.embed(model, []).shape == (0, 32)
         assert fusedformer.embed(model, [], truncate_dim=8).shape == (0, 8)
-    with pytest.warns(UserWarning, match="computes padding: no encoder in it has a packed form"):
+    with pytest.warns(UserWarning, match="computes padding: nothing in it has a packed form"):
         fusedformer.embed(dense_model(tmp_path / "gpt2", "gpt2"), ["cat"])
     fusedformer.fuse(model, pack=False)
     with pytest.warns(UserWarning, match="computes padding: it was fused so"):

@@ -43,8 +43,11 @@ def _nothing_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_nothing_is_unpacked")
 @pytest.mark.parametrize(
     ("backbone", "side"),
-    [("bert", "right"), ("bert", "left"), ("modernbert", "right"), ("distilbert", "right")],
-)
+    [
+        ("bert", "right"), ("bert", "left"), ("modernbert", "right"), ("distilbert", "right"),
+        ("mpnet", "right"), ("deberta", "right"), ("qwen3", "left"),
+    ],
+)  # fmt: skip
 def test_encode_pools_packed_tokens(tmp_path: Path, backbone: str, side: str) -> None:
     """By all modes; prompts may be left out; each text's vector is the same alone."""
     both = three(dense_model(tmp_path, backbone, ALL_MODES, M.Normalize()))

@@ -39,14 +39,15 @@ class ComposedModel(PackedModel):
         if not self._composes(given, encoder):
             return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
         keep: Any = given.get("attention_mask")
-        packing = None
+        packing, is_empty = None, False
         rows = dict(given, attention_mask=None if keep is None else _of_keys(keep))
         if self._packs(given):
             packing, keys = self._packing(keep.bool())
-            if not has_no_rows(packing):
+            is_empty = has_no_rows(packing)
+            if not is_empty:
                 rows.update(self._packed_arguments(given, packing, keys))
         states = self._states(self._model.composed, layers, rows)
-        if packing is not None and has_no_rows(packing):
+        if is_empty:
             states = zeroed(states, keep.bool())
         elif packing is not None and keys is None:
             states = unpacked(states[0], packing)

@@ -22,6 +22,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
 from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._deberta import PackedDeberta
 from fusedformer.fusion._kept_rows import padding_computed, rows_kept
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedModel
@@ -29,6 +30,7 @@ from fusedformer.fusion._pooled_rows import PackedSequences
 from fusedformer.fusion._rows import is_untouched
 
 _PACKING = "fusedformer_packing"  # of packed token embeddings, between two modules
+_PACKED = PackedEncoder, PackedModel, PackedDeberta
 _READ_SENTENCES_ONLY = Dense, Normalize, LayerNorm, Dropout
 _EXPANDED = "query_expansion_positions"
 
@@ -163,7 +165,7 @@ def _hands_rows_on(transformer: Any) -> bool:
 
 def packs(model: nn.Module) -> bool:
     """Return whether an encoder in ``model`` computes real tokens only."""
-    return any(isinstance(one, PackedEncoder | PackedModel) for one in model.modules())
+    return any(isinstance(one, _PACKED) for one in model.modules())
 
 
 def marks_expansions(model: nn.Module) -> bool:
@@ -195,7 +197,7 @@ def _is_plain(module: Any, stock: Any) -> bool:
 
 def _will_pack(plan: Plan, model: nn.Module) -> bool:
     classes = map(plan.class_of, model.modules())
-    return any(issubclass(cls, PackedEncoder | PackedModel) for cls in classes)
+    return any(issubclass(cls, _PACKED) for cls in classes)
 
 
 _OURS: dict[Any, tuple[Any, str]] = {
