@@ -6,6 +6,7 @@ of a mask. Whatever a call asks for besides, its own forward computes it all, pa
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -60,46 +61,54 @@ class DisentangledSelfAttention:
     @staticmethod
     def refuses(module: Any) -> str:
         """Say why a module cannot be fused; empty if it can."""
-        if not module.relative_attention or not {"c2p", "p2c"} & set(module.pos_att_type):
-            return "it has no relative positions"
-        buckets = module.position_buckets
-        if buckets > 0 and (buckets % 2 or module.max_relative_positions <= buckets // 2 + 1):
+        buckets = module.position_buckets if module.relative_attention else 0
+        if buckets > 0 and (
+            buckets < 4 or buckets % 2 or module.max_relative_positions <= buckets // 2 + 1
+        ):
             return "its buckets of positions are none that the kernels know"
         return ""
 
 
-def attended(
-    module: Any, rows: list[Tensor], sequences: Sequences, rel_embeddings: Tensor
-) -> Tensor:
+def attended(module: Any, rows: list[Tensor], sequences: Sequences, rel_embeddings: Any) -> Tensor:
     """Attend by the settings of a module of DeBERTa.
 
     Args:
         module: its DisentangledSelfAttention.
         rows: query, key and value ``[1, total, width]``.
         sequences: where these rows belong.
-        rel_embeddings: ``[2 * span, width]`` or more.
+        rel_embeddings: ``[2 * span, width]`` or more; None where positions are not relative.
     """
-    packing, heads = sequences.packing, module.num_attention_heads
+    packing = sequences.packing
+    query, key, value = (_heads(module, x[0]) for x in rows)
+    kinds = {"c2p", "p2c"} & {*module.pos_att_type}
+    settings: dict[str, Any] = {
+        "cu_seqlens_q": packing.cu_seqlens_q, "cu_seqlens_k": packing.cu_seqlens_k,
+        "max_seqlen_q": packing.max_seqlen, "max_seqlen_k": packing.max_seqlen,
+        "dropout_p": dropout_probability(module.dropout),
+        "scale": 1.0 / math.sqrt(query.shape[-1] * (1 + len(kinds))),
+    }  # fmt: skip
+    if not (module.relative_attention and kinds):
+        plain: Tensor = functional.varlen_attention(query, key, value, **settings)
+        return plain.flatten(-2)[None]
     places = module.pos_dropout(rel_embeddings[: 2 * module.pos_ebd_size])
-    names = ("key_proj", "query_proj")
-    if not module.share_att_key:
-        names = ("pos_key_proj", "pos_query_proj")
-    tables = [
-        torch.unflatten(getattr(module, name)(places), -1, (heads, -1)).transpose(0, 1)
-        if kind in module.pos_att_type else None
-        for name, kind in zip(names, ("c2p", "p2c"), strict=True)
-    ]  # fmt: skip
+    prefix = "" if module.share_att_key else "pos_"
+    tables: dict[str, Any] = {
+        name: _heads(module, getattr(module, f"{prefix}{projection}")(places)).transpose(0, 1)
+        for kind, name, projection in (
+            ("c2p", "position_key", "key_proj"), ("p2c", "position_query", "query_proj")
+        )
+        if kind in kinds
+    }  # fmt: skip
+    longest = module.max_relative_positions if module.position_buckets > 0 else None
     output = functional.disentangled_attention(
-        *(torch.unflatten(x[0], -1, (heads, -1)) for x in rows),
-        *tables,
-        max_distance=module.max_relative_positions if module.position_buckets > 0 else None,
-        cu_seqlens_q=packing.cu_seqlens_q,
-        cu_seqlens_k=packing.cu_seqlens_k,
-        max_seqlen_q=packing.max_seqlen,
-        max_seqlen_k=packing.max_seqlen,
-        dropout_p=dropout_probability(module.dropout),
+        query, key, value, **tables, max_distance=longest, **settings
     )
     return output.flatten(-2)[None]
+
+
+def _heads(module: Any, x: Tensor) -> Tensor:
+    """Split ``[rows, width]`` in ``[rows, heads, dim]``."""
+    return torch.unflatten(x, -1, (module.num_attention_heads, -1))
 
 
 class DebertaLayer:
@@ -186,7 +195,7 @@ class PackedDeberta:
             or not has_values(keep)
             or not can_pack(tokens, False, keep)
             or not self._is_ours()
-            or needs_batch(self, by_ours=False)
+            or _needs_batch(self)
         ):
             return None
         keep = keep.bool()
@@ -202,7 +211,7 @@ class PackedDeberta:
     def _states(self: Any, given: dict[str, Any], packing: Packing) -> list[Tensor]:
         """Compute the packed embeddings and the outputs of all layers; the last alone if enough."""
         encoder, sequences = self.encoder, Sequences(packing)
-        embedded = rows = self.embeddings(**_packed_arguments(given, packing))
+        embedded = rows = self._embedded(given, packing)
         states = [rows]
         positions = encoder.get_rel_embedding()
         for i, layer in enumerate(encoder.layer):
@@ -211,6 +220,22 @@ class PackedDeberta:
                 rows = _convolved(encoder.conv, embedded, rows, packing)
             states.append(rows)
         return states if _asked(self, given, "output_hidden_states") else states[-1:]
+
+    def _embedded(self: Any, given: dict[str, Any], packing: Packing) -> Tensor:
+        """Compute the embeddings of real tokens; of all, if a hook wants to see the batch."""
+        if is_untouched(self.embeddings) and not needs_batch(self.embeddings):
+            found: Tensor = self.embeddings(**_packed_arguments(given, packing))
+            return found
+        names = "input_ids", "token_type_ids", "position_ids", "inputs_embeds"
+        padded = self.embeddings(**{n: given[n] for n in names if given.get(n) is not None})
+        return functional.pack(padded, packing)[None]
+
+
+def _needs_batch(model: Any) -> str:
+    """Say what in a model may need the batch that it was given; empty if nothing does."""
+    if not is_untouched(model.encoder):
+        return "'encoder' has a hook, or its forward was replaced"
+    return needs_batch(model.encoder, by_ours=False)
 
 
 def _are_whole(keep: Tensor) -> bool:
@@ -274,7 +299,7 @@ def plan_deberta(plan: Plan, model: nn.Module, reads: str, pack: bool) -> set[in
             plan.leave(path, module, reason)
             continue
         plan.give(path, module, combined(PackedDeberta, cls), PackedDeberta.FUSED)
-        reason = needs_batch(module, by_ours=False)
+        reason = _needs_batch(module)
         if reason:
             plan.leave(path, module, f"computed padded: {reason}")
         for i, layer in enumerate(module.encoder.layer):
