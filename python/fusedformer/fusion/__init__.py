@@ -25,10 +25,9 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     Of ``torch.nn``: Softmax, LogSoftmax, LayerNorm, RMSNorm, CrossEntropyLoss, MultiheadAttention,
     and the layers and stacks of encoder and decoder, whole; also subclasses that leave the
     computation alone. Of Hugging Face's transformers: the attention of every ``PreTrainedModel``
-    that takes registered implementations, and the layers and the encoder of BERT, RoBERTa, XLM-R,
-    CamemBERT, ELECTRA, DistilBERT and ALBERT, and the whole of ModernBERT and DeBERTa v2 and v3,
-    which then compute real tokens only. Of sentence-transformers: pooling, and ``encode``, in which
-    tokens stay packed.
+    that takes registered implementations, RMS norms, and the layers of some thirty families of
+    encoders (BERT's kin, MPNet, DeBERTa, ModernBERT, NomicBERT, Qwen3, T5, ...), which then compute
+    real tokens only. Of sentence-transformers: pooling, and ``encode``, in which tokens stay packed.
 
     Calling it again changes nothing. Parameters are the same objects before and after; the
     state_dict does not change.
