@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,19 +10,20 @@ import torch
 from tests.ops.judge import check, grad
 
 from fusedformer import functional as F
+from fusedformer_kernels.runtime import configs
 
 ROWS = 33  # three passes of some programs, and one row of four in the last tile
+SMALL = configs.Target("cuda", 89, 32, 100, 99 * 1024)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(768, torch.bfloat16), (776, torch.float32)], ids=str)
 def test_norm_over_many_rows(width: int, dtype: torch.dtype, device: str) -> None:
     """Three parts of a row, and four, the last of which has few columns."""
-    rows = {name: grad(ROWS, width, device=device) for name in ("input", "residual")}
-    parameters = {name: grad(width, device=device) for name in ("weight", "bias", "input_bias")}
-    check(
-        "dropout_add_layer_norm", dtype, normalized_shape=(width,), return_sum=True, **rows,
-        **parameters,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        name: grad(ROWS, width, device=device) for name in ("input", "residual")
+    }
+    given |= {name: grad(width, device=device) for name in ("weight", "bias", "input_bias")}
+    check("dropout_add_layer_norm", dtype, normalized_shape=(width,), return_sum=True, **given)
 
 
 def test_activation_over_many_rows(device: str) -> None:
@@ -49,3 +51,12 @@ def test_rows_get_the_bits_that_they_get_alone(device: str) -> None:
     assert torch.equal(dbias, dy[30])
     normed = torch.nn.functional.layer_norm(x[30].double(), (768,))
     torch.testing.assert_close(dweight.double(), dy[30] * normed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [*configs.TARGETS.values(), SMALL], ids=lambda t: str(t.arch))
+def test_rows_that_are_loaded_ahead_fit_into_shared_memory(target: configs.Target) -> None:
+    for columns, loaded in product((5, 768, 4096, 8192), (4, 8, 16)):
+        tile = configs.persistent_tile("norm_backward", columns, 8192, False, loaded, target)
+        stage = tile.block_m * tile.block_n * tile.parts * loaded
+        assert (tile.num_stages - 1) * stage < target.shared_memory
+        assert tile.num_stages > 1 or stage > 60_000

@@ -242,7 +242,10 @@ def embedding_backward(
         sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
     else:
         target = configs.target_of(device)
-        config = configs.persistent_tile("embedding_backward", n_columns, LONGEST, False, target)
+        loaded = dy.element_size() + 3 * tokens.element_size()
+        config = configs.persistent_tile(
+            "embedding_backward", n_columns, LONGEST, False, loaded, target
+        )
         blocks = configs.ceil_div(n_rows, config.block_m)
         programs = configs.row_programs(blocks, target, config.programs)
         shape = programs, sum(wanted) * n_columns

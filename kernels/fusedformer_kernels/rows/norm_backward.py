@@ -298,7 +298,10 @@ def norm_backward(
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
-    config = configs.persistent_tile("norm_backward", n_columns, longest, needs_input_bias, target)
+    loaded = sum(t.element_size() for t in (dy, sum_grad, z) if t is not None)
+    config = configs.persistent_tile(
+        "norm_backward", n_columns, longest, needs_input_bias, loaded, target
+    )
     one_pass = n_columns <= longest
     block_m = config.block_m if one_pass else 8
     programs = configs.row_programs(

@@ -206,24 +206,27 @@ def _parts_default(columns: int, one_pass: int, target: Target) -> PartsConfig:
 
 @cached_config
 def persistent_tile(
-    kernel: str, columns: int, one_pass: int, heavy: bool, target: Target
+    kernel: str, columns: int, one_pass: int, heavy: bool, loaded: int, target: Target
 ) -> PartsConfig:
     """The same for programs that walk the rows, load ahead and keep sums of columns.
 
     An SM holds eight warps of them; with three tiles it holds twelve, if the compiler lets go of
-    registers that it does not need. ``heavy`` ones have three sums, and need them.
+    registers that it does not need. ``heavy`` ones have three sums, and need them. ``loaded`` are
+    the bytes of a column of a row, in all tensors: as many stages are loaded ahead as have room.
     """
     tile = _parts_default(columns, one_pass, target)
     if columns > one_pass:
         return tile
     small = tile.parts < 4 and not heavy and tile.num_warps == 4 and target.backend == "cuda"
-    default = replace(
+    config = replace(
         tile, num_stages=3, programs=3 if small else max(1, 8 // tile.num_warps),
         max_registers=168 if small else 0,
     )
-    if heavy:
-        return default
-    return tuned_config((kernel, next_power_of_2(columns)), target, default)
+    if not heavy:
+        config = tuned_config((kernel, next_power_of_2(columns)), target, config)
+    stage = config.block_m * config.block_n * config.parts * loaded
+    room = (target.shared_memory - 4096) // stage
+    return replace(config, num_stages=max(1, min(config.num_stages, 1 + room)))
 
 
 @cached_config
