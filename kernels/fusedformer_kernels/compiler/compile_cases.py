@@ -345,8 +345,7 @@ def compile_cases() -> list[CompileCase]:
         add(f"attention d={dim}", full, partial(_attention, dim, full))
         call = partial(_attention, dim, full)
         add(f"attention d={dim} tf32", full, call, matrix=dim < 256, products="tf32")
-        if dim < 256:
-            add(f"attention d={dim} tf32x3", full, call, products="tf32x3")
+    add("attention d=64 tf32x3", full, partial(_attention, 64, full), products="tf32x3")
     for dtype in (full, torch.float16):
         call = partial(_attention, 64, dtype, sinks=_empty(16, dtype=dtype))
         add("attention d=64 sinks", dtype, call, matrix=dtype != full)
