@@ -21,7 +21,8 @@ from fusedformer import functional as F
 # What ncu is told to look at: torch's kernels are none of these.
 KERNELS = (
     "_attention_forward", "_attention_backward_keys", "_attention_backward_queries",
-    "_norm_backward", "_bias_activation_forward", "_bias_activation_backward", "_softmax_forward",
+    "_norm_backward", "_bias_activation_forward", "_bias_activation_backward",
+    "_long_softmax_forward", "_long_softmax_backward",
 )  # fmt: skip
 
 

@@ -104,6 +104,10 @@ OTHERS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = 
         partial(F.layer_norm, normalized_shape=(8200,)),
         lambda: {"input": leaf(3, 8200), "weight": leaf(8200), "bias": leaf(8200)},
     ),
+    "softmax of rows in chunks": (
+        partial(F.softmax, dim=-1),
+        lambda: {"input": leaf(2, 33008)},
+    ),
     "attention's weights": (
         partial(F.scaled_dot_product_attention, return_weights="per_head"),
         lambda: {name: leaf(2, 2, 21, 16) for name in ("query", "key", "value")},

@@ -289,15 +289,15 @@ def float32_products() -> str:
 def dot_precision(dtype: torch.dtype, target: Target | None = None, dim: int = 0) -> str:
     """Precision of float32 products: "tf32" where torch's own setting for products is that.
 
-    Those of attention, for a target and of the larger head dim, may be by three of TF32; above 128
-    these have no registers.
+    Those of attention, for a target and of the larger head dim, may be by three of TF32. Above 64
+    the backward has no registers for them.
     """
     if dtype != torch.float32:
         return "ieee"
     if precision_of_products() == "tf32":
         return "tf32"
     has_tf32 = target is not None and target.backend == "cuda" and int(target.arch) >= 80
-    return "tf32x3" if _float32_products == "tf32x3" and has_tf32 and dim <= 128 else "ieee"
+    return "tf32x3" if _float32_products == "tf32x3" and has_tf32 and dim <= 64 else "ieee"
 
 
 # What ``torch.backends.cuda.matmul.fp32_precision`` is, by the short way to it.
@@ -397,7 +397,6 @@ _HOPPER_FORWARD = {
     ("ieee", 256): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 16, 32, True)),
     # HMMA here and in the backward, which is to find the very scores of the forward again.
     ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 32, True)),
-    ("tf32x3", 128): (AttentionConfig(4, 1, 32, 32, True), AttentionConfig(4, 1, 16, 32, True)),
     ("tf32", 64): (AttentionConfig(4, 2, 64, 32), AttentionConfig(4, 2, 64, 32)),
     ("tf32", 128): (AttentionConfig(8, 1, 64, 32, True), AttentionConfig(8, 1, 64, 32, True)),
     # A tile of 64 rows, which HGMMA wants, spills here: HMMA then.
@@ -416,10 +415,6 @@ _HOPPER_BACKWARD = {
     ("ieee", 128): (AttentionConfig(8, 1, 32, 32, True), AttentionConfig(8, 1, 32, 32, True)),
     ("ieee", 256): (AttentionConfig(8, 1, 16, 32, True), AttentionConfig(8, 1, 16, 32, True)),
     ("tf32x3", 64): (AttentionConfig(4, 1, 32, 32), AttentionConfig(4, 1, 32, 16, True, True)),
-    ("tf32x3", 128): (
-        AttentionConfig(4, 1, 32, 16, True, True),
-        AttentionConfig(4, 1, 16, 16, True, True),
-    ),
     ("tf32", 64): (AttentionConfig(4, 1, 32, 64), AttentionConfig(8, 1, 32, 64, True)),
     ("tf32", 128): (
         AttentionConfig(8, 1, 16, 64, True, True),

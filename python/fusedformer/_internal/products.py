@@ -17,7 +17,7 @@ def set_float32_products(name: Products) -> None:
             IEEE float32, or in TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is
             ``"tf32"`` (``torch.set_float32_matmul_precision("high")`` makes it that).
             ``"tf32x3"``: in the place of IEEE products, three of TF32 each on tensor cores, where
-            the device is of sm_80 or later and head dims are at most 128.
+            the device is of sm_80 or later and head dims are at most 64.
 
     Raises:
         ValueError: ``name`` is neither.
