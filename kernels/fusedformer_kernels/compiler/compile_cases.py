@@ -38,6 +38,8 @@ from fusedformer_kernels.rows.norm import norm_backward, norm_forward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.tuned import forced
 
 HALF = torch.bfloat16
 CORE_FLOAT32 = {"softmax 1024", "layer_norm 768", "bias_gelu", "attention d=64"}
@@ -191,6 +193,7 @@ def _attention(
     keys: int = 2048,
     packed: bool = False,
     weights: str = "",
+    gradients: bool = True,
     **terms: Any,
 ) -> None:
     length, heads, batch = keys, 16, 4
@@ -221,8 +224,21 @@ def _attention(
         attention_weights_backward(result, q, k, statistics, given, average, needs)
         return
     output, _, statistics = attention_forward(q, k, v, given)
+    if not gradients:
+        return
     needs = [True, True, True, *learned, given.sinks is not None]
     attention_backward(output, None, q, k, v, output, statistics, given, needs)
+
+
+def _specialized(head_dim: int, **more: Any) -> None:
+    """Call attention's forward as a table may ask for it on sm_90; elsewhere nothing is called."""
+    kind = configs.AttentionKind(head_dim, "half", causal="right" in more)
+    target = configs.assumed_target()
+    if target is None or not configs.can_specialize(kind, target):
+        return
+    fields = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
+    with forced(("attention_forward", *kind.words), {**fields, "specialized": True}):
+        _attention(head_dim, HALF, gradients=False, **more)
 
 
 def _places(mask: torch.Tensor, tail: bool) -> None:
@@ -401,6 +417,12 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,
         )
+    specialized: dict[str, dict[str, Any]] = {
+        "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
+    }
+    for dim, form in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
+        call = partial(_specialized, dim, **specialized[form])
+        add(f"attention d={dim} specialized{form}", HALF, call, matrix=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
         add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))
