@@ -420,9 +420,9 @@ def compile_cases() -> list[CompileCase]:
     specialized: dict[str, dict[str, Any]] = {
         "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
     }
-    for dim, form in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
-        call = partial(_specialized, dim, **specialized[form])
-        add(f"attention d={dim} specialized{form}", HALF, call, matrix=True)
+    for dim, kind in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
+        call = partial(_specialized, dim, **specialized[kind])
+        add(f"attention d={dim} specialized{kind}", HALF, call, matrix=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
         add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))
