@@ -52,6 +52,8 @@ def test_no_kernel_is_left_out(rows: list[dict[str, Any]], target: str) -> None:
     for path in (ROOT / "kernels/fusedformer_kernels").rglob("*.py"):
         launched |= set(re.findall(r"launch\(\s*(_\w+)", path.read_text()))
     assert len(launched) > 8
+    if target != "sm_90":
+        launched.remove("_attention_forward_specialized")
     assert launched <= {row["kernel"] for row in rows if row["target"] == target}
 
 
@@ -61,7 +63,7 @@ def test_attention_is_not_serialized_on_hopper(rows: list[dict[str, Any]]) -> No
         row["facts"]
         for row in rows
         if row["target"] == "sm_90"
-        and re.fullmatch(r"attention d=(64|128)( causal)?", row["case"])
+        and re.fullmatch(r"attention d=(64|128)( causal| specialized(, causal)?)?", row["case"])
         and row["dtype"] in ("bfloat16", "float16")
         and row["kernel"] != "_attention_delta"
     ]
