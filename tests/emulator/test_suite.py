@@ -22,12 +22,15 @@ CHOSEN = (
     # Its backward once waited for a thread that waited for it, on a GPU alone.
     "tests/ops/test_registration.py::test_opcheck[packed ATen, log-sum-exp, learned]",
 )
+MORE = {"sm_90": ("tests/ops/test_specialized_attention.py",), "sm_80": ()}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("emulated")
-    return {target: Run(folder / f"{target}.xml", target, *CHOSEN) for target in TARGETS}
+    return {
+        target: Run(folder / f"{target}.xml", target, *CHOSEN, *MORE[target]) for target in TARGETS
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)

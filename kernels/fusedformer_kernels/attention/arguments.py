@@ -92,6 +92,16 @@ def _layout(batch: int, head: int, row: int, dim: int) -> Layout:
     return Layout(batch // 8, head // 8, row // 8, dim, 1)
 
 
+def can_be_copied(*tensors: torch.Tensor) -> bool:
+    """Whether all rows of heads begin at multiples of 16 bytes and are contiguous."""
+    return all(
+        tensor.stride(3) == 1
+        and not any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:3])
+        and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+        for tensor in tensors
+    )
+
+
 @dataclass(frozen=True)
 class AttentionArguments:
     """What all kernels of one attention call are launched with."""

@@ -9,7 +9,8 @@ in tiles of BLOCK_N with the online softmax, so that no [queries, keys] matrix i
 Tiles that need no bounds or causal test run in a loop of their own; those that window, causality
 or a boolean mask hide do not run at all. Reads q once and k, v once per block of queries; writes o
 and two float32 per query for the backward, and lse if asked for. Few queries split the keys among
-programs (attention_merge.py). Source: Dao, FlashAttention-2, arXiv:2307.08691.
+programs (attention_merge.py). Where a tuned table says so, forward_specialized.py has the kernel
+that is launched in place of this one. Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton.language as tl
 from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
+    can_be_copied,
     layout_of,
 )
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
@@ -206,6 +208,10 @@ def attention_forward(
         arguments.kind, configs.target_of(query.device), arguments.max_queries,
         arguments.max_keys,
     )
+    if config.specialized and not can_be_copied(query, key, value):
+        config = configs.attention_forward_default(
+            arguments.kind, configs.target_of(query.device)
+        )
     splits = 1
     if config.keys_per_split and not arguments.lists_tiles:
         splits = max(1, configs.ceil_div(arguments.max_keys, config.keys_per_split))
@@ -221,6 +227,13 @@ def attention_forward(
             terms.right is not None,
         )
         blocks = work.shape[0]
+    if config.specialized:
+        from fusedformer_kernels.attention.forward_specialized import launch_specialized
+
+        launch_specialized(
+            (blocks * heads,), config, arguments, query, key, value, output, lse, statistics, work
+        )
+        return output, lse, statistics
     launch(
         _attention_forward, (blocks * heads, splits), config,
         query, key, value, o_parts, lse, statistics_parts, work,

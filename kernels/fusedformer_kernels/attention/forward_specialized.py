@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fusedformer_kernels.attention.arguments import Sizes
+from fusedformer_kernels.attention.arguments import AttentionArguments, Sizes, layout_of
 from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     log_sum_exp,
@@ -41,6 +41,8 @@ from fusedformer_kernels.attention.tiles import (
     which_block,
     with_sink,
 )
+from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, cast, store
 
 # Triton 3.9 has renamed it.
@@ -49,6 +51,9 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 GROUP = gl.constexpr(64)  # queries of a consumer: the rows of a product of four warps
 PIECE = gl.constexpr(32)  # rows that the producer copies at a time
 THREADS = gl.constexpr(128)  # of the producer, and of a consumer
+# A thread's, which setmaxnreg moves: 128 threads with 56 and 256 with 224 are an SM's registers.
+PRODUCER_REGISTERS = gl.constexpr(56)
+CONSUMER_REGISTERS = gl.constexpr(224)
 BLOCK_M = 128  # queries of a program
 
 
@@ -87,13 +92,18 @@ def _copy_rows(
     """Copy rows [first, first + BLOCK) of a [sequence, head_dim] matrix; what is outside is 0."""
     chunks: gl.constexpr = BLOCK_D // 8  # of 16 bytes, one a thread
     threads: gl.constexpr = gl.BlockedLayout([1, 8], [32 // chunks, chunks], [4, 1], [1, 0])
-    rows = gl.arange(0, PIECE, gl.SliceLayout(1, threads))
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, threads))
     wide_stride = row_stride(layout)
-    offsets = (rows * wide_stride)[:, None] + dims[None, :]
-    for piece in gl.static_range(BLOCK // PIECE):  # few addresses are in registers at a time
+    for piece in gl.static_range(BLOCK // PIECE):
+        # An instruction that stays where it is: addresses that are computed before their piece,
+        # or even before the warps part, would take registers that others need.
+        rows = gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [gl.arange(0, PIECE, gl.SliceLayout(1, threads))],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )
         start = first + piece * PIECE
         valid = (rows < n_rows - start)[:, None] & (dims < DIM)[None, :]
+        offsets = (rows * wide_stride)[:, None] + dims[None, :]
         part = tile.slice(piece * PIECE, PIECE)
         copy_async(part, base + start * wide_stride + offsets, mask=valid)
     async_copy.mbarrier_arrive(ready, increment_count=False)
@@ -103,13 +113,13 @@ def _copy_rows(
 def _produce(
     q_base, k_base, v_base, q_layout, k_layout, v_layout, first_row, n_queries, n_keys, first,
     last, q_tiles, q_ready, k_ring, v_ring, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Copy the queries, and tiles of keys and values as their stages become free."""
     for group in range(2):
         _copy_rows(
-            q_base, first_row + group * GROUP, n_queries, q_layout, q_tiles.index(group), q_ready,
-            HEAD_DIM, GROUP, BLOCK_D,
+            q_base, first_row + group * GROUP, n_queries, q_layout, q_tiles.index(group),
+            q_ready, HEAD_DIM, GROUP, BLOCK_D,
         )
     for index in range(first, last):
         stage, phase = _turn(index - first, STAGES)
@@ -122,7 +132,7 @@ def _produce(
         mbarrier.wait(v_ring.free.index(stage), phase ^ 1)
         _copy_rows(
             v_base, index * BLOCK_N, n_keys, v_layout, v_ring.tiles.index(stage),
-            v_ring.ready.index(stage), VALUE_DIM, BLOCK_N, BLOCK_DV,
+            v_ring.ready.index(stage), VALUE_DIM, BLOCK_N, BLOCK_D,
         )
 
 
@@ -171,12 +181,13 @@ def _weights_of(
 @gluon.jit
 def _attend(
     q, weights, acc, top, total, first, begin, end, first_row, s, sizes, place, k_ring, v_ring,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CHECKED: gl.constexpr,
-    score_layout: gl.constexpr, out_layout: gl.constexpr, pin,
+    pin, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CHECKED: gl.constexpr,
+    score_layout: gl.constexpr, out_layout: gl.constexpr,
 ):
     """Go on with tiles [begin, end); ``weights`` are those of the tile before ``begin``.
 
-    The values of a tile are multiplied while the weights of the next one are computed.
+    The values of a tile are multiplied while the weights of the next one are computed. ``pin`` is
+    shared memory for a row's sum, which nobody reads: it holds the last wait in its place.
     """
     for index in range(begin, end):
         turn = index - first
@@ -187,7 +198,7 @@ def _attend(
         tile_weights, rescale, top, total = _weights_of(
             scores, top, total, first_row, index * BLOCK_N, s, sizes, place, CHECKED, score_layout
         )
-        pin.store(total)
+        pin.store(total)  # without it ptxas waits before the exponentials, not behind them
         acc = warpgroup_mma_wait(0, deps=[acc])
         _release(v_ring, turn - 1, STAGES)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, out_layout))[:, None]
@@ -199,15 +210,15 @@ def _attend(
 def _consume(
     GROUP_NUMBER: gl.constexpr, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane,
     first_row, first, full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring,
-    VALUE_DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
+    VALUE_DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Compute 64 of the program's queries: at least one tile, then those seen whole, then others."""
+    """Walk all keys with 64 of the program's queries, and store what comes out."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, score_layout)
     first_row += GROUP_NUMBER * GROUP
     q = q_tiles.index(GROUP_NUMBER)
-    acc = gl.zeros([GROUP, BLOCK_DV], gl.float32, out_layout)
+    acc = gl.zeros([GROUP, BLOCK_D], gl.float32, out_layout)
     top = gl.full([GROUP], float("-inf"), gl.float32, by_row)
     total = gl.zeros([GROUP], gl.float32, by_row)
 
@@ -223,11 +234,11 @@ def _consume(
     whole = gl.maximum(gl.minimum(full, last), first + 1)
     weights, acc, top, total = _attend(
         q, weights, acc, top, total, first, first + 1, whole, first_row, s, sizes, place, k_ring,
-        v_ring, BLOCK_N, STAGES, False, score_layout, out_layout, pin,
+        v_ring, pin, BLOCK_N, STAGES, False, score_layout, out_layout,
     )
     weights, acc, top, total = _attend(
         q, weights, acc, top, total, first, whole, last, first_row, s, sizes, place, k_ring,
-        v_ring, BLOCK_N, STAGES, True, score_layout, out_layout, pin,
+        v_ring, pin, BLOCK_N, STAGES, True, score_layout, out_layout,
     )
     acc = _begin_output(weights, acc, v_ring, last - first - 1, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -246,7 +257,7 @@ def _consume(
         lse_rows_ptr = row_pointer(lse_ptr, sizes, place, lse_rows) + rows
         gl.store(lse_rows_ptr, log_sum_exp(top, total, False), mask=row_valid)
     rows = first_row + gl.arange(0, GROUP, gl.SliceLayout(1, out_layout))
-    dims = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, out_layout))
+    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, out_layout))
     o_base = matrix_of(o_ptr, o_layout, place.batch, place.head, place.q_start)
     o_rows = o_base + rows * row_stride(o_layout)
     valid = (rows < place.n_queries)[:, None] & (dims < VALUE_DIM)[None, :]
@@ -258,8 +269,7 @@ def _attention_forward_specialized(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, statistics_ptr, work_ptr, s, heads, queries, keys,
     in_sixteens, radius, q_layout, k_layout, v_layout, o_layout, lse_rows, plane,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     block_m: gl.constexpr = 2 * GROUP
@@ -280,7 +290,7 @@ def _attention_forward_specialized(
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=2 * THREADS)
     k_ring = _new_ring(dtype, STAGES, BLOCK_N, BLOCK_D)
-    v_ring = _new_ring(dtype, STAGES, BLOCK_N, BLOCK_DV)
+    v_ring = _new_ring(dtype, STAGES, BLOCK_N, BLOCK_D)
     q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
     k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
     v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
@@ -289,18 +299,55 @@ def _attention_forward_specialized(
             (_consume, (
                 0, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane, first_row, first,
                 full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring, VALUE_DIM, BLOCK_N,
-                BLOCK_DV, STAGES,
+                BLOCK_D, STAGES,
             )),
             (_consume, (
                 1, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane, first_row, first,
                 full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring, VALUE_DIM, BLOCK_N,
-                BLOCK_DV, STAGES,
+                BLOCK_D, STAGES,
             )),
             (_produce, (
                 q_base, k_base, v_base, q_layout, k_layout, v_layout, first_row, place.n_queries,
                 place.n_keys, first, last, q_tiles, q_ready, k_ring, v_ring, HEAD_DIM, VALUE_DIM,
-                BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
+                BLOCK_N, BLOCK_D, STAGES,
             )),
         ],
         [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def launch_specialized(
+    grid: tuple[int, ...],
+    config: configs.AttentionConfig,
+    arguments: AttentionArguments,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    statistics: torch.Tensor,
+    work: torch.Tensor | None,
+) -> None:
+    """Launch the kernel; tensors are those of :func:`forward.attention_forward`.
+
+    Raises:
+        ValueError: the config, or what is asked for, is not for this kernel.
+    """
+    if not configs.can_specialize(arguments.kind, configs.target_of(query.device)):
+        raise ValueError(
+            "a tuned config asks for attention with specialized warps, which is for sm_90, half "
+            f"precision, equal head dims up to 128 and nothing added: not for {arguments.kind}"
+        )
+    if (config.block_m, config.num_warps) != (BLOCK_M, 4):
+        raise ValueError(
+            f"attention with specialized warps: expected block_m={BLOCK_M} and num_warps=4, but "
+            f"got block_m={config.block_m} and num_warps={config.num_warps}"
+        )
+    names = "HEAD_DIM", "VALUE_DIM", "BLOCK_D"
+    launch(
+        _attention_forward_specialized, grid, config, query, key, value, output, lse, statistics,
+        work, arguments.scores, *arguments.sizes, layout_of(query), layout_of(key),
+        layout_of(value), layout_of(output), query.shape[2], statistics[0].numel(),
+        BLOCK_N=config.block_n, STAGES=config.num_stages,
+        **{name: arguments.constants[name] for name in names},
     )

@@ -125,11 +125,17 @@ def _compile(source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> Comp
     shared = int(compiled.metadata.shared)
     if gpu.backend == "hip":
         return _read_amdgcn(compiled.asm["amdgcn"], shared, seconds)
-    warps = options["num_warps"] if gpu.arch == 90 else 0
-    return _read_cubin(compiled.asm["cubin"], shared, seconds, warps)
+    if gpu.arch != 90:
+        return _read_cubin(compiled.asm["cubin"], shared, seconds)
+    warps = int(compiled.metadata.num_warps)
+    # Where warps are specialized there are more: four that copy, and the others have the main loop.
+    looping = warps if warps == options["num_warps"] else warps - 4
+    return _read_cubin(compiled.asm["cubin"], shared, seconds, warps, looping)
 
 
-def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) -> Compiled:
+def _read_cubin(
+    cubin: bytes, shared: int, seconds: float, hopper_warps: int = 0, looping: int = 0
+) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -159,10 +165,10 @@ def _read_cubin(cubin: bytes, shared: int, seconds: float, hopper_warps: int) ->
     of_hopper: dict[str, Any] = {}
     if hopper_warps:
         mix = main_loop(code)
-        a_pass, once = work_of(code, hopper_warps)
+        a_pass, once = work_of(code, looping)
         of_hopper = {
             "programs": programs_per_multiprocessor(registers, shared, hopper_warps),
-            "loop": mix.counts, "cycles": mix.cycles(hopper_warps), "loops": mix.in_loop,
+            "loop": mix.counts, "cycles": mix.cycles(looping), "loops": mix.in_loop,
             "a_pass": a_pass, "once": once,
             "wrong_descriptors": tuple(wrong_descriptors(code)),
         }  # fmt: skip

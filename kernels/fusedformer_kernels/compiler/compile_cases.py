@@ -42,6 +42,7 @@ from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
+from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.configs import assumed_target
 from fusedformer_kernels.runtime.tuned import forced
 
@@ -76,7 +77,8 @@ class CompileCase:
 
     ``matrix`` says that its kernels must reach the tensor cores. The ``core`` cases hold every
     kernel and every size class once: the test suite compiles those for all targets, and for sm_90
-    all cases but the ``extra`` ones, which share config and code with others.
+    all cases but the ``extra`` ones, which share config and code with others. ``forced`` ones have
+    configs that no shipped table has: they launch something on sm_90 alone, past plans.
     """
 
     name: str
@@ -86,6 +88,7 @@ class CompileCase:
     products: str = "ieee"  # of float32: also "tf32" and "tf32x3"
     core: bool = False
     extra: bool = False
+    forced: bool = False
 
 
 def _empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
@@ -208,6 +211,7 @@ def _attention(
     packed: bool = False,
     weights: str = "",
     one_pass: bool = False,
+    gradients: bool = True,
     **terms: Any,
 ) -> None:
     length, heads, batch = keys, 16, 4
@@ -238,6 +242,8 @@ def _attention(
         attention_weights_backward(result, q, k, statistics, given, average, needs)
         return
     output, _, statistics = attention_forward(q, k, v, given)
+    if not gradients:
+        return
     needs = [True, True, True, *learned, given.sinks is not None]
     forms: AbstractContextManager[None] = nullcontext()
     target = assumed_target()
@@ -270,6 +276,17 @@ def _disentangled(
     positions = PositionTerms(buckets, products, None if one_term else products)
     output, _, statistics = attention_forward(q, k, v, given, False, positions)
     disentangled_backward(output, q, k, v, output, statistics, given, positions, firsts)
+
+
+def _specialized(head_dim: int, **more: Any) -> None:
+    """Call attention's forward as a table may ask for it on sm_90; elsewhere nothing is called."""
+    kind = configs.AttentionKind(head_dim, "half", causal="right" in more)
+    target = assumed_target()
+    if target is None or not configs.can_specialize(kind, target):
+        return
+    fields = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
+    with forced(("attention_forward", *kind.words), {**fields, "specialized": True}):
+        _attention(head_dim, HALF, gradients=False, **more)
 
 
 def _places(mask: torch.Tensor, tail: bool) -> None:
@@ -463,7 +480,13 @@ def compile_cases() -> list[CompileCase]:
     add("disentangled d=64 one term", torch.float16, call, matrix=True)
     add("disentangled d=64", full, lambda: _disentangled(64, full, packed=True))
     call = partial(_disentangled, 64, full)
-    add("disentangled d=64 tf32", full, call, tf32=True)
+    add("disentangled d=64 tf32", full, call, products="tf32")
+    specialized: dict[str, dict[str, Any]] = {
+        "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
+    }
+    for dim, kind in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
+        call = partial(_specialized, dim, **specialized[kind])
+        add(f"attention d={dim} specialized{kind}", HALF, call, matrix=True, forced=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
     for tail, name in ((False, "pack places"), (True, "pack places, tail")):
         add(name, HALF, partial(_places, _empty(64, 512, dtype=torch.bool), tail))

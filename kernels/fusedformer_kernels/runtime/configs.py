@@ -351,6 +351,7 @@ class AttentionConfig(LaunchConfig):
     split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
     keys_per_split: int = 0  # forward: keys that one program walks when queries are few; 0: all
     passes: int = 2  # backward: 1 for one over the keys that gives dq too (query_sums.py)
+    specialized: bool = False  # forward, on sm_90: the kernel whose warps copy or multiply
 
 
 @dataclass(frozen=True)
@@ -452,13 +453,21 @@ def attention_forward_config(
         block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
-    default = _attention_forward_default(kind, target)
+    default = attention_forward_default(kind, target)
     if not kind.equal or kind.gathers:  # see attention_backward_config
         return default
     return tuned_config(("attention_forward", *kind.words), target, default)
 
 
-def _attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
+def can_specialize(kind: AttentionKind, target: Target) -> bool:
+    """Whether there is a kernel with specialized warps, which only a table may ask for."""
+    is_hopper = target.backend == "cuda" and target.arch == 90 and not target.interpreted
+    is_simple = kind.operands == "half" and kind.equal and not kind.heavy
+    return is_hopper and is_simple and 64 <= kind.dim <= 128
+
+
+def attention_forward_default(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Tile of the forward kernel where no table has an entry, or its kernel does not fit."""
     if target.backend == "hip":
         if kind.size == 256 or kind.operands != "half":
             return AttentionConfig(4, 1, 64, 32)

@@ -52,6 +52,8 @@ def reason_against(workload: Workload, fields: Fields | None, target: Target) ->
     from fusedformer_kernels.compiler.ahead_of_time import compile_launch
 
     size = next(iter(workload.shapes.values()))
+    if fields and fields.get("specialized") and (target.backend, target.arch) != ("cuda", 90):
+        return "specialized warps are for sm_90"
     for launch in launches_of(workload, fields, size, target):
         if launch.config.num_warps * 32 > 1024:
             return "more than 1024 threads"

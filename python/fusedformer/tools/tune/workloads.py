@@ -72,7 +72,7 @@ def _attention() -> Iterator[Workload]:
         kind = configs.AttentionKind(dim, "half", heavy, causal)
         shapes = {f"S={n}": (16384 // n, 1024 // dim, n, dim) for n in lengths[dim]}
         for name, found, call in (
-            ("attention_forward", _forward_tiles(dim, heavy), _attention_forward),
+            ("attention_forward", _forward_tiles(kind), _attention_forward),
             ("attention_backward", _backward_tiles(dim), _attention_backward),
         ):
             yield Workload(
@@ -84,9 +84,15 @@ def _attention() -> Iterator[Workload]:
             )
 
 
-def _forward_tiles(dim: int, heavy: bool) -> tuple[Fields, ...]:
-    small = dim == 64
-    return tuple(
+def _forward_tiles(kind: configs.AttentionKind) -> tuple[Fields, ...]:
+    dim, heavy, small = kind.dim, kind.heavy, kind.dim == 64
+    tiles: list[Fields] = []
+    if configs.can_specialize(kind, configs.TARGETS["sm_90"]):
+        tiles += [
+            {"block_m": 128, "block_n": n, "num_warps": 4, "num_stages": s, "specialized": True}
+            for n, s in product((64, 128), (2, 3))
+        ]
+    tiles += (
         {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one}
         for m, n, w, s, one in product(
             (64, 128),
@@ -96,6 +102,7 @@ def _forward_tiles(dim: int, heavy: bool) -> tuple[Fields, ...]:
             (False,) if small and not heavy else (False, True),
         )
     )
+    return tuple(tiles)
 
 
 def _backward_tiles(dim: int) -> tuple[Fields, ...]:

@@ -1,0 +1,104 @@
+"""When attention is launched with specialized warps, and how it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedformer.tools.tune.search import reason_against
+from fusedformer.tools.tune.workloads import workloads
+from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+
+FIELDS = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "specialized": True}
+SPECIALIZED = "_attention_forward_specialized"
+
+
+def launched(
+    query: torch.Tensor,
+    fields: dict[str, Any] | None = None,
+    target: configs.Target = configs.TARGETS["sm_90"],
+    keys: torch.Tensor | None = None,
+    **terms: Any,
+) -> Launch:
+    """The launch of attention when a table has these fields for its kind."""
+    heavy, causal = "seed" in terms, "right" in terms
+    kind = configs.AttentionKind(query.shape[3], "half", heavy, causal)
+    key = query if keys is None else keys
+    with (
+        configs.assume_target(target),
+        recorded_launches(run=False) as launches,
+        tuned.forced(("attention_forward", *kind.words), fields or {}),
+    ):
+        attention_forward(query, key, key, AttentionTerms(scale=0.1, **terms))
+    return next(launch for launch in launches if "attention" in launch.name)
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def test_only_a_table_asks_for_specialized_warps() -> None:
+    causal_and_not: list[dict[str, Any]] = [{}, {"right": 0}]
+    for dim in (64, 128):
+        for terms in causal_and_not:
+            x = heads(2, 4, 300, dim)
+            assert launched(x, **terms).name == "_attention_forward"
+            launch = launched(x, FIELDS, **terms)
+            assert launch.name == SPECIALIZED and launch.grid == (24,)
+            assert (launch.arguments["BLOCK_N"], launch.arguments["STAGES"]) == (128, 2)
+
+
+def test_no_shipped_table_names_a_kernel_that_nobody_has_timed() -> None:
+    tables = [tuned.read(path) for path in tuned.SHIPPED.glob("*.json")]
+    assert tables
+    assert not any("specialized" in fields for table in tables for fields in table.values())
+
+
+def test_rows_that_cannot_be_copied_take_the_default() -> None:
+    kind = configs.AttentionKind(64, "half")
+    default = configs.attention_forward_default(kind, configs.TARGETS["sm_90"])
+    # Rows of 68 elements, and every second element.
+    for x in (heads(2, 300, 4, 68).transpose(1, 2)[..., :64], heads(2, 4, 300, 128)[..., ::2]):
+        launch = launched(x, FIELDS)
+        assert launch.name == "_attention_forward" and launch.config == default
+
+
+def test_few_queries_are_split_as_ever() -> None:
+    launch = launched(heads(2, 4, 3, 64), FIELDS, keys=heads(2, 4, 2000, 64))
+    assert launch.name == "_attention_forward" and launch.grid[1] == 4
+
+
+def test_what_the_kernel_is_not_for_is_refused() -> None:
+    seed = heads(1, dtype=torch.int64)
+    x = heads(2, 4, 300, 64)
+    for target in (configs.TARGETS["sm_80"], configs.INTERPRETED):
+        with pytest.raises(ValueError, match="specialized warps, which is for sm_90"):
+            launched(x, FIELDS, target)
+    with pytest.raises(ValueError, match="specialized warps, which is for sm_90"):
+        launched(x, FIELDS, seed=seed, p=0.1)
+    with pytest.raises(ValueError, match="specialized warps, which is for sm_90"):
+        launched(heads(2, 4, 300, 256), FIELDS)
+    with pytest.raises(ValueError, match="block_m=128 and num_warps=4, but got block_m=64"):
+        launched(x, {**FIELDS, "block_m": 64})
+
+
+def test_tuning_tries_it_on_sm_90_alone() -> None:
+    tried = {
+        workload.name: [fields for fields in workload.candidates if fields.get("specialized")]
+        for workload in workloads()
+    }
+    assert {name for name, fields in tried.items() if fields} == {
+        f"attention_forward half {dim} plain {form}"
+        for dim in (64, 128)
+        for form in ("full", "causal")
+    }
+    workload = next(w for w in workloads() if w.name == "attention_forward half 64 plain full")
+    reason = reason_against(workload, tried[workload.name][0], configs.TARGETS["sm_80"])
+    assert reason == "specialized warps are for sm_90"
