@@ -52,13 +52,10 @@ def test_no_kernel_is_left_out(rows: list[dict[str, Any]], target: str) -> None:
     for path in (ROOT / "kernels/fusedformer_kernels").rglob("*.py"):
         launched |= set(re.findall(r"launch\(\s*(_\w+)", path.read_text()))
     assert len(launched) > 8
-<<<<<<< HEAD
     if target == "gfx942":
         launched -= {"_clear_query_sums", "_store_query_sums"}  # of one pass, on NVIDIA's alone
-=======
     if target != "sm_90":
         launched.remove("_attention_forward_specialized")
->>>>>>> helper-d
     assert launched <= {row["kernel"] for row in rows if row["target"] == target}
 
 
@@ -68,11 +65,9 @@ def test_attention_is_not_serialized_on_hopper(rows: list[dict[str, Any]]) -> No
         row["facts"]
         for row in rows
         if row["target"] == "sm_90"
-<<<<<<< HEAD
-        and re.fullmatch(r"attention d=(64|128)( causal| one pass)?", row["case"])
-=======
-        and re.fullmatch(r"attention d=(64|128)( causal| specialized(, causal)?)?", row["case"])
->>>>>>> helper-d
+        and re.fullmatch(
+            r"attention d=(64|128)( causal| one pass| specialized(, causal)?)?", row["case"]
+        )
         and row["dtype"] in ("bfloat16", "float16")
         and re.match(r"_attention_(forward|backward)", row["kernel"])
     ]
