@@ -29,7 +29,7 @@ def launched(
 ) -> Launch:
     """The launch of attention when a table has these fields for its kind."""
     heavy, causal = "seed" in terms, "right" in terms
-    kind = configs.AttentionKind(query.shape[3], "half", heavy, causal)
+    kind = configs.AttentionKind(configs.padded_dim(query.shape[3]), "half", heavy, causal)
     key = query if keys is None else keys
     with (
         configs.assume_target(target),
@@ -64,8 +64,12 @@ def test_no_shipped_table_names_a_kernel_that_nobody_has_timed() -> None:
 def test_rows_that_cannot_be_copied_take_the_default() -> None:
     kind = configs.AttentionKind(64, "half")
     default = configs.attention_forward_default(kind, configs.TARGETS["sm_90"])
-    # Rows of 68 elements, and every second element.
-    for x in (heads(2, 300, 4, 68).transpose(1, 2)[..., :64], heads(2, 4, 300, 128)[..., ::2]):
+    # Rows of 68 elements, every second element, and heads of 60.
+    for x in (
+        heads(2, 300, 4, 68).transpose(1, 2)[..., :64],
+        heads(2, 4, 300, 128)[..., ::2],
+        heads(2, 4, 300, 64)[..., :60],
+    ):
         launch = launched(x, FIELDS)
         assert launch.name == "_attention_forward" and launch.config == default
 

@@ -93,10 +93,10 @@ def _layout(batch: int, head: int, row: int, dim: int) -> Layout:
 
 
 def can_be_copied(*tensors: torch.Tensor) -> bool:
-    """Whether all rows of heads begin at multiples of 16 bytes and are contiguous."""
+    """Whether all rows of heads are pieces of 16 bytes, at multiples of 16."""
     return all(
         tensor.stride(3) == 1
-        and not any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:3])
+        and not any(n * tensor.element_size() % 16 for n in (*tensor.stride()[:3], tensor.shape[3]))
         and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
         for tensor in tensors
     )
