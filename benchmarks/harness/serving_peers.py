@@ -1,9 +1,8 @@
-"""Other runtimes and libraries that embed text on a CPU, with the weights of a stock BERT."""
+"""Another runtime and another library that embed text on a CPU, with the weights of a BERT."""
 
 from __future__ import annotations
 
 import importlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,41 +29,6 @@ def openvino(model: nn.Module, dtype: torch.dtype) -> Hidden:
     def hidden(ids: Tensor, mask: Tensor) -> Tensor:
         given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
         return torch.from_numpy(compiled(given)[0])
-
-    return hidden
-
-
-class _Hidden(nn.Module):
-    """A model that takes its two inputs by position, and returns one tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = self.model(ids, attention_mask=mask).last_hidden_state
-        return found
-
-
-def onnxruntime(model: nn.Module, dtype: torch.dtype) -> Hidden:
-    """Run ``model`` in ONNX Runtime, which has float32 alone on the CPU."""
-    if dtype != torch.float32:
-        raise Unsupported("it computes in float32 on the CPU")
-    ort, _ = _found("onnxruntime"), _found("onnx")
-    names = list(_example())
-    axes = {name: {0: "batch", 1: "length"} for name in (*names, "hidden")}
-    file: Any = io.BytesIO()
-    torch.onnx.export(
-        model, (), file, kwargs=_example(), input_names=names, output_names=["hidden"],
-        dynamic_axes=axes, dynamo=False,
-    )  # fmt: skip
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-
-    def hidden(ids: Tensor, mask: Tensor) -> Tensor:
-        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        return torch.from_numpy(session.run(["hidden"], given)[0])
 
     return hidden
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness import counting
 from harness.case import REFERENCE, Case, NotApplicable, Program, Provider, Sizes, Suite
-from harness.serving_peers import Hidden, onnxruntime, openvino, sentence_transformer
+from harness.serving_peers import Hidden, openvino, sentence_transformer
 from suites.bench_encoder import natural_lengths
 
 BATCH = 32
@@ -154,7 +154,7 @@ def truth(case: Case, device: torch.device) -> Program:
 
 
 def providers(device: torch.device, compile: str) -> dict[str, Provider]:
-    """List who embeds here; other runtimes on the CPU alone, where they are the ones to beat."""
+    """List who embeds here; others on the CPU alone, where they are the ones to beat."""
 
     def peer(build: Any) -> Provider:
         stock = torch.float32
@@ -166,7 +166,7 @@ def providers(device: torch.device, compile: str) -> dict[str, Provider]:
     }
     if device.type == "cpu":
         found["sentence-transformers"] = _sentence_transformer
-        found["OpenVINO"], found["ONNX Runtime"] = peer(openvino), peer(onnxruntime)
+        found["OpenVINO"] = peer(openvino)
     return found
 
 
