@@ -521,8 +521,10 @@ def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> Atten
 
 def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles of scores; block_n buckets of each row or column."""
+    if target.backend == "hip":
+        return AttentionConfig(4, 1, 32, 32 if kind.operands == "half" else 16)
     if kind.operands != "half":
         return AttentionConfig(8, 1, 16, 32)
-    if target.backend == "hip" or kind.size == 256:
+    if kind.size == 256:
         return AttentionConfig(4, 1, 32, 32)
     return AttentionConfig(8, 1, 64, 64)
