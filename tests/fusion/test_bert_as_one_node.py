@@ -43,7 +43,7 @@ def models() -> Iterator[tuple[str, Any]]:
 
 
 def other_forms() -> Iterator[tuple[str, bool, Any]]:
-    """Norms first; a gate of its own; rotary embedding, behind a norm. One layer of each."""
+    """Norms first; a gate of its own; rotary embedding; RMS norms. One layer of each."""
     t, sizes = transformers, {**SIZES, "num_hidden_layers": 1}
     rotary = {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 2}
     yield (
@@ -52,6 +52,8 @@ def other_forms() -> Iterator[tuple[str, bool, Any]]:
     )  # fmt: skip
     yield "gte", True, lambda: t.GteModel(t.GteConfig(**sizes, hidden_dropout_prob=0.2))
     yield "esm", False, lambda: t.EsmModel(t.EsmConfig(**sizes, **rotary))
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "mask_token_id": 3}
+    yield "eurobert", True, lambda: t.EuroBertModel(t.EuroBertConfig(**sizes, **tokens))
 
 
 @pytest.mark.parametrize(("name", "pack", "make"), list(other_forms()))
