@@ -4,8 +4,8 @@ For the backward in one pass over the keys (backward.py): the program of each bl
 share of dq to float32 sums. It waits for its turn at each tile of queries, which comes after that
 of the block of keys before: the same sums, bit for bit, in every run. Programs number themselves by
 a ticket, so that those waited for have all begun, in whatever order a GPU begins them; each goes
-back from its last queries, looks at a turn before its last two products, and takes it after them, once it has given the tile
-before on, whose adds have had the time to arrive.
+back from its last queries, looks at a turn before its last two products, and takes it after them,
+once it has given the tile before on, whose adds have had the time to arrive.
 
 The sums of a tile lie in memory as threads hold a product on tensor cores, rows i, i + 8 of columns
 j, j + 1 together: 16 bytes for each add. Writes zeros once and reads the sums once, 4 bytes an
