@@ -3,8 +3,9 @@
 For the backward in one pass over the keys (backward.py): the program of each block of keys adds its
 share of dq to float32 sums. It waits for its turn at each tile of queries, which comes after that
 of the block of keys before: the same sums, bit for bit, in every run. Programs number themselves by
-a ticket, so that those waited for have all begun, in whatever order a GPU begins them; a program
-looks at a turn before its products and takes it after them, and gives the tile before on then.
+a ticket, so that those waited for have all begun, in whatever order a GPU begins them; each goes
+back from its last queries, looks at a turn before its last two products, and takes it after them,
+once it has given the tile before on, whose adds have had the time to arrive.
 
 The sums of a tile lie in memory as threads hold a product on tensor cores, rows i, i + 8 of columns
 j, j + 1 together: 16 bytes for each add. Writes zeros once and reads the sums once, 4 bytes an
@@ -91,9 +92,10 @@ def look_at_turn(turn):
 def take_turn(turn, seen, number, goes_on):
     """Give the turn of the tile before on, if there is one, and wait until this one is ``number``.
 
-    The first thread does, for all. A barrier is between its fence and what others have added to the
-    tile before, since the product that is added now takes what all warps have stored for it. Under
-    the interpreter programs run one after another.
+    The tile before is the next one in memory. The first thread does it for all. A barrier is
+    between its fence and what others have added to the tile before, since the product that is added
+    now takes what all warps have stored for it. Under the interpreter programs run one after
+    another.
     """
     if not INTERPRET:
         # A loop of Triton's own in a loop would leave that one without a pipeline.
