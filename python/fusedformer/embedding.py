@@ -49,7 +49,8 @@ def embed(
 
     Args:
         model_or_path: a ``SentenceTransformer``, or what one is loaded from: a folder, or a name.
-            A model that is not fused is fused for the call, and then what it was.
+            A model that is not fused is fused for the call, and then what it was; so is one that
+            is in training mode, which is computed in evaluation mode.
         texts: one text, or several; a text may be empty.
         batch_tokens: the largest number of tokens in a batch, padding included if it is computed;
             a batch has at least one text.
@@ -79,7 +80,7 @@ def embed(
     model = loaded(model_or_path, dtype, device)
     run = _Run(model, batch_tokens, model._resolve_prompt(prompt, prompt_name), truncate_dim)
     shown = _progress_bar(len(listed), show_progress_bar)
-    with _fused(model) as reason, shown as bar:
+    with _evaluated(model), _fused(model) as reason, shown as bar:
         if reason and listed:
             _warn(f"'model_or_path' computes padding: {reason}")
         vectors = run.vectors(listed, reason, bar)
@@ -111,7 +112,6 @@ class _Run:
     @torch.inference_mode()
     def vectors(self, texts: list[str], padded: str, bar: Any) -> Tensor:
         """Compute the vectors of all texts, in their order."""
-        self.model.eval()
         found: Any = None
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for start in range(0, len(order), _TOKENIZED_AT_ONCE):
@@ -188,6 +188,18 @@ def _cut(order: list[int], sizes: list[int], most: int, padded: bool) -> Iterato
         tokens += added
     if batch:
         yield batch
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[None]:
+    """Put ``model`` into evaluation mode for a while; parts of it may be in that mode anyway."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_it_takes_what_encode_takes(tmp_path: Path) -> None:
     found, rows = fusedformer.embed(both.fused, many), fusedformer.embed(both.fused, TEXTS)
     np.testing.assert_allclose(found[-3:], rows[[i % 7 for i in range(len(many) - 3, len(many))]],
                                atol=1e-6)  # fmt: skip
+
+
+def test_a_model_keeps_its_mode_and_classes(tmp_path: Path) -> None:
+    """Also parts that are in another mode than the model, and where the call is interrupted."""
+    model = dense_model(tmp_path)
+    wanted = model.encode(TEXTS[:3])
+    model.train()[1].eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    modes, kinds = [m.training for m in model.modules()], classes(model)
+    np.testing.assert_allclose(fusedformer.embed(model, TEXTS[:3]), wanted, atol=1e-5)
+    assert [m.training for m in model.modules()] == modes and classes(model) == kinds
+    model[1].forward = mock.Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fusedformer.embed(model, TEXTS[:3])
+    assert [m.training for m in model.modules()] == modes and classes(model) == kinds
 
 
 def test_batches_have_as_many_tokens_as_fit(tmp_path: Path) -> None:
@@ -186,3 +204,6 @@ def test_the_command_writes_vectors(tmp_path: Path, capsys: pytest.CaptureFixtur
     given[3] = str(tmp_path / "none.txt")
     assert main(["embed", *given]) == 2
     assert "none.txt" in capsys.readouterr().err
+    given[3], given[5] = str(tmp_path / "texts.txt"), str(tmp_path / "texts.txt" / "ours.npy")
+    assert main(["embed", *given]) == 2
+    assert "texts.txt" in capsys.readouterr().err

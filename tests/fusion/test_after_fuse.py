@@ -348,6 +348,19 @@ def test_a_head_that_reads_padding_is_not_packed_unless_asked() -> None:
         assert same([model(**inputs).start_logits], [wanted.start_logits])
 
 
+@pytest.mark.parametrize("kind", ["last", "mean", "cls_index", "first"])
+def test_a_summary_of_padded_positions_is_stocks(kind: str) -> None:
+    """RoFormer's head of multiple choice reads the last position; of the first alone it packs."""
+    config = T.RoFormerConfig(**BERT, embedding_size=16, summary_type=kind)
+    model = perturbed(T.RoFormerForMultipleChoice(config), 0).eval()
+    inputs = {n: x[None] for n, x in inputs_of("bert").items()}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        left = fusedformer.fuse(model).left
+        torch.testing.assert_close(model(**inputs).logits, wanted)
+    assert [one.path for one in left] == ([] if kind == "first" else ["roformer"])
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_unpacked_hidden_states_are_those_of_stock_at_padding_too(name: str) -> None:
     model, inputs = model_of(name).eval(), inputs_of(name)

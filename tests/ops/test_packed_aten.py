@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer import backend, nn
 from fusedformer import functional as F
 from fusedformer.ops.attention import aten, chunks
+from fusedformer.ops.attention.groups import groups_of
 from fusedformer.ops.dropout_aten import draw_kept
 
 H, D = 3, 8
@@ -162,3 +164,26 @@ def test_calls_of_a_layer(train: bool, most: int) -> None:
                 output.backward(torch.randn_like(output))
         counts.append(len(seen.names))
     assert counts[1] - counts[0] <= most, seen.names
+
+
+def test_short_sequences_are_not_padded_to_a_long_one() -> None:
+    """However many have one length."""
+    lengths = (150, *[32] * 1000)
+    found = groups_of(lengths, lengths, 12, may_pad=True)
+    assert [(len(one.members), one.queries) for one in found] == [(1, 150), (1000, 32)]
+
+
+@pytest.mark.parametrize("queries", [[0, 3], [3, 3, 0]])
+def test_sequences_without_queries_are_not_padded(queries: list[int]) -> None:
+    """Nothing could be read in their place."""
+    keys = [5, 4, 5][: len(queries)]
+    q, k, v = (torch.randn(sum(each), H, D) for each in (queries, keys, keys))
+    found = attend([q, k, v], (queries, keys))
+    parts = zip(*(t.split(n) for t, n in ((q, queries), (k, keys), (v, keys))), strict=True)
+    wanted = [
+        sdpa(*(part.transpose(0, 1) for part in own)).transpose(0, 1)
+        for own in parts
+        if len(own[0])
+    ]
+    torch.testing.assert_close(found, torch.cat(wanted))
+    assert not any(one.is_padded for one in groups_of((0, 3), (5, 4), H, may_pad=True))

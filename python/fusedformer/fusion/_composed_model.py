@@ -13,7 +13,7 @@ from transformers import modeling_outputs
 from fusedformer import functional
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked
-from fusedformer.fusion._forms import Composed
+from fusedformer.fusion._forms import Composed, is_table
 from fusedformer.fusion._kept_rows import has_no_rows, unpacked, zeroed
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
@@ -65,6 +65,7 @@ class ComposedModel(PackedModel):
     def _composes(self: Any, given: dict[str, Any], encoder: Any) -> bool:
         """Return whether all is known of the model, and no more is wanted than what it encodes."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
+        buckets = self._model.composed.buckets
         return (
             (ids is None) != (embedded is None)
             and (keep is None or keep.dim() == 2)
@@ -72,6 +73,7 @@ class ComposedModel(PackedModel):
             and not self._is_asked_for_more(given)
             and type(encoder).__module__ == type(self).__module__
             and is_untouched(encoder)
+            and (buckets is None or is_table(self.get_submodule(buckets)))
             and self._knows_layers()
         )
 

@@ -136,12 +136,24 @@ class Parts(NamedTuple):
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
         )
 
+    def weights_are_plain(self) -> bool:
+        """Return whether attention calls its dropout and biases by distance for nothing more."""
+        dropout, buckets = self.attention_dropout, self.buckets
+        return (_drops_nothing(dropout) or is_plain(dropout, nn.Dropout)) and (
+            buckets is None or is_table(buckets)
+        )
+
     def _heads_are_normed_alike(self) -> bool:
         """Return whether one kernel can norm heads of queries and keys."""
         norms = self.query_norm, self.key_norm
         if norms == (None, None):
             return True
         return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
+
+
+def is_table(module: Any) -> bool:
+    """Return whether looking rows up in its weight is all that ``module`` does."""
+    return type(module).forward is nn.Embedding.forward and is_untouched(module)
 
 
 def _drops_nothing(dropout: Any) -> bool:

@@ -170,10 +170,13 @@ def _name_for(model: Any, places: list[Place]) -> str:
 def _reads_padding(model: nn.Module) -> str:
     for module in model.modules():
         for cls in type(module).__mro__:
-            is_late = cls.__name__ in _LATE_INTERACTION and not _marks_expansions(module)
-            if cls.__name__.endswith(_HEADS) or is_late:
+            name = cls.__name__
+            is_late = name in _LATE_INTERACTION and not _marks_expansions(module)
+            # All but "first" read the last position, or every one.
+            sums_up = name.endswith("SequenceSummary") and module.summary_type != "first"
+            if name.endswith(_HEADS) or is_late or sums_up:
                 return (
-                    f"{cls.__name__} reads padded positions, which would be 0; pack=True packs, "
+                    f"{name} reads padded positions, which would be 0; pack=True packs, "
                     f"pack=False says nothing"
                 )
     return ""

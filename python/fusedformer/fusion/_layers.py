@@ -114,6 +114,8 @@ class FusedLayer:
         form = self._form
         if not form.attends_itself and named(parts.attention.config) not in NAMES:
             return False
+        if self.calls_children() and not parts.weights_are_plain():
+            return False
         if form.clamps_half and (x.dtype is torch.float16 or x.dtype != parts.linear2.weight.dtype):
             return False
         return dtypes_fit(parts.norms(), x)
@@ -160,15 +162,15 @@ class FusedLayer:
         products: list[Any] = [parts.query, parts.key, parts.value]
         q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
         q, k = self._turned(q, k, parts, call)
-        x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        x = x + _to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if form.norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(source)) * inner
-        inner = parts.linear2(_dropout_of(parts.hidden_dropout)(inner))
-        x = (x if form.norms_first else source) + _dropout_of(parts.dropout2)(inner)
+        inner = parts.linear2(_to_call(parts.hidden_dropout)(inner))
+        x = (x if form.norms_first else source) + _to_call(parts.dropout2)(inner)
         return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -380,6 +382,11 @@ def _dense(table: Tensor, length: int) -> Tensor:
 
 def _dropout_of(module: Any) -> nn.Dropout:
     return module if isinstance(module, nn.Dropout) else _NO_DROPOUT
+
+
+def _to_call(dropout: Any) -> Any:
+    """Return what stands at the place of a dropout, whatever its class."""
+    return dropout if isinstance(dropout, nn.Module) else _NO_DROPOUT
 
 
 def _probability(dropout: Any, module: Any) -> float:

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected --out to end in .npy, but got {given.out}")
     try:
         texts = _lines(given.texts)
+        given.out.parent.mkdir(parents=True, exist_ok=True)  # before the hours that follow
         started = time.perf_counter()
         vectors = _by_stock(given, texts) if given.stock else _by_embed(given, texts)
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
@@ -43,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     import numpy
 
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     numpy.save(given.out, vectors)
     seconds = time.perf_counter() - started
     print(f"{given.out}: float32 {list(vectors.shape)}, {seconds:.1f} s with the model's loading")

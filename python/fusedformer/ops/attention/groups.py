@@ -41,21 +41,21 @@ def groups_of(
     pairs = list(zip(lengths_q, lengths_k, strict=True))
     longest_first = sorted(range(len(pairs)), key=lambda i: pairs[i][::-1], reverse=True)
     found: list[Group] = []
-    open_group = Group((), 0, 0, False)
-    asked = 0  # scores within the lengths of the open group's members
-    for i in longest_first:
-        queries, keys = (max(pair) for pair in zip(open_group[1:3], pairs[i], strict=True))
-        scores = queries * keys * (len(open_group.members) + 1)
-        own = pairs[i][0] * pairs[i][1]
-        padding = scores - asked - own
-        fits = padding * heads <= _WORTH_A_GROUP and may_pad and own > 0
-        if open_group.members and not fits and pairs[i] != pairs[open_group.members[-1]]:
-            found.append(open_group)
-            open_group, asked, padding = Group((), 0, 0, False), 0, 0
-            queries, keys = pairs[i]
-        open_group = Group((*open_group.members, i), queries, keys, padding > 0)
-        asked += own
-    return (*found, open_group) if pairs else ()
+    asked = 0  # scores within the lengths of the last group's members
+    for pair, run in itertools.groupby(longest_first, key=pairs.__getitem__):
+        members = tuple(run)
+        own = pair[0] * pair[1] * len(members)
+        if found and asked and own and may_pad:
+            queries, keys = max(found[-1].queries, pair[0]), found[-1].keys
+            joint = (*found[-1].members, *members)
+            padding = queries * keys * len(joint) - asked - own
+            if padding * heads <= _WORTH_A_GROUP:
+                found[-1] = Group(joint, queries, keys, is_padded=True)
+                asked += own
+                continue
+        found.append(Group(members, *pair, is_padded=False))
+        asked = own
+    return tuple(found)
 
 
 class Batches(NamedTuple):
