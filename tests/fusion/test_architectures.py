@@ -1,4 +1,4 @@
-"""A third of the architectures that can be built small; ``make architectures`` looks at all."""
+"""A sixth of the architectures that can be built small; ``make architectures`` looks at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from tests.fusion.architectures import BUILDABLE, KNOWN, SECONDS, deadline, examine, quiet
 
 TYPES = json.loads(BUILDABLE.read_text())
-CHOSEN = [name for name in TYPES if zlib.crc32(name.encode()) % 3 == 0]
+CHOSEN = [name for name in TYPES if zlib.crc32(name.encode()) % 6 == 0]
 
 
 @pytest.fixture(autouse=True)
@@ -40,5 +40,5 @@ def test_fused_is_as_stock(name: str) -> None:
 
 
 def test_enough_are_built() -> None:
-    assert len(TYPES) >= 460 and len(CHOSEN) >= len(TYPES) / 4
+    assert len(TYPES) >= 460 and len(CHOSEN) >= len(TYPES) / 8
     assert TYPES.keys() >= KNOWN.keys()
