@@ -116,6 +116,7 @@ PACKED = {
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
+TOWERS = {"clip", "siglip", "vit", "deit"}
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 

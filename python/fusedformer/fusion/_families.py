@@ -183,6 +183,41 @@ MPNET = dataclasses.replace(
     dropout1="attention.dropout",
 )
 
+# Of images and sound.
+VIT = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.o_proj",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="attention.attention_dropout",
+    dropout1="dropout",
+    dropout2="dropout",
+    norms_first=True,
+    head_dim="head_dim",
+)
+CLIP = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="self_attn.dropout",
+    norms_first=True,
+    head_dim="head_dim",
+    scaling="scale",
+)
+
 
 _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
@@ -257,9 +292,28 @@ _FLAT: tuple[tuple[str, str, Form], ...] = (
     ("gte", "Gte", GTE),
     ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
 )
+# Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
+_TOWERS: tuple[tuple[str, str, Form], ...] = (
+    ("vit", "ViT", VIT),
+    ("vit_mae", "ViTMAE", VIT),
+    ("vit_msn", "ViTMSN", VIT),
+    ("deit", "DeiT", VIT),
+    ("ijepa", "IJepa", VIT),
+    ("vivit", "Vivit", VIT),
+    ("audio_spectrogram_transformer", "AST", VIT),
+    ("clip", "CLIPEncoder", CLIP),
+    ("altclip", "AltCLIPEncoder", CLIP),
+    ("clipseg", "CLIPSegEncoder", CLIP),
+    ("metaclip_2", "MetaClip2Encoder", CLIP),
+    ("x_clip", "XCLIPEncoder", CLIP),
+    ("siglip", "SiglipEncoder", CLIP),
+    ("siglip2", "Siglip2Encoder", CLIP),
+)
+TOWERS: dict[str, Form] = {f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _TOWERS}
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 LAYERS: dict[str, Form] = {
+    **TOWERS,
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
