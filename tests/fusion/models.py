@@ -108,6 +108,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
     "deit": lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)),
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)),
+    "dinov2-registers": lambda: T.Dinov2WithRegistersModel(
+        T.Dinov2WithRegistersConfig(**IMAGE, use_swiglu_ffn=True)
+    ),
 }
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
@@ -116,7 +119,7 @@ PACKED = {
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
-TOWERS = {"clip", "siglip", "vit", "deit"}
+TOWERS = {"clip", "siglip", "vit", "deit", "dinov2", "dinov2-registers"}
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
@@ -152,9 +155,9 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         "input_ids": torch.randint(3, 97, shape, generator=generator),
         "attention_mask": MASK.long(),
     }
-    if name in ("vit", "deit", "dinov2"):
+    if name in TOWERS - {"clip", "siglip"}:
         return pixels
-    if name in ("clip", "siglip"):  # pooled at the token that ends the text
+    if name in TOWERS:  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
         return {**pixels, **text}
     if name == "roc-bert":

@@ -9,7 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.fusion.models import MASK, PACKED, QWEN3, TEXT, inputs_of, model_of, perturbed, run
+from tests.fusion.models import (
+    IMAGE,
+    MASK,
+    PACKED,
+    QWEN3,
+    TEXT,
+    inputs_of,
+    model_of,
+    perturbed,
+    run,
+)
 from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
 
@@ -129,6 +139,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "t5": {"buckets": None},
     "vit": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
     "clip": {"scaling": "head_dim"},
+    "dinov2": {"scale1": "layer_scale2.lambda1"},
+    "dinov2-registers": {"scale2": None},
 }
 
 
@@ -153,6 +165,23 @@ def test_faults_in_a_table_are_seen(name: str) -> None:
         mock.patch.object(cls, "_finder", _forms.Finder(wrong)),
     ):
         assert are_seen(model, twin, inputs)
+
+
+def test_stochastic_depth_drops_what_stock_drops() -> None:
+    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+    model = perturbed(T.Dinov2Model(T.Dinov2Config(**IMAGE, drop_path_rate=0.5)), 0)
+    twin, inputs = copy.deepcopy(model), inputs_of("dinov2")
+    fusedformer.fuse(model, strict=True)
+    for mode in (True, False):
+        found = []
+        for one in (model.train(mode), twin.train(mode)):
+            torch.manual_seed(4)
+            found.append(run(one, inputs))
+        ours, wanted = found
+        for key, value in wanted.items():
+            scale = value.abs().max().item()
+            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 1e-6), key
+    assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
 
 
 @pytest.mark.parametrize("name", ["mpnet", "gemma3", "roberta"])

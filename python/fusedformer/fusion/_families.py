@@ -217,6 +217,21 @@ CLIP = Form(
     head_dim="head_dim",
     scaling="scale",
 )
+DINOV2 = dataclasses.replace(
+    VIT,
+    norm1="norm1",
+    norm2="norm2",
+    linear1="mlp.fc1|up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.activation_fn|act_fn",
+    linear2="mlp.fc2|down_proj",
+    dropout1=None,
+    dropout2=None,
+    scale1="layer_scale1.lambda1",
+    scale2="layer_scale2.lambda1",
+    depth="drop_path",
+)
+BEIT = dataclasses.replace(VIT, scale1="lambda_1", scale2="lambda_2", depth="drop_path")
 
 
 _LAYER = "encoder.layer"
@@ -301,6 +316,9 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("ijepa", "IJepa", VIT),
     ("vivit", "Vivit", VIT),
     ("audio_spectrogram_transformer", "AST", VIT),
+    ("dinov2", "Dinov2", DINOV2),
+    ("dinov2_with_registers", "Dinov2WithRegisters", DINOV2),
+    ("beit", "Beit", BEIT),
     ("clip", "CLIPEncoder", CLIP),
     ("altclip", "AltCLIPEncoder", CLIP),
     ("clipseg", "CLIPSegEncoder", CLIP),

@@ -47,6 +47,9 @@ class Form:
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
+    scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
+    scale2: str | None = None  # of what the feed-forward block adds
+    depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
 
     norms_first: bool = False
     is_gated: bool = False
@@ -113,6 +116,9 @@ class Parts(NamedTuple):
     query_norm: Any
     key_norm: Any
     buckets: nn.Embedding | None
+    scale1: Any
+    scale2: Any
+    depth: nn.Module | None
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
@@ -134,6 +140,7 @@ class Parts(NamedTuple):
             and self._heads_are_normed_alike()
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+            and (self.depth is None or is_untouched(self.depth))
         )
 
     def _heads_are_normed_alike(self) -> bool:
@@ -145,7 +152,7 @@ class Parts(NamedTuple):
 
 
 def _drops_nothing(dropout: Any) -> bool:
-    return dropout is None or type(dropout) is float or is_plain(dropout, nn.Identity)
+    return dropout is None or isinstance(dropout, (float, int)) or is_plain(dropout, nn.Identity)
 
 
 class Finder:

@@ -39,6 +39,7 @@ from fusedformer.fusion._norms import (
     normed,
     normed_and_sum,
 )
+from fusedformer.fusion._residual import pending_sum
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
@@ -137,15 +138,22 @@ class FusedLayer:
         residual = through if forks else x
         heads = self._attended(parts, call, query, key, value)
         inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
-        pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
+        pending = pending_sum(
+            Pending(inner, bias, self._dropout_of(parts.dropout1), residual),
+            parts.scale1,
+            parts.depth,
+        )
         if form.norms_first:
             source, x = normed_and_sum(pending, parts.norm2)
         else:
             source = normed(pending, parts.norm1)
         inner, bias, through = self._block(parts, source, fork=not form.norms_first)
         inner, bias = _normed_alone(inner, bias, parts.block_norm)
-        pending = Pending(
-            inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
+        residual = x if form.norms_first else through
+        pending = pending_sum(
+            Pending(inner, bias, self._dropout_of(parts.dropout2), residual),
+            parts.scale2,
+            parts.depth,
         )
         return pending.added() if form.norms_first else normed(pending, parts.norm2)
 
@@ -160,15 +168,15 @@ class FusedLayer:
         products: list[Any] = [parts.query, parts.key, parts.value]
         q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
         q, k = self._turned(q, k, parts, call)
-        x = x + _dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        x = x + self._dropout_of(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if form.norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(source)) * inner
-        inner = parts.linear2(_dropout_of(parts.hidden_dropout)(inner))
-        x = (x if form.norms_first else source) + _dropout_of(parts.dropout2)(inner)
+        inner = parts.linear2(self._dropout_of(parts.hidden_dropout)(inner))
+        x = (x if form.norms_first else source) + self._dropout_of(parts.dropout2)(inner)
         return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -227,7 +235,7 @@ class FusedLayer:
         name = activation_name(parts.activation)
         if not self._gates(parts):
             products = weights_and_biases(parts.linear1, parts.linear2)
-            p = _probability(parts.hidden_dropout, parts.attention)
+            p = _probability(parts.hidden_dropout, self)
             activation = parts.activation if name is None else name
             block = FeedForward._make((*products, activation, p, False))
             return feed_forward(x, block, fork=fork)
@@ -240,7 +248,7 @@ class FusedLayer:
 
     def _gated(self, parts: Parts, x: Tensor, name: Any, fork: bool) -> tuple[Tensor, Tensor]:
         """Compute what the block's second product reads, and ``x`` again."""
-        dropout, by_aten = _dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
+        dropout, by_aten = self._dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
         if parts.gate is not None and (name is None or by_aten):
             first, x = linear(x, parts.gate.weight, parts.gate.bias, fork=fork)
             second, x = linear(x, parts.linear1.weight, parts.linear1.bias, fork=fork)
@@ -254,6 +262,13 @@ class FusedLayer:
             return dropout(parts.activation(first) * second), x
         p, training = dropout.p, dropout.training
         return functional.gated_activation(before, bias, name, p=p, training=training), x
+
+    def _dropout_of(self: Any, dropout: Any) -> nn.Dropout:
+        """Return a module for ``dropout``, which may be a setting of this layer."""
+        if isinstance(dropout, nn.Dropout):
+            return dropout
+        p = _probability(dropout, self)
+        return nn.Dropout(p) if p else _NO_DROPOUT
 
     def _settings(self, module: Any, others: dict[str, Any]) -> dict[str, Any]:
         """Return what attention is given besides; of the arguments that the layer was given."""
@@ -303,9 +318,9 @@ class FusedLayer:
             activation=name,
             middle_eps=epsilon(middle),
             last_eps=None if last is None else epsilon(last),
-            hidden_p=_probability(parts.hidden_dropout, module),
-            middle_p=_probability(parts.dropout1, module),
-            last_p=_probability(parts.dropout2, module),
+            hidden_p=_probability(parts.hidden_dropout, self),
+            middle_p=_probability(parts.dropout1, self),
+            last_p=_probability(parts.dropout2, self),
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
             adds_last=form.norms_first,
@@ -325,11 +340,13 @@ class FusedLayer:
     def _one_node_has(self, parts: Parts) -> bool:
         """Return whether all steps of the form are among those of one node of autograd."""
         kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
-        more = parts.out_norm, parts.block_norm, parts.query_norm
+        more = parts.out_norm, parts.block_norm, parts.query_norm, parts.depth
+        scales = parts.scale1, parts.scale2
         return (
             not self._form.interleaved
             and len(kinds) == 1
             and all(one is None for one in more)
+            and not any(isinstance(one, Tensor) for one in scales)
             and (parts.key is None or parts.key.weight.shape == parts.query.weight.shape)
         )
 
@@ -378,15 +395,11 @@ def _dense(table: Tensor, length: int) -> Tensor:
     return table[:, distances + reach][None]
 
 
-def _dropout_of(module: Any) -> nn.Dropout:
-    return module if isinstance(module, nn.Dropout) else _NO_DROPOUT
-
-
 def _probability(dropout: Any, module: Any) -> float:
     """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
     if isinstance(dropout, nn.Dropout):
         return dropout_probability(dropout)
-    return float(dropout) if type(dropout) is float and module.training else 0.0
+    return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
 
 
 def _normed_alone(x: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
