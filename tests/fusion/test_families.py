@@ -141,6 +141,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     "clip": {"scaling": "head_dim"},
     "dinov2": {"scale1": "layer_scale2.lambda1"},
     "dinov2-registers": {"scale2": None},
+    "beit": {"position_bias": None},
+    "videomae": {"norms_first": False},
+    "whisper": {"scaling": "head_dim"},
+    "wav2vec2": {"norm1": "final_layer_norm", "norm2": "layer_norm"},
 }
 
 
@@ -180,7 +184,7 @@ def test_stochastic_depth_drops_what_stock_drops() -> None:
         ours, wanted = found
         for key, value in wanted.items():
             scale = value.abs().max().item()
-            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 1e-6), key
+            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 2e-5), key
     assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
 
 

@@ -64,7 +64,7 @@ def test_outputs_and_gradients(name: str) -> None:
     report = fusedformer.fuse(model, strict=True)
     assert report.replaced and not report.left
     assert any("packed" in one.after for one in report.replaced) == (name in PACKED)
-    assert any("norms first" in one.after for one in report.replaced) or name not in TOWERS
+    assert any("fused steps" in one.after for one in report.replaced) or name not in TOWERS
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert faults(model, twin, inputs) == []
     assert not fusedformer.fuse(model).replaced  # nothing is left to do

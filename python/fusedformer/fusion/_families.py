@@ -6,8 +6,10 @@ A family is a line where it has BERT's children, and else a :class:`Form`; see C
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from fusedformer.fusion._forms import Composed, Form, Model
 
@@ -169,7 +171,7 @@ SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itse
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
-    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
+    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="attention.self.rotary_value"
 )
 MPNET = dataclasses.replace(
     REMBERT,
@@ -231,7 +233,70 @@ DINOV2 = dataclasses.replace(
     scale2="layer_scale2.lambda1",
     depth="drop_path",
 )
-BEIT = dataclasses.replace(VIT, scale1="lambda_1", scale2="lambda_2", depth="drop_path")
+
+
+def _bias_of_beit(layer: Any, given: dict[str, Any]) -> Tensor | None:
+    """Return the biases of a layer of BEiT by the distance of patches, for an image's size."""
+    resolution, interpolate = given.pop("resolution", None), given.pop(_INTERPOLATE, False)
+    if layer.relative_position_bias is None:
+        return None
+    patches = tuple(length // layer.patch_size for length in resolution)
+    tokens = given["hidden_states"].shape[1]
+    bias: Tensor = layer.relative_position_bias(patches, interpolate, dim_size=tokens)
+    return bias
+
+
+_INTERPOLATE = "interpolate_pos_encoding"
+BEIT = dataclasses.replace(
+    VIT,
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_bias_of_beit,
+)
+VIDEO_MAE = dataclasses.replace(
+    BERT,
+    attention="attention.attention",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    attention_dropout="attention.attention.dropout_prob",
+    norms_first=True,
+    mask=None,
+)
+WHISPER = dataclasses.replace(
+    CLIP,
+    norm1="self_attn_layer_norm",
+    norm2="final_layer_norm",
+    linear1="fc1",
+    activation="activation_fn",
+    linear2="fc2",
+    dropout1="dropout",
+    hidden_dropout="activation_dropout",
+    dropout2="dropout",
+    scaling="scaling",
+    clamps_half=True,
+)
+WAV2VEC2 = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.out_proj",
+    norm1="layer_norm",
+    norm2="final_layer_norm",
+    linear1="feed_forward.intermediate_dense",
+    activation="feed_forward.intermediate_act_fn",
+    linear2="feed_forward.output_dense",
+    attention_dropout="attention.dropout",
+    dropout1="dropout",
+    hidden_dropout="feed_forward.intermediate_dropout",
+    dropout2="feed_forward.output_dropout",
+    head_dim="head_dim",
+)
+STABLE_WAV2VEC2 = dataclasses.replace(WAV2VEC2, norms_first=True, unless="adapter_layer")
 
 
 _LAYER = "encoder.layer"
@@ -326,8 +391,23 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("x_clip", "XCLIPEncoder", CLIP),
     ("siglip", "SiglipEncoder", CLIP),
     ("siglip2", "Siglip2Encoder", CLIP),
+    ("videomae", "VideoMAE", VIDEO_MAE),
+    ("whisper", "WhisperEncoder", WHISPER),
 )
-TOWERS: dict[str, Form] = {f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _TOWERS}
+_LIKE_WAV2VEC2: tuple[tuple[str, str], ...] = (
+    ("wav2vec2", "Wav2Vec2"),
+    ("hubert", "Hubert"),
+    ("unispeech", "UniSpeech"),
+    ("unispeech_sat", "UniSpeechSat"),
+)
+_STABLE = "EncoderLayerStableLayerNorm"
+TOWERS: dict[str, Form] = {
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _TOWERS},
+    **{f"{m}.modeling_{m}.{name}EncoderLayer": WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
+    **{f"{m}.modeling_{m}.{name}{_STABLE}": STABLE_WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
+    "data2vec.modeling_data2vec_audio.Data2VecAudioEncoderLayer": WAV2VEC2,
+    "sew.modeling_sew.SEWEncoderLayer": WAV2VEC2,
+}
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 LAYERS: dict[str, Form] = {

@@ -51,6 +51,10 @@ class Form:
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
 
+    mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
+    position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
+    # made by a layer of its arguments, and added to the mask; it takes those from them
+
     norms_first: bool = False
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
@@ -63,7 +67,7 @@ class Form:
     returns_tuple: bool = False
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
-    unless: str | None = None  # an attribute of attention; where true it computes otherwise
+    unless: str | None = None  # an attribute; where true the layer computes otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,11 @@ class FusedLayer:
             given["position_bias"] = functional.relative_position_bias(
                 parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
             )
-        return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
+        mask = given.pop("attention_mask", None)
+        if self._form.position_bias is not None:
+            bias = self._form.position_bias(self, given)
+            mask = bias if mask is None else mask if bias is None else bias + mask
+        return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
         form, x = self._form, call.x
@@ -360,7 +364,7 @@ class FusedLayer:
     def refuses(cls, layer: Any) -> str:
         """Say why ``layer`` cannot be fused; empty if it can."""
         names = cls._arguments
-        wanted = {"hidden_states", "attention_mask", cls._form.rotary} - {None}
+        wanted = {"hidden_states", cls._form.mask, cls._form.rotary} - {None}
         if not wanted <= {*names} or names[0] != "hidden_states":
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
@@ -370,8 +374,10 @@ class FusedLayer:
             return "it is a decoder's; its attention and norms are fused"
         if getattr(layer, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
-        if cls._form.unless is not None and getattr(attention, cls._form.unless):
-            return f"its {cls._form.unless} is set"
+        if cls._form.unless is not None:
+            holder, _, name = cls._form.unless.rpartition(".")
+            if getattr(layer.get_submodule(holder), name):
+                return f"its {name} is set"
         return ""
 
     @classmethod
