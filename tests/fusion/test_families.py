@@ -188,6 +188,45 @@ def test_stochastic_depth_drops_what_stock_drops() -> None:
     assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
 
 
+def near(found: Any, wanted: Any) -> bool:
+    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "beit"])
+def test_what_a_tower_goes_on_doing(name: str) -> None:
+    """Compiled, checkpointed, asked for states and weights, with a hook, with adapters."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    model.set_attn_implementation("eager")
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model, strict=True)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
+        for kind in ("hidden_states", "attentions"):
+            assert len(found[kind]) == len(wanted[kind]) > 1
+            assert all(map(near, found[kind], wanted[kind]))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert near(compiled(**inputs)[0], wanted[0])
+    plain = run(model.train(), inputs)
+    model.gradient_checkpointing_enable()
+    again = run(model, inputs)
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[n], again[n], atol=1e-5) for n in plain)
+    for one in (model, twin):
+        product = next(m for n, m in one.named_modules() if n.endswith("mlp.fc2"))
+        product.register_forward_hook(lambda *a: a[2] * 2)
+    hooked = twin.train()(**inputs)[0]
+    assert near(model(**inputs)[0], hooked) and not near(hooked, wanted[0])
+    for one in (model, twin):
+        adapt(one)
+    ours, theirs = run(model, inputs), run(twin, inputs)
+    assert ours.keys() == theirs.keys() and any("grad of" in n and "up.weight" in n for n in ours)
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, atol=2e-5 * value.abs().max().item() + 2e-5), key
+    left = fusedformer.fuse(twin).left
+    assert len(left) == 2 and all("its own forward runs" in one.reason for one in left)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "gemma3", "roberta"])
 def test_faults_in_the_table_of_models_are_seen(name: str) -> None:
     model, inputs = model_of(name), inputs_of(name)
