@@ -119,6 +119,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "dinov2-registers": lambda: T.Dinov2WithRegistersModel(
         T.Dinov2WithRegistersConfig(**IMAGE, use_swiglu_ffn=True)
     ),
+    "dinov3": lambda: T.DINOv3ViTModel(
+        T.DINOv3ViTConfig(**IMAGE, num_register_tokens=2, pos_embed_rescale=None)
+    ),
     "beit": lambda: T.BeitModel(
         T.BeitConfig(**IMAGE, use_relative_position_bias=True, drop_path_rate=0.0)
     ),
@@ -137,7 +140,7 @@ PACKED = {
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"videomae", "whisper", "wav2vec2", "hubert"}
+TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 

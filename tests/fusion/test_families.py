@@ -141,6 +141,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "clip": {"scaling": "head_dim"},
     "dinov2": {"scale1": "layer_scale2.lambda1"},
     "dinov2-registers": {"scale2": None},
+    "dinov3": {"rotary": None},
     "beit": {"position_bias": None},
     "videomae": {"norms_first": False},
     "whisper": {"scaling": "head_dim"},

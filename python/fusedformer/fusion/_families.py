@@ -233,6 +233,15 @@ DINOV2 = dataclasses.replace(
     scale2="layer_scale2.lambda1",
     depth="drop_path",
 )
+DINOV3 = dataclasses.replace(
+    DINOV2,
+    linear1="mlp.up_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="attention.dropout",
+    rotary="position_embeddings",
+    rotary_last=True,
+)
 
 
 def _bias_of_beit(layer: Any, given: dict[str, Any]) -> Tensor | None:
@@ -383,6 +392,7 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("audio_spectrogram_transformer", "AST", VIT),
     ("dinov2", "Dinov2", DINOV2),
     ("dinov2_with_registers", "Dinov2WithRegisters", DINOV2),
+    ("dinov3_vit", "DINOv3ViT", DINOV3),
     ("beit", "Beit", BEIT),
     ("clip", "CLIPEncoder", CLIP),
     ("altclip", "AltCLIPEncoder", CLIP),

@@ -58,6 +58,7 @@ class Form:
     norms_first: bool = False
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
+    rotary_last: bool = False  # the first tokens have no angles, as those before patches
     interleaved: bool = False  # it is one tensor, sines first, and pairs of columns are neighbours
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
@@ -124,6 +125,8 @@ class FusedLayer:
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         if self._form.interleaved and rotary is not None:
             rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
+        if self._form.rotary_last and rotary is not None:
+            rotary = _not_turned_before(rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
             given["position_bias"] = functional.relative_position_bias(
                 parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
@@ -399,6 +402,13 @@ def _dense(table: Tensor, length: int) -> Tensor:
     reach = table.shape[1] // 2
     distances = (places[None] - places[:, None]).clamp(-reach, reach)
     return table[:, distances + reach][None]
+
+
+def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Return tables of ``length`` rows; those in front turn nothing."""
+    cos, sin = rotary
+    missing = (0, 0, length - cos.shape[-2], 0)
+    return F.pad(cos, missing, value=1.0), F.pad(sin, missing)
 
 
 def _probability(dropout: Any, module: Any) -> float:
