@@ -113,6 +113,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "siglip": lambda: T.SiglipModel(
         T.SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE)
     ),
+    "siglip2": lambda: T.Siglip2Model(
+        T.Siglip2Config(
+            text_config={**TEXT, **TOKENS},
+            vision_config={**SIZES, "num_patches": 16, "patch_size": 4},
+        )
+    ),
     "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
     "deit": lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)),
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)),
@@ -139,7 +145,7 @@ PACKED = {
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
-TOWERS = {"clip", "siglip", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
+TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -187,7 +193,13 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         return {"input_values": sound * mask, "attention_mask": mask.long()}
     if name == "videomae":
         return {"pixel_values": torch.randn(3, 2, 3, 16, 16, generator=generator)}
-    if name in TOWERS - {"clip", "siglip"}:
+    if name == "siglip2":  # rows of patches
+        pixels = {
+            "pixel_values": torch.randn(3, 16, 48, generator=generator),
+            "pixel_attention_mask": (torch.arange(16) < torch.tensor([[16], [12], [8]])).long(),
+            "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 4]]),
+        }
+    if name in TOWERS - {"clip", "siglip", "siglip2"}:
         return pixels
     if name in TOWERS:  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
