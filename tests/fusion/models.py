@@ -51,6 +51,14 @@ BART = dict(
     vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
 )  # fmt: skip
+WHISPER: dict[str, Any] = dict(
+    BART, num_mel_bins=6, max_source_positions=8, max_target_positions=12, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0, decoder_start_token_id=1,
+)  # fmt: skip
+SOUND: dict[str, Any] = dict(
+    conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, apply_spec_augment=False, layerdrop=0.0,
+)  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
     "bert, pre-training": lambda: T.BertForPreTraining(T.BertConfig(**TEXT, hidden_act="gelu_new")),
@@ -105,9 +113,30 @@ MODELS: dict[str, Callable[[], Any]] = {
     "siglip": lambda: T.SiglipModel(
         T.SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=IMAGE)
     ),
+    "siglip2": lambda: T.Siglip2Model(
+        T.Siglip2Config(
+            text_config={**TEXT, **TOKENS},
+            vision_config={**SIZES, "num_patches": 16, "patch_size": 4},
+        )
+    ),
     "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
     "deit": lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)),
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)),
+    "dinov2-registers": lambda: T.Dinov2WithRegistersModel(
+        T.Dinov2WithRegistersConfig(**IMAGE, use_swiglu_ffn=True)
+    ),
+    "dinov3": lambda: T.DINOv3ViTModel(
+        T.DINOv3ViTConfig(**IMAGE, num_register_tokens=2, pos_embed_rescale=None)
+    ),
+    "beit": lambda: T.BeitModel(
+        T.BeitConfig(**IMAGE, use_relative_position_bias=True, drop_path_rate=0.0)
+    ),
+    "videomae": lambda: T.VideoMAEModel(T.VideoMAEConfig(**IMAGE, num_frames=2)),
+    "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
+    "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
+    "hubert": lambda: T.HubertModel(
+        T.HubertConfig(**SIZES, **SOUND, do_stable_layer_norm=True, feat_extract_norm="layer")
+    ),
 }
 PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
@@ -116,6 +145,8 @@ PACKED = {
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
+TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
+TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
@@ -151,9 +182,26 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         "input_ids": torch.randint(3, 97, shape, generator=generator),
         "attention_mask": MASK.long(),
     }
-    if name in ("vit", "deit", "dinov2"):
+    if name == "whisper":
+        ids = torch.randint(3, 97, (3, 6), generator=generator)
+        features = torch.randn(3, 6, 16, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids}
+    if name in ("wav2vec2", "hubert"):
+        samples = 10 * torch.tensor(LENGTHS) + 10
+        mask = torch.arange(int(samples.max())) < samples[:, None]
+        sound = torch.randn(mask.shape, generator=generator)
+        return {"input_values": sound * mask, "attention_mask": mask.long()}
+    if name == "videomae":
+        return {"pixel_values": torch.randn(3, 2, 3, 16, 16, generator=generator)}
+    if name == "siglip2":  # rows of patches
+        pixels = {
+            "pixel_values": torch.randn(3, 16, 48, generator=generator),
+            "pixel_attention_mask": (torch.arange(16) < torch.tensor([[16], [12], [8]])).long(),
+            "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 4]]),
+        }
+    if name in TOWERS - {"clip", "siglip", "siglip2"}:
         return pixels
-    if name in ("clip", "siglip"):  # pooled at the token that ends the text
+    if name in TOWERS:  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
         return {**pixels, **text}
     if name == "roc-bert":

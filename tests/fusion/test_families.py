@@ -9,7 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.fusion.models import MASK, PACKED, QWEN3, TEXT, inputs_of, model_of, perturbed, run
+from tests.fusion.models import (
+    IMAGE,
+    MASK,
+    PACKED,
+    QWEN3,
+    TEXT,
+    inputs_of,
+    model_of,
+    perturbed,
+    run,
+)
 from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
 
@@ -173,6 +183,15 @@ FAULTS: dict[str, dict[str, Any]] = {
     "gemma3": {"out_norm": None},
     "qwen3": {"query_norm": None, "key_norm": None},
     "t5": {"buckets": None},
+    "vit": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
+    "clip": {"scaling": "head_dim"},
+    "dinov2": {"scale1": "layer_scale2.lambda1"},
+    "dinov2-registers": {"scale2": None},
+    "dinov3": {"rotary": None},
+    "beit": {"position_bias": None},
+    "videomae": {"norms_first": False},
+    "whisper": {"scaling": "head_dim"},
+    "wav2vec2": {"norm1": "final_layer_norm", "norm2": "layer_norm"},
 }
 
 
@@ -197,6 +216,62 @@ def test_faults_in_a_table_are_seen(name: str) -> None:
         mock.patch.object(cls, "_finder", _forms.Finder(wrong)),
     ):
         assert are_seen(model, twin, inputs)
+
+
+def test_stochastic_depth_drops_what_stock_drops() -> None:
+    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+    model = perturbed(T.Dinov2Model(T.Dinov2Config(**IMAGE, drop_path_rate=0.5)), 0)
+    twin, inputs = copy.deepcopy(model), inputs_of("dinov2")
+    fusedformer.fuse(model, strict=True)
+    for mode in (True, False):
+        found = []
+        for one in (model.train(mode), twin.train(mode)):
+            torch.manual_seed(4)
+            found.append(run(one, inputs))
+        ours, wanted = found
+        for key, value in wanted.items():
+            scale = value.abs().max().item()
+            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 2e-5), key
+    assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
+
+
+def near(found: Any, wanted: Any) -> bool:
+    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "beit"])
+def test_what_a_tower_goes_on_doing(name: str) -> None:
+    """Compiled, checkpointed, asked for states and weights, with a hook, with adapters."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    model.set_attn_implementation("eager")
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model, strict=True)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
+        for kind in ("hidden_states", "attentions"):
+            assert len(found[kind]) == len(wanted[kind]) > 1
+            assert all(map(near, found[kind], wanted[kind]))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert near(compiled(**inputs)[0], wanted[0])
+    plain = run(model.train(), inputs)
+    model.gradient_checkpointing_enable()
+    again = run(model, inputs)
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[n], again[n], atol=1e-5) for n in plain)
+    for one in (model, twin):
+        product = next(m for n, m in one.named_modules() if n.endswith("mlp.fc2"))
+        product.register_forward_hook(lambda *a: a[2] * 2)
+    hooked = twin.train()(**inputs)[0]
+    assert near(model(**inputs)[0], hooked) and not near(hooked, wanted[0])
+    for one in (model, twin):
+        adapt(one)
+    ours, theirs = run(model, inputs), run(twin, inputs)
+    assert ours.keys() == theirs.keys() and any("grad of" in n and "up.weight" in n for n in ours)
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, atol=2e-5 * value.abs().max().item() + 2e-5), key
+    left = fusedformer.fuse(twin).left
+    assert len(left) == 2 and all("its own forward runs" in one.reason for one in left)
 
 
 @pytest.mark.parametrize("name", ["mpnet", "gemma3", "roberta"])
@@ -299,5 +374,6 @@ def test_tables_name_classes_that_there_are() -> None:
         module, _, cls = name.rpartition(".")
         found = getattr(__import__(f"transformers.models.{module}", fromlist=[cls]), cls)
         assert issubclass(found, nn.Module)
-    made = {name.partition(".")[0] for name in _families.LAYERS}
+    packed = _families.LAYERS.keys() - _families.TOWERS.keys()
+    made = {name.partition(".")[0] for name in packed}
     assert made == {name.partition(".")[0] for name in _families.MODELS}

@@ -18,4 +18,6 @@ def activation_name(activation: Any) -> Any:
         return "gelu_tanh"
     if kind in ("SiLUActivation", "SiLU"):
         return "silu"
+    if kind == "QuickGELUActivation":
+        return "quick_gelu"
     return fused_activation(activation)

@@ -6,8 +6,10 @@ A family is a line where it has BERT's children, and else a :class:`Form`; see C
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from fusedformer.fusion._forms import Composed, Form, Model
 
@@ -169,7 +171,7 @@ SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itse
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
-    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="rotary_value"
+    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="attention.self.rotary_value"
 )
 MPNET = dataclasses.replace(
     REMBERT,
@@ -182,6 +184,128 @@ MPNET = dataclasses.replace(
     attention_dropout="attention.attn.dropout",
     dropout1="attention.dropout",
 )
+
+# Of images and sound.
+VIT = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.o_proj",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="attention.attention_dropout",
+    dropout1="dropout",
+    dropout2="dropout",
+    norms_first=True,
+    head_dim="head_dim",
+)
+CLIP = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="self_attn.dropout",
+    norms_first=True,
+    head_dim="head_dim",
+    scaling="scale",
+)
+DINOV2 = dataclasses.replace(
+    VIT,
+    norm1="norm1",
+    norm2="norm2",
+    linear1="mlp.fc1|up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.activation_fn|act_fn",
+    linear2="mlp.fc2|down_proj",
+    dropout1=None,
+    dropout2=None,
+    scale1="layer_scale1.lambda1",
+    scale2="layer_scale2.lambda1",
+    depth="drop_path",
+)
+DINOV3 = dataclasses.replace(
+    DINOV2,
+    linear1="mlp.up_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="attention.dropout",
+    rotary="position_embeddings",
+    rotary_last=True,
+)
+
+
+def _bias_of_beit(layer: Any, given: dict[str, Any]) -> Tensor | None:
+    """Return the biases of a layer of BEiT by the distance of patches, for an image's size."""
+    resolution, interpolate = given.pop("resolution", None), given.pop(_INTERPOLATE, False)
+    if layer.relative_position_bias is None:
+        return None
+    patches = tuple(length // layer.patch_size for length in resolution)
+    tokens = given["hidden_states"].shape[1]
+    bias: Tensor = layer.relative_position_bias(patches, interpolate, dim_size=tokens)
+    return bias
+
+
+_INTERPOLATE = "interpolate_pos_encoding"
+BEIT = dataclasses.replace(
+    VIT,
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_bias_of_beit,
+)
+VIDEO_MAE = dataclasses.replace(
+    BERT,
+    attention="attention.attention",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    attention_dropout="attention.attention.dropout_prob",
+    norms_first=True,
+    mask=None,
+)
+WHISPER = dataclasses.replace(
+    CLIP,
+    norm1="self_attn_layer_norm",
+    norm2="final_layer_norm",
+    linear1="fc1",
+    activation="activation_fn",
+    linear2="fc2",
+    dropout1="dropout",
+    hidden_dropout="activation_dropout",
+    dropout2="dropout",
+    scaling="scaling",
+    clamps_half=True,
+)
+WAV2VEC2 = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.out_proj",
+    norm1="layer_norm",
+    norm2="final_layer_norm",
+    linear1="feed_forward.intermediate_dense",
+    activation="feed_forward.intermediate_act_fn",
+    linear2="feed_forward.output_dense",
+    attention_dropout="attention.dropout",
+    dropout1="dropout",
+    hidden_dropout="feed_forward.intermediate_dropout",
+    dropout2="feed_forward.output_dropout",
+    head_dim="head_dim",
+)
+STABLE_WAV2VEC2 = dataclasses.replace(WAV2VEC2, norms_first=True, unless="adapter_layer")
 
 
 _LAYER = "encoder.layer"
@@ -257,9 +381,52 @@ _FLAT: tuple[tuple[str, str, Form], ...] = (
     ("gte", "Gte", GTE),
     ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
 )
+# Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
+_TOWERS: tuple[tuple[str, str, Form], ...] = (
+    ("vit", "ViT", VIT),
+    ("vit_mae", "ViTMAE", VIT),
+    ("vit_msn", "ViTMSN", VIT),
+    ("deit", "DeiT", VIT),
+    ("ijepa", "IJepa", VIT),
+    ("vivit", "Vivit", VIT),
+    ("audio_spectrogram_transformer", "AST", VIT),
+    ("dinov2", "Dinov2", DINOV2),
+    ("dinov2_with_registers", "Dinov2WithRegisters", DINOV2),
+    ("dinov3_vit", "DINOv3ViT", DINOV3),
+    ("beit", "Beit", BEIT),
+    ("clip", "CLIPEncoder", CLIP),
+    ("altclip", "AltCLIPEncoder", CLIP),
+    ("clipseg", "CLIPSegEncoder", CLIP),
+    ("metaclip_2", "MetaClip2Encoder", CLIP),
+    ("x_clip", "XCLIPEncoder", CLIP),
+    ("owlvit", "OwlViTEncoder", CLIP),
+    ("owlv2", "Owlv2Encoder", CLIP),
+    ("chinese_clip", "ChineseCLIPVision", CLIP),
+    ("idefics3", "Idefics3Encoder", CLIP),
+    ("smolvlm", "SmolVLMEncoder", CLIP),
+    ("siglip", "SiglipEncoder", CLIP),
+    ("siglip2", "Siglip2Encoder", CLIP),
+    ("videomae", "VideoMAE", VIDEO_MAE),
+    ("whisper", "WhisperEncoder", WHISPER),
+)
+_LIKE_WAV2VEC2: tuple[tuple[str, str], ...] = (
+    ("wav2vec2", "Wav2Vec2"),
+    ("hubert", "Hubert"),
+    ("unispeech", "UniSpeech"),
+    ("unispeech_sat", "UniSpeechSat"),
+)
+_STABLE = "EncoderLayerStableLayerNorm"
+TOWERS: dict[str, Form] = {
+    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _TOWERS},
+    **{f"{m}.modeling_{m}.{name}EncoderLayer": WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
+    **{f"{m}.modeling_{m}.{name}{_STABLE}": STABLE_WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
+    "data2vec.modeling_data2vec_audio.Data2VecAudioEncoderLayer": WAV2VEC2,
+    "sew.modeling_sew.SEWEncoderLayer": WAV2VEC2,
+}
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 LAYERS: dict[str, Form] = {
+    **TOWERS,
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},

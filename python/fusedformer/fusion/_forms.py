@@ -47,10 +47,18 @@ class Form:
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
+    scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
+    scale2: str | None = None  # of what the feed-forward block adds
+    depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
+
+    mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
+    position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
+    # made by a layer of its arguments, and added to the mask; it takes those from them
 
     norms_first: bool = False
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
+    rotary_last: bool = False  # the first tokens have no angles, as those before patches
     interleaved: bool = False  # it is one tensor, sines first, and pairs of columns are neighbours
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
@@ -60,7 +68,7 @@ class Form:
     returns_tuple: bool = False
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
-    unless: str | None = None  # an attribute of attention; where true it computes otherwise
+    unless: str | None = None  # an attribute; where true the layer computes otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,9 @@ class Parts(NamedTuple):
     query_norm: Any
     key_norm: Any
     buckets: nn.Embedding | None
+    scale1: Any
+    scale2: Any
+    depth: nn.Module | None
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
@@ -134,6 +145,7 @@ class Parts(NamedTuple):
             and self._heads_are_normed_alike()
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
+            and (self.depth is None or is_untouched(self.depth))
         )
 
     def weights_are_plain(self) -> bool:
@@ -157,7 +169,7 @@ def is_table(module: Any) -> bool:
 
 
 def _drops_nothing(dropout: Any) -> bool:
-    return dropout is None or type(dropout) is float or is_plain(dropout, nn.Identity)
+    return dropout is None or isinstance(dropout, (float, int)) or is_plain(dropout, nn.Identity)
 
 
 class Finder:

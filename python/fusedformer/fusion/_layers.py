@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
@@ -39,6 +40,7 @@ from fusedformer.fusion._norms import (
     normed,
     normed_and_sum,
 )
+from fusedformer.fusion._residual import pending_sum
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
@@ -125,11 +127,17 @@ class FusedLayer:
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         if self._form.interleaved and rotary is not None:
             rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
+        if self._form.rotary_last and rotary is not None:
+            rotary = _not_turned_before(rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
             given["position_bias"] = functional.relative_position_bias(
                 parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
             )
-        return Call(given.pop("hidden_states"), given.pop("attention_mask", None), rotary, given)
+        mask = given.pop("attention_mask", None)
+        if self._form.position_bias is not None:
+            bias = self._form.position_bias(self, given)
+            mask = bias if mask is None else mask if bias is None else bias + mask
+        return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
         form, x = self._form, call.x
@@ -139,15 +147,22 @@ class FusedLayer:
         residual = through if forks else x
         heads = self._attended(parts, call, query, key, value)
         inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
-        pending = Pending(inner, bias, _dropout_of(parts.dropout1), residual)
+        pending = pending_sum(
+            Pending(inner, bias, self._dropout_of(parts.dropout1), residual),
+            parts.scale1,
+            parts.depth,
+        )
         if form.norms_first:
             source, x = normed_and_sum(pending, parts.norm2)
         else:
             source = normed(pending, parts.norm1)
         inner, bias, through = self._block(parts, source, fork=not form.norms_first)
         inner, bias = _normed_alone(inner, bias, parts.block_norm)
-        pending = Pending(
-            inner, bias, _dropout_of(parts.dropout2), x if form.norms_first else through
+        residual = x if form.norms_first else through
+        pending = pending_sum(
+            Pending(inner, bias, self._dropout_of(parts.dropout2), residual),
+            parts.scale2,
+            parts.depth,
         )
         return pending.added() if form.norms_first else normed(pending, parts.norm2)
 
@@ -162,15 +177,15 @@ class FusedLayer:
         products: list[Any] = [parts.query, parts.key, parts.value]
         q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
         q, k = self._turned(q, k, parts, call)
-        x = x + _to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if form.norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(source)) * inner
-        inner = parts.linear2(_to_call(parts.hidden_dropout)(inner))
-        x = (x if form.norms_first else source) + _to_call(parts.dropout2)(inner)
+        inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
+        x = (x if form.norms_first else source) + self._to_call(parts.dropout2)(inner)
         return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -229,7 +244,7 @@ class FusedLayer:
         name = activation_name(parts.activation)
         if not self._gates(parts):
             products = weights_and_biases(parts.linear1, parts.linear2)
-            p = _probability(parts.hidden_dropout, parts.attention)
+            p = _probability(parts.hidden_dropout, self)
             activation = parts.activation if name is None else name
             block = FeedForward._make((*products, activation, p, False))
             return feed_forward(x, block, fork=fork)
@@ -242,7 +257,7 @@ class FusedLayer:
 
     def _gated(self, parts: Parts, x: Tensor, name: Any, fork: bool) -> tuple[Tensor, Tensor]:
         """Compute what the block's second product reads, and ``x`` again."""
-        dropout, by_aten = _dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
+        dropout, by_aten = self._dropout_of(parts.hidden_dropout), chosen_backend(x) == "torch"
         if parts.gate is not None and (name is None or by_aten):
             first, x = linear(x, parts.gate.weight, parts.gate.bias, fork=fork)
             second, x = linear(x, parts.linear1.weight, parts.linear1.bias, fork=fork)
@@ -256,6 +271,17 @@ class FusedLayer:
             return dropout(parts.activation(first) * second), x
         p, training = dropout.p, dropout.training
         return functional.gated_activation(before, bias, name, p=p, training=training), x
+
+    def _dropout_of(self: Any, dropout: Any) -> nn.Dropout:
+        """Return a module for ``dropout``, which may be a setting of this layer."""
+        if isinstance(dropout, nn.Dropout):
+            return dropout
+        p = _probability(dropout, self)
+        return nn.Dropout(p) if p else _NO_DROPOUT
+
+    def _to_call(self, dropout: Any) -> Any:
+        """Return what stands at the place of a dropout, whatever its class."""
+        return dropout if isinstance(dropout, nn.Module) else self._dropout_of(dropout)
 
     def _settings(self, module: Any, others: dict[str, Any]) -> dict[str, Any]:
         """Return what attention is given besides; of the arguments that the layer was given."""
@@ -305,9 +331,9 @@ class FusedLayer:
             activation=name,
             middle_eps=epsilon(middle),
             last_eps=None if last is None else epsilon(last),
-            hidden_p=_probability(parts.hidden_dropout, module),
-            middle_p=_probability(parts.dropout1, module),
-            last_p=_probability(parts.dropout2, module),
+            hidden_p=_probability(parts.hidden_dropout, self),
+            middle_p=_probability(parts.dropout1, self),
+            last_p=_probability(parts.dropout2, self),
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
             adds_last=form.norms_first,
@@ -327,11 +353,13 @@ class FusedLayer:
     def _one_node_has(self, parts: Parts) -> bool:
         """Return whether all steps of the form are among those of one node of autograd."""
         kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
-        more = parts.out_norm, parts.block_norm, parts.query_norm
+        more = parts.out_norm, parts.block_norm, parts.query_norm, parts.depth
+        scales = parts.scale1, parts.scale2
         return (
             not self._form.interleaved
             and len(kinds) == 1
             and all(one is None for one in more)
+            and not any(isinstance(one, Tensor) for one in scales)
             and (parts.key is None or parts.key.weight.shape == parts.query.weight.shape)
         )
 
@@ -345,7 +373,7 @@ class FusedLayer:
     def refuses(cls, layer: Any) -> str:
         """Say why ``layer`` cannot be fused; empty if it can."""
         names = cls._arguments
-        wanted = {"hidden_states", "attention_mask", cls._form.rotary} - {None}
+        wanted = {"hidden_states", cls._form.mask, cls._form.rotary} - {None}
         if not wanted <= {*names} or names[0] != "hidden_states":
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
@@ -355,8 +383,10 @@ class FusedLayer:
             return "it is a decoder's; its attention and norms are fused"
         if getattr(layer, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
-        if cls._form.unless is not None and getattr(attention, cls._form.unless):
-            return f"its {cls._form.unless} is set"
+        if cls._form.unless is not None:
+            holder, _, name = cls._form.unless.rpartition(".")
+            if getattr(layer.get_submodule(holder), name):
+                return f"its {name} is set"
         return ""
 
     @classmethod
@@ -380,20 +410,18 @@ def _dense(table: Tensor, length: int) -> Tensor:
     return table[:, distances + reach][None]
 
 
-def _dropout_of(module: Any) -> nn.Dropout:
-    return module if isinstance(module, nn.Dropout) else _NO_DROPOUT
-
-
-def _to_call(dropout: Any) -> Any:
-    """Return what stands at the place of a dropout, whatever its class."""
-    return dropout if isinstance(dropout, nn.Module) else _NO_DROPOUT
+def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Return tables of ``length`` rows; those in front turn nothing."""
+    cos, sin = rotary
+    missing = (0, 0, length - cos.shape[-2], 0)
+    return F.pad(cos, missing, value=1.0), F.pad(sin, missing)
 
 
 def _probability(dropout: Any, module: Any) -> float:
     """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
     if isinstance(dropout, nn.Dropout):
         return dropout_probability(dropout)
-    return float(dropout) if type(dropout) is float and module.training else 0.0
+    return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
 
 
 def _normed_alone(x: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,8 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
         return
     base = next((known for known in cls.__mro__ if _ours(known) is not None), None)
     if base is None:
-        if cls.__name__.endswith(("LayerNorm", "RMSNorm")):
+        is_leaf = next(module.children(), None) is None  # layers too are called by their norms
+        if is_leaf and cls.__name__.endswith(("LayerNorm", "RMSNorm")):
             _plan_norm(plan, path, module, cls)
         return
     ours: Any = _ours(base)

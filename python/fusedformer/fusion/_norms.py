@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer._internal.backend import chosen_backend
+from fusedformer.fusion._residual import Scaled
 from fusedformer.nn import LayerNorm
 from fusedformer.nn.children import Pending, is_plain
 from fusedformer.nn.tracers import introduce
@@ -116,16 +117,21 @@ def epsilon(norm: Any) -> float:
     return found
 
 
-def normed(pending: Pending, norm: Any) -> Tensor:
+def normed(pending: Pending | Scaled, norm: Any) -> Tensor:
     """Compute the norm of a sum that is pending."""
+    if isinstance(pending, Scaled):
+        return norm(pending.added())  # type: ignore[no-any-return]
     if not is_rms(norm):
         return pending.normed(norm)
     output: Tensor = _call(pending, norm, return_sum=False)
     return output
 
 
-def normed_and_sum(pending: Pending, norm: Any) -> tuple[Tensor, Tensor]:
+def normed_and_sum(pending: Pending | Scaled, norm: Any) -> tuple[Tensor, Tensor]:
     """Compute the norm of a sum that is pending, and the sum."""
+    if isinstance(pending, Scaled):
+        total = pending.added()
+        return norm(total), total
     if not is_rms(norm):
         return pending.normed_and_sum(norm)
     both: tuple[Tensor, Tensor] = _call(pending, norm, return_sum=True)
