@@ -187,3 +187,11 @@ def test_sequences_without_queries_are_not_padded(queries: list[int]) -> None:
     ]
     torch.testing.assert_close(found, torch.cat(wanted))
     assert not any(one.is_padded for one in groups_of((0, 3), (5, 4), H, may_pad=True))
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 3], [2, 2]])
+def test_second_derivatives(lengths: list[int]) -> None:
+    """Of float64 as of float32; ATen's own kernel has none."""
+    packed = [torch.randn(sum(lengths), 1, 2, dtype=torch.float64) for _ in range(3)]
+    inputs = [t.requires_grad_() for t in packed]
+    assert torch.autograd.gradgradcheck(lambda *own: attend([*own], (lengths, lengths)), inputs)

@@ -137,14 +137,15 @@ def _within_lengths(key: Tensor, value: Tensor, lengths: Tensor | None) -> tuple
 
 
 def _needs_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether one log-sum-exp a query, as ATen's kernels keep it, is not enough."""
+    """Whether one log-sum-exp a query, as ATen keeps it, is not enough, or a second derivative."""
     added = mask is not None and mask.dtype != torch.bool
     if mask is not None and added and mask.dtype != query.dtype:
         return True
     tensors = (t for t in (query, key, value, mask) if t is not None)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return False
-    return added or (query.dtype == torch.float32 and query.device.type == "cpu")
+    wide = query.dtype in (torch.float32, torch.float64)
+    return added or (wide and query.device.type == "cpu")
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
