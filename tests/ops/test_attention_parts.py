@@ -165,7 +165,7 @@ def test_few_queries_share_the_keys_backward(device: str) -> None:
     """Parts of dq, with all that hides keys from some of them, and the same bits in every run."""
     from fusedformer_kernels.runtime.launch import recorded_launches
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "query": grad(2, 2, 5, 24, device=device),
         "key": grad(2, 1, 600, 24, device=device),
         "value": grad(2, 1, 600, 16, device=device),
