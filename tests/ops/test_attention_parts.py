@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,64 @@ def test_few_queries_split_the_keys(device: str) -> None:
         F.scaled_dot_product_attention(**inputs)
     assert [launch.name for launch in launches] == ["_attention_forward", "_merge_splits"]
     assert launches[0].grid == (2, 3)
+
+
+def test_few_queries_share_the_keys_backward(device: str) -> None:
+    """Parts of dq, with all that hides keys from some of them, and the same bits in every run."""
+    from fusedformer_kernels.runtime.launch import recorded_launches
+
+    inputs: dict[str, Any] = {
+        "query": grad(2, 2, 5, 24, device=device),
+        "key": grad(2, 1, 600, 24, device=device),
+        "value": grad(2, 1, 600, 16, device=device),
+    }
+    form: dict[str, Any] = {
+        "key_lengths": torch.tensor([0, 590], device=device), "enable_gqa": True,
+        "is_causal": True, "causal_alignment": "bottom_right", "window": (300, -1),
+    }  # fmt: skip
+    check(NAME, torch.float16, **form, **inputs, return_lse=True)
+    leaves = {n: t.detach().half().requires_grad_() for n, t in inputs.items()}
+    attention: Any = F.scaled_dot_product_attention
+    output = attention(**leaves, **form, dropout_p=0.3)
+    dy = torch.randn_like(output)
+    runs = []
+    for _ in range(2):
+        with recorded_launches(run=True) as launches:
+            found = torch.autograd.grad(output, tuple(leaves.values()), dy, retain_graph=True)
+        runs.append(found)
+        assert [launch.name for launch in launches][1:] == [
+            "_few_queries_backward", "_sum_query_parts",
+        ]  # fmt: skip
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    assert not any(t[0].any() for t in runs[0]) and all(t[1].any() for t in runs[0])
+
+
+@pytest.mark.parametrize("unneeded", ["query", "key", "value"])
+def test_few_queries_have_the_same_gradients_in_part(unneeded: str, device: str) -> None:
+    inputs = qkv(2, 520, device, heads=1)
+    output = F.scaled_dot_product_attention(**inputs)
+    dy = torch.randn_like(output)
+    whole = dict(zip(inputs, torch.autograd.grad(output, tuple(inputs.values()), dy), strict=True))
+    some = {n: t.detach() if n == unneeded else t for n, t in inputs.items()}
+    names = [n for n in inputs if n != unneeded]
+    output = F.scaled_dot_product_attention(**some)
+    found = torch.autograd.grad(output, [inputs[n] for n in names], dy)
+    assert all(torch.equal(whole[n], t) for n, t in zip(names, found, strict=True))
+
+
+def test_parts_of_few_queries_take_no_more_memory_than_the_keys() -> None:
+    from fusedformer_kernels.runtime import configs
+
+    target = configs.TARGETS["sm_90"]
+    for dim, operands, size in ((64, "half", 2), (128, "half", 2), (256, "ieee", 4)):
+        kind = configs.AttentionKind(dim, operands)
+        for queries, group in itertools.product((1, 7, 16), (1, 2, 8, 32)):
+            found = configs.few_queries_backward_config(kind, target, queries, 4096, group)
+            assert found is not None or queries * group > 16
+            if found is not None:
+                assert 4096 // found.block_n * queries * group * 4 <= 4096 * size
+    assert configs.few_queries_backward_config(kind, target, 17, 4096, 1) is None
+    assert configs.few_queries_backward_config(kind, target, 1, 512, 1) is None
 
 
 def test_splits_that_see_nothing(device: str) -> None:

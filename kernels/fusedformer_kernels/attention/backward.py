@@ -7,11 +7,14 @@ The same inputs give the same bits. The gradients of the terms, and delta, have 
 In one kernel a program owns a block of keys (of all query heads that share it) and walks the
 queries: dk, dv. In one it owns a block of queries and walks the keys: dq. Scores are recomputed
 from q and k, seven products in all. In one pass, where a tuned table says so, the first kernel adds
-up dq too, five products (query_sums.py). For the gradient of the attention weights themselves
-(weights.py), dp is a given tensor and delta 0. Source: Dao, FlashAttention-2, arXiv:2307.08691.
+up dq too, five products (query_sums.py). Few queries have a kernel of their own (few_queries.py).
+For the gradient of the attention weights themselves (weights.py), dp is a given tensor and delta 0.
+Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,12 +22,14 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
+    Layout,
     Sizes,
     attention_arguments,
     layout_of,
     precision_of,
 )
 from fusedformer_kernels.attention.delta import attention_delta
+from fusedformer_kernels.attention.few_queries import few_queries_backward
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.position_gradient import attention_position_gradients
@@ -39,7 +44,7 @@ from fusedformer_kernels.attention.query_sums import (
     store_query_sums,
     take_turn,
 )
-from fusedformer_kernels.attention.schedule import work_list
+from fusedformer_kernels.attention.schedule import blocks_of
 from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
@@ -403,18 +408,53 @@ def score_gradients_of(
         first = [None if g is None else g.zero_() for g in (dq, dk, dv)]
         return *first, *zeros, None if dlse is None else dlse.zero_()
     target = configs.target_of(query.device)
-    config = configs.attention_backward_config(arguments.kind, target)
     tensors = (query, key, value, grad, statistics, delta, given)
     layouts = tuple(layout_of(t) for t in (query, key, value, grad))
+    few = None
+    if given.pointer is None:
+        few = configs.few_queries_backward_config(
+            arguments.kind, target, arguments.max_queries, arguments.max_keys,
+            arguments.scores.group,
+        )
+    if few is not None:
+        work, blocks = blocks_of(arguments, terms, key.shape[2], few.block_n, of_keys=True)
+        few_queries_backward(tensors, layouts, dq, dk, dv, work, blocks, arguments, few)
+    else:
+        _fill_gradients(tensors, layouts, dq, dk, dv, dlse, arguments, terms, target)
+    dmask, dslopes, dtable = None, None, None
+    if needs_mask and mask is not None:
+        dmask = attention_mask_gradient(mask, tensors, layouts, arguments, target)
+    if needs_slopes or needs_table:
+        dslopes, dtable = attention_position_gradients(
+            slopes if needs_slopes else None, table if needs_table else None, lse_grad, tensors,
+            layouts, arguments, target,
+        )
+    return dq, dk, dv, dmask, dslopes, dtable, dlse
+
+
+def _fill_gradients(
+    tensors: tuple[Any, ...],
+    layouts: tuple[Layout, ...],
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    arguments: AttentionArguments,
+    terms: AttentionTerms,
+    target: configs.Target,
+) -> None:
+    """Fill the gradients that are not None, by a kernel over keys and one over queries."""
+    query, key, _, _, statistics, _, given = tensors
+    config = configs.attention_backward_config(arguments.kind, target)
     n_rows = query.shape[2]
     plane = statistics[0].numel()
     one_loop = config.one_loop or arguments.one_loop
-    parts = [(needs_k, dv is not None)]
+    parts = [(dk is not None, dv is not None)]
     if config.split_keys:
-        parts = [(needs_k, False), (False, dv is not None)]
-    in_one_pass = needs_k and _is_one_pass(config, arguments, target, dq, dv, given)
+        parts = [(dk is not None, False), (False, dv is not None)]
+    in_one_pass = _is_one_pass(config, arguments, target, dq, dk, dv, given)
     query_sums, sum_tiles = QuerySums(), 0
-    if needs_k or dv is not None:
+    if dk is not None or dv is not None:
         work, blocks = blocks_of(arguments, terms, key.shape[2], config.block_n, of_keys=True)
         tiles = mask_tiles(arguments, config.block_n, config.block_m, of_columns=True)
         if in_one_pass:
@@ -443,15 +483,6 @@ def score_gradients_of(
             *layouts, layout_of(dq), n_rows, plane, BLOCK_M=block_m, BLOCK_N=block_n,
             ONE_LOOP=one_loop, **arguments.constants,
         )
-    dmask, dslopes, dtable = None, None, None
-    if needs_mask and mask is not None:
-        dmask = attention_mask_gradient(mask, tensors, layouts, arguments, target)
-    if needs_slopes or needs_table:
-        dslopes, dtable = attention_position_gradients(
-            slopes if needs_slopes else None, table if needs_table else None, lse_grad, tensors,
-            layouts, arguments, target,
-        )
-    return dq, dk, dv, dmask, dslopes, dtable, dlse
 
 
 def _is_one_pass(
@@ -459,6 +490,7 @@ def _is_one_pass(
     arguments: AttentionArguments,
     target: configs.Target,
     dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
     dv: torch.Tensor | None,
     given: Given,
 ) -> bool:
@@ -470,20 +502,5 @@ def _is_one_pass(
     return (
         config.passes == 1 and target.backend == "cuda" and not config.split_keys
         and not arguments.lists_tiles and given.pointer is None
-        and dq is not None and dv is not None
+        and dq is not None and dk is not None and dv is not None
     )
-
-
-def blocks_of(
-    arguments: AttentionArguments, terms: AttentionTerms, tokens: int, block: int, *, of_keys: bool
-) -> tuple[torch.Tensor | None, int]:
-    """Find (the work list of packed sequences or None, the number of blocks of each head)."""
-    longest = arguments.max_keys if of_keys else arguments.max_queries
-    starts, others = terms.starts_q, terms.starts_k
-    if starts is None or others is None:
-        return None, configs.ceil_div(longest, block) * arguments.sequences
-    if of_keys:
-        starts, others = others, starts
-    last_first = terms.right is not None and not of_keys
-    work = work_list(starts, others, tokens, longest, block, last_first)
-    return work, work.shape[0]

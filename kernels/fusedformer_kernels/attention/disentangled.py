@@ -23,11 +23,9 @@ from fusedformer_kernels.attention.arguments import (
     layout_of,
     precision_of,
 )
-from fusedformer_kernels.attention.backward import (
-    blocks_of,
-    score_gradients_of,
-)
+from fusedformer_kernels.attention.backward import score_gradients_of
 from fusedformer_kernels.attention.delta import attention_delta
+from fusedformer_kernels.attention.schedule import blocks_of
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention.arguments import AttentionArguments
+from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.runtime import configs
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
@@ -130,3 +132,18 @@ def work_list(
 
 def _is_capturing(starts: torch.Tensor) -> bool:
     return starts.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def blocks_of(
+    arguments: AttentionArguments, terms: AttentionTerms, tokens: int, block: int, *, of_keys: bool
+) -> tuple[torch.Tensor | None, int]:
+    """Find (the work list of packed sequences or None, the number of blocks of each head)."""
+    longest = arguments.max_keys if of_keys else arguments.max_queries
+    starts, others = terms.starts_q, terms.starts_k
+    if starts is None or others is None:
+        return None, configs.ceil_div(longest, block) * arguments.sequences
+    if of_keys:
+        starts, others = others, starts
+    last_first = terms.right is not None and not of_keys
+    work = work_list(starts, others, tokens, longest, block, last_first)
+    return work, work.shape[0]

@@ -455,6 +455,9 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=64 {name}", HALF,
             partial(_attention, 64, HALF, **flags), matrix=True,
         )
+    for dim, dtype in ((128, HALF), (256, full)):
+        call = partial(_attention, dim, dtype, **variants["few queries"])
+        add(f"attention d={dim} few queries", dtype, call, matrix=dtype == HALF)
     # Values narrower than keys: tiles of two swizzles, which ptxas confuses (descriptors.py).
     for dim, value_dim in ((64, 32), (32, 16), (128, 32), (128, 16), (256, 16)):
         call = partial(_attention, dim, HALF, value_dim=value_dim)

@@ -210,6 +210,7 @@ def _passes_of_attention(launch: Launch, pairs: float | None) -> float:
     columns = min(given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"], n_keys)
     if pairs is not None:
         return max(1.0, pairs / (rows * columns)) / prod(launch.grid)
+    columns *= given.get("BLOCK_P", 1)  # blocks of keys whose parts are added up at a time
     walked = getattr(launch.config, "keys_per_split", 0) or n_keys
     tiles = queries / rows if "NEEDS_K" in given else walked / columns
     if "shares" in given:  # these programs walk over queries too

@@ -349,7 +349,7 @@ class AttentionConfig(LaunchConfig):
     block_n: int = 64
     one_loop: bool = False  # one checked loop in place of a full and a partial one: fewer registers
     split_keys: bool = False  # dk and dv in a pass each: one accumulator in registers at a time
-    keys_per_split: int = 0  # forward: keys that one program walks when queries are few; 0: all
+    keys_per_split: int = 0  # keys that one program walks when queries are few; 0: all
     passes: int = 2  # backward: 1 for one over the keys that gives dq too (query_sums.py)
     specialized: bool = False  # forward, on sm_90: the kernel whose warps copy or multiply
 
@@ -444,12 +444,17 @@ FEW_QUERIES = 16
 KEYS_PER_SPLIT = 512
 
 
+def are_few_queries(max_queries: int, max_keys: int) -> bool:
+    """Whether programs share the keys of one block of queries."""
+    return max_queries <= FEW_QUERIES and max_keys > KEYS_PER_SPLIT
+
+
 @cached_config
 def attention_forward_config(
     kind: AttentionKind, target: Target, max_queries: int, max_keys: int
 ) -> AttentionConfig:
     """Tile of the forward kernel."""
-    if max_queries <= FEW_QUERIES and max_keys > KEYS_PER_SPLIT:
+    if are_few_queries(max_queries, max_keys):
         block_n = 64 if kind.operands == "half" and kind.size < 256 else 32
         stages = 1 if target.backend == "hip" or kind.operands != "half" else 3
         return AttentionConfig(4, stages, FEW_QUERIES, block_n, keys_per_split=KEYS_PER_SPLIT)
@@ -509,6 +514,26 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
     if kind.size == 256:
         return AttentionConfig(8, 1, 16 if not roomy else 32, 64, True, True)
     return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
+
+
+@cached_config
+def few_queries_backward_config(
+    kind: AttentionKind, target: Target, max_queries: int, max_keys: int, group: int
+) -> AttentionConfig | None:
+    """Tile of the backward that shares keys among programs; None: a program has all keys of dq.
+
+    Not where position terms are gathered by bucket, whose attention has as many keys as queries;
+    nor where ``group`` heads have so many queries at a key head that parts of dq, in float32, would
+    take more memory than the keys.
+    """
+    # HMMA takes 32 keys. Of 64, whose products are HGMMA, fewer programs would load at a time.
+    half = kind.operands == "half"
+    large = kind.size == 256 and not half
+    block_n = 16 if large and target.shared_memory <= 128 * 1024 else 32
+    fits = 4 * max_queries * group <= (2 if half else 4) * block_n
+    if kind.gathers or not fits or not are_few_queries(max_queries, max_keys):
+        return None
+    return AttentionConfig(8 if large else 4, 1, FEW_QUERIES, block_n, keys_per_split=block_n)
 
 
 @cached_config

@@ -28,6 +28,7 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942"
 NO_PRODUCTS = (
     "_attention_delta", "_attention_sink_gradient", "_clear_query_sums", "_list_mask_tiles",
     "_list_work", "_merge_parts", "_merge_splits", "_store_query_sums", "_sum_partials",
+    "_sum_query_parts",
 )  # fmt: skip
 
 
