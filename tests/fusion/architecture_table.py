@@ -24,7 +24,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 LEVELS = {
     "A": "packed, layers of fused steps",
     "B": "packed, attention and norms",
-    "C": "attention and norms, padded",
+    "C": "attention and norms, padded; of towers the layers too",
     "D": "attention; its norms are its own",
     "E": "norms alone",
     "-": "nothing",
