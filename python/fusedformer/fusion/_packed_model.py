@@ -98,7 +98,7 @@ class PackedModel:
             or wants_padding()
             or self._is_asked_for_more(given)
             or not self._knows_layers()
-            or not can_pack(tokens, self.static_shapes, keep)
+            or not can_pack(tokens, self._is_static(), keep)
             or needs_batch(self, by_ours=self._looks_attention_up)
         )
 
@@ -118,11 +118,16 @@ class PackedModel:
         layers = self.get_submodule(self._model.layers)
         return all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
 
+    def _is_static(self: Any) -> bool:
+        """Return whether ``static_shapes`` was set here, or on the encoder, which packs as well."""
+        encoder = getattr(self, "encoder", None)
+        return bool(self.static_shapes or getattr(encoder, "static_shapes", False))
+
     def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
         """Return the packing of a batch, and a mask of keys where not all that it has are real."""
         if self._model.has_distances:
-            return _spans(keep, self.static_shapes or not has_values(keep))
-        return packing_of(keep, self.static_shapes), None
+            return _spans(keep, self._is_static() or not has_values(keep))
+        return packing_of(keep, self._is_static()), None
 
     def _packed_arguments(
         self: Any, given: dict[str, Any], packing: Packing, keys: Tensor | None

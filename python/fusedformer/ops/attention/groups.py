@@ -138,7 +138,7 @@ class _Batched(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         found = grad.index_select(0, rows)
-        return torch.unflatten(found, 0, (-1, ctx.heads)), None, None
+        return found.view(-1, ctx.heads, found.shape[1]), None, None
 
 
 class _Packed(torch.autograd.Function):
