@@ -39,10 +39,10 @@ compile-report: $(READY)  ## every kernel compiled for sm_80, sm_90, sm_100 and 
 architectures: $(READY)  ## every model type of transformers, fused beside stock; writes the table
 	PYTHONPATH=python:kernels:. $(PY) -m tests.fusion.architecture_table
 
-versions: $(TRITONS:%=$(VENV)/triton-%/.ready)  ## each kernel for sm_90, by the other tritons
-	@set -e; for version in $(TRITONS); do \
-	PYTHONPATH="$(abspath $(VENV))/triton-$$version" \
-	$(PY) -m fusedformer compile-report --target sm_90 --core; done
+versions: $(TRITONS:%=version-%)  ## each kernel for sm_90, by the other tritons
+
+version-%: $(VENV)/triton-%/.ready $(READY)
+	PYTHONPATH="$(abspath $(VENV))/triton-$*" $(PY) -m fusedformer compile-report --target sm_90 --core
 
 wheel: $(READY)  ## sdist and wheel, and the wheel imported from another directory
 	rm -rf build/dist build/site
