@@ -22,7 +22,7 @@ CHOSEN = (
     # Its backward once waited for a thread that waited for it, on a GPU alone.
     "tests/ops/test_registration.py::test_opcheck[packed ATen, log-sum-exp, learned]",
 )
-MORE = {"sm_90": ("tests/ops/test_specialized_attention.py",), "sm_80": ()}
+MORE = {"sm_90": ("tests/ops/test_attention_specialized.py",), "sm_80": ()}
 
 
 @pytest.fixture(scope="module")

@@ -116,11 +116,15 @@ def attention_backward_case(needs: list[bool], **terms: Any) -> tuple[Any, ...]:
 
 
 def chunked_case(
-    mask: Tensor | None, dtype: torch.dtype = torch.float32, sinks: Tensor | None = None
+    mask: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    sinks: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Any, ...]:
     shapes = (2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 4)
     leaves = (leaf(*shape).detach().to(dtype).requires_grad_() for shape in shapes)
-    return *leaves, mask, sinks, 0.5, mask is None
+    kept = (torch.rand(2, 2, 5, 7) > p).to(torch.uint8) if p else None
+    return *leaves, mask, sinks, kept, 0.5, mask is None, p
 
 
 def chunked_backward_case() -> tuple[Any, ...]:
@@ -306,6 +310,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "chunked attention, sinks": (
         "chunked_attention", lambda: chunked_case(torch.rand(2, 1, 5, 7) > 0.3, sinks=leaf(2)),
     ),
+    "chunked attention, dropout": ("chunked_attention", lambda: chunked_case(None, p=0.3)),
     "chunked attention backward": ("chunked_attention_backward", chunked_backward_case),
     "disentangled": ("disentangled_attention", lambda: disentangled_case(False)),
     "disentangled, packed": ("disentangled_attention", lambda: disentangled_case(True, 0.3)),

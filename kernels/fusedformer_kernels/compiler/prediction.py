@@ -165,7 +165,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def _is_in_chunks(launch: Launch) -> bool:
     """Tell whether rows are read in chunks (``rows/softmax_long.py``)."""
-    return "STAGES" in launch.arguments
+    return "STAGES" in launch.arguments and "n_written" in launch.arguments
 
 
 def _moved_again(launch: Launch, in_flight: int) -> float:

@@ -36,18 +36,18 @@ def rows_at_once(
     if dtype.itemsize == 2 and rows <= features:
         return max(rows, 1)
     bound = _BYTES.get(device, 2**30) // (classes * dtype.itemsize)
-    return max(min(-(-rows // _chunks(by_aten)), bound, _MOST_ROWS), _FEWEST_ROWS)
+    return max(min(-(-rows // _chunks(device, by_aten)), bound, _MOST_ROWS), _FEWEST_ROWS)
 
 
 def classes_at_once(rows: int, classes: int, dtype: torch.dtype, device: str, by_aten: bool) -> int:
     """Choose the classes of a block, a multiple of 64, by the same bounds; a pure function."""
     bound = _BYTES.get(device, 2**30) // (max(rows, 1) * dtype.itemsize)
-    return max(min(-(-classes // _chunks(by_aten)), bound) // 64 * 64, 64)
+    return max(min(-(-classes // _chunks(device, by_aten)), bound) // 64 * 64, 64)
 
 
-def _chunks(by_aten: bool) -> int:
+def _chunks(device: str, by_aten: bool) -> int:
     """Return how many chunks the logits are cut into; ATen's need room for its own results."""
-    return 8 if by_aten else 4
+    return 8 if by_aten or device == "cpu" else 4
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
