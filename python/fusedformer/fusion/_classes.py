@@ -74,6 +74,12 @@ def is_asked(value: Any) -> bool:
     return value is not None and value is not False
 
 
+def is_asked_of(model: Any, given: dict[str, Any], name: str) -> bool:
+    """Return whether a call of ``model`` asks for ``name``, or else its configuration does."""
+    value = given.get(name)
+    return bool(getattr(model.config, name, False) if value is None else value)
+
+
 class Plan:
     """Changes to a model; none is made before :meth:`apply`."""
 

@@ -12,9 +12,9 @@ from transformers import modeling_outputs
 
 from fusedformer import functional
 from fusedformer.fusion._attention import FULL
-from fusedformer.fusion._classes import is_asked
+from fusedformer.fusion._classes import is_asked, is_asked_of
 from fusedformer.fusion._forms import Composed, is_table
-from fusedformer.fusion._kept_rows import has_no_rows, unpacked, zeroed
+from fusedformer.fusion._kept_rows import has_no_rows
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
 
@@ -39,26 +39,20 @@ class ComposedModel(PackedModel):
         if not self._composes(given, encoder):
             return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
         keep: Any = given.get("attention_mask")
-        packing, is_empty = None, False
+        packing = None
         rows = dict(given, attention_mask=None if keep is None else _of_keys(keep))
         if self._packs(given):
             packing, keys = self._packing(keep.bool())
-            is_empty = has_no_rows(packing)
-            if not is_empty:
+            if not has_no_rows(packing):
                 rows.update(self._packed_arguments(given, packing, keys))
         states = self._states(self._model.composed, layers, rows)
-        if is_empty:
-            states = zeroed(states, keep.bool())
-        elif packing is not None and keys is None:
-            states = unpacked(states[0], packing)
-        elif packing is not None:
-            states = zeroed(functional.unpack(states[0], packing), keep.bool())
+        if packing is not None:
+            states = self._returned(states, packing, keys, keep.bool())
         found = {"last_hidden_state": states}
         is_padded = keep is None or states.shape[:2] == keep.shape  # else whoever keeps rows pools
         if hasattr(self, "pooler") and is_padded:
             found["pooler_output"] = self._pooled(states)
-        returns_dict = given.get("return_dict")
-        if not (self.config.return_dict if returns_dict is None else returns_dict):
+        if not is_asked_of(self, given, "return_dict"):
             return tuple(found.values())
         return getattr(modeling_outputs, self._model.composed.output)(**found)
 

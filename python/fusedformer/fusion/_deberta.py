@@ -18,7 +18,7 @@ from fusedformer.functional import Packing
 from fusedformer.functional.steps import FeedForward, feed_forward, linear
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import captured
-from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._classes import Plan, combined, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._kept_rows import unpacked, wants_padding
 from fusedformer.fusion._rows import is_untouched, needs_batch
@@ -164,10 +164,10 @@ class PackedDeberta:
         packing = self._packing(given)
         if packing is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        wanted = _asked(self, given, "output_hidden_states")
+        wanted = is_asked_of(self, given, "output_hidden_states")
         unpack = functional.unpack if wanted else unpacked
         states = [unpack(rows[0], packing) for rows in self._states(given, packing)]
-        if not _asked(self, given, "return_dict"):
+        if not is_asked_of(self, given, "return_dict"):
             return (states[-1], tuple(states)) if wanted else (states[-1],)
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -187,7 +187,7 @@ class PackedDeberta:
             not isinstance(keep, Tensor)
             or keep.dim() != 2
             or tokens.shape[:2] != keep.shape
-            or _asked(self, given, "output_attentions")
+            or is_asked_of(self, given, "output_attentions")
             or captured()
             or wants_padding()
             or self.z_steps > 1
@@ -219,7 +219,7 @@ class PackedDeberta:
             if i == 0 and encoder.conv is not None:
                 rows = _convolved(encoder.conv, embedded, rows, packing)
             states.append(rows)
-        return states if _asked(self, given, "output_hidden_states") else states[-1:]
+        return states if is_asked_of(self, given, "output_hidden_states") else states[-1:]
 
     def _embedded(self: Any, given: dict[str, Any], packing: Packing) -> Tensor:
         """Compute the embeddings of real tokens; of all, if a hook wants to see the batch."""
@@ -245,11 +245,6 @@ def _are_whole(keep: Tensor) -> bool:
     """
     begins = keep[:, 1:] & ~keep[:, :-1]
     return not bool((begins.sum(1) + keep[:, :1].sum(1) > 1).any())
-
-
-def _asked(model: Any, given: dict[str, Any], name: str) -> bool:
-    value = given.get(name)
-    return bool(getattr(model.config, name) if value is None else value)
 
 
 def _packed_arguments(given: dict[str, Any], packing: Packing) -> dict[str, Any]:

@@ -134,23 +134,13 @@ ESM = dataclasses.replace(
     rotary="position_embeddings",
     scaling=None,
 )
-NOMIC_BERT = Form(
-    attention="self_attn",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    out="self_attn.o_proj",
+NOMIC_BERT = dataclasses.replace(
+    LLAMA,
     norm1="post_attention_layernorm",
     norm2="post_mlp_layernorm",
-    linear1="mlp.up_proj",
-    gate="mlp.gate_proj",
-    activation="mlp.act_fn",
-    linear2="mlp.down_proj",
-    attention_dropout="self_attn.attention_dropout",
     dropout1="post_attention_dropout",
     dropout2="post_mlp_dropout",
-    rotary="position_embeddings",
-    head_dim="head_dim",
+    norms_first=False,
 )
 GTE = dataclasses.replace(NOMIC_BERT, hidden_dropout="mlp.dropout")
 JINA = dataclasses.replace(

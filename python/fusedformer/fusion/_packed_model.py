@@ -12,7 +12,7 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
-from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import arguments_of, is_asked, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
@@ -58,13 +58,9 @@ class PackedModel:
         packing, keys = self._packing(keep)
         if has_no_rows(packing):
             output = super().forward(**given)  # type: ignore[misc]
-            states = zeroed(output[0], keep)
         else:
             output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
-            if keys is None:
-                states = unpacked(output[0][0], packing)
-            else:  # some of the rows are padding
-                states = zeroed(functional.unpack(output[0][0], packing), keep)
+        states = self._returned(output[0], packing, keys, keep)
         is_padded = states.shape[:2] == keep.shape  # whoever keeps the rows pools them
         pooled = self._pooled(states) if is_padded else None
         if isinstance(output, tuple):
@@ -73,6 +69,15 @@ class PackedModel:
         if pooled is not None:
             output.pooler_output = pooled
         return output
+
+    @staticmethod
+    def _returned(states: Tensor, packing: Packing, keys: Tensor | None, keep: Tensor) -> Tensor:
+        """Return computed states as the caller gets them: zeros at padding, or rows kept packed."""
+        if has_no_rows(packing):  # computed padded
+            return zeroed(states, keep)
+        if keys is None:
+            return unpacked(states[0], packing)
+        return zeroed(functional.unpack(states[0], packing), keep)  # some rows are padding
 
     def _pooled(self: Any, states: Tensor) -> Any:
         """Pool the padded states, where the model does."""
@@ -105,11 +110,7 @@ class PackedModel:
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
         """Return whether outputs of layers are wanted."""
         asks = (*_ASKED, "use_cache") if self._minds_cache else _ASKED
-        for name in asks:
-            asked = given.get(name)
-            if is_asked(getattr(self.config, name, False) if asked is None else asked):
-                return True
-        return False
+        return any(is_asked_of(self, given, name) for name in asks)
 
     def _knows_layers(self: Any) -> bool:
         """Return whether all layers are computed by their form, where they have to be."""
