@@ -88,7 +88,7 @@ import torch
 from dataclasses import replace
 from fusedformer_kernels.compiler import compile_cases
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
-from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 target = TARGETS["sm_90"]

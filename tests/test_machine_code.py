@@ -29,8 +29,8 @@ from fusedformer_kernels.compiler.waits import CAUSES, UNITS, Work, work_of
 from fusedformer_kernels.rows.contrastive import row_and_column_lse
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.softmax import softmax_forward
-from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 
 LISTING = """
         /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;

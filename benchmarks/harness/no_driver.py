@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedformer._internal import backend as backends
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 
 Launched = Callable[[Any, tuple[Any, ...]], None]
 
@@ -63,4 +63,4 @@ def kernels_go_nowhere(launched: Launched = lambda source, arguments: None) -> N
         raise RuntimeError("kernels_go_nowhere(): unset TRITON_INTERPRET")
     driver.set_active(NoDriver(launched))
     backends.INTERPRETER_IS_ON = True  # CPU tensors have kernels
-    configs.assume_target(configs.TARGETS["sm_90"]).__enter__()
+    targets.assume_target(targets.TARGETS["sm_90"]).__enter__()

@@ -62,8 +62,8 @@ class Kernels:
             package.__path__.append(str(HERE / "kernels/fusedformer_kernels"))
         place = "" if self.old else "runtime."
         self.launch = importlib.import_module(f"fusedformer_kernels.{place}launch")
-        self.configs = importlib.import_module(f"fusedformer_kernels.{place}configs")
-        self.target = self.configs.TARGETS["sm_90"]
+        targets = "configs" if self.old else "runtime.targets"
+        self.target = importlib.import_module(f"fusedformer_kernels.{targets}").TARGETS["sm_90"]
         tools = "fusedformer.tune" if self.old else "fusedformer.tools.tune"
         search = importlib.import_module(f"{tools}.search")
         self.launches_of = search._launches if self.old else search.launches_of

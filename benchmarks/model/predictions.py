@@ -29,8 +29,8 @@ from fusedformer._internal import backend as backends
 from fusedformer_kernels.compiler.ahead_of_time import compile_launch
 from fusedformer_kernels.compiler.prediction import GPU, Prediction, predict
 from fusedformer_kernels.rows.contrastive import BACKWARD_ROWS
-from fusedformer_kernels.runtime.configs import TARGETS, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 from harness.case import Case, Sizes
 from model import TABLES, page
 

@@ -102,7 +102,7 @@ def noise() -> Iterator[str]:
     """Compare each default with the candidate that is the same config."""
     from fusedformer.tools.tune.search import launches_of
     from fusedformer.tools.tune.workloads import workloads
-    from fusedformer_kernels.runtime.configs import TARGETS
+    from fusedformer_kernels.runtime.targets import TARGETS
 
     known = {w.name: w for w in workloads()}
     for measured in json.loads((CHECKOUT / TILES).read_text()):

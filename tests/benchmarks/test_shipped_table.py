@@ -14,12 +14,14 @@ import torch
 pytest.importorskip("triton")
 
 from fusedformer.tools.compile_report import tuned_entries
+from fusedformer_kernels.attention import configs as attention
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
-from fusedformer_kernels.runtime import configs, tuned
-from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+from fusedformer_kernels.rows import configs as rows
+from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 from model import demands, tuned_table
 
 HALF = torch.bfloat16
@@ -69,24 +71,26 @@ def test_each_entry_was_measured_and_beats_the_default(shipped: dict[str, Any]) 
 def test_launches_take_the_entries_on_sm_90_alone(
     shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = configs.AttentionKind(64, "half")
+    backward = attention.AttentionKind(64, "half")
     fields = shipped["attention_backward half 64 plain full"]["config"]
     launched = [each.config for each in _attention(64) if "backward" in each.name]
     assert len(launched) == 2
     for config in launched:
         assert {name: getattr(config, name) for name in fields} == fields
-    others = {name: configs.attention_backward_config(backward, TARGETS[name]) for name in TARGETS}
+    others = {
+        name: attention.attention_backward_config(backward, TARGETS[name]) for name in TARGETS
+    }
     mine = others.pop("sm_90")
-    interpreted = configs.attention_backward_config(backward, configs.INTERPRETED)
+    interpreted = attention.attention_backward_config(backward, targets.INTERPRETED)
     monkeypatch.setenv("FUSEDFORMER_TUNED", "off")
     tuned.clear_caches()
-    assert configs.attention_backward_config(backward, SM_90) == interpreted != mine
+    assert attention.attention_backward_config(backward, SM_90) == interpreted != mine
     for name, config in others.items():
-        assert configs.attention_backward_config(backward, TARGETS[name]) == config, name
+        assert attention.attention_backward_config(backward, TARGETS[name]) == config, name
     monkeypatch.setenv("FUSEDFORMER_TUNED", "no")
     tuned.clear_caches()
     with pytest.raises(ValueError, match="FUSEDFORMER_TUNED: expected 'on' or 'off', but got 'no'"):
-        configs.attention_backward_config(backward, SM_90)
+        attention.attention_backward_config(backward, SM_90)
 
 
 def test_other_forms_keep_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +103,7 @@ def test_other_forms_keep_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dim": dim, "mask": mask} for dim in (64, 128) for mask in masks
     ]
 
-    def found() -> list[list[configs.LaunchConfig]]:
+    def found() -> list[list[targets.LaunchConfig]]:
         tiles = [[each.config for each in _attention(**form)] for form in forms]
         backward = [[x for x in _attention(**form) if "backward" in x.name] for form in masked]
         return [*tiles, *([each.config for each in launches] for launches in backward)]
@@ -151,8 +155,8 @@ def test_a_users_own_table_comes_before_the_shipped_one(
     own.write_text(json.dumps({"schema": 1, "triton": triton.__version__, "entries": entries}))
     monkeypatch.setenv("FUSEDFORMER_TUNED_TABLE", str(own))
     tuned.clear_caches()
-    here = configs.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
-    assert configs.elementwise_tile("activation_forward", 3072, here).block_m == 2
-    kind = configs.AttentionKind(128, "half", True)
-    assert configs.attention_forward_config(kind, here, 512, 512).num_stages == 3  # shipped
-    assert configs.elementwise_tile("activation_forward", 3072, SM_90).block_m == 8
+    here = targets.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
+    assert rows.elementwise_tile("activation_forward", 3072, here).block_m == 2
+    kind = attention.AttentionKind(128, "half", True)
+    assert attention.attention_forward_config(kind, here, 512, 512).num_stages == 3  # shipped
+    assert rows.elementwise_tile("activation_forward", 3072, SM_90).block_m == 8

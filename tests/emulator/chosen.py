@@ -21,7 +21,7 @@ from fusedformer import functional as F
 from fusedformer.parity.cases import Case, all_cases
 from fusedformer_kernels.compiler.compile_cases import ONE_PASS, compile_cases
 from fusedformer_kernels.rows.dropout import dropout_mask
-from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 GPU = torch.device("cuda", 0)
@@ -161,8 +161,8 @@ def test_dropout_masks() -> None:
 
 def test_every_kernel_that_ships_was_launched() -> None:
     """Goes last: by Triton's own way, and cached."""
-    target = configs.TARGETS[plugin.TARGET]
-    with configs.assume_target(target), recorded_launches(run=False) as recorded:
+    target = targets.TARGETS[plugin.TARGET]
+    with targets.assume_target(target), recorded_launches(run=False) as recorded:
         for case in compile_cases():
             if case.core:
                 case.call()

@@ -18,8 +18,8 @@ def compiled_kernels(target_name: str, every: bool) -> dict[str, Compiled | str]
     from fusedformer.tools.compile_report import float32_products
     from fusedformer_kernels.compiler.ahead_of_time import ast_source
     from fusedformer_kernels.compiler.compile_cases import compile_cases
-    from fusedformer_kernels.runtime.configs import TARGETS, assume_target
     from fusedformer_kernels.runtime.launch import recorded_launches
+    from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 
     found: dict[str, Compiled | str] = {}
     seen = set()

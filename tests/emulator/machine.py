@@ -156,7 +156,7 @@ class Machine:
         """Run what the library's launchers launch inside, on CPU tensors, as on ``target_name``."""
         from fusedformer_kernels.compiler.ahead_of_time import ast_source
         from fusedformer_kernels.runtime import launch as launches
-        from fusedformer_kernels.runtime.configs import TARGETS, assume_target
+        from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 
         def run(launch: launches.Launch) -> None:
             source = ast_source(launch)

@@ -46,9 +46,10 @@ def cases() -> dict[str, tuple[list[Tensor], dict[str, Any], dict[str, int]]]:
 
 def compare(name: str, orders: tuple[int, ...]) -> tuple[list[bool], float, list[str]]:
     """Tell whether results are those of the other kernel, by order, their error, and findings."""
+    from fusedformer_kernels.attention import configs
     from fusedformer_kernels.attention.forward import attention_forward
     from fusedformer_kernels.attention.terms import AttentionTerms
-    from fusedformer_kernels.runtime import configs, tuned
+    from fusedformer_kernels.runtime import tuned
 
     (query, key, value), given, fields = cases()[name]
     terms = AttentionTerms(scale=query.shape[3] ** -0.5, **given)

@@ -16,8 +16,8 @@ from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.compiler import ahead_of_time, compile_cases
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.runtime import primitives
-from fusedformer_kernels.runtime.configs import TARGETS, LaunchConfig, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.targets import TARGETS, LaunchConfig, assume_target
 
 TARGET = TARGETS["sm_90"]
 

@@ -27,8 +27,8 @@ from fusedformer_kernels.compiler import compile_cases
 from fusedformer_kernels.compiler.ahead_of_time import ast_source
 from fusedformer_kernels.rows import gather as rows
 from fusedformer_kernels.runtime import launch, plan, plans
-from fusedformer_kernels.runtime.configs import LaunchConfig
 from fusedformer_kernels.runtime.primitives import COUNTS
+from fusedformer_kernels.runtime.targets import LaunchConfig
 from harness.no_driver import kernels_go_nowhere
 
 launched: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []

@@ -17,7 +17,7 @@ plans = pytest.importorskip("fusedformer_kernels.runtime.plans")
 
 from fusedformer_kernels.rows.norm import norm_forward  # noqa: E402
 from fusedformer_kernels.rows.softmax import softmax_forward  # noqa: E402
-from fusedformer_kernels.runtime import configs, launch, plan, recording, tuned  # noqa: E402
+from fusedformer_kernels.runtime import launch, plan, recording, targets, tuned  # noqa: E402
 from fusedformer_kernels.runtime.recording import Recorder  # noqa: E402
 from fusedformer_kernels.runtime.steps import step, unplanned  # noqa: E402
 
@@ -87,7 +87,7 @@ def test_settings_that_decide_launches_make_other_kinds(device: str, runs: list[
         softmax(x)
     finally:
         matmul.fp32_precision = before
-    with configs.assume_target(configs.TARGETS["sm_80"]):
+    with targets.assume_target(targets.TARGETS["sm_80"]):
         softmax(x)
     with tuned.forced(("softmax_forward", 64), {"num_warps": 2}):
         softmax(x)

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 
 from fusedformer.tools.tune.search import reason_against
 from fusedformer.tools.tune.workloads import workloads
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
-from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 
 FIELDS = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "specialized": True}
@@ -23,7 +24,7 @@ SPECIALIZED = "_attention_forward_specialized"
 def launched(
     query: torch.Tensor,
     fields: dict[str, Any] | None = None,
-    target: configs.Target = configs.TARGETS["sm_90"],
+    target: targets.Target = targets.TARGETS["sm_90"],
     keys: torch.Tensor | None = None,
     **terms: Any,
 ) -> Launch:
@@ -32,7 +33,7 @@ def launched(
     kind = configs.AttentionKind(configs.padded_dim(query.shape[3]), "half", heavy, causal)
     key = query if keys is None else keys
     with (
-        configs.assume_target(target),
+        targets.assume_target(target),
         recorded_launches(run=False) as launches,
         tuned.forced(("attention_forward", *kind.words), fields or {}),
     ):
@@ -63,7 +64,7 @@ def test_no_shipped_table_names_a_kernel_that_nobody_has_timed() -> None:
 
 def test_rows_that_cannot_be_copied_take_the_default() -> None:
     kind = configs.AttentionKind(64, "half")
-    default = configs.attention_forward_default(kind, configs.TARGETS["sm_90"])
+    default = configs.attention_forward_default(kind, targets.TARGETS["sm_90"])
     # Rows of 68 elements, every second element, and heads of 60.
     for x in (
         heads(2, 300, 4, 68).transpose(1, 2)[..., :64],
@@ -82,7 +83,7 @@ def test_few_queries_are_split_as_ever() -> None:
 def test_what_the_kernel_is_not_for_is_refused() -> None:
     seed = heads(1, dtype=torch.int64)
     x = heads(2, 4, 300, 64)
-    for target in (configs.TARGETS["sm_80"], configs.INTERPRETED):
+    for target in (targets.TARGETS["sm_80"], targets.INTERPRETED):
         with pytest.raises(ValueError, match="specialized warps, which is for sm_90"):
             launched(x, FIELDS, target)
     with pytest.raises(ValueError, match="specialized warps, which is for sm_90"):
@@ -104,5 +105,5 @@ def test_tuning_tries_it_on_sm_90_alone() -> None:
         for form in ("full", "causal")
     }
     workload = next(w for w in workloads() if w.name == "attention_forward half 64 plain full")
-    reason = reason_against(workload, tried[workload.name][0], configs.TARGETS["sm_80"])
+    reason = reason_against(workload, tried[workload.name][0], targets.TARGETS["sm_80"])
     assert reason == "specialized warps are for sm_90"

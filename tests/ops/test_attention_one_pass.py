@@ -16,7 +16,8 @@ from fusedformer import functional as F
 
 pytest.importorskip("triton")
 
-from fusedformer_kernels.runtime import configs, plans
+from fusedformer_kernels.attention import configs
+from fusedformer_kernels.runtime import plans, targets
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 attention: Any = F.scaled_dot_product_attention  # called in more ways than its overloads know
@@ -30,7 +31,7 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if a table named it for every kind that asks the tables."""
     original = configs.attention_backward_config
 
-    def config(kind: configs.AttentionKind, target: configs.Target) -> configs.AttentionConfig:
+    def config(kind: configs.AttentionKind, target: targets.Target) -> configs.AttentionConfig:
         found = original(kind, target)
         if kind.masked:
             return found

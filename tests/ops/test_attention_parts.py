@@ -205,9 +205,10 @@ def test_few_queries_have_the_same_gradients_in_part(unneeded: str, device: str)
 
 
 def test_parts_of_few_queries_take_no_more_memory_than_the_keys() -> None:
-    from fusedformer_kernels.runtime import configs
+    from fusedformer_kernels.attention import configs
+    from fusedformer_kernels.runtime import targets
 
-    target = configs.TARGETS["sm_90"]
+    target = targets.TARGETS["sm_90"]
     for dim, operands, size in ((64, "half", 2), (128, "half", 2), (256, "ieee", 4)):
         kind = configs.AttentionKind(dim, operands)
         for queries, group in itertools.product((1, 7, 16), (1, 2, 8, 32)):

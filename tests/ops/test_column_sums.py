@@ -10,10 +10,11 @@ import torch
 from tests.ops.judge import check, grad
 
 from fusedformer import functional as F
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.rows import configs
+from fusedformer_kernels.runtime import targets
 
 ROWS = 33  # three passes of some programs, and one row of four in the last tile
-SMALL = configs.Target("cuda", 89, 32, 100, 99 * 1024)
+SMALL = targets.Target("cuda", 89, 32, 100, 99 * 1024)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(768, torch.bfloat16), (776, torch.float32)], ids=str)
@@ -53,8 +54,8 @@ def test_rows_get_the_bits_that_they_get_alone(device: str) -> None:
     torch.testing.assert_close(dweight.double(), dy[30] * normed, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", [*configs.TARGETS.values(), SMALL], ids=lambda t: str(t.arch))
-def test_rows_that_are_loaded_ahead_fit_into_shared_memory(target: configs.Target) -> None:
+@pytest.mark.parametrize("target", [*targets.TARGETS.values(), SMALL], ids=lambda t: str(t.arch))
+def test_rows_that_are_loaded_ahead_fit_into_shared_memory(target: targets.Target) -> None:
     for columns, loaded in product((5, 768, 4096, 8192), (4, 8, 16)):
         tile = configs.persistent_tile("norm_backward", columns, 8192, False, loaded, target)
         stage = tile.block_m * tile.block_n * tile.parts * loaded

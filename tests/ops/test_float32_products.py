@@ -9,7 +9,7 @@ from tests.ops.judge import check, first, grad
 
 import fusedformer
 from fusedformer import functional as F
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 NAME = "scaled_dot_product_attention"
@@ -29,7 +29,7 @@ def precisions(device: str, target: str, dim: int, dtype: torch.dtype = torch.fl
     """Precisions that the kernels of attention get, forward and backward."""
     query, key, value = (grad(1, 1, 20, dim, device=device).to(dtype) for _ in range(3))
     with (
-        configs.assume_target(configs.TARGETS[target]),
+        targets.assume_target(targets.TARGETS[target]),
         recorded_launches(run=True) as launches,
     ):
         y = F.scaled_dot_product_attention(query, key, value)

@@ -10,7 +10,7 @@ from tests.ops.judge import DTYPES, check, grad
 from torch import Tensor
 
 from fusedformer import functional as F
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 NAMES = ["softmax", "log_softmax"]
@@ -81,11 +81,11 @@ def test_long_rows_have_the_same_bits_split_and_whole(form: str, device: str) ->
     name, width, make = LONG[form]
     inputs = make(3 * torch.randn(2, width, device=device))
     x = inputs["input"] = inputs["input"].detach().requires_grad_()
-    target = configs.target_of(x.device)
+    target = targets.target_of(x.device)
     found, programs = [], []
     for multiprocessors in (1, 132):
         with (
-            configs.assume_target(dataclasses.replace(target, multiprocessors=multiprocessors)),
+            targets.assume_target(dataclasses.replace(target, multiprocessors=multiprocessors)),
             recorded_launches(run=True) as launches,
         ):
             y = getattr(F, name)(dim=-1, **inputs)

@@ -17,11 +17,13 @@ pytest.importorskip("triton")
 from fusedformer.tools import tune
 from fusedformer.tools.tune import search
 from fusedformer.tools.tune.workloads import HALF, Workload, workloads
-from fusedformer_kernels.runtime import configs, tuned
+from fusedformer_kernels.attention import configs as attention
+from fusedformer_kernels.rows import configs as rows
+from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import recorded_launches
 
 META = torch.device("meta")
-HERE = configs.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
+HERE = targets.Target("cuda", 90, 32, 132, 227 * 1024, "NVIDIA Test")
 
 
 def _index(name: str) -> int:
@@ -50,14 +52,14 @@ def _write(path: Path, entries: dict[str, Any], **changes: Any) -> None:
     path.write_text(json.dumps(document))
 
 
-def _norm_tile(columns: int, target: configs.Target) -> configs.TileConfig:
-    return configs.row_tile("norm_forward", columns, 16384, 2048, 16, target)
+def _norm_tile(columns: int, target: targets.Target) -> targets.TileConfig:
+    return rows.row_tile("norm_forward", columns, 16384, 2048, 16, target)
 
 
 def test_a_table_takes_the_place_of_the_default_for_its_device_alone(table: Path) -> None:
-    kind = configs.AttentionKind(64, "half")
-    default = configs.attention_forward_config(kind, HERE, 512, 512)
-    assert default == configs.attention_forward_config(kind, configs.TARGETS["sm_90"], 512, 512)
+    kind = attention.AttentionKind(64, "half")
+    default = attention.attention_forward_config(kind, HERE, 512, 512)
+    assert default == attention.attention_forward_config(kind, targets.TARGETS["sm_90"], 512, 512)
     tuned.clear_caches()
     _write(
         table,
@@ -66,13 +68,13 @@ def test_a_table_takes_the_place_of_the_default_for_its_device_alone(table: Path
             "attention_forward half 64 plain full": {"config": {"block_n": 64, "num_stages": 4}},
         },
     )
-    assert _norm_tile(768, HERE) == configs.TileConfig(8, 2, 4, 1024)  # the rest as it was
-    assert _norm_tile(2000, HERE) == _norm_tile(2000, configs.TARGETS["sm_90"])
-    found = configs.attention_forward_config(kind, HERE, 512, 512)
+    assert _norm_tile(768, HERE) == targets.TileConfig(8, 2, 4, 1024)  # the rest as it was
+    assert _norm_tile(2000, HERE) == _norm_tile(2000, targets.TARGETS["sm_90"])
+    found = attention.attention_forward_config(kind, HERE, 512, 512)
     assert (found.block_m, found.block_n, found.num_stages) == (default.block_m, 64, 4)
-    assert configs.attention_forward_config(kind, configs.INTERPRETED, 512, 512) == default
-    causal = configs.AttentionKind(64, "half", causal=True)
-    assert configs.attention_forward_config(causal, HERE, 512, 512).block_n == default.block_n
+    assert attention.attention_forward_config(kind, targets.INTERPRETED, 512, 512) == default
+    causal = attention.AttentionKind(64, "half", causal=True)
+    assert attention.attention_forward_config(causal, HERE, 512, 512).block_n == default.block_n
 
 
 @pytest.mark.parametrize(
@@ -101,8 +103,8 @@ def test_every_workload_asks_for_the_key_that_it_tunes() -> None:
     for workload in workloads():
         size = next(iter(workload.shapes.values()))
         fields = workload.candidates[0]
-        target = configs.TARGETS["sm_90"]
-        with configs.assume_target(target), recorded_launches(run=False) as launches:
+        target = targets.TARGETS["sm_90"]
+        with targets.assume_target(target), recorded_launches(run=False) as launches:
             call = workload.make(size, META, HALF)
             launches.clear()
             with tuned.forced(workload.key, fields):
@@ -117,7 +119,7 @@ def test_what_spills_or_does_not_fit_is_not_tried() -> None:
     code = """
 from fusedformer.tools.tune.search import reason_against
 from fusedformer.tools.tune.workloads import workloads
-from fusedformer_kernels.runtime.configs import TARGETS
+from fusedformer_kernels.runtime.targets import TARGETS
 found = {w.name: w for w in workloads()}
 w, sm_90 = found["attention_forward half 128 plain full"], TARGETS["sm_90"]
 tile = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "one_loop": False}
@@ -206,7 +208,7 @@ def test_all_is_compiled_at_once_and_what_was_timed_before_is_left_out(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(configs, "target_of", lambda device: HERE)
+    monkeypatch.setattr(targets, "target_of", lambda device: HERE)
     compiled: list[list[str]] = []
 
     def prune(indices: list[int], *_: Any) -> dict[int, list[Any]]:
@@ -236,7 +238,7 @@ def test_all_is_compiled_at_once_and_what_was_timed_before_is_left_out(
 def test_what_is_not_compiled_in_time_is_left_out() -> None:
     index = _index("activation_forward 512")
     past = time.monotonic()
-    assert search.prune([index], configs.TARGETS["sm_90"], 1, deadline=past) == {}
+    assert search.prune([index], targets.TARGETS["sm_90"], 1, deadline=past) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -270,7 +272,7 @@ def test_the_precision_of_products_by_either_of_torchs_settings() -> None:
     try:
         for setting in ("tf32", "ieee"):
             matmul.fp32_precision = setting
-            assert configs.dot_precision(torch.float32) == setting
-            assert configs.dot_precision(torch.bfloat16) == "ieee"
+            assert targets.dot_precision(torch.float32) == setting
+            assert targets.dot_precision(torch.bfloat16) == "ieee"
     finally:
         matmul.fp32_precision = before

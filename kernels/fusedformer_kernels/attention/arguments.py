@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.strided import contiguous_vector
 
 
@@ -231,7 +232,7 @@ def _position_arguments(positions: PositionTerms | None) -> dict[str, Any]:
 def precision_of(query: torch.Tensor, value_dim: int) -> str:
     """Precision of float32 products, the same in all kernels of a call."""
     dim = max(query.shape[3], value_dim)
-    return configs.dot_precision(query.dtype, configs.target_of(query.device), dim)
+    return targets.dot_precision(query.dtype, targets.target_of(query.device), dim)
 
 
 def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
     Layout,
@@ -67,7 +68,7 @@ from fusedformer_kernels.attention.tiles import (
     tile_of,
     which_block,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -407,7 +408,7 @@ def score_gradients_of(
         zeros = [None if t is None or not need else torch.zeros_like(t) for t, need in wanted]
         first = [None if g is None else g.zero_() for g in (dq, dk, dv)]
         return *first, *zeros, None if dlse is None else dlse.zero_()
-    target = configs.target_of(query.device)
+    target = targets.target_of(query.device)
     tensors = (query, key, value, grad, statistics, delta, given)
     layouts = tuple(layout_of(t) for t in (query, key, value, grad))
     few = None
@@ -441,7 +442,7 @@ def _fill_gradients(
     dlse: torch.Tensor | None,
     arguments: AttentionArguments,
     terms: AttentionTerms,
-    target: configs.Target,
+    target: targets.Target,
 ) -> None:
     """Fill the gradients that are not None, by a kernel over keys and one over queries."""
     query, key, _, _, statistics, _, given = tensors
@@ -488,7 +489,7 @@ def _fill_gradients(
 def _is_one_pass(
     config: configs.AttentionConfig,
     arguments: AttentionArguments,
-    target: configs.Target,
+    target: targets.Target,
     dq: torch.Tensor | None,
     dk: torch.Tensor | None,
     dv: torch.Tensor | None,

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import layout_of
 from fusedformer_kernels.attention.tiles import load_strided_rows, load_tile, matrix_of
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, dot
 
@@ -70,8 +71,8 @@ def attention_delta(
     if delta.numel():
         block = 16 if grad.dtype == torch.float32 else 64
         launch(
-            _attention_delta, (configs.ceil_div(n_rows, block) * batch * heads,),
-            configs.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
+            _attention_delta, (targets.ceil_div(n_rows, block) * batch * heads,),
+            targets.LaunchConfig(4, 2), grad, output, lse_grad, delta, heads, n_rows,
             layout_of(grad), layout_of(output),
             (0, 0, 0) if lse_grad is None else lse_grad.stride(),
             VALUE_DIM=value_dim, BLOCK_DV=configs.padded_dim(value_dim),

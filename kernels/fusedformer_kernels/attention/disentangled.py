@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
@@ -39,7 +40,7 @@ from fusedformer_kernels.attention.tiles import (
     score_gradients,
     which_block,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, store
@@ -199,7 +200,7 @@ def disentangled_backward(
         unplanned()
         return *first, *(None if x is None else x.zero_() for x in found)
     config = configs.attention_bucket_gradient_config(
-        arguments.kind, configs.target_of(query.device)
+        arguments.kind, targets.target_of(query.device)
     )
     tensors = (query, key, value, grad, statistics, delta, Given(), firsts)
     layouts = tuple(layout_of(t) for t in (query, key, value, grad))
@@ -210,7 +211,7 @@ def disentangled_backward(
         work, blocks = blocks_of(arguments, terms, rows.shape[2], config.block_m, of_keys=of_keys)
         launch(
             _attention_bucket_gradients,
-            (blocks * rows.shape[1], configs.ceil_div(sums.shape[3], config.block_n)), config,
+            (blocks * rows.shape[1], targets.ceil_div(sums.shape[3], config.block_n)), config,
             *tensors, sums, work, arguments.scores, *arguments.sizes, *layouts,
             sums.stride(0) if sums.shape[0] > 1 else 0, sums.stride(1), query.shape[2],
             statistics[0].numel(),

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
     Layout,
@@ -36,7 +37,7 @@ from fusedformer_kernels.attention.tiles import (
     store_rows,
     which_block,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
@@ -184,7 +185,7 @@ def few_queries_backward(
     heads, n_rows, dim = query.shape[1:]
     parts = None
     if dq is not None:
-        count = configs.ceil_div(key.shape[2], config.block_n) * arguments.sequences
+        count = targets.ceil_div(key.shape[2], config.block_n) * arguments.sequences
         if arguments.packed:
             count = key.shape[2] // config.block_n + arguments.sequences
         sizes = (count, heads, arguments.max_queries, dim)
@@ -199,7 +200,7 @@ def few_queries_backward(
         block_d = arguments.constants["BLOCK_D"]
         launch(
             _sum_query_parts, (arguments.sequences * heads * arguments.max_queries,),
-            configs.LaunchConfig(4, 2), parts, dq, arguments.scores, *arguments.sizes,
+            targets.LaunchConfig(4, 2), parts, dq, arguments.scores, *arguments.sizes,
             layout_of(dq), arguments.max_queries, HEAD_DIM=dim, BLOCK_D=block_d,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=max(4096 // block_d, 16),
         )

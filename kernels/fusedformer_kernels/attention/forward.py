@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
@@ -45,7 +46,7 @@ from fusedformer_kernels.attention.tiles import (
     which_block,
     with_sink,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -205,22 +206,22 @@ def attention_forward(
         statistics[1] = 1.0
         return output.zero_(), None if lse is None else lse.fill_(-torch.inf), statistics
     config = configs.attention_forward_config(
-        arguments.kind, configs.target_of(query.device), arguments.max_queries,
+        arguments.kind, targets.target_of(query.device), arguments.max_queries,
         arguments.max_keys,
     )
     if config.specialized and not can_be_copied(query, key, value):
         config = configs.attention_forward_default(
-            arguments.kind, configs.target_of(query.device)
+            arguments.kind, targets.target_of(query.device)
         )
     splits = 1
     if config.keys_per_split and not arguments.lists_tiles:
-        splits = max(1, configs.ceil_div(arguments.max_keys, config.keys_per_split))
+        splits = max(1, targets.ceil_div(arguments.max_keys, config.keys_per_split))
     o_parts, statistics_parts = output, statistics
     if splits > 1:
         o_parts = new(splits, dtype=torch.float32)
         statistics_parts = statistics.new_empty(splits, *statistics.shape)
     work = None
-    blocks = configs.ceil_div(arguments.max_queries, config.block_m) * arguments.sequences
+    blocks = targets.ceil_div(arguments.max_queries, config.block_m) * arguments.sequences
     if terms.starts_q is not None and terms.starts_k is not None:
         work = work_list(
             terms.starts_q, terms.starts_k, n_rows, terms.max_queries, config.block_m,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Sizes, layout_of
 from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
@@ -42,7 +43,7 @@ from fusedformer_kernels.attention.tiles import (
     which_block,
     with_sink,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, cast, store
 
@@ -334,7 +335,7 @@ def launch_specialized(
     Raises:
         ValueError: the config, or what is asked for, is not for this kernel.
     """
-    if not configs.can_specialize(arguments.kind, configs.target_of(query.device)):
+    if not configs.can_specialize(arguments.kind, targets.target_of(query.device)):
         raise ValueError(
             "a tuned config asks for attention with specialized warps, which is for sm_90, half "
             f"precision, equal head dims up to 128 and nothing added: not for {arguments.kind}"

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.tiles import (
     key_rows,
@@ -23,7 +24,7 @@ from fusedformer_kernels.attention.tiles import (
     row_pointer,
     score_gradients,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, store
 
@@ -94,7 +95,7 @@ def attention_mask_gradient(
     tensors: tuple[Any, ...],
     layouts: tuple[Layout, ...],
     arguments: AttentionArguments,
-    target: configs.Target,
+    target: targets.Target,
 ) -> torch.Tensor:
     """Compute the gradient of the additive ``mask``, 4-D with sizes 1 where it broadcasts.
 
@@ -105,8 +106,8 @@ def attention_mask_gradient(
         return dmask
     config = configs.attention_mask_gradient_config(arguments.kind, target)
     mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
-    blocks = configs.ceil_div(mask_rows, config.block_m)
-    blocks *= configs.ceil_div(mask_columns, config.block_n)
+    blocks = targets.ceil_div(mask_rows, config.block_m)
+    blocks *= targets.ceil_div(mask_columns, config.block_n)
     n_queries, n_keys = arguments.max_queries, arguments.max_keys
     launch(
         _attention_mask_gradient, (blocks * mask_batch * mask_heads,), config, *tensors, dmask,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import AttentionArguments, broadcast_strides
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
 
@@ -90,14 +90,14 @@ def mask_tiles(
     blocked, walked = (n_columns, n_rows) if of_columns else (n_rows, n_columns)
     windowed = scores.left is not None or scores.right is not None
     one_row = mask.shape[2] == 1 and not of_columns and not windowed
-    n_blocks = 1 if one_row else configs.ceil_div(blocked, block)
-    n_tiles = configs.ceil_div(walked, tile)
+    n_blocks = 1 if one_row else targets.ceil_div(blocked, block)
+    n_tiles = targets.ceil_div(walked, tile)
     sizes = (*mask.shape[:2], n_blocks)
     counts = torch.empty(sizes, dtype=torch.int32, device=mask.device)
     entries = torch.empty((*counts.shape, n_tiles), dtype=torch.int32, device=mask.device)
     left, right = _window_from_diagonal(arguments)
     launch(
-        _list_mask_tiles, (counts.numel(),), configs.LaunchConfig(4, 2), mask, entries, counts,
+        _list_mask_tiles, (counts.numel(),), targets.LaunchConfig(4, 2), mask, entries, counts,
         mask.shape[1], n_blocks, n_tiles, 1 if one_row else n_rows, n_columns,
         left, right, broadcast_strides(mask, 4), BLOCK=block, TILE=tile,
         OF_COLUMNS=of_columns,

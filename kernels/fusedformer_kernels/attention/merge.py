@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.tiles import (
     log_sum_exp,
     power,
@@ -23,7 +24,7 @@ from fusedformer_kernels.attention.tiles import (
     store_row_statistics,
     with_sink,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, fma, row_offsets, store
@@ -104,7 +105,7 @@ def merge_splits(
     rows = batch * heads * length
     block = 16
     launch(
-        _merge_splits, (configs.ceil_div(rows, block),), configs.LaunchConfig(4, 2), parts,
+        _merge_splits, (targets.ceil_div(rows, block),), targets.LaunchConfig(4, 2), parts,
         statistics_parts, output, lse, statistics, sinks, parts.shape[0], rows, heads, length,
         parts.stride(0), rows, VALUE_DIM=dim, BLOCK_DV=configs.padded_dim(dim), BLOCK_M=block,
         SCALED=scaled,
@@ -196,7 +197,7 @@ def merge_states(
     sizes = _sizes(states[0])
     block = 16
     launch(
-        _merge_states, (configs.ceil_div(lse.numel(), block),), configs.LaunchConfig(4, 2),
+        _merge_states, (targets.ceil_div(lse.numel(), block),), targets.LaunchConfig(4, 2),
         *states, output, lse, *sizes, *(t.stride() for t in states), DIM=output.shape[-1],
         BLOCK_D=configs.padded_dim(output.shape[-1]), BLOCK_M=block,
     )
@@ -221,8 +222,8 @@ def merge_states_backward(
     states = _state_views((grad, lse_grad), (output1, lse1), (output2, lse2))
     block = 16
     launch(
-        _merge_states_backward, (configs.ceil_div(lse1.numel(), block),),
-        configs.LaunchConfig(4, 2), *states, *grads, *_sizes(states[0]),
+        _merge_states_backward, (targets.ceil_div(lse1.numel(), block),),
+        targets.LaunchConfig(4, 2), *states, *grads, *_sizes(states[0]),
         *(t.stride() for t in states), DIM=grad.shape[-1],
         BLOCK_D=configs.padded_dim(grad.shape[-1]), BLOCK_M=block,
     )

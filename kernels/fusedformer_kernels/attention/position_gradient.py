@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.tiles import (
     key_rows,
@@ -32,7 +33,7 @@ from fusedformer_kernels.attention.tiles import (
     taken_by_sink,
 )
 from fusedformer_kernels.rows.reduction import sum_partials
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.steps import unplanned
@@ -144,7 +145,7 @@ def attention_position_gradients(
     tensors: tuple[Any, ...],
     layouts: tuple[Layout, ...],
     arguments: AttentionArguments,
-    target: configs.Target,
+    target: targets.Target,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Compute gradients of ``slopes`` [1 or B, H] and ``table`` [1 or H, 2R + 1]; None for None.
 
@@ -157,8 +158,8 @@ def attention_position_gradients(
     unplanned()  # sums are zeroed first, and cast
     config = configs.attention_mask_gradient_config(arguments.kind, target)
     sequences, heads = arguments.sequences, arguments.sizes.heads
-    blocks = configs.ceil_div(arguments.max_queries, config.block_m)
-    shares = min(blocks, configs.ceil_div(2 * target.multiprocessors, sequences * heads))
+    blocks = targets.ceil_div(arguments.max_queries, config.block_m)
+    shares = min(blocks, targets.ceil_div(2 * target.multiprocessors, sequences * heads))
     device = tensors[0].device
     sizes = (sequences, shares, heads)
     dslopes, dtable = None, None

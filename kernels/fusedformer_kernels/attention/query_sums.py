@@ -20,13 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     AttentionArguments,
     Layout,
     Sizes,
 )
 from fusedformer_kernels.attention.tiles import place_of, query_rows, store_rows, which_block
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, INTERPRET
 
@@ -215,19 +216,19 @@ def _store_query_sums(
 def cleared_query_sums(
     arguments: AttentionArguments,
     query: torch.Tensor,
-    target: configs.Target,
+    target: targets.Target,
     config: configs.AttentionConfig,
 ) -> tuple[QuerySums, int]:
     """Make sums of zeros for tiles of queries: (sums, tiles of each head)."""
     batch, heads, n_rows, _ = query.shape
     block_m, block_d = config.block_m, arguments.constants["BLOCK_D"]
-    tiles = configs.ceil_div(n_rows, block_m)
+    tiles = targets.ceil_div(n_rows, block_m)
     if arguments.packed:
         tiles = n_rows // block_m + arguments.sequences
     count, size = batch * heads * tiles, block_m * block_d
     sums = torch.empty(count * size, dtype=torch.float32, device=query.device)
     turns = torch.empty(count + 1, dtype=torch.int32, device=query.device)
-    launch(_clear_query_sums, (count,), configs.LaunchConfig(4, 2), sums, turns, TILE=size)
+    launch(_clear_query_sums, (count,), targets.LaunchConfig(4, 2), sums, turns, TILE=size)
     # Of narrower products several warps hold the same rows, each of which would add its own; and
     # what threads hold is known of HGMMA.
     wide = (
@@ -250,7 +251,7 @@ def store_query_sums(
     """Fill ``dq``; ``work`` and ``blocks`` are those of a kernel that owns blocks of queries."""
     constants = arguments.constants
     launch(
-        _store_query_sums, (blocks * dq.shape[1],), configs.LaunchConfig(4, 2), query_sums.sums, dq,
+        _store_query_sums, (blocks * dq.shape[1],), targets.LaunchConfig(4, 2), query_sums.sums, dq,
         work, arguments.scores, *arguments.sizes, dq_layout, sum_tiles,
         HEAD_DIM=constants["HEAD_DIM"], BLOCK_D=constants["BLOCK_D"], BLOCK_M=block_m,
     )

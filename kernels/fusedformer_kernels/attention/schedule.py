@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import AttentionArguments
 from fusedformer_kernels.attention.terms import AttentionTerms
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.steps import step
@@ -116,10 +116,10 @@ def work_list(
     if shared is not None and key in shared:
         return shared[key]
     sequences = starts.numel() - 1
-    capacity = min(tokens // block + sequences, sequences * configs.ceil_div(longest, block))
+    capacity = min(tokens // block + sequences, sequences * targets.ceil_div(longest, block))
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
     launch(
-        _list_work, (sequences + 1,), configs.LaunchConfig(4, 2), contiguous_vector(starts),
+        _list_work, (sequences + 1,), targets.LaunchConfig(4, 2), contiguous_vector(starts),
         contiguous_vector(other_starts), work, sequences, capacity, LENGTH=block,
         LAST_FIRST=last_first, CHUNK=256,
     )
@@ -141,7 +141,7 @@ def blocks_of(
     longest = arguments.max_keys if of_keys else arguments.max_queries
     starts, others = terms.starts_q, terms.starts_k
     if starts is None or others is None:
-        return None, configs.ceil_div(longest, block) * arguments.sequences
+        return None, targets.ceil_div(longest, block) * arguments.sequences
     if of_keys:
         starts, others = others, starts
     last_first = terms.right is not None and not of_keys

@@ -17,7 +17,7 @@ from fusedformer_kernels.attention.arguments import scores_are_scaled
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import load_row_terms, sink_of, taken_by_sink
 from fusedformer_kernels.rows.reduction import sum_partials
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.steps import unplanned
@@ -63,13 +63,13 @@ def attention_sink_gradient(
     if delta.numel() == 0:
         unplanned()
         return torch.zeros_like(sinks)
-    target = configs.target_of(delta.device)
+    target = targets.target_of(delta.device)
     shares = min(
-        batch * configs.ceil_div(n_rows, BLOCK), configs.ceil_div(2 * target.multiprocessors, heads)
+        batch * targets.ceil_div(n_rows, BLOCK), targets.ceil_div(2 * target.multiprocessors, heads)
     )
     partials = delta.new_empty(shares, heads)
     launch(
-        _attention_sink_gradient, (shares * heads,), configs.LaunchConfig(4, 2), sinks, statistics,
+        _attention_sink_gradient, (shares * heads,), targets.LaunchConfig(4, 2), sinks, statistics,
         delta, None if terms.starts_q is None else terms.starts_q[-1:], partials, heads, n_rows,
         batch, delta.numel(), shares, BLOCK=BLOCK, SCALED=scores_are_scaled(dtype, terms),
     )

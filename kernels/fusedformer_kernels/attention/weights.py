@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import (
     Sizes,
     attention_arguments,
@@ -32,7 +33,7 @@ from fusedformer_kernels.attention.tiles import (
     row_pointer,
     score_tile,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -115,9 +116,9 @@ def attention_weights(
     if weights.numel() == 0:
         return weights
     arguments = attention_arguments(query, key, dim, terms)
-    target = configs.target_of(query.device)
+    target = targets.target_of(query.device)
     config = configs.attention_mask_gradient_config(arguments.kind, target)
-    blocks = configs.ceil_div(n_queries, config.block_m) * configs.ceil_div(n_keys, config.block_n)
+    blocks = targets.ceil_div(n_queries, config.block_m) * targets.ceil_div(n_keys, config.block_n)
     launch(
         _attention_weights, (blocks * batch * planes,), config, query, key, statistics, weights,
         arguments.scores, *arguments.sizes, layout_of(query), layout_of(key), n_queries,

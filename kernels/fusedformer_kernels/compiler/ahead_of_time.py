@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 from fusedformer_kernels.compiler.descriptors import wrong_descriptors
 from fusedformer_kernels.compiler.machine_code import main_loop, programs_per_multiprocessor
 from fusedformer_kernels.compiler.waits import Work, work_of
-from fusedformer_kernels.runtime.configs import Target
 from fusedformer_kernels.runtime.launch import Launch
+from fusedformer_kernels.runtime.targets import Target
 
 _TYPE_NAMES = {
     torch.float32: "fp32",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import attention_arguments
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.disentangled import disentangled_backward
@@ -42,8 +43,7 @@ from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
-from fusedformer_kernels.runtime import configs
-from fusedformer_kernels.runtime.configs import assumed_target
+from fusedformer_kernels.runtime.targets import assumed_target
 from fusedformer_kernels.runtime.tuned import forced
 
 HALF = torch.bfloat16

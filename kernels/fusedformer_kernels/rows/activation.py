@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.reduction import column_sums, sum_partials
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -178,8 +179,8 @@ def bias_activation_forward(
     x_rows = rows_of(x, n_columns)
     n_rows = x_rows.shape[0]
     bias = contiguous_vector(bias)
-    config = configs.elementwise_tile("activation_forward", n_columns, configs.target_of(x.device))
-    blocks = configs.ceil_div(n_rows, config.block_m) * configs.ceil_div(n_columns, config.block_n)
+    config = configs.elementwise_tile("activation_forward", n_columns, targets.target_of(x.device))
+    blocks = targets.ceil_div(n_rows, config.block_m) * targets.ceil_div(n_columns, config.block_n)
     launch(
         _bias_activation_forward, (blocks,), config,
         x_rows, bias, seed, y, p, n_rows, n_columns, x_rows.stride(0),
@@ -208,11 +209,11 @@ def bias_activation_backward(
     x_rows, dy_rows = rows_of(x, n_columns), rows_of(dy, n_columns)
     bias = contiguous_vector(bias)
     n_rows = x_rows.shape[0]
-    target = configs.target_of(x.device)
+    target = targets.target_of(x.device)
     config = configs.column_tile(
         "activation_backward", n_columns, 12 if seed is None else 8, target
     )
-    column_blocks = configs.ceil_div(n_columns, config.block_n)
+    column_blocks = targets.ceil_div(n_columns, config.block_n)
     programs = configs.column_programs(n_rows, column_blocks, config, target)
     shape = (programs if wants_bias else 0, n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)

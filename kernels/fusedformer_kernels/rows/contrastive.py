@@ -33,8 +33,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.reduction import sum_partials
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, LN_2, LOG2_E, dot, fma, softplus, store
 
@@ -284,7 +285,7 @@ def score_gradients(
     if not strips.rows:
         return
     # Rows of whole 16-byte pieces, as the products want them.
-    pitch = configs.ceil_div(b.shape[0], 16) * 16
+    pitch = targets.ceil_div(b.shape[0], 16) * 16
     memory = a.new_empty(strips.rows[0].stop, pitch)
     slots = None if bias_grad is None else bias_grad.new_zeros(strips.blocks(strips.rows[0]))
     for rows in strips.rows:
@@ -317,8 +318,8 @@ class _Strips:
         """Cut ``a`` in strips of at most ``length`` rows."""
         n_rows = a.shape[0]
         rows = [slice(i, min(i + length, n_rows)) for i in range(0, n_rows, length)]
-        target = configs.target_of(a.device)
-        precision = configs.dot_precision(a.dtype)
+        target = targets.target_of(a.device)
+        precision = targets.dot_precision(a.dtype)
         operands = precision if a.dtype == torch.float32 else "half"
         config = configs.pair_tile(operands, min(n_rows, length), b.shape[0], target)
         a, b = (_aligned(t, config.block_k) for t in (a, b))
@@ -326,8 +327,8 @@ class _Strips:
 
     def blocks(self, rows: slice) -> int:
         """Count the tiles of a strip."""
-        blocks = configs.ceil_div(rows.stop - rows.start, self.config.block_m)
-        return blocks * configs.ceil_div(self.b.shape[0], self.config.block_n)
+        blocks = targets.ceil_div(rows.stop - rows.start, self.config.block_m)
+        return blocks * targets.ceil_div(self.b.shape[0], self.config.block_n)
 
     def launch(
         self,
@@ -355,14 +356,14 @@ def _aligned(rows: torch.Tensor, block_k: int) -> torch.Tensor:
     whole = n_dims % block_k == 0 and rows.stride(1) == 1 and rows.stride(0) % 16 == 0
     if whole and (rows.is_meta or rows.data_ptr() % 16 == 0):
         return rows
-    copy = rows.new_zeros(n_rows, configs.ceil_div(n_dims, block_k) * block_k)
+    copy = rows.new_zeros(n_rows, targets.ceil_div(n_dims, block_k) * block_k)
     copy[:, :n_dims] = rows
     return copy
 
 
 def _parts(over: torch.Tensor, block: int, of: torch.Tensor) -> torch.Tensor:
     """Allocate a number for each block of the rows of ``over`` and each row of ``of``."""
-    n_blocks = configs.ceil_div(over.shape[0], block)
+    n_blocks = targets.ceil_div(over.shape[0], block)
     return torch.empty((n_blocks, of.shape[0]), dtype=torch.float32, device=of.device)
 
 
@@ -373,6 +374,6 @@ def _part(vector: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 def _merge(parts: torch.Tensor, lse: torch.Tensor, *, first: bool) -> None:
     n_parts, n_columns = parts.shape
     launch(
-        _merge_parts, (configs.ceil_div(n_columns, 128),), configs.LaunchConfig(4, 2),
+        _merge_parts, (targets.ceil_div(n_columns, 128),), targets.LaunchConfig(4, 2),
         parts, lse, n_parts, n_columns, BLOCK_M=16, BLOCK_N=128, HAS_PREVIOUS=not first,
     )

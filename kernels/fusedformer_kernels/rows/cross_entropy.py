@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.rows import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -249,7 +250,7 @@ def cross_entropy_rows(
         target, weight = contiguous_vector(target), contiguous_vector(weight)
         config = _tile(n_columns, x.device)
         launch(
-            _cross_entropy_rows, (configs.ceil_div(n_rows, config.block_m),), config,
+            _cross_entropy_rows, (targets.ceil_div(n_rows, config.block_m),), config,
             view, target, weight, weight_total, factor, state, losses, statistics,
             _row_stride(factor), label_smoothing, ignore_index, n_rows, n_columns,
             _padded(n_columns, x) if padded else n_columns, first_class, n_classes, view.shape[1],
@@ -289,8 +290,8 @@ def cross_entropy_gradient(
     target, weight = contiguous_vector(target), contiguous_vector(weight)
     statistics = contiguous(statistics)
     config = _tile(n_columns, x.device)
-    blocks = configs.ceil_div(n_rows, config.block_m)
-    blocks *= configs.ceil_div(n_columns, config.block_n)
+    blocks = targets.ceil_div(n_rows, config.block_m)
+    blocks *= targets.ceil_div(n_columns, config.block_n)
     launch(
         _cross_entropy_gradient, (blocks,), config,
         view, target, weight, weight_total, factor, statistics, dx, _row_stride(factor),
@@ -316,8 +317,8 @@ def padded_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 
 def _padded(columns: int, x: torch.Tensor) -> int:
     line = 128 // x.element_size()
-    return configs.ceil_div(columns, line) * line
+    return targets.ceil_div(columns, line) * line
 
 
-def _tile(columns: int, device: torch.device) -> configs.TileConfig:
-    return configs.row_tile("cross_entropy", columns, TILE, TILE, 16, configs.target_of(device))
+def _tile(columns: int, device: torch.device) -> targets.TileConfig:
+    return configs.row_tile("cross_entropy", columns, TILE, TILE, 16, targets.target_of(device))

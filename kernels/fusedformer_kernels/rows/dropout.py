@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
@@ -45,10 +45,10 @@ def dropout_mask(
     share no draws: each lets one draw serve the elements that lie in one of its threads.
     """
     keep = torch.empty((planes, n_rows, n_columns), dtype=torch.int8, device=seed.device)
-    grid = (configs.ceil_div(n_rows, 16), configs.ceil_div(n_columns, 64), planes)
+    grid = (targets.ceil_div(n_rows, 16), targets.ceil_div(n_columns, 64), planes)
     if keep.numel():
         launch(
-            _dropout_mask, grid, configs.LaunchConfig(4, 2), seed, keep, p, n_rows, n_columns,
+            _dropout_mask, grid, targets.LaunchConfig(4, 2), seed, keep, p, n_rows, n_columns,
             BLOCK_M=16, BLOCK_N=64, OF_ATTENTION=of_attention,
         )
     return keep.bool()

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.norm import affine, load_affine
 from fusedformer_kernels.rows.norm_backward import load_weights, sum_gradient
 from fusedformer_kernels.rows.reduction import (
@@ -30,7 +31,7 @@ from fusedformer_kernels.rows.reduction import (
     variance_of_parts,
     zero_sums,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
@@ -208,10 +209,10 @@ def embedding_forward(
     rstd = torch.empty_like(mean)
     if y.numel():
         config = configs.parts_tile(
-            "embedding_forward", n_columns, LONGEST, configs.target_of(tokens.device)
+            "embedding_forward", n_columns, LONGEST, targets.target_of(tokens.device)
         )
         launch(
-            _embedding_forward, (configs.ceil_div(n_rows, config.block_m),), config,
+            _embedding_forward, (targets.ceil_div(n_rows, config.block_m),), config,
             *_arguments(tables), weight, bias, seed, y, mean, rstd, p, eps, n_rows, n_columns,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
         )
@@ -241,12 +242,12 @@ def embedding_backward(
     if not n_rows * n_columns:
         sums = [tokens.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
     else:
-        target = configs.target_of(device)
+        target = targets.target_of(device)
         loaded = dy.element_size() + 3 * tokens.element_size()
         config = configs.persistent_tile(
             "embedding_backward", n_columns, LONGEST, False, loaded, target
         )
-        blocks = configs.ceil_div(n_rows, config.block_m)
+        blocks = targets.ceil_div(n_rows, config.block_m)
         programs = configs.row_programs(blocks, target, config.programs)
         shape = programs, sum(wanted) * n_columns
         partials = torch.empty(shape, dtype=torch.float32, device=device)

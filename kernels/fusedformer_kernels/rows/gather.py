@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.rows import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS
@@ -41,9 +42,9 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     n_rows, n_columns = index.shape[0], x.shape[1]
     y = torch.empty((n_rows, n_columns), dtype=x.dtype, device=x.device)
     if y.numel():
-        config = configs.elementwise_tile("gather_rows", n_columns, configs.target_of(x.device))
-        blocks = configs.ceil_div(n_rows, config.block_m)
-        blocks *= configs.ceil_div(n_columns, config.block_n)
+        config = configs.elementwise_tile("gather_rows", n_columns, targets.target_of(x.device))
+        blocks = targets.ceil_div(n_rows, config.block_m)
+        blocks *= targets.ceil_div(n_columns, config.block_n)
         launch(
             _gather_rows, (blocks,), config, x, index, y, n_rows, n_columns, *x.stride(),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,

@@ -19,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.reduction import (
     mean_of_parts,
     no_tiles,
     row_mean,
     variance_of_parts,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -242,7 +243,7 @@ def norm_forward(
         rstd = x.new_empty(n_rows, dtype=torch.float32)
         mean = torch.empty_like(rstd) if kind == "layer" else None
     if x.numel() > 0:
-        target = configs.target_of(x.device)
+        target = targets.target_of(x.device)
         config = configs.parts_tile("norm_forward", n_columns, configs.NORM_ONE_PASS, target)
         x, x_stride = rows_and_stride(x, n_columns)
         residual, residual_stride = rows_and_stride(residual, n_columns)
@@ -251,7 +252,7 @@ def norm_forward(
             residual_stride,
         )
         launch(
-            _norm_forward, (configs.ceil_div(n_rows, config.block_m),), config, inputs, y, z, mean,
+            _norm_forward, (targets.ceil_div(n_rows, config.block_m),), config, inputs, y, z, mean,
             rstd, n_rows, n_columns,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
             ONE_PASS=n_columns <= configs.NORM_ONE_PASS, KIND=KINDS[kind],

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.norm import flat, rows_and_stride
 from fusedformer_kernels.rows.reduction import (
     add_to_sums,
@@ -25,7 +26,7 @@ from fusedformer_kernels.rows.reduction import (
     sums_of_partials,
     zero_sums,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -294,7 +295,7 @@ def norm_backward(
     if z.numel() == 0:
         sums = [z.new_zeros(n_columns, dtype=parameter_dtype) for _ in range(sum(wanted))]
         return dz, dx, *_distribute(sums, wanted, shape)
-    target = configs.target_of(z.device)
+    target = targets.target_of(z.device)
     longest = configs.NORM_BACKWARD_ONE_PASS
     if seed is not None:
         longest = configs.NORM_DROPOUT_BACKWARD_ONE_PASS
@@ -305,7 +306,7 @@ def norm_backward(
     one_pass = n_columns <= longest
     block_m = config.block_m if one_pass else 8
     programs = configs.row_programs(
-        configs.ceil_div(n_rows, block_m), target, config.programs
+        targets.ceil_div(n_rows, block_m), target, config.programs
     )
     partials = z.new_empty((programs, sum(wanted) * n_columns), dtype=torch.float32)
     dy, dy_stride = rows_and_stride(dy, n_columns)
@@ -329,9 +330,9 @@ def norm_backward(
         )
         if any(wanted):
             block_n = 256
-            grid = (programs, configs.ceil_div(n_columns, block_n))
+            grid = (programs, targets.ceil_div(n_columns, block_n))
             launch(
-                _norm_backward_long_columns, grid, configs.LaunchConfig(4, 2), saved,
+                _norm_backward_long_columns, grid, targets.LaunchConfig(4, 2), saved,
                 dz if dx is None else dx, partials, n_rows, n_columns, partials.shape[1],
                 BLOCK_M=block_m, BLOCK_N=block_n, **needs,
             )

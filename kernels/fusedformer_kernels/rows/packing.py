@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS
@@ -96,7 +96,7 @@ def token_counts(mask: torch.Tensor, is_padding: bool) -> torch.Tensor:
     counts = torch.empty(batch, dtype=torch.int32, device=mask.device)
     mask = mask.view(torch.uint8)
     launch(
-        _count_tokens, (batch,), configs.LaunchConfig(4, 2), mask, counts, length, *mask.stride(),
+        _count_tokens, (batch,), targets.LaunchConfig(4, 2), mask, counts, length, *mask.stride(),
         IS_PADDING=is_padding, BLOCK=_BLOCK,
     )
     return counts
@@ -123,7 +123,7 @@ def token_places(
     indices, inverse = new(rows, torch.int64), new(batch * length, torch.int64)
     mask = mask.view(torch.uint8)
     launch(
-        _place_tokens, (batch + 1,), configs.LaunchConfig(4, 2), mask, counts, starts, queries,
+        _place_tokens, (batch + 1,), targets.LaunchConfig(4, 2), mask, counts, starts, queries,
         keys, indices, inverse, batch, length, rows, *mask.stride(),
         IS_PADDING=is_padding, BLOCK=_BLOCK,
     )

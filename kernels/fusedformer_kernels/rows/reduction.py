@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, fma, store
 
@@ -169,7 +169,7 @@ def sums_of_partials(
     block_n = 32  # a line of the cache
     if n_columns:
         launch(
-            _sum_partials, (configs.ceil_div(n_columns, block_n) * count,), configs.LaunchConfig(8),
+            _sum_partials, (targets.ceil_div(n_columns, block_n) * count,), targets.LaunchConfig(8),
             partials, *sums, *[None] * (3 - count), n_rows, n_columns, count,
             BLOCK_M=128, BLOCK_N=block_n, STAGES=4,
         )

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.reduction import row_mean, sum_partials
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import COUNTS, store
@@ -243,7 +244,7 @@ def rotary_forward(
         return out[0], out[1]
     heads = _heads(query, *weights[:2]), _heads(key, *weights[2:])
     config = _config("rotary_forward", 2048, query)
-    blocks = [configs.ceil_div(t.numel() // dim, config.block_m) for t in (query, key)]
+    blocks = [targets.ceil_div(t.numel() // dim, config.block_m) for t in (query, key)]
     launch(
         _rotary_forward, (sum(blocks),), config, *heads, _angles_of(cos, sin, positions), *out,
         batch * length, length, dim, eps, BLOCK_M=config.block_m, BLOCK_D=config.block_n,
@@ -280,8 +281,8 @@ def rotary_backward(
     heads = _heads(query, *weights[:2]), _heads(key, *weights[2:])
     grads = [_heads(grad, None, None) for grad in (query_grad, key_grad)]
     config = _config("rotary_backward", 2048 if norm == "none" else 1024, query)
-    blocks = configs.ceil_div(max(query.numel(), key.numel()) // dim, config.block_m)
-    programs = configs.row_programs(blocks, configs.target_of(query.device))
+    blocks = targets.ceil_div(max(query.numel(), key.numel()) // dim, config.block_m)
+    programs = configs.row_programs(blocks, targets.target_of(query.device))
     shape = (programs if wanted else 0, 4 * dim)
     partials = torch.empty(shape, dtype=torch.float32, device=query.device)
     launch(
@@ -308,6 +309,6 @@ def _angles_of(cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | N
     return Angles(cos, sin, positions, batch, cos.stride(1), cos.shape[2])
 
 
-def _config(kernel: str, tile: int, query: torch.Tensor) -> configs.TileConfig:
-    target = configs.target_of(query.device)
+def _config(kernel: str, tile: int, query: torch.Tensor) -> targets.TileConfig:
+    target = targets.target_of(query.device)
     return configs.row_tile(kernel, query.shape[-1], MAX_HEAD_DIM, tile, tile // 128, target)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.softmax_long import long_softmax_backward, long_softmax_forward
 from fusedformer_kernels.rows.softmax_tiles import (
     ADDITIVE,
@@ -23,7 +24,7 @@ from fusedformer_kernels.rows.softmax_tiles import (
     load_scores,
     score_gradient,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
@@ -126,10 +127,10 @@ def softmax_forward(
         return y
     config = configs.row_tile(
         "softmax_forward", n_columns, configs.SOFTMAX_ONE_PASS, 4096, 32,
-        configs.target_of(x.device),
+        targets.target_of(x.device),
     )
     launch(
-        _softmax_forward, (configs.ceil_div(n_rows, config.block_m),), config,
+        _softmax_forward, (targets.ceil_div(n_rows, config.block_m),), config,
         view, mask_view, y, scale, n_rows, n_columns, view.shape[1], view.shape[2],
         *view.stride(), *((0, 0, 0, 0) if mask_view is None else mask_view.stride()),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags,
@@ -153,10 +154,10 @@ def softmax_backward(
         return dx
     config = configs.row_tile(
         "softmax_backward", n_columns, configs.SOFTMAX_BACKWARD_ONE_PASS, 4096, 16,
-        configs.target_of(y.device),
+        targets.target_of(y.device),
     )
     launch(
-        _softmax_backward, (configs.ceil_div(n_rows, config.block_m),), config,
+        _softmax_backward, (targets.ceil_div(n_rows, config.block_m),), config,
         dy_view, y_view, dx, scale, n_rows, n_columns, y_view.shape[1], y_view.shape[2],
         *dy_view.stride(), *y_view.stride(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, MASKED=masked, LOG=log,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedformer_kernels.rows import configs
 from fusedformer_kernels.rows.softmax_tiles import (
     NO_MASK,
     load_float32,
@@ -22,7 +23,7 @@ from fusedformer_kernels.rows.softmax_tiles import (
     load_scores,
     score_gradient,
 )
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, LN_2, LOG2_E, row_offsets, store
 
@@ -233,8 +234,8 @@ def _launch(
     n_rows = first.numel() // n_columns
     read = (first,) if second is None else (first, second)
     itemsizes = tuple(tensor.element_size() for tensor in read)
-    config = configs.long_rows(n_rows, n_columns, itemsizes, configs.target_of(first.device))
-    n_parts = configs.ceil_div(n_columns, config.block_n)
+    config = configs.long_rows(n_rows, n_columns, itemsizes, targets.target_of(first.device))
+    n_parts = targets.ceil_div(n_columns, config.block_n)
     parts = torch.empty(n_rows * n_parts * statistics, dtype=torch.float32, device=first.device)
     chunks = ((1, 0), (0, 1)) if config.splits > 1 else ((n_parts, n_parts),)
     for n_read, n_written in chunks:
@@ -244,5 +245,5 @@ def _launch(
             first.shape[2], config.splits, n_parts, n_read, n_written, *first.stride(),
             *((0, 0, 0, 0) if second is None else second.stride()),
             BLOCK_N=config.block_n, STAGES=config.num_stages,
-            PARTS=configs.next_power_of_2(n_parts), **flags,
+            PARTS=targets.next_power_of_2(n_parts), **flags,
         )

@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fusedformer_kernels.runtime import steps
-from fusedformer_kernels.runtime.configs import LaunchConfig
+from fusedformer_kernels.runtime.targets import LaunchConfig
 
 
 @dataclass(frozen=True)

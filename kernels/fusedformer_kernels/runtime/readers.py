@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer_kernels.runtime.configs import assumed_target, precision_of_products
+from fusedformer_kernels.runtime.targets import assumed_target, precision_of_products
 from fusedformer_kernels.runtime.written import Written, sequence
 
 _NUMBERS = frozenset({type(None), bool, int, float, str, torch.dtype})

@@ -1,4 +1,4 @@
-"""Tables of tuned configs, which take the place of the defaults in :mod:`configs`.
+"""Tables of tuned configs, which take the place of the defaults in ``configs.py``.
 
 ``python -m fusedformer tune`` writes them. A shipped one, ``tuned/sm_90.json``, serves all devices
 of an architecture; a user's own in the cache directory, one device by its name. Nothing is ever
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from fusedformer_kernels.runtime.configs import LaunchConfig, Target
+    from fusedformer_kernels.runtime.targets import LaunchConfig, Target
 
     C = TypeVar("C", bound=LaunchConfig)
 

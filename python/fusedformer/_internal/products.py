@@ -27,6 +27,6 @@ def set_float32_products(name: Products) -> None:
             f"set_float32_products(): name must be 'torch' or 'tf32x3', but got {name!r}"
         )
     if TRITON_IS_INSTALLED:
-        from fusedformer_kernels.runtime import configs
+        from fusedformer_kernels.runtime import targets
 
-        configs.set_float32_products(name)
+        targets.set_float32_products(name)

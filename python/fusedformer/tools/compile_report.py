@@ -47,24 +47,24 @@ class Row:
 @contextlib.contextmanager
 def float32_products(name: str) -> Iterator[None]:
     """Multiply float32 by "ieee", "tf32" or "tf32x3" inside."""
-    from fusedformer_kernels.runtime import configs
+    from fusedformer_kernels.runtime import targets
 
-    previous = torch.backends.cuda.matmul.fp32_precision, configs.float32_products()
+    previous = torch.backends.cuda.matmul.fp32_precision, targets.float32_products()
     torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-    configs.set_float32_products("tf32x3" if name == "tf32x3" else "torch")
+    targets.set_float32_products("tf32x3" if name == "tf32x3" else "torch")
     try:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = previous[0]
-        configs.set_float32_products(previous[1])
+        targets.set_float32_products(previous[1])
 
 
 def compile_case(index: int, target_name: str) -> list[Row]:
     """Compile every launch of one case for one target."""
     from fusedformer_kernels.compiler.ahead_of_time import compile_launch
     from fusedformer_kernels.compiler.compile_cases import compile_cases
-    from fusedformer_kernels.runtime.configs import TARGETS, assume_target
     from fusedformer_kernels.runtime.launch import recorded_launches
+    from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 
     case, target = compile_cases()[index], TARGETS[target_name]
     dtype = str(case.dtype).removeprefix("torch.")
@@ -196,7 +196,7 @@ def mixes(rows: list[Row]) -> str:
 
 def tuned_entries(targets: list[str]) -> str:
     """Write which entries of tuned tables the configs of ``targets`` come from, one a line."""
-    from fusedformer_kernels.runtime.configs import TARGETS
+    from fusedformer_kernels.runtime.targets import TARGETS
     from fusedformer_kernels.runtime.tuned import entries_in_use
 
     return "\n".join(

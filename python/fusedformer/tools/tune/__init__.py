@@ -24,7 +24,7 @@ import torch
 
 if TYPE_CHECKING:
     from fusedformer.tools.tune.search import Found
-    from fusedformer_kernels.runtime.configs import Target
+    from fusedformer_kernels.runtime.targets import Target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from fusedformer.tools.tune import search
         from fusedformer.tools.tune.workloads import workloads
-        from fusedformer_kernels.runtime.configs import TARGETS, target_of
+        from fusedformer_kernels.runtime.targets import TARGETS, target_of
     except ModuleNotFoundError as error:
         print(f"tune: {error}: it needs triton", file=sys.stderr)
         return 2

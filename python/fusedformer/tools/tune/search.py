@@ -14,8 +14,8 @@ import torch
 
 from fusedformer.testing import compare_tensors
 from fusedformer.tools.tune.workloads import HALF, Call, Workload, workloads
-from fusedformer_kernels.runtime.configs import Target, assume_target
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
+from fusedformer_kernels.runtime.targets import Target, assume_target
 from fusedformer_kernels.runtime.tuned import Fields, forced
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
@@ -22,7 +23,7 @@ from fusedformer_kernels.rows.activation import bias_activation_backward, bias_a
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
-from fusedformer_kernels.runtime import configs
+from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.tuned import Fields, Key
 
 Results = tuple[Tensor | None, ...]
@@ -87,7 +88,7 @@ def _attention() -> Iterator[Workload]:
 def _forward_tiles(kind: configs.AttentionKind) -> tuple[Fields, ...]:
     dim, heavy, small = kind.dim, kind.heavy, kind.dim == 64
     tiles: list[Fields] = []
-    if configs.can_specialize(kind, configs.TARGETS["sm_90"]):
+    if configs.can_specialize(kind, targets.TARGETS["sm_90"]):
         tiles += [
             {"block_m": 128, "block_n": n, "num_warps": 4, "num_stages": s, "specialized": True}
             for n, s in product((64, 128), (2, 3))
