@@ -15,6 +15,7 @@ from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
 from fusedformer.ops.norm import layer_norm_aten
+from fusedformer.ops.wide_sums import embedding, summed_by_id
 
 _LONGEST = 8192  # columns; the kernels keep a row in registers
 
@@ -37,14 +38,14 @@ def embedding_layer_norm(
     """Compute :func:`fusedformer.functional.embedding_layer_norm`, with the norm in ``dtype``."""
     width = weight.shape[1]
     if chosen_backend(weight) == "torch":
-        total = F.embedding(input, weight, padding_idx)
+        total = embedding(input, weight, padding_idx)
         if token_type_weight is not None:
             types = token_type_weight[0]
             if token_type_ids is not None:
-                types = F.embedding(token_type_ids, token_type_weight)
+                types = embedding(token_type_ids, token_type_weight)
             total = total + types
         if position_weight is not None and position_ids is not None:
-            total = total + F.embedding(position_ids, position_weight)
+            total = total + embedding(position_ids, position_weight)
         normed = layer_norm_aten(total, (width,), norm_weight, norm_bias, eps, dtype)
         return dropout_aten(normed, p)
     checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
@@ -213,7 +214,7 @@ def _table_grad(grad: Tensor, ids: Tensor | None, table: Tensor, padding_idx: in
         return F.pad(first[None], (0, 0, 0, count - 1))
     # ATen writes wherever ids say; those outside are not to be (their gradient is NaN).
     ids = ids.clamp(0, count - 1)
-    return torch.ops.aten.embedding_dense_backward(grad, ids, count, padding_idx, False)
+    return summed_by_id(grad, ids, count, padding_idx)
 
 
 _embedding_norm.register_autograd(_backward, setup_context=_save)

@@ -7,8 +7,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fusedformer.ops.wide_sums import embedding
 
 
 def relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: int) -> Tensor:
@@ -26,7 +27,7 @@ def relative_position_bias(weight: Tensor, bidirectional: bool, max_distance: in
     # In float32 and in T5's order of steps, so that the edges of buckets do not move.
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     wide = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return F.embedding(first + torch.where(distance < exact, distance, wide), weight).t()
+    return embedding(first + torch.where(distance < exact, distance, wide), weight).t()
 
 
 _FAR = 1 << 29  # beyond all distances, and far from the ends of int32
