@@ -5,8 +5,9 @@
 # thread. A bfloat16 sum stops growing when it is some hundred times its addends: of 32,768 tokens the
 # bias keeps an eighth, on one thread less than a tenth, so it depends on the number of threads. It is
 # the same with weight and bias in float32 (the mixed call that ATen allows): gradients come back as
-# float32 tensors with these values. float16 keeps three quarters, on one thread half. The output and the input's gradient are
-# right, and so are the bias of F.linear and the weight of F.rms_norm, which sum in float32.
+# float32 tensors with these values. float16 keeps three quarters, on one thread half. The output and
+# the input's gradient are right, and so are the bias of F.linear and the weight of F.rms_norm, which
+# sum in float32.
 #
 # Seen 2026-11-28, Python 3.11, x86_64, torch 2.13.0+cpu: the sum over the columns of the gradient
 # beside the same in float64, 32,768 rows of 256 columns, gradients of mean 0.5 and deviation 1:
