@@ -34,13 +34,18 @@ def openvino(model: nn.Module, dtype: torch.dtype) -> Hidden:
 
 
 def sentence_transformer(folder: Path, dtype: torch.dtype, batch: int) -> Any:
-    """Make ``texts -> embeddings`` of sentence-transformers with the model in ``folder``."""
-    library, own = _found("sentence_transformers"), _found("sentence_transformers.models")
-    words = own.Transformer(str(folder), max_seq_length=256, model_args={"torch_dtype": dtype})
-    pooling = own.Pooling(words.get_word_embedding_dimension(), "mean")
-    model = library.SentenceTransformer(modules=[words, pooling, own.Normalize()], device="cpu")
-    return lambda texts: model.encode(
-        texts, batch_size=batch, convert_to_tensor=True, show_progress_bar=False
+    """Make ``texts -> embeddings`` of sentence-transformers with the model in ``folder``.
+
+    Its arrays are float32 for every dtype of the model, as the embeddings of the others are.
+    """
+    library = _found("sentence_transformers")
+    base = _found("sentence_transformers.base.modules")
+    dense = _found("sentence_transformers.sentence_transformer.modules")
+    words = base.Transformer(str(folder), max_seq_length=256, model_kwargs={"dtype": dtype})
+    pooling = dense.Pooling(words.get_embedding_dimension(), "mean")
+    model = library.SentenceTransformer(modules=[words, pooling, base.Normalize()], device="cpu")
+    return lambda texts: torch.from_numpy(
+        model.encode(texts, batch_size=batch, show_progress_bar=False)
     )
 
 
