@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedformer.fusion._disentangled import Disentangled
 from fusedformer.fusion._forms import Composed, Form, Model
 
 BERT = Form(
@@ -174,6 +175,15 @@ MPNET = dataclasses.replace(
     attention_dropout="attention.attn.dropout",
     dropout1="attention.dropout",
 )
+DEBERTA_V2 = dataclasses.replace(
+    BERT,
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    attends_itself=True,
+    own=Disentangled(),
+    returns_tuple=True,
+)
 
 # Of images and sound.
 VIT = Form(
@@ -302,7 +312,17 @@ _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
 CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
-
+DISENTANGLED = Model(
+    has_distances=True,
+    layers=_LAYER,
+    composed=Composed(
+        embeds_mask="mask",
+        distances="encoder.get_rel_embedding",
+        conv="encoder.conv",
+        unless="z_steps",
+        output="BaseModelOutput",
+    ),
+)
 
 # Modules of transformers, the names of their classes, and their models and layers.
 _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
@@ -364,6 +384,7 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
         ),
         ROFORMER,
     ),
+    ("deberta_v2", "DebertaV2", DISENTANGLED, DEBERTA_V2),
 )
 # The same of models that call their layers themselves.
 _FLAT: tuple[tuple[str, str, Form], ...] = (

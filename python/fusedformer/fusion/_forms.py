@@ -9,13 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
 from fusedformer.fusion._rows import is_untouched
 from fusedformer.nn.children import are_plain, is_plain
+
+
+class OwnAttention(Protocol):
+    """Attention that is not among those of transformers' functions, by a family's own rules."""
+
+    def refuses(self, module: Any) -> str:
+        """Say why layers that attend by ``module`` cannot be fused; empty if they can."""
+
+    def takes(self, given: dict[str, Any]) -> bool:
+        """Return whether a layer's arguments are such as it can attend by."""
+
+    def attended(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Attend; of ``[batch, heads, length, dim]`` return ``[batch, length, heads, dim]``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +86,7 @@ class Form:
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
     returns_tuple: bool = False
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
@@ -76,10 +98,15 @@ class Composed:
     """What the forward of a model calls besides ``embeddings`` and ``pooler``, by paths."""
 
     embeds: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+    embeds_mask: str | None = None  # the argument of ``embeddings`` that zeros padding
     before: str | None = None  # between embeddings and layers
     behind: str | None = None
     angles: str | None = None  # makes what layers take as ``rotary``
     buckets: str | None = None  # biases of distances by T5's buckets, for all layers
+    distances: str | None = None  # makes what layers take as ``rel_embeddings``; then attention
+    # has no mask of keys of packed sequences, and padding sees nothing
+    conv: str | None = None  # of embeddings and a mask, added to what the first layer computes
+    unless: str | None = None  # an attribute; where true the model computes otherwise
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
 
 

@@ -83,9 +83,12 @@ class FusedLayer:
         """Compute what the class behind this one computes, by the fused steps if they fit."""
         given = dict(zip(self._arguments, args, strict=False))
         given.update(kwargs)
+        form = self._form
         if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
             return self._own(given)
-        form, parts = self._form, self._finder.parts(self)
+        if form.own is not None and not form.own.takes(given):
+            return self._own(given)
+        parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
         is_plain = parts.are_plain()
@@ -190,6 +193,9 @@ class FusedLayer:
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; return heads side by side."""
+        own = self._form.own
+        if own is not None:
+            return own.attended(parts.attention, q, k, v, call.mask, call.others).flatten(-2)
         heads, _ = attention(
             parts.attention,
             q,
@@ -357,6 +363,7 @@ class FusedLayer:
         scales = parts.scale1, parts.scale2
         return (
             not self._form.interleaved
+            and self._form.own is None
             and len(kinds) == 1
             and all(one is None for one in more)
             and not any(isinstance(one, Tensor) for one in scales)
@@ -378,6 +385,9 @@ class FusedLayer:
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
         config = getattr(layer, "config", None) or getattr(attention, "config", None)
+        reason = cls._form.own.refuses(attention) if cls._form.own is not None else ""
+        if reason:
+            return reason
         decodes = "is_decoder", "add_cross_attention"
         if any(getattr(one, name, False) for one in (config, layer) for name in decodes):
             return "it is a decoder's; its attention and norms are fused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,12 +72,18 @@ class PackedModel:
         return output
 
     @staticmethod
-    def _returned(states: Tensor, packing: Packing, keys: Tensor | None, keep: Tensor) -> Tensor:
+    def _returned(
+        states: Tensor,
+        packing: Packing,
+        keys: Tensor | None,
+        keep: Tensor,
+        unpack: Callable[[Tensor, Packing], Tensor] = unpacked,
+    ) -> Tensor:
         """Return computed states as the caller gets them: zeros at padding, or rows kept packed."""
         if has_no_rows(packing):  # computed padded
             return zeroed(states, keep)
         if keys is None:
-            return unpacked(states[0], packing)
+            return unpack(states[0], packing)
         return zeroed(functional.unpack(states[0], packing), keep)  # some rows are padding
 
     def _pooled(self: Any, states: Tensor) -> Any:
