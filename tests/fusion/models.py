@@ -105,6 +105,16 @@ MODELS: dict[str, Callable[[], Any]] = {
             type_vocab_size=2,
         )
     ),
+    "deberta": lambda: T.DebertaModel(
+        T.DebertaConfig(
+            **TEXT,
+            relative_attention=True,
+            pos_att_type="c2p|p2c",
+            position_biased_input=False,
+            type_vocab_size=2,
+            layer_norm_eps=1e-3,
+        )
+    ),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
     "bart": lambda: T.BartModel(T.BartConfig(**BART)),
     "clip": lambda: T.CLIPModel(
@@ -143,7 +153,7 @@ PACKED = {
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
-    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
+    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}

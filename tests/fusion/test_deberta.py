@@ -1,4 +1,4 @@
-"""fuse() on DeBERTa v2 and v3: what a call may ask for, and what a model may have been given."""
+"""fuse() on DeBERTa: what a call may ask for, and what a model may have been given."""
 
 from __future__ import annotations
 
@@ -122,3 +122,16 @@ def test_models_that_read_padding_are_left_alone() -> None:
     assert any("reads padded positions" in one.reason for one in report.left)
     assert not any("packed" in one.after for one in report.replaced)
     assert any("packed" in one.after for one in fusedformer.fuse(model, pack=True).replaced)
+
+
+def test_talking_heads_are_left_to_stock() -> None:
+    stock = model_of("deberta").eval()
+    config = copy.deepcopy(stock.config)
+    config.talking_head = True
+    stock = T.DebertaModel(config).eval()
+    model, given = copy.deepcopy(stock), inputs_of("deberta")
+    report = fusedformer.fuse(model)
+    assert sum("heads talk" in one.reason for one in report.left) == 2
+    with torch.no_grad():
+        wanted = stock(**given)[0]
+        torch.testing.assert_close(model(**given)[0], wanted, rtol=1e-4, atol=1e-5)

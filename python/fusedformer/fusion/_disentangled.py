@@ -12,6 +12,8 @@ from fusedformer import functional
 from fusedformer.fusion._attention import FULL, key_mask_of
 from fusedformer.nn.children import dropout_probability
 
+_REACH = 16  # tables of distances are cut to multiples of this, so that few shapes occur
+
 
 @dataclasses.dataclass(frozen=True)
 class Disentangled:
@@ -77,10 +79,11 @@ class Disentangled:
         else:
             settings["key_mask"] = key_mask_of(mask)
         if module.relative_attention and kinds:
-            tables = self._tables(module, kinds, others["rel_embeddings"])
-            longest = module.max_relative_positions if _buckets(module) > 0 else None
+            longest = others["max_length_k"] if packed else key.shape[2]
+            tables = self._tables(module, kinds, others["rel_embeddings"], longest)
+            farthest = module.max_relative_positions if _buckets(module) > 0 else None
             output = functional.disentangled_attention(
-                query, key, value, *tables, max_distance=longest, **settings
+                query, key, value, *tables, max_distance=farthest, **settings
             )
         elif packed:
             output = functional.varlen_attention(query, key, value, **settings)
@@ -92,22 +95,54 @@ class Disentangled:
         """Return how many terms of positions the scale counts."""
         return len({"c2p", "p2c"} & {*module.pos_att_type})
 
-    def _tables(self, module: Any, kinds: set[str], embeddings: Tensor) -> list[Tensor | None]:
+    def _tables(
+        self, module: Any, kinds: set[str], embeddings: Tensor, longest: int
+    ) -> list[Tensor | None]:
         """Return a key and a query ``[heads, 2 * span, dim]`` for each bucket of distances."""
         is_shared = getattr(module, "share_att_key", False)
         key = "key_proj" if is_shared else self.position_key
         query = "query_proj" if is_shared else self.position_query
-        span = _buckets(module) or module.max_relative_positions
-        places = module.pos_dropout(embeddings[: 2 * span])
+        span, buckets = module.max_relative_positions, _buckets(module)
+        reach = buckets or min(span, -(-longest // _REACH) * _REACH)  # distances that there are
+        middle = buckets or span
+        places = module.pos_dropout(embeddings[middle - reach : middle + reach])
         return [
             _heads(module, getattr(module, name)(places)) if kind in kinds else None
             for kind, name in (("c2p", key), ("p2c", query))
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class WithBiases(Disentangled):
+    """The first DeBERTa's: biases of queries and values beside a product that has none."""
+
+    @staticmethod
+    def refuses(module: Any) -> str:
+        """Say why layers with this attention cannot be fused; empty if they can."""
+        return "its heads talk: a product mixes their scores" if module.talking_head else ""
+
+    def attended(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Attend as :meth:`Disentangled.attended`."""
+        q_bias, v_bias = (
+            bias.view(module.num_attention_heads, 1, -1) for bias in (module.q_bias, module.v_bias)
+        )
+        return super().attended(module, query + q_bias, key, value + v_bias, mask, others)
+
+    def _terms(self, module: Any) -> int:
+        return len(module.pos_att_type)
+
+
 def _buckets(module: Any) -> int:
     """Return the number of buckets on either side; 0 where each distance has its own."""
-    found: int = module.position_buckets if module.relative_attention else 0
+    found: int = getattr(module, "position_buckets", 0) if module.relative_attention else 0
     return max(found, 0)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer.fusion._disentangled import Disentangled
+from fusedformer.fusion._disentangled import Disentangled, WithBiases
 from fusedformer.fusion._forms import Composed, Form, Model
 
 BERT = Form(
@@ -183,6 +183,14 @@ DEBERTA_V2 = dataclasses.replace(
     attends_itself=True,
     own=Disentangled(),
     returns_tuple=True,
+)
+DEBERTA = dataclasses.replace(
+    DEBERTA_V2,
+    query="attention.self.in_proj",
+    key=None,
+    value=None,
+    by_head=True,
+    own=WithBiases("pos_proj", "pos_q_proj"),
 )
 
 # Of images and sound.
@@ -384,6 +392,7 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
         ),
         ROFORMER,
     ),
+    ("deberta", "Deberta", DISENTANGLED, DEBERTA),
     ("deberta_v2", "DebertaV2", DISENTANGLED, DEBERTA_V2),
 )
 # The same of models that call their layers themselves.

@@ -52,6 +52,7 @@ class Form:
     query: str  # the product of the query; without ``key``, that of query, key and value in one
     key: str | None = None
     value: str | None = None
+    by_head: bool = False  # that one product has those of a head side by side
     out: str
     norm1: str  # in the order of the computation
     norm2: str

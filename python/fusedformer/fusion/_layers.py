@@ -7,6 +7,7 @@ library's then.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -174,11 +175,9 @@ class FusedLayer:
         form, x = self._form, call.x
         dim = getattr(parts.attention, form.head_dim)
         source = parts.norm1(x) if form.norms_first else x
-        shape = *x.shape[:-1], -1, dim
-        assert parts.key is not None
-        assert parts.value is not None
         products: list[Any] = [parts.query, parts.key, parts.value]
-        q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
+        found = [one(source) for one in products if one is not None]
+        q, k, v = self._split(found, dim)
         q, k = self._turned(q, k, parts, call)
         x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if form.norms_first else parts.norm1(x)
@@ -212,9 +211,9 @@ class FusedLayer:
         """Turn queries and keys by the angles of their positions, normed before where they are."""
         if call.rotary is None:
             return q, k
-        cos, sin = call.rotary
-        if not self._form.interleaved:  # the tables have each angle twice
-            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+        tables: Any = call.rotary
+        if not self._form.interleaved:  # they have each angle twice
+            tables = [table[..., : table.shape[-1] // 2] for table in tables]
         norms: dict[str, Any] = {}
         if parts.query_norm is not None:
             norms = {
@@ -222,7 +221,7 @@ class FusedLayer:
                 "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
             }  # fmt: skip
         return functional.rotary_embedding(
-            q, k, cos, sin, interleaved=self._form.interleaved, **norms
+            q, k, *tables, interleaved=self._form.interleaved, **norms
         )
 
     def _heads(
@@ -232,18 +231,26 @@ class FusedLayer:
         dim = getattr(parts.attention, self._form.head_dim)
         query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
         if parts.key is None or parts.value is None:
-            qkv = query.view(*x.shape[:-1], 3, -1, dim)
-            if call.rotary is None:
-                q, k, v = qkv.unbind(2)
-            else:
-                q, k = rotated(qkv[:, :, :2], *call.rotary).unbind(2)
-                v = qkv[:, :, 2]
-            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x
-        key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
-        value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
-        shape = *x.shape[:-1], -1, dim
-        q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+            q, k, v = self._split([query], dim)
+            if call.rotary is not None:
+                q, k = (rotated(t.transpose(1, 2), *call.rotary).transpose(1, 2) for t in (q, k))
+            return q, k, v, x
+        else:
+            key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
+            value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
+            q, k, v = self._split([query, key, value], dim)
         return *self._turned(q, k, parts, call), v, x
+
+    def _split(self, products: list[Tensor], dim: int) -> Iterator[Tensor]:
+        """Yield query, key and value ``[batch, heads, length, dim]``, of one product or three."""
+        rows = products[0].shape[:-1]
+        if len(products) == 1:
+            by_head = self._form.by_head
+            heads = products[0].view(*rows, *((-1, 3) if by_head else (3, -1)), dim)
+            products = list(heads.unbind(-2 if by_head else -3))
+        else:
+            products = [one.view(*rows, -1, dim) for one in products]
+        return (one.transpose(1, 2) for one in products)
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""

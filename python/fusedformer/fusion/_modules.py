@@ -59,15 +59,15 @@ def _plan_norm(plan: Plan, path: str, module: nn.Module, cls: Any) -> None:
     """Add to the plan a norm of another maker."""
     ours: Any = None
     if cls.__module__.startswith("transformers."):
-        from fusedformer.fusion._norms import rms_norm_of  # which imports transformers' models
+        from fusedformer.fusion._norms import norm_of  # which imports transformers' models
 
-        ours = rms_norm_of(cls)
+        ours = norm_of(cls)
     if ours is None:
         plan.leave(path, module, "a norm that is not torch.nn's")
     elif "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
     else:
-        plan.give(path, module, combined(ours, cls), "fusedformer.functional.rms_norm")
+        plan.give(path, module, combined(ours, cls), f"fusedformer.functional.{ours.FUNCTION}")
 
 
 def _ours(cls: type[Any]) -> type[Any] | None:
