@@ -103,6 +103,13 @@ GEMMA3 = dataclasses.replace(
     out_norm="post_attention_layernorm",
     block_norm="post_feedforward_layernorm",
 )
+ESMC = dataclasses.replace(
+    LLAMA,
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    norms_all_heads=True,
+    divisor="scaling_factor",
+)
 T5 = Form(
     attention="layer.0.SelfAttention",
     query="layer.0.SelfAttention.q",
@@ -157,6 +164,15 @@ XLM_ROBERTA_XL = dataclasses.replace(
     dropout2=None,
     norms_first=True,
 )
+
+
+def _language_adapter(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return the sum behind the adapters of X-MOD's layer, one for the language of each token."""
+    found: Tensor = layer.output.lang_adapter(given["lang_ids"], x)
+    return found
+
+
+XMOD = dataclasses.replace(BERT, norms_first="pre_norm", adapter=_language_adapter)
 # Those of models that take no registered attention.
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
@@ -451,6 +467,8 @@ LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
     "esm.modeling_esm.EsmLayer": ESM,
+    "esmc.modeling_esmc.EsmcLayer": ESMC,
+    "xmod.modeling_xmod.XmodLayer": XMOD,
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
@@ -483,5 +501,7 @@ MODELS: dict[str, Model] = {
     "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
     "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
+    "esmc.modeling_esmc.EsmcModel": Model(padded_by=("sequence_id",)),
+    "xmod.modeling_xmod.XmodModel": Model(behind_padding=True, of_sequences=("lang_ids",)),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

@@ -68,16 +68,21 @@ class Form:
     block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
+    norms_all_heads: bool = False  # those two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
+    divisor: str | None = None  # a number by which what either adds is divided
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     # made by a layer of its arguments, and added to the mask; it takes those from them
 
-    norms_first: bool = False
+    adapter: Callable[[Any, Tensor, dict[str, Any]], Tensor] | None = None
+    # what a layer makes of its last sum, by its other arguments
+
+    norms_first: bool | str = False  # or the attribute of a layer that says so
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
@@ -92,6 +97,11 @@ class Form:
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
     unless: str | None = None  # an attribute; where true the layer computes otherwise
+
+    def puts_norms_first(self, layer: Any) -> bool:
+        """Return whether ``layer`` norms before attention and the feed-forward block."""
+        first = self.norms_first
+        return bool(getattr(layer, first)) if isinstance(first, str) else first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +134,8 @@ class Model:
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
+    of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
+    padded_by: tuple[str, ...] = ()  # arguments with which it needs the batch
 
 
 class Parts(NamedTuple):
@@ -152,6 +164,7 @@ class Parts(NamedTuple):
     scale1: Any
     scale2: Any
     depth: nn.Module | None
+    divisor: float | None
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
@@ -159,7 +172,7 @@ class Parts(NamedTuple):
             self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
         )  # fmt: skip
 
-    def are_plain(self) -> bool:
+    def are_plain(self, norms_all_heads: bool) -> bool:
         """Return whether the fused steps do exactly what calling these children would do."""
         linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
         dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
@@ -170,7 +183,7 @@ class Parts(NamedTuple):
                 [one for one in dropouts if not _drops_nothing(one)],
             )
             and all(one is None or is_plain_norm(one) for one in self.norms())
-            and self._heads_are_normed_alike()
+            and (norms_all_heads or self._heads_are_normed_alike())
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
             and (self.depth is None or is_untouched(self.depth))

@@ -218,7 +218,7 @@ def _plan_stack(
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, layer, layer.fused_as())
+        plan.give(path, module, layer, layer.fused_as(module))
         if not layer.is_plain(module):
             changed = "products are quantized" if has_quantized_products(module) else _CHANGED
             instead = (

@@ -92,7 +92,7 @@ class FusedLayer:
         parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
-        is_plain = parts.are_plain()
+        is_plain = parts.are_plain(form.norms_all_heads)
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
@@ -144,51 +144,48 @@ class FusedLayer:
         return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
-        form, x = self._form, call.x
-        source = parts.norm1(x) if form.norms_first else x
+        form, x, norms_first = self._form, call.x, self._form.puts_norms_first(self)
+        source = parts.norm1(x) if norms_first else x
         forks = source is x
         query, key, value, through = self._heads(parts, call, source, forks)
         residual = through if forks else x
         heads = self._attended(parts, call, query, key, value)
         inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
-        pending = pending_sum(
-            Pending(inner, bias, self._dropout_of(parts.dropout1), residual),
-            parts.scale1,
-            parts.depth,
-        )
-        if form.norms_first:
-            source, x = normed_and_sum(pending, parts.norm2)
+        pending = Pending(inner, bias, self._dropout_of(parts.dropout1), residual)
+        summed = pending_sum(pending, parts.scale1, parts.depth, parts.divisor)
+        if norms_first:
+            source, x = normed_and_sum(summed, parts.norm2)
         else:
-            source = normed(pending, parts.norm1)
-        inner, bias, through = self._block(parts, source, fork=not form.norms_first)
+            source = normed(summed, parts.norm1)
+        inner, bias, through = self._block(parts, source, fork=not norms_first)
         inner, bias = _normed_alone(inner, bias, parts.block_norm)
-        residual = x if form.norms_first else through
-        pending = pending_sum(
-            Pending(inner, bias, self._dropout_of(parts.dropout2), residual),
-            parts.scale2,
-            parts.depth,
-        )
-        return pending.added() if form.norms_first else normed(pending, parts.norm2)
+        residual = x if norms_first else through
+        pending = Pending(inner, bias, self._dropout_of(parts.dropout2), residual)
+        summed = pending_sum(pending, parts.scale2, parts.depth, parts.divisor)
+        if form.adapter is not None:
+            x = form.adapter(self, summed.added(), call.others)
+            return x if norms_first else parts.norm2(x)
+        return summed.added() if norms_first else normed(summed, parts.norm2)
 
     def _called(self, parts: Parts, call: Call) -> Tensor:
         """Call the children, which may be more than they were, as by an adapter."""
-        form, x = self._form, call.x
-        dim = getattr(parts.attention, form.head_dim)
-        source = parts.norm1(x) if form.norms_first else x
+        x, norms_first = call.x, self._form.puts_norms_first(self)
+        dim = getattr(parts.attention, self._form.head_dim)
+        source = parts.norm1(x) if norms_first else x
         products: list[Any] = [parts.query, parts.key, parts.value]
         found = [one(source) for one in products if one is not None]
         q, k, v = self._split(found, dim)
         q, k = self._turned(q, k, parts, call)
         x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
-        source = parts.norm2(x) if form.norms_first else parts.norm1(x)
+        source = parts.norm2(x) if norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(source)) * inner
         inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
-        x = (x if form.norms_first else source) + self._to_call(parts.dropout2)(inner)
-        return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+        x = (x if norms_first else source) + self._to_call(parts.dropout2)(inner)
+        return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; return heads side by side."""
@@ -215,7 +212,7 @@ class FusedLayer:
         if not self._form.interleaved:  # they have each angle twice
             tables = [table[..., : table.shape[-1] // 2] for table in tables]
         norms: dict[str, Any] = {}
-        if parts.query_norm is not None:
+        if parts.query_norm is not None and not self._form.norms_all_heads:
             norms = {
                 "norm": "rms", "query_weight": gain(parts.query_norm),
                 "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
@@ -238,6 +235,8 @@ class FusedLayer:
         else:
             key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
             value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
+            if self._form.norms_all_heads:
+                query, key = parts.query_norm(query), parts.key_norm(key)
             q, k, v = self._split([query, key, value], dim)
         return *self._turned(q, k, parts, call), v, x
 
@@ -337,8 +336,9 @@ class FusedLayer:
         )
         if terms is None:
             return None
-        has_first = form.norms_first and not isinstance(parts.norm1, nn.Identity)
-        middle, last = (parts.norm2, None) if form.norms_first else (parts.norm1, parts.norm2)
+        norms_first = self._form.puts_norms_first(self)
+        has_first = norms_first and not isinstance(parts.norm1, nn.Identity)
+        middle, last = (parts.norm2, None) if norms_first else (parts.norm1, parts.norm2)
         settings = EncoderSettings(
             heads=parts.out.weight.shape[1] // dim,
             activation=name,
@@ -349,7 +349,7 @@ class FusedLayer:
             last_p=_probability(parts.dropout2, self),
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
-            adds_last=form.norms_first,
+            adds_last=norms_first,
             is_gated=self._gates(parts),
             norm="rms" if is_rms(middle) else "layer",
         )
@@ -371,6 +371,8 @@ class FusedLayer:
         return (
             not self._form.interleaved
             and self._form.own is None
+            and self._form.adapter is None
+            and parts.divisor in (None, 1)
             and len(kinds) == 1
             and all(one is None for one in more)
             and not any(isinstance(one, Tensor) for one in scales)
@@ -378,9 +380,10 @@ class FusedLayer:
         )
 
     @classmethod
-    def fused_as(cls) -> str:
-        """Say in the report how layers are computed."""
-        steps = "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+    def fused_as(cls, layer: Any) -> str:
+        """Say in the report how ``layer`` is computed."""
+        norms_first = cls._form.puts_norms_first(layer)
+        steps = "fused steps, norms first" if norms_first else "four fused steps"
         return f"{steps}, with attention" if cls._form.attends_itself else steps
 
     @classmethod
@@ -416,7 +419,7 @@ class FusedLayer:
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
-        return parts is not None and parts.are_plain()
+        return parts is not None and parts.are_plain(cls._form.norms_all_heads)
 
 
 def _dense(table: Tensor, length: int) -> Tensor:

@@ -41,9 +41,9 @@ class CenteredRMSNorm(RMSNorm):
 
 
 class PlainLayerNorm:
-    """DeBERTa's: torch's formula in a class of its own, whose epsilon is ``variance_epsilon``.
+    """DeBERTa's and ESM-C's: torch's formula, and the dtype of the input.
 
-    Theirs is computed in float32 whatever the dtype, and rounded before the weight multiplies.
+    DeBERTa's is computed in float32 whatever the dtype, and rounded before the weight multiplies.
     """
 
     FUNCTION = "layer_norm"
@@ -81,6 +81,7 @@ _KNOWN: tuple[tuple[type[Any], str, str], ...] = (
     (RMSNorm, "t5.modeling_t5", "T5LayerNorm"),
     (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),
     (PlainLayerNorm, "deberta.modeling_deberta", "DebertaLayerNorm"),
+    (PlainLayerNorm, "esmc.modeling_esmc", "EsmcLayerNorm"),
 )
 
 
@@ -102,7 +103,7 @@ def _looked_up(cls: Any) -> Any:
     code = _code_of(cls)
     for ours, module, name in _KNOWN:
         known = getattr(importlib.import_module(_MODELS + module), name, None)
-        if known is not None and code == _code_of(known):
+        if known is not None and cls.__bases__ == known.__bases__ and code == _code_of(known):
             return ours
     return None
 

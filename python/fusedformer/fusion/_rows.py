@@ -13,7 +13,11 @@ from fusedformer.nn.children import hooks_of, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
 # Hooks of transformers and peft that have gradients of embeddings computed, and change no value.
-_OF_GRADIENTS = "<locals>.make_inputs_require_grads", "<locals>.make_inputs_require_grad"
+_OF_GRADIENTS = (
+    "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads",
+    "PeftModel._prepare_model_for_gradient_checkpointing.<locals>.make_inputs_require_grad",
+    "prepare_model_for_kbit_training.<locals>.make_inputs_require_grad",
+)
 _needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
 # Packages whose modules compute each token by itself, or attend in ways that are checked here.
 _TOKENWISE = (
@@ -30,7 +34,7 @@ def is_untouched(module: nn.Module) -> bool:
 def _has_only(module: nn.Module, *hooks: str) -> bool:
     """Return whether ``module`` has its own forward, and hooks of these names at most."""
     return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "").endswith(hooks) for hook in hooks_of(module)
+        getattr(hook, "__qualname__", "") in hooks for hook in hooks_of(module)
     )
 
 
