@@ -28,6 +28,7 @@ ESM: dict[str, Any] = dict(
     pad_token_id=1, mask_token_id=7, token_dropout=True, position_embedding_type="rotary",
     emb_layer_norm_before=True,
 )  # fmt: skip
+XMOD: dict[str, Any] = dict(languages=["en_XX", "de_DE"], default_language="de_DE")
 EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
 QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, **TOKENS)
 GEMMA3: dict[str, Any] = dict(
@@ -84,6 +85,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
     "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
     "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
+    "esmc": lambda: T.EsmcModel(T.EsmcConfig(**TEXT, pad_token_id=1)),
+    "xmod": lambda: T.XmodModel(T.XmodConfig(**TEXT, **XMOD)),
+    "xmod, norms first": lambda: T.XmodModel(
+        T.XmodConfig(**TEXT, **XMOD, pre_norm=True, ln_before_adapter=False)
+    ),
     "mpnet": lambda: T.MPNetModel(T.MPNetConfig(**TEXT)),
     "megatron-bert": lambda: T.MegatronBertModel(T.MegatronBertConfig(**TEXT)),
     "rembert": lambda: T.RemBertModel(T.RemBertConfig(**TEXT, input_embedding_size=16)),
@@ -103,6 +109,16 @@ MODELS: dict[str, Callable[[], Any]] = {
             pos_att_type="c2p|p2c",
             conv_kernel_size=3,
             type_vocab_size=2,
+        )
+    ),
+    "deberta": lambda: T.DebertaModel(
+        T.DebertaConfig(
+            **TEXT,
+            relative_attention=True,
+            pos_att_type="c2p|p2c",
+            position_biased_input=False,
+            type_vocab_size=2,
+            layer_norm_eps=1e-3,
         )
     ),
     "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(**GPT2)),
@@ -142,8 +158,8 @@ PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
-    "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
-    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
+    "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
+    "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
@@ -207,6 +223,8 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name == "roc-bert":
         for kind in ("shape", "pronunciation"):
             text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
+    if name == "xmod":
+        text["lang_ids"] = torch.tensor([1, 0, 1])
     if name == "layoutlm":
         text["bbox"] = torch.randint(0, 60, (*shape, 2), generator=generator).repeat(1, 1, 2)
         text["bbox"][..., 2:] += 3

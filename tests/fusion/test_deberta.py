@@ -1,4 +1,4 @@
-"""fuse() on DeBERTa v2 and v3: what a call may ask for, and what a model may have been given."""
+"""fuse() on DeBERTa: what a call may ask for, and what a model may have been given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T: Any = pytest.importorskip("transformers")
 
 @pytest.fixture
 def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens that each call of packed attention was given."""
+    """Tokens that each call of attention was given, or sequences if they are padded."""
     calls: list[int] = []
     original = functional.disentangled_attention
 
@@ -66,16 +66,22 @@ def _tensors(output: Any) -> Any:
 
 
 @pytest.mark.parametrize("why", ["attentions", "a hole in the mask"])
-def test_what_is_computed_as_by_stock(why: str, packed_calls: list[int]) -> None:
+def test_what_is_computed_padded(why: str, packed_calls: list[int]) -> None:
     """Distances count positions that are left out, and weights are wanted of the whole batch."""
     model, stock = fused("deberta-v3")
     given: dict[str, Any] = {**inputs_of("deberta-v3"), "output_attentions": why == "attentions"}
     if why != "attentions":
         given["attention_mask"][0, 3] = 0
+    real = given["attention_mask"].bool()
     with torch.no_grad():
-        for got, want in zip(_tensors(model(**given)), _tensors(stock(**given)), strict=True):
+        found, wanted = model(**given), stock(**given)
+    torch.testing.assert_close(found[0][real], wanted[0][real], rtol=1e-4, atol=1e-5)
+    if why == "attentions":  # by stock
+        assert not packed_calls
+        for got, want in zip(found.attentions, wanted.attentions, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert not packed_calls
+    else:
+        assert packed_calls == [len(MASK)] * 2 and not found[0][~real].any()
 
 
 class Adapted(torch.nn.Linear):
@@ -90,7 +96,7 @@ class Adapted(torch.nn.Linear):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("how", ["an adapter", "checkpoints"])
 def test_gradients_of_changed_models(how: str, packed_calls: list[int]) -> None:
-    """Still packed; a layer whose child was replaced computes by its own forward."""
+    """Still packed; a layer whose child was replaced calls its children."""
     stock = model_of("deberta-v3").train()
     if how == "an adapter":
         for layer in stock.encoder.layer:
@@ -116,3 +122,16 @@ def test_models_that_read_padding_are_left_alone() -> None:
     assert any("reads padded positions" in one.reason for one in report.left)
     assert not any("packed" in one.after for one in report.replaced)
     assert any("packed" in one.after for one in fusedformer.fuse(model, pack=True).replaced)
+
+
+def test_talking_heads_are_left_to_stock() -> None:
+    stock = model_of("deberta").eval()
+    config = copy.deepcopy(stock.config)
+    config.talking_head = True
+    stock = T.DebertaModel(config).eval()
+    model, given = copy.deepcopy(stock), inputs_of("deberta")
+    report = fusedformer.fuse(model)
+    assert sum("heads talk" in one.reason for one in report.left) == 2
+    with torch.no_grad():
+        wanted = stock(**given)[0]
+        torch.testing.assert_close(model(**given)[0], wanted, rtol=1e-4, atol=1e-5)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import modeling_outputs
 
 from fusedformer import functional
+from fusedformer.functional import Packing
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked, is_asked_of
 from fusedformer.fusion._forms import Composed, is_table
-from fusedformer.fusion._kept_rows import has_no_rows
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._rows import is_untouched
 
@@ -39,19 +41,34 @@ class ComposedModel(PackedModel):
         if not self._composes(given, encoder):
             return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
         keep: Any = given.get("attention_mask")
-        packing = None
+        packing = keys = None
         rows = dict(given, attention_mask=None if keep is None else _of_keys(keep))
-        if self._packs(given):
+        packs = self._packs(given)
+        if packs:
             packing, keys = self._packing(keep.bool())
-            if not has_no_rows(packing):
+            if keys is not None and self._model.composed.distances is not None:
+                packing = None
+            elif not has_no_rows(packing):
                 rows.update(self._packed_arguments(given, packing, keys))
-        states = self._states(self._model.composed, layers, rows)
+        wants_all = is_asked_of(self, given, "output_hidden_states")
+        states = self._states(layers, rows, packing if "cu_seq_lens_q" in rows else None)
+        states = states if wants_all else states[-1:]
         if packing is not None:
-            states = self._returned(states, packing, keys, keep.bool())
-        found = {"last_hidden_state": states}
-        is_padded = keep is None or states.shape[:2] == keep.shape  # else whoever keeps rows pools
-        if hasattr(self, "pooler") and is_padded:
-            found["pooler_output"] = self._pooled(states)
+            unpack = functional.unpack if wants_all else unpacked
+            states = [self._returned(x, packing, keys, keep.bool(), unpack) for x in states]
+        elif packs:
+            states = [zeroed(x, keep.bool()) for x in states]
+        return self._output(given, states, wants_all)
+
+    def _output(self: Any, given: dict[str, Any], states: list[Tensor], wants_all: bool) -> Any:
+        """Return what was asked for: the last states, what is pooled of them, all states."""
+        found: dict[str, Any] = {"last_hidden_state": states[-1]}
+        keep = given.get("attention_mask")
+        is_padded = keep is None or states[-1].shape[:2] == keep.shape  # else whoever keeps rows
+        if hasattr(self, "pooler") and is_padded:  # pools them
+            found["pooler_output"] = self._pooled(states[-1])
+        if wants_all:
+            found["hidden_states"] = tuple(states)
         if not is_asked_of(self, given, "return_dict"):
             return tuple(found.values())
         return getattr(modeling_outputs, self._model.composed.output)(**found)
@@ -59,24 +76,50 @@ class ComposedModel(PackedModel):
     def _composes(self: Any, given: dict[str, Any], encoder: Any) -> bool:
         """Return whether all is known of the model, and no more is wanted than what it encodes."""
         keep, ids, embedded = map(given.get, ("attention_mask", "input_ids", "inputs_embeds"))
-        buckets = self._model.composed.buckets
+        made = self._model.composed
         return (
             (ids is None) != (embedded is None)
             and (keep is None or keep.dim() == 2)
             and not any(is_asked(given.get(name)) for name in _MORE)
-            and not self._is_asked_for_more(given)
+            and not is_asked_of(self, given, "output_attentions")
+            and not (made.distances is not None and wants_padding())
+            and not (made.unless is not None and getattr(self, made.unless))
             and type(encoder).__module__ == type(self).__module__
             and is_untouched(encoder)
-            and (buckets is None or is_table(self.get_submodule(buckets)))
+            and (made.buckets is None or is_table(self.get_submodule(made.buckets)))
             and self._knows_layers()
         )
 
-    def _states(self: Any, made: Composed, layers: Any, rows: dict[str, Any]) -> Tensor:
-        """Compute the states behind the last layer, of packed tokens or a batch."""
-        x: Tensor = self.embeddings(**{name: rows.get(name) for name in made.embeds})
-        before = None if made.before is None else _at(self, made.before)
-        x = x if before is None else before(x)
+    def _is_asked_for_more(self, given: dict[str, Any]) -> bool:
+        """Return False: what else could be wanted is not composed."""
+        return False
+
+    def _states(
+        self: Any, layers: Any, rows: dict[str, Any], packing: Packing | None
+    ) -> list[Tensor]:
+        """Compute the states before and behind each layer, of packed tokens or a batch."""
+        made: Composed = self._model.composed
         mask = rows["attention_mask"]
+        embeds = {name: rows.get(name) for name in made.embeds}
+        if made.embeds_mask is not None and mask is not None:
+            embeds[made.embeds_mask] = mask
+        x: Tensor = self.embeddings(**embeds)
+        before = None if made.before is None else _at(self, made.before)
+        states = [x if before is None else before(x)]
+        others = self._of_all_layers(layers, rows, states[0])
+        for i, layer in enumerate(layers):
+            found = layer(states[-1], mask, **others)
+            states.append(found if isinstance(found, Tensor) else found[0])
+            conv = None if made.conv is None or i else _at(self, made.conv)
+            if conv is not None:
+                states[-1] = _convolved(conv, states[0], states[1], mask, packing)
+        if made.behind is not None:
+            states[-1] = self.get_submodule(made.behind)(states[-1])
+        return states
+
+    def _of_all_layers(self: Any, layers: Any, rows: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        """Return the arguments of layers besides states and mask."""
+        made: Composed = self._model.composed
         others = {n: one for n, one in rows.items() if n.startswith(("cu_seq", "max_length"))}
         if made.buckets is not None:
             weight = self.get_submodule(made.buckets).weight[:_BUCKETS]
@@ -86,10 +129,21 @@ class ComposedModel(PackedModel):
             angles = self.get_submodule(made.angles)(x.shape[:-1], 0, positions)
             name = layers[0]._form.rotary
             others[name] = angles.view(1, 1, *angles.shape[-2:])
-        for layer in layers:
-            found = layer(x, mask, **others)
-            x = found if isinstance(found, Tensor) else found[0]
-        return x if made.behind is None else self.get_submodule(made.behind)(x)
+        if made.distances is not None:
+            others["rel_embeddings"] = _at(self, made.distances)()
+        return others
+
+
+def _convolved(
+    conv: Any, embedded: Tensor, x: Tensor, mask: Tensor | None, packing: Packing | None
+) -> Tensor:
+    """Call a convolution, which needs the batch padded, and a mask of 0 and 1."""
+    if packing is None:
+        keep = x.new_ones(x.shape[:2], dtype=torch.int64) if mask is None else mask[:, 0, 0].long()
+        return conv(embedded, x, keep)  # type: ignore[no-any-return]
+    both = [functional.unpack(rows[0], packing) for rows in (embedded, x)]
+    keep = (packing.inverse >= 0).view(packing.batch, packing.length).long()
+    return functional.pack(conv(*both, keep), packing)[None]
 
 
 def _at(module: Any, path: str) -> Any:

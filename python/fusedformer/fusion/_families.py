@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedformer.fusion._disentangled import Disentangled, WithBiases
 from fusedformer.fusion._forms import Composed, Form, Model
 
 BERT = Form(
@@ -102,6 +103,13 @@ GEMMA3 = dataclasses.replace(
     out_norm="post_attention_layernorm",
     block_norm="post_feedforward_layernorm",
 )
+ESMC = dataclasses.replace(
+    LLAMA,
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    norms_all_heads=True,
+    divisor="scaling_factor",
+)
 T5 = Form(
     attention="layer.0.SelfAttention",
     query="layer.0.SelfAttention.q",
@@ -156,6 +164,15 @@ XLM_ROBERTA_XL = dataclasses.replace(
     dropout2=None,
     norms_first=True,
 )
+
+
+def _language_adapter(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return the sum behind the adapters of X-MOD's layer, one for the language of each token."""
+    found: Tensor = layer.output.lang_adapter(given["lang_ids"], x)
+    return found
+
+
+XMOD = dataclasses.replace(BERT, norms_first="pre_norm", adapter=_language_adapter)
 # Those of models that take no registered attention.
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
@@ -173,6 +190,23 @@ MPNET = dataclasses.replace(
     norm1="attention.LayerNorm",
     attention_dropout="attention.attn.dropout",
     dropout1="attention.dropout",
+)
+DEBERTA_V2 = dataclasses.replace(
+    BERT,
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    attends_itself=True,
+    own=Disentangled(),
+    returns_tuple=True,
+)
+DEBERTA = dataclasses.replace(
+    DEBERTA_V2,
+    query="attention.self.in_proj",
+    key=None,
+    value=None,
+    by_head=True,
+    own=WithBiases("pos_proj", "pos_q_proj"),
 )
 
 # Of images and sound.
@@ -302,7 +336,17 @@ _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
 CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
-
+DISENTANGLED = Model(
+    has_distances=True,
+    layers=_LAYER,
+    composed=Composed(
+        embeds_mask="mask",
+        distances="encoder.get_rel_embedding",
+        conv="encoder.conv",
+        unless="z_steps",
+        output="BaseModelOutput",
+    ),
+)
 
 # Modules of transformers, the names of their classes, and their models and layers.
 _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
@@ -364,6 +408,8 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
         ),
         ROFORMER,
     ),
+    ("deberta", "Deberta", DISENTANGLED, DEBERTA),
+    ("deberta_v2", "DebertaV2", DISENTANGLED, DEBERTA_V2),
 )
 # The same of models that call their layers themselves.
 _FLAT: tuple[tuple[str, str, Form], ...] = (
@@ -421,6 +467,8 @@ LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
     "esm.modeling_esm.EsmLayer": ESM,
+    "esmc.modeling_esmc.EsmcLayer": ESMC,
+    "xmod.modeling_xmod.XmodLayer": XMOD,
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
@@ -453,5 +501,7 @@ MODELS: dict[str, Model] = {
     "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
     "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
+    "esmc.modeling_esmc.EsmcModel": Model(padded_by=("sequence_id",)),
+    "xmod.modeling_xmod.XmodModel": Model(behind_padding=True, of_sequences=("lang_ids",)),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

@@ -9,13 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
 from fusedformer.fusion._rows import is_untouched
 from fusedformer.nn.children import are_plain, is_plain
+
+
+class OwnAttention(Protocol):
+    """Attention that is not among those of transformers' functions, by a family's own rules."""
+
+    def refuses(self, module: Any) -> str:
+        """Say why layers that attend by ``module`` cannot be fused; empty if they can."""
+
+    def takes(self, given: dict[str, Any]) -> bool:
+        """Return whether a layer's arguments are such as it can attend by."""
+
+    def attended(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Attend; of ``[batch, heads, length, dim]`` return ``[batch, length, heads, dim]``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +52,7 @@ class Form:
     query: str  # the product of the query; without ``key``, that of query, key and value in one
     key: str | None = None
     value: str | None = None
+    by_head: bool = False  # that one product has those of a head side by side
     out: str
     norm1: str  # in the order of the computation
     norm2: str
@@ -46,16 +68,21 @@ class Form:
     block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
+    norms_all_heads: bool = False  # those two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
+    divisor: str | None = None  # a number by which what either adds is divided
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     # made by a layer of its arguments, and added to the mask; it takes those from them
 
-    norms_first: bool = False
+    adapter: Callable[[Any, Tensor, dict[str, Any]], Tensor] | None = None
+    # what a layer makes of its last sum, by its other arguments
+
+    norms_first: bool | str = False  # or the attribute of a layer that says so
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
@@ -65,10 +92,16 @@ class Form:
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
     returns_tuple: bool = False
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
     unless: str | None = None  # an attribute; where true the layer computes otherwise
+
+    def puts_norms_first(self, layer: Any) -> bool:
+        """Return whether ``layer`` norms before attention and the feed-forward block."""
+        first = self.norms_first
+        return bool(getattr(layer, first)) if isinstance(first, str) else first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,10 +109,15 @@ class Composed:
     """What the forward of a model calls besides ``embeddings`` and ``pooler``, by paths."""
 
     embeds: tuple[str, ...] = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+    embeds_mask: str | None = None  # the argument of ``embeddings`` that zeros padding
     before: str | None = None  # between embeddings and layers
     behind: str | None = None
     angles: str | None = None  # makes what layers take as ``rotary``
     buckets: str | None = None  # biases of distances by T5's buckets, for all layers
+    distances: str | None = None  # makes what layers take as ``rel_embeddings``; then attention
+    # has no mask of keys of packed sequences, and padding sees nothing
+    conv: str | None = None  # of embeddings and a mask, added to what the first layer computes
+    unless: str | None = None  # an attribute; where true the model computes otherwise
     output: str = "BaseModelOutputWithPoolingAndCrossAttentions"
 
 
@@ -96,6 +134,8 @@ class Model:
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
+    of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
+    padded_by: tuple[str, ...] = ()  # arguments with which it needs the batch
 
 
 class Parts(NamedTuple):
@@ -124,6 +164,7 @@ class Parts(NamedTuple):
     scale1: Any
     scale2: Any
     depth: nn.Module | None
+    divisor: float | None
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
@@ -131,7 +172,7 @@ class Parts(NamedTuple):
             self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
         )  # fmt: skip
 
-    def are_plain(self) -> bool:
+    def are_plain(self, norms_all_heads: bool) -> bool:
         """Return whether the fused steps do exactly what calling these children would do."""
         linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
         dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
@@ -142,7 +183,7 @@ class Parts(NamedTuple):
                 [one for one in dropouts if not _drops_nothing(one)],
             )
             and all(one is None or is_plain_norm(one) for one in self.norms())
-            and self._heads_are_normed_alike()
+            and (norms_all_heads or self._heads_are_normed_alike())
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
             and (self.depth is None or is_untouched(self.depth))

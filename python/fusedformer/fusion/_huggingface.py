@@ -31,8 +31,8 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
-from fusedformer.fusion._deberta import plan_deberta
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
+from fusedformer.fusion._forms import Form
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
@@ -53,6 +53,7 @@ class Place(NamedTuple):
     module: Any
     model_path: str
     model: Any
+    form: Form | None = None  # of a layer
 
     @property
     def cls(self) -> Any:
@@ -63,8 +64,8 @@ class Place(NamedTuple):
 def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     """Add to the plan what is to become of the models of transformers in ``model``."""
     reads = _reads_padding(model) if pack is None else ""
-    planned = plan_deberta(plan, model, reads, pack is not False)
-    places = [place for place in _places(model) if id(place.module) not in planned]
+    packs = pack is not False and not reads
+    places = [place._replace(form=_form(place, packs)) for place in _places(model)]
     by_ours = _plan_attention(plan, model, places)
     generates = any(isinstance(module, GenerationMixin) for module in model.modules())
     for place in places:
@@ -80,6 +81,12 @@ def _places(model: nn.Module) -> Iterator[Place]:
         if found is not None:
             inside[path] = found
             yield Place(path, module, *found)
+
+
+def _form(place: Place, packs: bool) -> Form | None:
+    """Return the form by which a layer is to be fused; some are where the model packs."""
+    form = LAYERS.get(name_of(place.cls))
+    return None if form is not None and form.own is not None and not packs else form
 
 
 def _plan_attention(plan: Plan, model: nn.Module, places: list[Place]) -> set[int]:
@@ -119,7 +126,7 @@ def _attending_alone(places: list[Place]) -> tuple[str, ...]:
     """Return how paths begin below layers that attend by themselves, fused or to be fused."""
     found = []
     for place in places:
-        form = LAYERS.get(name_of(place.cls))
+        form = place.form
         if form is not None and form.attends_itself and not _fused(place).refuses(place.module):
             found.append(f"{place.path}.")
     return tuple(found)
@@ -195,7 +202,7 @@ def _plan_stack(
     plan: Plan, place: Place, by_ours: set[int], reads: str, pack: bool, generates: bool
 ) -> None:
     known, path, module = name_of(place.cls), place.path, place.module
-    form, model = LAYERS.get(known), MODELS.get(known)
+    form, model = place.form, MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else None
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
@@ -211,7 +218,7 @@ def _plan_stack(
         if reason:
             plan.leave(path, module, reason)
             return
-        plan.give(path, module, layer, layer.fused_as())
+        plan.give(path, module, layer, layer.fused_as(module))
         if not layer.is_plain(module):
             changed = "products are quantized" if has_quantized_products(module) else _CHANGED
             instead = (

@@ -7,6 +7,7 @@ library's then.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +84,15 @@ class FusedLayer:
         """Compute what the class behind this one computes, by the fused steps if they fit."""
         given = dict(zip(self._arguments, args, strict=False))
         given.update(kwargs)
+        form = self._form
         if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
             return self._own(given)
-        form, parts = self._form, self._finder.parts(self)
+        if form.own is not None and not form.own.takes(given):
+            return self._own(given)
+        parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
-        is_plain = parts.are_plain()
+        is_plain = parts.are_plain(form.norms_all_heads)
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
@@ -140,56 +144,54 @@ class FusedLayer:
         return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
-        form, x = self._form, call.x
-        source = parts.norm1(x) if form.norms_first else x
+        form, x, norms_first = self._form, call.x, self._form.puts_norms_first(self)
+        source = parts.norm1(x) if norms_first else x
         forks = source is x
         query, key, value, through = self._heads(parts, call, source, forks)
         residual = through if forks else x
         heads = self._attended(parts, call, query, key, value)
         inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
-        pending = pending_sum(
-            Pending(inner, bias, self._dropout_of(parts.dropout1), residual),
-            parts.scale1,
-            parts.depth,
-        )
-        if form.norms_first:
-            source, x = normed_and_sum(pending, parts.norm2)
+        pending = Pending(inner, bias, self._dropout_of(parts.dropout1), residual)
+        summed = pending_sum(pending, parts.scale1, parts.depth, parts.divisor)
+        if norms_first:
+            source, x = normed_and_sum(summed, parts.norm2)
         else:
-            source = normed(pending, parts.norm1)
-        inner, bias, through = self._block(parts, source, fork=not form.norms_first)
+            source = normed(summed, parts.norm1)
+        inner, bias, through = self._block(parts, source, fork=not norms_first)
         inner, bias = _normed_alone(inner, bias, parts.block_norm)
-        residual = x if form.norms_first else through
-        pending = pending_sum(
-            Pending(inner, bias, self._dropout_of(parts.dropout2), residual),
-            parts.scale2,
-            parts.depth,
-        )
-        return pending.added() if form.norms_first else normed(pending, parts.norm2)
+        residual = x if norms_first else through
+        pending = Pending(inner, bias, self._dropout_of(parts.dropout2), residual)
+        summed = pending_sum(pending, parts.scale2, parts.depth, parts.divisor)
+        if form.adapter is not None:
+            x = form.adapter(self, summed.added(), call.others)
+            return x if norms_first else parts.norm2(x)
+        return summed.added() if norms_first else normed(summed, parts.norm2)
 
     def _called(self, parts: Parts, call: Call) -> Tensor:
         """Call the children, which may be more than they were, as by an adapter."""
-        form, x = self._form, call.x
-        dim = getattr(parts.attention, form.head_dim)
-        source = parts.norm1(x) if form.norms_first else x
-        shape = *x.shape[:-1], -1, dim
-        assert parts.key is not None
-        assert parts.value is not None
+        x, norms_first = call.x, self._form.puts_norms_first(self)
+        dim = getattr(parts.attention, self._form.head_dim)
+        source = parts.norm1(x) if norms_first else x
         products: list[Any] = [parts.query, parts.key, parts.value]
-        q, k, v = (one(source).view(shape).transpose(1, 2) for one in products)
+        found = [one(source) for one in products if one is not None]
+        q, k, v = self._split(found, dim)
         q, k = self._turned(q, k, parts, call)
         x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
-        source = parts.norm2(x) if form.norms_first else parts.norm1(x)
+        source = parts.norm2(x) if norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(source)) * inner
         inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
-        x = (x if form.norms_first else source) + self._to_call(parts.dropout2)(inner)
-        return x if form.norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+        x = (x if norms_first else source) + self._to_call(parts.dropout2)(inner)
+        return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; return heads side by side."""
+        own = self._form.own
+        if own is not None:
+            return own.attended(parts.attention, q, k, v, call.mask, call.others).flatten(-2)
         heads, _ = attention(
             parts.attention,
             q,
@@ -206,17 +208,17 @@ class FusedLayer:
         """Turn queries and keys by the angles of their positions, normed before where they are."""
         if call.rotary is None:
             return q, k
-        cos, sin = call.rotary
-        if not self._form.interleaved:  # the tables have each angle twice
-            cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+        tables: Any = call.rotary
+        if not self._form.interleaved:  # they have each angle twice
+            tables = [table[..., : table.shape[-1] // 2] for table in tables]
         norms: dict[str, Any] = {}
-        if parts.query_norm is not None:
+        if parts.query_norm is not None and not self._form.norms_all_heads:
             norms = {
                 "norm": "rms", "query_weight": gain(parts.query_norm),
                 "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
             }  # fmt: skip
         return functional.rotary_embedding(
-            q, k, cos, sin, interleaved=self._form.interleaved, **norms
+            q, k, *tables, interleaved=self._form.interleaved, **norms
         )
 
     def _heads(
@@ -226,18 +228,28 @@ class FusedLayer:
         dim = getattr(parts.attention, self._form.head_dim)
         query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
         if parts.key is None or parts.value is None:
-            qkv = query.view(*x.shape[:-1], 3, -1, dim)
-            if call.rotary is None:
-                q, k, v = qkv.unbind(2)
-            else:
-                q, k = rotated(qkv[:, :, :2], *call.rotary).unbind(2)
-                v = qkv[:, :, 2]
-            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x
-        key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
-        value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
-        shape = *x.shape[:-1], -1, dim
-        q, k, v = (part.view(shape).transpose(1, 2) for part in (query, key, value))
+            q, k, v = self._split([query], dim)
+            if call.rotary is not None:
+                q, k = (rotated(t.transpose(1, 2), *call.rotary).transpose(1, 2) for t in (q, k))
+            return q, k, v, x
+        else:
+            key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
+            value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
+            if self._form.norms_all_heads:
+                query, key = parts.query_norm(query), parts.key_norm(key)
+            q, k, v = self._split([query, key, value], dim)
         return *self._turned(q, k, parts, call), v, x
+
+    def _split(self, products: list[Tensor], dim: int) -> Iterator[Tensor]:
+        """Yield query, key and value ``[batch, heads, length, dim]``, of one product or three."""
+        rows = products[0].shape[:-1]
+        if len(products) == 1:
+            by_head = self._form.by_head
+            heads = products[0].view(*rows, *((-1, 3) if by_head else (3, -1)), dim)
+            products = list(heads.unbind(-2 if by_head else -3))
+        else:
+            products = [one.view(*rows, -1, dim) for one in products]
+        return (one.transpose(1, 2) for one in products)
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
@@ -324,8 +336,9 @@ class FusedLayer:
         )
         if terms is None:
             return None
-        has_first = form.norms_first and not isinstance(parts.norm1, nn.Identity)
-        middle, last = (parts.norm2, None) if form.norms_first else (parts.norm1, parts.norm2)
+        norms_first = self._form.puts_norms_first(self)
+        has_first = norms_first and not isinstance(parts.norm1, nn.Identity)
+        middle, last = (parts.norm2, None) if norms_first else (parts.norm1, parts.norm2)
         settings = EncoderSettings(
             heads=parts.out.weight.shape[1] // dim,
             activation=name,
@@ -336,7 +349,7 @@ class FusedLayer:
             last_p=_probability(parts.dropout2, self),
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
-            adds_last=form.norms_first,
+            adds_last=norms_first,
             is_gated=self._gates(parts),
             norm="rms" if is_rms(middle) else "layer",
         )
@@ -357,6 +370,9 @@ class FusedLayer:
         scales = parts.scale1, parts.scale2
         return (
             not self._form.interleaved
+            and self._form.own is None
+            and self._form.adapter is None
+            and parts.divisor in (None, 1)
             and len(kinds) == 1
             and all(one is None for one in more)
             and not any(isinstance(one, Tensor) for one in scales)
@@ -364,9 +380,10 @@ class FusedLayer:
         )
 
     @classmethod
-    def fused_as(cls) -> str:
-        """Say in the report how layers are computed."""
-        steps = "fused steps, norms first" if cls._form.norms_first else "four fused steps"
+    def fused_as(cls, layer: Any) -> str:
+        """Say in the report how ``layer`` is computed."""
+        norms_first = cls._form.puts_norms_first(layer)
+        steps = "fused steps, norms first" if norms_first else "four fused steps"
         return f"{steps}, with attention" if cls._form.attends_itself else steps
 
     @classmethod
@@ -378,6 +395,9 @@ class FusedLayer:
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
         config = getattr(layer, "config", None) or getattr(attention, "config", None)
+        reason = cls._form.own.refuses(attention) if cls._form.own is not None else ""
+        if reason:
+            return reason
         decodes = "is_decoder", "add_cross_attention"
         if any(getattr(one, name, False) for one in (config, layer) for name in decodes):
             return "it is a decoder's; its attention and norms are fused"
@@ -399,7 +419,7 @@ class FusedLayer:
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
-        return parts is not None and parts.are_plain()
+        return parts is not None and parts.are_plain(cls._form.norms_all_heads)
 
 
 def _dense(table: Tensor, length: int) -> Tensor:

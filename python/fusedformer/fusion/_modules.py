@@ -36,10 +36,13 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     if isinstance(module, tuple(_OURS.values())) or hasattr(cls, "_made_of"):
         return
     base = next((known for known in cls.__mro__ if _ours(known) is not None), None)
+    is_leaf = next(module.children(), None) is None  # layers too are called by their norms
+    if is_leaf and cls.__name__.endswith(("LayerNorm", "RMSNorm")):
+        known = _known_norm(cls)
+        if base is None or known is not None:
+            _plan_norm(plan, path, module, known)
+            return
     if base is None:
-        is_leaf = next(module.children(), None) is None  # layers too are called by their norms
-        if is_leaf and cls.__name__.endswith(("LayerNorm", "RMSNorm")):
-            _plan_norm(plan, path, module, cls)
         return
     ours: Any = _ours(base)
     reason = REFUSES.get(ours, lambda module: "")(module)
@@ -55,19 +58,24 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
         plan.give(path, module, combined(ours, cls), f"{named(ours)}, as a {cls.__name__}")
 
 
-def _plan_norm(plan: Plan, path: str, module: nn.Module, cls: Any) -> None:
-    """Add to the plan a norm of another maker."""
-    ours: Any = None
-    if cls.__module__.startswith("transformers."):
-        from fusedformer.fusion._norms import rms_norm_of  # which imports transformers' models
+def _known_norm(cls: Any) -> Any:
+    """Return the class that computes what a norm of transformers does, if there is one."""
+    if not cls.__module__.startswith("transformers."):
+        return None
+    from fusedformer.fusion._norms import norm_of  # which imports transformers' models
 
-        ours = rms_norm_of(cls)
+    return norm_of(cls)
+
+
+def _plan_norm(plan: Plan, path: str, module: nn.Module, ours: Any) -> None:
+    """Add to the plan a norm of another maker, and the class for it, if there is one."""
     if ours is None:
         plan.leave(path, module, "a norm that is not torch.nn's")
     elif "forward" in module.__dict__:
         plan.leave(path, module, "its forward was replaced on the instance")
     else:
-        plan.give(path, module, combined(ours, cls), "fusedformer.functional.rms_norm")
+        cls = combined(ours, type_before_parametrizations(module))
+        plan.give(path, module, cls, f"fusedformer.functional.{ours.FUNCTION}")
 
 
 def _ours(cls: type[Any]) -> type[Any] | None:

@@ -1,4 +1,4 @@
-"""RMS norms of transformers' models in place of theirs, and norms as steps of fused layers.
+"""Norms of transformers' models in place of theirs, and norms as steps of fused layers.
 
 Nearly every model has a class of its own for the one formula. What a class computes is told by the
 code of its ``forward``, which is compared with that of classes whose formula is known.
@@ -24,6 +24,8 @@ from fusedformer.nn.tracers import introduce
 class RMSNorm:
     """Llama's and T5's: with a weight, and the epsilon as ``variance_epsilon``."""
 
+    FUNCTION = "rms_norm"
+
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Compute what the class behind this one computes."""
         if hidden_states.dtype != self.weight.dtype or not _takes_gain(self, hidden_states):
@@ -38,7 +40,38 @@ class CenteredRMSNorm(RMSNorm):
     """Gemma's: the gain is one more than the weight, and the epsilon is ``eps``."""
 
 
-introduce([RMSNorm])
+class PlainLayerNorm:
+    """DeBERTa's and ESM-C's: torch's formula, and the dtype of the input.
+
+    DeBERTa's is computed in float32 whatever the dtype, and rounded before the weight multiplies.
+    """
+
+    FUNCTION = "layer_norm"
+
+    @property
+    def normalized_shape(self: Any) -> tuple[int, ...]:
+        """Return what torch's class keeps."""
+        shape: tuple[int, ...] = self.weight.shape
+        return shape
+
+    @property
+    def eps(self: Any) -> float:
+        """Return what torch's class keeps."""
+        return epsilon(self)
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        """Compute what the class behind this one computes."""
+        if hidden_states.dtype != self.weight.dtype:
+            own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
+            return own
+        shape, bias = self.weight.shape, self.bias
+        found = functional.layer_norm(hidden_states, shape, self.weight, bias, epsilon(self))
+        return found.to(hidden_states.dtype)  # autocast may have widened it
+
+
+introduce([RMSNorm, PlainLayerNorm])
+
+_RMS = RMSNorm, CenteredRMSNorm
 
 _MODELS = "transformers.models."
 # Classes whose formula is known, by what computes them.
@@ -47,13 +80,15 @@ _KNOWN: tuple[tuple[type[Any], str, str], ...] = (
     (RMSNorm, "olmo2.modeling_olmo2", "Olmo2RMSNorm"),
     (RMSNorm, "t5.modeling_t5", "T5LayerNorm"),
     (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),
+    (PlainLayerNorm, "deberta.modeling_deberta", "DebertaLayerNorm"),
+    (PlainLayerNorm, "esmc.modeling_esmc", "EsmcLayerNorm"),
 )
 
 
 _computed_by: dict[Any, Any] = {}  # a dictionary, as compiled calls can read it
 
 
-def rms_norm_of(cls: Any) -> Any:
+def norm_of(cls: Any) -> Any:
     """Return the class here that computes what a norm of transformers does; None if none does."""
     if cls not in _computed_by:
         _computed_by[cls] = _looked_up(getattr(cls, "_made_of", (cls,))[0])
@@ -61,14 +96,14 @@ def rms_norm_of(cls: Any) -> Any:
 
 
 def _looked_up(cls: Any) -> Any:
-    if cls in (RMSNorm, CenteredRMSNorm):
+    if cls in (*_RMS, PlainLayerNorm):
         return cls
     if not cls.__module__.startswith(_MODELS) or not inspect.isfunction(cls.forward):
         return None
     code = _code_of(cls)
     for ours, module, name in _KNOWN:
         known = getattr(importlib.import_module(_MODELS + module), name, None)
-        if known is not None and code == _code_of(known):
+        if known is not None and cls.__bases__ == known.__bases__ and code == _code_of(known):
             return ours
     return None
 
@@ -92,20 +127,20 @@ def is_plain_norm(norm: Any) -> bool:
     """Return whether ``norm`` is one that the fused steps know, or none at all."""
     if is_plain(norm, LayerNorm, nn.LayerNorm):
         return len(norm.normalized_shape) == 1
-    if is_rms(norm):
+    if norm_of(type(norm)) is not None:
         return is_plain(norm, getattr(type(norm), "_made_of", (type(norm),))[0])
     return is_plain(norm, nn.Identity)
 
 
 def is_rms(norm: Any) -> bool:
     """Return whether ``norm`` is an RMS norm, replaced or still to be replaced."""
-    return rms_norm_of(type(norm)) is not None
+    return norm_of(type(norm)) in _RMS
 
 
 def gain(norm: Any) -> Tensor:
     """Return what an RMS norm multiplies with; in float32 at least, where that is a sum."""
     weight: Tensor = norm.weight
-    if rms_norm_of(type(norm)) is not CenteredRMSNorm:
+    if norm_of(type(norm)) is not CenteredRMSNorm:
         return weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
 
@@ -140,7 +175,7 @@ def normed_and_sum(pending: Pending | Scaled, norm: Any) -> tuple[Tensor, Tensor
 
 def _takes_gain(norm: Any, x: Tensor) -> bool:
     """Return whether the backend norms ``x`` with the gain; ATen's warns of one that is wider."""
-    is_wider = rms_norm_of(type(norm)) is CenteredRMSNorm and x.dtype.itemsize < 4
+    is_wider = norm_of(type(norm)) is CenteredRMSNorm and x.dtype.itemsize < 4
     return not is_wider or chosen_backend(x) != "torch"
 
 
@@ -164,5 +199,5 @@ def _call(pending: Pending, norm: Any, *, return_sum: bool) -> Any:
 
 
 def dtypes_fit(norms: tuple[Any, ...], x: Tensor) -> bool:
-    """Return whether RMS norms of ``x`` have its dtype, so that their casts change nothing."""
-    return all(not is_rms(norm) or norm.weight.dtype == x.dtype for norm in norms)
+    """Return whether norms with casts have the dtype of ``x``, so that these change nothing."""
+    return all(norm_of(type(norm)) is None or norm.weight.dtype == x.dtype for norm in norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,12 +72,18 @@ class PackedModel:
         return output
 
     @staticmethod
-    def _returned(states: Tensor, packing: Packing, keys: Tensor | None, keep: Tensor) -> Tensor:
+    def _returned(
+        states: Tensor,
+        packing: Packing,
+        keys: Tensor | None,
+        keep: Tensor,
+        unpack: Callable[[Tensor, Packing], Tensor] = unpacked,
+    ) -> Tensor:
         """Return computed states as the caller gets them: zeros at padding, or rows kept packed."""
         if has_no_rows(packing):  # computed padded
             return zeroed(states, keep)
         if keys is None:
-            return unpacked(states[0], packing)
+            return unpack(states[0], packing)
         return zeroed(functional.unpack(states[0], packing), keep)  # some rows are padding
 
     def _pooled(self: Any, states: Tensor) -> Any:
@@ -97,8 +104,8 @@ class PackedModel:
             or keep.dim() != 2
             or (ids is None) == (embedded is None)
             or tokens.shape[:2] != keep.shape
-            or any(is_asked(given.get(name)) for name in _MORE)
-            or any(one.shape[:2] != keep.shape for one in _others(given).values())
+            or any(is_asked(given.get(name)) for name in (*_MORE, *self._model.padded_by))
+            or any(one.shape[:2] != keep.shape for one in self._others(given, keep).values())
             or captured()
             or wants_padding()
             or self._is_asked_for_more(given)
@@ -143,7 +150,7 @@ class PackedModel:
             rows: dict[str, Any] = {"input_ids": given["input_ids"].flatten()[places][None]}
         else:
             rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
-        for name, one in _others(given).items():
+        for name, one in self._others(given, given["attention_mask"]).items():
             rows[name] = one.flatten(0, 1)[places][None]
         if self._model.caches:
             rows["use_cache"] = False
@@ -156,6 +163,17 @@ class PackedModel:
             "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
             "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
         }  # fmt: skip
+
+    def _others(self, given: dict[str, Any], keep: Tensor) -> dict[str, Tensor]:
+        """Return further tensors that were given: of each token, or else nothing is packed."""
+        found = {
+            name: one for name, one in given.items()
+            if isinstance(one, Tensor) and name not in _OF_TOKENS
+        }  # fmt: skip
+        for name in self._model.of_sequences:
+            if name in found and found[name].shape == keep.shape[:1]:
+                found[name] = found[name][:, None].expand(keep.shape)
+        return found
 
     def _positions(self: Any, given: dict[str, Any], packing: Packing, places: Tensor) -> Tensor:
         """Return the positions of tokens, as the class behind this one would number them."""
@@ -181,14 +199,6 @@ class PackedDecoder(PackedModel):
     """
 
     _minds_cache = True
-
-
-def _others(given: dict[str, Any]) -> dict[str, Tensor]:
-    """Return further tensors that were given: of each token, or else nothing is packed."""
-    return {
-        name: one for name, one in given.items()
-        if isinstance(one, Tensor) and name not in _OF_TOKENS
-    }  # fmt: skip
 
 
 def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:

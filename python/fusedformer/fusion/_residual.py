@@ -14,7 +14,7 @@ class Scaled(NamedTuple):
     """``depth(scale * dropout(x + bias)) + residual``: LayerScale and stochastic depth."""
 
     pending: Pending
-    scale: Tensor | None
+    scale: Tensor | float | None
     depth: nn.Module | None
 
     def added(self) -> Tensor:
@@ -23,19 +23,26 @@ class Scaled(NamedTuple):
         inner = dropout(inner if bias is None else inner + bias)
         if self.depth is None:
             assert self.scale is not None
+            if not isinstance(self.scale, Tensor):
+                return torch.add(residual, inner, alpha=self.scale)
             return torch.addcmul(residual, inner, self.scale)
         kept: Tensor = self.depth(inner if self.scale is None else inner * self.scale)
         return kept + residual
 
 
-def pending_sum(pending: Pending, scale: Any, depth: Any) -> Pending | Scaled:
+def pending_sum(
+    pending: Pending, scale: Any, depth: Any, divisor: float | None
+) -> Pending | Scaled:
     """Return the sum that is to be computed: ``pending`` itself where nothing else is done to it.
 
     Args:
         pending: what is added, and to what.
         scale: a parameter of each column; a number, which is 1, or None.
         depth: a module of transformers that drops sequences while it trains, or None.
+        divisor: of what is added, where there is no ``scale``; None for 1.
     """
-    by_column = scale if isinstance(scale, Tensor) else None
+    factor: Any = scale if isinstance(scale, Tensor) else None
+    if divisor is not None and divisor != 1:
+        factor = 1 / divisor
     drops = depth if getattr(depth, "drop_prob", 0.0) > 0 and depth.training else None
-    return pending if by_column is None and drops is None else Scaled(pending, by_column, drops)
+    return pending if factor is None and drops is None else Scaled(pending, factor, drops)

@@ -12,6 +12,12 @@ from fusedformer.fusion._configs import NAMES, attends, named
 from fusedformer.nn.children import hooks_of, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
+# Hooks of transformers and peft that have gradients of embeddings computed, and change no value.
+_OF_GRADIENTS = (
+    "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads",
+    "PeftModel._prepare_model_for_gradient_checkpointing.<locals>.make_inputs_require_grad",
+    "prepare_model_for_kbit_training.<locals>.make_inputs_require_grad",
+)
 _needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
 # Packages whose modules compute each token by itself, or attend in ways that are checked here.
 _TOKENWISE = (
@@ -22,13 +28,13 @@ _TOKENWISE = (
 
 def is_untouched(module: nn.Module) -> bool:
     """Return whether ``module`` has its own forward and no hooks but transformers' idle ones."""
-    return is_sharded_at_most(module) and not is_sharded(module)
+    return _has_only(module, _CAPTURE) and not is_sharded(module)
 
 
-def is_sharded_at_most(module: nn.Module) -> bool:
-    """Return whether ``module`` is untouched but for ``fully_shard``; it must then be called."""
+def _has_only(module: nn.Module, *hooks: str) -> bool:
+    """Return whether ``module`` has its own forward, and hooks of these names at most."""
     return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks_of(module)
+        getattr(hook, "__qualname__", "") in hooks for hook in hooks_of(module)
     )
 
 
@@ -83,7 +89,7 @@ def _reason(module: Any, by_ours: bool) -> str:
     cls: Any = type(module)
     if not _is_tokenwise(cls):
         return f"is a {cls.__name__}, which may need the batch"
-    if not is_sharded_at_most(module):
+    if not _has_only(module, _CAPTURE, *_OF_GRADIENTS):  # fully_shard's are none of these
         return "has a hook, or its forward was replaced"
     if getattr(module, "chunk_size_feed_forward", 0):
         return "computes sequences in chunks"

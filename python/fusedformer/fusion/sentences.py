@@ -22,7 +22,6 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
 from fusedformer.fusion._classes import Plan, combined
-from fusedformer.fusion._deberta import PackedDeberta
 from fusedformer.fusion._kept_rows import padding_computed, rows_kept
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedModel
@@ -30,7 +29,7 @@ from fusedformer.fusion._pooled_rows import PackedSequences
 from fusedformer.fusion._rows import is_untouched
 
 _PACKING = "fusedformer_packing"  # of packed token embeddings, between two modules
-_PACKED = PackedEncoder, PackedModel, PackedDeberta
+_PACKED = PackedEncoder, PackedModel
 _READ_SENTENCES_ONLY = Dense, Normalize, LayerNorm, Dropout
 _EXPANDED = "query_expansion_positions"
 

@@ -1,0 +1,65 @@
+"""What models do whose forward is written here: states, compiling, hooks of gradients, masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.fusion.models import MASK, inputs_of, model_of, run
+from tests.fusion.test_families import close, rows_of_products
+
+import fusedformer
+
+pytest.importorskip("transformers")
+
+COMPOSED = ["mpnet", "megatron-bert", "rembert", "splinter", "roformer", "deberta", "deberta-v2"]
+TOTAL = int(MASK.sum())
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_hidden_states(name: str) -> None:
+    """Those of stock, from packed rows; zeros at padding."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    asked: dict[str, Any] = {**inputs, "output_hidden_states": True}
+    with torch.no_grad():
+        wanted, plain = model(**asked), model(**asked, return_dict=False)
+        fusedformer.fuse(model, strict=True)
+        found, ours = model(**asked), model(**asked, return_dict=False)
+        assert rows_of_products(model, asked) >= {TOTAL}
+    assert MASK.numel() not in rows_of_products(model, asked)
+    assert type(found) is type(wanted) and list(found) == list(wanted)
+    assert len(found.hidden_states) == len(wanted.hidden_states) == 3
+    for got, want in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.allclose(got[MASK], want[MASK], atol=3e-5, rtol=1e-4)
+        assert got[MASK].any() and not got[~MASK].any()
+    assert len(ours) == len(plain) and len(ours[-1]) == 3
+    assert torch.equal(ours[-1][-1], found.hidden_states[-1])
+
+
+@pytest.mark.parametrize("name", ["mpnet", "deberta"])
+def test_compiled_as_one_graph(name: str) -> None:
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    with torch.no_grad():
+        wanted = model(**inputs)
+        fusedformer.fuse(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert close(compiled(**inputs), wanted, MASK)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("name", ["megatron-bert", "deberta", "gte"])
+def test_checkpoints_and_gradients_of_embeddings_keep_packing(name: str) -> None:
+    """For both, transformers hooks the embeddings; the hook changes no value."""
+    model, inputs = model_of(name).train(), inputs_of(name)
+    fusedformer.fuse(model)
+    plain = run(model, inputs)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    again = run(model, inputs)
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[n], again[n], atol=1e-5) for n in plain)
+    assert rows_of_products(model, inputs) >= {TOTAL}
+    assert MASK.numel() not in rows_of_products(model, inputs)
+    model.requires_grad_(False)
+    assert model(**inputs)[0].requires_grad
