@@ -32,8 +32,8 @@ class Form:
     key: str | None = None
     value: str | None = None
     out: str
-    norm1: str  # in the order of the computation
-    norm2: str
+    norm1: str | None  # in the order of the computation
+    norm2: str | None
     linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
     gate: str | None = None  # a product whose activated result gates that of ``linear1``
     activation: str | Callable[[Tensor], Tensor]  # or the function itself
@@ -50,11 +50,13 @@ class Form:
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
+    logit_scale: str | None = None  # scores are cosines, times its exponential
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     # made by a layer of its arguments, and added to the mask; it takes those from them
 
+    depth_of_attention: bool = False  # ``depth`` drops nothing of the feed-forward block
     norms_first: bool = False
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
@@ -65,7 +67,9 @@ class Form:
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``
     returns_tuple: bool = False
+    returns_weights: bool = False  # with the states: None unless they are asked for
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
     unless: str | None = None  # an attribute; where true the layer computes otherwise
@@ -124,6 +128,7 @@ class Parts(NamedTuple):
     scale1: Any
     scale2: Any
     depth: nn.Module | None
+    logit_scale: Any
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""

@@ -37,6 +37,7 @@ from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
+from fusedformer.fusion._windows import WindowedLayer
 
 __all__ = ["plan_huggingface", "restore"]
 
@@ -128,7 +129,9 @@ def _attending_alone(places: list[Place]) -> tuple[str, ...]:
 def _fused(place: Place) -> Any:
     """Return the class of a layer of a known form, once it is fused."""
     cls: Any = place.cls
-    return cls if issubclass(cls, FusedLayer) else combined(FusedLayer, cls)
+    if issubclass(cls, FusedLayer):
+        return cls
+    return combined(WindowedLayer if LAYERS[name_of(cls)].is_windowed else FusedLayer, cls)
 
 
 def _refuses(place: Place) -> str:
