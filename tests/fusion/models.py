@@ -153,6 +153,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "videomae": lambda: T.VideoMAEModel(T.VideoMAEConfig(**IMAGE, num_frames=2)),
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
+    "wavlm": lambda: T.WavLMModel(
+        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=6)
+    ),
+    "wavlm, norms first": lambda: T.WavLMModel(
+        T.WavLMConfig(
+            **SIZES, **SOUND, num_buckets=8, do_stable_layer_norm=True, feat_extract_norm="layer"
+        )
+    ),
     "hubert": lambda: T.HubertModel(
         T.HubertConfig(**SIZES, **SOUND, do_stable_layer_norm=True, feat_extract_norm="layer")
     ),
@@ -166,6 +174,7 @@ PACKED = {
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert", "data2vec-vision"}
+TOWERS |= {"wavlm", "wavlm, norms first"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
 TOWERS |= WINDOWED
 LENGTHS = (11, 4, 7)
@@ -207,7 +216,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         ids = torch.randint(3, 97, (3, 6), generator=generator)
         features = torch.randn(3, 6, 16, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    if name in ("wav2vec2", "hubert"):
+    if name in ("wav2vec2", "hubert") or name.startswith("wavlm"):
         samples = 10 * torch.tensor(LENGTHS) + 10
         mask = torch.arange(int(samples.max())) < samples[:, None]
         sound = torch.randn(mask.shape, generator=generator)

@@ -327,6 +327,14 @@ WAV2VEC2 = Form(
     head_dim="head_dim",
 )
 STABLE_WAV2VEC2 = dataclasses.replace(WAV2VEC2, norms_first=True, unless="adapter_layer")
+WAVLM = dataclasses.replace(
+    WAV2VEC2,
+    buckets="attention.rel_attn_embed",
+    max_distance="max_distance",
+    gates_bias=True,
+    is_causal=False,
+    attends_itself=True,
+)
 
 
 _LAYER = "encoder.layer"
@@ -447,6 +455,8 @@ TOWERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}{_STABLE}": STABLE_WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoderLayer": WAV2VEC2,
     "sew.modeling_sew.SEWEncoderLayer": WAV2VEC2,
+    "wavlm.modeling_wavlm.WavLMEncoderLayer": WAVLM,
+    f"wavlm.modeling_wavlm.WavLM{_STABLE}": dataclasses.replace(WAVLM, norms_first=True),
     "data2vec.modeling_data2vec_vision.Data2VecVisionLayer": DATA2VEC_VISION,
     "donut.modeling_donut_swin.DonutSwinLayer": DONUT_SWIN,
     "maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": DONUT_SWIN,

@@ -47,6 +47,7 @@ class Form:
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
+    max_distance: str = "relative_attention_max_distance"  # of attention: the last bucket's first
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
@@ -67,6 +68,7 @@ class Form:
     window: str | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    gates_bias: bool = False  # each head and query gates them, see ``_gated_bias.py``
     is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``
     returns_tuple: bool = False
     returns_weights: bool = False  # with the states: None unless they are asked for

@@ -33,6 +33,7 @@ from fusedformer.fusion._configs import (
 )
 from fusedformer.fusion._deberta import plan_deberta
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
+from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
@@ -131,7 +132,9 @@ def _fused(place: Place) -> Any:
     cls: Any = place.cls
     if issubclass(cls, FusedLayer):
         return cls
-    return combined(WindowedLayer if LAYERS[name_of(cls)].is_windowed else FusedLayer, cls)
+    form = LAYERS[name_of(cls)]
+    bases = ((WindowedLayer, form.is_windowed), (GatedBiasLayer, form.gates_bias))
+    return combined(next((base for base, fits in bases if fits), FusedLayer), cls)
 
 
 def _refuses(place: Place) -> str:

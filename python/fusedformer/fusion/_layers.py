@@ -110,7 +110,7 @@ class FusedLayer:
         """Call the forward of the class behind this one."""
         bias = given.get("position_bias")
         if bias is not None and bias.dim() == 2:  # of a layer before
-            given = {**given, "position_bias": _dense(bias, given["hidden_states"].shape[1])}
+            given = {**given, "position_bias": dense_biases(bias, given["hidden_states"].shape[1])}
         return super().forward(**given)  # type: ignore[misc]
 
     @classmethod
@@ -139,7 +139,7 @@ class FusedLayer:
             rotary = _not_turned_before(rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
             given["position_bias"] = functional.relative_position_bias(
-                parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
+                parts.buckets.weight, max_distance=getattr(parts.attention, self._form.max_distance)
             )
         mask = given.pop("attention_mask", None)
         if self._form.position_bias is not None:
@@ -425,7 +425,7 @@ class FusedLayer:
         return parts is not None and parts.are_plain()
 
 
-def _dense(table: Tensor, length: int) -> Tensor:
+def dense_biases(table: Tensor, length: int) -> Tensor:
     """Return biases ``[1, heads, length, length]`` of a table by distance."""
     places = torch.arange(length, device=table.device)
     reach = table.shape[1] // 2
