@@ -87,7 +87,7 @@ def _level(report: Any) -> str:
     def some(test: Callable[[Any], bool]) -> bool:
         return any(map(test, report.replaced))
 
-    attends = some(lambda one: one.before.endswith(" attention"))
+    attends = some(lambda one: one.before.endswith(" attention") or "with attention" in one.after)
     norms = some(lambda one: "Norm" in one.before)
     padded = {one.path for one in report.left if one.reason.startswith("computed padded")}
     if some(lambda one: one.after.startswith("packed") and one.path not in padded):

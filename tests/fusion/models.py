@@ -60,6 +60,11 @@ SOUND: dict[str, Any] = dict(
     conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4,
     num_conv_pos_embedding_groups=2, apply_spec_augment=False, layerdrop=0.0,
 )  # fmt: skip
+# Stages of 7 x 7 and 4 x 4 patches: windows are padded, and shifted in the first.
+WINDOWS: dict[str, Any] = dict(
+    image_size=28, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4,
+    mlp_ratio=1.5, drop_path_rate=0.0,
+)  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
     "bert, pre-training": lambda: T.BertForPreTraining(T.BertConfig(**TEXT, hidden_act="gelu_new")),
@@ -147,9 +152,31 @@ MODELS: dict[str, Callable[[], Any]] = {
     "beit": lambda: T.BeitModel(
         T.BeitConfig(**IMAGE, use_relative_position_bias=True, drop_path_rate=0.0)
     ),
+    "data2vec-vision": lambda: T.Data2VecVisionModel(
+        T.Data2VecVisionConfig(
+            **IMAGE,
+            use_relative_position_bias=True,
+            use_shared_relative_position_bias=True,
+            drop_path_rate=0.0,
+        )
+    ),
+    "swin": lambda: T.SwinModel(T.SwinConfig(**WINDOWS)),
+    "swinv2": lambda: T.Swinv2Model(T.Swinv2Config(**WINDOWS)),
+    "swin2sr": lambda: T.Swin2SRModel(
+        T.Swin2SRConfig(**{**WINDOWS, "image_size": 8, "patch_size": 1})
+    ),
+    "donut-swin": lambda: T.DonutSwinModel(T.DonutSwinConfig(**WINDOWS)),
     "videomae": lambda: T.VideoMAEModel(T.VideoMAEConfig(**IMAGE, num_frames=2)),
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
+    "wavlm": lambda: T.WavLMModel(
+        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=6)
+    ),
+    "wavlm, norms first": lambda: T.WavLMModel(
+        T.WavLMConfig(
+            **SIZES, **SOUND, num_buckets=8, do_stable_layer_norm=True, feat_extract_norm="layer"
+        )
+    ),
     "hubert": lambda: T.HubertModel(
         T.HubertConfig(**SIZES, **SOUND, do_stable_layer_norm=True, feat_extract_norm="layer")
     ),
@@ -162,7 +189,10 @@ PACKED = {
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
+TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert", "data2vec-vision"}
+TOWERS |= {"wavlm", "wavlm, norms first"}
+WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
+TOWERS |= WINDOWED
 LENGTHS = (11, 4, 7)
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
@@ -202,11 +232,14 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         ids = torch.randint(3, 97, (3, 6), generator=generator)
         features = torch.randn(3, 6, 16, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    if name in ("wav2vec2", "hubert"):
+    if name in ("wav2vec2", "hubert") or name.startswith("wavlm"):
         samples = 10 * torch.tensor(LENGTHS) + 10
         mask = torch.arange(int(samples.max())) < samples[:, None]
         sound = torch.randn(mask.shape, generator=generator)
         return {"input_values": sound * mask, "attention_mask": mask.long()}
+    if name in WINDOWED:
+        side = 8 if name == "swin2sr" else 28
+        return {"pixel_values": torch.randn(3, 3, side, side, generator=generator)}
     if name == "videomae":
         return {"pixel_values": torch.randn(3, 2, 3, 16, 16, generator=generator)}
     if name == "siglip2":  # rows of patches

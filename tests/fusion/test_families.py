@@ -16,6 +16,8 @@ from tests.fusion.models import (
     PACKED,
     QWEN3,
     TEXT,
+    WINDOWED,
+    WINDOWS,
     inputs_of,
     model_of,
     perturbed,
@@ -196,6 +198,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     "dinov3": {"rotary": None},
     "beit": {"position_bias": None},
     "videomae": {"norms_first": False},
+    "data2vec-vision": {"scale1": "lambda_2"},
+    "swin": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
+    "swinv2": {"logit_scale": None},
+    "donut-swin": {"scaling": "attention_head_size"},
     "whisper": {"scaling": "head_dim"},
     "wav2vec2": {"norm1": "final_layer_norm", "norm2": "layer_norm"},
 }
@@ -224,10 +230,15 @@ def test_faults_in_a_table_are_seen(name: str) -> None:
         assert are_seen(model, twin, inputs)
 
 
-def test_stochastic_depth_drops_what_stock_drops() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "sizes"),
+    [("dinov2", "Dinov2", IMAGE), ("swin", "Swin", WINDOWS), ("swinv2", "Swinv2", WINDOWS)],
+)
+def test_stochastic_depth_drops_what_stock_drops(name: str, kind: str, sizes: Any) -> None:
     """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
-    model = perturbed(T.Dinov2Model(T.Dinov2Config(**IMAGE, drop_path_rate=0.5)), 0)
-    twin, inputs = copy.deepcopy(model), inputs_of("dinov2")
+    config = getattr(T, f"{kind}Config")(**{**sizes, "drop_path_rate": 0.5})
+    model = perturbed(getattr(T, f"{kind}Model")(config), 0)
+    twin, inputs = copy.deepcopy(model), inputs_of(name)
     fusedformer.fuse(model, strict=True)
     for mode in (True, False):
         found = []
@@ -241,11 +252,71 @@ def test_stochastic_depth_drops_what_stock_drops() -> None:
     assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
 
 
+@pytest.mark.parametrize("name", ["data2vec-vision", "swin", "swinv2"])
+def test_each_dropout_is_where_stock_has_it(name: str) -> None:
+    """With a probability of 1 it leaves nothing to chance."""
+    model, inputs = model_of(name).train(), inputs_of(name)
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model, strict=True)
+    dropouts = {n for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    dropouts = {n for n in dropouts if any(part.isdigit() for part in n.split("."))}
+    if name == "data2vec-vision":  # its attention by ``sdpa`` reads the configuration instead
+        dropouts = {n for n in dropouts if not n.endswith("attention.attention.dropout")}
+    if name == "swin":
+        dropouts |= {n for n, m in model.named_modules() if hasattr(m, "attention_dropout")}
+    before, seen = twin(**inputs)[0], 0
+    for path in dropouts:
+        for one in (model, twin):
+            child = one.get_submodule(path)
+            setattr(child, "p" if isinstance(child, nn.Dropout) else "attention_dropout", 1.0)
+        wanted = twin(**inputs)[0]
+        assert near(model(**inputs)[0], wanted), path
+        seen += not near(wanted, before)
+        before = wanted
+    assert seen >= len(dropouts) // 2 > 0
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_masks_of_windows_are_not_expanded_over_images(name: str) -> None:
+    """Nor are their gradients; and windows of one image are not copied."""
+    model = model_of(name)
+    fusedformer.fuse(model)
+    seen: list[tuple[Tensor, Tensor]] = []
+    own = fusedformer.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **settings: Any) -> Any:
+        seen.append((q, mask))
+        return own(q, k, v, mask, **settings)
+
+    pixels = inputs_of(name)["pixel_values"]
+    with mock.patch.object(fusedformer.functional, "scaled_dot_product_attention", spy):
+        for images in (pixels, pixels[:1]):
+            model(images)
+    sizes = [mask.untyped_storage().nbytes() for _, mask in seen]
+    half = len(seen) // 2
+    assert half >= 3 and sizes[:half] == sizes[half:]
+    assert len({*sizes}) > 1  # shifted or not
+    for i, (q, mask) in enumerate(seen):
+        assert mask.untyped_storage().nbytes() == 4 * mask.numel()
+        assert q.shape[2] == mask.shape[2]
+        assert mask.shape[0] == 1 or (i >= half and mask.shape[0] == q.shape[0])
+
+
+def test_windows_on_the_kernels(device: str) -> None:
+    """Two images, four windows, shifted or not; a bias with a gradient."""
+    sizes = {**WINDOWS, "image_size": 16, "window_size": 2, "depths": [2], "num_heads": [2]}
+    model = perturbed(T.Swinv2Model(T.Swinv2Config(**sizes)), 0)
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16, device=device)}
+    twin = copy.deepcopy(model.to(device))
+    fusedformer.fuse(model, strict=True)
+    assert faults(model, twin, inputs, "triton") == []
+
+
 def near(found: Any, wanted: Any) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "beit"])
+@pytest.mark.parametrize("name", ["dinov2", "beit", "swin"])
 def test_what_a_tower_goes_on_doing(name: str) -> None:
     """Compiled, checkpointed, asked for states and weights, with a hook, with adapters."""
     model, inputs = model_of(name).eval(), inputs_of(name)
@@ -276,8 +347,9 @@ def test_what_a_tower_goes_on_doing(name: str) -> None:
     assert ours.keys() == theirs.keys() and any("grad of" in n and "up.weight" in n for n in ours)
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, atol=2e-5 * value.abs().max().item() + 2e-5), key
+    layers = sum(isinstance(module, _layers.FusedLayer) for module in model.modules())
     left = fusedformer.fuse(twin).left
-    assert len(left) == 2 and all("its own forward runs" in one.reason for one in left)
+    assert len(left) == layers and all("its own forward runs" in one.reason for one in left)
 
 
 @pytest.mark.parametrize("name", ["mpnet", "gemma3", "roberta"])

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedformer.fusion import _biases
 from fusedformer.fusion._disentangled import Disentangled, WithBiases
 from fusedformer.fusion._forms import Composed, Form, Model
 
@@ -266,26 +267,12 @@ DINOV3 = dataclasses.replace(
     rotary="position_embeddings",
     rotary_last=True,
 )
-
-
-def _bias_of_beit(layer: Any, given: dict[str, Any]) -> Tensor | None:
-    """Return the biases of a layer of BEiT by the distance of patches, for an image's size."""
-    resolution, interpolate = given.pop("resolution", None), given.pop(_INTERPOLATE, False)
-    if layer.relative_position_bias is None:
-        return None
-    patches = tuple(length // layer.patch_size for length in resolution)
-    tokens = given["hidden_states"].shape[1]
-    bias: Tensor = layer.relative_position_bias(patches, interpolate, dim_size=tokens)
-    return bias
-
-
-_INTERPOLATE = "interpolate_pos_encoding"
 BEIT = dataclasses.replace(
     VIT,
     scale1="lambda_1",
     scale2="lambda_2",
     depth="drop_path",
-    position_bias=_bias_of_beit,
+    position_bias=_biases.bias_of_beit,
 )
 VIDEO_MAE = dataclasses.replace(
     BERT,
@@ -298,6 +285,52 @@ VIDEO_MAE = dataclasses.replace(
     attention_dropout="attention.attention.dropout_prob",
     norms_first=True,
     mask=None,
+)
+DATA2VEC_VISION = dataclasses.replace(
+    VIDEO_MAE,
+    attention_dropout="attention.attention.dropout",
+    dropout1="attention.output.dropout",
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_biases.bias_of_data2vec_vision,
+    scaling=None,
+    is_causal=False,
+    attends_itself=True,
+    returns_tuple=True,
+)
+# Of images whose tokens attend within windows.
+SWIN = dataclasses.replace(
+    VIT,
+    depth="drop_path",
+    depth_of_attention=True,
+    position_bias=_biases.bias_of_swin,
+    mask=None,
+    is_windowed=True,
+    returns_weights=True,
+)
+DONUT_SWIN = dataclasses.replace(
+    BERT,
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    depth="drop_path",
+    depth_of_attention=True,
+    position_bias=_biases.bias_of_donut_swin,
+    mask=None,
+    norms_first=True,
+    scaling=None,
+    is_windowed=True,
+    attends_itself=True,
+)
+SWINV2 = dataclasses.replace(
+    DONUT_SWIN,
+    norm1=None,
+    norm2=None,
+    out_norm="layernorm_before",
+    block_norm="layernorm_after",
+    logit_scale="attention.self.logit_scale",
+    depth_of_attention=False,
+    position_bias=_biases.bias_of_swinv2,
 )
 WHISPER = dataclasses.replace(
     CLIP,
@@ -330,6 +363,14 @@ WAV2VEC2 = Form(
     head_dim="head_dim",
 )
 STABLE_WAV2VEC2 = dataclasses.replace(WAV2VEC2, norms_first=True, unless="adapter_layer")
+WAVLM = dataclasses.replace(
+    WAV2VEC2,
+    buckets="attention.rel_attn_embed",
+    max_distance="max_distance",
+    gates_bias=True,
+    is_causal=False,
+    attends_itself=True,
+)
 
 
 _LAYER = "encoder.layer"
@@ -443,6 +484,10 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("siglip", "SiglipEncoder", CLIP),
     ("siglip2", "Siglip2Encoder", CLIP),
     ("videomae", "VideoMAE", VIDEO_MAE),
+    ("swin", "Swin", SWIN),
+    ("swinv2", "Swinv2", SWINV2),
+    ("swin2sr", "Swin2SR", SWINV2),
+    ("clap", "ClapAudio", DONUT_SWIN),
     ("whisper", "WhisperEncoder", WHISPER),
 )
 _LIKE_WAV2VEC2: tuple[tuple[str, str], ...] = (
@@ -458,6 +503,11 @@ TOWERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}{_STABLE}": STABLE_WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoderLayer": WAV2VEC2,
     "sew.modeling_sew.SEWEncoderLayer": WAV2VEC2,
+    "wavlm.modeling_wavlm.WavLMEncoderLayer": WAVLM,
+    f"wavlm.modeling_wavlm.WavLM{_STABLE}": dataclasses.replace(WAVLM, norms_first=True),
+    "data2vec.modeling_data2vec_vision.Data2VecVisionLayer": DATA2VEC_VISION,
+    "donut.modeling_donut_swin.DonutSwinLayer": DONUT_SWIN,
+    "maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": DONUT_SWIN,
 }
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"

@@ -54,8 +54,8 @@ class Form:
     value: str | None = None
     by_head: bool = False  # that one product has those of a head side by side
     out: str
-    norm1: str  # in the order of the computation
-    norm2: str
+    norm1: str | None  # in the order of the computation
+    norm2: str | None
     linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
     gate: str | None = None  # a product whose activated result gates that of ``linear1``
     activation: str | Callable[[Tensor], Tensor]  # or the function itself
@@ -70,10 +70,12 @@ class Form:
     key_norm: str | None = None
     norms_all_heads: bool = False  # those two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
+    max_distance: str = "relative_attention_max_distance"  # of attention: the last bucket's first
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
     divisor: str | None = None  # a number by which what either adds is divided
+    logit_scale: str | None = None  # scores are cosines, times its exponential
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
@@ -83,6 +85,7 @@ class Form:
     # what a layer makes of its last sum, by its other arguments
 
     norms_first: bool | str = False  # or the attribute of a layer that says so
+    depth_of_attention: bool = False  # ``depth`` drops nothing of the feed-forward block
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
@@ -93,7 +96,10 @@ class Form:
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
     own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
+    gates_bias: bool = False  # each head and query gates them, see ``_gated_bias.py``
+    is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``
     returns_tuple: bool = False
+    returns_weights: bool = False  # with the states: None unless they are asked for
     returns_bias: bool = False  # with the states, for the next layer
     clamps_half: bool = False  # float16 has steps of its own
     unless: str | None = None  # an attribute; where true the layer computes otherwise
@@ -165,6 +171,7 @@ class Parts(NamedTuple):
     scale2: Any
     depth: nn.Module | None
     divisor: float | None
+    logit_scale: Any
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""

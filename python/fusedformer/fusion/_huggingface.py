@@ -33,10 +33,12 @@ from fusedformer.fusion._configs import (
 )
 from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._forms import Form
+from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
+from fusedformer.fusion._windows import WindowedLayer
 
 __all__ = ["plan_huggingface", "restore"]
 
@@ -135,7 +137,11 @@ def _attending_alone(places: list[Place]) -> tuple[str, ...]:
 def _fused(place: Place) -> Any:
     """Return the class of a layer of a known form, once it is fused."""
     cls: Any = place.cls
-    return cls if issubclass(cls, FusedLayer) else combined(FusedLayer, cls)
+    if issubclass(cls, FusedLayer):
+        return cls
+    form = LAYERS[name_of(cls)]
+    bases = ((WindowedLayer, form.is_windowed), (GatedBiasLayer, form.gates_bias))
+    return combined(next((base for base, fits in bases if fits), FusedLayer), cls)
 
 
 def _refuses(place: Place) -> str:

@@ -76,7 +76,10 @@ class FusedLayer:
 
     def __init_subclass__(cls) -> None:
         """Look up once what the class behind is."""
-        theirs: Any = cls._made_of[1]  # type: ignore[attr-defined]
+        made_of = getattr(cls, "_made_of", None)
+        if made_of is None:  # a base too
+            return
+        theirs: Any = made_of[1]
         cls._form, cls._arguments = LAYERS[name_of(theirs)], arguments_of(theirs)
         cls._finder = Finder(cls._form)
 
@@ -99,21 +102,26 @@ class FusedLayer:
         found = self._one_node(parts, call) if is_plain else self._called(parts, call)
         if found is None:
             found = self._steps(parts, call)
-        if form.returns_bias:
+        return self._returned(found, call)
+
+    def _returned(self: Any, found: Tensor, call: Call) -> Any:
+        """Return the states as the class behind this one does."""
+        if self._form.returns_bias:
             return found, call.others.get("position_bias"), None
-        return (found,) if form.returns_tuple else found
+        return (found,) if self._form.returns_tuple else found
 
     def _own(self, given: dict[str, Any]) -> Any:
         """Call the forward of the class behind this one."""
         bias = given.get("position_bias")
         if bias is not None and bias.dim() == 2:  # of a layer before
-            given = {**given, "position_bias": _dense(bias, given["hidden_states"].shape[1])}
+            given = {**given, "position_bias": dense_biases(bias, given["hidden_states"].shape[1])}
         return super().forward(**given)  # type: ignore[misc]
 
     @classmethod
     def calls_children(cls) -> bool:
         """Return whether children that do more are called here, not by the layer's own forward."""
-        return cls._form.attends_itself or cls._form.buckets is not None
+        form = cls._form
+        return (form.attends_itself and form.position_bias is None) or form.buckets is not None
 
     def _fits(self, parts: Parts, x: Tensor) -> bool:
         """Return whether attention is still this library's, and no cast stands between steps."""
@@ -135,7 +143,7 @@ class FusedLayer:
             rotary = _not_turned_before(rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
             given["position_bias"] = functional.relative_position_bias(
-                parts.buckets.weight, max_distance=parts.attention.relative_attention_max_distance
+                parts.buckets.weight, max_distance=getattr(parts.attention, self._form.max_distance)
             )
         mask = given.pop("attention_mask", None)
         if self._form.position_bias is not None:
@@ -145,27 +153,43 @@ class FusedLayer:
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
         form, x, norms_first = self._form, call.x, self._form.puts_norms_first(self)
-        source = parts.norm1(x) if norms_first else x
+        source = parts.norm1(x) if norms_first and parts.norm1 is not None else x
         forks = source is x
-        query, key, value, through = self._heads(parts, call, source, forks)
+        heads, through = self._attends(parts, call, source, forks)
         residual = through if forks else x
-        heads = self._attended(parts, call, query, key, value)
-        inner, bias = _normed_alone(*project(heads, parts.out), parts.out_norm)
-        pending = Pending(inner, bias, self._dropout_of(parts.dropout1), residual)
-        summed = pending_sum(pending, parts.scale1, parts.depth, parts.divisor)
+        summed = pending_sum(
+            self._to_add(project(heads, parts.out), parts.dropout1, parts.out_norm, residual),
+            parts.scale1,
+            parts.depth,
+            parts.divisor,
+        )
         if norms_first:
             source, x = normed_and_sum(summed, parts.norm2)
         else:
             source = normed(summed, parts.norm1)
         inner, bias, through = self._block(parts, source, fork=not norms_first)
-        inner, bias = _normed_alone(inner, bias, parts.block_norm)
         residual = x if norms_first else through
-        pending = Pending(inner, bias, self._dropout_of(parts.dropout2), residual)
-        summed = pending_sum(pending, parts.scale2, parts.depth, parts.divisor)
+        summed = pending_sum(
+            self._to_add((inner, bias), parts.dropout2, parts.block_norm, residual),
+            parts.scale2,
+            None if form.depth_of_attention else parts.depth,
+            parts.divisor,
+        )
         if form.adapter is not None:
             x = form.adapter(self, summed.added(), call.others)
             return x if norms_first else parts.norm2(x)
         return summed.added() if norms_first else normed(summed, parts.norm2)
+
+    def _to_add(
+        self, product: tuple[Tensor, Tensor | None], dropout: Any, norm: Any, residual: Tensor
+    ) -> Pending:
+        """Return what is to be added to the residual, normed by itself where there is a norm."""
+        (x, bias), dropout = product, self._dropout_of(dropout)
+        if norm is None:
+            return Pending(x, bias, dropout, residual)
+        x = x if bias is None else x + bias
+        x = norm(dropout(x) if dropout_probability(dropout) else x)
+        return Pending(x, None, _NO_DROPOUT, residual)
 
     def _called(self, parts: Parts, call: Call) -> Tensor:
         """Call the children, which may be more than they were, as by an adapter."""
@@ -187,6 +211,13 @@ class FusedLayer:
         x = (x if norms_first else source) + self._to_call(parts.dropout2)(inner)
         return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
 
+    def _attends(
+        self, parts: Parts, call: Call, source: Tensor, fork: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the heads of ``source`` side by side, attended; and ``source`` again."""
+        query, key, value, through = self._heads(parts, call, source, fork)
+        return self._attended(parts, call, query, key, value), through
+
     def _attended(self, parts: Parts, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; return heads side by side."""
         own = self._form.own
@@ -198,7 +229,7 @@ class FusedLayer:
             k,
             v,
             call.mask,
-            dropout=_probability(parts.attention_dropout, parts.attention),
+            dropout=probability(parts.attention_dropout, parts.attention),
             scaling=self._scaling(parts.attention),
             **self._settings(parts.attention, call.others),
         )
@@ -256,7 +287,7 @@ class FusedLayer:
         name = activation_name(parts.activation)
         if not self._gates(parts):
             products = weights_and_biases(parts.linear1, parts.linear2)
-            p = _probability(parts.hidden_dropout, self)
+            p = probability(parts.hidden_dropout, self)
             activation = parts.activation if name is None else name
             block = FeedForward._make((*products, activation, p, False))
             return feed_forward(x, block, fork=fork)
@@ -288,7 +319,7 @@ class FusedLayer:
         """Return a module for ``dropout``, which may be a setting of this layer."""
         if isinstance(dropout, nn.Dropout):
             return dropout
-        p = _probability(dropout, self)
+        p = probability(dropout, self)
         return nn.Dropout(p) if p else _NO_DROPOUT
 
     def _to_call(self, dropout: Any) -> Any:
@@ -332,7 +363,7 @@ class FusedLayer:
             call.mask,
             self._settings(module, call.others),
             head_dim=dim,
-            dropout=_probability(parts.attention_dropout, module),
+            dropout=probability(parts.attention_dropout, module),
         )
         if terms is None:
             return None
@@ -344,9 +375,9 @@ class FusedLayer:
             activation=name,
             middle_eps=epsilon(middle),
             last_eps=None if last is None else epsilon(last),
-            hidden_p=_probability(parts.hidden_dropout, self),
-            middle_p=_probability(parts.dropout1, self),
-            last_p=_probability(parts.dropout2, self),
+            hidden_p=probability(parts.hidden_dropout, self),
+            middle_p=probability(parts.dropout1, self),
+            last_p=probability(parts.dropout2, self),
             checkpoint_activation=False,
             first_eps=epsilon(parts.norm1) if has_first else None,
             adds_last=norms_first,
@@ -422,7 +453,7 @@ class FusedLayer:
         return parts is not None and parts.are_plain(cls._form.norms_all_heads)
 
 
-def _dense(table: Tensor, length: int) -> Tensor:
+def dense_biases(table: Tensor, length: int) -> Tensor:
     """Return biases ``[1, heads, length, length]`` of a table by distance."""
     places = torch.arange(length, device=table.device)
     reach = table.shape[1] // 2
@@ -437,18 +468,11 @@ def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tens
     return F.pad(cos, missing, value=1.0), F.pad(sin, missing)
 
 
-def _probability(dropout: Any, module: Any) -> float:
+def probability(dropout: Any, module: Any) -> float:
     """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
     if isinstance(dropout, nn.Dropout):
         return dropout_probability(dropout)
     return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
-
-
-def _normed_alone(x: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Norm what is to be added to the residual, where there is a norm; return what is pending."""
-    if norm is None:
-        return x, bias
-    return norm(x if bias is None else x + bias), None
 
 
 def _gain_and_bias(norm: Any) -> list[Any]:

@@ -162,8 +162,11 @@ def normed(pending: Pending | Scaled, norm: Any) -> Tensor:
     return output
 
 
-def normed_and_sum(pending: Pending | Scaled, norm: Any) -> tuple[Tensor, Tensor]:
-    """Compute the norm of a sum that is pending, and the sum."""
+def normed_and_sum(pending: Pending | Scaled, norm: Any | None) -> tuple[Tensor, Tensor]:
+    """Compute the norm of a sum that is pending, and the sum; the sum twice without a norm."""
+    if norm is None:
+        total = pending.added()
+        return total, total
     if isinstance(pending, Scaled):
         total = pending.added()
         return norm(total), total

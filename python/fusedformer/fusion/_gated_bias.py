@@ -1,0 +1,69 @@
+"""Layers of WavLM, whose biases by distance are gated by what each head of a token reads.
+
+The first layer has the table of biases, ``[heads, distances]``, and hands it on to the next. Each
+gates it anew, and so its scores have a bias ``[batch, heads, length, length]`` of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedformer.fusion._forms import Parts, is_table
+from fusedformer.fusion._layers import Call, FusedLayer, dense_biases
+from fusedformer.nn.children import is_plain
+
+
+class GatedBiasLayer(FusedLayer):
+    """A base of layers that gate the biases of their attention."""
+
+    def _attends(
+        self: Any, parts: Parts, call: Call, source: Tensor, fork: bool
+    ) -> tuple[Tensor, Tensor]:
+        gate, biases = _gate(parts.attention, source), call.others["position_bias"]
+        if biases.dim() == 2:  # by distance
+            biases = dense_biases(biases, source.shape[1])
+        else:
+            biases = biases.view(*gate.shape[:2], *biases.shape[1:])
+        keys = None if call.mask is None else call.mask == 1
+        call = call._replace(mask=keys, others={"position_bias": gate * biases})
+        return super()._attends(parts, call, source, fork)
+
+    def _fits(self, parts: Parts, x: Tensor) -> bool:
+        return (
+            is_plain(parts.attention.gru_rel_pos_linear, nn.Linear)
+            and (parts.buckets is None or is_table(parts.buckets))
+            and super()._fits(parts, x)
+        )
+
+    def _own(self, given: dict[str, Any]) -> Any:
+        biases = given.get("position_bias")
+        if biases is not None and biases.dim() == 2:  # of a layer before
+            batch, length, _ = given["hidden_states"].shape
+            biases = dense_biases(biases, length)[0].repeat(batch, 1, 1)
+        return super()._own({**given, "position_bias": biases})
+
+    def _returned(self, found: Tensor, call: Call) -> Any:
+        return found, call.others["position_bias"]
+
+    def _one_node(self, parts: Parts, call: Call) -> Tensor | None:
+        return None
+
+    @classmethod
+    def calls_children(cls) -> bool:
+        """Return False: the layer's own forward reads the weights of its products."""
+        return False
+
+
+def _gate(attention: Any, x: Tensor) -> Tensor:
+    """Return the factors ``[batch, heads, length, 1]`` of the biases of each query."""
+    product = attention.gru_rel_pos_linear
+    weight = product.weight.view(2, 4, -1).sum(1)  # four results of each gate are summed
+    bias = product.bias.view(2, 4).sum(1)
+    heads = x.view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+    first, second = torch.sigmoid(F.linear(heads, weight, bias)).chunk(2, -1)
+    gate: Tensor = first * (second * attention.gru_rel_pos_const - 1.0) + 2.0
+    return gate
