@@ -20,8 +20,9 @@ from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import Plan, combined, is_asked_of
 from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._kept_rows import unpacked, wants_padding
-from fusedformer.fusion._rows import is_untouched, needs_batch
+from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.children import (
     Pending,
     are_plain,

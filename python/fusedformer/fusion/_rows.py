@@ -9,27 +9,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fusedformer.fusion._configs import NAMES, attends, named
-from fusedformer.nn.children import hooks_of, is_sharded
+from fusedformer.fusion._hooks import is_sharded_at_most
 
-_CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
 _needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
 # Packages whose modules compute each token by itself, or attend in ways that are checked here.
 _TOKENWISE = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "torchao.", "bitsandbytes.", "transformers.",
     "fusedformer.", "peft.tuners.lora.", "peft.tuners.adalora.", "peft.tuners.ia3.",
 )  # fmt: skip
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Return whether ``module`` has its own forward and no hooks but transformers' idle ones."""
-    return is_sharded_at_most(module) and not is_sharded(module)
-
-
-def is_sharded_at_most(module: nn.Module) -> bool:
-    """Return whether ``module`` is untouched but for ``fully_shard``; it must then be called."""
-    return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "") == _CAPTURE for hook in hooks_of(module)
-    )
 
 
 def has_quantized_products(module: nn.Module) -> bool:
