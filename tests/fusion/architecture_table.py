@@ -22,9 +22,9 @@ from tests.fusion.small_models import VARIANTS, runnable, types
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 LEVELS = {
-    "A": "packed, layers of fused steps",
-    "B": "packed, attention and norms",
-    "C": "attention and norms, padded; of towers the layers too",
+    "A": "every layer of its encoders by fused steps; packed, or a tower with nothing to pack",
+    "B": "packed in part: some layers by attention and norms, or padded",
+    "C": "attention and norms, padded; of some the layers too",
     "D": "attention; its norms are its own",
     "E": "norms alone",
     "-": "nothing",

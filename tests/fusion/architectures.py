@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 import fusedformer
+from fusedformer.fusion._classes import arguments_of
+from fusedformer.fusion._configs import attends, computes_attention
 
 HERE = Path(__file__).parent
 BUILDABLE = HERE / "architectures.json"
@@ -61,7 +63,7 @@ def examine(model_type: str, recipe: list[int]) -> Found:
         report = fusedformer.fuse(model)
     except Exception as error:
         return Found("-", [f"fuse: {told(error)}"], notes)
-    level, faults = _level(report), []
+    level, faults = level_of(model, report), []
     faults += _calls(model, report, next(iter(cases.values())))
     for name, given in cases.items():
         faults += _tried(name, functools.partial(differences, model, stock, given, notes))
@@ -83,16 +85,67 @@ def _tried(name: str, check: Callable[[], list[str]]) -> list[str]:
         return [f"{name}: {told(error)}"]
 
 
-def _level(report: Any) -> str:
+def level_of(model: Any, report: Any) -> str:
+    """Return how far a fused model went: a key of ``LEVELS``.
+
+    The highest is of those all of whose encoders' attention is in layers of fused steps, and which
+    are packed, or have nothing to pack. A decoder beside an encoder does not count.
+    """
+
     def some(test: Callable[[Any], bool]) -> bool:
         return any(map(test, report.replaced))
 
-    attends = some(lambda one: one.before.endswith(" attention") or "with attention" in one.after)
+    left = {one.path for one in report.left}
+    layers = {
+        one.path for one in report.replaced if "fused steps" in one.after and one.path not in left
+    }
+    packed = {
+        one.path for one in report.replaced
+        if one.after.startswith("packed") and one.path not in left
+    }  # fmt: skip
+    places = layers | {
+        path for path, module in model.named_modules()
+        if attends(type(module)) or computes_attention(module)
+    }  # fmt: skip
+    places = {path for path in places if "decoder" not in path}
+    if layers & places and all(
+        layers & {path, *_around(path)}
+        and (packed & {*_around(path)} or not _takes_padding(_model_around(model, path)))
+        for path in places
+    ):
+        return "A"
+    if packed:
+        return "B"
     norms = some(lambda one: "Norm" in one.before)
-    padded = {one.path for one in report.left if one.reason.startswith("computed padded")}
-    if some(lambda one: one.after.startswith("packed") and one.path not in padded):
-        return "A" if some(lambda one: "fused steps" in one.after) else "B"
-    return ("C" if norms else "D") if attends else "E" if norms else "-"
+    attending = some(lambda one: one.before.endswith(" attention") or "with attention" in one.after)
+    return ("C" if norms else "D") if attending else "E" if norms else "-"
+
+
+# Sound that is padded to one length, which is computed as silence: no mask comes with it.
+_OF_ONE_LENGTH = {"WhisperEncoder", "WhisperModel", "ASTModel"}
+_OF_PATCHES = {"pixel_attention_mask", "patch_attention_mask", "spatial_shapes"}
+_INPUTS = {"pixel_values", "input_ids", "input_values", "input_features"}
+
+
+def _around(path: str) -> list[str]:
+    """List the paths of the modules that a module is in, the innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+
+
+def _model_around(model: Any, path: str) -> Any:
+    """Return the innermost model with inputs of its own that a module is in."""
+    found = map(model.get_submodule, _around(path))
+    return next((one for one in found if _INPUTS & {*arguments_of(type(one))}), model)
+
+
+def _takes_padding(model: Any) -> bool:
+    """Return whether batches come with a mask of what is real; images are of one size."""
+    arguments = {*arguments_of(type(model))}
+    if arguments & _OF_PATCHES:
+        return True
+    alike = "pixel_values" in arguments or type(model).__name__ in _OF_ONE_LENGTH
+    return "attention_mask" in arguments and not alike
 
 
 def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:

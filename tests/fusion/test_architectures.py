@@ -12,7 +12,18 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.fusion.architectures import BUILDABLE, KNOWN, SECONDS, deadline, examine, quiet
+from tests.fusion.architectures import (
+    BUILDABLE,
+    KNOWN,
+    SECONDS,
+    deadline,
+    examine,
+    level_of,
+    quiet,
+)
+from tests.fusion.models import model_of
+
+import fusedformer
 
 TYPES = json.loads(BUILDABLE.read_text())
 CHOSEN = [name for name in TYPES if zlib.crc32(name.encode()) % 6 == 0]
@@ -42,3 +53,27 @@ def test_fused_is_as_stock(name: str) -> None:
 def test_enough_are_built() -> None:
     assert len(TYPES) >= 460 and len(CHOSEN) >= len(TYPES) / 8
     assert TYPES.keys() >= KNOWN.keys()
+
+
+LEVELS = {"bert": "A", "mpnet": "A", "deberta-v3": "A", "t5": "A", "vit": "A", "whisper": "A",
+          "siglip2": "C", "clip": "C", "gpt2": "C"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_tell_what_is_computed(name: str) -> None:
+    """The highest only where every layer is fused, and no padding is left to compute.
+
+    Images of SigLIP 2 have patches that are padding, the texts of CLIP have tokens.
+    """
+    model = model_of(name)
+    assert level_of(model, fusedformer.fuse(model)) == LEVELS[name]
+
+
+def test_a_layer_that_is_left_lowers_the_level() -> None:
+    """And ``strict`` refuses it."""
+    model = model_of("vit")
+    product = model.get_submodule("layers.1.mlp.fc1")
+    product.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match=r"(?s)strict=True.*layers.1.*its own forward runs"):
+        fusedformer.fuse(model, strict=True)
+    assert level_of(model, fusedformer.fuse(model)) == "C"

@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import copy
-import importlib.abc
-import importlib.machinery
-import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tests.fusion.towers import torchvision
 
 import fusedformer
 from fusedformer.testing import compare_tensors
 
 
-class _AnyName(type):
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """timm imports torchvision for the transforms of images, which nothing here needs."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        def any_name(name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return _AnyName(name, (), {})
-
-        module = types.ModuleType(spec.name)
-        module.__dict__["__getattr__"] = any_name
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def timm() -> Iterator[Any]:
     """The Vision Transformers of timm."""
-    finder = _Torchvision()
-    sys.meta_path.insert(0, finder)
-    try:
+    with torchvision():
         yield pytest.importorskip("timm.models.vision_transformer")
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
 
 
 def _model(timm: Any, **changes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Activations of transformers, by the names of this library."""
+"""Activations of other makers, by the names of this library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusedformer.nn.children import fused_activation
 
 
 def activation_name(activation: Any) -> Any:
-    """Return the name by which the kernels know transformers' activation, or None."""
+    """Return the name by which the kernels know an activation, or None."""
     kind = type(activation).__name__
     if kind == "GELUActivation":
         return "gelu" if getattr(activation, "act", None) is F.gelu else None
@@ -18,6 +18,6 @@ def activation_name(activation: Any) -> Any:
         return "gelu_tanh"
     if kind in ("SiLUActivation", "SiLU"):
         return "silu"
-    if kind == "QuickGELUActivation":
+    if kind in ("QuickGELUActivation", "QuickGELU"):
         return "quick_gelu"
     return fused_activation(activation)

@@ -16,9 +16,9 @@ from fusedformer.functional import Packing
 from fusedformer.fusion._attention import FULL
 from fusedformer.fusion._classes import is_asked, is_asked_of
 from fusedformer.fusion._forms import Composed, is_table
+from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._packed_model import PackedModel
-from fusedformer.fusion._rows import is_untouched
 
 _MORE = "past_key_values", "encoder_hidden_states", "use_cache"
 

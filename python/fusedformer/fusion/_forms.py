@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
-from fusedformer.fusion._rows import is_untouched
 from fusedformer.nn.children import are_plain, is_plain
 
 

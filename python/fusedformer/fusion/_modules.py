@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fusedformer import nn as fused
+from fusedformer.fusion._blocks import BLOCKS
 from fusedformer.fusion._classes import BEFORE, Plan, combined, named
 from fusedformer.fusion._timm import REFUSES, TIMM
 from fusedformer.nn.children import is_sharded
@@ -55,7 +56,8 @@ def plan_module(plan: Plan, path: str, module: nn.Module) -> None:
     elif cls is base and issubclass(ours, base):
         plan.give(path, module, ours, named(ours))
     else:
-        plan.give(path, module, combined(ours, cls), f"{named(ours)}, as a {cls.__name__}")
+        after = getattr(ours, "FUSED", f"{named(ours)}, as a {cls.__name__}")
+        plan.give(path, module, combined(ours, cls), after)
 
 
 def _known_norm(cls: Any) -> Any:
@@ -80,7 +82,8 @@ def _plan_norm(plan: Plan, path: str, module: nn.Module, ours: Any) -> None:
 
 def _ours(cls: type[Any]) -> type[Any] | None:
     """Return the class that replaces ``cls``, if there is one."""
-    return _OURS.get(cls) or TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return _OURS.get(cls) or TIMM.get(name) or BLOCKS.get(name)
 
 
 def refuse_wrapped(model: nn.Module) -> None:

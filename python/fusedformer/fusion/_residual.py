@@ -31,7 +31,7 @@ class Scaled(NamedTuple):
 
 
 def pending_sum(
-    pending: Pending, scale: Any, depth: Any, divisor: float | None
+    pending: Pending, scale: Any, depth: Any, divisor: float | None = None
 ) -> Pending | Scaled:
     """Return the sum that is to be computed: ``pending`` itself where nothing else is done to it.
 

@@ -9,33 +9,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fusedformer.fusion._configs import NAMES, attends, named
-from fusedformer.nn.children import hooks_of, is_sharded
+from fusedformer.fusion._hooks import changes_no_value
 
-_CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
-# Hooks of transformers and peft that have gradients of embeddings computed, and change no value.
-_OF_GRADIENTS = (
-    "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads",
-    "PeftModel._prepare_model_for_gradient_checkpointing.<locals>.make_inputs_require_grad",
-    "prepare_model_for_kbit_training.<locals>.make_inputs_require_grad",
-)
 _needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
 # Packages whose modules compute each token by itself, or attend in ways that are checked here.
 _TOKENWISE = (
     "torch.nn.", "torch.ao.", "torch.distributed.", "torchao.", "bitsandbytes.", "transformers.",
     "fusedformer.", "peft.tuners.lora.", "peft.tuners.adalora.", "peft.tuners.ia3.",
 )  # fmt: skip
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Return whether ``module`` has its own forward and no hooks but transformers' idle ones."""
-    return _has_only(module, _CAPTURE) and not is_sharded(module)
-
-
-def _has_only(module: nn.Module, *hooks: str) -> bool:
-    """Return whether ``module`` has its own forward, and hooks of these names at most."""
-    return "forward" not in module.__dict__ and all(
-        getattr(hook, "__qualname__", "") in hooks for hook in hooks_of(module)
-    )
 
 
 def has_quantized_products(module: nn.Module) -> bool:
@@ -89,7 +70,7 @@ def _reason(module: Any, by_ours: bool) -> str:
     cls: Any = type(module)
     if not _is_tokenwise(cls):
         return f"is a {cls.__name__}, which may need the batch"
-    if not _has_only(module, _CAPTURE, *_OF_GRADIENTS):  # fully_shard's are none of these
+    if not changes_no_value(module):
         return "has a hook, or its forward was replaced"
     if getattr(module, "chunk_size_feed_forward", 0):
         return "computes sequences in chunks"

@@ -22,11 +22,11 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
 
 from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._kept_rows import padding_computed, rows_kept
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.fusion._pooled_rows import PackedSequences
-from fusedformer.fusion._rows import is_untouched
 
 _PACKING = "fusedformer_packing"  # of packed token embeddings, between two modules
 _PACKED = PackedEncoder, PackedModel
