@@ -10,6 +10,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.fusion import fuse, is_fused, unfuse
+from fusedformer.fusion.clients import outdated
 
 __all__ = ["embed"]
 
@@ -37,6 +40,7 @@ def embed(
     prompt: str | None = None,
     normalize_embeddings: bool = False,
     truncate_dim: int | None = None,
+    task: str | None = None,
     convert_to_tensor: bool = False,
     show_progress_bar: bool | None = None,
     dtype: str | torch.dtype | None = None,
@@ -55,6 +59,8 @@ def embed(
         batch_tokens: the largest number of tokens in a batch, padding included if it is computed;
             a batch has at least one text.
         prompt_name, prompt, normalize_embeddings, truncate_dim: as ``encode`` takes them.
+        task: by which a model with a ``Router`` chooses its modules, as ``encode`` takes it:
+            ``"query"`` and ``"document"`` are those of ``encode_query`` and ``encode_document``.
         convert_to_tensor: return a tensor on the model's device.
         show_progress_bar: None shows one if standard error is a terminal.
         dtype: in which a model is loaded, by name or as torch's; only with a path.
@@ -62,23 +68,22 @@ def embed(
             sentence-transformers.
 
     Returns:
-        A float32 array ``[texts, width]`` in the order of ``texts``, ``[width]`` for one text; a
-        tensor if asked for. Models in half precision are pooled and normalized in float32.
+        An array ``[texts, width]`` in the order of ``texts``, ``[width]`` for one text; a tensor if
+        asked for. It is float32, float64 for models in float64; models in half precision are pooled
+        and normalized in float32.
 
     Raises:
         TypeError: ``model_or_path`` is another kind of model, or ``texts`` has something else than
-            str.
+            str; ``batch_tokens`` is no int.
         ValueError: ``batch_tokens`` is not positive; ``dtype`` is unknown, or one that this CPU
             has no products in; ``dtype`` or ``device`` with a model that is loaded.
-        ModuleNotFoundError: sentence-transformers is not installed.
+        FileNotFoundError: ``model_or_path`` is a folder that does not exist.
+        ImportError: sentence-transformers is not installed, or too old.
     """
     listed = _checked_texts(texts)
-    if not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise BadValueError(
-            f"embed(): expected 'batch_tokens' to be a positive int, but got {batch_tokens!r}"
-        )
+    most = _checked_batch_tokens(batch_tokens)
     model = loaded(model_or_path, dtype, device)
-    run = _Run(model, batch_tokens, model._resolve_prompt(prompt, prompt_name), truncate_dim)
+    run = _Run(model, most, model._resolve_prompt(prompt, prompt_name), truncate_dim, task)
     shown = _progress_bar(len(listed), show_progress_bar)
     with _evaluated(model), _fused(model) as reason, shown as bar:
         if reason and listed:
@@ -101,11 +106,17 @@ class _Run:
     """A model in one call, and how it is to be used."""
 
     def __init__(
-        self, model: Any, batch_tokens: int, prompt: str | None, truncate_dim: int | None
+        self,
+        model: Any,
+        batch_tokens: int,
+        prompt: str | None,
+        truncate_dim: int | None,
+        task: str | None,
     ) -> None:
         self.model = model
         self.batch_tokens = batch_tokens
         self.prompt = prompt
+        self.task: dict[str, str] = {} if task is None else {"task": task}
         self.truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
         self.cut = 0  # texts that fill the model
 
@@ -117,7 +128,7 @@ class _Run:
         for start in range(0, len(order), _TOKENIZED_AT_ONCE):
             index = order[start : start + _TOKENIZED_AT_ONCE]
             for rows, batch in self._batches([texts[i] for i in index], bool(padded)):
-                vectors = self._vectors_of_batch(batch).float()
+                vectors = self._vectors_of_batch(batch)
                 if found is None:
                     found = vectors.new_empty(len(texts), vectors.shape[1])
                 found[[index[i] for i in rows]] = vectors
@@ -133,13 +144,13 @@ class _Run:
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Make batches of ``texts``: the indices of theirs, and their features."""
         count = len(texts)
-        features = self.model.preprocess(texts, prompt=self.prompt)
+        features = self.model.preprocess(texts, prompt=self.prompt, **self.task)
         mask = features.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape[:1] != (count,) or mask.dim() != 2:
             for start in range(0, count, _TEXTS_IN_A_BATCH):  # features that nobody could split
                 rows = [*range(start, min(start + _TEXTS_IN_A_BATCH, count))]
                 part = [texts[i] for i in rows]
-                yield rows, self.model.preprocess(part, prompt=self.prompt)
+                yield rows, self.model.preprocess(part, prompt=self.prompt, **self.task)
             return
         if not mask.shape[1]:  # none has a token: encoders need a place to see that
             features = {name: _widened(value, mask) for name, value in features.items()}
@@ -158,8 +169,9 @@ class _Run:
         device = self.model.device
         placed = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in features.items()}
         with only_sentences(self.model, wide=True):
-            vectors: Tensor = self.model(placed)["sentence_embedding"]
-        return vectors[:, : self.truncate_dim]
+            vectors: Tensor = self.model(placed, **self.task)["sentence_embedding"]
+        wide = torch.promote_types(vectors.dtype, torch.float32)
+        return vectors[:, : self.truncate_dim].to(wide)
 
 
 def _widened(value: Any, mask: Tensor) -> Any:
@@ -226,6 +238,9 @@ def loaded(given: Any, dtype: str | torch.dtype | None, device: str | torch.devi
         raise ModuleNotFoundError(
             "embed(): sentence-transformers is not installed: pip install 'fusedformer[embed]'"
         ) from error
+    for library in ("transformers", "sentence_transformers"):
+        if reason := outdated(library):
+            raise ImportError(f"embed(): {reason}: pip install 'fusedformer[embed]'")
     if isinstance(given, SentenceTransformer):
         for name, value in (("dtype", dtype), ("device", device)):
             if value is not None:
@@ -238,6 +253,12 @@ def loaded(given: Any, dtype: str | torch.dtype | None, device: str | torch.devi
         raise BadTypeError(
             f"embed(): expected 'model_or_path' to be a SentenceTransformer, a folder or a name, "
             f"but got {type(given).__name__}"
+        )
+    folder = Path(given).expanduser()
+    if not folder.is_dir() and (isinstance(given, os.PathLike) or folder.is_absolute()):
+        raise FileNotFoundError(
+            f"embed(): expected 'model_or_path' to be a folder or a name, but there is no folder "
+            f"{folder}"
         )
     settings: dict[str, Any] = {}
     if dtype is not None:
@@ -266,6 +287,18 @@ def _checked_texts(texts: Any) -> list[str]:
                 f"at index {i}"
             )
     return found
+
+
+def _checked_batch_tokens(given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise BadTypeError(
+            f"embed(): expected 'batch_tokens' to be an int, but got {type(given).__name__}"
+        )
+    if given < 1:
+        raise BadValueError(
+            f"embed(): expected 'batch_tokens' to be a positive int, but got {given}"
+        )
+    return int(given)
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:

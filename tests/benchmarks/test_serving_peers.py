@@ -24,7 +24,8 @@ def test_sentence_transformers_gives_float32_of_a_bfloat16_model(
         warnings.simplefilter("error")
         encode = sentence_transformer(tmp_path, torch.bfloat16, batch=4)
     assert "argument was renamed" not in caplog.text
-    found, texts = encode(clients.TEXTS), clients.TEXTS
+    texts = clients.TEXTS[:6]  # as many positions as the model has
+    found = encode(texts)
     assert found.dtype == torch.float32
     truth = dense.bfloat16().double().encode(texts, convert_to_tensor=True)
     stock = dense.bfloat16().encode(texts, convert_to_tensor=True).float()

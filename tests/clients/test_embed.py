@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +68,21 @@ def test_it_takes_what_encode_takes(tmp_path: Path) -> None:
     found, rows = fusedformer.embed(both.fused, many), fusedformer.embed(both.fused, TEXTS)
     np.testing.assert_allclose(found[-3:], rows[[i % 7 for i in range(len(many) - 3, len(many))]],
                                atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:embed")
+def test_a_router_chooses_by_task(tmp_path: Path) -> None:
+    """And what is computed in float64 is returned so, as by encode."""
+    first = M.Transformer(saved(tmp_path, "bert"))
+    routes = [first, M.Pooling(32, "mean")], [first, M.Pooling(32, "cls")]
+    router = M.Router.for_query_document(*routes)
+    both = three(S.SentenceTransformer(modules=[router], device="cpu"))
+    for task in ("query", "document"):
+        stock, truth = (m.encode(TEXTS, task=task) for m in both[1:])
+        assert_same(task, fusedformer.embed(both.fused, TEXTS, task=task), stock, truth)
+        found = fusedformer.embed(both.truth, TEXTS, task=task, convert_to_tensor=True)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-12)
 
 
 def test_a_model_keeps_its_mode_and_classes(tmp_path: Path) -> None:
@@ -157,7 +174,11 @@ BAD: list[tuple[type[Exception], str, Callable[[Any, Path], Any]]] = [
     (TypeError, "'texts' to be a str or several of them, but got int", lambda m, f: embed(m, 3)),
     (TypeError, "'texts' to have only str, .* int at index 1", lambda m, f: embed(m, ["cat", 3])),
     (ValueError, "'batch_tokens' to be a positive int, but got 0",
-     lambda m, f: embed(m, ["cat"], batch_tokens=0)),
+     lambda m, f: embed(m, ["cat"], batch_tokens=np.int64(0))),
+    (TypeError, "'batch_tokens' to be an int, but got bool",
+     lambda m, f: embed(m, ["cat"], batch_tokens=True)),
+    (FileNotFoundError, "'model_or_path' to be a folder or a name, .* no folder /none",
+     lambda m, f: embed("/none", ["cat"])),
     (TypeError, "'model_or_path' to be a SentenceTransformer, .* int", lambda m, f: embed(3, [])),
     (TypeError, "'model_or_path' to be .* but got SparseEncoder",
      lambda m, f: embed(sparse_model(f / "sparse"), [])),
@@ -186,6 +207,29 @@ def test_bad_input_is_named(
         call(dense_model(tmp_path), tmp_path)
 
 
+def test_an_older_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of it is known: fuse leaves its models alone and says so, and strict is an error."""
+    model = dense_model(tmp_path)
+    wanted = model.encode(TEXTS)
+    monkeypatch.setattr(S, "__version__", "5.3.0")
+    why = "sentence-transformers 5.3.0 is older than 6.2"
+    with pytest.raises(ImportError, match=rf"^embed\(\): {why}: pip install"):
+        fusedformer.embed(model, TEXTS)
+    with pytest.raises(ValueError, match=why):
+        fusedformer.fuse(copy.deepcopy(model), strict=True)
+    report = fusedformer.fuse(model)
+    assert [(one.path, one.reason) for one in report.left] == [("", why)]
+    assert "packed: real tokens only" in str(report) and type(model) is S.SentenceTransformer
+    np.testing.assert_allclose(model.encode(TEXTS), wanted, atol=1e-5)
+    fusedformer.unfuse(model)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")
+    report = fusedformer.fuse(model)
+    known = "0.model", "transformers 5.3.0 is older than 5.17"
+    assert [(one.path, one.reason) for one in report.left] == [known, ("", why)]
+    assert {one.after for one in report.replaced} == {"fusedformer.nn.LayerNorm"}
+    np.testing.assert_allclose(model.encode(TEXTS), wanted, atol=1e-5)
+
+
 def test_the_command_writes_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, texts = saved(tmp_path, "bert"), ["the cat", "", "a big red dog"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
@@ -207,3 +251,13 @@ def test_the_command_writes_vectors(tmp_path: Path, capsys: pytest.CaptureFixtur
     given[3], given[5] = str(tmp_path / "texts.txt"), str(tmp_path / "texts.txt" / "ours.npy")
     assert main(["embed", *given]) == 2
     assert "texts.txt" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_bytes(b"cat\n\xff\n")
+    given[5] = str(tmp_path / "ours.npy")
+    assert main(["embed", *given]) == 2
+    assert "texts.txt to be UTF-8, but line 2 is not" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfcat\n")  # as editors on Windows begin
+    assert main(["embed", *given, "--dtype", "float64", "--task", "query"]) == 0
+    found = np.load(tmp_path / "ours.npy")
+    wanted = S.SentenceTransformer(folder, device="cpu").encode(["cat"])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -6,7 +6,6 @@ settings, and all that refers to it (optimizers, tied weights, DDP), stay as the
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
+from fusedformer.fusion.clients import is_known, leave_outdated
 from fusedformer.nn import TransformerEncoder
 
 __all__ = ["FusionReport", "fuse", "is_fused", "unfuse"]
@@ -54,10 +54,11 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     plan = Plan()
     for path, module in model.named_modules():
         plan_module(plan, path, module)
+    leave_outdated(plan, model)
     transformers = _transformers()
     if transformers is not None:
         transformers.plan_huggingface(plan, model, pack)
-        if "sentence_transformers" in sys.modules:
+        if is_known("sentence_transformers"):
             from fusedformer.fusion import sentences
 
             sentences.plan_sentence_models(plan, model)
@@ -104,7 +105,7 @@ def is_fused(model: nn.Module) -> bool:
 
 def _transformers() -> Any:
     """Import what plans its models, if it was imported: else there are none."""
-    if "transformers" not in sys.modules:
+    if not is_known("transformers"):
         return None
     from fusedformer.fusion import _huggingface
 

@@ -9,7 +9,6 @@ tiles.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
+from fusedformer.fusion.clients import is_known
 
 __all__ = ["plan_huggingface", "restore"]
 
@@ -197,7 +197,7 @@ def _reads_padding(model: nn.Module) -> str:
 
 def _marks_expansions(model: nn.Module) -> bool:
     """Return whether ``model`` says which queries' padding has a meaning: only these need it."""
-    if "sentence_transformers" not in sys.modules:
+    if not is_known("sentence_transformers"):
         return False
     from fusedformer.fusion import sentences
 

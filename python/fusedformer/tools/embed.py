@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="the .npy file to write")
     parser.add_argument("--dtype", help="in which the model computes, as bfloat16; the model's own")
     parser.add_argument("--prompt-name", help="which of the model's prompts to put before texts")
+    parser.add_argument("--task", help="query or document, for models with a Router")
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a batch: 4096")
     parser.add_argument("--stock", action="store_true", help="by encode of the model as it is")
@@ -38,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = _lines(given.texts)
         given.out.parent.mkdir(parents=True, exist_ok=True)  # before the hours that follow
         started = time.perf_counter()
-        vectors = _by_stock(given, texts) if given.stock else _by_embed(given, texts)
-    except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
+        found = _by_stock(given, texts) if given.stock else _by_embed(given, texts)
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"embed: {error}", file=sys.stderr)
         return 2
     import numpy
 
+    vectors = found.astype("float32")
     numpy.save(given.out, vectors)
     seconds = time.perf_counter() - started
     print(f"{given.out}: float32 {list(vectors.shape)}, {seconds:.1f} s with the model's loading")
@@ -51,14 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # what some editors put first is no text
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"expected {file} to be UTF-8, but line {line} is not") from error
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def _by_embed(given: argparse.Namespace, texts: list[str]) -> Any:
     return embed(
         given.model, texts, batch_tokens=given.batch_tokens, prompt_name=given.prompt_name,
-        normalize_embeddings=given.normalize, dtype=given.dtype,
+        normalize_embeddings=given.normalize, dtype=given.dtype, task=given.task,
     )  # fmt: skip
 
 
@@ -66,8 +72,10 @@ def _by_stock(given: argparse.Namespace, texts: list[str]) -> Any:
     from fusedformer.embedding import loaded
 
     model = loaded(given.model, given.dtype, None)
-    found = model.encode(
+    if not texts:
+        return embed(model, texts)  # encode returns an array without width
+    task = {} if given.task is None else {"task": given.task}
+    return model.encode(
         texts, prompt_name=given.prompt_name, normalize_embeddings=given.normalize,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=sys.stderr.isatty(), **task,
     )  # fmt: skip
-    return found.astype("float32") if texts else embed(model, texts)
