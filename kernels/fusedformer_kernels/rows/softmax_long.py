@@ -4,7 +4,8 @@ A row is read twice, in chunks of BLOCK_N columns. First for its statistics: tho
 to memory, and are merged from there. Then to write, from the row's end on, which the cache has had
 last. With rows enough for all SMs one program does both. With fewer, each chunk gets a program of
 its own, in two launches of the same code: the first ends with the statistics of chunks, the second
-begins there, on sm_90 while the first one ends. So the bits of a row do not depend on how many others there are.
+begins there, on sm_90 while the first one ends. So the bits of a row do not depend on how many
+others there are.
 """
 
 from __future__ import annotations
