@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,7 @@ from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
 
 import fusedformer
-from fusedformer.fusion import _families, _forms, _layers, _norms
+from fusedformer.fusion import _families, _forms, _layers, _norms, _residual
 
 T: Any = pytest.importorskip("transformers")
 
@@ -218,21 +219,52 @@ def test_faults_in_a_table_are_seen(name: str) -> None:
         assert are_seen(model, twin, inputs)
 
 
-def test_stochastic_depth_drops_what_stock_drops() -> None:
-    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+def depth_differs() -> list[bool]:
+    """Whether a fused model that drops images does otherwise than stock: training, evaluation."""
     model = perturbed(T.Dinov2Model(T.Dinov2Config(**IMAGE, drop_path_rate=0.5)), 0)
     twin, inputs = copy.deepcopy(model), inputs_of("dinov2")
     fusedformer.fuse(model, strict=True)
+    differ = []
     for mode in (True, False):
         found = []
         for one in (model.train(mode), twin.train(mode)):
             torch.manual_seed(4)
             found.append(run(one, inputs))
         ours, wanted = found
-        for key, value in wanted.items():
-            scale = value.abs().max().item()
-            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 2e-5), key
+        limits = {key: 2e-5 * value.abs().max().item() + 2e-5 for key, value in wanted.items()}
+        near = (torch.allclose(ours[k], wanted[k], atol=limit) for k, limit in limits.items())
+        differ.append(not all(near))
     assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
+    return differ
+
+
+def test_stochastic_depth_drops_what_stock_drops() -> None:
+    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+    assert depth_differs() == [False, False]
+
+
+DEPTH_FAULTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "nothing is dropped": lambda s, x, residual: x * s.scale + residual,
+    "the residual is dropped too": lambda s, x, residual: s.depth(x * s.scale + residual),
+    "what is kept has no scale": lambda s, x, residual: s.depth(x) + residual,
+    "each token is dropped by itself": lambda s, x, residual: (
+        s.depth((x * s.scale).flatten(0, 1)).view_as(x) + residual
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DEPTH_FAULTS)
+def test_faults_in_stochastic_depth_are_seen(fault: str) -> None:
+    right = _residual.Scaled.added
+
+    def added(scaled: Any) -> Tensor:
+        x, bias, _, residual = scaled.pending
+        if scaled.depth is None:
+            return right(scaled)
+        return DEPTH_FAULTS[fault](scaled, x if bias is None else x + bias, residual)
+
+    with mock.patch.object(_residual.Scaled, "added", added):
+        assert depth_differs() == [True, False]
 
 
 def near(found: Any, wanted: Any) -> bool:
