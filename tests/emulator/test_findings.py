@@ -56,6 +56,16 @@ def test_access_to_freed_memory() -> None:
     assert len(machine.findings()) == 2
 
 
+def test_access_before_the_wait_for_the_launch_before() -> None:
+    right = "griddepcontrol.launch_dependents;\ngriddepcontrol.wait;\nld.global.b32 %r1, [%rd0];"
+    wrong = edited(right, "griddepcontrol.wait;\n") + "\ngriddepcontrol.wait;"
+    check(right, wrong, "early", 2, "0,0,0; thread 0")
+    body = "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra L1;\ngriddepcontrol.wait;\nL1:"
+    assert found(edited(body, "lt.u32 %p1, %r0, 32", "ge.u32 %p1, %r0, 64"), threads=64) == []
+    (finding,) = found(body, threads=64)
+    assert finding.startswith("early program") and "warp 0): ends" in finding
+
+
 def test_misaligned_access() -> None:
     wrong = edited(COPY_OUT, "[%rd11+128]", "[%rd11+130]")
     check(COPY_OUT, wrong, "misaligned", 3, "0,0,0; thread 0")

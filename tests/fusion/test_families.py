@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,7 @@ from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
 
 import fusedformer
-from fusedformer.fusion import _families, _forms, _layers, _norms
+from fusedformer.fusion import _families, _forms, _layers, _norms, _residual
 
 T: Any = pytest.importorskip("transformers")
 
@@ -230,26 +231,60 @@ def test_faults_in_a_table_are_seen(name: str) -> None:
         assert are_seen(model, twin, inputs)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "sizes"),
-    [("dinov2", "Dinov2", IMAGE), ("swin", "Swin", WINDOWS), ("swinv2", "Swinv2", WINDOWS)],
-)
-def test_stochastic_depth_drops_what_stock_drops(name: str, kind: str, sizes: Any) -> None:
-    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+def depth_differs(name: str, kind: str, sizes: Any) -> list[bool]:
+    """Whether a fused model that drops images does otherwise than stock: training, evaluation."""
     config = getattr(T, f"{kind}Config")(**{**sizes, "drop_path_rate": 0.5})
     model = perturbed(getattr(T, f"{kind}Model")(config), 0)
     twin, inputs = copy.deepcopy(model), inputs_of(name)
     fusedformer.fuse(model, strict=True)
+    differ = []
     for mode in (True, False):
         found = []
         for one in (model.train(mode), twin.train(mode)):
             torch.manual_seed(4)
             found.append(run(one, inputs))
         ours, wanted = found
-        for key, value in wanted.items():
-            scale = value.abs().max().item()
-            assert torch.allclose(ours[key], value, atol=2e-5 * scale + 2e-5), key
+        limits = {key: 2e-5 * value.abs().max().item() + 2e-5 for key, value in wanted.items()}
+        near = (torch.allclose(ours[k], wanted[k], atol=limit) for k, limit in limits.items())
+        differ.append(not all(near))
     assert not torch.allclose(run(twin.train(), inputs)["pooler_output"], wanted["pooler_output"])
+    return differ
+
+
+DINOV2 = "dinov2", "Dinov2", IMAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sizes"),
+    [DINOV2, ("swin", "Swin", WINDOWS), ("swinv2", "Swinv2", WINDOWS)],
+)
+def test_stochastic_depth_drops_what_stock_drops(name: str, kind: str, sizes: Any) -> None:
+    """Whole images in either half of a layer, drawn as stock draws them; nothing in evaluation."""
+    assert depth_differs(name, kind, sizes) == [False, False]
+
+
+DEPTH_FAULTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "nothing is dropped": lambda s, x, residual: x * s.scale + residual,
+    "the residual is dropped too": lambda s, x, residual: s.depth(x * s.scale + residual),
+    "what is kept has no scale": lambda s, x, residual: s.depth(x) + residual,
+    "each token is dropped by itself": lambda s, x, residual: (
+        s.depth((x * s.scale).flatten(0, 1)).view_as(x) + residual
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DEPTH_FAULTS)
+def test_faults_in_stochastic_depth_are_seen(fault: str) -> None:
+    right = _residual.Scaled.added
+
+    def added(scaled: Any) -> Tensor:
+        x, bias, _, residual = scaled.pending
+        if scaled.depth is None:
+            return right(scaled)
+        return DEPTH_FAULTS[fault](scaled, x if bias is None else x + bias, residual)
+
+    with mock.patch.object(_residual.Scaled, "added", added):
+        assert depth_differs(*DINOV2) == [True, False]
 
 
 @pytest.mark.parametrize("name", ["data2vec-vision", "swin", "swinv2"])

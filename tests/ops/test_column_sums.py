@@ -12,6 +12,7 @@ from tests.ops.judge import check, grad
 from fusedformer import functional as F
 from fusedformer_kernels.rows import configs
 from fusedformer_kernels.runtime import targets
+from fusedformer_kernels.runtime.launch import recorded_launches
 
 ROWS = 33  # three passes of some programs, and one row of four in the last tile
 SMALL = targets.Target("cuda", 89, 32, 100, 99 * 1024)
@@ -52,6 +53,35 @@ def test_rows_get_the_bits_that_they_get_alone(device: str) -> None:
     assert torch.equal(dbias, dy[30])
     normed = torch.nn.functional.layer_norm(x[30].double(), (768,))
     torch.testing.assert_close(dweight.double(), dy[30] * normed, rtol=1e-5, atol=1e-5)
+
+
+def calls_with_column_sums(device: str) -> tuple[torch.Tensor, ...]:
+    x, w, ids = grad(9, 32, device=device), grad(32, device=device), torch.arange(9, device=device)
+    return (
+        F.layer_norm(x, (32,), w, w),
+        F.layer_norm(grad(2, 8200, device=device), (8200,), grad(8200, device=device)),
+        F.bias_activation(x, w),
+        F.gated_activation(x, w),
+        F.embedding_layer_norm(ids, x, w, w),
+    )
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_sums_begin_while_the_launch_before_them_ends_where_a_gpu_can(
+    name: str, device: str
+) -> None:
+    """Only if that launch lets them, and right behind it; not under the interpreter."""
+    target = targets.TARGETS[name]
+    can = name in ("sm_90", "sm_100")
+    assert targets.overlaps(target) is can and not targets.overlaps(targets.INTERPRETED)
+    for y in calls_with_column_sums(device):
+        with targets.assume_target(target), recorded_launches(run=False) as launches:
+            y.backward(torch.randn_like(y))
+        first, sums = launches[-2:]
+        assert sums.name == "_sum_partials"
+        assert first.arguments["OVERLAPS"] is can and sums.arguments["OVERLAPS"] is can
+        assert ("launch_pdl" in sums.config.options()) is can
+        assert "launch_pdl" not in first.config.options()
 
 
 @pytest.mark.parametrize("target", [*targets.TARGETS.values(), SMALL], ids=lambda t: str(t.arch))

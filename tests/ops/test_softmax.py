@@ -75,6 +75,24 @@ LONG: dict[str, tuple[str, int, Callable[[Tensor], dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_the_second_launch_of_split_rows_begins_while_the_first_ends(
+    name: str, device: str
+) -> None:
+    """It waits, and the first one lets it; where a GPU cannot, and of whole rows, neither does."""
+    can = name == "sm_90"
+    for n_rows, expected in ((2, [(can, False), (False, can)]), (100, [(False, False)])):
+        x = torch.empty(1, device=device).expand(n_rows, 131072)
+        with (
+            targets.assume_target(targets.TARGETS[name]),
+            recorded_launches(run=False) as launches,
+        ):
+            F.softmax(x, -1)
+        assert [(one.arguments["LETS"], one.arguments["WAITS"]) for one in launches] == expected
+        early = ["launch_pdl" in one.config.options() for one in launches]
+        assert early == [waits for _, waits in expected]
+
+
 @pytest.mark.parametrize("form", LONG)
 def test_long_rows_have_the_same_bits_split_and_whole(form: str, device: str) -> None:
     """Few rows are split among programs, many are not: what is in a row does not depend on it."""

@@ -23,6 +23,7 @@ from fusedformer_kernels.attention.arguments import (
     Sizes,
     layout_of,
 )
+from fusedformer_kernels.attention.schedule import first_tile, tiles_of_all
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     key_tiles_of_rows,
@@ -51,10 +52,9 @@ from fusedformer_kernels.runtime.primitives import (
 @triton.jit
 def _part_rows(parts_ptr, s, sizes, place, sequence, block, max_queries, BLOCK_N, HEAD_DIM):
     """Point to the part [max_queries, HEAD_DIM] that a block of keys has of a head's dq."""
-    if s.starts_k is not None:  # a sequence begins a block of its own
-        first = place.k_start // BLOCK_N + sequence
-    else:
-        first = place.batch * tl.cdiv(keys_of(sizes), BLOCK_N)
+    first = first_tile(
+        s.starts_k, place.k_start, place.batch, sequence, keys_of(sizes), BLOCK_N
+    )
     return parts_ptr + ((first + block) * sizes.heads + place.head) * max_queries * HEAD_DIM
 
 
@@ -185,9 +185,7 @@ def few_queries_backward(
     heads, n_rows, dim = query.shape[1:]
     parts = None
     if dq is not None:
-        count = targets.ceil_div(key.shape[2], config.block_n) * arguments.sequences
-        if arguments.packed:
-            count = key.shape[2] // config.block_n + arguments.sequences
+        count = tiles_of_all(arguments, key.shape[2], config.block_n)
         sizes = (count, heads, arguments.max_queries, dim)
         parts = torch.empty(sizes, dtype=torch.float32, device=query.device)
     launch(

@@ -26,6 +26,7 @@ from fusedformer_kernels.attention.arguments import (
     Layout,
     Sizes,
 )
+from fusedformer_kernels.attention.schedule import first_tile, tiles_of_all
 from fusedformer_kernels.attention.tiles import place_of, query_rows, store_rows, which_block
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
@@ -64,10 +65,8 @@ def block_of_ticket(ticket, work, heads, blocks):
 @triton.jit
 def first_sum(s, sizes, place, sequence, sum_tiles, BLOCK_M: tl.constexpr):
     """Number the first tile of queries of ``place``. Each head has ``sum_tiles``."""
-    tile = (place.batch * sizes.heads + place.head) * sum_tiles
-    if s.starts_q is not None:  # a sequence begins a tile of its own
-        tile += place.q_start // BLOCK_M + sequence
-    return tile.to(tl.int32)
+    first = first_tile(s.starts_q, place.q_start, place.batch, sequence, sizes.queries, BLOCK_M)
+    return (place.head * sum_tiles + first).to(tl.int32)
 
 
 @triton.jit
@@ -220,12 +219,10 @@ def cleared_query_sums(
     config: configs.AttentionConfig,
 ) -> tuple[QuerySums, int]:
     """Make sums of zeros for tiles of queries: (sums, tiles of each head)."""
-    batch, heads, n_rows, _ = query.shape
+    heads, n_rows = query.shape[1:3]
     block_m, block_d = config.block_m, arguments.constants["BLOCK_D"]
-    tiles = targets.ceil_div(n_rows, block_m)
-    if arguments.packed:
-        tiles = n_rows // block_m + arguments.sequences
-    count, size = batch * heads * tiles, block_m * block_d
+    tiles = tiles_of_all(arguments, n_rows, block_m)
+    count, size = heads * tiles, block_m * block_d
     sums = torch.empty(count * size, dtype=torch.float32, device=query.device)
     turns = torch.empty(count + 1, dtype=torch.int32, device=query.device)
     launch(_clear_query_sums, (count,), targets.LaunchConfig(4, 2), sums, turns, TILE=size)

@@ -91,6 +91,34 @@ def _list_work(
         tl.store(entry + 1, number, mask=valid)
 
 
+@triton.jit
+def first_tile(starts, start, batch, sequence, rows, BLOCK: tl.constexpr):
+    """Number the first of a sequence's tiles of BLOCK rows, among :func:`tiles_of_all`.
+
+    ``start`` is its first row where sequences are packed, as ``starts`` says; otherwise each has
+    ``rows``, and it is the sequence ``batch``.
+    """
+    first = batch * tl.cdiv(rows, BLOCK)
+    if starts is not None:  # packed, it begins a tile of its own
+        first = start // BLOCK + sequence
+    return first
+
+
+def tiles_of_all(arguments: AttentionArguments, rows: int, block: int) -> int:
+    """Count the tiles of one head in all sequences, as :func:`first_tile` numbers them.
+
+    ``rows`` are those of all packed sequences, or of each sequence that is padded.
+    """
+    if arguments.packed:
+        return _most_blocks(rows, block, arguments.sequences)
+    return targets.ceil_div(rows, block) * arguments.sequences
+
+
+def _most_blocks(tokens: int, block: int, sequences: int) -> int:
+    """Bound the blocks of packed sequences, whose lengths stay on the device."""
+    return tokens // block + sequences
+
+
 @step
 def work_list(
     starts: torch.Tensor,
@@ -116,7 +144,9 @@ def work_list(
     if shared is not None and key in shared:
         return shared[key]
     sequences = starts.numel() - 1
-    capacity = min(tokens // block + sequences, sequences * targets.ceil_div(longest, block))
+    capacity = min(
+        _most_blocks(tokens, block, sequences), sequences * targets.ceil_div(longest, block)
+    )
     work = torch.empty((capacity, 2), dtype=torch.int32, device=starts.device)
     launch(
         _list_work, (sequences + 1,), targets.LaunchConfig(4, 2), contiguous_vector(starts),

@@ -24,6 +24,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_keep,
     dropout_scale,
     fma,
+    let_next_begin,
     negative,
     store,
 )
@@ -131,8 +132,9 @@ def _bias_activation_backward(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
     stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    let_next_begin(OVERLAPS)
     first_column = tl.program_id(1) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
@@ -215,6 +217,7 @@ def bias_activation_backward(
     )
     column_blocks = targets.ceil_div(n_columns, config.block_n)
     programs = configs.column_programs(n_rows, column_blocks, config, target)
+    overlaps = targets.overlaps(target) and wants_bias
     shape = (programs if wants_bias else 0, n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
@@ -222,6 +225,9 @@ def bias_activation_backward(
         dy_rows, x_rows, bias, seed, dx, partials, p, n_rows, n_columns, dy_rows.stride(0),
         x_rows.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None, DROPOUT=seed is not None,
-        NEEDS_BIAS=wants_bias, STAGES=config.num_stages,
+        NEEDS_BIAS=wants_bias, STAGES=config.num_stages, OVERLAPS=overlaps,
     )
-    return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None
+    dbias = None
+    if needs_bias and bias is not None:
+        dbias = sum_partials(partials, bias.dtype, overlaps)
+    return dx, dbias

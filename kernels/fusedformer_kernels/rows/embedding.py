@@ -34,7 +34,14 @@ from fusedformer_kernels.rows.reduction import (
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
-from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, fma, store
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    dropout_keep,
+    dropout_scale,
+    fma,
+    let_next_begin,
+    store,
+)
 from fusedformer_kernels.runtime.strided import rows_of
 
 LONGEST = configs.NORM_BACKWARD_ONE_PASS  # columns that one program keeps in registers
@@ -141,8 +148,9 @@ def _embedding_backward(
     dy_ptr, tables, n_tokens, n_positions, n_types, strides, mean_ptr, rstd_ptr, weight_ptr,
     seed_ptr, dz_ptr, partials_ptr, p, n_rows, n_columns, stride_dy, n_partial,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    let_next_begin(OVERLAPS)
     weights = load_weights(weight_ptr, n_columns, BLOCK_N, PARTS)
     sums = zero_sums(PARTS, BLOCK_M, BLOCK_N)
     for block in tl.range(
@@ -252,14 +260,18 @@ def embedding_backward(
         shape = programs, sum(wanted) * n_columns
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         dy_rows = rows_of(dy, n_columns)
+        overlaps = targets.overlaps(target) and any(wanted)
         launch(
             _embedding_backward, (programs,), config,
             dy_rows, *_arguments(tables), mean, rstd, weight, seed, dz, partials, p, n_rows,
             n_columns, dy_rows.stride(0), partials.shape[1],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts,
             STAGES=config.num_stages, NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias,
+            OVERLAPS=overlaps,
         )
-        sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
+        sums = []
+        if any(wanted):
+            sums = sums_of_partials(partials, sum(wanted), parameter_dtype, overlaps)
     rows = iter(sums)
     dweight, dbias = (next(rows) if want else None for want in wanted)
     return dz, dweight, dbias

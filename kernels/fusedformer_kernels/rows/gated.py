@@ -20,7 +20,13 @@ from fusedformer_kernels.rows.reduction import column_sums, sum_partials
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.plans import planned
-from fusedformer_kernels.runtime.primitives import COUNTS, dropout_keep, dropout_scale, store
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    dropout_keep,
+    dropout_scale,
+    let_next_begin,
+    store,
+)
 from fusedformer_kernels.runtime.strided import contiguous_like, contiguous_vector, rows_of
 
 
@@ -70,8 +76,9 @@ def _gated_activation_backward(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr, p, n_rows, n_columns, stride_dy,
     stride_x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
     ACTIVATES_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    let_next_begin(OVERLAPS)
     first_column = tl.program_id(1) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
@@ -168,6 +175,7 @@ def gated_activation_backward(
     config = configs.column_tile("gated_backward", n_columns, 8, target)
     column_blocks = targets.ceil_div(n_columns, config.block_n)
     programs = configs.column_programs(n_rows, column_blocks, config, target)
+    overlaps = targets.overlaps(target) and wants_bias
     shape = (programs if wants_bias else 0, 2 * n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
@@ -176,6 +184,9 @@ def gated_activation_backward(
         x_rows.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ACTIVATION=ACTIVATIONS[activation], ACTIVATES_SECOND=activates_second,
         HAS_BIAS=bias is not None, DROPOUT=seed is not None, NEEDS_BIAS=wants_bias,
-        STAGES=config.num_stages,
+        STAGES=config.num_stages, OVERLAPS=overlaps,
     )
-    return dx, sum_partials(partials, bias.dtype) if needs_bias and bias is not None else None
+    dbias = None
+    if needs_bias and bias is not None:
+        dbias = sum_partials(partials, bias.dtype, overlaps)
+    return dx, dbias

@@ -34,6 +34,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_keep,
     dropout_scale,
     fma,
+    let_next_begin,
     negative,
     store,
 )
@@ -156,8 +157,9 @@ def _store_input_grads(
 def _norm_backward(
     saved, dz_ptr, dx_ptr, partials_ptr, n_rows, n_columns, n_partial, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, NEEDS_INPUT_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    let_next_begin(OVERLAPS)
     weights = load_weights(saved.weight, n_columns, BLOCK_N, PARTS)
     sums = zero_sums(PARTS, BLOCK_M, BLOCK_N)
     for block in tl.range(
@@ -229,9 +231,10 @@ def _norm_backward_long_rows(saved, dz_ptr, dx_ptr, n_rows, n_columns, BLOCK_N: 
 def _norm_backward_long_columns(
     saved, dx_ptr, partials_ptr, n_rows, n_columns, n_partial, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    NEEDS_INPUT_BIAS: tl.constexpr,
+    NEEDS_INPUT_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
     """Sum over rows for a block of columns; the input bias sums the dx written before."""
+    let_next_begin(OVERLAPS)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_row = columns < n_columns
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -317,11 +320,12 @@ def norm_backward(
     )
     names = "NEEDS_WEIGHT", "NEEDS_BIAS", "NEEDS_INPUT_BIAS"
     needs = dict(zip(names, wanted, strict=True))
+    overlaps = targets.overlaps(target) and any(wanted)
     if one_pass:
         launch(
             _norm_backward, (programs,), config, saved, dz, dx, partials, n_rows, n_columns,
             partials.shape[1], BLOCK_M=block_m, BLOCK_N=config.block_n,
-            PARTS=config.parts, STAGES=config.num_stages, **needs,
+            PARTS=config.parts, STAGES=config.num_stages, **needs, OVERLAPS=overlaps,
         )
     else:
         launch(
@@ -334,9 +338,11 @@ def norm_backward(
             launch(
                 _norm_backward_long_columns, grid, targets.LaunchConfig(4, 2), saved,
                 dz if dx is None else dx, partials, n_rows, n_columns, partials.shape[1],
-                BLOCK_M=block_m, BLOCK_N=block_n, **needs,
+                BLOCK_M=block_m, BLOCK_N=block_n, **needs, OVERLAPS=overlaps,
             )
-    sums = sums_of_partials(partials, sum(wanted), parameter_dtype) if any(wanted) else []
+    sums = []
+    if any(wanted):
+        sums = sums_of_partials(partials, sum(wanted), parameter_dtype, overlaps)
     return dz, dx, *_distribute(sums, wanted, shape)
 
 

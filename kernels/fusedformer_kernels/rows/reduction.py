@@ -1,7 +1,8 @@
 """Compute the mean of a row, and add up the partial sums of reductions over rows.
 
 Partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N columns of all
-partial rows, of which ``configs.row_programs`` bounds the number, so that little is read.
+partial rows, of which ``configs.row_programs`` bounds the number, so that little is read. On sm_90
+its launch overlaps the end of the one that leaves the partial sums: ``targets.overlaps``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.primitives import COUNTS, fma, store
+from fusedformer_kernels.runtime.primitives import COUNTS, fma, store, wait_for_last
 
 
 @triton.jit
@@ -134,8 +135,9 @@ def store_partials(
 @triton.jit(do_not_specialize=COUNTS)
 def _sum_partials(
     partials_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_columns, n_sums,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
+    wait_for_last(OVERLAPS)
     blocks = tl.cdiv(n_columns, BLOCK_N)
     which = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -155,22 +157,28 @@ def _sum_partials(
         store(third_ptr + columns, sums, in_row & (which == 2))
 
 
-def sum_partials(partials: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def sum_partials(
+    partials: torch.Tensor, dtype: torch.dtype = torch.float32, overlaps: bool = False
+) -> torch.Tensor:
     """Sum columns of float32 ``[rows, columns]``, contiguous, to ``[columns]`` of ``dtype``."""
-    return sums_of_partials(partials, 1, dtype)[0]
+    return sums_of_partials(partials, 1, dtype, overlaps)[0]
 
 
 def sums_of_partials(
-    partials: torch.Tensor, count: int, dtype: torch.dtype
+    partials: torch.Tensor, count: int, dtype: torch.dtype, overlaps: bool = False
 ) -> list[torch.Tensor]:
-    """Sum columns in up to three neighbouring parts, to tensors that share no memory."""
+    """Sum columns in up to three neighbouring parts, to tensors that share no memory.
+
+    With ``overlaps`` the last launch left the partial sums, and lets this one begin early.
+    """
     n_rows, n_columns = partials.shape[0], partials.shape[1] // count
     sums = [partials.new_empty(n_columns, dtype=dtype) for _ in range(count)]
     block_n = 32  # a line of the cache
     if n_columns:
+        config = targets.OverlappingConfig(8) if overlaps else targets.LaunchConfig(8)
         launch(
-            _sum_partials, (targets.ceil_div(n_columns, block_n) * count,), targets.LaunchConfig(8),
+            _sum_partials, (targets.ceil_div(n_columns, block_n) * count,), config,
             partials, *sums, *[None] * (3 - count), n_rows, n_columns, count,
-            BLOCK_M=128, BLOCK_N=block_n, STAGES=4,
+            BLOCK_M=128, BLOCK_N=block_n, STAGES=4, OVERLAPS=overlaps,
         )
     return sums

@@ -4,7 +4,8 @@ A row is read twice, in chunks of BLOCK_N columns. First for its statistics: tho
 to memory, and are merged from there. Then to write, from the row's end on, which the cache has had
 last. With rows enough for all SMs one program does both. With fewer, each chunk gets a program of
 its own, in two launches of the same code: the first ends with the statistics of chunks, the second
-begins there. So the bits of a row do not depend on how many others there are.
+begins there, on sm_90 while the first one ends. So the bits of a row do not depend on how many
+others there are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from fusedformer_kernels.rows.softmax_tiles import (
 )
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.primitives import COUNTS, LN_2, LOG2_E, row_offsets, store
+from fusedformer_kernels.runtime.primitives import (
+    COUNTS,
+    LN_2,
+    LOG2_E,
+    let_next_begin,
+    row_offsets,
+    store,
+    wait_for_last,
+)
 
 _NO_MASK = tl.constexpr(NO_MASK)
 
@@ -100,8 +109,11 @@ def _long_softmax_forward(
     splits, n_parts, n_read, n_written,
     stride_x0, stride_x1, stride_x2, stride_x, stride_m0, stride_m1, stride_m2, stride_m,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MASK: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr, LETS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
+    let_next_begin(LETS)
+    wait_for_last(WAITS)
     row, first = _row_and_first_chunk(n_rows, splits)
     full = n_columns // BLOCK_N  # chunks; one more may be there
     row_index = row % size_2
@@ -175,8 +187,10 @@ def _long_softmax_backward(
     splits, n_parts, n_read, n_written,
     stride_dy0, stride_dy1, stride_dy2, stride_dy, stride_y0, stride_y1, stride_y2, stride_y,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr,
-    LOG: tl.constexpr,
+    LOG: tl.constexpr, LETS: tl.constexpr, WAITS: tl.constexpr,
 ):
+    let_next_begin(LETS)
+    wait_for_last(WAITS)
     row, first = _row_and_first_chunk(n_rows, splits)
     full = n_columns // BLOCK_N  # chunks; one more may be there
     y_row = y_ptr + row_offsets(row, size_1, size_2, stride_y0, stride_y1, stride_y2)
@@ -234,16 +248,21 @@ def _launch(
     n_rows = first.numel() // n_columns
     read = (first,) if second is None else (first, second)
     itemsizes = tuple(tensor.element_size() for tensor in read)
-    config = configs.long_rows(n_rows, n_columns, itemsizes, targets.target_of(first.device))
+    target = targets.target_of(first.device)
+    config = configs.long_rows(n_rows, n_columns, itemsizes, target)
     n_parts = targets.ceil_div(n_columns, config.block_n)
     parts = torch.empty(n_rows * n_parts * statistics, dtype=torch.float32, device=first.device)
     chunks = ((1, 0), (0, 1)) if config.splits > 1 else ((n_parts, n_parts),)
+    overlaps = targets.overlaps(target) and config.splits > 1
     for n_read, n_written in chunks:
+        waits = overlaps and not n_read
+        early = targets.OverlappingConfig(config.num_warps, config.num_stages)
         launch(
-            kernel, (n_rows * config.splits,), config,
+            kernel, (n_rows * config.splits,), early if waits else config,
             first, second, written, parts, scale, n_rows, n_columns, first.shape[1],
             first.shape[2], config.splits, n_parts, n_read, n_written, *first.stride(),
             *((0, 0, 0, 0) if second is None else second.stride()),
             BLOCK_N=config.block_n, STAGES=config.num_stages,
-            PARTS=targets.next_power_of_2(n_parts), **flags,
+            PARTS=targets.next_power_of_2(n_parts), **flags, LETS=overlaps and not waits,
+            WAITS=waits,
         )

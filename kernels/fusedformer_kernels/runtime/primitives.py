@@ -60,6 +60,25 @@ def store(pointers, x, mask):
 
 
 @triton.jit
+def let_next_begin(OVERLAPS: tl.constexpr):
+    """Let the next launch begin before this one has ended; see ``targets.overlaps``."""
+    if OVERLAPS:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait_for_last(OVERLAPS: tl.constexpr):
+    """Wait until the launch before this one has ended and its writes are there."""
+    if OVERLAPS:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` with float32 accumulation; PRECISION is that of float32 operands."""
     if INTERPRET:

@@ -87,6 +87,26 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class OverlappingConfig(LaunchConfig):
+    """Is for a kernel that begins while the launch before it ends: see :func:`overlaps`."""
+
+    def options(self) -> dict[str, int]:
+        """Options of the compiler, of which the launcher reads this one."""
+        return super().options() | {"launch_pdl": True}
+
+
+def overlaps(target: Target) -> bool:
+    """Tell whether a launch may begin while the one before it ends (programmatic dependent launch).
+
+    The first kernel says when by ``primitives.let_next_begin``. The second, whose launch has
+    :class:`OverlappingConfig`, begins with ``primitives.wait_for_last``: until then it may touch no
+    memory, and all that the first kernel wrote is there afterwards.
+    """
+    is_hopper = target.backend == "cuda" and int(target.arch) >= 90
+    return is_hopper and not target.interpreted
+
+
+@dataclass(frozen=True)
 class TileConfig(LaunchConfig):
     """A tile of BLOCK_M rows and BLOCK_N columns."""
 

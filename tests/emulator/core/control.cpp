@@ -3,6 +3,7 @@
 #include <climits>
 
 #include "lanes.h"
+#include "parser.h"
 
 namespace emulator {
 
@@ -201,6 +202,19 @@ void decode_reduce(Decoder &d) {
   d.source(2, Width::bits32);
 }
 
+// Launches run one after another here; what is checked is that a warp waits before it looks.
+void wait_for_last_launch(Warp &warp, const Instruction &) { warp.waited = true; }
+
+void decode_dependent_launch(Decoder &d) {
+  if (d.take("launch_dependents")) {
+    d.instruction.run = nothing;
+    return;
+  }
+  if (!d.take("wait")) d.unknown("form of griddepcontrol");
+  d.parser().kernel().overlaps = true;
+  d.instruction.run = wait_for_last_launch;
+}
+
 void decode_barrier(Decoder &d) {
   if (d.take("warp")) {
     if (!d.take("sync")) d.unknown("form");
@@ -242,6 +256,8 @@ bool decode_control(Decoder &d) {
     decode_elect(d);
   } else if (base == "fence") {
     decode_fence(d);
+  } else if (base == "griddepcontrol") {
+    decode_dependent_launch(d);
   } else if (base == "shfl") {
     decode_shuffle(d);
   } else if (base == "redux") {

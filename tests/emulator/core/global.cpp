@@ -169,6 +169,9 @@ void check_run(Warp &warp, const Instruction &instruction, Allocation &allocatio
 uint32_t check_global(Warp &warp, const Instruction &instruction, uint32_t mask,
                       const uint64_t *addresses, uint32_t bytes, bool writes,
                       const uint8_t *values, const uint8_t *lane_bytes) {
+  if (warp.kernel->overlaps && !warp.waited)
+    report(warp, instruction, first_lane(mask), "early",
+           "uses global memory before it waits for the launch before");
   Allocation *&recent = warp.launch->recent[warp.kernel->index(instruction)];
   uint32_t there = 0;
   Run run;

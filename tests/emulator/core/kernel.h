@@ -84,6 +84,7 @@ struct Kernel {
   std::vector<std::string> files;  // by the number that .loc gives
   uint32_t threads = 0;            // .reqntid, or 0
   bool has_mbarriers = false;      // warps meet by them, so that accesses are ordered by steps
+  bool overlaps = false;           // it waits for the launch before it, by griddepcontrol.wait
   uint32_t memory_bytes = 0;       // of parameters that are arrays,
   Operand memory;                  // and a constant that says where it begins in a launch
   Operand block[3], blocks[3], thread_count;  // constants filled at each launch or block

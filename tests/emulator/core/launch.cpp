@@ -90,7 +90,7 @@ void begin_block(Block &block, uint32_t index) {
     warp.pc = 0;
     warp.active = warp.alive = ALL;
     warp.state = State::running;
-    warp.tracking = warp.products_fenced = warp.forced = false;
+    warp.tracking = warp.products_fenced = warp.forced = warp.waited = false;
     warp.asked = nullptr;
     warp.registers = std::min(REGISTERS / launch.threads / 8 * 8, 255u);  // as ptxas spreads them
     warp.others.clear();
@@ -107,6 +107,8 @@ void end_warp(Warp &warp) {
     report(warp, last, -1, "pending-copy", "ends with a cp.async that is not waited for");
   if (!warp.products.waiting.empty())
     report(warp, last, -1, "wgmma-register", "ends with a wgmma that is not waited for");
+  if (warp.kernel->overlaps && !warp.waited)
+    report(warp, last, -1, "early", "ends, perhaps before the launch that it should have waited for");
 }
 
 // What these warps did until now comes before all that they do next.

@@ -111,6 +111,7 @@ struct Warp {
   bool special = false;    // the loop must look at more than the next instruction
   bool tracking = false;   // of registers that wgmma uses
   int number = 0;
+  bool waited = false;      // for the launch before, where the kernel does
   bool forced = false;      // blocked for good: the instruction is to be done whatever holds it up
   const Instruction *asked = nullptr;  // the mbarrier.try_wait that it was last told "not yet" by
   uint32_t registers = 0;   // of each thread, as setmaxnreg counts them

@@ -13,6 +13,7 @@
 
 struct Function {
   int dynamic_shared;  // the most that a launch may ask for
+  _Bool waits;         // for the launch before, which has perhaps not ended when it begins
 };
 
 // Returns a handle's error as CUDA's; called where a kernel is loaded.
@@ -130,6 +131,7 @@ API CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   struct Function* made = calloc(1, sizeof *made);
   made->dynamic_shared = 48 * 1024;
+  made->waits = strstr((const char*)module, "griddepcontrol.wait") != NULL;
   *function = (CUfunction)made;
   return load_hook((uint64_t)made, (const char*)module, name);
 }
@@ -174,9 +176,13 @@ API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function,
     return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: the block");
   if ((int)config->sharedMemBytes > ((struct Function*)function)->dynamic_shared)
     return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: shared memory");
-  for (unsigned i = 0; i < config->numAttrs; i++)
+  for (unsigned i = 0; i < config->numAttrs; i++) {
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
       return refuse(CUDA_ERROR_NOT_SUPPORTED, "clusters, which the fake driver lacks");
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+        !((struct Function*)function)->waits)
+      return refuse(CUDA_ERROR_INVALID_VALUE, "an early launch of a kernel that does not wait");
+  }
   return launch_hook((uint64_t)function, grid, config->blockDimX, config->sharedMemBytes,
                      (uint64_t)config->hStream, parameters);
 }
