@@ -68,7 +68,8 @@ class Form:
     block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
-    norms_all_heads: bool = False  # those two are of all heads of a token at once
+    value_norm: str | None = None
+    norms_all_heads: bool = False  # the first two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
     scale2: str | None = None  # of what the feed-forward block adds
@@ -160,6 +161,7 @@ class Parts(NamedTuple):
     block_norm: Any
     query_norm: Any
     key_norm: Any
+    value_norm: Any
     buckets: nn.Embedding | None
     scale1: Any
     scale2: Any
@@ -169,7 +171,8 @@ class Parts(NamedTuple):
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
         return (
-            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
+            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm,
+            self.value_norm,
         )  # fmt: skip
 
     def are_plain(self, norms_all_heads: bool) -> bool:

@@ -238,6 +238,8 @@ class FusedLayer:
             if self._form.norms_all_heads:
                 query, key = parts.query_norm(query), parts.key_norm(key)
             q, k, v = self._split([query, key, value], dim)
+            if parts.value_norm is not None:
+                v = parts.value_norm(v.transpose(1, 2)).transpose(1, 2)
         return *self._turned(q, k, parts, call), v, x
 
     def _split(self, products: list[Tensor], dim: int) -> Iterator[Tensor]:
