@@ -373,7 +373,6 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("layoutlm", "LayoutLM", Model(is_causal=False), BERT),
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
-    ("chinese_clip", "ChineseCLIPText", BY_COLUMN, BERT),
     ("altclip", "AltRoberta", BY_TOKEN, BERT),
 )
 # The same of models whose layers are told of masks alone.
@@ -487,6 +486,7 @@ LAYERS: dict[str, Form] = {
     "esm.modeling_esm.EsmLayer": ESM,
     "esmc.modeling_esmc.EsmcLayer": ESMC,
     "xmod.modeling_xmod.XmodLayer": XMOD,
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextLayer": BERT,
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
@@ -522,6 +522,7 @@ MODELS: dict[str, Model] = {
     "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
     "esmc.modeling_esmc.EsmcModel": Model(padded_by=("sequence_id",)),
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextModel": Model(first_is_read=True),
     "xmod.modeling_xmod.XmodModel": Model(behind_padding=True, of_sequences=("lang_ids",)),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

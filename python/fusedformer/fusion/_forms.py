@@ -130,6 +130,8 @@ class Model:
     embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    first_is_read: bool = False  # it is computed padded if a sequence begins with padding, as
+    # states of 0 there would be divided by their norm
     is_causal: bool | None = None  # what its attention leaves to the mask
     layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
