@@ -35,6 +35,11 @@ GEMMA3: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
     use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
 )  # fmt: skip
+GEMMA2: dict[str, Any] = dict(
+    TEXT, num_key_value_heads=2, head_dim=8, sliding_window=4, hidden_size_per_layer_input=8,
+    layer_types=["sliding_attention", "full_attention"], embedding_dim=32, global_head_dim=16,
+    num_global_key_value_heads=1, **TOKENS,
+)  # fmt: skip
 T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
 DEBERTA = dict(
     relative_attention=True,
@@ -90,6 +95,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
     "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
     "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
+    "embedding-gemma2": lambda: T.EmbeddingGemma2TextModel(T.EmbeddingGemma2TextConfig(**GEMMA2)),
+    "chinese-clip text": lambda: T.ChineseCLIPTextModel(T.ChineseCLIPTextConfig(**TEXT)),
+    "altclip text": lambda: T.models.altclip.modeling_altclip.AltRobertaModel(
+        T.AltCLIPTextConfig(**TEXT)
+    ),
+    "align text": lambda: T.AlignTextModel(T.AlignTextConfig(**TEXT)),
+    "clap text": lambda: T.ClapTextModel(T.ClapTextConfig(**TEXT)),
     "esmc": lambda: T.EsmcModel(T.EsmcConfig(**TEXT, pad_token_id=1)),
     "xmod": lambda: T.XmodModel(T.XmodConfig(**TEXT, **XMOD)),
     "xmod, norms first": lambda: T.XmodModel(
@@ -185,6 +197,7 @@ PACKED = {
     "bert", "bert, pre-training", "roberta", "xlm-roberta", "camembert", "electra", "distilbert",
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
+    "embedding-gemma2", "chinese-clip text", "altclip text", "align text", "clap text",
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
 }  # fmt: skip

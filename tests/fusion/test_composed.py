@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,3 +64,19 @@ def test_checkpoints_and_gradients_of_embeddings_keep_packing(name: str) -> None
     assert MASK.numel() not in rows_of_products(model, inputs)
     model.requires_grad_(False)
     assert model(**inputs)[0].requires_grad
+
+
+@pytest.mark.parametrize("name", ["mpnet", "splinter", "align text"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_masks_of_pairs_are_added_as_stock_adds_them(name: str, dtype: torch.dtype) -> None:
+    """These models add a mask of four dimensions to the scores: True is 1, and hides nothing."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    fused = copy.deepcopy(model)
+    fusedformer.fuse(fused)
+    keep = torch.rand(len(MASK), 1, 11, 11) < 0.6
+    mask = torch.where(keep, 0.0, -1e4) if dtype.is_floating_point else keep.to(dtype)
+    with torch.no_grad():
+        found, wanted = (one(**{**inputs, "attention_mask": mask})[0] for one in (fused, model))
+        plain = model(inputs["input_ids"])[0]
+    assert torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-2)

@@ -185,6 +185,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "gte": {"gate": "mlp.up_proj", "linear1": "mlp.gate_proj"},
     "esm": {"scaling": "scaling"},
     "esmc": {"divisor": None},
+    "embedding-gemma2": {"value_norm": None},
+    "align text": {"is_causal": None},
     "xmod": {"adapter": None},
     "xmod, norms first": {"norms_first": False},
     "megatron-bert": {"norms_first": False},

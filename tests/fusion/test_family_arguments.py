@@ -22,6 +22,7 @@ CALLS: dict[str, tuple[str, dict[str, Tensor], int]] = {
     "chains of proteins": ("esmc", {"sequence_id": CHAINS}, MASK.numel()),
     "languages of sequences": ("xmod", {"lang_ids": torch.tensor([0, 1, 1])}, TOTAL),
     "languages of tokens": ("xmod", {"lang_ids": (torch.arange(33) % 2).view(3, 11)}, TOTAL),
+    "padding on the left": ("chinese-clip text", {"attention_mask": MASK.flip(1)}, MASK.numel()),
     "the default language": ("xmod, norms first", {}, TOTAL),
 }
 

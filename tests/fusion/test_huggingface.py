@@ -328,7 +328,7 @@ def test_a_decoder_of_bert_is_left_to_itself_and_strict_says_so() -> None:
     assert torch.allclose(ours[MASK], stock[MASK], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(PACKED))
+@pytest.mark.parametrize("name", sorted(PACKED - {"chinese-clip text"}))  # which is by stock then
 def test_a_batch_that_is_all_padding_gives_zeros(name: str) -> None:
     """As rows of padding do beside others; stock computes numbers of no meaning."""
     model, inputs = model_of(name), inputs_of(name)

@@ -80,7 +80,7 @@ class ComposedModel(PackedModel):
         return (
             (ids is None) != (embedded is None)
             and (keep is None or keep.dim() == 2)
-            and not any(is_asked(given.get(name)) for name in _MORE)
+            and not any(is_asked(given.get(name)) for name in (*_MORE, *self._model.padded_by))
             and not is_asked_of(self, given, "output_attentions")
             and not (made.distances is not None and wants_padding())
             and not (made.unless is not None and getattr(self, made.unless))
@@ -108,7 +108,7 @@ class ComposedModel(PackedModel):
         states = [x if before is None else before(x)]
         others = self._of_all_layers(layers, rows, states[0])
         for i, layer in enumerate(layers):
-            found = layer(states[-1], mask, **others)
+            found = layer(states[-1], attention_mask=mask, **others)
             states.append(found if isinstance(found, Tensor) else found[0])
             conv = None if made.conv is None or i else _at(self, made.conv)
             if conv is not None:

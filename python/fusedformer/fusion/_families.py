@@ -111,6 +111,17 @@ ESMC = dataclasses.replace(
     norms_all_heads=True,
     divisor="scaling_factor",
 )
+
+
+def _per_layer_embedding(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return the sum behind the third block of EmbeddingGemma 2's layer."""
+    found: Tensor = layer.ple_block(x, given["per_layer_input"]) * layer.layer_scalar
+    return found
+
+
+EMBEDDING_GEMMA2 = dataclasses.replace(
+    GEMMA3, value_norm="self_attn.v_norm", adapter=_per_layer_embedding
+)
 T5 = Form(
     attention="layer.0.SelfAttention",
     query="layer.0.SelfAttention.q",
@@ -176,6 +187,7 @@ def _language_adapter(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
 XMOD = dataclasses.replace(BERT, norms_first="pre_norm", adapter=_language_adapter)
 # Those of models that take no registered attention.
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
+TEXT_TOWER = dataclasses.replace(SPLINTER, scaling="scaling")
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
@@ -377,6 +389,7 @@ _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
 CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
+POOLED = Model(layers=_LAYER, composed=Composed(output="BaseModelOutputWithPooling"))
 DISENTANGLED = Model(
     has_distances=True,
     layers=_LAYER,
@@ -401,6 +414,7 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("layoutlm", "LayoutLM", Model(is_causal=False), BERT),
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
+    ("altclip", "AltRoberta", BY_TOKEN, BERT),
 )
 # The same of models whose layers are told of masks alone.
 _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
@@ -449,6 +463,8 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
         ),
         ROFORMER,
     ),
+    ("align", "AlignText", POOLED, TEXT_TOWER),
+    ("clap", "ClapText", dataclasses.replace(POOLED, behind_padding=True), TEXT_TOWER),
     ("deberta", "Deberta", DISENTANGLED, DEBERTA),
     ("deberta_v2", "DebertaV2", DISENTANGLED, DEBERTA_V2),
 )
@@ -511,6 +527,7 @@ TOWERS: dict[str, Form] = {
 }
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
+_GEMMA2 = "embedding_gemma2.modeling_embedding_gemma2.EmbeddingGemma2"
 LAYERS: dict[str, Form] = {
     **TOWERS,
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
@@ -519,12 +536,14 @@ LAYERS: dict[str, Form] = {
     "esm.modeling_esm.EsmLayer": ESM,
     "esmc.modeling_esmc.EsmcLayer": ESMC,
     "xmod.modeling_xmod.XmodLayer": XMOD,
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextLayer": BERT,
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
     "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
+    f"{_GEMMA2}EncoderLayer": EMBEDDING_GEMMA2,
     f"{_DATA2VEC}Layer": BERT,
     f"{_GENERATION}.BertGenerationLayer": BERT,
     "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
@@ -542,6 +561,7 @@ MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
+    f"{_GEMMA2}TextModel": Model(has_distances=True, masks_by_type=True),
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
@@ -552,6 +572,7 @@ MODELS: dict[str, Model] = {
     "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
     "esmc.modeling_esmc.EsmcModel": Model(padded_by=("sequence_id",)),
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextModel": Model(first_is_read=True),
     "xmod.modeling_xmod.XmodModel": Model(behind_padding=True, of_sequences=("lang_ids",)),
     "modernbert.modeling_modernbert.ModernBertModel": Model(has_distances=True, masks_by_type=True),
 }

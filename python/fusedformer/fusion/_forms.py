@@ -68,7 +68,8 @@ class Form:
     block_norm: str | None = None  # of what the feed-forward block adds
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
-    norms_all_heads: bool = False  # those two are of all heads of a token at once
+    value_norm: str | None = None
+    norms_all_heads: bool = False  # the first two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
     max_distance: str = "relative_attention_max_distance"  # of attention: the last bucket's first
     scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
@@ -135,6 +136,8 @@ class Model:
     embeds_padded: bool = False  # its embeddings look at whole sequences, and at the mask
     has_distances: bool = False  # attention counts the positions between two tokens
     pools_first_token: bool = False  # its pooler is a product of the first token, then activated
+    first_is_read: bool = False  # it is computed padded if a sequence begins with padding, as
+    # states of 0 there would be divided by their norm
     is_causal: bool | None = None  # what its attention leaves to the mask
     layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
@@ -166,6 +169,7 @@ class Parts(NamedTuple):
     block_norm: Any
     query_norm: Any
     key_norm: Any
+    value_norm: Any
     buckets: nn.Embedding | None
     scale1: Any
     scale2: Any
@@ -176,7 +180,8 @@ class Parts(NamedTuple):
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""
         return (
-            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm
+            self.norm1, self.norm2, self.out_norm, self.block_norm, self.query_norm, self.key_norm,
+            self.value_norm,
         )  # fmt: skip
 
     def are_plain(self, norms_all_heads: bool) -> bool:

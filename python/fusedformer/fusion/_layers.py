@@ -27,7 +27,7 @@ from fusedformer.functional.steps import (
     rotated,
 )
 from fusedformer.fusion._activations import activation_name
-from fusedformer.fusion._attention import attention, captured
+from fusedformer.fusion._attention import FULL, attention, captured
 from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import NAMES, named
@@ -146,6 +146,8 @@ class FusedLayer:
                 parts.buckets.weight, max_distance=getattr(parts.attention, self._form.max_distance)
             )
         mask = given.pop("attention_mask", None)
+        if self._form.attends_itself and given.get("cu_seq_lens_q") is None:
+            mask = _added(mask, given["hidden_states"])
         if self._form.position_bias is not None:
             bias = self._form.position_bias(self, given)
             mask = bias if mask is None else mask if bias is None else bias + mask
@@ -269,6 +271,8 @@ class FusedLayer:
             if self._form.norms_all_heads:
                 query, key = parts.query_norm(query), parts.key_norm(key)
             q, k, v = self._split([query, key, value], dim)
+            if parts.value_norm is not None:
+                v = parts.value_norm(v.transpose(1, 2)).transpose(1, 2)
         return *self._turned(q, k, parts, call), v, x
 
     def _split(self, products: list[Tensor], dim: int) -> Iterator[Tensor]:
@@ -451,6 +455,16 @@ class FusedLayer:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
         return parts is not None and parts.are_plain(cls._form.norms_all_heads)
+
+
+def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a caller's mask as models add it that attend by themselves: a boolean one as 0 and 1.
+
+    Masks of keys that this library made stay as they are.
+    """
+    if mask is None or mask.dtype is FULL or mask.is_floating_point():
+        return mask
+    return mask.to(x.dtype)
 
 
 def dense_biases(table: Tensor, length: int) -> Tensor:

@@ -22,17 +22,18 @@ from fusedformer.nn.tracers import introduce
 
 
 class RMSNorm:
-    """Llama's and T5's: with a weight, and the epsilon as ``variance_epsilon``."""
+    """Llama's and T5's: with a weight at most, and the epsilon as ``variance_epsilon``."""
 
     FUNCTION = "rms_norm"
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Compute what the class behind this one computes."""
-        if hidden_states.dtype != self.weight.dtype or not _takes_gain(self, hidden_states):
+        weight = gain(self)
+        if not dtypes_fit((self,), hidden_states) or not _takes_gain(self, hidden_states):
             own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return own
-        weight = gain(self)
-        found = functional.rms_norm(hidden_states, weight.shape, weight, epsilon(self))
+        shape = hidden_states.shape[-1:] if weight is None else weight.shape
+        found = functional.rms_norm(hidden_states, shape, weight, epsilon(self))
         return found.to(hidden_states.dtype)  # autocast may have widened it
 
 
@@ -61,7 +62,7 @@ class PlainLayerNorm:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Compute what the class behind this one computes."""
-        if hidden_states.dtype != self.weight.dtype:
+        if not dtypes_fit((self,), hidden_states):
             own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return own
         shape, bias = self.weight.shape, self.bias
@@ -79,6 +80,7 @@ _KNOWN: tuple[tuple[type[Any], str, str], ...] = (
     (RMSNorm, "llama.modeling_llama", "LlamaRMSNorm"),
     (RMSNorm, "olmo2.modeling_olmo2", "Olmo2RMSNorm"),
     (RMSNorm, "t5.modeling_t5", "T5LayerNorm"),
+    (RMSNorm, "embedding_gemma2.modeling_embedding_gemma2", "EmbeddingGemma2RMSNorm"),
     (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),
     (PlainLayerNorm, "deberta.modeling_deberta", "DebertaLayerNorm"),
     (PlainLayerNorm, "esmc.modeling_esmc", "EsmcLayerNorm"),
@@ -137,9 +139,9 @@ def is_rms(norm: Any) -> bool:
     return norm_of(type(norm)) in _RMS
 
 
-def gain(norm: Any) -> Tensor:
-    """Return what an RMS norm multiplies with; in float32 at least, where that is a sum."""
-    weight: Tensor = norm.weight
+def gain(norm: Any) -> Any:
+    """Return what an RMS norm multiplies with, if anything; in float32 at least if it is a sum."""
+    weight: Any = getattr(norm, "weight", None)
     if norm_of(type(norm)) is not CenteredRMSNorm:
         return weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
@@ -203,4 +205,5 @@ def _call(pending: Pending, norm: Any, *, return_sum: bool) -> Any:
 
 def dtypes_fit(norms: tuple[Any, ...], x: Tensor) -> bool:
     """Return whether norms with casts have the dtype of ``x``, so that these change nothing."""
-    return all(norm_of(type(norm)) is None or norm.weight.dtype == x.dtype for norm in norms)
+    known = [norm for norm in norms if norm_of(type(norm)) is not None]
+    return all(getattr(norm, "weight", x).dtype == x.dtype for norm in known)

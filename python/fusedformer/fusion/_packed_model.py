@@ -106,6 +106,7 @@ class PackedModel:
             or tokens.shape[:2] != keep.shape
             or any(is_asked(given.get(name)) for name in (*_MORE, *self._model.padded_by))
             or any(one.shape[:2] != keep.shape for one in self._others(given, keep).values())
+            or (self._model.first_is_read and not (has_values(keep) and bool(keep[:, 0].all())))
             or captured()
             or wants_padding()
             or self._is_asked_for_more(given)
