@@ -24,6 +24,10 @@ MODERN = dict(
 SHAPES = dict(
     pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
 )  # fmt: skip
+LAYOUT: dict[str, Any] = dict(
+    pad_token_id=1, max_2d_position_embeddings=64, coordinate_size=6, shape_size=4, rel_pos_bins=8,
+    max_rel_pos=12, rel_2d_pos_bins=8, max_rel_2d_pos=40, input_size=16, patch_size=8,
+)  # fmt: skip
 ESM: dict[str, Any] = dict(
     pad_token_id=1, mask_token_id=7, token_dropout=True, position_embedding_type="rotary",
     emb_layer_norm_before=True,
@@ -82,6 +86,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "data2vec-text": lambda: T.Data2VecTextModel(T.Data2VecTextConfig(**TEXT)),
     "roc-bert": lambda: T.RoCBertModel(T.RoCBertConfig(**TEXT, **SHAPES)),
     "layoutlm": lambda: T.LayoutLMModel(T.LayoutLMConfig(**TEXT, max_2d_position_embeddings=64)),
+    "layoutlmv3": lambda: T.LayoutLMv3Model(
+        T.LayoutLMv3Config(**TEXT, **LAYOUT, has_spatial_attention_bias=True)
+    ),
     "roberta-prelayernorm": lambda: T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**TEXT)),
     "xlm-roberta-xl": lambda: T.XLMRobertaXLModel(T.XLMRobertaXLConfig(**TEXT)),
     "bert-generation": lambda: T.BertGenerationEncoder(T.BertGenerationConfig(**TEXT)),
@@ -170,7 +177,7 @@ PACKED = {
     "albert", "modernbert", "ernie", "data2vec-text", "roc-bert", "layoutlm",
     "roberta-prelayernorm", "xlm-roberta-xl", "bert-generation", "nomic-bert", "gte", "jina-v3",
     "esm", "mpnet", "megatron-bert", "rembert", "splinter", "roformer", "eurobert", "qwen3",
-    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
+    "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "layoutlmv3",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert", "data2vec-vision"}
@@ -240,7 +247,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name == "roc-bert":
         for kind in ("shape", "pronunciation"):
             text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
-    if name == "layoutlm":
+    if name.startswith("layoutlm"):
         text["bbox"] = torch.randint(0, 60, (*shape, 2), generator=generator).repeat(1, 1, 2)
         text["bbox"][..., 2:] += 3
     if name == "bart":

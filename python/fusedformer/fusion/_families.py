@@ -158,6 +158,7 @@ XLM_ROBERTA_XL = dataclasses.replace(
 # Those of models that take no registered attention.
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
+LAYOUTLMV3 = dataclasses.replace(SPLINTER, position_bias=_biases.bias_of_layoutlmv3)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
     REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="attention.self.rotary_value"
@@ -476,6 +477,7 @@ LAYERS: dict[str, Form] = {
     "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
     f"{_DATA2VEC}Layer": BERT,
+    "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Layer": LAYOUTLMV3,
     f"{_GENERATION}.BertGenerationLayer": BERT,
     "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
     "albert.modeling_albert.AlbertLayer": ALBERT,

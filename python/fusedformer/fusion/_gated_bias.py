@@ -30,7 +30,7 @@ class GatedBiasLayer(FusedLayer):
             biases = biases.view(*gate.shape[:2], *biases.shape[1:])
         keys = None if call.mask is None else call.mask == 1
         call = call._replace(mask=keys, others={"position_bias": gate * biases})
-        return super()._attends(parts, call, source, fork)  # type: ignore[no-any-return,misc]
+        return super()._attends(parts, call, source, fork)
 
     def _fits(self, parts: Parts, x: Tensor) -> bool:
         return (
@@ -63,6 +63,7 @@ def _gate(attention: Any, x: Tensor) -> Tensor:
     product = attention.gru_rel_pos_linear
     weight = product.weight.view(2, 4, -1).sum(1)  # four results of each gate are summed
     bias = product.bias.view(2, 4).sum(1)
-    heads = x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    heads = torch.unflatten(x, -1, (attention.num_heads, -1)).transpose(1, 2)
     first, second = torch.sigmoid(F.linear(heads, weight, bias)).chunk(2, -1)
-    return first * (second * attention.gru_rel_pos_const - 1.0) + 2.0
+    gate: Tensor = first * (second * attention.gru_rel_pos_const - 1.0) + 2.0
+    return gate

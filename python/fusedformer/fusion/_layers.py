@@ -144,7 +144,10 @@ class FusedLayer:
         mask = given.pop("attention_mask", None)
         if self._form.position_bias is not None:
             bias = self._form.position_bias(self, given)
-            mask = bias if mask is None else mask if bias is None else bias + mask
+            if given.get("cu_seq_lens_q") is not None:
+                given["sequence_bias"] = bias
+            else:
+                mask = bias if mask is None else mask if bias is None else bias + mask
         return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
