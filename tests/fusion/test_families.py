@@ -196,6 +196,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "data2vec-vision": {"scale1": "lambda_2"},
     "swin": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
     "swinv2": {"logit_scale": None},
+    "wavlm": {"max_distance": "num_buckets"},
+    "layoutlmv3": {"position_bias": None},
     "donut-swin": {"scaling": "attention_head_size"},
     "whisper": {"scaling": "head_dim"},
     "wav2vec2": {"norm1": "final_layer_norm", "norm2": "layer_norm"},

@@ -91,7 +91,7 @@ class FusedLayer:
         parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
-        is_plain = parts.are_plain()
+        is_plain = self.are_plain(parts)
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
@@ -425,7 +425,12 @@ class FusedLayer:
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
-        return parts is not None and parts.are_plain()
+        return parts is not None and cls.are_plain(parts)
+
+    @classmethod
+    def are_plain(cls, parts: Parts) -> bool:
+        """Return whether the fused steps do exactly what calling the children would do."""
+        return parts.are_plain()
 
 
 def dense_biases(table: Tensor, length: int) -> Tensor:

@@ -86,7 +86,9 @@ class PackedLayoutEncoder:
 
 def _keys_of(mask: Tensor | None) -> Tensor | None:
     """Return the keys ``[batch, keys]`` that a mask, which is added to scores, leaves to all."""
-    if mask is None or mask.dim() != 4 or mask.shape[1] != 1 or not has_values(mask):
+    if mask is None or not mask.is_floating_point() or not has_values(mask):
+        return None
+    if mask.dim() != 4 or mask.shape[1] != 1:
         return None
     keys = mask[:, 0, :1]
     hidden = keys == torch.finfo(mask.dtype).min
