@@ -161,7 +161,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
     "wavlm": lambda: T.WavLMModel(
-        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=12)
+        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=20)
     ),
     "wavlm, norms first": lambda: T.WavLMModel(
         T.WavLMConfig(
