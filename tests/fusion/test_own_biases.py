@@ -58,6 +58,9 @@ def test_texts_and_images(settings: dict[str, Any]) -> None:
             assert not found[~real].any()
             if mask is not whole:
                 assert rows_of_products(fused, call) == {int(real.sum())}
+        many = {n: x.repeat(32, *[1] * (x.dim() - 1)) for n, x in inputs.items()}
+        mask = MASK.repeat(32, 1)
+        assert near(fused(**many)[0][mask], model(**many)[0][mask])
         mixed = (torch.rand(3, 11, 11) < 0.8) | torch.eye(11, dtype=torch.bool)
         added = torch.zeros(mixed.shape).masked_fill(~mixed, torch.finfo(torch.float32).min)
         call = {**inputs, "attention_mask": added[:, None]}  # not one mask of keys

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
+from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
-from fusedformer.nn.stacks import can_pack, packing_of
+from fusedformer.nn.stacks import can_pack
 
 
 class PackedLayoutEncoder:
@@ -43,7 +44,7 @@ class PackedLayoutEncoder:
             return super().forward(  # type: ignore[misc]
                 hidden_states, bbox, attention_mask, position_ids, *args, **kwargs
             )
-        packing = packing_of(keep, False)
+        packing = Packing.of(keep)  # without rows of zeros, which would need biases too
         if has_no_rows(packing):
             output = super().forward(hidden_states, bbox, None, position_ids, *args, **kwargs)  # type: ignore[misc]
             output.last_hidden_state = zeroed(output.last_hidden_state, keep)
