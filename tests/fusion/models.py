@@ -24,6 +24,10 @@ MODERN = dict(
 SHAPES = dict(
     pronunciation_vocab_size=9, pronunciation_embed_dim=4, shape_vocab_size=9, shape_embed_dim=4,
 )  # fmt: skip
+LAYOUT: dict[str, Any] = dict(
+    pad_token_id=1, max_2d_position_embeddings=64, coordinate_size=6, shape_size=4, rel_pos_bins=8,
+    max_rel_pos=12, rel_2d_pos_bins=8, max_rel_2d_pos=40, input_size=16, patch_size=8,
+)  # fmt: skip
 ESM: dict[str, Any] = dict(
     pad_token_id=1, mask_token_id=7, token_dropout=True, position_embedding_type="rotary",
     emb_layer_norm_before=True,
@@ -88,6 +92,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "data2vec-text": lambda: T.Data2VecTextModel(T.Data2VecTextConfig(**TEXT)),
     "roc-bert": lambda: T.RoCBertModel(T.RoCBertConfig(**TEXT, **SHAPES)),
     "layoutlm": lambda: T.LayoutLMModel(T.LayoutLMConfig(**TEXT, max_2d_position_embeddings=64)),
+    "layoutlmv3": lambda: T.LayoutLMv3Model(
+        T.LayoutLMv3Config(**TEXT, **LAYOUT, has_spatial_attention_bias=True)
+    ),
     "roberta-prelayernorm": lambda: T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**TEXT)),
     "xlm-roberta-xl": lambda: T.XLMRobertaXLModel(T.XLMRobertaXLConfig(**TEXT)),
     "bert-generation": lambda: T.BertGenerationEncoder(T.BertGenerationConfig(**TEXT)),
@@ -182,7 +189,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
     "wavlm": lambda: T.WavLMModel(
-        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=6)
+        T.WavLMConfig(**SIZES, **SOUND, num_buckets=8, max_bucket_distance=20)
     ),
     "wavlm, norms first": lambda: T.WavLMModel(
         T.WavLMConfig(
@@ -200,6 +207,7 @@ PACKED = {
     "embedding-gemma2", "chinese-clip text", "altclip text", "align text", "clap text",
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
+    "layoutlmv3",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert", "data2vec-vision"}
@@ -271,7 +279,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
             text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
     if name == "xmod":
         text["lang_ids"] = torch.tensor([1, 0, 1])
-    if name == "layoutlm":
+    if name.startswith("layoutlm"):
         text["bbox"] = torch.randint(0, 60, (*shape, 2), generator=generator).repeat(1, 1, 2)
         text["bbox"][..., 2:] += 3
     if name == "bart":

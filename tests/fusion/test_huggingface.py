@@ -49,7 +49,9 @@ def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch
         assert ours.keys() == baseline.keys() == truth.keys()
         # The gradient of a key's bias is rounding alone: its truth is 0.
         keys = "key.bias", "k_proj.bias", "k_lin.bias", "pos_key_proj.bias", ".k.bias"
-        named = [n for n in truth if not n.endswith(keys)]
+        # That of WavLM's gates is a few sums that cancel; test_own_biases.py looks at them.
+        gates = "gru_rel_pos_const", "gru_rel_pos_linear.bias"
+        named = [n for n in truth if not n.endswith((*keys, *gates))]
         compared = [compare_tensors(n, ours[n], baseline[n], truth[n]) for n in named]
         found = [c.fault for c in compared if not c.passed]
         if not found:

@@ -65,6 +65,7 @@ def attention(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    sequence_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -84,6 +85,8 @@ def attention(
             of others the mask says so.
         position_bias: added to the scores.
         relative_bias: the functional form's.
+        sequence_bias: added to the scores of packed sequences ``[sequences, heads, longest,
+            longest]``, in place of their mask.
         s_aux: its ``sinks``.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences, in a batch
             of 1.
@@ -115,10 +118,12 @@ def attention(
             )
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         most_q, most_k = (q.shape[0] if m is None else int(m) for m in (max_length_q, max_length_k))
+        mask = sequence_bias
+        if mask is None:
+            mask = mask_of_sequences(attention_mask, cu_seq_lens_k)
         output = functional.varlen_attention(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_k, most_q, most_k,
-            attn_mask=mask_of_sequences(attention_mask, cu_seq_lens_k), **settings,
-        )  # fmt: skip
+            q, k, v, cu_seq_lens_q, cu_seq_lens_k, most_q, most_k, attn_mask=mask, **settings
+        )
         return output[None], None
     if position_bias is not None:
         bias = position_bias.to(query.dtype)

@@ -28,7 +28,7 @@ _BUCKETS = 32  # of MPNet, whatever its configuration says
 class ComposedModel(PackedModel):
     """A base of models that are computed by their parts, packed or padded."""
 
-    _looks_attention_up = False
+    looks_attention_up = False
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""

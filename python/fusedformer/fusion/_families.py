@@ -189,6 +189,7 @@ XMOD = dataclasses.replace(BERT, norms_first="pre_norm", adapter=_language_adapt
 SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
 TEXT_TOWER = dataclasses.replace(SPLINTER, scaling="scaling")
 REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
+LAYOUTLMV3 = dataclasses.replace(SPLINTER, position_bias=_biases.bias_of_layoutlmv3)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
     REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="attention.self.rotary_value"
@@ -545,6 +546,7 @@ LAYERS: dict[str, Form] = {
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
     f"{_GEMMA2}EncoderLayer": EMBEDDING_GEMMA2,
     f"{_DATA2VEC}Layer": BERT,
+    "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Layer": LAYOUTLMV3,
     f"{_GENERATION}.BertGenerationLayer": BERT,
     "distilbert.modeling_distilbert.TransformerBlock": DISTILBERT,
     "albert.modeling_albert.AlbertLayer": ALBERT,

@@ -32,11 +32,13 @@ class GatedBiasLayer(FusedLayer):
         call = call._replace(mask=keys, others={"position_bias": gate * biases})
         return super()._attends(parts, call, source, fork)
 
-    def _fits(self, parts: Parts, x: Tensor) -> bool:
+    @classmethod
+    def are_plain(cls, parts: Parts) -> bool:
+        """Return whether the fused steps do exactly what calling the children would do."""
         return (
-            is_plain(parts.attention.gru_rel_pos_linear, nn.Linear)
+            super().are_plain(parts)
+            and is_plain(parts.attention.gru_rel_pos_linear, nn.Linear)
             and (parts.buckets is None or is_table(parts.buckets))
-            and super()._fits(parts, x)
         )
 
     def _own(self, given: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
@@ -45,6 +46,7 @@ __all__ = ["plan_huggingface", "restore"]
 _CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
+_OTHER_ENCODERS = {"layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder}
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
 
@@ -209,11 +211,11 @@ def _plan_stack(
 ) -> None:
     known, path, module = name_of(place.cls), place.path, place.module
     form, model = place.form, MODELS.get(known)
-    packs: Any = PackedEncoder if known in ENCODERS else None
+    packs: Any = PackedEncoder if known in ENCODERS else _OTHER_ENCODERS.get(known)
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
         packs = PackedDecoder if model.caches and generates else packs
-    needs_ours = not (form and form.attends_itself) and packs is not ComposedModel
+    needs_ours = not (form and form.attends_itself) and getattr(packs, "looks_attention_up", True)
     if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):
         return
     if "forward" in module.__dict__:
@@ -245,4 +247,6 @@ def _plan_stack(
 
 def _has_encoder(model: nn.Module) -> bool:
     """Return whether a child of ``model`` packs by itself, and so tells why it would not."""
-    return any(name_of(type(child)) in ENCODERS for child in model.children())
+    return any(
+        name_of(type(child)) in ENCODERS | _OTHER_ENCODERS.keys() for child in model.children()
+    )

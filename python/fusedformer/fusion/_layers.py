@@ -95,7 +95,7 @@ class FusedLayer:
         parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
-        is_plain = parts.are_plain(form.norms_all_heads)
+        is_plain = self.are_plain(parts)
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
@@ -150,7 +150,10 @@ class FusedLayer:
             mask = _added(mask, given["hidden_states"])
         if self._form.position_bias is not None:
             bias = self._form.position_bias(self, given)
-            mask = bias if mask is None else mask if bias is None else bias + mask
+            if given.get("cu_seq_lens_q") is not None:
+                given["sequence_bias"] = bias
+            else:
+                mask = bias if mask is None else mask if bias is None else bias + mask
         return Call(given.pop("hidden_states"), mask, rotary, given)
 
     def _steps(self, parts: Parts, call: Call) -> Tensor:
@@ -454,7 +457,12 @@ class FusedLayer:
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
-        return parts is not None and parts.are_plain(cls._form.norms_all_heads)
+        return parts is not None and cls.are_plain(parts)
+
+    @classmethod
+    def are_plain(cls, parts: Parts) -> bool:
+        """Return whether the fused steps do exactly what calling the children would do."""
+        return parts.are_plain(cls._form.norms_all_heads)
 
 
 def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ class PackedEncoder:
     """
 
     FUSED = "packed: real tokens only"
+    looks_attention_up = True  # in a configuration, so that it may be another by now
 
     static_shapes = False  # as in TransformerEncoder
 

@@ -38,7 +38,7 @@ class PackedModel:
     FUSED = "packed: real tokens only, embeddings too"
     static_shapes = False  # as in TransformerEncoder
     _minds_cache = False  # of its configuration
-    _looks_attention_up = True  # in its configuration, so that it may be another by now
+    looks_attention_up = True  # in its configuration, so that it may be another by now
     _model: Model
     _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
@@ -112,7 +112,7 @@ class PackedModel:
             or self._is_asked_for_more(given)
             or not self._knows_layers()
             or not can_pack(tokens, self._is_static(), keep)
-            or needs_batch(self, by_ours=self._looks_attention_up)
+            or needs_batch(self, by_ours=self.looks_attention_up)
         )
 
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:

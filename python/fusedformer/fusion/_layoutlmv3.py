@@ -1,0 +1,97 @@
+"""The encoder of LayoutLMv3: packed, with the biases of real tokens alone.
+
+Its layers add biases by the distances of tokens and of their boxes to the scores. The encoder makes
+both of the positions and boxes that it is given, once for all layers: here of real tokens, moved to
+the front of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedformer import functional
+from fusedformer._internal.checks import has_values
+from fusedformer.functional import Packing
+from fusedformer.fusion._attention import captured
+from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
+from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._rows import needs_batch
+from fusedformer.nn.stacks import can_pack
+
+
+class PackedLayoutEncoder:
+    """A base of encoders that compute only the real tokens of texts and images."""
+
+    FUSED = "packed: real tokens only"
+    static_shapes = False  # as in TransformerEncoder
+    looks_attention_up = False  # in a configuration
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        bbox: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute what the class behind this one computes; packed, with zeros at padding."""
+        keep = _keys_of(attention_mask)
+        if keep is None or not self._packs(hidden_states, keep):
+            return super().forward(  # type: ignore[misc]
+                hidden_states, bbox, attention_mask, position_ids, *args, **kwargs
+            )
+        packing = Packing.of(keep)  # without rows of zeros, which would need biases too
+        if has_no_rows(packing):
+            output = super().forward(hidden_states, bbox, None, position_ids, *args, **kwargs)  # type: ignore[misc]
+            output.last_hidden_state = zeroed(output.last_hidden_state, keep)
+            return output
+        first = (~keep).byte().argsort(dim=1, stable=True)[:, : packing.max_seqlen]
+        if bbox is not None:
+            bbox = bbox.gather(1, first[..., None].expand(-1, -1, bbox.shape[-1]))
+        if position_ids is not None:
+            position_ids = position_ids.gather(1, first)
+        output = super().forward(  # type: ignore[misc]
+            functional.pack(hidden_states, packing)[None],
+            bbox,
+            None,
+            position_ids,
+            *args,
+            **kwargs,
+            cu_seq_lens_q=packing.cu_seqlens_q,
+            cu_seq_lens_k=packing.cu_seqlens_k,
+            max_length_q=packing.max_seqlen,
+            max_length_k=packing.max_seqlen,
+        )
+        output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
+        return output
+
+    def _packs(self: Any, x: Tensor, keep: Tensor) -> bool:
+        """Return whether nothing needs the batch padded, and every layer knows packed rows."""
+        return (
+            keep.shape == x.shape[:2]
+            and not captured()
+            and not wants_padding()
+            and not self.static_shapes
+            and can_pack(x, False, keep)
+            and not needs_batch(self, by_ours=False)
+            and all(
+                isinstance(layer, FusedLayer) and layer.is_known(layer) and layer.is_plain(layer)
+                for layer in self.layer
+            )
+        )
+
+
+def _keys_of(mask: Tensor | None) -> Tensor | None:
+    """Return the keys ``[batch, keys]`` that a mask, which is added to scores, leaves to all."""
+    if mask is None or not mask.is_floating_point() or not has_values(mask):
+        return None
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    keys = mask[:, 0, :1]
+    hidden = keys == torch.finfo(mask.dtype).min
+    is_of_keys = (mask[:, 0] == keys).all() & (hidden | (keys == 0)).all()
+    return ~hidden[:, 0] if bool(is_of_keys) else None
