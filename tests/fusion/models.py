@@ -134,6 +134,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "videomae": lambda: T.VideoMAEModel(T.VideoMAEConfig(**IMAGE, num_frames=2)),
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
+    "data2vec-audio": lambda: T.Data2VecAudioModel(T.Data2VecAudioConfig(**SIZES, **SOUND)),
     "hubert": lambda: T.HubertModel(
         T.HubertConfig(**SIZES, **SOUND, do_stable_layer_norm=True, feat_extract_norm="layer")
     ),
@@ -146,8 +147,10 @@ PACKED = {
     "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert"}
-LENGTHS = (11, 4, 7)
+TOWERS |= {"dinov3", "videomae", "whisper"}
+SOUNDS = {"wav2vec2", "hubert", "data2vec-audio"}
+TOWERS |= SOUNDS
+LENGTHS = (11, 4, 7)  # of texts, and of sounds in frames
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
@@ -186,7 +189,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         ids = torch.randint(3, 97, (3, 6), generator=generator)
         features = torch.randn(3, 6, 16, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    if name in ("wav2vec2", "hubert"):
+    if name in SOUNDS:
         samples = 10 * torch.tensor(LENGTHS) + 10
         mask = torch.arange(int(samples.max())) < samples[:, None]
         sound = torch.randn(mask.shape, generator=generator)
