@@ -42,6 +42,7 @@ def good(function: str) -> dict[str, Any]:
         "dropout_add_layer_norm": {**norm, **fused, "bias": t(4)},
         "dropout_add_rms_norm": {**norm, **fused},
         "dropout_add": {**fused, "input": t(2, 3, 4)},
+        "dropout_scale_add": {**fused, "input": t(2, 3, 4), "scale": t(4)},
         "bias_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
         "gated_activation": dict(input=t(2, 3, 4), bias=t(4), activation="gelu", p=0.1),
         "rotary_embedding": dict(
@@ -180,6 +181,10 @@ def fused_steps() -> Iterator[Row]:
         yield function, {"residual": t(2, 3, 4).int()}, TypeError, "'residual' .* floating-point"
         yield function, {"input_bias": t(3, 4)}, ValueError, r"'input_bias' to have shape \(4,\)"
     yield "dropout_add", {"input": t()}, ValueError, "'input' to have at least 1 dimension"
+    function = "dropout_scale_add"
+    yield function, {"scale": t(3)}, ValueError, r"'scale' to have shape \(4,\)"
+    yield function, {"scale": t(4).int()}, TypeError, "'scale' .* floating-point"
+    yield function, {"sample_scale": t(3)}, ValueError, r"'sample_scale' to have shape \(2,\)"
     function = "disentangled_attention"
     yield function, {"key": t(2, 4, 6, 7)}, ValueError, "'query' and 'key' to have the same last"
     yield (

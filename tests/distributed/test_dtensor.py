@@ -63,6 +63,11 @@ def gated(place: Placement) -> Call:
     return Call("gated_activation", {"input": place, "bias": WHOLE}, settings, place)
 
 
+def scaled(place: Placement, **others: Placement) -> Call:
+    places = {**dict.fromkeys(("input", "residual"), place), "scale": WHOLE, "input_bias": WHOLE}
+    return Call("dropout_scale_add", {**places, **others}, {}, place)
+
+
 ATTENTION = {
     "batch": attention(BATCH, {"return_lse": True}),
     "heads": attention(HEADS, {"return_lse": True}, attn_mask=HEADS),
@@ -89,6 +94,8 @@ OTHERS = {
     "rms_norm of inner rows": norm("rms_norm", Shard(1)),
     "dropout_add_layer_norm": norm("dropout_add_layer_norm", ROWS, p=0.0, return_sum=True),
     "dropout_add_rms_norm": norm("dropout_add_rms_norm", Shard(1), p=0.0),
+    "scaled sum of samples": scaled(ROWS, sample_scale=ROWS),
+    "scaled sum of inner rows": scaled(Shard(1)),
     "softmax": softmax(ROWS),
     "causal softmax": softmax(ROWS, is_causal=True),
     "activation of rows": activation(Shard(1), WHOLE),
@@ -112,7 +119,7 @@ def inputs_of(call: Call, uneven: bool) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(("output1", "output2"), (batch, heads, length, dim))
     shapes |= dict.fromkeys(("lse1", "lse2"), (batch, heads, length))
     shapes |= dict.fromkeys(("input", "residual"), (batch, 4, 8))
-    shapes |= dict.fromkeys(("weight", "bias", "input_bias"), (8,))
+    shapes |= dict.fromkeys(("weight", "bias", "input_bias", "scale"), (8,))
     shapes |= {"alibi_slopes": (heads,), "relative_bias": (heads, 2 * length - 1)}
     shapes["sinks"] = (heads,)
     shapes |= {
@@ -123,6 +130,8 @@ def inputs_of(call: Call, uneven: bool) -> dict[str, Tensor]:
         name: torch.randn(shapes[name], generator=generator).requires_grad_()
         for name in call.places if name in shapes
     }  # fmt: skip
+    if "sample_scale" in call.places:
+        made["sample_scale"] = torch.arange(batch) + 0.5
     if "key_lengths" in call.places:
         made["key_lengths"] = torch.tensor([2, 3, 1][:batch], dtype=torch.int32)
     return made
@@ -162,7 +171,7 @@ def spread(
 
 def single(call: Call, uneven: bool, dtype: torch.dtype, function: Any) -> dict[str, Tensor]:
     given = {
-        n: t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t
+        n: t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for n, t in inputs_of(call, uneven).items()
     }
     outputs = outputs_of(function, given, call)

@@ -97,6 +97,10 @@ FUNCTIONS: dict[str, Pair] = {
         lambda g: F.dropout_add(g.x, g(N, S, D, dtype=g.wide)),
         lambda g: dropped_and_added(g, g(N, S, D, dtype=g.wide)),
     ),
+    "dropout_scale_add": (
+        lambda g: F.dropout_scale_add(g.x, g(N, S, D, dtype=g.wide), g.weight),
+        lambda g: g.x * g.weight + g(N, S, D, dtype=g.wide),
+    ),
     "gated_activation": (
         lambda g: F.gated_activation(g.x, g.weight, "silu"),
         lambda g: gated(g.x + g.weight.to(g.dtype)),

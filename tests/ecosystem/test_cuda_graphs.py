@@ -110,6 +110,7 @@ def test_every_op_replays_with_eager_bits(case: Case) -> None:
 
 DROPPING: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout_add": lambda x: F.dropout_add(x, torch.zeros_like(x), p=0.5),
+    "dropout_scale_add": lambda x: F.dropout_scale_add(x, torch.zeros_like(x), p=0.5),
     "bias_activation": lambda x: F.bias_activation(x, None, "relu", p=0.5),
     "gated_activation": lambda x: F.gated_activation(
         torch.cat((x, x), -1), None, "silu", p=0.5

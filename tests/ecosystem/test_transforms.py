@@ -33,6 +33,7 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: F.softmax(x, -1),
     "layer_norm": lambda x: F.layer_norm(x, (8,)),
     "rms_norm": lambda x: F.rms_norm(x, (8,)),
+    "dropout_scale_add": lambda x: F.dropout_scale_add(x, x.tanh(), x.flatten(0, -2)[0]),
     "bias_activation": lambda x: F.bias_activation(x, None, "gelu"),
     "rotary_embedding": lambda x: rotated(x).tanh(),
     "gated_activation": lambda x: F.gated_activation(torch.cat((x, x.flip(-1)), -1)),

@@ -196,6 +196,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             **SIZES, **SOUND, num_buckets=8, do_stable_layer_norm=True, feat_extract_norm="layer"
         )
     ),
+    "data2vec-audio": lambda: T.Data2VecAudioModel(T.Data2VecAudioConfig(**SIZES, **SOUND)),
     "hubert": lambda: T.HubertModel(
         T.HubertConfig(**SIZES, **SOUND, do_stable_layer_norm=True, feat_extract_norm="layer")
     ),
@@ -210,11 +211,11 @@ PACKED = {
     "layoutlmv3",
 }  # fmt: skip
 TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"dinov3", "videomae", "whisper", "wav2vec2", "hubert", "data2vec-vision"}
-TOWERS |= {"wavlm", "wavlm, norms first"}
+TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "wavlm", "wavlm, norms first"}
+SOUNDS = {"wav2vec2", "hubert", "data2vec-audio"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
-TOWERS |= WINDOWED
-LENGTHS = (11, 4, 7)
+TOWERS |= SOUNDS | WINDOWED
+LENGTHS = (11, 4, 7)  # of texts, and of sounds in frames
 MASK = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
@@ -253,7 +254,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         ids = torch.randint(3, 97, (3, 6), generator=generator)
         features = torch.randn(3, 6, 16, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    if name in ("wav2vec2", "hubert") or name.startswith("wavlm"):
+    if name in SOUNDS or name.startswith("wavlm"):
         samples = 10 * torch.tensor(LENGTHS) + 10
         mask = torch.arange(int(samples.max())) < samples[:, None]
         sound = torch.randn(mask.shape, generator=generator)

@@ -173,19 +173,24 @@ def test_open_clip_that_attends_to_another_sequence(clip: Any) -> None:
     assert faults(fused(block, 1), block, x, k_x=memory, v_x=memory) == []
 
 
-def test_depth_drops_what_stock_drops(timm: Any) -> None:
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_depth_drops_what_stock_drops(timm: Any, backend: Any) -> None:
     """Whole images in either half, drawn as stock draws them, with scales and without."""
     for scale in (0.5, None):
-        block = timm.vision_transformer.Block(32, 2, init_values=scale, drop_path=0.5).train()
+        block = timm.vision_transformer.Block(
+            16, 1, init_values=scale, drop_path=0.5, mlp_ratio=1
+        ).train()
         model = perturbed(block)
-        twin, x = fused(model, 1), torch.randn(6, 5, 32)
+        twin, x = fused(model, 1), torch.randn(6, 3, 16)
         torch.manual_seed(3)
-        found = twin(x)
+        wanted = run(model, x, 1)
         torch.manual_seed(3)
-        wanted = model(x)
-        assert torch.allclose(found, wanted, atol=2e-5)
-        kept = (wanted - x).flatten(1).any(1)
-        assert not torch.allclose(wanted, model.eval()(x), atol=0.1) and kept.any()
+        with fusedformer.backend(backend):
+            found = run(twin, x, 1)
+        for name, value in wanted.items():
+            assert torch.allclose(found[name], value, atol=5e-5, rtol=1e-4), name
+        assert not torch.allclose(wanted["output"], model.eval()(x), atol=0.1)
 
 
 class Twice(nn.Linear):

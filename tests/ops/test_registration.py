@@ -57,6 +57,15 @@ def activation_case(bias: bool, p: float = 0.0) -> tuple[Any, ...]:
     return leaf(4, 6), leaf(6) if bias else None, seed() if p else None, p, "gelu"
 
 
+def scaled_sum_case() -> tuple[Any, ...]:
+    return leaf(4, 6), leaf(4, 6), leaf(6), torch.rand(4), leaf(6), seed(), 0.5
+
+
+def scaled_sum_backward_case() -> tuple[Any, ...]:
+    tensors = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6), torch.rand(4), torch.randn(6)
+    return *tensors, seed(), 0.5, True, True, torch.float32, torch.float32
+
+
 def rotary_case(norm: str, backward: bool = False) -> tuple[Any, ...]:
     make = torch.randn if backward else leaf
     weights = (None,) * 4 if norm == "none" else (make(8), None, make(8), None)
@@ -260,6 +269,8 @@ CASES: dict[str, tuple[str, Any]] = {
         "norm_backward", lambda: norm_backward_case("rms", dtype=torch.bfloat16, narrow=True),
     ),
     "sum alone backward": ("norm_backward", lambda: norm_backward_case("none")),
+    "scaled sum": ("scaled_sum", scaled_sum_case),
+    "scaled sum backward": ("scaled_sum_backward", scaled_sum_backward_case),
     "activation": ("bias_activation", lambda: activation_case(False)),
     "activation, bias, dropout": ("bias_activation", lambda: activation_case(True, 0.5)),
     "rotary": ("rotary_embedding", lambda: rotary_case("none")),

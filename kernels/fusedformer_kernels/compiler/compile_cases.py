@@ -42,6 +42,7 @@ from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.norm_backward import norm_backward
 from fusedformer_kernels.rows.packing import token_counts, token_places
 from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
+from fusedformer_kernels.rows.scaled_sum import scaled_sum_backward, scaled_sum_forward
 from fusedformer_kernels.rows.softmax import softmax_backward, softmax_forward
 from fusedformer_kernels.runtime.targets import assumed_target
 from fusedformer_kernels.runtime.tuned import forced
@@ -54,7 +55,7 @@ CORE = CORE_FLOAT32 | {
     "pack", "pack places, tail",
     "attention d=64 boolean mask", "attention d=64 packed", "attention d=64 few queries",
     "attention d=64 averaged weights", "embedding_layer_norm 768", "cross_entropy 50257",
-    "gated gelu", "rotary 64", "rotary 128 rms norm",
+    "gated gelu", "scaled sum 768", "rotary 64", "rotary 128 rms norm",
     "attention d=64 sinks", "attention d=64 sinks, few queries",
     "contrastive", "sigmoid contrastive", "attention d=64 value dim 16",
     "attention d=128 value dim 32", "attention d=64 causal, one token", "attention d=128 one pass",
@@ -176,6 +177,15 @@ def _activation(columns: int, dtype: torch.dtype, activation: str, p: float = 0.
     seed = _seed() if p else None
     bias_activation_forward(x, bias, seed, p, activation)
     bias_activation_backward(x, x, bias, seed, p, activation, True)
+
+
+def _scaled_sum(columns: int, dtype: torch.dtype, p: float, scaled: bool) -> None:
+    """Call both, with LayerScale or without, of samples some of which may be dropped."""
+    x, parameter = _empty(64, 197, columns, dtype=dtype), _empty(columns, dtype=dtype)
+    scale = parameter if scaled else None
+    given = scale, _empty(64, dtype=dtype), parameter, _seed() if p else None, p
+    scaled_sum_forward(x, x, *given)
+    scaled_sum_backward(x, x if scaled else None, *given, scaled, True, dtype, dtype)
 
 
 def _gated(columns: int, dtype: torch.dtype, activation: str, p: float, second: bool) -> None:
@@ -361,6 +371,7 @@ def compile_cases() -> list[CompileCase]:
                 f"bias_{activation}", dtype,
                 partial(_activation, 3072, dtype, activation),
             )
+        add("scaled sum 768", dtype, partial(_scaled_sum, 768, dtype, 0.0, True))
         for activation in ("gelu", "silu"):
             call = partial(_gated, 3072, dtype, activation, 0.0, False)
             add(f"gated {activation}", dtype, call)
@@ -372,6 +383,7 @@ def compile_cases() -> list[CompileCase]:
         call = partial(_rotary, dim, HALF, norm, interleaved)
         add(name + (" neighbours" if interleaved else ""), HALF, call)
     add("rotary 64", full, lambda: _rotary(64, full, "none", False))
+    add("sum of samples 384 dropout", HALF, lambda: _scaled_sum(384, HALF, 0.1, False))
     add("gated gelu_tanh dropout", HALF, lambda: _gated(3072, HALF, "gelu_tanh", 0.1, True))
     add("softmax 50257", HALF, partial(_softmax, 50257, HALF, None))
     add("softmax 1024 boolean mask", HALF, lambda: _softmax(1024, HALF, keep))

@@ -126,6 +126,22 @@ def _bias_activation_backward(op: Any) -> Iterator[Sharding]:
         yield outputs, {**_each(Shard(dim), "grad", "input"), "bias": bias}
 
 
+@_rule("scaled_sum")
+def _scaled_sum(op: Any) -> Iterator[Sharding]:
+    for dim in _rows(op.input, 1, op.seed):
+        if dim == 0 or not _is_tensor(op.sample_scale):
+            yield [Shard(dim)], _each(Shard(dim), "input", "residual", "sample_scale")
+
+
+@_rule("scaled_sum_backward")
+def _scaled_sum_backward(op: Any) -> Iterator[Sharding]:
+    needs = op.needs_scale_grad, op.needs_input_bias_grad
+    for dim in _rows(op.grad, 1, op.seed):
+        if dim == 0 or not _is_tensor(op.sample_scale):
+            outputs = [Shard(dim), *(_placed_if(need, Partial()) for need in needs)]
+            yield outputs, _each(Shard(dim), "grad", "input", "sample_scale")
+
+
 @_rule("gated_activation")
 def _gated_activation(op: Any) -> Iterator[Sharding]:
     for dim in _rows(op.input, 1, op.seed):

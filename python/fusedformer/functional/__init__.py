@@ -27,6 +27,7 @@ from fusedformer.functional._norm import (
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
+    dropout_scale_add,
     layer_norm,
     rms_norm,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "dropout_scale_add",
     "embedding_layer_norm",
     "gated_activation",
     "layer_norm",

@@ -256,6 +256,67 @@ def dropout_add(
     return ops.dropout_add(input, residual, input_bias=input_bias, p=p if training else 0.0)
 
 
+@planned
+def dropout_scale_add(
+    input: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Compute ``sample_scale * scale * dropout(input + input_bias) + residual`` in one kernel.
+
+    It is the residual step of blocks with LayerScale and stochastic depth.
+
+    Args:
+        input: ``[batch, ..., d]``.
+        residual: as for :func:`dropout_add_layer_norm`.
+        scale: ``[d]``, or None for 1. Its gradient comes from the same kernel as that of ``input``.
+        sample_scale: ``[batch]``, the first of at least two dimensions, or None for 1: 0 for
+            samples whose branch is dropped, and one over the share of those kept for the others. It
+            has no gradient by the kernels.
+        input_bias: ``[d]``, added to ``input`` before dropout.
+        p: probability that an element is dropped, in [0, 1].
+        training: no dropout if False.
+
+    Returns:
+        Tensor of the shape of ``input``, in the widest of the dtypes of ``input``, ``residual`` and
+        ``scale``.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout_add_layer_norm`; ``sample_scale`` not of shape
+            ``[batch]``, or requires a gradient on the kernels.
+
+    Source: Touvron et al., Going deeper with Image Transformers, arXiv:2103.17239; Huang et al.,
+    Deep Networks with Stochastic Depth, arXiv:1603.09382.
+    """
+    function = "dropout_scale_add"
+    checks.check_input(function, "input", input)
+    shape = tuple(input.shape[-1:])
+    _check_dropout_add(function, input, residual, shape, input_bias, p)
+    _check_scales(input, scale, sample_scale)
+    return ops.dropout_scale_add(
+        input, residual, scale, sample_scale, input_bias=input_bias, p=p if training else 0.0
+    )
+
+
+@checks.remembered
+def _check_scales(input: Tensor, scale: Tensor | None, sample_scale: Tensor | None) -> None:
+    function = "dropout_scale_add"
+    checks.check_parameter(
+        function, "scale", scale, tuple(input.shape[-1:]), "the last dimension of 'input'"
+    )
+    checks.check_parameter(
+        function, "sample_scale", sample_scale, tuple(input.shape[:-1][:1]), "the first of 'input'"
+    )
+    checks.check_same_device(
+        function, {"input": input, "scale": scale, "sample_scale": sample_scale}
+    )
+
+
 @checks.remembered
 def _check_norm(
     function: str,

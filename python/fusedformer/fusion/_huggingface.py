@@ -30,13 +30,14 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
-from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
+from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS, SOUND
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
+from fusedformer.fusion._packed_sound import PackedSound
 from fusedformer.fusion._rows import has_quantized_products, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
 from fusedformer.fusion.clients import is_known
@@ -45,7 +46,10 @@ __all__ = ["plan_huggingface", "restore"]
 
 _CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
-_HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
+_HEADS = (
+    "ForQuestionAnswering", "ForQuestionAnsweringSimple", "ForXVector",
+    "ForAudioFrameClassification",
+)  # fmt: skip
 _OTHER_ENCODERS = {"layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder}
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
@@ -189,12 +193,18 @@ def _reads_padding(model: nn.Module) -> str:
             is_late = name in _LATE_INTERACTION and not _marks_expansions(module)
             # All but "first" read the last position, or every one.
             sums_up = name.endswith("SequenceSummary") and module.summary_type != "first"
-            if name.endswith(_HEADS) or is_late or sums_up:
+            if name.endswith(_HEADS) or is_late or sums_up or _convolves(cls, module):
                 return (
                     f"{name} reads padded positions, which would be 0; pack=True packs, "
                     f"pack=False says nothing"
                 )
     return ""
+
+
+def _convolves(cls: type[Any], module: nn.Module) -> bool:
+    """Return whether a model of sound has an adapter behind its encoder, a convolution."""
+    is_model = cls.__name__.endswith("Model") and "feature_extractor" in module._modules
+    return is_model and getattr(module, "adapter", None) is not None
 
 
 def _marks_expansions(model: nn.Module) -> bool:
@@ -212,6 +222,7 @@ def _plan_stack(
     known, path, module = name_of(place.cls), place.path, place.module
     form, model = place.form, MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else _OTHER_ENCODERS.get(known)
+    packs = PackedSound if known in SOUND else packs
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
         packs = PackedDecoder if model.caches and generates else packs

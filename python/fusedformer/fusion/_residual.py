@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedformer import functional
 from fusedformer.nn.children import Pending
 
 
@@ -18,16 +19,25 @@ class Scaled(NamedTuple):
     depth: nn.Module | None
 
     def added(self) -> Tensor:
-        """Compute the sum; scale and residual in one step where no sequence is dropped."""
+        """Compute the sum."""
         inner, bias, dropout, residual = self.pending
-        inner = dropout(inner if bias is None else inner + bias)
-        if self.depth is None:
-            assert self.scale is not None
-            if not isinstance(self.scale, Tensor):
-                return torch.add(residual, inner, alpha=self.scale)
-            return torch.addcmul(residual, inner, self.scale)
-        kept: Tensor = self.depth(inner if self.scale is None else inner * self.scale)
-        return kept + residual
+        if isinstance(self.scale, float):  # of a form with a divisor, which drops no sequences
+            assert self.depth is None
+            inner = dropout(inner if bias is None else inner + bias)
+            return torch.add(residual, inner, alpha=self.scale)
+        factors = None
+        if self.depth is not None:  # it draws for each sequence, whatever that has besides
+            ones = inner.new_ones(inner.shape[0], *[1] * (inner.dim() - 1))
+            factors = self.depth(ones).flatten()
+        return functional.dropout_scale_add(
+            inner,
+            residual,
+            self.scale,
+            factors,
+            input_bias=bias,
+            p=dropout.p,
+            training=dropout.training,
+        )
 
 
 def pending_sum(

@@ -49,6 +49,7 @@ from fusedformer.ops.packing import (
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.rotary import rotary_embedding
 from fusedformer.ops.rotary_aten import rotated
+from fusedformer.ops.scaled_sum import dropout_scale_add
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "dropout_scale_add",
     "embedding_layer_norm",
     "encoder_layer",
     "encoder_layer_is_one_node",

@@ -20,6 +20,7 @@ from fusedformer.reference.norm import (
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
+    dropout_scale_add,
     layer_norm,
     rms_norm,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "dropout_scale_add",
     "embedding_layer_norm",
     "gated_activation",
     "layer_norm",

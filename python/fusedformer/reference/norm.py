@@ -68,6 +68,28 @@ def dropout_add(
     return dropped(x, p, keep) + residual
 
 
+def dropout_scale_add(
+    input: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+    *,
+    input_bias: Tensor | None = None,
+    p: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Compute ``sample_scale * scale * dropout(input + input_bias) + residual``.
+
+    ``scale`` has an element a column, ``sample_scale`` one for each index of the first dimension.
+    """
+    x = dropped(input if input_bias is None else input + input_bias, p, keep)
+    if scale is not None:
+        x = x * scale
+    if sample_scale is not None:
+        x = x * sample_scale.view(-1, *[1] * (x.dim() - 1))
+    return x + residual
+
+
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor,

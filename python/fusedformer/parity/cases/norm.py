@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,22 @@ def _true_added_norm(function: Function) -> Function:
     return truth
 
 
+def _stock_scale_add(
+    input: Tensor, residual: Tensor, scale: Tensor, sample_scale: Tensor, *, input_bias: Tensor
+) -> Tensor:
+    return (input + input_bias) * scale * sample_scale[:, None, None] + residual
+
+
+def _for_drawn_samples(function: Function) -> Function:
+    """Give the factors of samples, which are drawn and not learned."""
+
+    def call(input: Tensor, **others: Any) -> Any:
+        samples = torch.arange(input.shape[0], device=input.device) % 2 * 1.25
+        return function(input, sample_scale=samples.to(input.dtype), **others)
+
+    return call
+
+
 def norm_cases() -> Iterator[Case]:
     for name, biased in (("layer_norm", True), ("rms_norm", False)):
         op = Op(name, getattr(functional, name), getattr(F, name), getattr(reference, name))
@@ -81,3 +98,7 @@ def norm_cases() -> Iterator[Case]:
     op = Op("dropout_add", functional.dropout_add, _stock_dropout_add, reference.dropout_add)
     shapes = normal(input=(5, 77), residual=(5, 77), input_bias=(77,))
     yield Case(op, "bias and residual", shapes, quick=True)
+    functions = functional.dropout_scale_add, _stock_scale_add, reference.dropout_scale_add
+    op = Op("dropout_scale_add", *map(_for_drawn_samples, functions))
+    shapes = normal(input=(3, 5, 77), residual=(3, 5, 77), scale=(77,), input_bias=(77,))
+    yield Case(op, "columns and samples", shapes, quick=True)

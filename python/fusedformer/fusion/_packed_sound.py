@@ -1,0 +1,78 @@
+"""Encoders of sound, as wav2vec2's, that compute only the real frames of a padded batch.
+
+The convolution that tells positions needs the batch as it is; everything behind it goes through
+packed frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.modeling_outputs import BaseModelOutput
+
+from fusedformer import functional
+from fusedformer.fusion._attention import captured
+from fusedformer.fusion._classes import is_asked
+from fusedformer.fusion._kept_rows import has_no_rows, wants_padding, zeroed
+from fusedformer.fusion._rows import needs_batch
+from fusedformer.nn.stacks import can_pack, packing_of
+
+
+class PackedSound:
+    """A base of encoders whose layers get the real frames of all sequences as one long sequence."""
+
+    FUSED = "packed: real frames only, behind the convolution"
+
+    static_shapes = False  # as in TransformerEncoder
+    _norms_last = False  # whether the norm of the encoder stands behind the layers
+
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        cls._norms_last = cls.__name__.endswith("StableLayerNorm")
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Compute what the class behind this one computes; packed, with zeros at padding."""
+        if not self._packs(hidden_states, attention_mask, kwargs):
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        keep: Any = attention_mask
+        keep = keep.bool()
+        packing = packing_of(keep, self.static_shapes)
+        if has_no_rows(packing):
+            output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+            output.last_hidden_state = zeroed(output.last_hidden_state, keep)
+            return output
+        x = zeroed(hidden_states, keep)
+        x = functional.pack(x + self.pos_conv_embed(x).to(x.device), packing)[None]
+        x = self.dropout(x if self._norms_last else self.layer_norm(x))
+        sequences = {
+            "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
+            "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
+        }  # fmt: skip
+        for layer in self.layers:
+            # Drawn as the class behind draws it, whether or not the layer then is dropped.
+            drops = self.training and self.config.layerdrop > 0.0
+            if not drops or torch.rand([]) >= self.config.layerdrop:
+                x = layer(x, attention_mask=None, **sequences, **kwargs)
+        x = self.layer_norm(x) if self._norms_last else x
+        return BaseModelOutput(last_hidden_state=functional.unpack(x[0], packing))
+
+    def _packs(self: Any, x: Tensor, keep: Any, kwargs: dict[str, Any]) -> bool:
+        """Return whether there is a 2-D mask, and nothing needs the batch padded."""
+        return not (
+            not isinstance(keep, Tensor)
+            or keep.shape != x.shape[:2]
+            or any(is_asked(one) for name, one in kwargs.items() if name != "return_dict")
+            or captured()
+            or wants_padding()
+            or not can_pack(x, self.static_shapes, keep)
+            or needs_batch(self)
+            # Then all ranks compute layers that are dropped.
+            or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+            or is_fsdp_managed_module(self)
+        )

@@ -1,0 +1,102 @@
+"""Encoders of sound, of which only real frames are computed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.fusion.models import MASK, SIZES, SOUND, SOUNDS, inputs_of, model_of, perturbed, run
+from tests.fusion.test_families import rows_of_products
+
+import fusedformer
+
+T: Any = pytest.importorskip("transformers")
+
+
+ROW = torch.tensor([[True], [False], [True]])  # whose second one is padding alone
+
+
+@pytest.mark.parametrize("name", sorted(SOUNDS))
+def test_padding_is_not_computed(name: str) -> None:
+    """Behind the features, and their projection; hidden states at padding are 0."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    fusedformer.fuse(model, strict=True)
+    assert rows_of_products(model, inputs) == {MASK.numel(), int(MASK.sum())}
+    with torch.no_grad():
+        states = model(**inputs).last_hidden_state
+    assert not states[~MASK].any() and states[MASK].any(-1).all()
+
+
+def test_what_asks_for_the_batch_gets_it() -> None:
+    """Hidden states, hooks, no mask; a row that is all padding, and a batch of such rows."""
+    model, inputs = model_of("wav2vec2").eval(), inputs_of("wav2vec2")
+    stock = copy.deepcopy(model)
+    fusedformer.fuse(model)
+    calls: list[dict[str, Any]] = [
+        {**inputs, "output_hidden_states": True},
+        {"input_values": inputs["input_values"]},
+        {**inputs, "attention_mask": inputs["attention_mask"] * ROW},
+    ]
+    with torch.no_grad():
+        for call, real in zip(calls, (MASK, torch.ones_like(MASK), MASK & ROW), strict=True):
+            found, wanted = model(**call), stock(**call)
+            states = [(found.last_hidden_state, wanted.last_hidden_state)]
+            states += zip(found.hidden_states or (), wanted.hidden_states or (), strict=True)
+            for ours, theirs in states:
+                assert torch.allclose(ours[real], theirs[real], atol=3e-5, rtol=1e-4)
+        nothing = model.encoder(torch.randn(2, 4, 32), attention_mask=torch.zeros(2, 4).bool())
+        assert not nothing.last_hidden_state.any()
+    for one in (model, stock):
+        one.encoder.layers[0].feed_forward.output_dense.register_forward_hook(
+            lambda module, args, output: output * 2
+        )
+    results = run(model, inputs)
+    for key, value in run(stock, inputs).items():
+        scale = value.abs().max().item()
+        assert torch.allclose(results[key], value, atol=2e-5 * scale + 2e-5), key
+
+
+def test_layers_are_dropped_as_stock_drops_them() -> None:
+    settings = {**SOUND, "layerdrop": 0.5, "attention_dropout": 0.0}
+    model = perturbed(T.HubertModel(T.HubertConfig(**SIZES, **settings)), 0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    stock, inputs = copy.deepcopy(model), inputs_of("hubert")
+    fusedformer.fuse(model)
+    seen = set()
+    for seed in range(6):
+        states = []
+        for one in (model, stock):
+            torch.manual_seed(seed)
+            states.append(one(**inputs).last_hidden_state[MASK])
+        assert torch.allclose(states[0], states[1], atol=3e-5, rtol=1e-4)
+        seen.add(states[1].sum().item())
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "reason"),
+    [
+        ("Wav2Vec2Model", {"add_adapter": True}, "Wav2Vec2Model reads padded"),
+        (
+            "Wav2Vec2ForXVector",
+            {"tdnn_dim": [8, 8], "tdnn_kernel": [3, 2], "tdnn_dilation": [2, 1]},
+            "ForXVector reads padded",
+        ),
+    ],
+)
+def test_models_that_convolve_padding_are_left_padded(
+    cls: str, changes: dict[str, Any], reason: str
+) -> None:
+    """The report says so, and they compute what stock does."""
+    config = T.Wav2Vec2Config(**SIZES, **SOUND, **changes)
+    model = perturbed(getattr(T, cls)(config), 0).eval()
+    stock, inputs = copy.deepcopy(model), inputs_of("wav2vec2")
+    left = fusedformer.fuse(model).left
+    assert len(left) == 1 and reason in left[0].reason
+    with torch.no_grad():
+        found, wanted = model(**inputs)[0], stock(**inputs)[0]
+    assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4, equal_nan=True)
