@@ -13,7 +13,7 @@ TRAINER = [*EMBED, "accelerate", "datasets"]  # the Trainer of sentence-transfor
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "expecttest", "numpy"]
 # `make docs` needs no torch: the API reference is read from the source.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]", "ruff"]
-DEV = [*REPORT, *TEST, *TRAINER, "ruff", "mypy", "build", "pre-commit"]
+DEV = [*REPORT, *TEST, *TRAINER, "peft", "torchao", "ruff", "mypy", "build", "pre-commit"]
 
 setup(
     name="fusedformer",
