@@ -6,6 +6,7 @@ and done again: the second time, launches are cached ones, and the bits must be 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -128,26 +129,65 @@ def test_what_the_grid_leaves_out(name: str) -> None:
         torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
 
 
-def test_attention_in_one_pass() -> None:
-    """As in two, the same bits again, also replayed by a graph: sums are cleared each time."""
-    given = {name: leaf(1, 2, 100, 128) for name in ("query", "key", "value")}
-    expected = repeated(F.scaled_dot_product_attention, given)
-    dy = torch.randn(1, 2, 100, 128, device=GPU).bfloat16()
+ONE_PASS_OF_128 = ("attention_backward", "half", 128, "plain", "full"), ONE_PASS[128]
+# A kernel that is launched then; heads of queries and keys, and the head dim.
+SHARED = {
+    "in one pass": ("_store_query_sums", (2, 2, 128)),
+    "of few queries": ("_sum_query_parts", (4, 2, 64)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_backwards_whose_programs_share_a_sum(name: str) -> None:
+    """Of packed sequences: as float64 has it, the same bits again, and in each replay of a graph.
+
+    Between replays numbers change, and where sequences begin.
+    """
+    kernel, (heads, key_heads, dim) = SHARED[name]
+    lengths = (37, 63) if name == "in one pass" else (2, 3)
+    starts_q = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=GPU)
+    starts_k = torch.tensor([0, 40, 117], dtype=torch.int32, device=GPU)
+    if name == "of few queries":
+        starts_k *= 9
+    tokens = int(starts_k[-1])
+    longest = max(lengths), tokens
+    given = {"query": leaf(sum(lengths), heads, dim)}
+    given |= {name: leaf(tokens, key_heads, dim) for name in ("key", "value")}
+    dy = torch.randn(sum(lengths), heads, dim, device=GPU).bfloat16()
+
+    def run(**given: Tensor) -> Tensor:
+        tensors = given["query"], given["key"], given["value"]
+        return F.varlen_attention(
+            *tensors, starts_q, starts_k, *longest, enable_gqa=heads > key_heads
+        )
 
     def gradients() -> list[Tensor]:
-        output = F.scaled_dot_product_attention(given["query"], given["key"], given["value"])
-        return list(torch.autograd.grad(output, list(given.values()), dy))
+        return list(torch.autograd.grad(run(**given), list(given.values()), dy))
 
-    with tuned.forced(("attention_backward", "half", 128, "plain", "full"), ONE_PASS[128]):
-        found = repeated(F.scaled_dot_product_attention, given)
-        eager, graph = gradients(), torch.cuda.CUDAGraph()
+    with contextlib.ExitStack() as stack:
+        if name == "in one pass":
+            stack.enter_context(tuned.forced(*ONE_PASS_OF_128))
+        with recorded_launches(run=True) as launches:
+            gradients()
+        assert kernel in {launch.name for launch in launches}
+        repeated(run, given)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = gradients()
+        for _ in range(2):
+            starts_k[1] -= 7
+            with torch.no_grad():
+                for tensor in (dy, *given.values()):
+                    tensor.normal_()
+            graph.replay()
+            assert all(gradient.any() for gradient in captured)
+            assert all(map(torch.equal, captured, gradients()))
+        found = results_of(run, given)
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    with backend("torch"):
+        expected = results_of(run, wide)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
-    for _ in range(2):
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+        torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
 
 
 def test_dropout_masks() -> None:

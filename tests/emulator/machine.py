@@ -152,13 +152,19 @@ class Machine:
         return text.value.decode().splitlines()
 
     @contextmanager
-    def taking_launches(self, target_name: str) -> Iterator[None]:
-        """Run what the library's launchers launch inside, on CPU tensors, as on ``target_name``."""
+    def taking_launches(
+        self, target_name: str, changed: Callable[[Any], Any] | None = None
+    ) -> Iterator[None]:
+        """Run what the library's launchers launch inside, on CPU tensors, as on ``target_name``.
+
+        A fault is planted by ``changed``, which gives the launch that is run in place of another.
+        """
         from fusedformer_kernels.compiler.ahead_of_time import ast_source
         from fusedformer_kernels.runtime import launch as launches
         from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 
         def run(launch: launches.Launch) -> None:
+            launch = changed(launch) if changed else launch
             source = ast_source(launch)
             kernel = compile_source(source, target_name, launch.config.options())
             given = [launch.arguments[name] for name in source.signature]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from tests.emulator.machine import Compiled
+from tests.emulator.machine import Compiled, Machine
 
 _HEADER = """
 .version 8.7
@@ -38,3 +39,10 @@ def program(
         lines += [f".loc 1 {number} 0", line.strip()]
     text = _HEADER.format(parameters=declared, threads=threads) + "\n".join(lines)
     return Compiled("program", f'{text}\nret;\n}}\n.file 1 "/a/program.py"\n', threads, shared)
+
+
+def run(kernel: Compiled, grid: int, *arguments: Any) -> None:
+    """Launch a kernel in which nothing is found."""
+    machine = Machine()
+    machine.launch(kernel, (grid,), *arguments)
+    assert machine.findings() == []

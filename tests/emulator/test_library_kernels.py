@@ -6,6 +6,7 @@ With ``EMULATOR_EVERY_CASE=1`` every case of the compile report is loaded, not e
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,21 @@ def test_kernels_compute(name: str, dtype: torch.dtype, target: str) -> None:
     errors, findings = in_compiler(library.errors_of, name, dtype, target, SETTINGS)
     assert findings == []
     assert max(errors) < ERRORS[dtype], errors
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (library.without_last_part, None),
+        (library.with_overlapping_parts, "global-race _few_queries_backward"),
+    ],
+)
+def test_faults_in_the_gradient_of_few_queries_are_seen(fault: Any, found: str | None) -> None:
+    """By the gradient of the query, which alone is wrong; and as a race, where it is one."""
+    given = "attention of few queries", torch.bfloat16, "sm_90", SETTINGS
+    (output, dq, dk, dv), findings = in_compiler(library.errors_of, *given, fault)
+    assert max(output, dk, dv) < ERRORS[torch.bfloat16] < dq
+    assert {" ".join(finding.split()[:2]) for finding in findings} == {found} - {None}
 
 
 @pytest.mark.parametrize("settings", [{"order": 1}, {"order": 2}, {"late": 0}], ids=str)
