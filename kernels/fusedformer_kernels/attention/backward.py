@@ -78,6 +78,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_keep_tile,
     dropout_scale,
     fma,
+    kept_or_zero,
     negative,
 )
 from fusedformer_kernels.runtime.steps import unplanned
@@ -132,10 +133,10 @@ def _walk_queries(
                 grad_base, start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV,
                 False,
             )  # [BLOCK_M, BLOCK_DV]
+        dropped = weights
+        if s.seed is not None:
+            dropped = kept_or_zero(keep, weights)
         if NEEDS_V:
-            dropped = weights
-            if s.seed is not None:
-                dropped = tl.where(keep, weights * dropout_scale(s.p), 0.0)
             dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
         if NEEDS_K:
             if given.pointer is not None:
@@ -143,9 +144,8 @@ def _walk_queries(
             else:
                 dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
             if s.seed is not None:
-                remainder = negative(delta)[None, :]
-                kept = fma(dweights, dropout_scale(s.p), remainder)
-                dscores = weights * tl.where(keep, kept, remainder)
+                unscaled = delta[None, :] * negative(1.0 / dropout_scale(s.p))
+                dscores = fma(dropped, dweights, weights * unscaled)
             else:
                 dscores = weights * (dweights - delta[None, :])
             if s.softcap is not None:
@@ -243,12 +243,15 @@ def _attention_backward_keys(
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
+    factor = 1.0  # of kept weights, which the loop leaves out
+    if s.seed is not None:
+        factor = dropout_scale(s.p)
     if NEEDS_K:
-        dk = tl.where(visible, dk * s.scale, 0.0)
+        dk = tl.where(visible, dk * (s.scale * factor), 0.0)
         dk_base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
         store_rows(dk_base, dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D)
     if NEEDS_V:
-        dv = tl.where(visible, dv, 0.0)
+        dv = tl.where(visible, dv * factor, 0.0)
         dv_base = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
         store_rows(dv_base, dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV)
 

@@ -55,6 +55,7 @@ from fusedformer_kernels.runtime.primitives import (
     dot,
     dropout_keep_tile,
     dropout_scale,
+    kept_or_zero,
     store,
 )
 from fusedformer_kernels.runtime.steps import unplanned
@@ -86,7 +87,7 @@ def _attend(
             keep = dropout_keep_tile(
                 place.dropout_key, place.dropout_offset, first_row, start, s.p, q.shape[0], BLOCK_N
             )
-            weights = tl.where(keep, weights, 0.0)
+            weights = kept_or_zero(keep, weights)
         v = load_tile(
             v_base, start, place.n_keys, v_layout, BLOCK_N, VALUE_DIM, BLOCK_DV, not CHECKED
         )  # [BLOCK_N, BLOCK_DV]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.core import builtin
 
 # Whether kernels run in Triton's interpreter; triton reads the variable once, when imported.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -178,6 +180,45 @@ def dropout_key(seed, plane):
     return key, offset
 
 
+@builtin
+def on_cuda(_semantic: Any = None) -> tl.constexpr:
+    """Whether this is compiled for a GPU of NVIDIA: not by the interpreter, which passes nothing."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+
+
+@triton.jit
+def _philox_product(a):
+    """Compute the lower and the upper 32 bits of uint32 ``a`` times Philox's multiplier."""
+    if not INTERPRET:
+        if on_cuda():
+            # One instruction. The compiler would make two of what is below, or of an int64 product.
+            low, high = tl.inline_asm_elementwise(
+                """{
+                .reg .b64 product;
+                mul.wide.u32 product, $2, 0xD256D193;
+                mov.b64 {$0, $1}, product;
+                }""",
+                "=r,=r,r", [a], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+            )
+            return low, high
+    multiplier = a * 0 + 0xD256D193
+    return a * multiplier, tl.umulhi(a, multiplier)
+
+
+@triton.jit
+def kept_or_zero(keep, x):
+    """Float32 ``x`` where ``keep``, else 0, to be rounded to half precision next."""
+    x = tl.where(keep, x, 0.0)
+    if not INTERPRET:
+        if on_cuda():
+            # Not seen through: the compiler would select after the rounding, each half of a
+            # register by itself.
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+    return x
+
+
 @triton.jit
 def _keep_four(key, offset, row, column, p):
     """Which of the four elements of each counter dropout keeps: two more dimensions of size 2.
@@ -188,15 +229,16 @@ def _keep_four(key, offset, row, column, p):
     zero = row * 0 + column * 0
     first = (row ^ offset) + zero
     second = column + zero
-    multiplier = zero + 0xD256D193
     for _ in tl.static_range(7):
-        high = tl.umulhi(first, multiplier)
-        second, first = first * multiplier, high ^ key ^ second
+        low, high = _philox_product(first)
+        second, first = low, high ^ key ^ second
         key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)
     pairs = tl.join(first, second)
-    # Compared as integers: p = 0 keeps all and p = 1 nothing.
+    # 16 bits are compared as the upper half of an integer, whatever is below them: p = 1 keeps
+    # nothing, and a p that rounds to 0 drops every 2**17th. Without dropout nothing is drawn.
     threshold = ((tl.zeros([1, 1, 1, 1, 1], tl.float32) + p) * 65536.0 + 0.5).to(tl.uint32)
-    return tl.join(pairs & 0xFFFF, pairs >> 16) >= threshold
+    last_dropped = tl.where(threshold > 0, (threshold << 16) + 0xFFFFFFFF, 0)
+    return tl.join(pairs << 16, pairs) > last_dropped
 
 
 @triton.jit
