@@ -363,6 +363,18 @@ def test_t5_bias_is_learned_through_its_buckets(device: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("radius", [1, 3, 70, 300])
+def test_table_gradient_over_diagonals_of_tiles(radius: int, device: str) -> None:
+    """Tables that end within a tile, within its diagonal's sums, and beyond all distances."""
+    inputs = qkv(70, 140, device)
+    inputs["relative_bias"] = grad(1 if radius == 3 else 2, 2 * radius + 1, device=device)
+    flags = {
+        "is_causal": radius == 70,
+        "causal_alignment": "bottom_right" if radius else "top_left",
+    }
+    check(NAME, torch.bfloat16, only=first, **flags, **inputs)
+
+
 def test_alibi_is_the_bias_of_its_paper(device: str) -> None:
     """Slopes 2^(-8h/H): the same as a materialized bias, causal."""
     inputs = qkv(50, 50, device, heads=4)

@@ -33,7 +33,6 @@ from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.few_queries import few_queries_backward
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
-from fusedformer_kernels.attention.position_gradient import attention_position_gradients
 from fusedformer_kernels.attention.query_sums import (
     QuerySums,
     add_share,
@@ -47,6 +46,8 @@ from fusedformer_kernels.attention.query_sums import (
 )
 from fusedformer_kernels.attention.schedule import blocks_of
 from fusedformer_kernels.attention.sink_gradient import attention_sink_gradient
+from fusedformer_kernels.attention.slope_gradient import attention_slope_gradient
+from fusedformer_kernels.attention.table_gradient import attention_table_gradient
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
@@ -428,11 +429,10 @@ def score_gradients_of(
     dmask, dslopes, dtable = None, None, None
     if needs_mask and mask is not None:
         dmask = attention_mask_gradient(mask, tensors, layouts, arguments, target)
-    if needs_slopes or needs_table:
-        dslopes, dtable = attention_position_gradients(
-            slopes if needs_slopes else None, table if needs_table else None, lse_grad, tensors,
-            layouts, arguments, target,
-        )
+    if needs_slopes and slopes is not None:
+        dslopes = attention_slope_gradient(slopes, lse_grad, tensors, layouts, arguments, target)
+    if needs_table and table is not None:
+        dtable = attention_table_gradient(table, tensors, layouts, arguments, target)
     return dq, dk, dv, dmask, dslopes, dtable, dlse
 
 

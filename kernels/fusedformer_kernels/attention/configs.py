@@ -216,6 +216,20 @@ def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> Atten
     return AttentionConfig(config.num_warps, 1, side, side)
 
 
+@cached_config
+def attention_table_gradient_config(
+    kind: AttentionKind, target: Target, alone: bool
+) -> AttentionConfig:
+    """Square tiles. Where the table is all that is added, four warps have registers for two tiles
+    more: their sum, and the bias."""
+    config = attention_mask_gradient_config(kind, target)
+    if target.arch == 80 and kind.operands == "half" and kind.size > 64:
+        return replace(config, block_m=32, block_n=32)
+    if target.arch != 90 or kind.operands != "half" or kind.size != 64:
+        return config
+    return AttentionConfig(4, 3, 64, 64) if alone else replace(config, num_stages=2)
+
+
 def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles of scores; block_n buckets of each row or column."""
     if target.backend == "hip":

@@ -304,14 +304,24 @@ def with_positions(product, rows, columns, s, sizes, place):
 
 
 @triton.jit
+def table_bias(distances, s, sizes, place):
+    """Load the table's entries for ``distances``."""
+    nearest = tl.minimum(tl.maximum(distances, -sizes.radius), sizes.radius)
+    return tl.load(place.table + nearest * s.table_column).to(tl.float32)
+
+
+@triton.jit
 def score_tile(
-    product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr
+    product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr,
+    mask_tile=None, table_tile=None,
 ):
     """Compute scores, -inf where hidden, and raw products unless SCALED; and the tanh.
 
     ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
     [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
-    causality. The second result is that of ``tanh`` where scores are capped.
+    causality. Biases that the caller has loaded are not loaded again: ``mask_tile`` of an additive
+    mask and ``table_tile`` of a table. The second result is that of ``tanh`` where scores are
+    capped.
     """
     if s.buckets is not None:
         product = with_positions(product, rows, columns, s, sizes, place)
@@ -330,8 +340,9 @@ def score_tile(
         scores = _with_bias(scores, factor, bias)
         factor = None
     if s.table is not None:
-        nearest = tl.minimum(tl.maximum(distances, -sizes.radius), sizes.radius)
-        bias = tl.load(place.table + nearest * s.table_column).to(tl.float32)
+        bias = table_tile
+        if table_tile is None:
+            bias = table_bias(distances, s, sizes, place)
         scores = _with_bias(scores, factor, bias)
         factor = None
     if s.mask is not None:
@@ -486,11 +497,12 @@ def given_gradient(given, rows, columns, place):
 def score_gradients(
     q, grad, k, v, terms, first_row, first_column, partial, given, s, sizes, place,
     BLOCK_N: tl.constexpr, CHECKED: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    mask_tile=None, table_tile=None,
 ):
     """Compute the gradients of a tile's capped scores and of q k^T * scale, and its weights.
 
     Tiles are [BLOCK_M, BLOCK_N]; the weights are not yet multiplied by ``inverse``. ``terms`` are
-    those of load_row_terms.
+    those of load_row_terms; for ``mask_tile`` and ``table_tile`` see :func:`score_tile`.
     """
     minus_top, inverse, delta = terms
     rows = first_row + tl.arange(0, q.shape[0])
@@ -498,7 +510,7 @@ def score_gradients(
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     scores, capped = score_tile(
         dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, sizes,
-        place, CHECKED, SCALED,
+        place, CHECKED, SCALED, mask_tile, table_tile,
     )
     weights = exponentials(scores, minus_top[:, None], s, SCALED)
     inverse = inverse[:, None]

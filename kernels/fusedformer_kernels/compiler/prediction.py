@@ -186,6 +186,8 @@ def _passes(launch: Launch, pairs: float | None) -> float:
         return 1.0 if given["splits"] > 1 else given["n_columns"] / given["BLOCK_N"]
     if "n_dims" in given:
         return float(ceil(given["n_dims"] / given["BLOCK_K"]))
+    if "last_block" in given and "CHUNK" in given:  # two programs of a table walk half each
+        return float(given["diagonals"] * given["BLOCK"] / given["CHUNK"] / 2 / given["chunks"])
     if given.get("s") is not None and "queries" in given:
         return _passes_of_attention(launch, pairs)
     for name in ("splits", "n_tiles"):
