@@ -91,7 +91,8 @@ def _normed_aten(
 
 
 def _rotated_aten(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    pairs = cos.shape[-1]
+    pairs, wide = cos.shape[-1], torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)  # and so the products, as in the kernels
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     if interleaved:
         first, second = turned[..., ::2], turned[..., 1::2]
