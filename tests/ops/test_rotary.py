@@ -146,6 +146,26 @@ def test_one_launch_each_way(device: str) -> None:
     assert [launch.name for launch in launches] == ["_rotary_forward", "_rotary_backward"]
 
 
+def test_written_over_queries_and_keys_of_one_product(device: str) -> None:
+    """As layers do that compute both in one: the bits of other memory, and values as they were."""
+    from fusedformer_kernels.rows.rotary import rotary_backward, rotary_forward
+
+    cos, sin = (table[None] for table in tables(9, 8, device).values())
+    rest = cos, sin, None, (None,) * 4, "none", 0.0, False
+    calls: list[tuple[Any, tuple[bool, ...]]] = [(rotary_forward, ()), (rotary_backward, (False,))]
+    for call, last in calls:
+        qkv = torch.randn(2, 9, 3, 3, 16, device=device)
+        query, key, value = (part.clone() for part in qkv.unbind(2))
+        given = [query, key] * (1 + len(last))
+        wanted = call(*given, *rest, *last)
+        for _ in range(2):
+            found = qkv.clone()
+            parts = [found[:, :, 0], found[:, :, 1]]
+            call(*parts * (1 + len(last)), *rest, *last, True)
+            assert torch.equal(parts[0], wanted[0]) and torch.equal(parts[1], wanted[1])
+            assert torch.equal(found[:, :, 2], value) and not torch.equal(parts[0], query)
+
+
 def test_tables_that_want_a_gradient_are_refused_by_the_kernels(device: str) -> None:
     query, key = grad(1, 2, 5, 8, device=device), grad(1, 2, 5, 8, device=device)
     given = tables(5, 4, device)

@@ -195,6 +195,14 @@ def _gated(columns: int, dtype: torch.dtype, activation: str, p: float, second: 
     gated_activation_backward(dy, x, bias, seed, p, activation, second, True)
 
 
+def _rotary_in_place(dim: int, dtype: torch.dtype) -> None:
+    query, key, _ = _empty(4, 2048, 3, 16, dim, dtype=dtype).unbind(2)
+    cos, sin = (_empty(2048, dim // 2, dtype=dtype)[None] for _ in range(2))
+    rest = cos, sin, None, (None,) * 4, "none", 0.0, False
+    rotary_forward(query, key, *rest, True)
+    rotary_backward(query, key, query, key, *rest, False, True)
+
+
 def _rotary(dim: int, dtype: torch.dtype, norm: str, interleaved: bool) -> None:
     qkv = _empty(4, 2048, 3, 16, dim, dtype=dtype)
     query, key, _ = qkv.unbind(2)
@@ -382,6 +390,7 @@ def compile_cases() -> list[CompileCase]:
         name = f"rotary {dim}" + (f" {norm} norm" if norm != "none" else "")
         call = partial(_rotary, dim, HALF, norm, interleaved)
         add(name + (" neighbours" if interleaved else ""), HALF, call)
+    add("rotary 64 in place", HALF, lambda: _rotary_in_place(64, HALF))
     add("rotary 64", full, lambda: _rotary(64, full, "none", False))
     add("sum of samples 384 dropout", HALF, lambda: _scaled_sum(384, HALF, 0.1, False))
     add("gated gelu_tanh dropout", HALF, lambda: _gated(3072, HALF, "gelu_tanh", 0.1, True))

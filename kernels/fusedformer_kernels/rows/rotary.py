@@ -9,7 +9,8 @@ One launch serves queries and keys: a program per [BLOCK_M, BLOCK_D] rows, each 
 read in place by their strides. The other column of each pair is loaded from the line that is in the
 cache. The backward turns dy back, and goes through the norm; its programs walk the rows and keep
 the gradients of the norms' weights in registers. Forward reads x, writes y; backward reads dy, and
-x where there is a norm, and writes dx.
+x where there is a norm, and writes dx. Either may write over what it reads: no other program reads
+these rows, and a barrier keeps the threads of one from storing before all have loaded.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ def _places(rows, heads, n_rows, length):
     batch = token // length
     offset = batch * heads.stride_batch + position * heads.stride_token
     return token, position, batch, offset + (rows % heads.n_heads) * heads.stride_head
+
+
+@triton.jit
+def _write(ptr, values, read_offsets, rows, columns, inside, dim, IN_PLACE: tl.constexpr):
+    """Store [BLOCK_M, BLOCK_D] rows one behind the other, or over what was read."""
+    if IN_PLACE:
+        tl.debug_barrier()  # another thread may still load a column that this one stores
+        offsets = read_offsets
+    else:
+        offsets = rows * dim
+    store(ptr + offsets[:, None] + columns[None, :], values, inside)
 
 
 @triton.jit
@@ -125,7 +137,7 @@ def _normed(x, mean, rstd, heads, columns, dim):
 @triton.jit
 def _rotate(
     heads, angles, y_ptr, block, n_rows, length, dim, eps, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, IN_PLACE: tl.constexpr,
 ):
     rows = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     valid = rows < n_rows
@@ -140,13 +152,14 @@ def _rotate(
     cos, sin = _angles(angles, token, position, batch, pairs, rotated)
     y = x * cos + tl.where(second[None, :], other, -other) * sin
     inside = valid[:, None] & (columns < dim)[None, :]
-    store(y_ptr + (rows * dim)[:, None] + columns[None, :], y, inside)
+    _write(y_ptr, y, offsets, rows, columns, inside, dim, IN_PLACE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _rotary_forward(
     query, key, angles, query_out_ptr, key_out_ptr, n_tokens, length, dim, eps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     n_queries = n_tokens * query.n_heads
     blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -154,12 +167,12 @@ def _rotary_forward(
     if block < blocks:
         _rotate(
             query, angles, query_out_ptr, block, n_queries, length, dim, eps, BLOCK_M, BLOCK_D,
-            INTERLEAVED, NORM,
+            INTERLEAVED, NORM, IN_PLACE,
         )
     else:
         _rotate(
             key, angles, key_out_ptr, block - blocks, n_tokens * key.n_heads, length, dim, eps,
-            BLOCK_M, BLOCK_D, INTERLEAVED, NORM,
+            BLOCK_M, BLOCK_D, INTERLEAVED, NORM, IN_PLACE,
         )
 
 
@@ -167,7 +180,7 @@ def _rotary_forward(
 def _turn_back(
     heads, grads, angles, dx_ptr, sums_ptr, n_rows, length, dim, eps, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):
     columns, others, pairs, rotated, second = _columns(angles.n_pairs, BLOCK_D, INTERLEAVED)
     in_row = columns < dim
@@ -198,7 +211,7 @@ def _turn_back(
                 dnormed -= (tl.sum(dz * weight[None, :], 1) / dim)[:, None]
             dz = dnormed * rstd[:, None]
         inside = valid[:, None] & in_row[None, :]
-        store(dx_ptr + (rows * dim)[:, None] + columns[None, :], dz, inside)
+        _write(dx_ptr, dz, grad_offsets, rows, columns, inside, dim, IN_PLACE)
     if NEEDS_WEIGHT:
         tl.store(sums_ptr + columns, tl.sum(dweight, 0), mask=in_row)
         tl.store(sums_ptr + dim + columns, tl.sum(dbias, 0), mask=in_row)
@@ -208,16 +221,16 @@ def _turn_back(
 def _rotary_backward(
     query, key, query_grads, key_grads, angles, query_dx_ptr, key_dx_ptr, partials_ptr, n_tokens,
     length, dim, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    NORM: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):
     sums_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * 4 * dim
     _turn_back(
         query, query_grads, angles, query_dx_ptr, sums_ptr, n_tokens * query.n_heads, length, dim,
-        eps, BLOCK_M, BLOCK_D, INTERLEAVED, NORM, NEEDS_WEIGHT,
+        eps, BLOCK_M, BLOCK_D, INTERLEAVED, NORM, NEEDS_WEIGHT, IN_PLACE,
     )
     _turn_back(
         key, key_grads, angles, key_dx_ptr, sums_ptr + 2 * dim, n_tokens * key.n_heads, length,
-        dim, eps, BLOCK_M, BLOCK_D, INTERLEAVED, NORM, NEEDS_WEIGHT,
+        dim, eps, BLOCK_M, BLOCK_D, INTERLEAVED, NORM, NEEDS_WEIGHT, IN_PLACE,
     )
 
 
@@ -232,13 +245,15 @@ def rotary_forward(
     norm: str,
     eps: float,
     interleaved: bool,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the rotated ``[batch, length, heads, dim]`` of queries and keys, contiguous.
+    """Compute the rotated ``[batch, length, heads, dim]`` of queries and keys.
 
+    They are contiguous, or with ``in_place`` written over ``query`` and ``key``, by their strides.
     ``weights`` are the norms' weight and bias for queries, then for keys. ``cos`` and ``sin`` are
     ``[batch or 1, positions, pairs]``, ``positions`` is ``[batch, length]`` and contiguous.
     """
-    out = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key))
+    out = _outputs(query, key, in_place)
     batch, length, _, dim = query.shape
     if query.numel() + key.numel() == 0:
         return out[0], out[1]
@@ -248,7 +263,7 @@ def rotary_forward(
     launch(
         _rotary_forward, (sum(blocks),), config, *heads, _angles_of(cos, sin, positions), *out,
         batch * length, length, dim, eps, BLOCK_M=config.block_m, BLOCK_D=config.block_n,
-        INTERLEAVED=interleaved, NORM=NORMS[norm],
+        INTERLEAVED=interleaved, NORM=NORMS[norm], IN_PLACE=in_place,
     )
     return out[0], out[1]
 
@@ -267,12 +282,14 @@ def rotary_backward(
     eps: float,
     interleaved: bool,
     needs_weights: bool,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compute (dquery, dkey, gradients of the weights ``[4, dim]`` in float32 if needed).
 
-    ``query`` and ``key`` are read where there is a norm, and else give shapes alone.
+    ``query`` and ``key`` are read where there is a norm, and else give shapes alone. ``in_place``
+    writes over the gradients that were given, by their strides.
     """
-    dx = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key))
+    dx = _outputs(query_grad, key_grad, in_place)
     batch, length, _, dim = query.shape
     wanted = needs_weights and norm != "none"
     if query.numel() + key.numel() == 0:
@@ -288,9 +305,19 @@ def rotary_backward(
     launch(
         _rotary_backward, (programs,), config, *heads, *grads, _angles_of(cos, sin, positions), *dx,
         partials, batch * length, length, dim, eps, BLOCK_M=config.block_m, BLOCK_D=config.block_n,
-        INTERLEAVED=interleaved, NORM=NORMS[norm], NEEDS_WEIGHT=wanted,
+        INTERLEAVED=interleaved, NORM=NORMS[norm], NEEDS_WEIGHT=wanted, IN_PLACE=in_place,
     )
     return dx[0], dx[1], sum_partials(partials).view(4, dim) if wanted else None
+
+
+def _outputs(
+    query: torch.Tensor, key: torch.Tensor, in_place: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tensors that a launch writes to."""
+    if in_place:
+        return query, key
+    first, second = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key))
+    return first, second
 
 
 def _heads(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Heads:

@@ -10,7 +10,6 @@ from fusedformer.ops import encoder_layer as encoder_layer
 from fusedformer.ops import encoder_layer_is_one_node as encoder_layer_is_one_node
 from fusedformer.ops import feed_forward as feed_forward
 from fusedformer.ops import linear as linear
-from fusedformer.ops import rotated as rotated
 from fusedformer.ops import seeds_added_to as seeds_added_to
 from fusedformer.ops import seeds_drawn_at_once as seeds_drawn_at_once
 from fusedformer.ops import self_attention as self_attention

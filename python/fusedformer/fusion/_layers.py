@@ -24,7 +24,6 @@ from fusedformer.functional.steps import (
     encoder_layer_is_one_node,
     feed_forward,
     linear,
-    rotated,
 )
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import FULL, attention, captured
@@ -265,9 +264,6 @@ class FusedLayer:
         query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
         if parts.key is None or parts.value is None:
             q, k, v = self._split([query], dim)
-            if call.rotary is not None:
-                q, k = (rotated(t.transpose(1, 2), *call.rotary).transpose(1, 2) for t in (q, k))
-            return q, k, v, x
         else:
             key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
             value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)

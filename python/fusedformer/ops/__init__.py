@@ -48,7 +48,6 @@ from fusedformer.ops.packing import (
 )
 from fusedformer.ops.relative_position import relative_position_bias
 from fusedformer.ops.rotary import rotary_embedding
-from fusedformer.ops.rotary_aten import rotated
 from fusedformer.ops.scaled_sum import dropout_scale_add
 from fusedformer.ops.softmax import softmax
 
@@ -87,7 +86,6 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "rotary_embedding",
-    "rotated",
     "scale_of",
     "scaled_dot_product_attention",
     "seeds_added_to",

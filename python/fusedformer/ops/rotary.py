@@ -91,14 +91,16 @@ def _normed_aten(
 
 
 def _rotated_aten(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    pairs = cos.shape[-1]
+    pairs, wide = cos.shape[-1], torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)  # and so the products, as in the kernels
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     if interleaved:
         first, second = turned[..., ::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :pairs], turned[..., pairs:]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+        parts = [first * cos - second * sin, second * cos + first * sin]
+        turned = torch.stack(parts, -1).flatten(-2)
+    else:  # in steps as wide as the heads
+        others = torch.cat((turned[..., pairs:], turned[..., :pairs]), -1)
+        turned = turned * torch.cat((cos, cos), -1) + others * torch.cat((-sin, sin), -1)
     turned = turned.to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
 

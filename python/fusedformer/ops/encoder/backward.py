@@ -16,6 +16,7 @@ from fusedformer.ops.encoder.forward import (
     half_tables,
     heads_of,
     projections,
+    queries_and_keys,
 )
 from fusedformer.ops.encoder.launchers import by_dispatcher, launchers
 from fusedformer.ops.encoder.steps import (
@@ -24,7 +25,6 @@ from fusedformer.ops.encoder.steps import (
     in_dtype,
     input_gradient,
     joined,
-    rotated_gradient,
     weight_gradient,
 )
 
@@ -217,12 +217,13 @@ class Backward:
         own, call = self.own, self.call
         assert own.cos is not None
         assert own.sin is not None
+        rest = (*half_tables(own), None, NO_NORMS, "none", 0.0, False, False)
         if len(grads) == 1:
-            return (rotated_gradient(grads[0], own.cos, own.sin, call.batch, call.how.heads),)
+            query, key = queries_and_keys(grads[0], call)
+            self.run.rotary_backward(query, key, query, key, *rest, True)
+            return grads  # which were written over
         query, key = (heads_of(rows, call) for rows in grads[:2])
-        found = self.run.rotary_backward(
-            query, key, query, key, *half_tables(own), None, NO_NORMS, "none", 0.0, False, False
-        )
+        found = self.run.rotary_backward(query, key, query, key, *rest)
         return (*(heads.view(grads[0].shape) for heads in found[:2]), grads[2])
 
     def _norm(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.encoder.arguments import EncoderParameters, EncoderSettings, Kept
 from fusedformer.ops.encoder.launchers import Launchers, launchers
-from fusedformer.ops.encoder.steps import in_dtype, product_of, rotated, seed_of
+from fusedformer.ops.encoder.steps import in_dtype, product_of, seed_of
 
 NO_NORMS = (None, None, None, None)  # of heads before they are turned
 
@@ -99,7 +99,9 @@ def _rotated(
     if own.cos is None or own.sin is None:
         return projected
     if len(projected) == 1:
-        return (rotated(projected[0], own.cos, own.sin, call.batch, call.how.heads),)
+        query, key = queries_and_keys(projected[0], call)
+        run.rotary(query, key, *half_tables(own), None, NO_NORMS, "none", 0.0, False, True)
+        return projected  # which was written over
     query, key = (heads_of(rows, call) for rows in projected[:2])
     turned = run.rotary(query, key, *half_tables(own), None, NO_NORMS, "none", 0.0, False)
     return (*(heads.view(projected[0].shape) for heads in turned), projected[2])
@@ -109,6 +111,14 @@ def heads_of(rows: Tensor, call: Call) -> Tensor:
     """View rows ``[batch * length, E]`` as heads ``[batch, length, heads, dim]``."""
     length = rows.shape[0] // max(call.batch, 1)
     return rows.view(call.batch, length, call.how.heads, rows.shape[1] // call.how.heads)
+
+
+def queries_and_keys(rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """View rows ``[batch * length, 3 * E]``, but values, as ``[batch, length, heads, dim]``."""
+    heads = call.how.heads
+    dim = rows.shape[1] // (3 * heads)
+    qkv = rows.view(call.batch, rows.shape[0] // max(call.batch, 1), 3, heads, dim)
+    return qkv[:, :, 0], qkv[:, :, 1]
 
 
 def half_tables(own: EncoderParameters) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,12 @@ def by_dispatcher() -> Launchers:
         return tuple(found) if len(projected) == 3 else (found[0], torch.cat(found[1:], -1))
 
     def rotary_backward(*args: Any) -> Any:
-        *tensors, weights, name, eps, interleaved, needs_weights = args
-        return rotary._rotary_backward(*tensors, *weights, name, eps, interleaved, needs_weights)
+        tensors, (weights, name, eps, interleaved, needs_weights, *in_place) = args[:7], args[7:]
+        found = rotary._rotary_backward(*tensors, *weights, name, eps, interleaved, needs_weights)
+        if in_place:
+            for grad, turned in zip(tensors, found[:2], strict=False):
+                grad.copy_(turned)
+        return found
 
     return launchers()._replace(
         attention_backward=attention_backward,

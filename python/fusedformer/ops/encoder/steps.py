@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedformer._internal.plans import step
-from fusedformer.ops import product, rotary_aten
+from fusedformer.ops import product
 from fusedformer.ops._shared import draw_seed
 
 seed_of = step(draw_seed)
@@ -14,8 +14,6 @@ product_of = step(product.product)
 input_gradient = step(product.input_gradient)
 weight_gradient = step(product.weight_gradient)
 bias_gradient = step(product.bias_gradient)
-rotated = step(rotary_aten.rotated_rows)
-rotated_gradient = step(rotary_aten.rotated_rows_gradient)
 
 
 @step
