@@ -1,7 +1,8 @@
 """Layers of WavLM, whose biases by distance are gated by what each head of a token reads.
 
-The first layer has the table of biases, ``[heads, distances]``, and hands it on to the next. Each
-gates it anew, and so its scores have a bias ``[batch, heads, length, length]`` of their own.
+The first layer has the table of biases by distance. It hands them on as ``[heads, length,
+length]``, one for the batch, to the next layers. Each gates them anew, and so adds ``[batch, heads,
+length, length]`` of its own to its scores.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ class GatedBiasLayer(FusedLayer):
         self: Any, parts: Parts, call: Call, source: Tensor, fork: bool
     ) -> tuple[Tensor, Tensor]:
         gate, biases = _gate(parts.attention, source), call.others["position_bias"]
-        if biases.dim() == 2:  # by distance
-            biases = dense_biases(biases, source.shape[1])
-        else:
+        if biases.shape[0] != gate.shape[1]:  # of all sequences, by a layer's own forward
             biases = biases.view(*gate.shape[:2], *biases.shape[1:])
         keys = None if call.mask is None else call.mask == 1
         call = call._replace(mask=keys, others={"position_bias": gate * biases})
         return super()._attends(parts, call, source, fork)
+
+    def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
+        call = super()._call(parts, given)
+        biases = call.others["position_bias"]
+        if biases.dim() == 2:  # by distance
+            call.others["position_bias"] = dense_biases(biases, call.x.shape[1])[0]
+        return call
 
     @classmethod
     def are_plain(cls, parts: Parts) -> bool:
@@ -41,12 +47,11 @@ class GatedBiasLayer(FusedLayer):
             and (parts.buckets is None or is_table(parts.buckets))
         )
 
-    def _own(self, given: dict[str, Any]) -> Any:
-        biases = given.get("position_bias")
-        if biases is not None and biases.dim() == 2:  # of a layer before
-            batch, length, _ = given["hidden_states"].shape
-            biases = dense_biases(biases, length)[0].repeat(batch, 1, 1)
-        return super()._own({**given, "position_bias": biases})
+    def _own(self: Any, given: dict[str, Any]) -> Any:
+        biases, batch = given.get("position_bias"), given["hidden_states"].shape[0]
+        if biases is not None and biases.shape[0] == self.attention.num_heads:
+            given = {**given, "position_bias": biases.repeat(batch, 1, 1)}
+        return super()._own(given)
 
     def _returned(self, found: Tensor, call: Call) -> Any:
         return found, call.others["position_bias"]

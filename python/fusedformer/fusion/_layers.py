@@ -473,10 +473,10 @@ def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def dense_biases(table: Tensor, length: int) -> Tensor:
     """Return biases ``[1, heads, length, length]`` of a table by distance."""
-    places = torch.arange(length, device=table.device)
     reach = table.shape[1] // 2
-    distances = (places[None] - places[:, None]).clamp(-reach, reach)
-    return table[:, distances + reach][None]
+    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach)
+    rows = table[:, reach + distances].unfold(1, length, 1)  # of the last query first
+    return rows.flip(1)[None]
 
 
 def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:

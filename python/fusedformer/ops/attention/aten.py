@@ -190,9 +190,11 @@ def _explicit(
     if terms.sinks is not None:  # as one more key, whose weight has no value
         shape = *scores.shape[:3], 1
         scores = torch.cat((scores, terms.sinks.to(scores.dtype)[:, None, None].expand(shape)), -1)
-    hidden = scores == -torch.inf
-    unseen = hidden.all(-1, keepdim=True)
-    finite = scores.masked_fill(unseen, 0.0)
+    finite, hidden, unseen = scores, None, None
+    if not _all_see_a_key(scores):
+        hidden = scores == -torch.inf
+        unseen = hidden.all(-1, keepdim=True)
+        finite = scores.masked_fill(unseen, 0.0)
     lse = None
     if return_lse and not scores.shape[-1]:
         lse = scores.logsumexp(-1).double()
@@ -200,13 +202,23 @@ def _explicit(
         # Not ATen's, whose gradient is by the result: exp(score - lse), where lse is rounded.
         top = finite.detach().amax(-1, keepdim=True)
         lse = (finite - top).exp().sum(-1, keepdim=True).double().log() + top
-        lse = lse.masked_fill(unseen, -torch.inf)[..., 0]
-    weights = finite.softmax(-1).masked_fill(hidden, 0.0)[..., : key.shape[2]]
-    weights = dropout_aten(weights, terms.p)
+        lse = (lse if unseen is None else lse.masked_fill(unseen, -torch.inf))[..., 0]
+    weights = finite.softmax(-1)
+    weights = weights if hidden is None else weights.masked_fill(hidden, 0.0)
+    weights = dropout_aten(weights[..., : key.shape[2]], terms.p)
     wide = _shared_by_heads(value.to(weights.dtype), query.shape[1])
     with autocast_off(query):
         output = weights @ wide
     return output.to(query.dtype), lse, weights
+
+
+def _all_see_a_key(scores: Tensor) -> bool:
+    """Whether it is known that each query sees a key: softmax then knows what is hidden."""
+    if not scores.shape[-1] or not _is_plain(scores) or scores.is_cuda:
+        return False
+    if torch.compiler.is_compiling():  # values would break the graph
+        return False
+    return not bool((scores.detach().amax(-1) == -torch.inf).any())
 
 
 def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
@@ -214,7 +226,7 @@ def _scores(query: Tensor, key: Tensor, terms: AttentionTerms) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     key = _shared_by_heads(key.to(wide), query.shape[1])
     with autocast_off(query):  # which would round the scores
-        scores = query.to(wide) @ key.transpose(-2, -1) * terms.scale
+        scores = (query.to(wide) * terms.scale) @ key.transpose(-2, -1)
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
     keep, added, _ = _masks(query, key, terms, may_be_causal=False)
