@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -274,3 +275,17 @@ def test_faults_are_seen(timm: Any, name: str, monkeypatch: pytest.MonkeyPatch) 
     if name == "halves":
         monkeypatch.setitem(_blocks._FEED_FORWARD, "timm.layers.mlp.GluMlp", value)
     assert not torch.allclose(twin(x), model(x), atol=1e-2)
+
+
+def test_a_fused_model_is_compiled_pickled_and_checkpointed(timm: Any) -> None:
+    model = eva(timm, **EVA["EVA-02"], init_values=0.5).eval()
+    twin, x = fused(model), torch.randn(2, 3, 16, 16)
+    wanted = model(x)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    again = pickle.loads(pickle.dumps(twin))
+    assert all(torch.allclose(one(x), wanted, atol=2e-5) for one in (compiled, again))
+    assert type(again.blocks[0]) is type(twin.blocks[0])
+    plain = run(twin.train(), x, 1)
+    twin.set_grad_checkpointing()
+    checkpointed = run(twin, x, 1)
+    assert all(torch.allclose(plain[n], checkpointed[n], atol=1e-5) for n in plain)
