@@ -127,6 +127,31 @@ def gated_activation(rows: int, columns: int, itemsize: int) -> Costs:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
+def rotary(
+    batch: int, heads: int, length: int, dim: int, itemsize: int, *, normed: bool = False
+) -> Costs:
+    """Count the rotation of queries and keys; both are read and written, with float32 tables.
+
+    Backward does so with their gradients; behind a norm of heads it reads queries and keys again.
+    """
+    n = 2 * batch * heads * length * dim
+    tables = length * dim * 4
+    forward = Cost((3 + 4 * normed) * n, 2 * n * itemsize + tables)
+    backward = Cost((3 + 9 * normed) * n, (2 + normed) * n * itemsize + tables)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def scaled_sum(rows: int, columns: int, itemsize: int) -> Costs:
+    """Forward reads x and residual, writes the sum. Backward reads its gradient and x, writes dx.
+
+    Scale and bias are read both times, and backward writes their gradients.
+    """
+    n = rows * columns
+    forward = Cost(3 * n, (3 * n + 2 * columns) * itemsize)
+    backward = Cost(5 * n, (3 * n + 4 * columns) * itemsize)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
 def contrastive(rows: int, dims: int, itemsize: int) -> Costs:
     """Count the loss over all pairs of two batches of ``rows`` embeddings.
 
@@ -212,22 +237,30 @@ def encoder(
     *,
     gated: bool = False,
     windows: Sequence[int | None] = (),
+    causal: bool = False,
+    head_dim: int | None = None,
+    key_heads: int | None = None,
 ) -> Costs:
     """Count a stack of Transformer encoder layers over the real tokens of sequences.
 
     ``gated`` feed-forwards have three products; ``windows`` are how far to each side the layers
-    see, all of it for None.
+    see, all of it for None; ``causal`` ones see the tokens before. ``head_dim`` and ``key_heads``
+    are those of models whose heads are wider than their share, and shared by queries.
 
     Bytes: weights and the tokens in and out; a lower bound, since no stack keeps a layer's
     activations on chip. A step also writes the weights' gradients; the optimizer isn't counted.
     """
     tokens = sum(lengths)
-    weights = layers * (4 * width * width + (2 + gated) * width * feedforward)
+    head_dim, key_heads = head_dim or width // heads, key_heads or heads
+    projections = 2 * (heads + key_heads) * head_dim * width
+    weights = layers * (projections + (2 + gated) * width * feedforward)
     products = 2 * tokens * weights
     pairs = heads * sum(
         _pairs(length, window) for window in windows or [None] * layers for length in lengths
     )
-    scores = attention(1, 1, 1, width // heads, itemsize, pairs=pairs)["forward"].flops
+    if causal:  # half of them, and each token's with itself
+        pairs = (pairs + heads * layers * tokens) // 2
+    scores = attention(1, 1, 1, head_dim, itemsize, pairs=pairs)["forward"].flops
     forward = Cost(products + scores, (weights + 2 * tokens * width) * itemsize)
     step = Cost(3 * products + scores * 7 // 2, forward.bytes + 2 * weights * itemsize)
     return {"forward": forward, "step": step}

@@ -34,7 +34,7 @@ from fusedformer_kernels.runtime.targets import TARGETS, assume_target
 from harness.case import Case, Sizes
 from model import TABLES, page
 
-PREDICTED = ("softmax", "norm", "activation", "embedding", "losses", "attention")
+PREDICTED = ("softmax", "norm", "activation", "embedding", "steps", "losses", "attention")
 TARGET = TARGETS["sm_90"]
 PRODUCTS = 790e12  # FLOP/s of a large bfloat16 product, measured on an H200
 HEAD = "| suite | case | direction | µs | of the floor | longest kernel, what it waits for |"

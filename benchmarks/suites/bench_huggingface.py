@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +16,69 @@ from harness.case import REFERENCE, Case, Inputs, Program, Provider, Sizes, Suit
 from harness.providers import compiled, present
 from suites.bench_encoder import natural_lengths
 
-# name: (layers, width, heads, feed-forward width, longest sequence)
-MODELS = {
-    "BERT-base": (12, 768, 12, 3072, 512), "ModernBERT-base": (22, 768, 12, 1152, 1024),
-    "ViT-base": (12, 768, 12, 3072, 197), "tiny": (2, 64, 4, 128, 16),
-}  # fmt: skip
-SENTENCES = "MiniLM sentence pipeline"
 PATCH, LOCAL = 16, 128  # of ViT; keys that ModernBERT's local layers see
+_NO_IDS = dict.fromkeys(
+    ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of transformers: ``NAMEConfig`` and ``NAMEModel``, and its size as it is published.
+
+    ``counted`` are further arguments of :func:`counting.encoder`.
+    """
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    feedforward: int
+    longest: int = 512
+    settings: dict[str, Any] = field(default_factory=dict)
+    counted: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the model
+
+
+_NO_POOLER = {"add_pooling_layer": False}
+MODELS = {
+    "BERT-base": Family("Bert", 12, 768, 12, 3072, arguments=_NO_POOLER),
+    "ModernBERT-base": Family(
+        "ModernBert", 22, 768, 12, 1152, 1024, _NO_IDS, {"gated": True, "local": LOCAL // 2}
+    ),
+    "MPNet-base": Family("MPNet", 12, 768, 12, 3072, arguments=_NO_POOLER),
+    "DeBERTa-v3-base": Family(  # its products of positions are not counted
+        "DebertaV2", 12, 768, 12, 3072, settings={
+            "relative_attention": True, "position_buckets": 256, "share_att_key": True,
+            "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+        },
+    ),
+    "NomicBERT": Family(
+        "NomicBert", 12, 768, 12, 3072, settings={"pad_token_id": 0}, counted={"gated": True},
+        arguments=_NO_POOLER,
+    ),
+    "Qwen3-Embedding-0.6B": Family(
+        "Qwen3", 28, 1024, 16, 3072, settings={
+            "num_key_value_heads": 8, "head_dim": 128, "use_cache": False,
+        },
+        counted={"gated": True, "causal": True, "head_dim": 128, "key_heads": 8},
+    ),
+    "ESM-2 150M": Family(
+        "Esm", 30, 640, 20, 2560, settings={
+            "position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 3,
+            "pad_token_id": 1, "emb_layer_norm_before": False,
+        },
+        arguments=_NO_POOLER,
+    ),
+    "ViT-base": Family("ViT", 12, 768, 12, 3072, 197, {"image_size": 224, "patch_size": PATCH},
+                       arguments=_NO_POOLER),
+    "tiny": Family("Bert", 2, 64, 4, 128, 16, arguments=_NO_POOLER),
+}  # fmt: skip
+# Measured with as many layers of each: a GPU too has little time for so many models.
+ENCODERS = tuple(name for name in MODELS if name not in ("BERT-base", "ViT-base", "tiny"))
+FEW_LAYERS = 3
+ONLY_EAGER = "DebertaV2", "MPNet"  # take no other attention
+SENTENCES = "MiniLM sentence pipeline"
 
 
 def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
@@ -31,14 +88,18 @@ def cases(sizes: Sizes, dtype: torch.dtype) -> list[Case]:
     if sizes.name == "tiny":
         return [_text("tiny", natural_lengths(4, 16), dtype, headline=True)]
     on_gpu = sizes.name == "full"
-    layers, batch = (None, 64) if on_gpu else (3, 8)
-    longest = None if on_gpu else 256
-    return [
-        _text("BERT-base", natural_lengths(batch, longest or 512), dtype, layers, headline=True),
-        _text("ModernBERT-base", natural_lengths(batch, longest or 1024), dtype, layers),
-        _images(batch, dtype, layers),
-        *_sentences(4 * batch, 8 * batch, dtype),
-    ]
+    layers, batch, texts = (None, 64, 64) if on_gpu else (FEW_LAYERS, 8, 20)
+
+    def lengths(name: str) -> list[int]:
+        return natural_lengths(texts, MODELS[name].longest if on_gpu else 256)
+
+    found = [_text("BERT-base", lengths("BERT-base"), dtype, layers, headline=True)]
+    if on_gpu:
+        found.append(_text("ModernBERT-base", lengths("ModernBERT-base"), dtype))
+    found += [_text(name, lengths(name), dtype, FEW_LAYERS) for name in ENCODERS]
+    if not on_gpu:  # of which the peak of memory is asked for
+        found.append(_text("DeBERTa-v3-base", natural_lengths(4, 512), dtype, FEW_LAYERS))
+    return [*found, _images(batch, dtype, layers), *_sentences(4 * batch, 8 * batch, dtype)]
 
 
 def _text(
@@ -48,8 +109,8 @@ def _text(
     layers: int | None = None,
     headline: bool = False,
 ) -> Case:
-    all_layers, width, heads, feedforward, _ = MODELS[name]
-    layers, modern = layers or all_layers, name.startswith("Modern")
+    family = MODELS[name]
+    layers = layers or family.layers
     batch, longest = len(lengths), max(lengths)
 
     def make(device: torch.device) -> Inputs:
@@ -59,10 +120,7 @@ def _text(
             "attention_mask": (torch.arange(longest, device=device) < ends).long(),
         }
 
-    windows = [LOCAL // 2 if modern and i % 3 else None for i in range(layers)]
-    costs = counting.encoder(
-        lengths, layers, width, heads, feedforward, dtype.itemsize, gated=modern, windows=windows
-    )
+    costs = _costs(family, lengths, layers, dtype)
     filled = sum(lengths) / batch / longest
     return Case(
         "huggingface",
@@ -75,9 +133,19 @@ def _text(
     )
 
 
+def _costs(
+    family: Family, lengths: Sequence[int], layers: int, dtype: torch.dtype
+) -> counting.Costs:
+    counted = dict(family.counted)
+    local = counted.pop("local", None)
+    windows = [local if i % 3 else None for i in range(layers)]
+    sizes = family.width, family.heads, family.feedforward
+    return counting.encoder(lengths, layers, *sizes, dtype.itemsize, windows=windows, **counted)
+
+
 def _images(batch: int, dtype: torch.dtype, layers: int | None) -> Case:
-    all_layers, width, heads, feedforward, length = MODELS["ViT-base"]
-    layers = layers or all_layers
+    family = MODELS["ViT-base"]
+    layers, length = layers or family.layers, family.longest
 
     def make(device: torch.device) -> Inputs:
         return {"pixel_values": torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)}
@@ -87,7 +155,7 @@ def _images(batch: int, dtype: torch.dtype, layers: int | None) -> Case:
         f"ViT-base {layers} layers, B={batch} S={length}",
         dtype,
         make,
-        counting.encoder([length] * batch, layers, width, heads, feedforward, dtype.itemsize),
+        _costs(family, [length] * batch, layers, dtype),
         {"model": "ViT-base", "layers": layers},
     )
 
@@ -141,25 +209,18 @@ def _stock(case: Case, device: torch.device) -> nn.Module:
         return pretrained
     import transformers
 
-    _, width, heads, feedforward, _ = MODELS[case.options["model"]]
+    family = MODELS[case.options["model"]]
     shape: Any = {
-        "num_hidden_layers": case.options["layers"], "hidden_size": width,
-        "num_attention_heads": heads, "intermediate_size": feedforward,
-        "attn_implementation": "sdpa",
+        "num_hidden_layers": case.options["layers"], "hidden_size": family.width,
+        "num_attention_heads": family.heads, "intermediate_size": family.feedforward,
+        "attn_implementation": "eager" if family.name in ONLY_EAGER else "sdpa",
+        "vocab_size": 1000,
     }  # fmt: skip
     torch.manual_seed(1)  # the same weights in every provider
-    model: Any
-    if case.options["model"] == "ViT-base":
-        config: Any = transformers.ViTConfig(**shape, image_size=224, patch_size=PATCH)
-        model = transformers.ViTModel(config, add_pooling_layer=False)
-    elif case.options["model"] == "ModernBERT-base":
-        tokens: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id",
-                                "cls_token_id", "sep_token_id"), 0)  # fmt: skip
-        config = transformers.ModernBertConfig(**shape, **tokens, vocab_size=1000)
-        model = transformers.ModernBertModel(config)
-    else:
-        config = transformers.BertConfig(**shape, vocab_size=1000)
-        model = transformers.BertModel(config, add_pooling_layer=False)
+    config: Any = getattr(transformers, f"{family.name}Config")(**{**shape, **family.settings})
+    model: Any = getattr(transformers, f"{family.name}Model")(config, **family.arguments)
+    if family.name == "Esm":  # its parameters get no gradient
+        model.contact_head = None
     with torch.no_grad():  # initialized biases and gains are zeros and ones: nothing to tell apart
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -186,7 +247,7 @@ def _program(case: Case, model: nn.Module, device: torch.device) -> Program:
 
 def without_key_biases(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out gradients of keys' biases: they are 0, and what is computed is rounding."""
-    biases = "key.bias", "k_proj.bias"
+    biases = "key.bias", "k_proj.bias", ".k.bias"
     return {name: g for name, g in gradients.items() if not name.endswith(biases)}
 
 

@@ -42,6 +42,8 @@ BY_HAND = {
     # 2 * 8192 * 8192 * 512 FLOPs a product: one forward, three backward
     "contrastive forward": (counting.contrastive(8192, 512, 2)["forward"], 87.0),
     "contrastive": (counting.contrastive(8192, 512, 2)["both"], 347.9),
+    "scaled sum": (counting.scaled_sum(16384, 768, 2)["forward"], 17.6),  # 3 * 25.2 MB
+    "rotary": (counting.rotary(8, 16, 2048, 64, 2)["forward"], 31.3),  # 4 * 33.6 MB, tables
     "softmax": (counting.softmax(32768, 1024, 2)["forward"], 31.2),  # 2 * 67.1 MB
     "cross entropy": (counting.cross_entropy(8192, 50257, 2)["forward"], 191.5),  # 823.4 MB
     # 3 products of 2 * 8192 * 50257 * 768 = 632.4 GFLOP
@@ -109,6 +111,9 @@ def test_flops_of_windows_and_gated_feed_forwards() -> None:
     assert flops() - flops(windows=[2, 2]) == 2 * 4 * 4 * (64 + 25 - seen)
     assert flops(windows=[None, 100]) == flops()
     assert flops(gated=True) - flops() == 2 * 13 * 2 * 4 * 6
+    assert flops() - flops(causal=True) == 2 * 4 * 4 * (8 * 7 + 5 * 4) // 2
+    # One head of 6 columns has products of 4 x 6, and scores of 6 columns in place of 4.
+    assert flops(head_dim=6) - flops() == 2 * (2 * 13 * 4 * 4 * 2 + 4 * 2 * (64 + 25))
 
 
 def test_flops_with_all_tokens_labelled_are_those_of_an_encoder_and_a_head() -> None:

@@ -78,7 +78,8 @@ def _written(results: dict[str, Any]) -> None:
     counts = collections.Counter(found.level for _, found in built.values())
     rows = [f"| {level} | {what} | {counts[level]} |" for level, what in LEVELS.items()]
     each = [
-        f"| {n} | {found.level} | {KNOWN.get(n) or '; '.join(found.faults) or 'as stock'} |"
+        f"| {n} | {found.level} | {_cell(found.below)} "
+        f"| {KNOWN.get(n) or '; '.join(found.faults) or 'as stock'} |"
         for n, (_, found) in built.items()
     ]
     left = [f"| {n} | {_cell(reason)} |" for n, (reason, _) in sorted(results.items()) if reason]
@@ -99,6 +100,7 @@ weights spread so that attention is not even; float32 on a CPU. Fused stands bes
 and the gradients of all parameters by the error against float64, padded on the right, on the left,
 in the middle and not at all; weights of attention; a hook inside a layer; pickled into another
 process; unfused to the bit. `tests/fusion/test_architectures.py` holds a sixth of them in CI.
+Beside a level below A stands the first place that keeps a model from it.
 
 | level | what is fused | model types |
 | --- | --- | ---: |
@@ -106,8 +108,8 @@ process; unfused to the bit. `tests/fusion/test_architectures.py` holds a sixth 
 
 {built} of {all} model types can be built this way:
 
-| model type | level | beside stock |
-| --- | --- | --- |
+| model type | level | why not A | beside stock |
+| --- | --- | --- | --- |
 {each}
 
 The others take inputs or settings that no rule here makes up, or packages that the tests do

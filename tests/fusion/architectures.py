@@ -43,9 +43,10 @@ SECONDS = 90
 
 
 class Found(NamedTuple):
-    """A model type's level of fusion, what is wrong, and what could not be examined."""
+    """A model type's level of fusion, why no further, what is wrong or could not be examined."""
 
     level: str
+    below: str
     faults: list[str]
     notes: list[str]
 
@@ -56,14 +57,14 @@ def examine(model_type: str, recipe: list[int]) -> Found:
     notes: list[str] = []
     cases = computable_cases(model, inputs, notes)
     if not cases:
-        return Found("-", [], notes)
+        return Found("-", "stock can't be compared", [], notes)
     stock = copy.deepcopy(model)
     before, kept = _state(model), [bits_of(model, given) for given in cases.values()]
     try:
         report = fusedformer.fuse(model)
     except Exception as error:
-        return Found("-", [f"fuse: {told(error)}"], notes)
-    level, faults = level_of(model, report), []
+        return Found("-", "", [f"fuse: {told(error)}"], notes)
+    (level, below), faults = level_of(model, report), []
     faults += _calls(model, report, next(iter(cases.values())))
     for name, given in cases.items():
         faults += _tried(name, functools.partial(differences, model, stock, given, notes))
@@ -73,7 +74,7 @@ def examine(model_type: str, recipe: list[int]) -> Found:
     faults += _tried("output_attentions", lambda: _attentions(model, stock, first, left, notes))
     faults += _tried("hook", lambda: _hooked(model, stock, first, notes))
     faults += _tried("unfuse", lambda: _unfused(model, before, kept, cases))
-    return Found(level, faults, sorted(set(notes)))
+    return Found(level, below, faults, sorted(set(notes)))
 
 
 def _tried(name: str, check: Callable[[], list[str]]) -> list[str]:
@@ -85,8 +86,8 @@ def _tried(name: str, check: Callable[[], list[str]]) -> list[str]:
         return [f"{name}: {told(error)}"]
 
 
-def level_of(model: Any, report: Any) -> str:
-    """Return how far a fused model went: a key of ``LEVELS``.
+def level_of(model: Any, report: Any) -> tuple[str, str]:
+    """Return how far a fused model went, a key of ``LEVELS``, and why no further.
 
     The highest is of those all of whose encoders' attention is in layers of fused steps, and which
     are packed, or have nothing to pack. A decoder beside an encoder does not count.
@@ -95,7 +96,7 @@ def level_of(model: Any, report: Any) -> str:
     def some(test: Callable[[Any], bool]) -> bool:
         return any(map(test, report.replaced))
 
-    left = {one.path for one in report.left}
+    left = {one.path: one.reason for one in report.left}
     layers = {
         one.path for one in report.replaced if "fused steps" in one.after and one.path not in left
     }
@@ -103,22 +104,35 @@ def level_of(model: Any, report: Any) -> str:
         one.path for one in report.replaced
         if one.after.startswith("packed") and one.path not in left
     }  # fmt: skip
-    places = layers | {
-        path for path, module in model.named_modules()
-        if attends(type(module)) or computes_attention(module)
-    }  # fmt: skip
-    places = {path for path in places if "decoder" not in path}
-    if layers & places and all(
-        layers & {path, *_around(path)}
-        and (packed & {*_around(path)} or not _takes_padding(_model_around(model, path)))
-        for path in places
-    ):
-        return "A"
+    reason = _below_the_highest(model, layers, packed, left)
+    if not reason:
+        return "A", ""
     if packed:
-        return "B"
+        return "B", reason
     norms = some(lambda one: "Norm" in one.before)
     attending = some(lambda one: one.before.endswith(" attention") or "with attention" in one.after)
-    return ("C" if norms else "D") if attending else "E" if norms else "-"
+    return ("C" if norms else "D") if attending else "E" if norms else "-", reason
+
+
+def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dict[str, str]) -> str:
+    """Say why a model has not the highest level, by the first place that keeps it from it."""
+    all_attending = [
+        path for path, module in model.named_modules()
+        if attends(type(module)) or computes_attention(module)
+    ]  # fmt: skip
+    places = [path for path in [*all_attending, *sorted(layers)] if "decoder" not in path]
+    for path in places:
+        around = _around(path)
+        name = type(model.get_submodule(path)).__name__
+        if not layers & {path, *around}:
+            reasons = [left[one] for one in (path, *around) if one in left]
+            return f"{name}: {reasons[0] if reasons else 'its layer has no form'}"
+        owner = _model_around(model, path)
+        if not packed & {*around} and _takes_padding(owner):
+            return f"{type(owner).__name__} is not packed"
+    if not places:
+        return "a decoder's layers" if all_attending else "no attention that is known"
+    return "" if layers else "no layer has a form"
 
 
 # Sound that is padded to one length, which is computed as silence: no mask comes with it.

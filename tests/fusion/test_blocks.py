@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -177,7 +178,7 @@ def test_open_clip_that_attends_to_another_sequence(clip: Any) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_depth_drops_what_stock_drops(timm: Any, backend: Any) -> None:
     """Whole images in either half, drawn as stock draws them, with scales and without."""
-    for scale in (0.5, None):
+    for scale in (0.5,) if backend == "triton" else (0.5, None):
         block = timm.vision_transformer.Block(
             16, 1, init_values=scale, drop_path=0.5, mlp_ratio=1
         ).train()
@@ -220,22 +221,31 @@ def test_children_that_do_more_are_called(timm: Any, path: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_on_the_kernels(timm: Any, clip: Any) -> None:
+def test_on_the_kernels(timm: Any) -> None:
     """Each kind of feed-forward block, rotation with norms of heads, biases left for the sums."""
-    cases = [
+    cases: list[tuple[Any, dict[str, Any]]] = [
         (timm.vision_transformer.Block(16, 1, init_values=0.5, mlp_ratio=1), {}),
         (timm.eva.EvaBlock(16, 1, mlp_ratio=1, qk_norm=True, swiglu_mlp=True, init_values=0.5),
          {"rope": angles(4, 8)}),
         (timm.eva.EvaBlock(16, 1, mlp_ratio=1, swiglu_mlp=True, swiglu_align_to=8), {}),
-        (clip.ResidualAttentionBlock(16, 1, mlp_ratio=1), {}),
     ]  # fmt: skip
     for block, given in cases:
-        model, x = perturbed(block).eval(), torch.randn(1, 5, 16)
-        twin = fused(model, 1)
-        with fusedformer.backend("triton"):
-            found = run(twin, x, 1, **given)
-        for name, wanted in run(model, x, 1, **given).items():
-            assert torch.allclose(found[name], wanted, atol=1e-4, rtol=1e-4), name
+        assert_same_on_kernels(block, **given)
+
+
+@pytest.mark.interpreter
+def test_open_clip_on_the_kernels(clip: Any) -> None:
+    assert_same_on_kernels(clip.ResidualAttentionBlock(16, 1, mlp_ratio=1, ls_init_value=0.5))
+
+
+def assert_same_on_kernels(block: nn.Module, **given: Any) -> None:
+    """Outputs and gradients as stock's, but for rounding."""
+    model, x = perturbed(block).eval(), torch.randn(1, 5, 16)
+    twin = fused(model, 1)
+    with fusedformer.backend("triton"):
+        found = run(twin, x, 1, **given)
+    for name, wanted in run(model, x, 1, **given).items():
+        assert torch.allclose(found[name], wanted, atol=1e-4, rtol=1e-4), name
 
 
 FAULTS: dict[str, Any] = {
@@ -265,3 +275,17 @@ def test_faults_are_seen(timm: Any, name: str, monkeypatch: pytest.MonkeyPatch) 
     if name == "halves":
         monkeypatch.setitem(_blocks._FEED_FORWARD, "timm.layers.mlp.GluMlp", value)
     assert not torch.allclose(twin(x), model(x), atol=1e-2)
+
+
+def test_a_fused_model_is_compiled_pickled_and_checkpointed(timm: Any) -> None:
+    model = eva(timm, **EVA["EVA-02"], init_values=0.5).eval()
+    twin, x = fused(model), torch.randn(2, 3, 16, 16)
+    wanted = model(x)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    again = pickle.loads(pickle.dumps(twin))
+    assert all(torch.allclose(one(x), wanted, atol=2e-5) for one in (compiled, again))
+    assert type(again.blocks[0]) is type(twin.blocks[0])
+    plain = run(twin.train(), x, 1)
+    twin.set_grad_checkpointing()
+    checkpointed = run(twin, x, 1)
+    assert all(torch.allclose(plain[n], checkpointed[n], atol=1e-5) for n in plain)

@@ -37,6 +37,10 @@ def softmax(x: Tensor) -> Tensor:
     return functional.softmax(x, -1, scale=0.5)
 
 
+def scaled_sum(x: Tensor, residual: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return functional.dropout_scale_add(x, residual, scale, input_bias=bias, p=0.0)
+
+
 def gelu(x: Tensor, bias: Tensor) -> Tensor:
     return functional.bias_activation(x, bias, "gelu")
 
@@ -45,6 +49,7 @@ CALLS: dict[Callable[..., Any], dict[str, tuple[int, ...]]] = {
     attention: {"query": (2, 2, 5, 16), "key": (2, 2, 7, 16), "value": (2, 2, 7, 16)},
     layer_norm: {"x": (3, 5, 16), "weight": (16,), "bias": (16,)},
     add_layer_norm: {"x": (5, 16), "residual": (5, 16), "weight": (16,), "bias": (16,)},
+    scaled_sum: {"x": (5, 16), "residual": (5, 16), "scale": (16,), "bias": (16,)},
     softmax: {"x": (3, 37)},
     gelu: {"x": (3, 16), "bias": (16,)},
 }

@@ -182,14 +182,14 @@ def dropout_key(seed, plane):
 
 @builtin
 def on_cuda(_semantic: Any = None) -> tl.constexpr:
-    """Whether this is compiled for a GPU of NVIDIA: not by the interpreter, which passes nothing."""
+    """Whether a GPU of NVIDIA is compiled for: the interpreter, which passes nothing, is none."""
     return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
 
 
 @triton.jit
 def _philox_product(a):
     """Compute the lower and the upper 32 bits of uint32 ``a`` times Philox's multiplier."""
-    if not INTERPRET:
+    if not INTERPRET:  # noqa: SIM102 (decided by the compiler, one by one)
         if on_cuda():
             # One instruction. The compiler would make two of what is below, or of an int64 product.
             low, high = tl.inline_asm_elementwise(
@@ -209,7 +209,7 @@ def _philox_product(a):
 def kept_or_zero(keep, x):
     """Float32 ``x`` where ``keep``, else 0, to be rounded to half precision next."""
     x = tl.where(keep, x, 0.0)
-    if not INTERPRET:
+    if not INTERPRET:  # noqa: SIM102 (decided by the compiler, one by one)
         if on_cuda():
             # Not seen through: the compiler would select after the rounding, each half of a
             # register by itself.
