@@ -7,7 +7,7 @@ import torch
 from tests.ops.judge import DTYPES, grad
 from torch import Tensor
 
-from fusedformer import backend, functional, reference
+from fusedformer import backend, functional, ops, reference
 from fusedformer.testing import assert_function_parity
 
 NORMS: dict[str, dict[str, Any]] = {
@@ -186,3 +186,11 @@ def test_positions_outside_the_tables(device: str) -> None:
         positions = torch.tensor([[0, wrong], [0, 1]])
         with pytest.raises(IndexError, match=r"0 to 4, but got"):
             functional.rotary_embedding(query, key, **tables(5, 4, device), positions=positions)
+
+
+def test_heads_by_whole_tables() -> None:
+    """As models of transformers make them: both halves of the angles are the same."""
+    x, half = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4)
+    cos, sin = (torch.cat((t, t), -1) for t in (half.cos(), half.sin()))
+    wanted, _ = functional.rotary_embedding(x, x, half.cos(), half.sin())
+    torch.testing.assert_close(ops.rotated(x, cos, sin), wanted)

@@ -62,6 +62,16 @@ def rotary_embedding(
     return found
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads ``[batch, length, ..., dim]`` by ATen.
+
+    The halves of the tables ``[1 or batch, length, dim]`` are equal, as transformers makes them.
+    """
+    pairs, between = x.shape[-1] // 2, [1] * (x.dim() - 3)
+    cos, sin = (t[..., :pairs].reshape(*t.shape[:2], *between, pairs) for t in (cos, sin))
+    return _rotated_aten(x, cos, sin, interleaved=False)
+
+
 def _angles_aten(
     cos: Tensor, sin: Tensor, positions: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor]:
