@@ -192,5 +192,6 @@ def test_heads_by_whole_tables() -> None:
     """As models of transformers make them: both halves of the angles are the same."""
     x, half = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4)
     cos, sin = (torch.cat((t, t), -1) for t in (half.cos(), half.sin()))
-    wanted, _ = functional.rotary_embedding(x, x, half.cos(), half.sin())
-    torch.testing.assert_close(ops.rotated(x, cos, sin), wanted)
+    by_head = x.transpose(1, 2)
+    wanted, _ = functional.rotary_embedding(by_head, by_head, half.cos(), half.sin())
+    torch.testing.assert_close(ops.rotated(x, cos, sin), wanted.transpose(1, 2))
