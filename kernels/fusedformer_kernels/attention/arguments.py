@@ -129,6 +129,13 @@ class AttentionArguments:
         """Whether a boolean mask says which tiles there are."""
         return self.scores.mask is not None and self.scores.mask.dtype == torch.uint8
 
+    @property
+    def n_features(self) -> int:
+        """Number of terms that take registers in score tiles, besides masks and tables."""
+        s = self.scores
+        terms = s.softcap, s.slopes, s.key_lengths, s.sinks, s.left, s.right, s.seed, s.starts_q
+        return sum(term is not None for term in terms)
+
 
 def attention_arguments(
     query: torch.Tensor,

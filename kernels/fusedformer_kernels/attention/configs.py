@@ -164,9 +164,14 @@ def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionC
     """Tile of both backward kernels; the one over queries swaps its two sides."""
     default = _attention_backward_default(kind, target)
     # Candidates are checked with equal head dims alone, and others have been wrong on a GPU with
-    # configs that were right there. With a mask of pairs ptxas waits after each product of tiles
-    # that are fine without.
-    if not kind.equal or kind.masked or kind.gathers:
+    # configs that were right there.
+    if not kind.equal or kind.gathers:
+        return default
+    if kind.masked:
+        # ptxas waits after each product of all tiles: with small ones, programs take turns.
+        is_hopper = target.backend == "cuda" and target.arch == 90
+        if is_hopper and kind.operands == "half" and kind.size == 64:
+            return AttentionConfig(4, 2, 32, 64, True)
         return default
     return tuned_config(("attention_backward", *kind.words), target, default)
 
@@ -209,25 +214,37 @@ def few_queries_backward_config(
 
 
 @cached_config
-def attention_mask_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+def attention_square_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles, no larger than the backward's longer side by default: tables are not asked."""
     config = _attention_backward_default(kind, target)
-    side = min(max(config.block_m, config.block_n), 64 if kind.operands == "half" else 32)
+    spills = kind.operands != "half" or (target.arch == 80 and kind.size == 128)
+    side = min(max(config.block_m, config.block_n), 32 if spills else 64)
     return AttentionConfig(config.num_warps, 1, side, side)
 
 
 @cached_config
-def attention_table_gradient_config(
-    kind: AttentionKind, target: Target, alone: bool
+def attention_mask_gradient_config(
+    kind: AttentionKind, target: Target, simple: bool
 ) -> AttentionConfig:
-    """Square tiles. Where the table is all that is added, four warps have registers for two tiles
-    more: their sum, and the bias."""
-    config = attention_mask_gradient_config(kind, target)
-    if target.arch == 80 and kind.operands == "half" and kind.size > 64:
-        return replace(config, block_m=32, block_n=32)
+    """Square tiles; fewer warps and more stages where the compile report shows no spills."""
+    config = attention_square_config(kind, target)
+    if target.backend != "cuda" or target.arch != 90 or kind.operands != "half":
+        return config
+    if kind.size == 64 and simple:
+        return AttentionConfig(4, 3, 64, 64)
+    return replace(config, num_stages=2 if kind.size < 256 else 1)
+
+
+@cached_config
+def attention_table_gradient_config(
+    kind: AttentionKind, target: Target, simple: bool
+) -> AttentionConfig:
+    """Square tiles. Four warps have registers for two more, their sum and the bias, where there is
+    little besides."""
+    config = attention_square_config(kind, target)
     if target.arch != 90 or kind.operands != "half" or kind.size != 64:
         return config
-    return AttentionConfig(4, 3, 64, 64) if alone else replace(config, num_stages=2)
+    return AttentionConfig(4, 3, 64, 64) if simple else replace(config, num_stages=2)
 
 
 def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:

@@ -2,7 +2,8 @@
 
 One program owns a tile of the mask (whole rows or columns of the scores where the mask has size 1
 there) and walks, in a fixed order, everything that shares it: batches, heads, rows, columns. The
-score gradients are recomputed tile by tile; no [queries, keys] temporary and no atomics.
+score gradients are recomputed tile by tile, the mask's tile is read once; no [queries, keys]
+temporary and no atomics.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fusedformer_kernels.attention.tiles import (
     key_rows,
     load_pair,
     load_row_terms,
+    mask_bias,
     place_of,
     query_rows,
     row_pointer,
@@ -45,40 +47,45 @@ def _attention_mask_gradient(
     first_column = (pid % column_blocks) * BLOCK_N
     first_row = (pid // column_blocks) % row_blocks * BLOCK_M
     mask_plane = pid // (column_blocks * row_blocks)
-    last_row, last_column = first_row + BLOCK_M, first_column + BLOCK_N
+    row_steps = 1
+    column_steps = 1
     if SHARED_ROWS:
-        last_row = n_queries
+        row_steps = tl.cdiv(n_queries, BLOCK_M)
     if SHARED_COLUMNS:
-        last_column = n_keys
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for member in range(0, shared_batch * shared_heads):
-        sequence = mask_plane // mask_heads + member // shared_heads
-        place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
-        q_base = query_rows(q_ptr, q_layout, place)
-        grad_base = query_rows(grad_ptr, grad_layout, place)
-        k_base = key_rows(k_ptr, k_layout, place)
-        v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
-        row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
-        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
-        for row_start in range(first_row, tl.minimum(last_row, place.n_queries), BLOCK_M):
-            rows = row_start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-            q, grad = load_pair(
-                q_base, grad_base, row_start, place.n_queries, q_layout, grad_layout, BLOCK_M,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, False,
-            )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-            terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
-            for start in range(first_column, tl.minimum(last_column, place.n_keys), BLOCK_N):
-                k, v = load_pair(
-                    k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM,
-                    VALUE_DIM, BLOCK_D, BLOCK_DV, False,
-                )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-                dscores, _, _ = score_gradients(
-                    q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N,
-                    True, SCALED, PRECISION,
-                )
-                total += dscores
+        column_steps = tl.cdiv(n_keys, BLOCK_N)
+    place = place_of(s, sizes, mask_plane // mask_heads, mask_plane % mask_heads)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
+    valid = (rows < n_queries)[:, None] & (columns < n_keys)[None, :]
+    mask_tile = mask_bias(rows[:, None], columns[None, :], valid, s, place)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, shared_batch * shared_heads * row_steps * column_steps):
+        member = step // (row_steps * column_steps)
+        row_start = first_row + step // column_steps % row_steps * BLOCK_M
+        start = first_column + step % column_steps * BLOCK_N
+        sequence = mask_plane // mask_heads + member // shared_heads
+        place = place_of(s, sizes, sequence, mask_plane % mask_heads + member % shared_heads)
+        q, grad = load_pair(
+            query_rows(q_ptr, q_layout, place), query_rows(grad_ptr, grad_layout, place),
+            row_start, place.n_queries, q_layout, grad_layout, BLOCK_M, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, False,
+        )  # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
+        row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
+        delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
+        terms = load_row_terms(
+            row_base, plane, delta_base, row_start + tl.arange(0, BLOCK_M), place.n_queries, SCALED
+        )
+        k_base = key_rows(k_ptr, k_layout, place)
+        v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
+        k, v = load_pair(
+            k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK_N, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, False,
+        )  # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
+        dscores, _, _ = score_gradients(
+            q, grad, k, v, terms, row_start, start, True, given, s, sizes, place, BLOCK_N, True,
+            SCALED, PRECISION, mask_tile,
+        )
+        total += dscores
     if SHARED_ROWS:
         total = tl.sum(total, 0)[None, :]
         rows = tl.zeros([1], tl.int32)
@@ -104,7 +111,8 @@ def attention_mask_gradient(
     dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     if dmask.numel() == 0:
         return dmask
-    config = configs.attention_mask_gradient_config(arguments.kind, target)
+    simple = arguments.scores.table is None and arguments.n_features <= 1
+    config = configs.attention_mask_gradient_config(arguments.kind, target, simple)
     mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
     blocks = targets.ceil_div(mask_rows, config.block_m)
     blocks *= targets.ceil_div(mask_columns, config.block_n)

@@ -1,9 +1,9 @@
 """List the tiles of a boolean attention mask that have anything in them.
 
 One program owns a block of rows (or, for the keys' side of the backward, of columns) of one plane
-of the mask, walks the tiles of its block and lists those that are not empty, in order; it marks
-those that are full, so that the attention kernels skip the empty ones and do not read the mask of
-the full ones. Reads the mask once, a byte an element; writes 4 bytes a tile.
+of the mask, walks the tiles of its block, several at a time, and lists those that are not empty, in
+order; it marks those that are full, so that the attention kernels skip the empty ones and do not
+read the mask of the full ones. Reads the mask once, a byte an element; writes 4 bytes a tile.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fusedformer_kernels.attention.arguments import AttentionArguments, broadcas
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
+
+_ELEMENTS = 16384  # that a program of 8 warps reads at a time
 
 
 class MaskTiles(NamedTuple):
@@ -45,21 +47,24 @@ def tiles_of(tiles, sequence, head, block):
 @triton.jit(do_not_specialize=COUNTS)
 def _list_mask_tiles(
     mask_ptr, entries_ptr, counts_ptr, heads, n_blocks, n_tiles, n_rows, n_columns, left, right,
-    mask_strides, BLOCK: tl.constexpr, TILE: tl.constexpr, OF_COLUMNS: tl.constexpr,
+    mask_strides, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    OF_COLUMNS: tl.constexpr,
 ):
+    """List the tiles of a block, TILES at a time."""
     pid = tl.program_id(0)
     block = pid % n_blocks
     plane = (pid // n_blocks).to(tl.int64)
     base = mask_ptr + plane // heads * mask_strides[0] + plane % heads * mask_strides[1]
-    own = block * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+    own = block * BLOCK + tl.arange(0, BLOCK)
     count = 0
-    for tile in range(0, n_tiles):
-        other = tile * TILE + tl.arange(0, TILE)[None, :]  # [1, TILE]
-        rows = own
-        columns = other
+    for tile in range(0, n_tiles, TILES):
+        other = tile * TILE + tl.arange(0, TILES * TILE)
         if OF_COLUMNS:
-            rows = other
-            columns = own
+            rows = other[:, None]  # [TILES * TILE, 1]
+            columns = own[None, :]  # [1, BLOCK]
+        else:
+            rows = own[:, None]  # [BLOCK, 1]
+            columns = other[None, :]  # [1, TILES * TILE]
         inside = (rows < n_rows) & (columns < n_columns)
         pointers = base + rows.to(tl.int64) * mask_strides[2]
         pointers += columns.to(tl.int64) * mask_strides[3]
@@ -68,10 +73,17 @@ def _list_mask_tiles(
             keep = keep & (columns - rows <= right)
         if left is not None:
             keep = keep & (columns - rows >= -left)
-        some = tl.max(tl.max(keep.to(tl.int32), 1), 0)
-        every = tl.min(tl.min((keep | (inside == 0)).to(tl.int32), 1), 0)
-        tl.store(entries_ptr + pid.to(tl.int64) * n_tiles + count, 2 * tile + 1 - every)
-        count += some
+        # Counts of both kinds in one number: a tile has less than 2^16 elements.
+        kinds = tl.where(keep, 1, tl.where(inside, 1 << 16, 0))
+        if OF_COLUMNS:
+            kinds = tl.sum(tl.sum(tl.reshape(kinds, [TILES, TILE, BLOCK]), 2), 1)  # [TILES]
+        else:
+            kinds = tl.sum(tl.sum(tl.reshape(kinds, [BLOCK, TILES, TILE]), 2), 0)
+        some = ((kinds & 0xFFFF) != 0).to(tl.int32)
+        entry = 2 * (tile + tl.arange(0, TILES)) + (kinds > 0xFFFF).to(tl.int32)
+        place = count + tl.cumsum(some, 0) - some
+        tl.store(entries_ptr + pid.to(tl.int64) * n_tiles + place, entry, mask=some != 0)
+        count += tl.sum(some, 0)
     tl.store(counts_ptr + pid, count)
 
 
@@ -97,10 +109,10 @@ def mask_tiles(
     entries = torch.empty((*counts.shape, n_tiles), dtype=torch.int32, device=mask.device)
     left, right = _window_from_diagonal(arguments)
     launch(
-        _list_mask_tiles, (counts.numel(),), targets.LaunchConfig(4, 2), mask, entries, counts,
+        _list_mask_tiles, (counts.numel(),), targets.LaunchConfig(8, 2), mask, entries, counts,
         mask.shape[1], n_blocks, n_tiles, 1 if one_row else n_rows, n_columns,
         left, right, broadcast_strides(mask, 4), BLOCK=block, TILE=tile,
-        OF_COLUMNS=of_columns,
+        TILES=max(1, _ELEMENTS // (block * tile)), OF_COLUMNS=of_columns,
     )
     batch, head, row = broadcast_strides(counts, 3)
     return MaskTiles(entries, counts, batch, head, row, n_tiles)

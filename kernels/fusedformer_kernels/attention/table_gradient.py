@@ -169,15 +169,8 @@ def attention_table_gradient(
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """
     unplanned()  # the sum is cast
-    scores = arguments.scores
-    alone = all(
-        term is None
-        for term in (
-            scores.mask, scores.seed, scores.softcap, scores.left, scores.right, scores.slopes,
-            scores.sinks, scores.key_lengths, scores.starts_q,
-        )
-    )
-    config = configs.attention_table_gradient_config(arguments.kind, target, alone)
+    simple = arguments.scores.mask is None and arguments.n_features == 0
+    config = configs.attention_table_gradient_config(arguments.kind, target, simple)
     sequences, heads, width = arguments.sequences, arguments.sizes.heads, table.shape[1]
     last_block = targets.ceil_div(arguments.max_queries, config.block_m) - 1
     diagonals = last_block + targets.ceil_div(arguments.max_keys, config.block_m)
@@ -186,14 +179,14 @@ def attention_table_gradient(
     sums = table.new_empty((sequences, heads, diagonals, 2 * config.block_m), dtype=torch.float32)
     launch(
         _attention_table_gradient, (sequences * heads * shares,), config, *tensors, sums,
-        scores, *arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
+        arguments.scores, *arguments.sizes, *layouts, tensors[0].shape[2], tensors[4][0].numel(),
         shares, diagonals, last_block, BLOCK=config.block_m, **arguments.constants,
     )
     partials = table.new_empty((sequences, heads, width), dtype=torch.float32)
     chunks = targets.ceil_div(width, _CHUNK)
     launch(
         _sum_diagonals, (sequences * heads * chunks,), targets.LaunchConfig(4, 2), sums, partials,
-        scores, *arguments.sizes, diagonals, last_block, chunks, BLOCK=config.block_m,
+        arguments.scores, *arguments.sizes, diagonals, last_block, chunks, BLOCK=config.block_m,
         CHUNK=_CHUNK,
     )
     dtable = sum_partials(partials.view(-1, table.numel()))

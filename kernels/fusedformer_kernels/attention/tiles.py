@@ -311,6 +311,20 @@ def table_bias(distances, s, sizes, place):
 
 
 @triton.jit
+def _mask_elements(rows, columns, s, place):
+    """Point to elements of the mask."""
+    pointers = place.mask + rows.to(tl.int64) * s.mask_row
+    return pointers + columns.to(tl.int64) * s.mask_column
+
+
+@triton.jit
+def mask_bias(rows, columns, valid, s, place):
+    """Load a tile of an additive mask, 0 where not ``valid``."""
+    pointers = _mask_elements(rows, columns, s, place)
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def score_tile(
     product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr,
     mask_tile=None, table_tile=None,
@@ -345,19 +359,19 @@ def score_tile(
             bias = table_bias(distances, s, sizes, place)
         scores = _with_bias(scores, factor, bias)
         factor = None
-    if s.mask is not None:
-        valid = (rows < place.n_queries) & (columns < place.n_keys)
-        valid = valid & partial
-        pointers = place.mask + rows.to(tl.int64) * s.mask_row
-        pointers += columns.to(tl.int64) * s.mask_column
-        if s.mask.dtype.element_ty != tl.uint8:
-            bias = tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
-            scores = _with_bias(scores, factor, bias)
-            factor = None
+    if s.mask is not None and s.mask.dtype.element_ty != tl.uint8:
+        bias = mask_tile
+        if mask_tile is None:
+            valid = (rows < place.n_queries) & (columns < place.n_keys) & partial
+            bias = mask_bias(rows, columns, valid, s, place)
+        scores = _with_bias(scores, factor, bias)
+        factor = None
     if factor is not None:
         scores *= factor
     if s.mask is not None and s.mask.dtype.element_ty == tl.uint8:
-        scores = tl.where(tl.load(pointers, mask=valid, other=1) != 0, scores, float("-inf"))
+        valid = (rows < place.n_queries) & (columns < place.n_keys) & partial
+        keep = tl.load(_mask_elements(rows, columns, s, place), mask=valid, other=1)
+        scores = tl.where(keep != 0, scores, float("-inf"))
     if s.key_mask is not None:
         pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_column
         keep = tl.load(pointers, mask=columns < place.n_keys, other=0)

@@ -117,7 +117,7 @@ def attention_weights(
         return weights
     arguments = attention_arguments(query, key, dim, terms)
     target = targets.target_of(query.device)
-    config = configs.attention_mask_gradient_config(arguments.kind, target)
+    config = configs.attention_square_config(arguments.kind, target)
     blocks = targets.ceil_div(n_queries, config.block_m) * targets.ceil_div(n_keys, config.block_n)
     launch(
         _attention_weights, (blocks * batch * planes,), config, query, key, statistics, weights,

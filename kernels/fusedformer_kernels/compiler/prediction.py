@@ -190,9 +190,10 @@ def _passes(launch: Launch, pairs: float | None) -> float:
         return float(given["diagonals"] * given["BLOCK"] / given["CHUNK"] / 2 / given["chunks"])
     if given.get("s") is not None and "queries" in given:
         return _passes_of_attention(launch, pairs)
-    for name in ("splits", "n_tiles"):
-        if name in given:
-            return float(given[name])
+    if "n_tiles" in given:  # of a mask, some at a time
+        return float(ceil(given["n_tiles"] / given["TILES"]))
+    if "splits" in given:
+        return float(given["splits"])
     if "n_sums" in given:  # partial sums, all of which each program reads
         return float(ceil(given["n_rows"] / given["BLOCK_M"]))
     # Rows that are too long for one tile.
