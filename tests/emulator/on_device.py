@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fusedformer import backend
 from fusedformer import functional as F
+from fusedformer_kernels.runtime import targets
+from fusedformer_kernels.runtime.primitives import wait_for_last
 
 GPU = torch.device("cuda", 0)
 
@@ -143,6 +145,22 @@ def test_kernels_and_their_cached_launches() -> None:
     found = [F.softmax(x.to(GPU), -1) for _ in range(3)]
     torch.testing.assert_close(found[0].cpu(), expected)
     assert all(torch.equal(found[0], other) for other in found)
+
+
+@triton.jit
+def _wait_and_fill(y_ptr, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_last(WAITS)
+    tl.store(y_ptr + tl.arange(0, 16), 1.0)
+
+
+def test_launches_that_begin_early() -> None:
+    """The library's do on this device; a kernel that does not wait for the one before may not."""
+    assert targets.target_of(GPU).overlaps
+    y = torch.empty(16, device=GPU)
+    _wait_and_fill[(1,)](y, True, launch_pdl=True)
+    assert (y == 1).all()
+    with pytest.raises(RuntimeError, match="an early launch of a kernel that does not wait"):
+        _wait_and_fill[(1,)](y, False, launch_pdl=True)
 
 
 def test_memory_of_the_host_is_refused() -> None:

@@ -73,7 +73,7 @@ def test_sums_begin_while_the_launch_before_them_ends_where_a_gpu_can(
     """Only if that launch lets them, and right behind it; not under the interpreter."""
     target = targets.TARGETS[name]
     can = name in ("sm_90", "sm_100")
-    assert targets.overlaps(target) is can and not targets.overlaps(targets.INTERPRETED)
+    assert target.overlaps is can and not targets.INTERPRETED.overlaps
     for y in calls_with_column_sums(device):
         with targets.assume_target(target), recorded_launches(run=False) as launches:
             y.backward(torch.randn_like(y))

@@ -217,7 +217,7 @@ def bias_activation_backward(
     )
     column_blocks = targets.ceil_div(n_columns, config.block_n)
     programs = configs.column_programs(n_rows, column_blocks, config, target)
-    overlaps = targets.overlaps(target) and wants_bias
+    overlaps = target.overlaps and wants_bias
     shape = (programs if wants_bias else 0, n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(

@@ -260,7 +260,7 @@ def embedding_backward(
         shape = programs, sum(wanted) * n_columns
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         dy_rows = rows_of(dy, n_columns)
-        overlaps = targets.overlaps(target) and any(wanted)
+        overlaps = target.overlaps and any(wanted)
         launch(
             _embedding_backward, (programs,), config,
             dy_rows, *_arguments(tables), mean, rstd, weight, seed, dz, partials, p, n_rows,

@@ -175,7 +175,7 @@ def gated_activation_backward(
     config = configs.column_tile("gated_backward", n_columns, 8, target)
     column_blocks = targets.ceil_div(n_columns, config.block_n)
     programs = configs.column_programs(n_rows, column_blocks, config, target)
-    overlaps = targets.overlaps(target) and wants_bias
+    overlaps = target.overlaps and wants_bias
     shape = (programs if wants_bias else 0, 2 * n_columns)
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(

@@ -320,7 +320,7 @@ def norm_backward(
     )
     names = "NEEDS_WEIGHT", "NEEDS_BIAS", "NEEDS_INPUT_BIAS"
     needs = dict(zip(names, wanted, strict=True))
-    overlaps = targets.overlaps(target) and any(wanted)
+    overlaps = target.overlaps and any(wanted)
     if one_pass:
         launch(
             _norm_backward, (programs,), config, saved, dz, dx, partials, n_rows, n_columns,

@@ -2,7 +2,7 @@
 
 Partial sums are added in a fixed order, without atomics. One program adds up BLOCK_N columns of all
 partial rows, of which ``configs.row_programs`` bounds the number, so that little is read. On sm_90
-its launch overlaps the end of the one that leaves the partial sums: ``targets.overlaps``.
+its launch overlaps the end of the one that leaves the partial sums: ``targets.OverlappingConfig``.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def _launch(
     n_parts = targets.ceil_div(n_columns, config.block_n)
     parts = torch.empty(n_rows * n_parts * statistics, dtype=torch.float32, device=first.device)
     chunks = ((1, 0), (0, 1)) if config.splits > 1 else ((n_parts, n_parts),)
-    overlaps = targets.overlaps(target) and config.splits > 1
+    overlaps = target.overlaps and config.splits > 1
     for n_read, n_written in chunks:
         waits = overlaps and not n_read
         early = targets.OverlappingConfig(config.num_warps, config.num_stages)

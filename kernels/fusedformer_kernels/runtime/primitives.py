@@ -63,7 +63,7 @@ def store(pointers, x, mask):
 
 @triton.jit
 def let_next_begin(OVERLAPS: tl.constexpr):
-    """Let the next launch begin before this one has ended; see ``targets.overlaps``."""
+    """Let the next launch begin before this one has ended; see ``targets.OverlappingConfig``."""
     if OVERLAPS:
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,

@@ -7,7 +7,9 @@ A config is a pure function of shape, dtype and target: ``rows/configs.py`` and
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,12 +29,13 @@ class Target:
     shared_memory: int  # bytes that one program may use
     device_name: str = ""  # of a device that is here: a user may have tuned for it
     interpreted: bool = False
+    overlaps: bool = False  # a launch may begin while the one before it ends
 
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 108, 163 * 1024),
-    "sm_90": Target("cuda", 90, 32, 132, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 148, 227 * 1024),
+    "sm_90": Target("cuda", 90, 32, 132, 227 * 1024, overlaps=True),
+    "sm_100": Target("cuda", 100, 32, 148, 227 * 1024, overlaps=True),
     "gfx942": Target("hip", "gfx942", 64, 304, 64 * 1024),
 }
 # The interpreter gets sm_90's tiles, and few multiprocessors so that persistent loops iterate.
@@ -69,7 +72,17 @@ def _cuda_target(index: int) -> Target:
     arch = properties.major * 10 + properties.minor
     # Turing, and Ada and Blackwell of the desktop, have less than the data-center parts.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Target("cuda", arch, 32, count, shared, properties.name)
+    # Drivers before CUDA 12.3 do not capture launches that overlap.
+    overlaps = arch >= 90 and _driver_version() >= 12030
+    return Target("cuda", arch, 32, count, shared, properties.name, overlaps=overlaps)
+
+
+def _driver_version() -> int:
+    """Return the version of CUDA that the driver knows: 12030 for 12.3."""
+    version = ctypes.c_int()
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")  # torch has loaded it
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 @dataclass(frozen=True)
@@ -88,22 +101,16 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class OverlappingConfig(LaunchConfig):
-    """Is for a kernel that begins while the launch before it ends: see :func:`overlaps`."""
+    """Is for a launch that begins while the one before it ends, where ``Target.overlaps``.
+
+    The first kernel says when by ``primitives.let_next_begin``. The second begins with
+    ``primitives.wait_for_last``: until then it may touch no memory, and all that the first kernel
+    wrote is there afterwards. CUDA calls it programmatic dependent launch.
+    """
 
     def options(self) -> dict[str, int]:
         """Options of the compiler, of which the launcher reads this one."""
         return super().options() | {"launch_pdl": True}
-
-
-def overlaps(target: Target) -> bool:
-    """Tell whether a launch may begin while the one before it ends (programmatic dependent launch).
-
-    The first kernel says when by ``primitives.let_next_begin``. The second, whose launch has
-    :class:`OverlappingConfig`, begins with ``primitives.wait_for_last``: until then it may touch no
-    memory, and all that the first kernel wrote is there afterwards.
-    """
-    is_hopper = target.backend == "cuda" and int(target.arch) >= 90
-    return is_hopper and not target.interpreted
 
 
 @dataclass(frozen=True)
