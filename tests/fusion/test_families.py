@@ -309,6 +309,20 @@ def test_windows_on_the_kernels(device: str) -> None:
     assert faults(model, twin, inputs, "triton") == []
 
 
+def test_windows_of_sound() -> None:
+    """CLAP's tower, in evaluation mode, as its batch norm counts batches."""
+    config = T.ClapAudioConfig(
+        spec_size=64, num_mel_bins=16, num_classes=3, patch_size=4, patch_stride=[4, 4],
+        window_size=4, hidden_size=64, patch_embeds_hidden_size=16, depths=[2, 1, 1],
+        num_attention_heads=[2, 4, 4], num_hidden_layers=3, mlp_ratio=1.5, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = perturbed(T.ClapAudioModel(config), 0).eval()
+    twin, inputs = copy.deepcopy(model), {"input_features": torch.randn(2, 1, 64, 16)}
+    report = fusedformer.fuse(model, strict=True)
+    assert sum("within windows" in one.after for one in report.replaced) == 4
+    assert faults(model, twin, inputs) == []
+
+
 def near(found: Any, wanted: Any) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
 
