@@ -344,12 +344,26 @@ def test_masks_of_windows_are_not_expanded_over_images(name: str) -> None:
 
 def test_windows_on_the_kernels(device: str) -> None:
     """Two images, four windows, shifted or not; a bias with a gradient."""
-    sizes = {**WINDOWS, "image_size": 16, "window_size": 2, "depths": [2], "num_heads": [2]}
+    sizes = {**WINDOWS, "image_size": 16, "window_size": 2, "depths": [2], "num_heads": [1]}
     model = perturbed(T.Swinv2Model(T.Swinv2Config(**sizes)), 0)
     inputs = {"pixel_values": torch.randn(2, 3, 16, 16, device=device)}
     twin = copy.deepcopy(model.to(device))
     fusedformer.fuse(model, strict=True)
     assert faults(model, twin, inputs, "triton") == []
+
+
+def test_windows_of_sound() -> None:
+    """CLAP's tower, in evaluation mode, as its batch norm counts batches."""
+    config = T.ClapAudioConfig(
+        spec_size=64, num_mel_bins=16, num_classes=3, patch_size=4, patch_stride=[4, 4],
+        window_size=4, hidden_size=64, patch_embeds_hidden_size=16, depths=[2, 1, 1],
+        num_attention_heads=[2, 4, 4], num_hidden_layers=3, mlp_ratio=1.5, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = perturbed(T.ClapAudioModel(config), 0).eval()
+    twin, inputs = copy.deepcopy(model), {"input_features": torch.randn(2, 1, 64, 16)}
+    report = fusedformer.fuse(model, strict=True)
+    assert sum("within windows" in one.after for one in report.replaced) == 4
+    assert faults(model, twin, inputs) == []
 
 
 def near(found: Any, wanted: Any) -> bool:

@@ -127,15 +127,12 @@ def test_layers_of_both_kinds_hand_biases_on(path: str, layer: int) -> None:
 
 
 def test_what_wavlm_goes_on_doing() -> None:
-    """Compiled, checkpointed, and asked for states and weights."""
+    """Checkpointed, and asked for states and weights."""
     model, inputs = model_of("wavlm, norms first").eval(), inputs_of("wavlm")
     twin = copy.deepcopy(model)
     fusedformer.fuse(model, strict=True)
     asked = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
-        encode = torch.compile(model.encoder, fullgraph=True, backend="aot_eager")
-        states = torch.randn(3, 11, SIZES["hidden_size"])
-        assert near(encode(states)[0], twin.encoder(states)[0])
         wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
         for kind in ("hidden_states", "attentions"):
             assert len(found[kind]) == len(wanted[kind]) > 1
