@@ -7,7 +7,7 @@ import torch
 from tests.ops.judge import DTYPES, grad
 from torch import Tensor
 
-from fusedformer import backend, functional, reference
+from fusedformer import backend, functional, ops, reference
 from fusedformer.testing import assert_function_parity
 
 NORMS: dict[str, dict[str, Any]] = {
@@ -164,6 +164,17 @@ def test_written_over_queries_and_keys_of_one_product(device: str) -> None:
             call(*parts * (1 + len(last)), *rest, *last, True)
             assert torch.equal(parts[0], wanted[0]) and torch.equal(parts[1], wanted[1])
             assert torch.equal(found[:, :, 2], value) and not torch.equal(parts[0], query)
+
+
+def test_heads_by_tables_that_have_each_angle_twice() -> None:
+    half = tables(9, 8, "cpu")
+    twice = [torch.cat((table, table), -1)[None] for table in half.values()]
+    query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
+    with backend("torch"):
+        wanted = functional.rotary_embedding(query, key, **half)
+        both = torch.stack((query, key), 1).permute(0, 3, 1, 2, 4)  # [batch, length, 2, heads, dim]
+        found = ops.rotated(both, *twice).permute(0, 2, 3, 1, 4).unbind(1)
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_tables_that_want_a_gradient_are_refused_by_the_kernels(device: str) -> None:

@@ -47,7 +47,7 @@ from fusedformer.ops.packing import (
     token_places,
 )
 from fusedformer.ops.relative_position import relative_position_bias
-from fusedformer.ops.rotary import rotary_embedding
+from fusedformer.ops.rotary import rotary_embedding, rotated
 from fusedformer.ops.softmax import softmax
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "relative_position_bias",
     "rms_norm",
     "rotary_embedding",
+    "rotated",
     "scale_of",
     "scaled_dot_product_attention",
     "seeds_added_to",

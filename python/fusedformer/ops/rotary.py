@@ -62,6 +62,16 @@ def rotary_embedding(
     return found
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads ``[batch, length, ..., dim]`` by ATen.
+
+    ``cos`` and ``sin`` are ``[1 or batch, length, dim]``: tables that have each angle twice.
+    """
+    shape = *cos.shape[:2], *[1] * (x.dim() - 3), cos.shape[2]
+    cos, sin = (table.view(shape)[..., : shape[-1] // 2] for table in (cos, sin))
+    return _rotated_aten(x, cos, sin, False)
+
+
 def _angles_aten(
     cos: Tensor, sin: Tensor, positions: Tensor | None, length: int
 ) -> tuple[Tensor, Tensor]:
