@@ -166,6 +166,17 @@ def test_written_over_queries_and_keys_of_one_product(device: str) -> None:
             assert torch.equal(found[:, :, 2], value) and not torch.equal(parts[0], query)
 
 
+def test_heads_by_tables_that_have_each_angle_twice() -> None:
+    half = tables(9, 8, "cpu")
+    twice = [torch.cat((table, table), -1)[None] for table in half.values()]
+    query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
+    with backend("torch"):
+        wanted = functional.rotary_embedding(query, key, **half)
+        both = torch.stack((query, key), 1).permute(0, 3, 1, 2, 4)  # [batch, length, 2, heads, dim]
+        found = ops.rotated(both, *twice).permute(0, 2, 3, 1, 4).unbind(1)
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_tables_that_want_a_gradient_are_refused_by_the_kernels(device: str) -> None:
     query, key = grad(1, 2, 5, 8, device=device), grad(1, 2, 5, 8, device=device)
     given = tables(5, 4, device)

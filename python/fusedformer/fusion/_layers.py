@@ -129,7 +129,9 @@ class FusedLayer:
             return False
         if self.calls_children() and not parts.weights_are_plain():
             return False
-        if form.clamps_half and (x.dtype is torch.float16 or x.dtype != parts.linear2.weight.dtype):
+        weight = parts.linear2.weight  # a method where products are quantized
+        other = isinstance(weight, Tensor) and x.dtype != weight.dtype
+        if form.clamps_half and (x.dtype is torch.float16 or other):
             return False
         return dtypes_fit(parts.norms(), x)
 
@@ -447,7 +449,10 @@ class FusedLayer:
     def is_known(cls, layer: Any) -> bool:
         """Return whether what ``layer`` computes is what its form says."""
         parts = cls._finder.parts(layer)
-        return parts is not None and layer._fits(parts, parts.linear2.weight)
+        if parts is None:
+            return False
+        weight = parts.linear2.weight
+        return layer._fits(parts, weight if isinstance(weight, Tensor) else parts.norm2.weight)  # type: ignore[no-any-return]
 
     @classmethod
     def is_plain(cls, layer: Any) -> bool:
