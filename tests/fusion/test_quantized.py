@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fusedformer
 
-NAMES = ["bert", "distilbert", "modernbert"]
+NAMES = ["bert", "distilbert", "modernbert", "deberta-v3"]
 
 
 def hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:

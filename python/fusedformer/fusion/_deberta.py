@@ -21,7 +21,7 @@ from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import Plan, combined, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._kept_rows import unpacked, wants_padding
-from fusedformer.fusion._rows import is_untouched, needs_batch
+from fusedformer.fusion._rows import change_in, is_untouched, needs_batch
 from fusedformer.nn.children import (
     Pending,
     are_plain,
@@ -302,8 +302,7 @@ def plan_deberta(plan: Plan, model: nn.Module, reads: str, pack: bool) -> set[in
             own = layer.attention.self
             plan.give(below, layer, combined(DebertaLayer, type(layer)), DebertaLayer.FUSED)
             if not DebertaLayer.is_plain(layer):
-                why = "something in it was replaced or hooked: its own forward runs"
-                plan.leave(below, layer, why)
+                plan.leave(below, layer, f"{change_in(layer)}: its own forward runs")
             ours = DisentangledSelfAttention
             plan.give(f"{below}.attention.self", own, combined(ours, type(own)), ours.FUSED)
             found.add(id(own))

@@ -35,12 +35,11 @@ from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
-from fusedformer.fusion._rows import has_quantized_products, needs_batch
+from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion.clients import is_known
 
 __all__ = ["plan_huggingface", "restore"]
 
-_CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = "ForQuestionAnswering", "ForQuestionAnsweringSimple"
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
@@ -213,11 +212,10 @@ def _plan_stack(
             return
         plan.give(path, module, layer, layer.fused_as())
         if not layer.is_plain(module):
-            changed = "products are quantized" if has_quantized_products(module) else _CHANGED
             instead = (
                 "its children are called" if layer.calls_children() else "its own forward runs"
             )
-            plan.leave(path, module, f"{changed}: {instead}")
+            plan.leave(path, module, f"{change_in(module)}: {instead}")
     elif reads or not pack:
         if reads and not _has_encoder(module):
             plan.leave(path, module, reads)
