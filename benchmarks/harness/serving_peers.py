@@ -38,15 +38,20 @@ def sentence_transformer(folder: Path, dtype: torch.dtype, batch: int) -> Any:
 
     Its arrays are float32 for every dtype of the model, as the embeddings of the others are.
     """
+    model = sentence_model(folder, dtype)
+    return lambda texts: torch.from_numpy(
+        model.encode(texts, batch_size=batch, show_progress_bar=False)
+    )
+
+
+def sentence_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load the encoder in ``folder`` with mean pooling and normalization."""
     library = _found("sentence_transformers")
     base = _found("sentence_transformers.base.modules")
     dense = _found("sentence_transformers.sentence_transformer.modules")
     words = base.Transformer(str(folder), max_seq_length=256, model_kwargs={"dtype": dtype})
     pooling = dense.Pooling(words.get_embedding_dimension(), "mean")
-    model = library.SentenceTransformer(modules=[words, pooling, base.Normalize()], device="cpu")
-    return lambda texts: torch.from_numpy(
-        model.encode(texts, batch_size=batch, show_progress_bar=False)
-    )
+    return library.SentenceTransformer(modules=[words, pooling, base.Normalize()], device="cpu")
 
 
 def _found(module: str) -> Any:

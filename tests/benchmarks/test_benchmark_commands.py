@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.benchmarks.square import measured_square
 
 from harness.suites import SUITES
@@ -66,3 +67,27 @@ def test_bench_is_a_command_of_the_checkout(
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c.py"))
     assert bench.main([]) == 2
     assert "checkout" in capsys.readouterr().err
+
+
+def test_the_table_of_embed_compares_what_it_times() -> None:
+    """Each is called once and compared with the truth, and then timed in turns with the others."""
+    import embed_table
+
+    turns: list[str] = []
+
+    def call(name: str, found: torch.Tensor) -> torch.Tensor:
+        turns.append(name)
+        return found
+
+    truth = torch.eye(2, dtype=torch.float64)
+    calls = {
+        ("right", 40): lambda: call("right", truth.float()),
+        ("off", None): lambda: call("off", torch.tensor([[1.0, 0.0], [3.0, 4.0]])),
+    }
+    right, off = embed_table.measured(calls, truth, rounds=2)
+    assert turns == ["right", "off"] * 3
+    assert right[:2] == ("right", 40) and right.mean_cosine == right.least_cosine == 1
+    assert off.least_cosine == pytest.approx(0.8) and off.mean_cosine == pytest.approx(0.9)
+    assert right.seconds > 0
+    cells = embed_table._cells(off._replace(seconds=0.5), 2)
+    assert cells == ["off", "", "0.50", "4", "0.900000", "0.800000"]

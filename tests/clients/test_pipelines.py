@@ -42,6 +42,29 @@ def test_a_pipeline_returns_what_stocks_does(tmp_path: Path, task: str) -> None:
         assert _labels(three_outputs[0]) == _labels(three_outputs[2])
 
 
+def test_zero_shot_classification(tmp_path: Path) -> None:
+    """Pairs of text and label; where an answer is wanted of each label by itself too."""
+    folder = saved(tmp_path, "bert")
+    labels = {"contradiction": 0, "neutral": 1, "entailment": 2}
+    names = {index: name for name, index in labels.items()}
+    auto = T.AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, num_labels=3, label2id=labels, id2label=names).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    both = three(model)
+    tokenizer = T.AutoTokenizer.from_pretrained(folder)
+    task = "zero-shot-classification"
+    asked = [T.pipeline(task, model=m, tokenizer=tokenizer, device="cpu") for m in both]
+    for multi_label in (False, True):
+        settings = dict(candidate_labels=["cat", "big dog"], multi_label=multi_label, batch_size=3)
+        found = [run(SHORT, **settings) for run in asked]
+        scores = [
+            torch.tensor([[one["scores"][one["labels"].index(n)] for n in ("cat", "big dog")]
+                          for one in each], dtype=torch.float64) for each in found
+        ]  # fmt: skip
+        assert scores[2].std() > 1e-3
+        assert_same(task, scores[0].float(), scores[1].float(), scores[2])
+
+
 def _numbers(output: Any, size: int) -> torch.Tensor:
     """Return scores, or the features of real tokens; this pipeline returns padding's too."""
     listed = [output] if isinstance(output, dict) else output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -120,6 +122,21 @@ def test_half_precision_is_pooled_in_float32(tmp_path: Path, dtype: torch.dtype)
     )  # weights of that dtype
     fusedformer.fuse(narrow)
     assert narrow.encode(TEXTS).shape == (len(TEXTS), 16)
+
+
+@pytest.mark.usefixtures("_nothing_is_unpacked")
+def test_autocast_is_nearer_than_a_bfloat16_model(tmp_path: Path) -> None:
+    """Embeddings, norms and sums stay float32, and tokens packed, in encode and in embed."""
+    both = three(dense_model(tmp_path, "bert", "mean", M.Normalize()))
+    half = copy.deepcopy(both.fused).bfloat16().encode(TEXTS[:6])
+    truth = both.truth.encode(TEXTS[:6])
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, *found = (m.encode(TEXTS[:6]) for m in (both.stock, both.fused))
+        found.append(fusedformer.embed(both.fused, TEXTS[:6]))
+    for one in found:
+        assert one.dtype == np.float32
+        assert_same("autocast", one, stock, truth)
+        assert 0 < np.linalg.norm(one - truth) < 0.8 * np.linalg.norm(half - truth)
 
 
 def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
@@ -255,6 +272,24 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
     fused.load_state_dict(before)
     trainer._load_from_checkpoint(str(tmp_path / "trained"))  # as it does for the best model
     assert all(torch.equal(p, trained[n]) for n, p in after.items())
+
+
+def test_the_peer_of_benchmarks_gives_float32_of_a_bfloat16_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As all who are compared give; made without a deprecated argument or module."""
+    from harness.serving_peers import sentence_transformer
+
+    dense = dense_model(tmp_path, "bert", "mean", M.Normalize()).bfloat16()
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        encode = sentence_transformer(tmp_path, torch.bfloat16, batch=4)
+    assert "argument was renamed" not in caplog.text
+    texts = TEXTS[:6]  # as many positions as the model has
+    found = encode(texts)
+    assert found.dtype == torch.float32
+    stock = dense.encode(texts, convert_to_tensor=True).float()
+    assert_same("peer", found, stock, dense.double().encode(texts, convert_to_tensor=True))
 
 
 def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fusedformer
 
-NAMES = ["bert", "distilbert", "modernbert", "esmc", "deberta", "mpnet", "t5"]
-CALLED = "deberta", "mpnet", "t5"  # whose layers call their children
+NAMES = ["bert", "distilbert", "modernbert", "esmc", "deberta", "deberta-v3", "mpnet", "t5"]
+CALLED = "deberta", "deberta-v3", "mpnet", "t5"  # whose layers call their children
 
 
 def hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -38,13 +38,12 @@ from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_sound import PackedSound
-from fusedformer.fusion._rows import has_quantized_products, needs_batch
+from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
 from fusedformer.fusion.clients import is_known
 
 __all__ = ["plan_huggingface", "restore"]
 
-_CHANGED = "something in it was replaced or hooked"
 # Names of classes that read a model's output at padded positions.
 _HEADS = (
     "ForQuestionAnswering", "ForQuestionAnsweringSimple", "ForXVector",
@@ -239,11 +238,10 @@ def _plan_stack(
             return
         plan.give(path, module, layer, layer.fused_as(module))
         if not layer.is_plain(module):
-            changed = "products are quantized" if has_quantized_products(module) else _CHANGED
             instead = (
                 "its children are called" if layer.calls_children() else "its own forward runs"
             )
-            plan.leave(path, module, f"{changed}: {instead}")
+            plan.leave(path, module, f"{change_in(module)}: {instead}")
     elif reads or not pack:
         if reads and not _has_encoder(module):
             plan.leave(path, module, reads)

@@ -19,9 +19,11 @@ _TOKENWISE = (
 )  # fmt: skip
 
 
-def has_quantized_products(module: nn.Module) -> bool:
-    """Return whether linear layers in ``module`` were replaced by torch.ao's quantized ones."""
-    return any(type(m).__module__.startswith("torch.ao.nn.quantized.") for m in module.modules())
+def change_in(layer: nn.Module) -> str:
+    """Say what was changed in a layer that is no longer plain."""
+    if any(type(m).__module__.startswith("torch.ao.nn.quantized.") for m in layer.modules()):
+        return "products are quantized"
+    return "something in it was replaced or hooked"
 
 
 def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
