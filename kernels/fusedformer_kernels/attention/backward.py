@@ -75,11 +75,11 @@ from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
+    cast_positive,
     dot,
     dropout_keep_tile,
     dropout_scale,
     fma,
-    kept_or_zero,
     negative,
 )
 from fusedformer_kernels.runtime.steps import unplanned
@@ -105,6 +105,7 @@ def _walk_queries(
     if query_sums.sums is not None:  # from the last back to the first
         begin = 1 - last
         end = 1 - first
+        turn = query_sums.turns + sum_tile + last  # of the last tile: turns begin at 1
     # As in the forward: one pipelined loop a kernel.
     for step in tl.range(begin, end, num_stages=None if PIPELINED else 1):
         index = step
@@ -117,6 +118,11 @@ def _walk_queries(
         )  # [BLOCK_M, BLOCK_D]
         terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
         minus_top, inverse, delta = terms
+        if s.seed is not None:
+            keep = dropout_keep_tile(
+                place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
+            )
+            keep = tl.trans(keep)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         scores, capped = score_tile(
             dot(k, tl.trans(q), zeros, PRECISION), rows[None, :], columns[:, None], partial, s,
@@ -124,36 +130,34 @@ def _walk_queries(
         )
         weights = exponentials(scores, minus_top[None, :], s, SCALED)  # [BLOCK_N, BLOCK_M]
         weights *= inverse[None, :]
-        if s.seed is not None:
-            keep = dropout_keep_tile(
-                place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
-            )
-            keep = tl.trans(keep)
         if given.pointer is None:
             grad = load_tile(
                 grad_base, start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV,
                 False,
             )  # [BLOCK_M, BLOCK_DV]
-        dropped = weights
-        if s.seed is not None:
-            dropped = kept_or_zero(keep, weights)
+        if s.seed is not None:  # a sign in place of the mask: registers for one tile
+            weights = tl.where(keep, weights, negative(weights))
         if NEEDS_V:
-            dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
+            if s.seed is not None:
+                dropped = cast_positive(weights, grad.dtype)
+            else:
+                dropped = cast(weights, grad.dtype)
+            dv = dot(dropped, grad, dv, PRECISION)
         if NEEDS_K:
             if given.pointer is not None:
                 dweights = given_gradient(given, rows[None, :], columns[:, None], place)
             else:
                 dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
             if s.seed is not None:
-                unscaled = delta[None, :] * negative(1.0 / dropout_scale(s.p))
-                dscores = fma(dropped, dweights, weights * unscaled)
+                unscaled = delta[None, :] * (s.p - 1.0)  # the caller multiplies by 1 / (1 - p)
+                dscores = fma(tl.maximum(weights, 0.0), dweights, tl.abs(weights) * unscaled)
             else:
                 dscores = weights * (dweights - delta[None, :])
             if s.softcap is not None:
                 dscores *= fma(negative(capped), capped, 1.0)
             dscores = cast(dscores, q.dtype)
             if query_sums.sums is not None:
-                seen = look_at_turn(query_sums.turns + 1 + sum_tile + index)
+                seen = look_at_turn(turn)
             dk = dot(dscores, q, dk, PRECISION)
         if query_sums.sums is not None:
             zeros = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
@@ -161,11 +165,12 @@ def _walk_queries(
             number = block
             if s.left is not None:  # the first block of keys that these queries see
                 number -= tl.maximum(start + place.offset - s.left, 0) // BLOCK_N
-            take_turn(query_sums.turns + 1 + sum_tile + index, seen, number, step > begin)
+            take_turn(turn, seen, number, step > begin)
             sums = query_sums.sums + (sum_tile + index).to(tl.int64) * (BLOCK_M * BLOCK_D)
             add_share(sums, share, query_sums.wide is not None)
+            turn -= 1
     if query_sums.sums is not None:
-        end_turn(query_sums.turns + 1 + sum_tile + first, last > first)
+        end_turn(turn + 1, last > first)
     return dk, dv
 
 

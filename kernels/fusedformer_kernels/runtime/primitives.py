@@ -26,6 +26,12 @@ COUNTS = (
 )  # fmt: skip
 
 
+@builtin
+def on_cuda(_semantic: Any = None) -> tl.constexpr:
+    """Tell whether the kernel is compiled for a GPU of NVIDIA."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Float32 ``x`` rounded to the nearest value of DTYPE, ties to even."""
@@ -35,6 +41,24 @@ def cast(x, DTYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
         return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def cast_positive(x, DTYPE: tl.constexpr):
+    """Float32 ``x`` rounded to DTYPE, 0 in place of what is negative."""
+    if not INTERPRET:
+        if on_cuda():
+            if DTYPE == tl.bfloat16:
+                return tl.inline_asm_elementwise(
+                    "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16,
+                    is_pure=True, pack=2,
+                )
+            if DTYPE == tl.float16:
+                return tl.inline_asm_elementwise(
+                    "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16,
+                    is_pure=True, pack=2,
+                )
+    return cast(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), DTYPE)
 
 
 @triton.jit
@@ -178,12 +202,6 @@ def dropout_key(seed, plane):
     zero = plane * 0
     key, offset, _, _ = tl.philox(seed, plane, zero, zero, zero)
     return key, offset
-
-
-@builtin
-def on_cuda(_semantic: Any = None) -> tl.constexpr:
-    """Whether a GPU of NVIDIA is compiled for: the interpreter, which passes nothing, is none."""
-    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
 
 
 @triton.jit
