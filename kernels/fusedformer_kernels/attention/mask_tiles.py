@@ -73,8 +73,9 @@ def _list_mask_tiles(
             keep = keep & (columns - rows <= right)
         if left is not None:
             keep = keep & (columns - rows >= -left)
-        # Counts of both kinds in one number: a tile has less than 2^16 elements.
-        kinds = tl.where(keep, 1, tl.where(inside, 1 << 16, 0))
+        # Counts of both kinds in one number: a tile has less than 2^16 elements. Columns beyond the
+        # last are hidden, so that those who read the mask need not test for them.
+        kinds = tl.where(keep, 1, tl.where(inside | (columns >= n_columns), 1 << 16, 0))
         if OF_COLUMNS:
             kinds = tl.sum(tl.sum(tl.reshape(kinds, [TILES, TILE, BLOCK]), 2), 1)  # [TILES]
         else:

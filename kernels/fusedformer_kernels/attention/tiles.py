@@ -318,6 +318,18 @@ def _mask_elements(rows, columns, s, place):
 
 
 @triton.jit
+def _where_zero(hidden, scores):
+    """Give ``scores`` where ``hidden`` is 0, and -inf where it is -1.
+
+    By bits: predicates of a tile are too many, and ptxas would pack them in words for the time of a
+    product.
+    """
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = (bits & ~hidden) | (hidden & -0x800000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mask_bias(rows, columns, valid, s, place):
     """Load a tile of an additive mask, 0 where not ``valid``."""
     pointers = _mask_elements(rows, columns, s, place)
@@ -368,16 +380,20 @@ def score_tile(
         factor = None
     if factor is not None:
         scores *= factor
+    in_mask = False  # whether the mask hides what is beyond the last key too
     if s.mask is not None and s.mask.dtype.element_ty == tl.uint8:
+        # A full tile has no key beyond the last.
+        in_mask = s.key_lengths is None and s.starts_k is None
         valid = (rows < place.n_queries) & (columns < place.n_keys) & partial
-        keep = tl.load(_mask_elements(rows, columns, s, place), mask=valid, other=1)
-        scores = tl.where(keep != 0, scores, float("-inf"))
+        keep = tl.load(_mask_elements(rows, columns, s, place), mask=valid, other=0).to(tl.int32)
+        scores = _where_zero(keep - tl.cast(partial, tl.int32), scores)
     if s.key_mask is not None:
         pointers = place.key_mask + columns.to(tl.int64) * s.key_mask_column
         keep = tl.load(pointers, mask=columns < place.n_keys, other=0)
         scores = tl.where(keep != 0, scores, float("-inf"))
     if CHECKED:
-        scores = tl.where(columns < place.n_keys, scores, float("-inf"))
+        if not in_mask:
+            scores = tl.where(columns < place.n_keys, scores, float("-inf"))
         if s.right is not None:
             scores = tl.where(distances <= s.right, scores, float("-inf"))
         if s.left is not None:
