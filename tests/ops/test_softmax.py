@@ -34,7 +34,7 @@ def test_widths(name: str, width: int, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("width", [16385, 32769, 70001])
+@pytest.mark.parametrize("width", [16385, 20480, 32769, 70001])
 def test_rows_beyond_one_pass(name: str, width: int, device: str) -> None:
     """Longer than registers hold: backward from 16,385 columns, forward from 32,769."""
     # A spread of scores, so that single probabilities stand out of the criterion's eps.

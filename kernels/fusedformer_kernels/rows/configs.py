@@ -73,7 +73,10 @@ def long_rows(
     if target.backend == "cuda" and columns % 16:  # elements are loaded one by one
         block_n, threads = LONG_ROW_CHUNK // 2, 128
     elif target.backend == "cuda":
-        block_n = CHUNK_BYTES // max(itemsizes)
+        chunk = CHUNK_BYTES
+        if columns * max(itemsizes) <= 2 * chunk:
+            chunk //= 2  # of two chunks there would be little to load ahead
+        block_n = chunk // max(itemsizes)
         room = min(target.shared_memory - 2048, IN_FLIGHT_BYTES)
         stages = min(1 + room // (block_n * sum(itemsizes)), 4)
     splits = ceil_div(columns, block_n) if 3 * n_rows < 2 * target.multiprocessors else 1
