@@ -109,10 +109,14 @@ def cache_file(device_name: str) -> Path:
     named = os.environ.get("FUSEDFORMER_TUNED_TABLE")
     if named:
         return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("FUSEDFORMER_CACHE_DIR") or Path(home) / "fusedformer")
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return folder / "tuned" / f"{slug}.json"
+    return cache_folder() / "tuned" / f"{slug}.json"
+
+
+def cache_folder() -> Path:
+    """Where what is made on a machine is kept for it."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FUSEDFORMER_CACHE_DIR") or Path(home) / "fusedformer")
 
 
 def read(path: Path) -> dict[Key, Fields]:

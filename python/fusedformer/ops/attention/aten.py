@@ -18,6 +18,7 @@ from fusedformer._internal import checks
 from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
+from fusedformer.ops.attention.compiled import attention_compiled
 from fusedformer.ops.attention.groups import Batches, Group, batches_of, groups_of, heads_apart
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import draw_kept, dropout_aten
@@ -36,6 +37,10 @@ def attention_aten(
 
     The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum.
     """
+    if not return_lse:
+        compiled = attention_compiled(query, key, value, terms)
+        if compiled is not None:
+            return compiled, None
     if terms.starts_q is not None and terms.starts_k is not None:
         lengths = terms.starts_q.diff().tolist(), terms.starts_k.diff().tolist()
         output, lse = _packed(query, key, value, terms, *lengths, return_lse)
