@@ -275,9 +275,10 @@ def test_the_trainer_trains_as_stock(tmp_path: Path) -> None:
 
 
 def test_the_peer_of_benchmarks_gives_float32_of_a_bfloat16_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As all who are compared give; made without a deprecated argument or module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from harness.serving_peers import sentence_transformer
 
     dense = dense_model(tmp_path, "bert", "mean", M.Normalize()).bfloat16()
