@@ -72,7 +72,7 @@ def _cuda_target(index: int) -> Target:
     arch = properties.major * 10 + properties.minor
     # Turing, and Ada and Blackwell of the desktop, have less than the data-center parts.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    # Drivers before CUDA 12.3 do not capture launches that overlap.
+    # CUDA graphs have edges for it since CUDA 12.3.
     overlaps = arch >= 90 and _driver_version() >= 12030
     return Target("cuda", arch, 32, count, shared, properties.name, overlaps=overlaps)
 
