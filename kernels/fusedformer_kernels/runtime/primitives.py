@@ -46,7 +46,7 @@ def cast(x, DTYPE: tl.constexpr):
 @triton.jit
 def cast_positive(x, DTYPE: tl.constexpr):
     """Float32 ``x`` rounded to DTYPE, 0 in place of what is negative."""
-    if not INTERPRET:  # noqa: SIM102 (decided by the compiler, one by one)
+    if not INTERPRET:  # noqa: SIM102 (the interpreter knows no backend)
         if on_cuda():
             if DTYPE == tl.bfloat16:
                 return tl.inline_asm_elementwise(
@@ -207,7 +207,7 @@ def dropout_key(seed, plane):
 @triton.jit
 def _philox_product(a):
     """Compute the lower and the upper 32 bits of uint32 ``a`` times Philox's multiplier."""
-    if not INTERPRET:  # noqa: SIM102 (decided by the compiler, one by one)
+    if not INTERPRET:  # noqa: SIM102 (the interpreter knows no backend)
         if on_cuda():
             # One instruction. The compiler would make two of what is below, or of an int64 product.
             low, high = tl.inline_asm_elementwise(
@@ -227,7 +227,7 @@ def _philox_product(a):
 def kept_or_zero(keep, x):
     """Float32 ``x`` where ``keep``, else 0, to be rounded to half precision next."""
     x = tl.where(keep, x, 0.0)
-    if not INTERPRET:  # noqa: SIM102 (decided by the compiler, one by one)
+    if not INTERPRET:  # noqa: SIM102 (the interpreter knows no backend)
         if on_cuda():
             # Not seen through: the compiler would select after the rounding, each half of a
             # register by itself.
