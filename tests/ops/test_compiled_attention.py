@@ -25,9 +25,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def by_torch() -> Iterator[None]:
-    if build.attend() is None:
+    if build.attention() is None:
         pytest.skip("no compiler")
-    with backend("torch"):
+    with backend("torch"), torch.no_grad():
         yield
 
 
@@ -93,6 +93,10 @@ def test_a_sequence_has_the_bits_that_it_has_alone(dtype: torch.dtype) -> None:
             assert torch.equal(attend(q, k, v, [len(part)], [len(part)]), own)
 
 
+def test_threads_are_those_of_torch() -> None:
+    assert len(build.openmp_loaded()) <= 1
+
+
 def test_nan_and_infinity_stay_with_their_queries_and_sequences() -> None:
     q, k, v = torch.randn(3, 40, 2, 16)
     clean = attend(q, k, v, [30, 10], [30, 10])
@@ -122,12 +126,15 @@ def test_what_has_more_terms_is_left_to_aten(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(found, truth.float())
 
 
-def test_gradients_are_atens() -> None:
-    q, k, v = (torch.randn(20, 2, 16, requires_grad=True) for _ in range(3))
+def test_with_gradients_on_attention_is_atens() -> None:
+    """Of tensors that require none too: frozen layers have the bits of trained ones."""
+    q, k, v = torch.randn(3, 20, 2, 16)
     found = attend(q, k, v, [20], [20])
-    assert found.requires_grad
-    with torch.no_grad():
-        torch.testing.assert_close(found, attend(q, k, v, [20], [20]))
+    with torch.enable_grad():
+        assert calls_aten(lambda: attend(q, k, v, [20], [20]))
+        trained = attend(q.requires_grad_(), k, v, [20], [20])
+    assert trained.requires_grad
+    torch.testing.assert_close(found, trained.detach())
 
 
 def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +142,15 @@ def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     compiler = tmp_path / "bad"
     compiler.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", f"{compiler} -O0")
     monkeypatch.setenv("FUSEDFORMER_CACHE_DIR", str(tmp_path))
     with pytest.warns(RuntimeWarning, match=r"attention\.cpp[^$]*no such thing"):
-        assert build.attend.__wrapped__() is None
+        assert build.attention.__wrapped__() is None
     assert not list(tmp_path.glob("cpu/*"))
-    monkeypatch.setenv("CXX", "nothing-of-that-name")
+    monkeypatch.setenv("CXX", "nothing-of-that-name -O0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.attend.__wrapped__() is None
+        assert build.attention.__wrapped__() is None
     monkeypatch.setenv("FUSEDFORMER_CPU_KERNELS", "no")
     with pytest.raises(ValueError, match="expected 'on' or 'off', but got 'no'"):
-        build.attend.__wrapped__()
+        build.attention.__wrapped__()

@@ -1,7 +1,8 @@
 """Compile the C++ beside this file with the compiler that is there, once, and load it.
 
 The library goes to the cache directory, under a name made of all that it depends on. Its threads
-are those of torch: both load the same OpenMP. ``FUSEDFORMER_CPU_KERNELS=off`` compiles nothing.
+are those of torch: it is linked to the OpenMP that torch has loaded.
+``FUSEDFORMER_CPU_KERNELS=off`` compiles nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ _SECONDS = 120.0
 
 
 @functools.cache
-def attend() -> Any:
+def attention() -> Any:
     """``fusedformer_attend`` of ``attention.cpp``; None where it cannot be compiled.
 
     Raises:
@@ -36,34 +38,36 @@ def attend() -> Any:
     said = os.environ.get("FUSEDFORMER_CPU_KERNELS", "on")
     if said not in ("on", "off"):
         raise ValueError(f"FUSEDFORMER_CPU_KERNELS: expected 'on' or 'off', but got {said!r}")
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if said == "off" or compiler is None or sys.platform != "linux":
+    compiler, *flags = shlex.split(os.environ.get("CXX") or "g++")
+    found = shutil.which(compiler)
+    if said == "off" or found is None or sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(os.fspath(_compiled(compiler)))
+        library = ctypes.CDLL(os.fspath(_compiled(found, flags)))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"fusedformer: attention on the CPU is computed by ATen, as {compiler} did not "
+            f"fusedformer: attention on the CPU is computed by ATen, as {found} did not "
             f"compile {SOURCE.name} (FUSEDFORMER_CPU_KERNELS=off leaves it out):\n{words}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    found = library.fusedformer_attend
+    attend = library.fusedformer_attend
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    found.argtypes = [
+    attend.argtypes = [
         ctypes.c_int, *[pointer] * 6, size, size, pointer, pointer, size, size,
         ctypes.c_float, ctypes.c_int,
     ]  # fmt: skip
-    found.restype = ctypes.c_int
-    return found
+    attend.restype = ctypes.c_int
+    return attend
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: str, flags: list[str]) -> Path:
     """The library, from the cache if it is there."""
     state = os.stat(compiler)
-    parts = SOURCE.read_text(), _FLAGS, compiler, state.st_size, state.st_mtime_ns, _processor()
+    command = [compiler, *flags, *_FLAGS, os.fspath(SOURCE), *openmp_loaded()]
+    parts = SOURCE.read_text(), command, state.st_size, state.st_mtime_ns, _processor()
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     library = cache_folder() / "cpu" / f"attention-{name}.so"
     if library.exists():
@@ -73,7 +77,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         subprocess.run(
-            [compiler, *_FLAGS, "-o", made, SOURCE],
+            [*command, "-o", os.fspath(made)],
             check=True,
             capture_output=True,
             text=True,
@@ -81,6 +85,12 @@ def _compiled(compiler: str) -> Path:
         )
         made.replace(library)
     return library
+
+
+def openmp_loaded() -> list[str]:
+    """The files of OpenMP that this process has loaded: with another, threads would compete."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line})
 
 
 def _processor() -> str:

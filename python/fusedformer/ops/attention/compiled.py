@@ -1,8 +1,8 @@
 """Attention of packed sequences by C++ that was compiled for this CPU, in one parallel region.
 
 ATen has no attention of packed sequences: they are copied into batches of near lengths, and each
-batch is a call of its own that waits for all threads. This is what inference takes where it can;
-gradients, masks and all other terms are left to ATen.
+batch is a call of its own that waits for all threads. This is what inference takes where it can,
+with gradients off; masks and all other terms are left to ATen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attention_compiled(
         return None
     from fusedformer_kernels.cpu import build
 
-    attend = build.attend()
+    attend = build.attention()
     if attend is None:
         return None
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -60,7 +60,10 @@ def attention_compiled(
 
 
 def _may(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> bool:
-    """Whether this is compiled: plain tensors, no gradient, and of all terms a scale alone."""
+    """Whether this is compiled: plain tensors, no gradient, and of all terms a scale alone.
+
+    Frozen layers below trained ones have the bits that they have when they are trained.
+    """
     tensors = query, key, value
     return (
         query.dtype in _DTYPES
@@ -73,7 +76,7 @@ def _may(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> bo
         )
         and query.numel() > 0
         and key.shape[1] == value.shape[1] == query.shape[1]
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.is_grad_enabled()
         and terms.scale > 0
         and not terms.p
         and all(getattr(terms, name) is None for name in _MORE)
