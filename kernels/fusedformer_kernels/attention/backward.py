@@ -118,11 +118,6 @@ def _walk_queries(
         )  # [BLOCK_M, BLOCK_D]
         terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
         minus_top, inverse, delta = terms
-        if s.seed is not None:
-            keep = dropout_keep_tile(
-                place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
-            )
-            keep = tl.trans(keep)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         scores, capped = score_tile(
             dot(k, tl.trans(q), zeros, PRECISION), rows[None, :], columns[:, None], partial, s,
@@ -130,6 +125,11 @@ def _walk_queries(
         )
         weights = exponentials(scores, minus_top[None, :], s, SCALED)  # [BLOCK_N, BLOCK_M]
         weights *= inverse[None, :]
+        if s.seed is not None:
+            keep = dropout_keep_tile(
+                place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
+            )
+            keep = tl.trans(keep)
         if given.pointer is None:
             grad = load_tile(
                 grad_base, start, place.n_queries, grad_layout, BLOCK_M, VALUE_DIM, BLOCK_DV,
