@@ -88,9 +88,8 @@ def test_the_readmes_times_are_those_of_the_results_page() -> None:
 
 
 def test_an_error_that_is_explained_exists() -> None:
-    joined = (
-        re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in (ROOT / "python").rglob("*.py")
-    )
+    files = [file for root in ("python", "kernels") for file in (ROOT / root).rglob("*.py")]
+    joined = (re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in files)
     source = re.sub(r"\{[^{}]*\}", "", "".join(joined))
     page = TEXTS["docs/troubleshooting.md"].partition("## No error")[0]
     errors = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
