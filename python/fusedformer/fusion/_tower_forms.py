@@ -1,0 +1,170 @@
+"""Describe the layers of towers of images and sound: where each family keeps what."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fusedformer.fusion import _biases
+from fusedformer.fusion._forms import Form
+from fusedformer.fusion._text_forms import BERT
+
+VIT = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.o_proj",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="attention.attention_dropout",
+    dropout1="dropout",
+    dropout2="dropout",
+    norms_first=True,
+    head_dim="head_dim",
+)
+CLIP = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    linear1="mlp.fc1",
+    activation="mlp.activation_fn",
+    linear2="mlp.fc2",
+    attention_dropout="self_attn.dropout",
+    norms_first=True,
+    head_dim="head_dim",
+    scaling="scale",
+)
+DINOV2 = dataclasses.replace(
+    VIT,
+    norm1="norm1",
+    norm2="norm2",
+    linear1="mlp.fc1|up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.activation_fn|act_fn",
+    linear2="mlp.fc2|down_proj",
+    dropout1=None,
+    dropout2=None,
+    scale1="layer_scale1.lambda1",
+    scale2="layer_scale2.lambda1",
+    depth="drop_path",
+)
+DINOV3 = dataclasses.replace(
+    DINOV2,
+    linear1="mlp.up_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+    attention_dropout="attention.dropout",
+    rotary="position_embeddings",
+    rotary_last=True,
+)
+BEIT = dataclasses.replace(
+    VIT,
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_biases.bias_of_beit,
+)
+VIDEO_MAE = dataclasses.replace(
+    BERT,
+    attention="attention.attention",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    attention_dropout="attention.attention.dropout_prob",
+    norms_first=True,
+    mask=None,
+)
+DATA2VEC_VISION = dataclasses.replace(
+    VIDEO_MAE,
+    attention_dropout="attention.attention.dropout",
+    dropout1="attention.output.dropout",
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_biases.bias_of_data2vec_vision,
+    scaling=None,
+    is_causal=False,
+    attends_itself=True,
+    returns_tuple=True,
+)
+# Of images whose tokens attend within windows.
+SWIN = dataclasses.replace(
+    VIT,
+    depth="drop_path",
+    depth_of_attention=True,
+    position_bias=_biases.bias_of_swin,
+    mask=None,
+    is_windowed=True,
+    returns_weights=True,
+)
+DONUT_SWIN = dataclasses.replace(
+    BERT,
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    depth="drop_path",
+    depth_of_attention=True,
+    position_bias=_biases.bias_of_donut_swin,
+    mask=None,
+    norms_first=True,
+    scaling=None,
+    is_windowed=True,
+    attends_itself=True,
+)
+SWINV2 = dataclasses.replace(
+    DONUT_SWIN,
+    norm1=None,
+    norm2=None,
+    out_norm="layernorm_before",
+    block_norm="layernorm_after",
+    logit_scale="attention.self.logit_scale",
+    depth_of_attention=False,
+    position_bias=_biases.bias_of_swinv2,
+)
+WHISPER = dataclasses.replace(
+    CLIP,
+    norm1="self_attn_layer_norm",
+    norm2="final_layer_norm",
+    linear1="fc1",
+    activation="activation_fn",
+    linear2="fc2",
+    dropout1="dropout",
+    hidden_dropout="activation_dropout",
+    dropout2="dropout",
+    scaling="scaling",
+    clamps_half=True,
+)
+WAV2VEC2 = Form(
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    out="attention.out_proj",
+    norm1="layer_norm",
+    norm2="final_layer_norm",
+    linear1="feed_forward.intermediate_dense",
+    activation="feed_forward.intermediate_act_fn",
+    linear2="feed_forward.output_dense",
+    attention_dropout="attention.dropout",
+    dropout1="dropout",
+    hidden_dropout="feed_forward.intermediate_dropout",
+    dropout2="feed_forward.output_dropout",
+    head_dim="head_dim",
+)
+STABLE_WAV2VEC2 = dataclasses.replace(WAV2VEC2, norms_first=True, unless="adapter_layer")
+WAVLM = dataclasses.replace(
+    WAV2VEC2,
+    buckets="attention.rel_attn_embed",
+    max_distance="max_distance",
+    gates_bias=True,
+    is_causal=False,
+    attends_itself=True,
+)
