@@ -75,7 +75,6 @@ from fusedformer_kernels.runtime.plans import planned
 from fusedformer_kernels.runtime.primitives import (
     COUNTS,
     cast,
-    cast_positive,
     dot,
     dropout_keep_tile,
     dropout_scale,
@@ -139,10 +138,10 @@ def _walk_queries(
             weights = tl.where(keep, weights, negative(weights))
         if NEEDS_V:
             if s.seed is not None:
-                dropped = cast_positive(weights, grad.dtype)
+                dropped = tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL)
             else:
-                dropped = cast(weights, grad.dtype)
-            dv = dot(dropped, grad, dv, PRECISION)
+                dropped = weights
+            dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
         if NEEDS_K:
             if given.pointer is not None:
                 dweights = given_gradient(given, rows[None, :], columns[:, None], place)

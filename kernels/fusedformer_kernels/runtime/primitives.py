@@ -44,24 +44,6 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def cast_positive(x, DTYPE: tl.constexpr):
-    """Float32 ``x`` rounded to DTYPE, 0 in place of what is negative."""
-    if not INTERPRET:  # noqa: SIM102 (the interpreter knows no backend)
-        if on_cuda():
-            if DTYPE == tl.bfloat16:
-                return tl.inline_asm_elementwise(
-                    "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16,
-                    is_pure=True, pack=2,
-                )
-            if DTYPE == tl.float16:
-                return tl.inline_asm_elementwise(
-                    "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16,
-                    is_pure=True, pack=2,
-                )
-    return cast(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), DTYPE)
-
-
-@triton.jit
 def fma(a, b, c):
     """``a * b + c`` of float32, rounded once.
 
