@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer.ops.activation import activate_aten
-from fusedformer.ops.product import product_activation, product_add
+from fusedformer.ops.product import product_activation, product_add, weight_gradient
 
 
 class Names(TorchDispatchMode):
@@ -43,4 +43,21 @@ def test_activation_within_the_product(activation: str, dtype: torch.dtype) -> N
         (y.double() - wanted).pow(2).mean().sqrt()
         for y in (product_add(ours, weight, addend.clone()), torch.addmm(addend, ours, weight))
     )
+    assert mine <= 2 * theirs
+
+
+@pytest.mark.parametrize("sizes", [(4097, 128, 136), (4200, 136, 128), (700, 384, 384)], ids=str)
+def test_gradient_of_a_weight(sizes: tuple[int, int, int]) -> None:
+    """Sums over many rows are taken in parts, each added by the call that computes it."""
+    rows, columns, inner = sizes
+    grad, x = torch.randn(2, rows // 2, columns), torch.randn(2, rows // 2, inner)
+    with Names() as names, torch.no_grad():
+        found = weight_gradient(grad, x)
+    products = [n for n in names.found if n.startswith("mkldnn::_linear_pointwise")]
+    assert len(products) == -(-2 * (rows // 2) // 1024)
+    flat, wide = (t.flatten(0, 1).double() for t in (grad, x))
+    truth = flat.t() @ wide
+    stock = grad.flatten(0, 1).t() @ x.flatten(0, 1)
+    mine, theirs = ((y.double() - truth).pow(2).mean().sqrt() for y in (found, stock))
+    assert found.is_contiguous()
     assert mine <= 2 * theirs

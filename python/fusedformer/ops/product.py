@@ -15,6 +15,9 @@ from fusedformer.ops.activation import activate_aten
 _WORTH_ONEDNN = 2**26
 # Elements of a slice, where a product is added to a wider sum: 32 MiB of float32.
 _SLICE = 2**23
+# Rows that oneDNN sums over at once for the gradient of a weight. It adds them one after another: of
+# 2,048 and more the error is 2.2 times MKL's, of these 1.6 times, and the time is the same or less.
+_ROWS_AT_ONCE = 1024
 _POST_OPS = {
     "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -48,9 +51,7 @@ def product_add(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
         turned = weight.t()
         if addend is None:
             return _onednn(x, turned, None, "none", "")
-        add = torch.ops.mkldnn._linear_pointwise.binary
-        found: Tensor = add(x, addend, turned, None, "add")
-        return found
+        return _onednn_add(x, turned, addend)
     if addend is None:
         return x @ weight
     if not addend.is_contiguous() or not addend.numel():
@@ -71,7 +72,19 @@ def input_gradient(grad: Tensor, weight: Tensor, through: Tensor | None) -> Tens
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Compute the gradient of a product's weight."""
-    return _rows(grad).t() @ _rows(x)
+    grad, x = _rows(grad), _rows(x)
+    seen = torch.is_grad_enabled() or may_be_batched()
+    if seen or x.dtype != torch.float32 or not _prefers_onednn(grad.t(), x.t(), None):
+        return grad.t() @ x
+    total = None
+    parts = (torch.split(t, _ROWS_AT_ONCE) for t in (grad, x))
+    for own, others in zip(*parts, strict=True):
+        if total is None:
+            total = _onednn(own.t(), others.t(), None, "none", "")
+        else:
+            total = _onednn_add(own.t(), others.t(), total)
+    assert total is not None
+    return total
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
@@ -88,6 +101,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, form: str) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], form)
+    return found
+
+
+def _onednn_add(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+    add = torch.ops.mkldnn._linear_pointwise.binary
+    found: Tensor = add(x, addend, weight, None, "add")
     return found
 
 
