@@ -15,8 +15,8 @@ from fusedformer.ops.activation import activate_aten
 _WORTH_ONEDNN = 2**26
 # Elements of a slice, where a product is added to a wider sum: 32 MiB of float32.
 _SLICE = 2**23
-# Rows that oneDNN sums over at once for the gradient of a weight. It adds them one after another: of
-# 2,048 and more the error is 2.2 times MKL's, of these 1.6 times, and the time is the same or less.
+# Rows that oneDNN sums over at once for the gradient of a weight, one after another: with
+# 2,048 and more the error is 2.2 times that of MKL, with these 1.6 times, in no more time.
 _ROWS_AT_ONCE = 1024
 _POST_OPS = {
     "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"),
