@@ -197,3 +197,18 @@ def test_a_fused_hugging_face_bert(dynamic: bool) -> None:
             grads = [torch.autograd.grad(r, learned, dy) for r in results]
         assert torch.allclose(results[0], results[1], atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_packed_attention_without_gradients_has_the_bits_of_eager_calls() -> None:
+    """Both by the same C++, where there is a compiler for it."""
+    torch._dynamo.reset()
+    starts = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    query, key, value = (torch.randn(12, 2, 8) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output: Tensor = F.varlen_attention(q, k, v, starts, starts, 6, 6)
+        return output
+
+    with torch.no_grad(), backend("torch"):
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, key, value)
+        assert torch.equal(compiled, attend(query, key, value))

@@ -32,12 +32,14 @@ def attention_aten(
     *,
     return_lse: bool,
     wide_lse: bool = False,
+    by_aten: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`.
 
-    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum.
+    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum. ``by_aten``
+    leaves out what ``compiled.py`` computes.
     """
-    if not return_lse:
+    if not return_lse and not by_aten:
         compiled = attention_compiled(query, key, value, terms)
         if compiled is not None:
             return compiled, None

@@ -143,7 +143,8 @@ def _packed_aten(
     if terms.starts_q is not None and checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
-    output, lse = packed.packed_attention_aten(query, key, value, return_lse, *terms)
+    by_aten = torch.is_grad_enabled()  # as eager calls have it
+    output, lse = packed.packed_attention_aten(query, key, value, return_lse, by_aten, *terms)
     return output, lse if return_lse else None
 
 
