@@ -21,6 +21,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusedformer_kernels.runtime.tuned import cache_folder
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -66,7 +68,7 @@ def attention() -> Any:
 def _compiled(compiler: str, flags: list[str]) -> Path:
     """The library, from the cache if it is there."""
     state = os.stat(compiler)
-    command = [compiler, *flags, *_FLAGS, os.fspath(SOURCE), *openmp_loaded()]
+    command = [compiler, *flags, *_FLAGS, os.fspath(SOURCE), *openmp_of_torch()]
     parts = SOURCE.read_text(), command, state.st_size, state.st_mtime_ns, _processor()
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     library = cache_folder() / "cpu" / f"attention-{name}.so"
@@ -87,10 +89,15 @@ def _compiled(compiler: str, flags: list[str]) -> Path:
     return library
 
 
-def openmp_loaded() -> list[str]:
-    """The files of OpenMP that this process has loaded: with another, threads would compete."""
+def openmp_of_torch() -> list[str]:
+    """The file of OpenMP that torch has loaded: with another's, threads would compete.
+
+    Other packages, such as scikit-learn, bring their own.
+    """
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted({line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line})
+    found = sorted({line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line})
+    folder = Path(torch.__file__).parent
+    return [file for file in found if folder in Path(file).parents] or found[:1]
 
 
 def _processor() -> str:
