@@ -96,7 +96,7 @@ def openmp_of_torch() -> list[str]:
     """
     lines = Path("/proc/self/maps").read_text().splitlines()
     found = sorted({line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line})
-    folder = Path(torch.__file__).parent
+    folder = Path(torch.__file__).resolve().parent
     return [file for file in found if folder in Path(file).parents] or found[:1]
 
 
