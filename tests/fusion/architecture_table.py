@@ -99,7 +99,7 @@ Written by `make architectures` with transformers {version}. Each model is small
 weights spread so that attention is not even; float32 on a CPU. Fused stands beside stock: outputs
 and the gradients of all parameters by the error against float64, padded on the right, on the left,
 in the middle and not at all; weights of attention; a hook inside a layer; pickled into another
-process; unfused to the bit. `tests/fusion/test_architectures.py` holds a sixth of them in CI.
+process; unfused to the bit. `tests/fusion/test_architectures.py` holds a ninth of them in CI.
 Beside a level below A stands the first place that keeps a model from it.
 
 | level | what is fused | model types |

@@ -1,6 +1,6 @@
 """Examine every architecture of transformers that can be built small, fused beside stock.
 
-``architecture_table.py`` looks at all of them, ``test_architectures.py`` at a sixth.
+``architecture_table.py`` looks at all of them, ``test_architectures.py`` at a ninth.
 """
 
 from __future__ import annotations

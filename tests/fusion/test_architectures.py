@@ -1,4 +1,4 @@
-"""A sixth of the architectures that can be built small; ``make architectures`` looks at all."""
+"""A ninth of the architectures that can be built small; ``make architectures`` looks at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fusion.models import model_of
 import fusedformer
 
 TYPES = json.loads(BUILDABLE.read_text())
-CHOSEN = [name for name in TYPES if zlib.crc32(name.encode()) % 6 == 0]
+CHOSEN = [name for name in TYPES if zlib.crc32(name.encode()) % 9 == 0]
 
 
 @pytest.fixture(autouse=True)

@@ -339,6 +339,14 @@ def _contrastive(rows: int, dtype: torch.dtype, *, sigmoid: bool = False) -> Non
         pass
 
 
+# Of rows in float16 and float32: what differs from a case beside it by an activation or a size.
+ALIKE = {
+    *(f"bias_{activation}" for activation in ACTIVATIONS if activation != "gelu"), "gated silu",
+    "softmax 100", "softmax 16384", "layer_norm 17", "layer_norm 1024", "layer_norm 4096",
+    "layer_norm 16384", "cross_entropy 50257 in place",
+}  # fmt: skip
+
+
 def compile_cases() -> list[CompileCase]:
     """List every shipped variant: kernels × dtypes × flags × sizes at which configs change."""
     full = torch.float32
@@ -346,6 +354,7 @@ def compile_cases() -> list[CompileCase]:
 
     def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: Any) -> None:
         core = dtype != torch.float16 and name in CORE and (dtype == HALF or name in CORE_FLOAT32)
+        flags["extra"] = flags.get("extra", False) or (dtype != HALF and name in ALIKE)
         cases.append(CompileCase(name, dtype, call, core=core, **flags))
 
     keep = _empty(64, 1, dtype=torch.bool)
