@@ -370,6 +370,17 @@ def near(found: Any, wanted: Any) -> bool:
     return found.shape == wanted.shape and torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
 
 
+def same_when_asked(model: Any, twin: Any, inputs: dict[str, Tensor]) -> Any:
+    """States and weights of attention are those of ``twin``, whose outputs are returned."""
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
+        for kind in ("hidden_states", "attentions"):
+            assert len(found[kind]) == len(wanted[kind]) > 1
+            assert all(map(near, found[kind], wanted[kind]))
+    return wanted
+
+
 @pytest.mark.parametrize("name", ["dinov2", "beit", "swin"])
 def test_what_a_tower_goes_on_doing(name: str) -> None:
     """Compiled, checkpointed, asked for states and weights, with a hook, with adapters."""
@@ -377,12 +388,8 @@ def test_what_a_tower_goes_on_doing(name: str) -> None:
     model.set_attn_implementation("eager")
     twin = copy.deepcopy(model)
     fusedformer.fuse(model, strict=True)
-    asked = {"output_hidden_states": True, "output_attentions": True}
+    wanted = same_when_asked(model, twin, inputs)
     with torch.no_grad():
-        wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
-        for kind in ("hidden_states", "attentions"):
-            assert len(found[kind]) == len(wanted[kind]) > 1
-            assert all(map(near, found[kind], wanted[kind]))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert near(compiled(**inputs)[0], wanted[0])
     plain = run(model.train(), inputs)

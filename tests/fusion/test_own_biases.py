@@ -18,7 +18,7 @@ from tests.fusion.models import (
     perturbed,
     run,
 )
-from tests.fusion.test_families import HOLE, rows_of_products
+from tests.fusion.test_families import HOLE, rows_of_products, same_when_asked
 from tests.fusion.test_huggingface import faults
 from torch import Tensor
 
@@ -131,12 +131,7 @@ def test_what_wavlm_goes_on_doing() -> None:
     model, inputs = model_of("wavlm, norms first").eval(), inputs_of("wavlm")
     twin = copy.deepcopy(model)
     fusedformer.fuse(model, strict=True)
-    asked = {"output_hidden_states": True, "output_attentions": True}
-    with torch.no_grad():
-        wanted, found = twin(**inputs, **asked), model(**inputs, **asked)
-        for kind in ("hidden_states", "attentions"):
-            assert len(found[kind]) == len(wanted[kind]) > 1
-            assert all(map(near, found[kind], wanted[kind]))
+    same_when_asked(model, twin, inputs)
     plain = run(model.train(), inputs)
     model.gradient_checkpointing_enable()
     again = run(model, inputs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedformer._internal.plans import unplanned
+from fusedformer._internal.tracing import is_traced, may_be_batched
 
 
 def draw_seed(p: float, device: torch.device) -> Tensor | None:
@@ -86,6 +87,11 @@ def common_dtype(dtypes: list[torch.dtype | None]) -> torch.dtype:
     """Return the dtype that all given parameters share, or float32 if they differ."""
     found = {dtype for dtype in dtypes if dtype is not None}
     return found.pop() if len(found) == 1 else torch.float32
+
+
+def must_see_operators() -> bool:
+    """Tell whether a tracer, ``torch.func`` or a batch of gradients has to see what torch does."""
+    return is_traced() or may_be_batched() or is_transformed()
 
 
 def is_transformed() -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer._internal.tracing import is_traced, may_be_batched
+from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops._registered import plain_apply
-from fusedformer.ops._shared import is_transformed
+from fusedformer.ops._shared import must_see_operators
 
 # Outside of these bounds, rounding would change a probability by more than 0.2 % of it.
 _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
@@ -79,8 +79,7 @@ def kept_factor(p: float) -> float:
 
 def _is_fast(x: Tensor, p: float) -> bool:
     # Tracers, torch.vmap and torch.func must see torch's own random calls.
-    seen = is_traced() or may_be_batched() or is_transformed()
-    return x.device.type == "cpu" and not seen and _SMALLEST <= p <= _LARGEST
+    return x.device.type == "cpu" and not must_see_operators() and _SMALLEST <= p <= _LARGEST
 
 
 class _Dropout(torch.autograd.Function):

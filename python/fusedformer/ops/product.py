@@ -76,14 +76,10 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     seen = torch.is_grad_enabled() or may_be_batched()
     if seen or x.dtype != torch.float32 or not _prefers_onednn(grad.t(), x.t(), None):
         return grad.t() @ x
-    total = None
-    parts = (torch.split(t, _ROWS_AT_ONCE) for t in (grad, x))
-    for own, others in zip(*parts, strict=True):
-        if total is None:
-            total = _onednn(own.t(), others.t(), None, "none", "")
-        else:
-            total = _onednn_add(own.t(), others.t(), total)
-    assert total is not None
+    grads, rows = (torch.split(t, _ROWS_AT_ONCE) for t in (grad, x))
+    total = _onednn(grads[0].t(), rows[0].t(), None, "none", "")
+    for part, others in zip(grads[1:], rows[1:], strict=True):
+        total = _onednn_add(part.t(), others.t(), total)
     return total
 
 

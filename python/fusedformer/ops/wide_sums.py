@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedformer._internal.tracing import is_traced, may_be_batched
+from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops._registered import plain_apply
-from fusedformer.ops._shared import is_transformed
+from fusedformer.ops._shared import must_see_operators
 
 Shape = tuple[int, ...]
 
@@ -27,7 +27,7 @@ def layer_norm(
     """Compute ``torch.layer_norm``; its parameters have the input's dtype, or float32."""
     if not _sums_in_half(input, weight, bias):
         return torch.layer_norm(input, shape, weight, bias, eps)
-    if _must_be_seen():
+    if must_see_operators():
         return _wide_layer_norm(input, shape, weight, bias, eps).to(input.dtype)
     normed: Tensor = _layer_norm(input, shape, weight, bias, eps)
     return normed
@@ -35,7 +35,7 @@ def layer_norm(
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
     """Compute ``torch.nn.functional.embedding``."""
-    if not _sums_in_half(weight, weight) or _must_be_seen():
+    if not _sums_in_half(weight, weight) or must_see_operators():
         return F.embedding(ids, weight, padding_idx)
     if padding_idx is None:
         padding_idx = -1
@@ -49,11 +49,6 @@ def _sums_in_half(rows: Tensor, *parameters: Tensor | None) -> bool:
     if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
-
-
-def _must_be_seen() -> bool:
-    """Tell whether tracers or torch.func have to see operators that they know."""
-    return is_traced() or may_be_batched() or is_transformed()
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
@@ -92,9 +87,8 @@ class _LayerNorm(torch.autograd.Function):
             wanted = [t for t, needed in zip(given, needs, strict=True) if needed]
             with torch.enable_grad():
                 again = _wide_layer_norm(input, ctx.shape, weight, bias, ctx.eps)
-            grad_enabled = torch.is_grad_enabled()
-            found = torch.autograd.grad(again, wanted, grad.float(), create_graph=grad_enabled)
-            left = iter(found)
+            twice = torch.is_grad_enabled()
+            left = iter(torch.autograd.grad(again, wanted, grad.float(), create_graph=twice))
             grads = [next(left) if needed else None for needed in needs]
         else:
             sums = torch.ops.aten.native_layer_norm_backward(
