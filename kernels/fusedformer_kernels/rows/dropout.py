@@ -44,6 +44,8 @@ def dropout_mask(
     A plane is one (batch, head) of attention, batch major; the row-wise ops use plane 0. The two
     share no draws: each lets one draw serve the elements that lie in one of its threads.
     """
+    if p == 0:  # as the ops, which then draw nothing: the smallest draw is below any threshold
+        return torch.ones((planes, n_rows, n_columns), dtype=torch.bool, device=seed.device)
     keep = torch.empty((planes, n_rows, n_columns), dtype=torch.int8, device=seed.device)
     grid = (targets.ceil_div(n_rows, 16), targets.ceil_div(n_columns, 64), planes)
     if keep.numel():
