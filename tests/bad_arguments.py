@@ -99,6 +99,7 @@ def not_tensors() -> Iterator[Row]:
         names = [name for name, value in good(function).items() if isinstance(value, Tensor)]
         if function in ATTENTIONS:
             names += ["attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "sinks"]
+            names.append("relative_bias_gate")
         for name in names:
             yield function, {name: [1.0]}, TypeError, f"'{name}' must be Tensor, not list"
             sparse = t(2, 3).to_sparse()
@@ -319,6 +320,16 @@ def attention_terms() -> Iterator[Row]:
     for function in ATTENTIONS:
         for changes, error, message in rows:
             yield function, changes, error, message
+        shape = good(function)["query"].shape[:-1]
+        for gate, error, message in (
+            (t(*shape[:-1], 9), ValueError, r"'relative_bias_gate' to have shape \("),
+            (t(*shape, 1), ValueError, r"'relative_bias_gate' to have shape \("),
+            (t(*shape, dtype=INT), TypeError, "'relative_bias_gate' .*int64"),
+        ):
+            changes = {"relative_bias": t(4, 9), "relative_bias_gate": gate}
+            yield function, changes, error, message
+        message = "'relative_bias' beside 'relative_bias_gate'.* but got None"
+        yield function, {"relative_bias_gate": t(*shape)}, ValueError, message
     weights = {"return_weights": "mean"}
     yield ATTENTIONS[0], weights, ValueError, "'return_weights' .* but got 'mean'"
 

@@ -17,7 +17,7 @@ from fusedformer.tools.compile_report import tuned_entries
 from fusedformer_kernels.attention import configs as attention
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms
 from fusedformer_kernels.rows import configs as rows
 from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
@@ -44,8 +44,7 @@ def _attention(dim: int, value_dim: int = 0, length: int = 256, **terms: Any) ->
     given = AttentionTerms(scale=0.125, **terms)
     with assume_target(SM_90), recorded_launches(run=False) as launches:
         output, _, statistics = attention_forward(q, k, v, given)
-        needs = [True] * 3 + [False] * 4
-        attention_backward(output, None, q, k, v, output, statistics, given, needs)
+        attention_backward(output, None, q, k, v, output, statistics, given, OF_HEADS_ALONE)
     return [each for each in launches if "delta" not in each.name]
 
 

@@ -72,15 +72,22 @@ ATTENTION = {
     "batch": attention(BATCH, {"return_lse": True}),
     "heads": attention(HEADS, {"return_lse": True}, attn_mask=HEADS),
     "batch, averaged weights": attention(BATCH, {"return_weights": "averaged"}, attn_mask=WHOLE),
-    "heads, weights, slopes, table, sinks": attention(
+    "heads, weights, slopes, gated table, sinks": attention(
         HEADS,
         {"return_weights": "per_head"},
         alibi_slopes=Shard(0),
         relative_bias=Shard(0),
+        relative_bias_gate=HEADS,
         sinks=Shard(0),
     ),
-    "batch, slopes, table, sinks, lengths": attention(
-        BATCH, {}, alibi_slopes=WHOLE, relative_bias=WHOLE, sinks=WHOLE, key_lengths=BATCH
+    "batch, slopes, gated table, sinks, lengths": attention(
+        BATCH,
+        {},
+        alibi_slopes=WHOLE,
+        relative_bias=WHOLE,
+        relative_bias_gate=BATCH,
+        sinks=WHOLE,
+        key_lengths=BATCH,
     ),
     "merged": Call(
         "merge_attention_states",
@@ -121,7 +128,7 @@ def inputs_of(call: Call, uneven: bool) -> dict[str, Tensor]:
     shapes |= dict.fromkeys(("input", "residual"), (batch, 4, 8))
     shapes |= dict.fromkeys(("weight", "bias", "input_bias", "scale"), (8,))
     shapes |= {"alibi_slopes": (heads,), "relative_bias": (heads, 2 * length - 1)}
-    shapes["sinks"] = (heads,)
+    shapes |= {"relative_bias_gate": (batch, heads, length), "sinks": (heads,)}
     shapes |= {
         "attn_mask": (1, heads if call.output == HEADS else 1, length, length),
         "mask": (batch, 4, 8),

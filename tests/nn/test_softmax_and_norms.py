@@ -92,7 +92,7 @@ def test_attention_module_passes_its_settings_on() -> None:
 def test_attention_module_keeps_all_its_settings() -> None:
     settings: dict[str, Any] = dict(window=(3, 1), softcap=2.0, causal_alignment="bottom_right")
     terms: dict[str, Any] = {"alibi_slopes": torch.rand(2), "relative_bias": torch.randn(2, 5)}
-    terms["sinks"] = torch.randn(2)
+    terms |= {"relative_bias_gate": torch.randn(2, 2, 5), "sinks": torch.randn(2)}
     query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
     expected = functional.scaled_dot_product_attention(query, key, key, **settings, **terms)
     module = nn.ScaledDotProductAttention(**settings)

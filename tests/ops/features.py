@@ -32,7 +32,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "key_lengths": (False, True),
     "key_mask": (False, True),
     "alibi_slopes": (None, "heads", "batch"),
-    "relative_bias": (None, 3, 100),
+    "relative_bias": (None, 3, 100, "gated"),
     "sinks": (False, True),
     "softcap": (None, 2.0),
     "dropout": (False, True),
@@ -143,7 +143,7 @@ class Call:
             whole = torch.randn(shapes["query"][0], 3, heads, dim, device=device)
             parts = (whole[:, i].requires_grad_() for i in range(3))
             inputs = dict(zip(inputs, parts, strict=True))
-        inputs |= _masks(choice, sequences, heads, queries, keys, device)
+        inputs |= _masks(choice, sequences, heads, queries, keys, shapes["query"][:-1], device)
         if choice["key_lengths"]:
             some = [max(1, 2 * n // 3) if i else n for i, (_, n) in enumerate(lengths)]
             inputs["key_lengths"] = torch.tensor(some, device=device)
@@ -256,9 +256,15 @@ class Call:
 
 
 def _masks(
-    choice: Combination, sequences: int, heads: int, queries: int, keys: int, device: str
+    choice: Combination,
+    sequences: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    rows: tuple[int, ...],
+    device: str,
 ) -> dict[str, Any]:
-    """Masks, slopes and table as the combination says."""
+    """Masks, slopes, table and gate as the combination says; ``rows`` is the gate's shape."""
     found: dict[str, Any] = {}
     shapes = {
         "boolean": (1, 1, queries, keys), "boolean keys": (sequences, 1, 1, keys),
@@ -275,7 +281,11 @@ def _masks(
         shape = (heads,) if choice["alibi_slopes"] == "heads" else (sequences, heads)
         found["alibi_slopes"] = torch.rand(shape, device=device).requires_grad_()
     if choice["relative_bias"] is not None:
-        found["relative_bias"] = grad(heads, 2 * choice["relative_bias"] + 1, device=device)
+        gated = choice["relative_bias"] == "gated"
+        radius = 20 if gated else choice["relative_bias"]
+        found["relative_bias"] = grad(heads, 2 * radius + 1, device=device)
+        if gated:
+            found["relative_bias_gate"] = grad(*rows, device=device)
     if choice["sinks"]:
         found["sinks"] = grad(heads, device=device)
     return found

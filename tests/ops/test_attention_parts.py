@@ -431,6 +431,9 @@ MEMORY: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "table as long as the sequence": lambda n, device: {
         "table": torch.rand(2, 2 * n + 1, device=device)
     },
+    "gated table": lambda n, device: {
+        "table": torch.rand(2, 257, device=device), "gate": torch.rand(1, 2, n, device=device),
+    },
     "sinks": lambda n, device: {"sinks": torch.rand(2, device=device)},
     "key lengths": lambda n, device: {"key_lengths": torch.tensor([n // 2], device=device)},
     "softcap": lambda n, device: {"softcap": 20.0},
@@ -456,7 +459,10 @@ def test_memory_grows_linearly(name: str, queries: str, device: str) -> None:
         rows = length if queries == "as many" or name == "packed" else 4
         query, key, value = (t.detach() for t in qkv(rows, length, device).values())
         terms = AttentionTerms(**MEMORY[name](length, device))
-        learned = [t is not None for t in (terms.mask, terms.slopes, terms.table, terms.sinks)]
+        if terms.gate is not None:
+            terms = terms._replace(gate=terms.gate[..., :rows])
+        given = terms.mask, terms.slopes, terms.table, terms.gate, terms.sinks
+        learned = [t is not None for t in given]
 
         def both(
             q: Any = query, k: Any = key, v: Any = value, terms: Any = terms, learned: Any = learned

@@ -26,6 +26,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
     "softcap": {"softcap": 3.0}, "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0])},
     "slopes": {"alibi_slopes": torch.tensor([0.1, 0.5, 1.0])},
+    "gated table": {"relative_bias": torch.randn(3, 7), "relative_bias_gate": torch.randn(28, 3)},
     "mask": {"attn_mask": torch.arange(54).view(6, 1, 1, 9) % 7 > 1},
     "key lengths": {"key_lengths": torch.tensor([3, 3, 0, 1, 0, 4])},
 }  # fmt: skip
@@ -45,6 +46,8 @@ def attend(tensors: list[Tensor], lengths: tuple[list[int], list[int]], **terms:
     most = [max(each) for each in lengths]
     if "attn_mask" in terms:
         terms["attn_mask"] = terms["attn_mask"][..., : most[1]]
+    if "relative_bias_gate" in terms:
+        terms["relative_bias_gate"] = terms["relative_bias_gate"][: len(tensors[0])]
     call: Any = F.varlen_attention
     return call(*tensors, *map(starts, lengths), *most, **terms)
 
@@ -75,10 +78,11 @@ def test_padding_to_a_group_changes_nothing(
     parts = [p.detach().split(n) for p, n in zip(packed, (*lengths, lengths[1]), strict=True)]
     for i, (*own, dy_own) in enumerate(zip(*parts, dy.split(lengths[0]), strict=True)):
         alone = [t.requires_grad_() for t in own]
-        terms = {k: v[i : i + 1] if "mask" in k or "lengths" in k else v
-                 for k, v in TERMS[name].items()}  # fmt: skip
-        of_one, lse = attend(alone, ([lengths[0][i]], [lengths[1][i]]), return_lse=True, **terms)
         rows, keys = (slice(sum(each[:i]), sum(each[: i + 1])) for each in lengths)
+        own_part = {"attn_mask": slice(i, i + 1), "key_lengths": slice(i, i + 1)}
+        own_part["relative_bias_gate"] = rows
+        terms = {k: v[own_part[k]] if k in own_part else v for k, v in TERMS[name].items()}
+        of_one, lse = attend(alone, ([lengths[0][i]], [lengths[1][i]]), return_lse=True, **terms)
         for ours in (outputs, output):
             torch.testing.assert_close(ours[rows], of_one)
         torch.testing.assert_close(lses[:, rows], lse)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fusedformer.ops  # noqa: F401 (registers the ops)
-from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.attention.terms import OF_HEADS_ALONE, AttentionTerms
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,8 +109,8 @@ def keys() -> dict[str, Any]:
 
 def learned() -> dict[str, Any]:
     """All that may be learned, and dropout."""
-    terms = dict(mask=leaf(1, 2, 5, 7), slopes=leaf(1, 2), table=leaf(2, 5), sinks=leaf(2))
-    return {**terms, "seed": seed(), "p": 0.5, "softcap": 2.0}
+    terms = dict(mask=leaf(1, 2, 5, 7), slopes=leaf(1, 2), table=leaf(2, 5), gate=leaf(2, 2, 5))
+    return {**terms, "sinks": leaf(2), "seed": seed(), "p": 0.5, "softcap": 2.0}
 
 
 def detached(case: tuple[Any, ...]) -> list[Any]:
@@ -166,7 +166,7 @@ def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
 
 
 def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> tuple[Any, ...]:
-    shape = dict(table=leaf(2, 5), sinks=leaf(2), seed=seed(), p=0.3)
+    shape = dict(table=leaf(2, 5), gate=leaf(1, 2, 7), sinks=leaf(2), seed=seed(), p=0.3)
     query, key, value, _, *others = detached(attention_case(packed=True, **shape))
     lse_grad = torch.randn(1, 2, 7) if with_lse else None
     return torch.randn(1, 2, 7, 4), lse_grad, query, key, value, needs, *others
@@ -297,15 +297,15 @@ CASES: dict[str, tuple[str, Any]] = {
     "attention, keys": ("attention", lambda: attention_case(**keys())),
     "attention, packed": ("attention", lambda: attention_case(packed=True, left=2, right=1)),
     "attention backward": (
-        "attention_backward", lambda: attention_backward_case([True] * 7, **learned()),
+        "attention_backward", lambda: attention_backward_case([True] * 8, **learned()),
     ),
     "attention backward, frozen keys": (
         "attention_backward",
-        lambda: attention_backward_case([True, False, True, False, True, False, True], **learned()),
+        lambda: attention_backward_case([True, False] * 4, **learned()),
     ),
     "attention backward, packed": (
         "attention_backward",
-        lambda: attention_backward_case([True] * 3 + [False] * 4, packed=True),
+        lambda: attention_backward_case(OF_HEADS_ALONE, packed=True),
     ),
     "self attention": ("self_attention", self_attention_case),
     "self attention, packed": (
@@ -340,20 +340,20 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "packed ATen backward": (
         "packed_attention_aten_backward",
-        lambda: packed_aten_backward_case([True] * 3 + [False, False, True, True], with_lse=True),
+        lambda: packed_aten_backward_case([*OF_HEADS_ALONE[:5], *[True] * 3], with_lse=True),
     ),
     "packed ATen backward, frozen": (
         "packed_attention_aten_backward",
-        lambda: packed_aten_backward_case([False, True, True, *[False] * 4]),
+        lambda: packed_aten_backward_case([False, *OF_HEADS_ALONE[1:]]),
     ),
     "weights": ("attention_weights", lambda: weights_case(False, **learned())),
     "weights, averaged": ("attention_weights", lambda: weights_case(True, torch.bfloat16)),
     "weights backward": (
-        "attention_weights_backward", lambda: weights_backward_case([True] * 6, **learned()),
+        "attention_weights_backward", lambda: weights_backward_case([True] * 7, **learned()),
     ),
     "weights backward, frozen": (
         "attention_weights_backward",
-        lambda: weights_backward_case([False, True, False, False, True, False], **learned()),
+        lambda: weights_backward_case([False, True] * 3 + [False], **learned()),
     ),
     "pack": ("gather_rows", lambda: (leaf(3, 4), torch.tensor([0, 2]), torch.tensor([0, -1, 1]))),
     "unpack": ("gather_rows", lambda: (leaf(2, 4), torch.tensor([0, -1, 1]), torch.tensor([0, 2]))),

@@ -48,6 +48,10 @@ class Scores(NamedTuple):
     table: Any
     table_head: Any
     table_column: Any
+    gate: Any  # on the table
+    gate_batch: Any
+    gate_head: Any
+    gate_row: Any
     sinks: Any
     left: Any
     right: Any
@@ -150,13 +154,15 @@ def attention_arguments(
     """
     packed = terms.starts_q is not None
     sequences = terms.starts_q.numel() - 1 if terms.starts_q is not None else query.shape[0]
-    mask, slopes, table = terms.mask, terms.slopes, terms.table
+    mask, slopes, table, gate = terms.mask, terms.slopes, terms.table, terms.gate
     additive = mask is not None and mask.dtype != torch.bool
     softcap = None if terms.softcap is None else float(terms.softcap)
     mask_batch, mask_head, mask_row, mask_column = broadcast_strides(mask, 4)
     key_mask_batch, key_mask_column = broadcast_strides(terms.key_mask, 2)
     slopes_batch, slopes_head = broadcast_strides(slopes, 2)
     table_head, table_column = broadcast_strides(table, 2)
+    # Absent strides are None too: calls without a gate are compiled as if there were none.
+    gate_strides = (None,) * 3 if gate is None else gate.stride()
     scores = Scores(
         scale=float(terms.scale),
         softcap=softcap,
@@ -175,6 +181,10 @@ def attention_arguments(
         table=table,
         table_head=table_head,
         table_column=table_column,
+        gate=gate,
+        gate_batch=gate_strides[0],
+        gate_head=gate_strides[1],
+        gate_row=gate_strides[2],
         sinks=contiguous_vector(terms.sinks),
         left=terms.left,
         right=terms.right,

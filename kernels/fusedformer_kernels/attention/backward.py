@@ -31,6 +31,7 @@ from fusedformer_kernels.attention.arguments import (
 )
 from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.few_queries import few_queries_backward
+from fusedformer_kernels.attention.gate_gradient import attention_gate_gradient
 from fusedformer_kernels.attention.mask_gradient import attention_mask_gradient
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.query_sums import (
@@ -355,11 +356,11 @@ def attention_backward(
     needs: list[bool],
     into: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor | None, ...]:
-    """Compute gradients of (query, key, value, mask, slopes, table, sinks), None if not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, gate, sinks).
 
-    ``statistics`` are those of the forward, of all keys; ``grad`` and ``lse_grad`` those of the
-    output and of the log-sum-exp, either of which may be None. The first three gradients are
-    written to ``into`` if given: views of one gradient, say.
+    None if not needed. ``statistics`` are those of the forward, of all keys; ``grad`` and
+    ``lse_grad`` those of the output and of the log-sum-exp, either of which may be None. The first
+    three gradients are written to ``into`` if given: views of one gradient, say.
     """
     statistics = contiguous(statistics)
     if grad is None:
@@ -388,12 +389,13 @@ def score_gradients_of(
     into: tuple[torch.Tensor, ...] = (),
     positions: PositionTerms | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Compute gradients of (query, key, value, mask, slopes, table, lse), None if not needed.
+    """Compute gradients of (query, key, value, mask, slopes, table, gate, lse).
 
-    They come from ``grad`` and ``delta``, or from ``given``; that of lse only in the second case.
+    None if not needed. They come from ``grad`` and ``delta``, or from ``given``; that of lse only
+    in the second case.
     """
-    needs_q, needs_k, needs_v, needs_mask, needs_slopes, needs_table = needs
-    mask, slopes, table = terms.mask, terms.slopes, terms.table
+    needs_q, needs_k, needs_v, needs_mask, needs_slopes, needs_table, needs_gate = needs
+    mask, slopes, table, gate = terms.mask, terms.slopes, terms.table, terms.gate
 
     def empty_like(tensor: torch.Tensor) -> torch.Tensor:
         # [batch, length, heads, dim] in memory, as the projections before attention lie.
@@ -412,7 +414,7 @@ def score_gradients_of(
     arguments = attention_arguments(query, key, value_dim, terms, positions)
     if statistics.numel() == 0 or key.shape[2] == 0 or arguments.sequences == 0:
         unplanned()
-        wanted = zip((mask, slopes, table), needs[3:], strict=True)
+        wanted = zip((mask, slopes, table, gate), needs[3:], strict=True)
         zeros = [None if t is None or not need else torch.zeros_like(t) for t, need in wanted]
         first = [None if g is None else g.zero_() for g in (dq, dk, dv)]
         return *first, *zeros, None if dlse is None else dlse.zero_()
@@ -430,14 +432,16 @@ def score_gradients_of(
         few_queries_backward(tensors, layouts, dq, dk, dv, work, blocks, arguments, few)
     else:
         _fill_gradients(tensors, layouts, dq, dk, dv, dlse, arguments, terms, target)
-    dmask, dslopes, dtable = None, None, None
+    dmask, dslopes, dtable, dgate = None, None, None, None
     if needs_mask and mask is not None:
         dmask = attention_mask_gradient(mask, tensors, layouts, arguments, target)
     if needs_slopes and slopes is not None:
         dslopes = attention_slope_gradient(slopes, lse_grad, tensors, layouts, arguments, target)
     if needs_table and table is not None:
         dtable = attention_table_gradient(table, tensors, layouts, arguments, target)
-    return dq, dk, dv, dmask, dslopes, dtable, dlse
+    if needs_gate and gate is not None:
+        dgate = attention_gate_gradient(gate, lse_grad, tensors, layouts, arguments, terms, target)
+    return dq, dk, dv, dmask, dslopes, dtable, dgate, dlse
 
 
 def _fill_gradients(

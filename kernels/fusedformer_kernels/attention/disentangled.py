@@ -27,7 +27,7 @@ from fusedformer_kernels.attention.arguments import (
 from fusedformer_kernels.attention.backward import score_gradients_of
 from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.schedule import blocks_of
-from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     Given,
     key_rows,
@@ -189,7 +189,7 @@ def disentangled_backward(
     statistics = contiguous(statistics)
     precision = precision_of(query, value.shape[3])
     delta = attention_delta(grad, output, None, statistics, precision)
-    needs = [True, True, True, False, False, False]
+    needs = OF_HEADS_ALONE[:-1]
     first = score_gradients_of(
         query, key, value, grad, statistics, delta, None, Given(), terms, needs, (), positions
     )[:3]

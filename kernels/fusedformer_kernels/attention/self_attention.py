@@ -11,10 +11,8 @@ import torch
 
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms
 from fusedformer_kernels.runtime.plans import planned
-
-_NEEDS = [True] * 3 + [False] * 4
 
 # Of all three; or query, and key and value in one; or query, key and value.
 Projected = tuple[torch.Tensor, ...]
@@ -45,7 +43,7 @@ def self_attention_backward(
     query, key, value = _views(projected, batch, heads)
     attention_backward(
         _heads(grad, batch, heads), None, query, key, value, _heads(merged, batch, heads),
-        statistics, terms, _NEEDS, _views(found, batch, heads),
+        statistics, terms, OF_HEADS_ALONE, _views(found, batch, heads),
     )
     return found
 

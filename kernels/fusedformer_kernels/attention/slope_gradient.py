@@ -3,9 +3,7 @@
     dslope = -sum(ds * abs(distance))
 
 One program owns a share of the row blocks of one head of one sequence, walks the keys, and leaves
-a partial sum of its own: no atomics. The ds of a row add up to the gradient of its lse (and what a
-sink takes) but for the rounding of delta, which distances would magnify: the sums are freed of it.
-Scores are recomputed.
+a partial sum of its own: no atomics. Scores are recomputed.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from fusedformer_kernels.attention.tiles import (
     row_pointer,
     score_gradients,
     sink_of,
+    table_bias,
     taken_by_sink,
 )
 from fusedformer_kernels.rows.reduction import sum_partials
@@ -36,6 +35,56 @@ from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS
 from fusedformer_kernels.runtime.steps import unplanned
+
+
+@triton.jit
+def weighted_row_sums(
+    q, grad, terms, k_base, v_base, first_row, given, lse_grad_ptr, lse_grad_strides, s, sizes,
+    place, k_layout, v_layout, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, BY_TABLE: tl.constexpr,
+):
+    """Compute rowsum(ds * w) of a block of queries: w is abs(distance), or the table's entry.
+
+    The ds of a row add up to the gradient of its lse (and what a sink takes) but for the rounding
+    of delta, which w would magnify: the sums are freed of it.
+    """
+    rows = first_row + tl.arange(0, BLOCK)  # [BLOCK]
+    far = tl.zeros([BLOCK], tl.float32)  # rowsum(ds * w)
+    excess = tl.zeros([BLOCK], tl.float32)  # rowsum(ds) less what it should be
+    mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * w), before it is normalized
+    if lse_grad_ptr is not None:
+        excess -= load_strided_rows(
+            lse_grad_ptr, lse_grad_strides, place.batch, place.head, place.q_start + rows,
+            rows < place.n_queries,
+        )
+    if s.sinks is not None and given.pointer is None:
+        excess -= taken_by_sink(sink_of(s.sinks + place.head, SCALED), terms, SCALED)
+    first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
+    for index in tl.range(first, last, num_stages=1):
+        start = index * BLOCK
+        k, v = load_pair(
+            k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK, HEAD_DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, False,
+        )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
+        columns = start + tl.arange(0, BLOCK)
+        distances = columns[None, :] - rows[:, None] - place.offset
+        bias = None
+        if BY_TABLE:
+            bias = table_bias(distances, s, sizes, place)
+        dscores, _product, weights = score_gradients(
+            q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
+            SCALED, PRECISION, table_tile=bias,
+        )
+        factor = bias
+        if not BY_TABLE:
+            factor = tl.abs(distances).to(tl.float32)
+        far += tl.sum(dscores * factor, 1)
+        excess += tl.sum(dscores, 1)
+        mean += tl.sum(weights * factor, 1)
+    if given.pointer is None:
+        far -= mean * terms[1] * excess
+    return far
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -68,35 +117,11 @@ def _attention_slope_gradient(
             VALUE_DIM, BLOCK_D, BLOCK_DV, False,
         )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
         terms = load_row_terms(row_base, plane, delta_base, rows, place.n_queries, SCALED)
-        far = tl.zeros([BLOCK], tl.float32)  # rowsum(ds * distance)
-        excess = tl.zeros([BLOCK], tl.float32)  # rowsum(ds) less what it should be
-        mean = tl.zeros([BLOCK], tl.float32)  # rowsum(p * distance), before it is normalized
-        if lse_grad_ptr is not None:
-            excess -= load_strided_rows(
-                lse_grad_ptr, lse_grad_strides, place.batch, place.head, place.q_start + rows,
-                rows < place.n_queries,
-            )
-        if s.sinks is not None and given.pointer is None:
-            excess -= taken_by_sink(sink_of(s.sinks + place.head, SCALED), terms, SCALED)
-        first, _full, last = key_tiles_of_rows(s, place, first_row, BLOCK, BLOCK)
-        for index in tl.range(first, last, num_stages=1):
-            start = index * BLOCK
-            k, v = load_pair(
-                k_base, v_base, start, place.n_keys, k_layout, v_layout, BLOCK, HEAD_DIM,
-                VALUE_DIM, BLOCK_D, BLOCK_DV, False,
-            )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
-            dscores, _product, weights = score_gradients(
-                q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
-                SCALED, PRECISION,
-            )
-            columns = start + tl.arange(0, BLOCK)
-            distance = tl.abs(columns[None, :] - rows[:, None] - place.offset).to(tl.float32)
-            far += tl.sum(dscores * distance, 1)
-            excess += tl.sum(dscores, 1)
-            mean += tl.sum(weights * distance, 1)
-        if given.pointer is None:
-            far -= mean * terms[1] * excess
-        slope_sum -= far
+        slope_sum -= weighted_row_sums(
+            q, grad, terms, k_base, v_base, first_row, given, lse_grad_ptr, lse_grad_strides, s,
+            sizes, place, k_layout, v_layout, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK,
+            SCALED, PRECISION, False,
+        )
     tl.store(dslope_ptr + partial_row, tl.sum(slope_sum, 0))
 
 

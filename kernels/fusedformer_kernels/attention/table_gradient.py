@@ -1,6 +1,6 @@
 """Compute the gradient of attention's table of relative biases.
 
-    dtable[r] = sum of ds where clamp(distance) = r
+    dtable[r] = sum of ds, times the query's gate, where clamp(distance) = r
 
 One program owns a share of the diagonals of square score tiles of one head of one sequence. Tiles
 of a diagonal have the same distances, so their score gradients are added up element by element, and
@@ -21,6 +21,7 @@ import triton.language as tl
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.tiles import (
+    gates,
     key_rows,
     load_pair,
     load_row_terms,
@@ -100,6 +101,8 @@ def _attention_table_gradient(
                 q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
                 SCALED, PRECISION, table_tile=bias,
             )
+            if s.gate is not None:
+                dscores *= gates(first_row + rows, s, place)
             total += dscores
         at = (pid // shares).to(tl.int64) * diagonals + index
         sums = sums_ptr + at * (2 * BLOCK)

@@ -24,6 +24,7 @@ class AttentionTerms(NamedTuple):
     key_lengths: Tensor | None = None  # integer [B]: keys at and beyond are hidden; S is then this
     slopes: Tensor | None = None  # [1 or B, H]: -slope * abs(distance) is added
     table: Tensor | None = None  # [1 or H, 2R + 1]: entry R + clamp(distance, -R, R) is added
+    gate: Tensor | None = None  # [B, H, L], packed [1, H, tokens]: factor on what the table adds
     sinks: Tensor | None = None  # [H]: a logit in each query's sum that no key and no value has
     starts_q: Tensor | None = None  # integer [B + 1]
     starts_k: Tensor | None = None  # integer [B + 1]
@@ -49,4 +50,7 @@ class PositionTerms(NamedTuple):
     of_keys: Tensor | None  # [B, H, S, W]
 
 
-N_TENSORS = 9  # fields that are tensors or None; they come first
+N_TENSORS = 10  # fields that are tensors or None; they come first
+
+# Gradients that a backward gives: those of query, key and value, and of no term.
+OF_HEADS_ALONE = [*[True] * 3, *[False] * 5]

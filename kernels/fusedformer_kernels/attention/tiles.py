@@ -49,6 +49,7 @@ class Place(NamedTuple):
     key_mask: Any
     slope: Any
     table: Any  # at distance 0
+    gate: Any  # at the first query
     of_queries: Any  # at the first query
     of_keys: Any
 
@@ -113,6 +114,7 @@ def place_of(s, sizes, sequence, head):
     key_mask = batch
     slope = batch
     table = batch
+    gate = batch
     of_queries = batch
     of_keys = batch
     key = sequence
@@ -126,6 +128,8 @@ def place_of(s, sizes, sequence, head):
         slope = slope.to(tl.float32)
     if s.table is not None:
         table = s.table + wide * s.table_head + sizes.radius * s.table_column
+    if s.gate is not None:
+        gate = s.gate + index * s.gate_batch + wide * s.gate_head + q_start * s.gate_row
     if s.of_queries is not None:
         of_queries = s.of_queries + index * s.of_queries_batch + wide * s.of_queries_head
         of_queries += q_start * s.n_buckets
@@ -136,7 +140,7 @@ def place_of(s, sizes, sequence, head):
         key, key_offset = dropout_key(tl.load(s.seed), sequence * sizes.heads + head)
     return Place(
         index, wide, wide // s.group, q_start, k_start, stored_queries, n_keys, stored_keys,
-        offset, key, key_offset, mask, key_mask, slope, table, of_queries, of_keys,
+        offset, key, key_offset, mask, key_mask, slope, table, gate, of_queries, of_keys,
     )
 
 
@@ -311,6 +315,13 @@ def table_bias(distances, s, sizes, place):
 
 
 @triton.jit
+def gates(rows, s, place):
+    """Load the factors on the biases of ``rows``, in whose shape; 0 beyond the last query."""
+    pointers = place.gate + rows.to(tl.int64) * s.gate_row
+    return tl.load(pointers, mask=rows < place.n_queries, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _mask_elements(rows, columns, s, place):
     """Point to elements of the mask."""
     pointers = place.mask + rows.to(tl.int64) * s.mask_row
@@ -369,6 +380,8 @@ def score_tile(
         bias = table_tile
         if table_tile is None:
             bias = table_bias(distances, s, sizes, place)
+        if s.gate is not None:
+            bias *= gates(rows, s, place)
         scores = _with_bias(scores, factor, bias)
         factor = None
     if s.mask is not None and s.mask.dtype.element_ty != tl.uint8:

@@ -138,7 +138,7 @@ def attention_weights_backward(
     average: bool,
     needs: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Compute gradients of (query, key, lse, mask, slopes, table), None where not needed."""
+    """Compute gradients of (query, key, lse, mask, slopes, table, gate), None if not needed."""
     heads = query.shape[1]
     statistics = contiguous(statistics)
     batch_stride, head_stride, row_stride, column_stride = grad.stride()
@@ -148,7 +148,7 @@ def attention_weights_backward(
     given = Given(grad, batch_stride, head_stride, row_stride, column_stride, factor)
     needs_q, needs_k, needs_lse, *others = needs
     wanted = [needs_q, needs_k, False, *others]
-    dq, dk, _, dmask, dslopes, dtable, dlse = score_gradients_of(
+    dq, dk, _, *learned, dlse = score_gradients_of(
         query, key, None, None, statistics, None, None, given, terms, wanted
     )
-    return dq if needs_q else None, dk, dlse if needs_lse else None, dmask, dslopes, dtable
+    return dq if needs_q else None, dk, dlse if needs_lse else None, *learned

@@ -228,6 +228,7 @@ def _attention(
     weights: str = "",
     one_pass: bool = False,
     gradients: bool = True,
+    gated: bool = False,
     **terms: Any,
 ) -> None:
     length, heads, batch = keys, 16, 4
@@ -249,7 +250,11 @@ def _attention(
         terms |= {"starts_q": starts, "starts_k": starts}
         terms |= {"max_queries": queries // batch, "max_keys": length // batch}
     given = AttentionTerms(mask=masks[mask], scale=0.125, **terms)
-    learned = [mask == "additive", *(t is not None for t in (given.slopes, given.table))]
+    if gated:
+        gate = _empty(leading, queries, heads, dtype=dtype).transpose(1, 2)
+        given = given._replace(gate=gate)
+    learned = [mask == "additive"]
+    learned += [t is not None for t in (given.slopes, given.table, given.gate)]
     if weights:
         statistics = _empty(2, batch, heads, queries, dtype=torch.float32)
         average = weights == "averaged"
@@ -459,6 +464,7 @@ def compile_cases() -> list[CompileCase]:
         "dropout": {"p": 0.1, "seed": _seed()},
         "slopes": {"slopes": positions["slopes"]},
         "relative bias": {"table": positions["table"]},
+        "gated relative bias": {"table": positions["table"], "gated": True, "packed": True},
         "softcap": {"softcap": 30.0},
         "window": {"left": 128, "right": 128},
         "causal window": {"left": 256, "right": 0, "align_end": True},
@@ -479,6 +485,7 @@ def compile_cases() -> list[CompileCase]:
     everything = {
         "mask": "additive", "right": 0, "left": 512, "align_end": True, "softcap": 30.0,
         **variants["dropout"], **variants["key mask"], **positions, **lengths, **sinks,
+        "gated": True,
     }  # fmt: skip
     variants["all"] = everything
     for name, flags in variants.items():
@@ -498,7 +505,8 @@ def compile_cases() -> list[CompileCase]:
     for name in ("key mask", "causal key mask", "dropout", "sinks"):
         call = partial(_attention, 256, HALF, **variants[name])
         add(f"attention d=256 {name}", HALF, call, matrix=True)
-    for name in ("additive mask", "dropout", "packed", "relative bias", "sinks"):
+    biases = "additive mask", "relative bias", "gated relative bias"
+    for name in (*biases, "dropout", "packed", "sinks"):
         add(
             f"attention d=128 {name}", HALF,
             partial(_attention, 128, HALF, **variants[name]), matrix=True,

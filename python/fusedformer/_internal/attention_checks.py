@@ -50,7 +50,8 @@ def check_attention(
     sequences = math.prod(batch[:-1] if has_heads else batch)
     heads = batch[-1] if has_heads else 1
     scores = (*batch, query.shape[-2], key.shape[-2])
-    _check_terms(function, named, options, scores, sequences, heads)
+    rows = scores[:-1], "batch, heads, queries"
+    _check_terms(function, named, options, scores, sequences, heads, rows)
     key_mask = options["key_mask"]
     if key_mask is not None:
         checks.check_tensor(function, "key_mask", key_mask)
@@ -186,7 +187,8 @@ def _check_varlen(
     checks.check_same_device(function, {"query": query, **starts})
     sequences = cu_seqlens_q.shape[0] - 1
     scores = (sequences, heads, max_seqlen_q, max_seqlen_k)
-    _check_terms(function, named, options, scores, sequences, heads)
+    rows = tuple(query.shape[:2]), "tokens, heads"
+    _check_terms(function, named, options, scores, sequences, heads, rows)
 
 
 def _check_starts(function: str, side: str, starts: Tensor, tokens: int, longest: int) -> None:
@@ -252,7 +254,8 @@ def check_relative_position_bias(weight: Tensor, bidirectional: bool, max_distan
 
 
 _NO_TERMS: dict[str, Any] = dict.fromkeys(
-    ("attn_mask", "window", "alibi_slopes", "relative_bias", "sinks", "softcap", "key_lengths")
+    ("attn_mask", "window", "alibi_slopes", "relative_bias", "relative_bias_gate", "sinks",
+     "softcap", "key_lengths")
 ) | {"is_causal": False, "enable_gqa": False, "return_weights": False,
      "causal_alignment": "top_left"}  # fmt: skip
 
@@ -359,10 +362,16 @@ def _check_terms(
     scores: Sequence[int],
     sequences: int,
     heads: int,
+    rows: tuple[tuple[int, ...], str],
 ) -> None:
-    """Check what the two forms of attention share; ``scores`` is the shape that masks cover."""
+    """Check what the two forms of attention share.
+
+    ``scores`` is the shape that masks cover, ``rows`` that of one number a query, and what it is.
+    """
     query = named["query"]
-    names = ("attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "sinks")
+    names = (
+        "attn_mask", "key_lengths", "alibi_slopes", "relative_bias", "relative_bias_gate", "sinks",
+    )  # fmt: skip
     tensors = {name: options[name] for name in names}
     checks.check_same_device(function, {"query": query, **tensors})
     checks.check_probability(function, "dropout_p", options["dropout_p"])
@@ -412,6 +421,15 @@ def _check_terms(
                 f"{function}(): expected 'relative_bias' to have shape [heads, 2 * R + 1] with "
                 f"heads = {heads} or 1, one entry for each distance from -R to R, but got "
                 f"{tuple(table.shape)}"
+            )
+    gate = tensors["relative_bias_gate"]
+    if gate is not None:
+        checks.check_floating(function, "relative_bias_gate", gate)
+        checks.check_shape(function, "relative_bias_gate", gate, *rows)
+        if table is None:
+            raise BadValueError(
+                f"{function}(): expected 'relative_bias' beside 'relative_bias_gate', which is a "
+                f"factor on it, but got None"
             )
     if tensors["sinks"] is not None:
         checks.check_floating(function, "sinks", tensors["sinks"])

@@ -407,7 +407,7 @@ def _options(
     return {
         "is_causal": is_causal, "window": window, "dropout_p": dropout_p, "scale": scale,
         "enable_gqa": enable_gqa, "softcap": softcap, "attn_mask": None, "key_lengths": None,
-        "alibi_slopes": None, "relative_bias": None, "sinks": None,
+        "alibi_slopes": None, "relative_bias": None, "relative_bias_gate": None, "sinks": None,
         "causal_alignment": "top_left",
     }  # fmt: skip
 

@@ -227,7 +227,7 @@ def _attention_weights(op: Any) -> Iterator[Sharding]:
 def _attention_weights_backward(op: Any) -> Iterator[Sharding]:
     for dim, terms, learned in _batch_and_heads(op, op.query.shape[1], op.key.shape[1]):
         if not (op.average and dim):
-            outputs = _only_needed(op, [*[Shard(dim)] * 3, *learned[:3]])
+            outputs = _only_needed(op, [*[Shard(dim)] * 3, *learned[:-1]])
             inputs = {**_each(Shard(dim), "grad", "query", "key"), "statistics": Shard(dim + 1)}
             yield outputs, {**terms, **inputs}
 
@@ -251,20 +251,28 @@ def _batch_and_heads(
     """List the shardings of attention: over the batch (0) and over heads (1), where they fit.
 
     Each is the dimension, placements of the terms, and placements of the gradients of mask, slopes,
-    table and sinks.
+    table, gate and sinks.
     """
     if _is_tensor(op.seed):
         return
     if not _is_tensor(op.starts_q):
         mask, slopes = (_shard_unless_broadcast(t, 0) for t in (op.mask, op.slopes))
-        terms = {"mask": mask, "slopes": slopes, **_each(Shard(0), "key_mask", "key_lengths")}
-        yield 0, terms, [_gradient(mask), _gradient(slopes), Partial(), Partial()]
+        terms = {
+            "mask": mask,
+            "slopes": slopes,
+            **_each(Shard(0), "key_mask", "key_lengths", "gate"),
+        }
+        yield 0, terms, [_gradient(mask), _gradient(slopes), Partial(), Shard(0), Partial()]
     # With fewer heads of keys than of queries, each rank must get the keys of its queries.
     ranks = next(t for t in vars(op).values() if _is_tensor(t)).mesh.size()
     if heads == key_heads or key_heads % ranks == 0:
         mask = _shard_unless_broadcast(op.mask, 1)
-        terms = {"mask": mask, "slopes": Shard(1), **_each(Shard(0), "table", "sinks")}
-        yield 1, terms, [_gradient(mask), Shard(1), Shard(0), Shard(0)]
+        terms = {
+            "mask": mask,
+            **_each(Shard(1), "slopes", "gate"),
+            **_each(Shard(0), "table", "sinks"),
+        }
+        yield 1, terms, [_gradient(mask), Shard(1), Shard(0), Shard(1), Shard(0)]
 
 
 def _shard_unless_broadcast(tensor: Any, dim: int) -> Placement:

@@ -30,6 +30,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
+    relative_bias_gate: Tensor | None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
     key_mask: Tensor | None = ...,
@@ -52,6 +53,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
+    relative_bias_gate: Tensor | None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
     key_mask: Tensor | None = ...,
@@ -74,6 +76,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
@@ -108,6 +111,9 @@ def scaled_dot_product_attention(
         relative_bias: ``[heads or 1, 2R + 1]``: entry ``R + distance`` is added to the scores,
             distances beyond R count as R. May require a gradient. For T5's table of buckets see
             :func:`relative_position_bias`.
+        relative_bias_gate: ``[*batch, heads, L]`` (nested: ``[tokens, heads]``): a factor on what
+            ``relative_bias`` adds to the scores of each query, as in WavLM. Of any floating-point
+            dtype. May require a gradient.
         sinks: ``[heads]``: a logit that stands in the softmax's sum of each query of its head and
             has no value, so that weights sum to less than 1: ``exp(score_j) / (sum_k exp(score_k) +
             exp(sink))``. Neither scaled nor capped; of any floating-point dtype; -inf is none. May
@@ -136,15 +142,17 @@ def scaled_dot_product_attention(
             devices, ``dropout_p`` outside [0, 1], settings that are not among those above.
 
     Source: Vaswani et al., arXiv:1706.03762; Dao, FlashAttention-2, arXiv:2307.08691; ALiBi: Press
-    et al., arXiv:2108.12409; relative bias: Raffel et al., arXiv:1910.10683; window: Beltagy et
-    al., arXiv:2004.05150; cap: Gemma Team, arXiv:2408.00118; sinks: OpenAI, gpt-oss,
+    et al., arXiv:2108.12409; relative bias: Raffel et al., arXiv:1910.10683, its gate: Chi et al.,
+    XLM-E, arXiv:2106.16138, and Chen et al., WavLM, arXiv:2110.13900; window: Beltagy et al.,
+    arXiv:2004.05150; cap: Gemma Team, arXiv:2408.00118; sinks: OpenAI, gpt-oss,
     arXiv:2508.10925 (``s_aux`` in transformers; with 0 the "off-by-one" softmax), named after Xiao
     et al., arXiv:2309.17453.
     """
     options: dict[str, Any] = {
         "attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale,
         "enable_gqa": enable_gqa, "window": window, "alibi_slopes": alibi_slopes,
-        "relative_bias": relative_bias, "sinks": sinks, "softcap": softcap,
+        "relative_bias": relative_bias, "relative_bias_gate": relative_bias_gate,
+        "sinks": sinks, "softcap": softcap,
         "key_lengths": key_lengths, "causal_alignment": causal_alignment, "return_lse": return_lse,
     }  # fmt: skip
     tensors = (query, key, value)
@@ -224,6 +232,7 @@ def varlen_attention(
     window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
+    relative_bias_gate: Tensor | None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
     attn_mask: Tensor | None = ...,
@@ -248,6 +257,7 @@ def varlen_attention(
     window: tuple[int, int] | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
+    relative_bias_gate: Tensor | None = ...,
     sinks: Tensor | None = ...,
     softcap: float | None = ...,
     attn_mask: Tensor | None = ...,
@@ -272,6 +282,7 @@ def varlen_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
@@ -301,6 +312,7 @@ def varlen_attention(
         dropout_p, is_causal, scale, enable_gqa, window, causal_alignment: as for
             :func:`scaled_dot_product_attention`, within each sequence.
         alibi_slopes, relative_bias, sinks, softcap: likewise.
+        relative_bias_gate: ``[total_q, heads]``: a factor on what ``relative_bias`` adds.
         return_lse: also return the logarithm of the softmax denominator.
 
     Returns:
@@ -316,7 +328,8 @@ def varlen_attention(
     options: dict[str, Any] = {
         "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa,
         "window": window, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias,
-        "sinks": sinks, "softcap": softcap, "attn_mask": attn_mask, "key_lengths": key_lengths,
+        "relative_bias_gate": relative_bias_gate, "sinks": sinks, "softcap": softcap,
+        "attn_mask": attn_mask, "key_lengths": key_lengths,
         "causal_alignment": causal_alignment,
     }  # fmt: skip
     query, key, value, options["attn_mask"] = _autocast(query, key, value, attn_mask)

@@ -25,6 +25,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
@@ -50,6 +51,7 @@ def scaled_dot_product_attention(
         window: only distances from -left to right are visible; -1 is unbounded.
         alibi_slopes: ``[heads]`` or ``[batch, heads]``; -slope * |distance| is added.
         relative_bias: ``[heads or 1, 2R + 1]``; entry R + distance is added, clamped to -R and R.
+        relative_bias_gate: ``[*batch, heads, l]``, a factor on what ``relative_bias`` adds.
         sinks: ``[heads]``; exp(sink) is in the denominator of each softmax of its head.
         softcap: scaled products become softcap * tanh(product / softcap) before all else.
         key_mask: boolean ``[batch, s]``, True = keep; batch is all batch dimensions in one.
@@ -72,6 +74,7 @@ def scaled_dot_product_attention(
         window,
         alibi_slopes,
         relative_bias,
+        relative_bias_gate,
         softcap,
         key_mask,
         key_lengths,
@@ -93,6 +96,7 @@ def attention_weights(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
@@ -117,6 +121,7 @@ def attention_weights(
         window,
         alibi_slopes,
         relative_bias,
+        relative_bias_gate,
         softcap,
         key_mask,
         key_lengths,
@@ -140,6 +145,7 @@ def varlen_attention(
     *,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     key_lengths: Tensor | None = None,
     keep: Tensor | None = None,
     **settings: Any,
@@ -155,6 +161,7 @@ def varlen_attention(
         max_seqlen_q, max_seqlen_k: the sizes to which ``attn_mask`` and ``keep`` broadcast.
         attn_mask: broadcast to ``[sequences, heads, max_seqlen_q, max_seqlen_k]``.
         alibi_slopes: ``[heads]`` or ``[sequences, heads]``.
+        relative_bias_gate: ``[total_q, heads]``.
         key_lengths: integer ``[sequences]``.
         keep: boolean ``[sequences, heads, max_seqlen_q, max_seqlen_k]``.
         dropout_p, is_causal, settings: as for :func:`scaled_dot_product_attention`.
@@ -172,6 +179,9 @@ def varlen_attention(
         own = alibi_slopes
         if own is not None and own.dim() == 2:
             own = own[b]
+        gate = relative_bias_gate
+        if gate is not None:
+            gate = gate[rows].t()[None]
         length = None
         if key_lengths is not None:
             length = key_lengths[b : b + 1].clamp(max=columns.stop - columns.start)
@@ -179,8 +189,8 @@ def varlen_attention(
             query[rows].transpose(0, 1)[None], key[columns].transpose(0, 1)[None],
             value[columns].transpose(0, 1)[None],
             None if attn_mask is None else attn_mask.expand(full)[part], dropout_p, is_causal,
-            alibi_slopes=own, key_lengths=length, keep=None if keep is None else keep[part],
-            **settings,
+            alibi_slopes=own, relative_bias_gate=gate, key_lengths=length,
+            keep=None if keep is None else keep[part], **settings,
         )  # fmt: skip
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
@@ -240,6 +250,7 @@ def _scores(
     window: tuple[int, int] | None,
     alibi_slopes: Tensor | None,
     relative_bias: Tensor | None,
+    relative_bias_gate: Tensor | None,
     softcap: float | None,
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
@@ -270,7 +281,10 @@ def _scores(
     if relative_bias is not None:
         radius = relative_bias.shape[1] // 2
         entry = radius + distance.clamp(-radius, radius)  # [sequences or 1, 1, l, s]
-        s = s + relative_bias[:, entry[:, 0]].transpose(0, 1)
+        bias = relative_bias[:, entry[:, 0]].transpose(0, 1)
+        if relative_bias_gate is not None:
+            bias = bias * relative_bias_gate.reshape(grid[:3])[..., None]
+        s = s + bias
     left, right = (-1, -1) if window is None else window
     if is_causal:
         s = masked(s, distance <= 0, is_causal=False)

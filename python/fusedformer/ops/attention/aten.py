@@ -294,7 +294,8 @@ def _position_terms(distance: Tensor, terms: AttentionTerms) -> list[Tensor]:
         wide = torch.promote_types(terms.table.dtype, torch.float32)
         radius = terms.table.shape[1] // 2
         entries = radius + distance[:, 0].clamp(-radius, radius)
-        found.append(F.embedding(entries, terms.table.to(wide).t()).permute(0, 3, 1, 2))
+        by_distance = F.embedding(entries, terms.table.to(wide).t()).permute(0, 3, 1, 2)
+        found.append(by_distance if terms.gate is None else by_distance * terms.gate[..., None])
     return found
 
 
@@ -317,6 +318,9 @@ def _packed(
     if len(groups) == 1 and not groups[0].is_padded:
         q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))
         own = _own_terms(terms, groups[0], [], [])
+        if terms.gate is not None:
+            of_one = _batched(terms.gate[..., None], len(lengths_q))
+            own = own._replace(gate=of_one[..., 0])
         output, lse = _padded(q, k, v, own, return_lse)
         output = output.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
         return output, None if lse is None else lse.transpose(0, 1).flatten(1, 2)[None]
@@ -328,12 +332,16 @@ def _packed(
     longest_q, longest_k = (
         tuple(longest) for longest in zip(*(g[1:3] for g in groups), strict=True)
     )
+    gates: list[Tensor | None] = [None] * len(groups)
+    if terms.gate is not None:
+        of_groups, _ = _batches(terms.gate[..., None], lengths_q, groups, longest_q)
+        gates = [gate[..., 0] for gate in of_groups]
     parts_q, places = _batches(query, lengths_q, groups, longest_q)
     parts_k, _ = _batches(key, lengths_k, groups, longest_k)
     parts_v, _ = _batches(value, lengths_k, groups, longest_k)
     outputs, lses = [], []
-    for group, q, k, v in zip(groups, parts_q, parts_k, parts_v, strict=True):
-        own = _own_terms(terms, group, lengths_q, lengths_k)
+    for group, q, k, v, gate in zip(groups, parts_q, parts_k, parts_v, gates, strict=True):
+        own = _own_terms(terms._replace(gate=gate), group, lengths_q, lengths_k)
         output, lse = _padded(q, k, v, own, return_lse)
         outputs.append(output.flatten(0, 2))
         if lse is not None:

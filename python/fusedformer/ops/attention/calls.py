@@ -52,6 +52,8 @@ def scaled_dot_product_attention(
     v = _as_4d(value, batch, heads_of)
     if terms.mask is not None:
         terms = terms._replace(mask=_mask_4d(terms.mask, batch, query, key))
+    if terms.gate is not None:
+        terms = terms._replace(gate=_gate_3d(terms.gate, batch))
     average, dtype = return_weights == "averaged", weights_dtype or query.dtype
     lse: Tensor | None
     weights: Tensor | None = None
@@ -94,6 +96,8 @@ def varlen_attention(
     """See :func:`fusedformer.functional.varlen_attention`; ``terms`` have the starts."""
     if terms.mask is not None:
         terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
+    if terms.gate is not None:
+        terms = terms._replace(gate=terms.gate.t()[None])
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     lse: Tensor | None
     if chosen_backend(query) == "torch":
@@ -171,6 +175,14 @@ def _mask_4d(mask: Tensor, batch: tuple[int, ...], query: Tensor, key: Tensor) -
         padded = padded.reshape(*padded.shape[:-2], 1, *padded.shape[-2:])
         return padded if len(batch) else padded[None]
     return _as_4d(padded.expand(*batch, query.shape[-2], key.shape[-2]), batch, None)
+
+
+def _gate_3d(gate: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """``[batch, heads, queries]``."""
+    if gate.dim() == 3 and len(batch) == 2:
+        return gate
+    leading = (math.prod(batch[:-1]), batch[-1]) if len(batch) > 1 else (*(batch or (1,)), 1)
+    return gate.reshape(*leading, gate.shape[-1])
 
 
 def check_for_kernels(function: str, query: Tensor, value: Tensor) -> None:

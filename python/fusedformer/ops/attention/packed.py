@@ -92,7 +92,7 @@ with ThreadPoolExecutor(1) as _thread:
 @registered(
     "packed_attention_aten_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
-    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten_backward(
     grad: Tensor | None,

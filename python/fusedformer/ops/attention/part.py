@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedformer._internal.backend import Backend, chosen_backend
 from fusedformer.ops.attention import packed, registered
 from fusedformer.ops.attention.aten import merge_attention_states_aten
-from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.attention.terms import OF_HEADS_ALONE, AttentionTerms
 
 
 def attention_part(
@@ -57,7 +57,7 @@ def attention_part_backward(
     if backend == "triton":
         from fusedformer_kernels.attention.arguments import statistics_of
 
-        needs_all = [*needs, *[False] * 4]
+        needs_all = [*needs, *OF_HEADS_ALONE[3:]]
         statistics = statistics_of(lse, query.dtype, terms)
         grads = registered.attention_backward(
             grad, lse_grad, query, key, value, output, statistics, needs_all, *terms

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import no_double_backward
-from fusedformer.ops.attention.terms import N_TENSORS, AttentionTerms
+from fusedformer.ops.attention.terms import N_TENSORS, OF_HEADS_ALONE, AttentionTerms
 
 TERMS = (
     "Tensor? mask, Tensor? key_mask, Tensor? key_lengths, Tensor? slopes, Tensor? table, "
-    "Tensor? sinks, Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, SymInt? left, "
-    "SymInt? right, bool align_end, float scale, float? softcap, SymInt max_queries, "
+    "Tensor? gate, Tensor? sinks, Tensor? starts_q, Tensor? starts_k, Tensor? seed, float p, "
+    "SymInt? left, SymInt? right, bool align_end, float scale, float? softcap, SymInt max_queries, "
     "SymInt max_keys"
 )
 N_TERMS = len(AttentionTerms._fields)
-LEARNED = (0, 3, 4, 5)  # terms that may require a gradient: mask, slopes, table, sinks
+LEARNED = (0, 3, 4, 5, 6)  # that may require a gradient: mask, slopes, table, gate, sinks
 # Those that weights have a gradient for: the sinks' comes by way of the log-sum-exp.
-_OF_WEIGHTS = LEARNED[:3]
+_OF_WEIGHTS = LEARNED[:4]
 
 
 def laid_out_like(tensor: Tensor, wanted: bool) -> Tensor:
@@ -99,7 +99,7 @@ def _(
     "attention_backward",
     schema="(Tensor? grad, Tensor? lse_grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor output, Tensor statistics, bool[] needs, {TERMS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_backward(
     grad: Tensor | None,
@@ -205,7 +205,7 @@ def self_attention_backward(
         output,
         statistics,
         AttentionTerms(*terms),
-        [True] * 3 + [False] * 4,
+        OF_HEADS_ALONE,
         split_heads(found),
     )
     return found
@@ -277,7 +277,7 @@ def _(
 @registered(
     "attention_weights_backward",
     schema="(Tensor grad, Tensor query, Tensor key, Tensor statistics, bool average, "
-    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] needs, {TERMS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def attention_weights_backward(
     grad: Tensor,
@@ -288,7 +288,7 @@ def attention_weights_backward(
     needs: list[bool],
     *terms: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, lse, mask, slopes and table; None where ``needs`` says False."""
+    """Gradients of query, key, lse and what is learned; None where ``needs`` says False."""
     from fusedformer_kernels.attention.weights import attention_weights_backward as launch
 
     return launch(grad, query, key, statistics, AttentionTerms(*terms), average, needs)

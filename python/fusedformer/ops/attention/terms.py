@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedformer_kernels.attention.terms import N_TENSORS as N_TENSORS
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE as OF_HEADS_ALONE
 from fusedformer_kernels.attention.terms import AttentionTerms as AttentionTerms
 from fusedformer_kernels.attention.terms import PositionTerms as PositionTerms
 
@@ -23,6 +24,7 @@ def attention_terms(query: Tensor, options: Mapping[str, Any]) -> AttentionTerms
         key_lengths=options["key_lengths"],
         slopes=slopes[None] if slopes is not None and slopes.dim() == 1 else slopes,
         table=options["relative_bias"],
+        gate=options["relative_bias_gate"],
         sinks=options["sinks"],
         p=options["dropout_p"],
         left=left,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.attention.terms import OF_HEADS_ALONE, AttentionTerms
 
 
 class Launchers(NamedTuple):
@@ -83,9 +83,8 @@ def by_dispatcher() -> Launchers:
         if len(projected) == 2:  # keys and values are one product's
             parts = projected[0], *projected[1].chunk(2, -1)
         views = (rows.view(batch, -1, heads, dim).transpose(1, 2) for rows in parts)
-        needs = [True] * 3 + [False] * 4
         grads = registered.attention_backward(
-            output_grad, None, *views, output, statistics, needs, *terms
+            output_grad, None, *views, output, statistics, OF_HEADS_ALONE, *terms
         )
         found = [
             g.transpose(1, 2).reshape(rows.shape) for g, rows in zip(grads, parts, strict=False)

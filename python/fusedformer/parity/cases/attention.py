@@ -24,6 +24,7 @@ def _stock_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     **settings: Any,
@@ -39,6 +40,8 @@ def _stock_attention(
     if relative_bias is not None:
         radius = relative_bias.shape[1] // 2
         attn_mask = relative_bias[:, radius + distance.clamp(-radius, radius)]
+        if relative_bias_gate is not None:
+            attn_mask = relative_bias_gate[..., None] * attn_mask
     if softcap is not None:
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
         return (softcap * torch.tanh(scores / softcap)).softmax(-1) @ value
@@ -90,6 +93,8 @@ def attention_cases() -> Iterator[Case]:
         lambda g: {**normal(**plain)(g), "alibi_slopes": torch.tensor([0.25, 0.0625])},
     )
     yield Case(op, "relative bias", normal(**plain, relative_bias=(2, 21)))
+    gated = {"relative_bias": (2, 21), "relative_bias_gate": (2, 2, 37)}
+    yield Case(op, "gated relative bias", normal(**plain, **gated))
     yield Case(op, "softcap", normal(**plain), {"softcap": 3.0})
     yield Case(op, "sinks", normal(**plain, sinks=(2,)))
     yield Case(

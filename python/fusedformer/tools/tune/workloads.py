@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms
 from fusedformer_kernels.rows.activation import bias_activation_backward, bias_activation_forward
 from fusedformer_kernels.rows.norm import norm_forward
 from fusedformer_kernels.rows.norm_backward import norm_backward
@@ -156,8 +156,8 @@ def _attention_backward(
     terms = _terms(device, heavy, causal)
     output, _, statistics = attention_forward(q, k, v, terms)
     grad = _made(tuple(output.shape), device, dtype, 1)
-    needs = [True] * 3 + [False] * 4
-    return lambda: tuple(attention_backward(grad, None, q, k, v, output, statistics, terms, needs))
+    given = q, k, v, output, statistics, terms, OF_HEADS_ALONE
+    return lambda: tuple(attention_backward(grad, None, *given))
 
 
 def _rows() -> Iterator[Workload]:
