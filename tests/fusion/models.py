@@ -109,6 +109,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "align text": lambda: T.AlignTextModel(T.AlignTextConfig(**TEXT)),
     "clap text": lambda: T.ClapTextModel(T.ClapTextConfig(**TEXT)),
+    "clip text": lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT, **TOKENS)),
     "esmc": lambda: T.EsmcModel(T.EsmcConfig(**TEXT, pad_token_id=1)),
     "xmod": lambda: T.XmodModel(T.XmodConfig(**TEXT, **XMOD)),
     "xmod, norms first": lambda: T.XmodModel(
@@ -208,9 +209,10 @@ PACKED = {
     "embedding-gemma2", "chinese-clip text", "altclip text", "align text", "clap text",
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
-    "layoutlmv3",
+    "layoutlmv3", "clip text",
 }  # fmt: skip
-TOWERS = {"clip", "siglip", "siglip2", "vit", "deit", "dinov2", "dinov2-registers", "beit"}
+DUAL = {"clip", "siglip", "siglip2"}
+TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "wavlm", "wavlm, norms first"}
 SOUNDS = {"wav2vec2", "hubert", "data2vec-audio"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
@@ -270,11 +272,11 @@ def inputs_of(name: str) -> dict[str, Tensor]:
             "pixel_attention_mask": (torch.arange(16) < torch.tensor([[16], [12], [8]])).long(),
             "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 4]]),
         }
-    if name in TOWERS - {"clip", "siglip", "siglip2"}:
+    if name in TOWERS - DUAL:
         return pixels
-    if name in TOWERS:  # pooled at the token that ends the text
+    if name in TOWERS or name == "clip text":  # pooled at the token that ends the text
         text["input_ids"][range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = 98
-        return {**pixels, **text}
+        return {**pixels, **text} if name in TOWERS else text
     if name == "roc-bert":
         for kind in ("shape", "pronunciation"):
             text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)

@@ -56,20 +56,15 @@ def test_enough_are_built() -> None:
 
 
 LEVELS = {"bert": "A", "mpnet": "A", "deberta-v3": "A", "t5": "A", "vit": "A", "whisper": "A",
-          "siglip2": "C", "clip": "C", "gpt2": "C", "hubert": "A"}  # fmt: skip
-
-REASONS = {"siglip2": "is not packed", "clip": "is not packed", "gpt2": "has no form"}
+          "siglip2": "A", "clip": "A", "gpt2": "C", "hubert": "A"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_levels_tell_what_is_computed(name: str) -> None:
-    """The highest only where every layer is fused, and no padding is left to compute.
-
-    Images of SigLIP 2 have patches that are padding, the texts of CLIP have tokens.
-    """
+    """The highest only where every layer is fused, and no padding is left to compute."""
     model = model_of(name)
     level, below = level_of(model, fusedformer.fuse(model))
-    assert level == LEVELS[name] and REASONS.get(name, "") in below
+    assert level == LEVELS[name] and ("has no form" in below) == (name == "gpt2")
     assert (below == "") == (level == "A")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.fusion.models import (
+    DUAL,
     LENGTHS,
     MASK,
     MODELS,
@@ -69,7 +70,7 @@ def test_outputs_and_gradients(name: str) -> None:
     state = {n: t.clone() for n, t in model.state_dict().items()}
     report = fusedformer.fuse(model, strict=True)
     assert report.replaced and not report.left
-    assert any("packed" in one.after for one in report.replaced) == (name in PACKED | SOUNDS)
+    assert any("packed" in one.after for one in report.replaced) == (name in PACKED | SOUNDS | DUAL)
     assert any("fused steps" in one.after for one in report.replaced) or name not in TOWERS
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert faults(model, twin, inputs) == []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fusedformer.fusion._forms import Composed, Form, Model
+from fusedformer.fusion import _ends
+from fusedformer.fusion._forms import Composed, Form, Model, Tower
 from fusedformer.fusion._text_forms import (
     ALBERT,
     BERT,
@@ -144,6 +145,20 @@ _FLAT: tuple[tuple[str, str, Form], ...] = (
     ("gte", "Gte", GTE),
     ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
 )
+# Towers of text beside those of images, with CLIP's layers.
+_AT_END = Model(tower=Tower(end=_ends.end))
+_AT_LARGEST = Model(tower=Tower(end=_ends.largest))
+_AT_LAST = Model(tower=Tower(end=_ends.last, is_causal=False, head="head"))
+_TEXT_TOWERS: dict[str, Model] = {
+    "clip.modeling_clip.CLIPTextModel": _AT_END,
+    "clipseg.modeling_clipseg.CLIPSegTextModel": _AT_END,
+    "x_clip.modeling_x_clip.XCLIPTextModel": _AT_END,
+    "metaclip_2.modeling_metaclip_2.MetaClip2TextModel": Model(tower=Tower(end=_ends.first_end)),
+    "owlvit.modeling_owlvit.OwlViTTextTransformer": _AT_LARGEST,
+    "owlv2.modeling_owlv2.Owlv2TextTransformer": _AT_LARGEST,
+    "siglip.modeling_siglip.SiglipTextModel": _AT_LAST,
+    "siglip2.modeling_siglip2.Siglip2TextModel": _AT_LAST,
+}
 # Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
 _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("vit", "ViT", VIT),
@@ -227,6 +242,7 @@ ENCODERS = {
     f"{_GENERATION}.BertEncoder",
     "distilbert.modeling_distilbert.Transformer",
     "albert.modeling_albert.AlbertTransformer",
+    "siglip2.modeling_siglip2.Siglip2Encoder",  # of patches that a smaller image leaves empty
 }
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {
@@ -234,6 +250,7 @@ SOUND = {
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
 MODELS: dict[str, Model] = {
+    **_TEXT_TOWERS,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},

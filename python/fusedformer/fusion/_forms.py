@@ -129,6 +129,15 @@ class Composed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Tower:
+    """How texts are pooled in a dual encoder whose tower has CLIP's children."""
+
+    end: Callable[[Any, Tensor], Tensor]  # of model and ids: the column that is pooled
+    is_causal: bool = True
+    head: str | None = None  # a product of what is pooled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """What must be known of a model to give it the real tokens of a batch alone."""
 
@@ -141,6 +150,7 @@ class Model:
     is_causal: bool | None = None  # what its attention leaves to the mask
     layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
+    tower: Tower | None = None  # where it is one of a dual encoder's
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets

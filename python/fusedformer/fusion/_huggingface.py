@@ -38,6 +38,7 @@ from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_sound import PackedSound
+from fusedformer.fusion._packed_tower import PackedTower
 from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
 from fusedformer.fusion.clients import is_known
@@ -224,6 +225,7 @@ def _plan_stack(
     packs = PackedSound if known in SOUND else packs
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
+        packs = packs if model.tower is None else PackedTower
         packs = PackedDecoder if model.caches and generates else packs
     needs_ours = not (form and form.attends_itself) and getattr(packs, "looks_attention_up", True)
     if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):

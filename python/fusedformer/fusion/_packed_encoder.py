@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from fusedformer import functional
 from fusedformer.fusion._attention import captured, key_mask_of
+from fusedformer.fusion._classes import arguments_of
 from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
@@ -24,39 +23,39 @@ class PackedEncoder:
     looks_attention_up = True  # in a configuration, so that it may be another by now
 
     static_shapes = False  # as in TransformerEncoder
+    _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        made_of = getattr(cls, "_made_of", None)
+        if made_of is not None:  # else a base too
+            cls._arguments = arguments_of(made_of[1])
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""
-        others = [*args, *(kwargs.get(n) for n in ("past_key_values", "encoder_hidden_states"))]
-        keep = key_mask_of(attention_mask)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        name = self._arguments[0]
+        x, keep = given[name], key_mask_of(given.get("attention_mask"))
+        others = [*args[2:], *map(given.get, ("past_key_values", "encoder_hidden_states"))]
         if (
             keep is None
-            or keep.shape != hidden_states.shape[:2]
+            or keep.shape != x.shape[:2]
             or any(one is not None for one in others)
-            or kwargs.get("cu_seq_lens_q") is not None
+            or given.get("cu_seq_lens_q") is not None
             or captured()
             or wants_padding()
-            or not can_pack(hidden_states, self.static_shapes, keep)
+            or not can_pack(x, self.static_shapes, keep)
             or needs_batch(self)
         ):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)
         if has_no_rows(packing):
-            output = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
             output.last_hidden_state = zeroed(output.last_hidden_state, keep)
             return output
-        rows = functional.pack(hidden_states, packing)
+        given[name], given["attention_mask"] = functional.pack(x, packing)[None], None
         output = super().forward(  # type: ignore[misc]
-            rows[None],
-            None,
-            *args,
-            **kwargs,
+            **given,
             cu_seq_lens_q=packing.cu_seqlens_q,
             cu_seq_lens_k=packing.cu_seqlens_k,
             max_length_q=packing.max_seqlen,
