@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer.ops.activation import activate_aten
-from fusedformer.ops.product import product_activation, product_add, weight_gradient
+from fusedformer.ops.product import product, product_activation, product_add, weight_gradient
 
 
 class Names(TorchDispatchMode):
@@ -61,3 +61,16 @@ def test_gradient_of_a_weight(sizes: tuple[int, int, int]) -> None:
     mine, theirs = ((y.double() - truth).pow(2).mean().sqrt() for y in (found, stock))
     assert found.is_contiguous()
     assert mine <= 2 * theirs
+
+
+def test_products_of_a_short_text_are_by_onednn() -> None:
+    """One of 11 tokens has the products of a long one; what is less than their setup has not."""
+    called = []
+    for rows, width in ((11, 384), (11, 32)):
+        x, weight, bias = torch.randn(rows, width), torch.randn(width, width), torch.randn(width)
+        with Names() as names, torch.no_grad():
+            found = product(x, weight, bias)
+        called.append([name for name in names.found if name != "aten::t"])
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert called == [["mkldnn::_linear_pointwise"], ["aten::addmm"]]

@@ -11,8 +11,8 @@ from torch import Tensor
 from fusedformer._internal.tracing import may_be_batched
 from fusedformer.ops.activation import activate_aten
 
-# Products of fewer multiplications may take less time than their setup in oneDNN.
-_WORTH_ONEDNN = 2**26
+# Products of fewer multiplications take less time than their setup in oneDNN, some 10 us.
+_WORTH_ONEDNN = 2**20
 # Elements of a slice, where a product is added to a wider sum: 32 MiB of float32.
 _SLICE = 2**23
 # Rows that oneDNN sums over at once for the gradient of a weight, one after another: with
@@ -96,7 +96,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, post_op: str, form: str) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, post_op, [], form)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, post_op, [], form)
     return found
 
 
@@ -107,19 +107,28 @@ def _onednn_add(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor, addend: Tensor | None) -> bool:
+    # Spelled out, since each product of a single text comes by.
     if not x.is_cpu or x.numel() // max(x.shape[-1], 1) * weight.numel() < _WORTH_ONEDNN:
         return False
-    tensors = [x, weight] if addend is None else [x, weight, addend]
+    dtype = x.dtype
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _multiplies_bfloat16()))
+        _ONEDNN_IS_THERE
+        and (dtype is torch.float32 or (dtype is torch.bfloat16 and _multiplies_bfloat16()))
+        and type(x) in _PLAIN
+        and _is_plain(weight, dtype)
+        and (addend is None or _is_plain(addend, dtype))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+_PLAIN = Tensor, torch.nn.Parameter
+_ONEDNN_IS_THERE = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in _PLAIN
 
 
 @cache
