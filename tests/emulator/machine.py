@@ -46,11 +46,11 @@ class Compiled:
 
 
 class TensorMap(ctypes.Structure):
-    """A descriptor of boxes of a tensor, in the form that core/bulk_copies.cpp reads."""
+    """A descriptor of boxes of a tensor, as core/tensor_map.h has it."""
 
     _fields_ = (
-        ("magic", ctypes.c_uint64), ("base", ctypes.c_uint64), ("dimensions", ctypes.c_uint32),
-        ("element", ctypes.c_uint32), ("swizzle", ctypes.c_uint32), ("box", ctypes.c_uint32 * 5),
+        ("magic", ctypes.c_uint64), ("dimensions", ctypes.c_uint32), ("element", ctypes.c_uint32),
+        ("base", ctypes.c_uint64), ("swizzle", ctypes.c_uint32), ("box", ctypes.c_uint32 * 5),
         ("sizes", ctypes.c_int32 * 5), ("padding", ctypes.c_uint32),
         ("strides", ctypes.c_uint64 * 5), ("rest", ctypes.c_uint8 * 16),
     )  # fmt: skip
@@ -58,7 +58,7 @@ class TensorMap(ctypes.Structure):
     def __init__(self, tensor: torch.Tensor, box: Sequence[int], swizzle: int) -> None:
         element = tensor.element_size()
         assert tensor.stride(-1) == 1 and not tensor.data_ptr() % 16
-        super().__init__(0x70616D20726F736E, tensor.data_ptr(), tensor.ndim, element, swizzle)
+        super().__init__(0x70616D20726F736E, tensor.ndim, element, tensor.data_ptr(), swizzle)
         self.tensor = tensor
         for index, (extent, size, stride) in enumerate(
             zip(reversed(box), reversed(tensor.shape), reversed(tensor.stride()), strict=True)

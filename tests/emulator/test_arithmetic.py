@@ -355,6 +355,30 @@ def test_what_lanes_tell_each_other(statement: str, want: list[int]) -> None:
     assert got.tolist() == want
 
 
+def test_lanes_part_by_an_index_and_meet() -> None:
+    body = """
+    bra L0;
+    TABLE:
+    .branchtargets L1, L2,
+    L1;
+    L0:
+    rem.u32 %r50, {a}, 3;
+    brx.idx %r50, TABLE;
+    L1:
+    add.s32 {d}, {a}, 100;
+    bra L3;
+    L2:
+    add.s32 {d}, {a}, 200;
+    L3:
+    shfl.sync.bfly.b32 {d}, {d}, 1, 31, -1;
+    """.strip()
+    lanes = torch.arange(32, dtype=torch.int32)
+    got = elementwise(body, [lanes], torch.empty(32, dtype=torch.int32))
+    assert got.tolist() == [n + (200 if n % 3 == 1 else 100) for n in (lanes ^ 1).tolist()]
+    with pytest.raises(RuntimeError, match=r"brx\.idx with index 2 of 2"):
+        elementwise(body.replace(",\n    L1;", ";"), [lanes], torch.empty(32, dtype=torch.int32))
+
+
 def test_lanes_part_and_meet() -> None:
     body = """
     mov.b32 {d}, 0;

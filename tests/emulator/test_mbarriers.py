@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from dataclasses import replace
@@ -74,6 +75,49 @@ def test_fault_in_a_bulk_copy_is_found(old: str, new: str, kind: str) -> None:
     assert times == 1
     _, findings = run(replace(kernel, ptx=faulty))
     assert kind in kinds(findings), findings
+
+
+# A thread copies a box that is outside of its tensor in three dimensions; lanes take 16 bytes each.
+BOX = """
+mov.b32 %r1, global_smem;
+mov.b32 %r2, -1;
+mov.b32 %r5, 0;
+shl.b32 %r3, %r0, 4;
+add.s32 %r4, %r1, %r3;
+cvt.u64.u32 %rd10, %r3;
+add.s64 %rd11, %rd0, %rd10;
+elect.sync _|%p1, -1;
+@!%p1 bra MADE;
+mbarrier.init.shared::cta.b64 [%r1+2048], 1;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1+2048], 512;
+cp.async.bulk.tensor.4d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], \
+[%rd1, {16, 5, %r2, 1}], [%r1+2048];
+MADE:
+bar.sync 0;
+L1:
+mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1+2048], %r5;
+@!%p3 bra L1;
+ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r4];
+st.global.v4.b32 [%rd11], {%r10, %r11, %r12, %r13};
+""".replace("\\\n", "")
+
+
+@pytest.mark.parametrize("swizzle", [0, 32])
+def test_box_of_four_dimensions_is_zero_outside_of_its_tensor(swizzle: int) -> None:
+    x = torch.arange(1, 2 * 3 * 10 * 24 + 1, dtype=torch.int16).view(2, 3, 10, 24)
+    out = torch.full((2, 8, 16), -1, dtype=torch.int16)
+    boxes = TensorMap(x, (1, 2, 8, 16), swizzle)
+    machine = Machine()
+    with machine.allocated([x]):
+        kernel = program(BOX, ["u64", "u64"])
+        machine.launch(kernel, (1,), out, ctypes.addressof(boxes))
+    assert machine.findings() == []
+    want = torch.zeros_like(out)
+    want[1, :5, :8] = x[1, 0, 5:, 16:]  # of heads -1 and 0, rows from 5 and elements from 16 on
+    halves = want.view(-1, 4, 2, 8)  # four rows of two chunks: every other four are swapped
+    if swizzle:
+        halves[1::2] = halves[1::2].flip(2)
+    assert torch.equal(out, want)
 
 
 # Warp 0 copies 512 bytes to shared memory; warp 1 waits for them, adds one and gives the memory

@@ -3,6 +3,7 @@
 
 #include "global.h"
 #include "lanes.h"
+#include "tensor_map.h"
 
 namespace emulator {
 
@@ -10,18 +11,6 @@ namespace {
 
 constexpr uint32_t CHUNK = 16;       // bytes that swizzles move together
 constexpr uint32_t ALIGNMENT = 128;  // of where a box begins in shared memory
-constexpr uint64_t MAGIC = 0x70616d20726f736eull;
-constexpr int MOST_DIMENSIONS = 5;
-
-// What a descriptor is here: machine.py writes it. The first dimension is the one without a stride.
-struct TensorMap {
-  uint64_t magic, base;
-  uint32_t dimensions, element, swizzle;  // element, and the row that is swizzled, in bytes; 0: none
-  uint32_t box[MOST_DIMENSIONS];
-  int32_t sizes[MOST_DIMENSIONS];
-  uint32_t padding;
-  uint64_t strides[MOST_DIMENSIONS];      // in bytes
-};
 static_assert(sizeof(TensorMap) == 112, "a descriptor has at most 128 bytes");
 
 void issue(Warp &warp, const Instruction &i) {
@@ -30,7 +19,7 @@ void issue(Warp &warp, const Instruction &i) {
     const Operand *operand = i.operand;
     TensorMap map;
     memcpy(&map, reinterpret_cast<const void *>(warp.row<uint64_t>(operand[1])[lane]), sizeof map);
-    if (map.magic != MAGIC || (int)map.dimensions != dimensions)
+    if (map.magic != TENSOR_MAP_MAGIC || (int)map.dimensions != dimensions)
       return report(warp, i, lane, "bulk-copy", "no descriptor of a tensor of that many dimensions");
     int32_t at[MOST_DIMENSIONS] = {};
     for (int n = 0; n < dimensions; n++) at[n] = (int32_t)warp.row<uint32_t>(operand[2 + n])[lane];

@@ -44,6 +44,24 @@ void branch(Warp &warp, const Instruction &i) {
   next_group(warp);
 }
 
+namespace {
+
+// Lanes with the index of the first one go on; others come back for theirs.
+void branch_by_index(Warp &warp, const Instruction &i) {
+  const uint32_t *index = warp.row<uint32_t>(i.operand[0]);
+  const uint32_t first = index[first_lane(warp.exec)];
+  if (first >= (uint32_t)i.count)
+    throw Error("brx.idx with index " + std::to_string(first) + " of " + std::to_string(i.count));
+  uint32_t same = 0;
+  for_lanes(warp.exec, [&](int lane) { same |= (uint32_t)(index[lane] == first) << lane; });
+  if (same != warp.exec) warp.others.push_back({warp.pc - 1, warp.exec & ~same});
+  warp.active &= ~warp.exec;
+  warp.others.push_back({warp.kernel->targets[i.target + first], same});
+  next_group(warp);
+}
+
+}  // namespace
+
 void exit_lanes(Warp &warp, const Instruction &) {
   warp.alive &= ~warp.exec;
   warp.active &= ~warp.exec;
@@ -246,6 +264,12 @@ bool decode_control(Decoder &d) {
   if (base == "bra") {
     d.take("uni");
     d.instruction.run = branch;
+  } else if (base == "brx") {
+    if (!d.take("idx")) d.unknown("form of brx");
+    d.take("uni");
+    d.expect_arguments(2, 2);
+    d.source(0, Width::bits32);
+    d.instruction.run = branch_by_index;
   } else if (base == "ret" || base == "exit") {
     d.instruction.run = exit_lanes;
   } else if (base == "bar" || base == "barrier") {

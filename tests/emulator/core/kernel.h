@@ -48,7 +48,7 @@ struct Instruction {
   int64_t from_offset = 0;   // the same of a second address
   int32_t size = 0;          // bytes an element
   int32_t count = 0;         // elements, or what the instruction counts
-  int32_t target = 0;        // of a branch
+  int32_t target = 0;        // of a branch; of brx.idx the first of `count` in Kernel::targets
   uint32_t used_bytes = ALL; // of those a load reads, a bit each
   uint32_t flags = 0;        // as each handler defines them
   const Operand *operand = nullptr;  // = &Kernel::operands[first], once all are there
@@ -78,6 +78,7 @@ struct Kernel {
   std::vector<SourceLine> lines;   // of each instruction
   std::vector<std::string> texts;  // of each instruction
   std::vector<Operand> operands;
+  std::vector<int32_t> targets;    // of all brx.idx
   std::vector<uint8_t> constants;  // rows of immediates, parameters and the block's place
   uint32_t register_bytes = 0;
   std::vector<Parameter> parameters;

@@ -143,7 +143,8 @@ void Parser::statements(std::string &pending) {
     }
     size_t word = pending.find_first_of(" \t:;");
     if (word != std::string::npos && pending[word] == ':' && pending[word + 1] != ':') {
-      labels_[{scope_numbers_.back(), pending.substr(0, word)}] = (int)kernel_->code.size();
+      last_label_ = pending.substr(0, word);
+      labels_[{scope_numbers_.back(), last_label_}] = (int)kernel_->code.size();
       pending.erase(0, word + 1);
       continue;
     }
@@ -158,6 +159,10 @@ void Parser::statement(std::string text) {
   if (text.empty()) return;
   if (text.rfind(".reg", 0) == 0) return declare(text);
   if (sscanf(text.c_str(), ".pragma \"used_bytes_mask %x", &used_bytes_) == 1) return;
+  if (text.rfind(".branchtargets", 0) == 0) {
+    tables_[last_label_] = split_at_commas(text.substr(strlen(".branchtargets")));
+    return;
+  }
   if (text[0] == '.') throw Error("directive " + text);
   std::string whole = text, guard;
   if (text[0] == '@') {
@@ -191,7 +196,8 @@ void Parser::statement(std::string text) {
     if (place.width != Width::predicate) throw Error("guard of " + whole);
     instruction.guard = place.offset();
   }
-  if (decoder.base() == "bra") branches_.push_back({(int)kernel_->code.size(), arguments.at(0), scope_numbers_});
+  if (decoder.base() == "bra" || decoder.base() == "brx")
+    branches_.push_back({(int)kernel_->code.size(), arguments.back(), scope_numbers_});
   kernel_->code.push_back(instruction);
   kernel_->lines.push_back(line_);
   kernel_->texts.push_back(whole);
@@ -320,13 +326,27 @@ void Parser::files() {
   }
 }
 
+// Where a branch goes: the label of its name in the innermost scope.
+int Parser::find_label(const Branch &branch) const {
+  for (size_t i = branch.scopes.size(); i-- > 0;) {
+    auto found = labels_.find({branch.scopes[i], branch.label});
+    if (found != labels_.end()) return found->second;
+  }
+  throw Error("unknown label " + branch.label);
+}
+
 void Parser::link() {
   for (const Branch &branch : branches_) {
-    auto found = labels_.end();  // innermost first
-    for (size_t i = branch.scopes.size(); i-- > 0 && found == labels_.end();)
-      found = labels_.find({branch.scopes[i], branch.label});
-    if (found == labels_.end()) throw Error("unknown label " + branch.label);
-    kernel_->code[branch.at].target = found->second;
+    Instruction &instruction = kernel_->code[branch.at];
+    auto table = tables_.find(branch.label);
+    if (table == tables_.end()) {
+      instruction.target = find_label(branch);
+      continue;
+    }
+    instruction.target = (int)kernel_->targets.size();
+    instruction.count = (int)table->second.size();
+    for (const std::string &label : table->second)
+      kernel_->targets.push_back(find_label({branch.at, label, branch.scopes}));
   }
   for (Instruction &instruction : kernel_->code)
     instruction.operand = kernel_->operands.data() + instruction.first;

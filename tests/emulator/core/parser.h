@@ -26,6 +26,11 @@ class Parser {
   Kernel &kernel() { return *kernel_; }
 
  private:
+  struct Branch {
+    int at;
+    std::string label;
+    std::vector<int> scopes;
+  };
   using Scope = std::unordered_map<std::string, Width>;  // a name, or a prefix before digits
 
   void header(size_t entry, size_t &body);
@@ -36,6 +41,7 @@ class Parser {
   void statement(std::string text);
   void declare(const std::string &text);
   void link();
+  int find_label(const Branch &branch) const;
   const Width *declared(const std::string &name, size_t &scope) const;
   Operand new_constant(Width width);
   Operand new_register(Width width);
@@ -49,12 +55,9 @@ class Parser {
   std::unordered_map<std::string, Operand> registers_;
   std::map<std::pair<uint64_t, Width>, Operand> immediates_;
   std::map<std::pair<int, std::string>, int> labels_;  // by the scope that they are in
-  struct Branch {
-    int at;
-    std::string label;
-    std::vector<int> scopes;
-  };
   std::vector<Branch> branches_;
+  std::string last_label_;
+  std::unordered_map<std::string, std::vector<std::string>> tables_;  // of brx.idx, by their label
   std::unordered_map<std::string, int> parameters_;
   SourceLine line_;
   uint32_t used_bytes_ = ALL;  // of the next load, by a .pragma

@@ -29,7 +29,8 @@ def built() -> Path:
     """Build what is not there; return the folder of libdevice.so and libcuda.so.1."""
     torch, triton = package("torch"), package("triton")
     digest = hashlib.sha256()
-    for file in (*sorted(HERE.glob("*.[ch]*")), torch / "version.py", triton / "__init__.py"):
+    sources = [*sorted(HERE.glob("*.[ch]*")), HERE.parent / "core" / "tensor_map.h"]
+    for file in (*sources, torch / "version.py", triton / "__init__.py"):
         digest.update(file.read_bytes())
     folder = FOLDER / f"device-{digest.hexdigest()[:12]}"
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 // A libcuda.so.1 that has one device and no hardware: modules are PTX, and whoever sets the hooks
 // below gets each function that is loaded and each launch. It answers what Triton's driver calls,
-// but for tensor maps and clusters, which no kernel here uses.
+// but for clusters, which no kernel here uses.
 
+#include "../core/tensor_map.h"
 #include "cuda.h"
 
 #include <stdint.h>
@@ -157,6 +158,45 @@ API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute,
   if (!owns_hook(pointer))
     return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: memory of the host");
   *(CUdeviceptr*)value = pointer;
+  return CUDA_SUCCESS;
+}
+
+// Refuses what the driver's documentation does: strides grow, each a multiple of the one before.
+API CUresult cuTensorMapEncodeTiled(CUtensorMap* made, CUtensorMapDataType type, cuuint32_t rank,
+                                    void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                    const cuuint32_t* box, const cuuint32_t* steps,
+                                    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                    CUtensorMapL2promotion promotion,
+                                    CUtensorMapFloatOOBfill outside) {
+  const _Bool is_half =
+      type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (!is_half || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
+      swizzle > CU_TENSOR_MAP_SWIZZLE_128B || outside != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+    return refuse(CUDA_ERROR_NOT_SUPPORTED, "a descriptor that the fake driver lacks");
+  if (rank < 1 || rank > MOST_DIMENSIONS || (uint64_t)base % 16)
+    return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: a descriptor's rank or address");
+  struct TensorMap map = {.magic = TENSOR_MAP_MAGIC,
+                          .dimensions = rank,
+                          .element = 2,
+                          .base = (uint64_t)base,
+                          .swizzle = swizzle ? 16u << swizzle : 0};
+  uint64_t inner = map.element, extent = map.element;  // the last stride, and what it spans
+  for (unsigned i = 0; i < rank; i++) {
+    const uint64_t stride = i ? strides[i - 1] : map.element;
+    if (i && (stride % 16 || stride >> 40 || stride % inner || stride < extent))
+      return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: a descriptor's strides");
+    if (!sizes[i] || sizes[i] > INT32_MAX || !box[i] || box[i] > 256 || steps[i] != 1)
+      return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: a descriptor's sizes or box");
+    map.strides[i] = inner = stride;
+    map.sizes[i] = sizes[i];
+    map.box[i] = box[i];
+    extent = stride * sizes[i];
+  }
+  const uint32_t row = box[0] * map.element;
+  if (row % 16 || (map.swizzle && row > map.swizzle))
+    return refuse(CUDA_ERROR_INVALID_VALUE, "invalid argument: the rows of a descriptor's box");
+  memset(made, 0, sizeof *made);
+  memcpy(made, &map, sizeof map);
   return CUDA_SUCCESS;
 }
 
