@@ -52,6 +52,7 @@ from fusedformer_kernels.runtime.primitives import (
     dropout_keep_tile,
     dropout_scale,
     fma,
+    kept_share,
     negative,
 )
 
@@ -94,7 +95,10 @@ def _walk_queries(
             sizes, place, CHECKED, SCALED,
         )
         weights = exponentials(scores, minus_top[None, :], s, SCALED)  # [BLOCK_N, BLOCK_M]
-        weights *= inverse[None, :]
+        inverse = inverse[None, :]
+        if s.seed is not None:  # before they are rounded: half precision might lose small ones
+            inverse *= dropout_scale(s.p)
+        weights *= inverse
         if s.seed is not None:
             keep = dropout_keep_tile(
                 place.dropout_key, place.dropout_offset, start, first_column, s.p, BLOCK_M, BLOCK_N
@@ -119,7 +123,7 @@ def _walk_queries(
             else:
                 dweights = dot(v, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
             if s.seed is not None:
-                unscaled = delta[None, :] * (s.p - 1.0)  # the caller multiplies by 1 / (1 - p)
+                unscaled = delta[None, :] * negative(kept_share(s.p))
                 dscores = fma(tl.maximum(weights, 0.0), dweights, tl.abs(weights) * unscaled)
             else:
                 dscores = weights * (dweights - delta[None, :])
@@ -219,15 +223,12 @@ def _attention_backward_keys(
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = columns < place.stored_keys
     visible = (columns < place.n_keys)[:, None]
-    factor = 1.0  # of kept weights, which the loop leaves out
-    if s.seed is not None:
-        factor = dropout_scale(s.p)
     if NEEDS_K:
-        dk = tl.where(visible, dk * (s.scale * factor), 0.0)
+        dk = tl.where(visible, dk * s.scale, 0.0)
         dk_base = matrix_of(dk_ptr, dk_layout, place.batch, key_head.to(tl.int64), place.k_start)
         store_rows(dk_base, dk_layout, columns, stored, dk, HEAD_DIM, BLOCK_D)
     if NEEDS_V:
-        dv = tl.where(visible, dv * factor, 0.0)
+        dv = tl.where(visible, dv, 0.0)
         dv_base = matrix_of(dv_ptr, dv_layout, place.batch, key_head.to(tl.int64), place.k_start)
         store_rows(dv_base, dv_layout, columns, stored, dv, VALUE_DIM, BLOCK_DV)
 
