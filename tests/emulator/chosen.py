@@ -20,7 +20,8 @@ from torch import Tensor
 from fusedformer import backend, parity
 from fusedformer import functional as F
 from fusedformer.parity.cases import Case, all_cases
-from fusedformer_kernels.compiler.compile_cases import ONE_PASS, compile_cases
+from fusedformer_kernels.compiler.attention_calls import ONE_PASS
+from fusedformer_kernels.compiler.compile_cases import compile_cases
 from fusedformer_kernels.rows.dropout import dropout_mask
 from fusedformer_kernels.runtime import targets, tuned
 from fusedformer_kernels.runtime.launch import recorded_launches

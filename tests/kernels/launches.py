@@ -23,7 +23,7 @@ from fusedformer import functional as F
 from fusedformer import nn
 from fusedformer_kernels.attention.forward import attention_forward
 from fusedformer_kernels.attention.terms import AttentionTerms
-from fusedformer_kernels.compiler import compile_cases
+from fusedformer_kernels.compiler import compile_cases, tensors
 from fusedformer_kernels.compiler.ahead_of_time import ast_source
 from fusedformer_kernels.rows import gather as rows
 from fusedformer_kernels.runtime import launch, plan, plans
@@ -126,11 +126,6 @@ MOST_CALLS_OF_STACK = 309  # six layers, inference
 LIBRARY = tuple(str(Path(inspect.getfile(module)).parents[1]) for module in (nn, launch))
 
 
-def on_the_cpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Memory that the system gives once somebody writes to it."""
-    return torch.empty(shape, dtype=dtype)
-
-
 def check_plans() -> None:
     """Every compile case, on memory that nobody touches: planned calls launch what others do."""
     planned: list[plan.Plan] = []
@@ -141,7 +136,7 @@ def check_plans() -> None:
         return original(self, *args)
 
     with (
-        mock.patch.object(compile_cases, "_empty", on_the_cpu),
+        mock.patch.object(tensors, "DEVICE", "cpu"),
         mock.patch.object(plan.Plan, "run", run),
     ):
         for case in compile_cases.compile_cases():
@@ -248,8 +243,8 @@ def check_sizes_after_sizes() -> None:
 
 
 def attention(heads: int, queries: int, keys: int, dim: int) -> Callable[[], object]:
-    query = on_the_cpu(1, heads, queries, dim)
-    key, value = on_the_cpu(2, 1, heads, keys, dim).unbind()
+    query = torch.empty(1, heads, queries, dim, dtype=torch.bfloat16)
+    key, value = torch.empty(2, 1, heads, keys, dim, dtype=torch.bfloat16).unbind()
     return lambda: attention_forward(query, key, value, AttentionTerms(scale=0.125))
 
 

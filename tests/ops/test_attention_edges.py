@@ -174,6 +174,39 @@ def test_dropout_with_grouped_heads_and_lengths(key_heads: int, device: str) -> 
     assert_function_parity(candidate, truth, truth, qkv(device, heads=4, key_heads=key_heads))
 
 
+@pytest.mark.parametrize("p", [0.99, 1.0])
+def test_float16_gradients_where_almost_all_is_dropped(p: float, device: str) -> None:
+    """As near as torch's composition: small gradients of scores are not rounded away.
+
+    At p = 1 there are those of the log-sum-exp alone.
+    """
+    from fusedformer_kernels.rows.dropout import dropout_mask
+
+    generator = torch.Generator().manual_seed(3)
+    query, key, value, dy = torch.randn(4, 1, 2, 48, 16, generator=generator).half().to(device)
+    dy *= 1e-4
+    dlse = torch.randn(1, 2, 48, generator=generator).to(device) * 1e-4 * (p == 1.0)
+    torch.manual_seed(8)
+    seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    keep = dropout_mask(seed, p, 2, 48, 48, True).reshape(1, 2, 48, 48)
+
+    def composed(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        scores = leaves[0] @ leaves[1].mT * 0.25
+        weights = scores.softmax(-1) * (keep.to(dtype) / (1.0 - p if p < 1.0 else 1.0))
+        results = weights @ leaves[2], scores.logsumexp(-1)
+        return torch.autograd.grad(results, leaves, (dy.to(dtype), dlse.to(dtype)))
+
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    torch.manual_seed(8)
+    q, k, v = leaves
+    results = F.scaled_dot_product_attention(q, k, v, dropout_p=p, return_lse=True)
+    ours = torch.autograd.grad(results, leaves, (dy, dlse))
+    for got, plain, true in zip(ours, composed(torch.half), composed(torch.double), strict=True):
+        assert (got.double() - true).norm() <= (plain.double() - true).norm()
+        assert true.any() or not got.any()
+
+
 @pytest.mark.parametrize("wanted", ["query", "key", "value", "attn_mask"])
 def test_one_gradient_alone_is_that_of_all(wanted: str, device: str) -> None:
     """What is frozen changes nothing in what is not."""

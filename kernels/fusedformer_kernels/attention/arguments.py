@@ -253,7 +253,7 @@ def precision_of(query: torch.Tensor, value_dim: int) -> str:
 
 
 def scores_are_scaled(dtype: torch.dtype, terms: AttentionTerms) -> bool:
-    """Whether kernels scale scores before the exponential: see :mod:`attention_tiles`.
+    """Whether kernels scale scores before the exponential: see :mod:`scores`.
 
     The scale can wait for it where nothing is added and order is kept. It then is rounded once with
     the top, so that the largest weight is 1 to within half of 2^-24 times the top: enough where

@@ -27,17 +27,15 @@ from fusedformer_kernels.attention.arguments import (
 from fusedformer_kernels.attention.backward import score_gradients_of
 from fusedformer_kernels.attention.delta import attention_delta
 from fusedformer_kernels.attention.schedule import blocks_of
+from fusedformer_kernels.attention.scores import Given, load_row_terms, score_gradients
 from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
-    Given,
     key_rows,
     keys_of,
     load_pair,
-    load_row_terms,
     place_of,
     query_rows,
     row_pointer,
-    score_gradients,
     which_block,
 )
 from fusedformer_kernels.runtime import targets

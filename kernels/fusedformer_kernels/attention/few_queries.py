@@ -24,17 +24,16 @@ from fusedformer_kernels.attention.arguments import (
     layout_of,
 )
 from fusedformer_kernels.attention.schedule import first_tile, tiles_of_all
+from fusedformer_kernels.attention.scores import load_row_terms, score_gradients
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     key_tiles_of_rows,
     keys_of,
     load_pair,
-    load_row_terms,
     matrix_of,
     place_of,
     query_rows,
     row_pointer,
-    score_gradients,
     store_rows,
     which_block,
 )

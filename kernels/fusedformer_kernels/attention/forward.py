@@ -29,22 +29,24 @@ from fusedformer_kernels.attention.arguments import (
 from fusedformer_kernels.attention.mask_tiles import mask_tiles, tiles_of
 from fusedformer_kernels.attention.merge import merge_splits
 from fusedformer_kernels.attention.schedule import work_list
+from fusedformer_kernels.attention.scores import (
+    log_sum_exp,
+    online_softmax_update,
+    score_tile,
+    sink_of,
+    store_row_statistics,
+    with_sink,
+)
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.attention.tiles import (
     key_tiles_of_rows,
     load_tile,
-    log_sum_exp,
     matrix_of,
-    online_softmax_update,
     place_of,
     row_pointer,
     row_stride,
-    score_tile,
-    sink_of,
-    store_row_statistics,
     tile_of,
     which_block,
-    with_sink,
 )
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
@@ -185,7 +187,7 @@ def attention_forward(
     """(output [B, H, L, Ev], log-sum-exp float32 [B, H, L] if asked for, statistics [2, B, H, L]).
 
     Of 4-D strided tensors. The statistics are for the backward and the weights, in the units of
-    :mod:`attention_tiles`. The output lies in memory as [B, L, H, Ev]. ``key`` and ``value`` may
+    :mod:`scores`. The output lies in memory as [B, L, H, Ev]. ``key`` and ``value`` may
     have fewer heads. Packed tensors have B = 1 and all sequences' rows as L.
     """
     batch, heads, n_rows, _ = query.shape

@@ -29,19 +29,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Sizes, layout_of
-from fusedformer_kernels.attention.tiles import (
-    key_tiles_of_rows,
+from fusedformer_kernels.attention.scores import (
     log_sum_exp,
-    matrix_of,
     online_softmax_update,
-    place_of,
-    row_pointer,
-    row_stride,
     score_tile,
     sink_of,
     store_row_statistics,
-    which_block,
     with_sink,
+)
+from fusedformer_kernels.attention.tiles import (
+    key_tiles_of_rows,
+    matrix_of,
+    place_of,
+    row_pointer,
+    row_stride,
+    which_block,
 )
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch

@@ -17,12 +17,12 @@ import triton.language as tl
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
 from fusedformer_kernels.attention.schedule import blocks_of
+from fusedformer_kernels.attention.scores import load_row_terms
 from fusedformer_kernels.attention.slope_gradient import weighted_row_sums
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     load_pair,
-    load_row_terms,
     place_of,
     query_rows,
     row_pointer,

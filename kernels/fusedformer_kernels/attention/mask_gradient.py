@@ -16,15 +16,13 @@ import triton.language as tl
 
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
+from fusedformer_kernels.attention.scores import load_row_terms, mask_bias, score_gradients
 from fusedformer_kernels.attention.tiles import (
     key_rows,
     load_pair,
-    load_row_terms,
-    mask_bias,
     place_of,
     query_rows,
     row_pointer,
-    score_gradients,
 )
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch

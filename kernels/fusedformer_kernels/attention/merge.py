@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention import configs
-from fusedformer_kernels.attention.tiles import (
+from fusedformer_kernels.attention.scores import (
     log_sum_exp,
     power,
     sink_of,

@@ -30,7 +30,7 @@ from fusedformer_kernels.attention.schedule import first_tile, tiles_of_all
 from fusedformer_kernels.attention.tiles import place_of, query_rows, store_rows, which_block
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.primitives import COUNTS, INTERPRET, dropout_scale
+from fusedformer_kernels.runtime.primitives import COUNTS, INTERPRET
 
 
 class QuerySums(NamedTuple):
@@ -206,8 +206,6 @@ def _store_query_sums(
     parts = tl.reshape(sums, [BLOCK_D // 16, BLOCK_M // 8, 8, 4, 2, 2])
     dq = tl.reshape(tl.permute(parts, [1, 3, 5, 0, 4, 2]), [BLOCK_M, BLOCK_D])
     dq *= s.scale
-    if s.seed is not None:  # the factor that backward.py leaves out in its loop
-        dq *= dropout_scale(s.p)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     store_rows(
         query_rows(dq_ptr, dq_layout, place), dq_layout, rows, rows < place.n_queries, dq,

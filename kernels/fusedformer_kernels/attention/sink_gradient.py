@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from fusedformer_kernels.attention.arguments import scores_are_scaled
+from fusedformer_kernels.attention.scores import load_row_terms, sink_of, taken_by_sink
 from fusedformer_kernels.attention.terms import AttentionTerms
-from fusedformer_kernels.attention.tiles import load_row_terms, sink_of, taken_by_sink
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch

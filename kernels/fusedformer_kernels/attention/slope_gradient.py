@@ -16,19 +16,21 @@ import triton.language as tl
 
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
-from fusedformer_kernels.attention.tiles import (
-    key_rows,
-    key_tiles_of_rows,
-    load_pair,
+from fusedformer_kernels.attention.scores import (
     load_row_terms,
-    load_strided_rows,
-    place_of,
-    query_rows,
-    row_pointer,
     score_gradients,
     sink_of,
     table_bias,
     taken_by_sink,
+)
+from fusedformer_kernels.attention.tiles import (
+    key_rows,
+    key_tiles_of_rows,
+    load_pair,
+    load_strided_rows,
+    place_of,
+    query_rows,
+    row_pointer,
 )
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import targets

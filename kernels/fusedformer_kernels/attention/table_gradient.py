@@ -20,16 +20,13 @@ import triton.language as tl
 
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.arguments import AttentionArguments, Layout, Sizes
+from fusedformer_kernels.attention.scores import gates, load_row_terms, score_gradients, table_bias
 from fusedformer_kernels.attention.tiles import (
-    gates,
     key_rows,
     load_pair,
-    load_row_terms,
     place_of,
     query_rows,
     row_pointer,
-    score_gradients,
-    table_bias,
 )
 from fusedformer_kernels.rows.reduction import sum_partials
 from fusedformer_kernels.runtime import targets

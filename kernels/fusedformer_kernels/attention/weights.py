@@ -20,18 +20,15 @@ from fusedformer_kernels.attention.arguments import (
     layout_of,
 )
 from fusedformer_kernels.attention.backward import score_gradients_of
+from fusedformer_kernels.attention.scores import Given, exponentials, load_row_terms, score_tile
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
-    Given,
-    exponentials,
     key_rows,
     keys_of,
-    load_row_terms,
     load_tile,
     place_of,
     query_rows,
     row_pointer,
-    score_tile,
 )
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.launch import launch

@@ -274,6 +274,12 @@ def dropout_keep_tile(
 
 
 @triton.jit
+def kept_share(p):
+    """The share of elements that dropout keeps, [1, 1]: 1 - p, and above 0 where it keeps none."""
+    return tl.maximum(1.0 - (tl.zeros([1, 1], tl.float32) + p), 1e-7)
+
+
+@triton.jit
 def dropout_scale(p):
     """The factor on kept elements, [1, 1]: 1 / (1 - p), and finite where nothing is kept."""
-    return 1.0 / tl.maximum(1.0 - (tl.zeros([1, 1], tl.float32) + p), 1e-7)
+    return 1.0 / kept_share(p)
