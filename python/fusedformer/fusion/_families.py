@@ -233,6 +233,7 @@ SOUND = {
     *(f"{m}.modeling_{m}.{name}{kind}" for m, name in _LIKE_WAV2VEC2 for kind in _SOUND),
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
+GATED_SOUND = {f"wavlm.modeling_wavlm.WavLM{kind}" for kind in _SOUND}
 MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
