@@ -88,7 +88,7 @@ def test_outputs_and_gradients(name: str) -> None:
     assert not any("fusedformer" in type(m).__module__ for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mpnet", "deberta-v3"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mpnet", "deberta-v3", "wavlm"])
 def test_on_the_kernels(name: str, device: str) -> None:
     inputs = {n: x.to(device) for n, x in inputs_of(name).items()}
     for seed in (0, 1, 2):  # of outputs too, luck ends with the draw
