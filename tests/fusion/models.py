@@ -213,8 +213,8 @@ PACKED = {
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "wavlm", "wavlm, norms first"}
-SOUNDS = {"wav2vec2", "hubert", "data2vec-audio"}
+TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision"}
+SOUNDS = {"wav2vec2", "hubert", "data2vec-audio", "wavlm", "wavlm, norms first"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
 TOWERS |= SOUNDS | WINDOWED
 LENGTHS = (11, 4, 7)  # of texts, and of sounds in frames
@@ -256,7 +256,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         ids = torch.randint(3, 97, (3, 6), generator=generator)
         features = torch.randn(3, 6, 16, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    if name in SOUNDS or name.startswith("wavlm"):
+    if name in SOUNDS:
         samples = 10 * torch.tensor(LENGTHS) + 10
         mask = torch.arange(int(samples.max())) < samples[:, None]
         sound = torch.randn(mask.shape, generator=generator)

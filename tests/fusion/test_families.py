@@ -506,7 +506,13 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
 
 def test_tables_name_classes_that_there_are() -> None:
     """Of the transformers that is installed; and every model's layers have a form."""
-    for name in (*_families.LAYERS, *_families.ENCODERS, *_families.SOUND, *_families.MODELS):
+    for name in (
+        *_families.LAYERS,
+        *_families.ENCODERS,
+        *_families.SOUND,
+        *_families.GATED_SOUND,
+        *_families.MODELS,
+    ):
         module, _, cls = name.rpartition(".")
         found = getattr(__import__(f"transformers.models.{module}", fromlist=[cls]), cls)
         assert issubclass(found, nn.Module)

@@ -24,11 +24,12 @@ from tests.fusion.models import (
     perturbed,
     run,
 )
+from tests.ops.judge import FEW, is_right_over
 from torch import Tensor
 
 import fusedformer
 from fusedformer import backend
-from fusedformer.testing import compare_tensors
+from fusedformer.testing import Comparison, compare_tensors
 
 T: Any = pytest.importorskip("transformers")
 
@@ -37,11 +38,13 @@ def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch
     """What the criterion finds; stock in float64 is the truth.
 
     Of dozens of tensors, stock is lucky in one now and then: luck ends with the draw of weights and
-    output gradients, a fault does not.
+    output gradients, a fault does not. A gradient of few numbers (that of WavLM's gates, a few sums
+    that cancel) is judged over all draws, of which there are more for it.
     """
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
     found: list[str] = []
-    for seed in (1, 2, 3):
+    draws: dict[str, list[Comparison]] = {}
+    for seed in range(1, 7):
         if seed > 1:
             fused, stock = (perturbed(copy.deepcopy(one), seed) for one in (fused, stock))
         double = copy.deepcopy(stock).double()
@@ -51,12 +54,15 @@ def faults(fused: Any, stock: Any, inputs: dict[str, Tensor], name: Any = "torch
         assert ours.keys() == baseline.keys() == truth.keys()
         # The gradient of a key's bias is rounding alone: its truth is 0.
         keys = "key.bias", "k_proj.bias", "k_lin.bias", "pos_key_proj.bias", ".k.bias"
-        # That of WavLM's gates is a few sums that cancel; test_own_biases.py looks at them.
-        gates = "gru_rel_pos_const", "gru_rel_pos_linear.bias"
-        named = [n for n in truth if not n.endswith((*keys, *gates))]
-        compared = [compare_tensors(n, ours[n], baseline[n], truth[n]) for n in named]
-        found = [c.fault for c in compared if not c.passed]
-        if not found:
+        named = [n for n in truth if not n.endswith(keys)]
+        for n in named:
+            compared = compare_tensors(n, ours[n], baseline[n], truth[n])
+            draws.setdefault(n, []).append(compared)
+        at_fault = {n: c[-1].fault for n, c in draws.items() if not c[-1].passed}
+        few = {n for n in at_fault if ours[n].numel() <= FEW}
+        lucky = {n for n in few if is_right_over(draws[n], ours[n].dtype)}
+        found = [fault for n, fault in at_fault.items() if n not in lucky]
+        if not found or (seed >= 3 and at_fault.keys() != few):
             break
     return found
 
@@ -83,7 +89,7 @@ def test_outputs_and_gradients(name: str) -> None:
     assert not any("fusedformer" in type(m).__module__ for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mpnet", "deberta-v3"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mpnet", "deberta-v3", "wavlm"])
 def test_on_the_kernels(name: str, device: str) -> None:
     inputs = {n: x.to(device) for n, x in inputs_of(name).items()}
     for seed in (0, 1, 2):  # of outputs too, luck ends with the draw

@@ -23,6 +23,7 @@ from tests.fusion.test_huggingface import faults
 from torch import Tensor
 
 import fusedformer
+from fusedformer import backend
 
 T: Any = pytest.importorskip("transformers")
 
@@ -123,7 +124,8 @@ def test_layers_of_both_kinds_hand_biases_on(path: str, layer: int) -> None:
     for key, value in wanted.items():
         scale = value.abs().max().item()
         assert torch.allclose(found[key], value, atol=2e-5 * scale + 2e-5), key
-    assert [one.path for one in fusedformer.fuse(model).left] == [f"encoder.layers.{layer}"]
+    left = [one.path for one in fusedformer.fuse(model).left]
+    assert left == ["encoder", f"encoder.layers.{layer}"]
 
 
 def test_what_wavlm_goes_on_doing() -> None:
@@ -137,3 +139,51 @@ def test_what_wavlm_goes_on_doing() -> None:
     again = run(model, inputs)
     assert plain.keys() == again.keys()
     assert all(torch.allclose(plain[n], again[n], atol=1e-5) for n in plain)
+    assert near(again["last_hidden_state"], run(twin.train(), inputs)["last_hidden_state"])
+
+
+def test_distances_of_frames_count_what_a_mask_hides() -> None:
+    """Masks with a hole, padded on the left, of whole rows."""
+    model = model_of("wavlm").eval()
+    encoder, twin = model.encoder, copy.deepcopy(model).encoder
+    fusedformer.fuse(model, strict=True)
+    frames = torch.randn(3, 11, 32)
+    with torch.no_grad():
+        for mask in (MASK, HOLE, MASK.flip(1), torch.ones_like(MASK)):
+            wanted = twin(frames.clone(), attention_mask=mask)[0]
+            found = encoder(frames.clone(), attention_mask=mask)[0]
+            assert near(found[mask], wanted[mask]) and not found[~mask].any()
+
+
+def test_frames_of_static_shapes(device: str) -> None:
+    """On the kernels, which alone pack them: a mask with a hole."""
+    model = model_of("wavlm").eval().to(device)
+    encoder, twin = model.encoder, copy.deepcopy(model).encoder
+    fusedformer.fuse(model, strict=True)
+    encoder.static_shapes = True
+    mask, frames = HOLE.to(device), torch.randn(3, 11, 32, device=device)
+    with torch.no_grad(), backend("triton"):
+        found = encoder(frames.clone(), attention_mask=mask)[0]
+        wanted = twin(frames.clone(), attention_mask=mask)[0]
+    assert near(found[mask], wanted[mask]) and not found[~mask].any()
+
+
+@pytest.mark.parametrize("change", ["gates", "table", "gradient"])
+def test_faults_of_gates_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = model_of("wavlm").train(), inputs_of("wavlm")
+    twin = copy.deepcopy(model)
+    fusedformer.fuse(model, strict=True)
+    varlen_attention = fusedformer.functional.varlen_attention
+
+    def faulty(*args: Any, **given: Any) -> Any:
+        gate, table = given["relative_bias_gate"], given["relative_bias"]
+        if change == "gradient":
+            given["relative_bias_gate"] = gate.detach() + 1.02 * (gate - gate.detach())
+        elif change == "table":
+            given["relative_bias"] = table.flip(1)
+        else:
+            given["relative_bias_gate"] = gate.flip(1)
+        return varlen_attention(*args, **given)
+
+    monkeypatch.setattr(fusedformer.functional, "varlen_attention", faulty)
+    assert faults(model, twin, inputs)

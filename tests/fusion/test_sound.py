@@ -23,7 +23,9 @@ def test_padding_is_not_computed(name: str) -> None:
     """Behind the features, and their projection; hidden states at padding are 0."""
     model, inputs = model_of(name).eval(), inputs_of(name)
     fusedformer.fuse(model, strict=True)
-    assert rows_of_products(model, inputs) == {MASK.numel(), int(MASK.sum())}
+    frames = int(MASK.sum())
+    of_heads = {4 * frames} if name.startswith("wavlm") else set()  # the products of gates
+    assert rows_of_products(model, inputs) == {MASK.numel(), frames} | of_heads
     with torch.no_grad():
         states = model(**inputs).last_hidden_state
     assert not states[~MASK].any() and states[MASK].any(-1).all()
@@ -58,9 +60,11 @@ def test_what_asks_for_the_batch_gets_it() -> None:
         assert torch.allclose(results[key], value, atol=2e-5 * scale + 2e-5), key
 
 
-def test_layers_are_dropped_as_stock_drops_them() -> None:
+@pytest.mark.parametrize("name", ["Hubert", "WavLM"])
+def test_layers_are_dropped_as_stock_drops_them(name: str) -> None:
     settings = {**SOUND, "layerdrop": 0.5, "attention_dropout": 0.0}
-    model = perturbed(T.HubertModel(T.HubertConfig(**SIZES, **settings)), 0).train()
+    config = getattr(T, f"{name}Config")(**SIZES, **settings)
+    model = perturbed(getattr(T, f"{name}Model")(config), 0).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -65,6 +65,7 @@ def attention(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
+    relative_bias_gate: Tensor | None = None,
     sequence_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -85,6 +86,7 @@ def attention(
             of others the mask says so.
         position_bias: added to the scores.
         relative_bias: the functional form's.
+        relative_bias_gate: ``[batch, heads, queries]``, a factor on it.
         sequence_bias: added to the scores of packed sequences ``[sequences, heads, longest,
             longest]``, in place of their mask.
         s_aux: its ``sinks``.
@@ -107,7 +109,7 @@ def attention(
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
         "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
-        "relative_bias": relative_bias,
+        "relative_bias": relative_bias, "relative_bias_gate": relative_bias_gate,
         "causal_alignment": "bottom_right",
     }  # fmt: skip
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:  # they replace the mask
@@ -117,6 +119,8 @@ def attention(
                 "but got one; pass the batch padded, with 'attention_mask'"
             )
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        if relative_bias_gate is not None:
+            settings["relative_bias_gate"] = relative_bias_gate.squeeze(0).t()
         most_q, most_k = (q.shape[0] if m is None else int(m) for m in (max_length_q, max_length_k))
         mask = sequence_bias
         if mask is None:

@@ -249,6 +249,7 @@ SOUND = {
     *(f"{m}.modeling_{m}.{name}{kind}" for m, name in _LIKE_WAV2VEC2 for kind in _SOUND),
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
+GATED_SOUND = {f"wavlm.modeling_wavlm.WavLM{kind}" for kind in _SOUND}
 MODELS: dict[str, Model] = {
     **_TEXT_TOWERS,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},

@@ -1,8 +1,8 @@
 """Layers of WavLM, whose biases by distance are gated by what each head of a token reads.
 
-The first layer has the table of biases by distance. It hands them on as ``[heads, length,
-length]``, one for the batch, to the next layers. Each gates them anew, and so adds ``[batch, heads,
-length, length]`` of its own to its scores.
+The first layer has the table of biases by distance, which it hands on to the next layers. Each
+gates them anew, within its attention. A layer's own forward hands on ``[batch * heads, length,
+length]`` in their place.
 """
 
 from __future__ import annotations
@@ -25,18 +25,12 @@ class GatedBiasLayer(FusedLayer):
         self: Any, parts: Parts, call: Call, source: Tensor, fork: bool
     ) -> tuple[Tensor, Tensor]:
         gate, biases = _gate(parts.attention, source), call.others["position_bias"]
-        if biases.shape[0] != gate.shape[1]:  # of all sequences, by a layer's own forward
-            biases = biases.view(*gate.shape[:2], *biases.shape[1:])
+        others = {**call.others, "relative_bias_gate": gate}
+        if biases.dim() == 3:  # by a layer's own forward
+            biases = gate[..., None] * biases.view(*gate.shape[:2], *biases.shape[1:])
+            others = {"position_bias": biases}
         keys = None if call.mask is None else call.mask == 1
-        call = call._replace(mask=keys, others={"position_bias": gate * biases})
-        return super()._attends(parts, call, source, fork)
-
-    def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
-        call = super()._call(parts, given)
-        biases = call.others["position_bias"]
-        if biases.dim() == 2:  # by distance
-            call.others["position_bias"] = dense_biases(biases, call.x.shape[1])[0]
-        return call
+        return super()._attends(parts, call._replace(mask=keys, others=others), source, fork)
 
     @classmethod
     def are_plain(cls, parts: Parts) -> bool:
@@ -48,9 +42,10 @@ class GatedBiasLayer(FusedLayer):
         )
 
     def _own(self: Any, given: dict[str, Any]) -> Any:
-        biases, batch = given.get("position_bias"), given["hidden_states"].shape[0]
-        if biases is not None and biases.shape[0] == self.attention.num_heads:
-            given = {**given, "position_bias": biases.repeat(batch, 1, 1)}
+        biases, (batch, length, _) = given.get("position_bias"), given["hidden_states"].shape
+        if biases is not None and biases.dim() == 2:  # of a layer before
+            biases = dense_biases(biases, length)[0].repeat(batch, 1, 1)
+            given = {**given, "position_bias": biases}
         return super()._own(given)
 
     def _returned(self, found: Tensor, call: Call) -> Any:
@@ -66,11 +61,11 @@ class GatedBiasLayer(FusedLayer):
 
 
 def _gate(attention: Any, x: Tensor) -> Tensor:
-    """Return the factors ``[batch, heads, length, 1]`` of the biases of each query."""
+    """Return the factors ``[batch, heads, length]`` on the biases of each query."""
     product = attention.gru_rel_pos_linear
     weight = product.weight.view(2, 4, -1).sum(1)  # four results of each gate are summed
     bias = product.bias.view(2, 4).sum(1)
-    heads = x.view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
-    first, second = torch.sigmoid(F.linear(heads, weight, bias)).chunk(2, -1)
-    gate: Tensor = first * (second * attention.gru_rel_pos_const - 1.0) + 2.0
-    return gate
+    heads = x.view(*x.shape[:2], attention.num_heads, -1)
+    first, second = torch.sigmoid(F.linear(heads, weight, bias)).unbind(-1)
+    gate: Tensor = first * (second * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
+    return gate.transpose(1, 2)

@@ -30,14 +30,14 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
-from fusedformer.fusion._families import ENCODERS, LAYERS, MODELS, SOUND
+from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MODELS, SOUND
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
-from fusedformer.fusion._packed_sound import PackedSound
+from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
 from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
@@ -223,6 +223,7 @@ def _plan_stack(
     form, model = place.form, MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else _OTHER_ENCODERS.get(known)
     packs = PackedSound if known in SOUND else packs
+    packs = PackedGatedSound if known in GATED_SOUND else packs
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
         packs = packs if model.tower is None else PackedTower

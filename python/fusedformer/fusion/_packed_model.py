@@ -135,7 +135,7 @@ class PackedModel:
     def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
         """Return the packing of a batch, and a mask of keys where not all that it has are real."""
         if self._model.has_distances:
-            return _spans(keep, self._is_static() or not has_values(keep))
+            return spans(keep, self._is_static() or not has_values(keep))
         return packing_of(keep, self._is_static()), None
 
     def _packed_arguments(
@@ -202,7 +202,7 @@ class PackedDecoder(PackedModel):
     _minds_cache = True
 
 
-def _spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
+def spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:
     """Pack each row from its first real token to its last, as windows count all positions between.
 
     With static shapes whole rows are packed, since their tokens may end anywhere.

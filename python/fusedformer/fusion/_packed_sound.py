@@ -15,9 +15,13 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 
 from fusedformer import functional
+from fusedformer._internal.checks import has_values
+from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import is_asked
+from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._kept_rows import has_no_rows, wants_padding, zeroed
+from fusedformer.fusion._packed_model import spans
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -28,6 +32,7 @@ class PackedSound:
     FUSED = "packed: real frames only, behind the convolution"
 
     static_shapes = False  # as in TransformerEncoder
+    looks_attention_up = True
     _norms_last = False  # whether the norm of the encoder stands behind the layers
 
     def __init_subclass__(cls) -> None:
@@ -42,7 +47,7 @@ class PackedSound:
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         keep: Any = attention_mask
         keep = keep.bool()
-        packing = packing_of(keep, self.static_shapes)
+        packing, keys = self._packing(keep)
         if has_no_rows(packing):
             output = super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
             output.last_hidden_state = zeroed(output.last_hidden_state, keep)
@@ -54,13 +59,25 @@ class PackedSound:
             "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
             "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
         }  # fmt: skip
-        for layer in self.layers:
-            # Drawn as the class behind draws it, whether or not the layer then is dropped.
-            drops = self.training and self.config.layerdrop > 0.0
-            if not drops or torch.rand([]) >= self.config.layerdrop:
-                x = layer(x, attention_mask=None, **sequences, **kwargs)
+        x = self._through_layers(x, {"attention_mask": keys, **sequences, **kwargs})
         x = self.layer_norm(x) if self._norms_last else x
-        return BaseModelOutput(last_hidden_state=functional.unpack(x[0], packing))
+        output = functional.unpack(x[0], packing)
+        return BaseModelOutput(last_hidden_state=output if keys is None else zeroed(output, keep))
+
+    def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
+        """Return the packing of a batch, and a mask of keys where not all that it has are real."""
+        return packing_of(keep, self.static_shapes), None
+
+    def _through_layers(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+        for layer in self.layers:
+            if not self._drops():
+                x = layer(x, **given)
+        return x
+
+    def _drops(self: Any) -> bool:
+        """Draw whether a layer is dropped, as the class behind draws it."""
+        p = self.config.layerdrop
+        return self.training and p > 0.0 and bool(torch.rand([]) < p)
 
     def _packs(self: Any, x: Tensor, keep: Any, kwargs: dict[str, Any]) -> bool:
         """Return whether there is a 2-D mask, and nothing needs the batch padded."""
@@ -71,8 +88,31 @@ class PackedSound:
             or captured()
             or wants_padding()
             or not can_pack(x, self.static_shapes, keep)
-            or needs_batch(self)
+            or needs_batch(self, by_ours=self.looks_attention_up)
             # Then all ranks compute layers that are dropped.
             or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
             or is_fsdp_managed_module(self)
+        )
+
+
+class PackedGatedSound(PackedSound):
+    """The same of WavLM, whose layers attend by themselves and hand biases by distance on."""
+
+    looks_attention_up = False
+
+    def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
+        return spans(keep, self.static_shapes or not has_values(keep))
+
+    def _through_layers(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+        biases = None
+        for index, layer in enumerate(self.layers):
+            if not index or not self._drops():  # the first has the biases
+                x, biases = layer(x, position_bias=biases, **given)
+        return x
+
+    def _packs(self: Any, x: Tensor, keep: Any, kwargs: dict[str, Any]) -> bool:
+        """Return the same, and whether no layer is computed by its own forward."""
+        return super()._packs(x, keep, kwargs) and all(
+            isinstance(layer, GatedBiasLayer) and layer.is_known(layer) and layer.is_plain(layer)
+            for layer in self.layers
         )

@@ -11,7 +11,7 @@ from fusedformer.functional.steps import AttentionTerms, self_attention_terms
 from fusedformer.fusion._attention import mask_of_sequences, split_mask
 
 # Arguments of attention that one node does not have.
-_SETTINGS = ("softcap", "position_bias", "sequence_bias", "s_aux")
+_SETTINGS = ("softcap", "position_bias", "sequence_bias", "relative_bias_gate", "s_aux")
 
 
 def terms_of_call(
