@@ -255,6 +255,8 @@ class Finder:
         self._parts = [None if path is None else known[path] for path in paths]
         holders = {index for index, _ in self._steps} | {known[form.attention]}
         self._holders = sorted(holders - {0})
+        norms = "query_norm", "key_norm"
+        self._norms = [Parts._fields.index(one) for one in norms if getattr(form, one) is not None]
 
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
@@ -275,4 +277,6 @@ class Finder:
         reached = [None if index is None else found[index] for index in self._parts]
         for index, constant in self._constants.items():
             reached[index] = constant
+        for index in self._norms:
+            reached[index] = None if is_plain(reached[index], nn.Identity) else reached[index]
         return Parts._make(reached)
