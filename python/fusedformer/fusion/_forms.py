@@ -151,6 +151,8 @@ class Model:
     layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
     tower: Tower | None = None  # where it is one of a dual encoder's
+    positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    # of an encoder with BART's children: the embeddings of positions, see ``_positions.py``
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets

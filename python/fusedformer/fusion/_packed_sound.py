@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fusedformer import functional
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import is_asked
-from fusedformer.fusion._kept_rows import has_no_rows, wants_padding, zeroed
+from fusedformer.fusion._kept_rows import has_no_rows, through_layers, wants_padding, zeroed
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -50,15 +49,7 @@ class PackedSound:
         x = zeroed(hidden_states, keep)
         x = functional.pack(x + self.pos_conv_embed(x).to(x.device), packing)[None]
         x = self.dropout(x if self._norms_last else self.layer_norm(x))
-        sequences = {
-            "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
-            "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
-        }  # fmt: skip
-        for layer in self.layers:
-            # Drawn as the class behind draws it, whether or not the layer then is dropped.
-            drops = self.training and self.config.layerdrop > 0.0
-            if not drops or torch.rand([]) >= self.config.layerdrop:
-                x = layer(x, attention_mask=None, **sequences, **kwargs)
+        x = through_layers(self, x, packing, self.config.layerdrop, **kwargs)
         x = self.layer_norm(x) if self._norms_last else x
         return BaseModelOutput(last_hidden_state=functional.unpack(x[0], packing))
 
