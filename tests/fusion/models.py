@@ -172,6 +172,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "beit": lambda: T.BeitModel(
         T.BeitConfig(**IMAGE, use_relative_position_bias=True, drop_path_rate=0.0)
     ),
+    "yolos": lambda: T.YolosModel(T.YolosConfig(**{**IMAGE, "image_size": [16, 16]})),
+    "blip vision": lambda: T.BlipVisionModel(T.BlipVisionConfig(**IMAGE)),
+    "blip-2 vision": lambda: T.Blip2VisionModel(T.Blip2VisionConfig(**IMAGE)),
+    "janus vision": lambda: T.JanusVisionModel(T.JanusVisionConfig(**IMAGE)),
+    "internvl vision": lambda: T.InternVLVisionModel(
+        T.InternVLVisionConfig(
+            **{**IMAGE, "image_size": [16, 16], "patch_size": [4, 4]},
+            use_qk_norm=True,
+            norm_type="rms_norm",
+        )
+    ),
+    "aimv2 vision": lambda: T.Aimv2VisionModel(T.Aimv2VisionConfig(**IMAGE, use_head=False)),
     "data2vec-vision": lambda: T.Data2VecVisionModel(
         T.Data2VecVisionConfig(
             **IMAGE,
@@ -213,7 +225,8 @@ PACKED = {
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
-TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision"}
+TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "yolos", "blip vision"}
+TOWERS |= {"blip-2 vision", "janus vision", "internvl vision", "aimv2 vision"}
 SOUNDS = {"wav2vec2", "hubert", "data2vec-audio", "wavlm", "wavlm, norms first"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
 TOWERS |= SOUNDS | WINDOWED

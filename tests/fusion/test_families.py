@@ -202,6 +202,12 @@ FAULTS: dict[str, dict[str, Any]] = {
     "dinov3": {"rotary": None},
     "beit": {"position_bias": None},
     "videomae": {"norms_first": False},
+    "yolos": {"norms_first": False},
+    "blip vision": {"scaling": "head_dim"},
+    "blip-2 vision": {"by_head": True},
+    "janus vision": {"norm1": "layer_norm2", "norm2": "layer_norm1"},
+    "internvl vision": {"query_norm": None, "key_norm": None},
+    "aimv2 vision": {"gate": "ffn.up_proj", "linear1": "ffn.gate_proj"},
     "data2vec-vision": {"scale1": "lambda_2"},
     "swin": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
     "swinv2": {"logit_scale": None},
@@ -292,7 +298,9 @@ def test_faults_in_stochastic_depth_are_seen(fault: str) -> None:
         assert depth_differs(*DINOV2) == [True, False]
 
 
-@pytest.mark.parametrize("name", ["data2vec-vision", "swin", "swinv2"])
+@pytest.mark.parametrize(
+    "name", ["data2vec-vision", "swin", "swinv2", "yolos", "janus vision", "internvl vision"]
+)
 def test_each_dropout_is_where_stock_has_it(name: str) -> None:
     """With a probability of 1 it leaves nothing to chance."""
     model, inputs = model_of(name).train(), inputs_of(name)

@@ -76,7 +76,7 @@ def computes_attention(module: nn.Module) -> bool:
 
 @functools.cache
 def _has_attention(cls: Any) -> bool:
-    known = {"softmax", "scaled_dot_product_attention"}
+    known = {"softmax", "Softmax", "scaled_dot_product_attention"}
     found = any(known & {*code.__code__.co_names} for code in _functions_of(cls))
     return found and not attends(cls) and not hasattr(cls, "_made_of")
 

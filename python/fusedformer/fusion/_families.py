@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fusedformer.fusion import _ends
+from fusedformer.fusion import _ends, _positions
 from fusedformer.fusion._forms import Composed, Form, Model, Tower
 from fusedformer.fusion._text_forms import (
     ALBERT,
@@ -40,20 +40,29 @@ from fusedformer.fusion._text_forms import (
     XMOD,
 )
 from fusedformer.fusion._tower_forms import (
+    AIMV2,
     BEIT,
+    BLIP,
+    BLIP2,
     CLIP,
     DATA2VEC_VISION,
     DINOV2,
     DINOV3,
     DONUT_SWIN,
+    EOMT,
+    INTERNVL,
+    JANUS,
+    PIXIO,
     STABLE_WAV2VEC2,
     SWIN,
     SWINV2,
     VIDEO_MAE,
     VIT,
+    VITPOSE,
     WAV2VEC2,
     WAVLM,
     WHISPER,
+    YOLOS,
 )
 
 _LAYER = "encoder.layer"
@@ -145,6 +154,21 @@ _FLAT: tuple[tuple[str, str, Form], ...] = (
     ("gte", "Gte", GTE),
     ("jina_embeddings_v3", "JinaEmbeddingsV3", JINA),
 )
+# Encoders of sequence-to-sequence models: their layers are Whisper's, or have the norms last.
+_BART = dataclasses.replace(WHISPER, norms_first=False)
+_BY_IDS, _BY_SHAPE, _BY_TOKENS = (
+    Model(positions=one) for one in (_positions.of_ids, _positions.of_shape, _positions.of_tokens)
+)
+_SEQ2SEQ: tuple[tuple[str, str, Model, Form], ...] = (
+    ("bart", "Bart", _BY_IDS, _BART),
+    ("plbart", "PLBart", _BY_IDS, _BART),
+    ("mbart", "MBart", _BY_IDS, WHISPER),
+    ("blenderbot", "Blenderbot", _BY_SHAPE, WHISPER),
+    ("blenderbot_small", "BlenderbotSmall", _BY_SHAPE, _BART),
+    ("marian", "Marian", _BY_SHAPE, _BART),
+    ("pegasus", "Pegasus", _BY_SHAPE, WHISPER),
+    ("m2m_100", "M2M100", _BY_TOKENS, WHISPER),
+)
 # Towers of text beside those of images, with CLIP's layers.
 _AT_END = Model(tower=Tower(end=_ends.end))
 _AT_LARGEST = Model(tower=Tower(end=_ends.largest))
@@ -172,6 +196,15 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("dinov2_with_registers", "Dinov2WithRegisters", DINOV2),
     ("dinov3_vit", "DINOv3ViT", DINOV3),
     ("beit", "Beit", BEIT),
+    ("pixio", "Pixio", PIXIO),
+    ("internvl", "InternVLVision", INTERNVL),
+    ("radio", "Radio", DINOV2),
+    ("tipsv2", "Tipsv2Vision", DINOV2),
+    ("videomt", "Videomt", EOMT),
+    ("eomt", "Eomt", EOMT),
+    ("eomt_dinov3", "EomtDinov3", DINOV3),
+    ("aimv2", "Aimv2Encoder", AIMV2),
+    ("ovis2", "Ovis2VisionEncoder", AIMV2),
     ("clip", "CLIPEncoder", CLIP),
     ("altclip", "AltCLIPEncoder", CLIP),
     ("clipseg", "CLIPSegEncoder", CLIP),
@@ -182,9 +215,19 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("chinese_clip", "ChineseCLIPVision", CLIP),
     ("idefics3", "Idefics3Encoder", CLIP),
     ("smolvlm", "SmolVLMEncoder", CLIP),
+    ("idefics2", "Idefics2Encoder", CLIP),
+    ("kosmos2", "Kosmos2VisionEncoder", CLIP),
+    ("janus", "JanusVisionEncoder", JANUS),
+    ("blip", "BlipEncoder", BLIP),
+    ("blip_2", "Blip2Encoder", BLIP2),
+    ("instructblip", "InstructBlipEncoder", BLIP2),
+    ("instructblipvideo", "InstructBlipVideoEncoder", BLIP2),
     ("siglip", "SiglipEncoder", CLIP),
     ("siglip2", "Siglip2Encoder", CLIP),
     ("videomae", "VideoMAE", VIDEO_MAE),
+    ("yolos", "Yolos", YOLOS),
+    ("dpt", "DPTViT", YOLOS),
+    ("vitpose_backbone", "VitPoseBackbone", VITPOSE),
     ("swin", "Swin", SWIN),
     ("swinv2", "Swinv2", SWINV2),
     ("swin2sr", "Swin2SR", SWINV2),
@@ -218,6 +261,7 @@ LAYERS: dict[str, Form] = {
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _FLAT},
     **{f"{m}.modeling_{m}.{name}Layer": form for m, name, _, form in _COMPOSED},
+    **{f"{m}.modeling_{m}.{name}EncoderLayer": form for m, name, _, form in _SEQ2SEQ},
     "esm.modeling_esm.EsmLayer": ESM,
     "esmc.modeling_esmc.EsmcLayer": ESMC,
     "xmod.modeling_xmod.XmodLayer": XMOD,
@@ -255,6 +299,7 @@ MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
+    **{f"{m}.modeling_{m}.{name}Encoder": model for m, name, model, _ in _SEQ2SEQ},
     f"{_GEMMA2}TextModel": Model(has_distances=True, masks_by_type=True),
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,

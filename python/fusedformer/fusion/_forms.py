@@ -151,6 +151,8 @@ class Model:
     layers: str | None = None  # where these must all be known, as their own forward cannot pack
     composed: Composed | None = None  # where its layers cannot be told of packed sequences
     tower: Tower | None = None  # where it is one of a dual encoder's
+    positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    # of an encoder with BART's children: the embeddings of positions, see ``_positions.py``
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
@@ -255,6 +257,8 @@ class Finder:
         self._parts = [None if path is None else known[path] for path in paths]
         holders = {index for index, _ in self._steps} | {known[form.attention]}
         self._holders = sorted(holders - {0})
+        norms = "query_norm", "key_norm"
+        self._norms = [Parts._fields.index(one) for one in norms if getattr(form, one) is not None]
 
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
@@ -275,4 +279,6 @@ class Finder:
         reached = [None if index is None else found[index] for index in self._parts]
         for index, constant in self._constants.items():
             reached[index] = constant
+        for index in self._norms:
+            reached[index] = None if is_plain(reached[index], nn.Identity) else reached[index]
         return Parts._make(reached)

@@ -37,6 +37,7 @@ from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
 from fusedformer.fusion._packed_encoder import PackedEncoder
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
+from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
 from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
 from fusedformer.fusion._rows import change_in, needs_batch
@@ -227,6 +228,7 @@ def _plan_stack(
     if model is not None and not getattr(module.config, "is_decoder", False):
         packs = PackedModel if model.composed is None else ComposedModel
         packs = packs if model.tower is None else PackedTower
+        packs = packs if model.positions is None else PackedSeq2Seq
         packs = PackedDecoder if model.caches and generates else packs
     needs_ours = not (form and form.attends_itself) and getattr(packs, "looks_attention_up", True)
     if (form is None and packs is None) or (needs_ours and id(place.model) not in by_ours):

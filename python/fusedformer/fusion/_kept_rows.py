@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,30 @@ def wants_padding() -> bool:
 def has_no_rows(packing: Packing) -> bool:
     """Return whether all of a batch is padding, which layers cannot compute packed."""
     return not torch.compiler.is_compiling() and packing.total == 0
+
+
+def sequences_of(packing: Packing) -> dict[str, Any]:
+    """Return the arguments that tell attention of packed sequences."""
+    return {
+        "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
+        "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
+    }  # fmt: skip
+
+
+def through_layers(
+    model: Any, x: Tensor, packing: Packing, layerdrop: float, **kwargs: Any
+) -> Tensor:
+    """Send packed rows through the layers of ``model``, of which training drops some as a whole."""
+    sequences = sequences_of(packing)
+    for layer in model.layers:
+        if not is_dropped(model, layerdrop):
+            x = layer(x, attention_mask=None, **sequences, **kwargs)
+    return x
+
+
+def is_dropped(model: Any, layerdrop: float) -> bool:
+    """Draw whether training drops a layer, as transformers draws it."""
+    return model.training and layerdrop > 0.0 and bool(torch.rand([]) < layerdrop)
 
 
 def zeroed(hidden: Tensor, keep: Tensor) -> Tensor:

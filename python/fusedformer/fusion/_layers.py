@@ -269,7 +269,7 @@ class FusedLayer:
         else:
             key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
             value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
-            if self._form.norms_all_heads:
+            if self._form.norms_all_heads and parts.query_norm is not None:
                 query, key = parts.query_norm(query), parts.key_norm(key)
             q, k, v = self._split([query, key, value], dim)
             if parts.value_norm is not None:
@@ -441,7 +441,7 @@ class FusedLayer:
             return "chunk_size_feed_forward is set"
         if cls._form.unless is not None:
             holder, _, name = cls._form.unless.rpartition(".")
-            if getattr(layer.get_submodule(holder), name):
+            if getattr(layer.get_submodule(holder), name, False):
                 return f"its {name} is set"
         return ""
 

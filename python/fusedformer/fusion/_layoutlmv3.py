@@ -16,7 +16,13 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
-from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
+from fusedformer.fusion._kept_rows import (
+    has_no_rows,
+    sequences_of,
+    unpacked,
+    wants_padding,
+    zeroed,
+)
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack
@@ -61,10 +67,7 @@ class PackedLayoutEncoder:
             position_ids,
             *args,
             **kwargs,
-            cu_seq_lens_q=packing.cu_seqlens_q,
-            cu_seq_lens_k=packing.cu_seqlens_k,
-            max_length_q=packing.max_seqlen,
-            max_length_k=packing.max_seqlen,
+            **sequences_of(packing),
         )
         output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
         return output

@@ -7,7 +7,13 @@ from typing import Any
 from fusedformer import functional
 from fusedformer.fusion._attention import captured, key_mask_of
 from fusedformer.fusion._classes import arguments_of
-from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
+from fusedformer.fusion._kept_rows import (
+    has_no_rows,
+    sequences_of,
+    unpacked,
+    wants_padding,
+    zeroed,
+)
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -55,11 +61,7 @@ class PackedEncoder:
             return output
         given[name], given["attention_mask"] = functional.pack(x, packing)[None], None
         output = super().forward(  # type: ignore[misc]
-            **given,
-            cu_seq_lens_q=packing.cu_seqlens_q,
-            cu_seq_lens_k=packing.cu_seqlens_k,
-            max_length_q=packing.max_seqlen,
-            max_length_k=packing.max_seqlen,
+            **given, **sequences_of(packing)
         )
         output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
         return output

@@ -17,7 +17,13 @@ from fusedformer.fusion._classes import arguments_of, is_asked, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
-from fusedformer.fusion._kept_rows import has_no_rows, unpacked, wants_padding, zeroed
+from fusedformer.fusion._kept_rows import (
+    has_no_rows,
+    sequences_of,
+    unpacked,
+    wants_padding,
+    zeroed,
+)
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
@@ -161,8 +167,7 @@ class PackedModel:
         return {
             **rows, "attention_mask": masks,
             "position_ids": self._positions(given, packing, places)[None],
-            "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
-            "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
+            **sequences_of(packing),
         }  # fmt: skip
 
     def _others(self, given: dict[str, Any], keep: Tensor) -> dict[str, Tensor]:

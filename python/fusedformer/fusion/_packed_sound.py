@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -20,7 +19,14 @@ from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._classes import is_asked
 from fusedformer.fusion._gated_bias import GatedBiasLayer
-from fusedformer.fusion._kept_rows import has_no_rows, wants_padding, zeroed
+from fusedformer.fusion._kept_rows import (
+    has_no_rows,
+    is_dropped,
+    sequences_of,
+    through_layers,
+    wants_padding,
+    zeroed,
+)
 from fusedformer.fusion._packed_model import spans
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
@@ -55,11 +61,7 @@ class PackedSound:
         x = zeroed(hidden_states, keep)
         x = functional.pack(x + self.pos_conv_embed(x).to(x.device), packing)[None]
         x = self.dropout(x if self._norms_last else self.layer_norm(x))
-        sequences = {
-            "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
-            "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
-        }  # fmt: skip
-        x = self._through_layers(x, {"attention_mask": keys, **sequences, **kwargs})
+        x = self._through_layers(x, packing, keys, kwargs)
         x = self.layer_norm(x) if self._norms_last else x
         output = functional.unpack(x[0], packing)
         return BaseModelOutput(last_hidden_state=output if keys is None else zeroed(output, keep))
@@ -68,16 +70,10 @@ class PackedSound:
         """Return the packing of a batch, and a mask of keys where not all that it has are real."""
         return packing_of(keep, self.static_shapes), None
 
-    def _through_layers(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
-        for layer in self.layers:
-            if not self._drops():
-                x = layer(x, **given)
-        return x
-
-    def _drops(self: Any) -> bool:
-        """Draw whether a layer is dropped, as the class behind draws it."""
-        p = self.config.layerdrop
-        return self.training and p > 0.0 and bool(torch.rand([]) < p)
+    def _through_layers(
+        self: Any, x: Tensor, packing: Packing, keys: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        return through_layers(self, x, packing, self.config.layerdrop, **given)
 
     def _packs(self: Any, x: Tensor, keep: Any, kwargs: dict[str, Any]) -> bool:
         """Return whether there is a 2-D mask, and nothing needs the batch padded."""
@@ -103,10 +99,13 @@ class PackedGatedSound(PackedSound):
     def _packing(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
         return spans(keep, self.static_shapes or not has_values(keep))
 
-    def _through_layers(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def _through_layers(
+        self: Any, x: Tensor, packing: Packing, keys: Tensor | None, given: dict[str, Any]
+    ) -> Tensor:
+        given = {"attention_mask": keys, **sequences_of(packing), **given}
         biases = None
         for index, layer in enumerate(self.layers):
-            if not index or not self._drops():  # the first has the biases
+            if not index or not is_dropped(self, self.config.layerdrop):  # the first has the biases
                 x, biases = layer(x, position_bias=biases, **given)
         return x
 

@@ -17,7 +17,7 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._classes import is_asked, is_asked_of
-from fusedformer.fusion._kept_rows import zeroed
+from fusedformer.fusion._kept_rows import sequences_of, zeroed
 from fusedformer.fusion._packed_model import PackedModel
 from fusedformer.nn.stacks import packing_of
 
@@ -50,10 +50,7 @@ class PackedTower(PackedModel):
             inputs_embeds=functional.pack(x, packing)[None],
             attention_mask=keys,
             is_causal=tower.is_causal,
-            cu_seq_lens_q=packing.cu_seqlens_q,
-            cu_seq_lens_k=packing.cu_seqlens_k,
-            max_length_q=packing.max_seqlen,
-            max_length_k=packing.max_seqlen,
+            **sequences_of(packing),
         ).last_hidden_state
         states = functional.unpack(self.final_layer_norm(states)[0], packing)
         pooled = states[torch.arange(len(ends), device=ends.device), ends]

@@ -41,6 +41,28 @@ CLIP = Form(
     head_dim="head_dim",
     scaling="scale",
 )
+JANUS = dataclasses.replace(
+    CLIP,
+    out="self_attn.projection_layer",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    attention_dropout="self_attn.attention_dropout",
+    dropout1="self_attn.projection_dropout",
+    hidden_dropout="mlp.dropout1",
+    dropout2="mlp.dropout2",
+)
+BLIP2 = dataclasses.replace(
+    CLIP,
+    query="self_attn.qkv",
+    key=None,
+    value=None,
+    out="self_attn.projection",
+    attention_dropout="self_attn.attention_dropout",
+    mask=None,
+)
+BLIP = dataclasses.replace(
+    BLIP2, attention_dropout="self_attn.dropout", is_causal=False, attends_itself=True
+)
 DINOV2 = dataclasses.replace(
     VIT,
     norm1="norm1",
@@ -64,6 +86,34 @@ DINOV3 = dataclasses.replace(
     rotary="position_embeddings",
     rotary_last=True,
 )
+PIXIO = dataclasses.replace(VIT, depth="drop_path")
+INTERNVL = dataclasses.replace(
+    VIT,
+    out="attention.projection_layer",
+    dropout1="attention.projection_dropout",
+    query_norm="attention.q_norm",
+    key_norm="attention.k_norm",
+    norms_all_heads=True,
+    scale1="lambda_1",
+    scale2="lambda_2",
+    scaling="scale",
+    mask=None,
+)
+EOMT = dataclasses.replace(
+    DINOV2, out="attention.out_proj", attention_dropout="attention.dropout", scaling="scale"
+)
+AIMV2 = dataclasses.replace(
+    EOMT,
+    norm1="rms_norm1",
+    norm2="rms_norm2",
+    linear1="ffn.up_proj",
+    gate="ffn.gate_proj",
+    activation="ffn.act_fn",
+    linear2="ffn.down_proj",
+    scale1=None,
+    scale2=None,
+    depth=None,
+)
 BEIT = dataclasses.replace(
     VIT,
     scale1="lambda_1",
@@ -82,6 +132,15 @@ VIDEO_MAE = dataclasses.replace(
     attention_dropout="attention.attention.dropout_prob",
     norms_first=True,
     mask=None,
+)
+YOLOS = dataclasses.replace(VIDEO_MAE, dropout1="attention.output.dropout")
+VITPOSE = dataclasses.replace(
+    YOLOS,
+    linear1="mlp.fc1",
+    activation="mlp.activation",
+    linear2="mlp.fc2",
+    dropout2=None,
+    unless="mlp.experts",
 )
 DATA2VEC_VISION = dataclasses.replace(
     VIDEO_MAE,
