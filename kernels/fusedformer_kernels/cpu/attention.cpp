@@ -27,6 +27,7 @@ constexpr int64_t LANES = 8, COLUMNS = 2;
 #endif
 constexpr int64_t ROWS = 6;
 constexpr int64_t QUERIES = 240;  // of an item, for which keys and values are packed once
+constexpr int64_t WORTH_THREADS = 1 << 18;  // multiplications in the time that waking them takes
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -302,17 +303,26 @@ class Worker {
   std::vector<float> scores_, output_;
 };
 
+// Where the rows and the heads of a tensor are: how far the next one is, in elements.
+struct Steps {
+  int64_t row, head;
+};
+
 template <class T>
-void attend(const T* q, const T* k, const T* v, T* out, const int64_t* starts_q,
-            const int64_t* starts_k, int64_t sequences, int64_t heads, const int64_t* rows,
-            const int64_t* planes, int64_t dim, int64_t value_dim, float scale, int threads) {
+void attend(const T* q, const T* k, const T* v, T* out, const std::vector<int64_t>& starts_q,
+            const std::vector<int64_t>& starts_k, int64_t heads, Steps of_q, Steps of_k, Steps of_v,
+            int64_t dim, int64_t value_dim, float scale, int threads) {
+  const int64_t sequences = starts_q.size() - 1;
+  const Steps of_out = {heads * value_dim, value_dim};
   std::vector<int64_t> items(sequences + 1, 0);  // of all sequences before
-  int64_t longest = 0;
+  int64_t longest = 0, scores = 0;
   for (int64_t s = 0; s < sequences; ++s) {
-    items[s + 1] = items[s] + (starts_q[s + 1] - starts_q[s] + QUERIES - 1) / QUERIES * heads;
-    longest = std::max(longest, starts_k[s + 1] - starts_k[s]);
+    const int64_t queries = starts_q[s + 1] - starts_q[s], keys = starts_k[s + 1] - starts_k[s];
+    items[s + 1] = items[s] + (queries + QUERIES - 1) / QUERIES * heads;
+    longest = std::max(longest, keys);
+    scores += queries * keys * heads;
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (scores * (dim + value_dim) >= WORTH_THREADS)
   {
     Worker<T> worker(dim, value_dim, longest, scale);
 #pragma omp for schedule(dynamic)
@@ -322,43 +332,56 @@ void attend(const T* q, const T* k, const T* v, T* out, const int64_t* starts_q,
       const int64_t first = starts_q[s] + (item - items[s]) / heads * QUERIES;
       const int64_t count = std::min(QUERIES, starts_q[s + 1] - first);
       const int64_t key = starts_k[s], keys = starts_k[s + 1] - key;
-      T* to = out + first * rows[3] + head * planes[3];
+      T* to = out + first * of_out.row + head * of_out.head;
       if (keys == 0) {
         for (int64_t r = 0; r < count; ++r)
-          std::memset(static_cast<void*>(to + r * rows[3]), 0, value_dim * sizeof(T));
+          std::memset(static_cast<void*>(to + r * of_out.row), 0, value_dim * sizeof(T));
         continue;
       }
-      worker.attend({q + first * rows[0] + head * planes[0], rows[0], count},
-                    {k + key * rows[1] + head * planes[1], rows[1], keys},
-                    {v + key * rows[2] + head * planes[2], rows[2], keys}, {to, rows[3], count});
+      worker.attend({q + first * of_q.row + head * of_q.head, of_q.row, count},
+                    {k + key * of_k.row + head * of_k.head, of_k.row, keys},
+                    {v + key * of_v.row + head * of_v.head, of_v.row, keys},
+                    {to, of_out.row, count});
     }
   }
 }
 
-}  // namespace
-
-// Whether these are starts of sequences within `rows` rows.
-static bool fit(const int64_t* starts, int64_t sequences, int64_t rows) {
-  for (int64_t s = 0; s < sequences; ++s)
-    if (starts[s] > starts[s + 1]) return false;
-  return starts[0] == 0 && starts[sequences] == rows;
+std::vector<int64_t> starts_of(const void* given, bool are_wide, int64_t count) {
+  if (are_wide) {
+    const int64_t* starts = static_cast<const int64_t*>(given);
+    return {starts, starts + count};
+  }
+  const int32_t* starts = static_cast<const int32_t*>(given);
+  return {starts, starts + count};
 }
 
-// Tensors are [rows, heads, dim]; `strides` have how far the next row and the next head of each
-// (q, k, v, out) is, in elements; the last dimension is contiguous. Returns 0 if starts do not fit.
+// Whether these are starts of sequences within `rows` rows.
+bool fit(const std::vector<int64_t>& starts, int64_t rows) {
+  return starts.front() == 0 && starts.back() == rows &&
+         std::is_sorted(starts.begin(), starts.end());
+}
+
+}  // namespace
+
+// Tensors are [rows, heads, dim], `out` contiguous and of others the last dimension; starts are
+// int64 if they are wide, else int32. Returns 0 if starts do not fit.
 extern "C" int fusedformer_attend(int is_bfloat16, const void* q, const void* k, const void* v,
-                                  void* out, const int64_t* starts_q, const int64_t* starts_k,
-                                  int64_t sequences, int64_t heads, const int64_t* counts,
-                                  const int64_t* strides, int64_t dim, int64_t value_dim,
-                                  float scale, int threads) {
-  if (!fit(starts_q, sequences, counts[0]) || !fit(starts_k, sequences, counts[1])) return 0;
+                                  void* out, int are_wide, const void* starts_q,
+                                  const void* starts_k, int64_t sequences, int64_t heads,
+                                  int64_t rows_q, int64_t rows_k, int64_t q_row, int64_t q_head,
+                                  int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head,
+                                  int64_t dim, int64_t value_dim, float scale, int threads) {
+  const std::vector<int64_t> queries = starts_of(starts_q, are_wide, sequences + 1);
+  const std::vector<int64_t> keys = starts_of(starts_k, are_wide, sequences + 1);
+  if (!fit(queries, rows_q) || !fit(keys, rows_k)) return 0;
+  const Steps of_q = {q_row, q_head}, of_k = {k_row, k_head}, of_v = {v_row, v_head};
   if (is_bfloat16)
     attend(static_cast<const bfloat16*>(q), static_cast<const bfloat16*>(k),
-           static_cast<const bfloat16*>(v), static_cast<bfloat16*>(out), starts_q, starts_k,
-           sequences, heads, strides, strides + 4, dim, value_dim, scale, threads);
+           static_cast<const bfloat16*>(v), static_cast<bfloat16*>(out), queries, keys, heads,
+           of_q, of_k, of_v, dim, value_dim, scale, threads);
   else
     attend(static_cast<const float*>(q), static_cast<const float*>(k),
-           static_cast<const float*>(v), static_cast<float*>(out), starts_q, starts_k, sequences,
-           heads, strides, strides + 4, dim, value_dim, scale, threads);
+           static_cast<const float*>(v), static_cast<float*>(out), queries, keys, heads, of_q,
+           of_k, of_v, dim, value_dim, scale, threads);
   return 1;
 }

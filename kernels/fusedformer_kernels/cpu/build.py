@@ -58,8 +58,8 @@ def attention() -> Any:
     attend = library.fusedformer_attend
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     attend.argtypes = [
-        ctypes.c_int, *[pointer] * 6, size, size, pointer, pointer, size, size,
-        ctypes.c_float, ctypes.c_int,
+        ctypes.c_int, *[pointer] * 4, ctypes.c_int, *[pointer] * 2, *[size] * 12, ctypes.c_float,
+        ctypes.c_int,
     ]  # fmt: skip
     attend.restype = ctypes.c_int
     return attend

@@ -143,11 +143,11 @@ def packing_of_mask(
     total = longest = 0
     if mask.shape[0]:
         counts = tokens.counts()
-        if tokens.by_kernels:  # the host adds up what it waits for
+        if torch.compiler.is_compiling():  # which would compile again for each list of lengths
+            total, longest = torch.stack((counts.sum(), counts.max())).tolist()
+        else:  # the host adds up what it waits for
             found = counts.tolist()
             total, longest = sum(found), max(found)
-        else:
-            total, longest = torch.stack((counts.sum(), counts.max())).tolist()
     return packing_from_counts(tokens, counts, total, longest, multiple_of)
 
 
@@ -157,6 +157,8 @@ def packing_from_counts(
     """Make a packing of ``tokens`` from numbers that the host knows."""
     rows = -(-total // multiple_of) * multiple_of
     tail = rows != total
+    if total == tokens.mask.numel() and not tail and not torch.compiler.is_compiling():
+        return whole_packing(*_sizes(tokens.mask), tokens.mask.device)
     longest = max(longest, rows - total)
     places = ops.token_places(tokens, rows, tail=tail, counts=counts)
     return _packing_of(tokens.mask, places, longest, tail)

@@ -6,10 +6,12 @@ They are not public; each is documented where it is defined.
 from fusedformer.ops import EncoderParameters as EncoderParameters
 from fusedformer.ops import EncoderSettings as EncoderSettings
 from fusedformer.ops import FeedForward as FeedForward
+from fusedformer.ops import dropout_add_layer_norm as dropout_add_layer_norm
 from fusedformer.ops import encoder_layer as encoder_layer
 from fusedformer.ops import encoder_layer_is_one_node as encoder_layer_is_one_node
 from fusedformer.ops import feed_forward as feed_forward
 from fusedformer.ops import linear as linear
+from fusedformer.ops import scaled_attention as scaled_attention
 from fusedformer.ops import seeds_added_to as seeds_added_to
 from fusedformer.ops import seeds_drawn_at_once as seeds_drawn_at_once
 from fusedformer.ops import self_attention as self_attention

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer._internal.tracing import is_traced_by_jit
+from fusedformer.functional.steps import scaled_attention
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -103,6 +104,22 @@ def attention(
     if not packed:
         mask, key_mask, is_causal = split_mask(module, attention_mask, is_causal)
     is_causal = is_causal and query.shape[2] > 1
+    if (
+        cu_seq_lens_q is not None
+        and cu_seq_lens_k is not None
+        and not is_causal
+        and not dropout
+        and attention_mask is None
+        and softcap is None
+        and sliding_window is None
+        and position_bias is None
+        and relative_bias is None
+        and sequence_bias is None
+        and s_aux is None
+    ):
+        output = scaled_attention(query, key, value, cu_seq_lens_q, cu_seq_lens_k, scaling)
+        if output is not None:
+            return output, None
     window = None
     if sliding_window is not None and packed:  # else the mask contains it
         window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)

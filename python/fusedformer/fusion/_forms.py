@@ -242,7 +242,7 @@ class Finder:
 
     def __init__(self, form: Form) -> None:
         """Write down the steps of the way: the index of a module found before, and a name."""
-        self._steps: list[tuple[int, list[str]]] = []
+        self._steps: list[tuple[int, str, list[str]]] = []
         known = {"": 0}
         paths = [getattr(form, field) for field in Parts._fields]
         self._constants = {i: one for i, one in enumerate(paths) if callable(one)}
@@ -252,10 +252,11 @@ class Finder:
             for depth in range(1, len(names) + 1):
                 inner, outer = ".".join(names[:depth]), ".".join(names[: depth - 1])
                 if inner not in known:
-                    self._steps.append((known[outer], names[depth - 1].split("|")))
+                    *others, last = names[depth - 1].split("|")
+                    self._steps.append((known[outer], last, others))
                     known[inner] = len(self._steps)
-        self._parts = [None if path is None else known[path] for path in paths]
-        holders = {index for index, _ in self._steps} | {known[form.attention]}
+        self._parts = [-1 if path is None else known[path] for path in paths]
+        holders = {index for index, *_ in self._steps} | {known[form.attention]}
         self._holders = sorted(holders - {0})
         norms = "query_norm", "key_norm"
         self._norms = [Parts._fields.index(one) for one in norms if getattr(form, one) is not None]
@@ -263,12 +264,15 @@ class Finder:
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
         found: list[Any] = [layer]
-        for index, names in self._steps:
+        for index, name, others in self._steps:
             holder = found[index]
             if not isinstance(holder, nn.Module):
                 return None
             inside = holder.__dict__["_modules"]
-            name = next((one for one in names if one in inside), names[-1])
+            for other in others:
+                if other in inside:
+                    name = other
+                    break
             found.append(inside[name] if name in inside else getattr(holder, name, None))
         home = type(layer).__module__
         for index in self._holders:
@@ -276,7 +280,8 @@ class Finder:
             is_theirs = type(holder).__module__ == home or type(holder) is nn.ModuleList
             if not is_theirs or not is_untouched(holder):
                 return None
-        reached = [None if index is None else found[index] for index in self._parts]
+        found.append(None)  # which paths to nothing lead to
+        reached = [found[index] for index in self._parts]
         for index, constant in self._constants.items():
             reached[index] = constant
         for index in self._norms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fusedformer.nn.children import hooks_of, is_sharded
+from fusedformer.nn.children import hooks_of, is_hooked, is_sharded
 
 _CAPTURE = "install_output_capuring_hook.<locals>.output_capturing_hook"
 # Hooks of transformers and peft that have gradients of embeddings computed, and change no value.
@@ -17,12 +17,12 @@ _OF_GRADIENTS = (
 
 def is_untouched(module: nn.Module) -> bool:
     """Return whether ``module`` has its own forward and no hooks but transformers' idle ones."""
-    return _has_only(module, _CAPTURE) and not is_sharded(module)
+    return (not is_hooked(module) or _has_only(module, _CAPTURE)) and not is_sharded(module)
 
 
 def changes_no_value(module: nn.Module) -> bool:
     """Return whether ``module`` is untouched but for hooks of gradients and ``fully_shard``."""
-    return _has_only(module, _CAPTURE, *_OF_GRADIENTS)
+    return not is_hooked(module) or _has_only(module, _CAPTURE, *_OF_GRADIENTS)
 
 
 def _has_only(module: nn.Module, *hooks: str) -> bool:

@@ -148,17 +148,16 @@ class PackedModel:
         self: Any, given: dict[str, Any], packing: Packing, keys: Tensor | None
     ) -> dict[str, Any]:
         """Return the arguments of the packed call that differ from those ``given``."""
-        places = packing.indices.clamp(min=0)
         embedded = given.get("inputs_embeds")
         if embedded is None and self._model.embeds_padded:
             asked = "input_ids", "attention_mask", "position_ids"
             embedded = self.embeddings(**{name: given.get(name) for name in asked})
         if embedded is None:
-            rows: dict[str, Any] = {"input_ids": given["input_ids"].flatten()[places][None]}
+            rows: dict[str, Any] = {"input_ids": _picked(given["input_ids"], packing)}
         else:
             rows = {"input_ids": None, "inputs_embeds": functional.pack(embedded, packing)[None]}
         for name, one in self._others(given, given["attention_mask"]).items():
-            rows[name] = one.flatten(0, 1)[places][None]
+            rows[name] = _picked(one, packing)
         if self._model.caches:
             rows["use_cache"] = False
         if self._model.is_causal is not None:
@@ -166,7 +165,7 @@ class PackedModel:
         masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
         return {
             **rows, "attention_mask": masks,
-            "position_ids": self._positions(given, packing, places)[None],
+            "position_ids": self._positions(given, packing),
             **sequences_of(packing),
         }  # fmt: skip
 
@@ -181,21 +180,19 @@ class PackedModel:
                 found[name] = found[name][:, None].expand(keep.shape)
         return found
 
-    def _positions(self: Any, given: dict[str, Any], packing: Packing, places: Tensor) -> Tensor:
+    def _positions(self: Any, given: dict[str, Any], packing: Packing) -> Tensor:
         """Return the positions of tokens, as the class behind this one would number them."""
         positions = given.get("position_ids")
         if positions is not None:
-            expanded: Tensor = positions.expand(packing.batch, packing.length)
-            return expanded.flatten()[places]
-        columns: Tensor = places % packing.length
-        if not self._model.behind_padding:
-            return columns
-        padding: int = self.embeddings.padding_idx
-        if given.get("input_ids") is None:
-            return columns + (padding + 1)
-        real = given["input_ids"].ne(padding).int()
-        numbered: Tensor = real.cumsum(1) * real + padding
-        return numbered.flatten()[places]
+            return _picked(positions.expand(packing.batch, packing.length), packing)
+        if self._model.behind_padding and given.get("input_ids") is not None:
+            padding: int = self.embeddings.padding_idx
+            real = given["input_ids"].ne(padding).int()
+            return _picked(real.cumsum(1) * real + padding, packing)
+        places = _places(packing)
+        first = self.embeddings.padding_idx + 1 if self._model.behind_padding else 0
+        columns = places if packing.batch == 1 and packing.is_whole else places % packing.length
+        return (columns + first if first else columns)[None]
 
 
 class PackedDecoder(PackedModel):
@@ -205,6 +202,17 @@ class PackedDecoder(PackedModel):
     """
 
     _minds_cache = True
+
+
+def _picked(x: Tensor, packing: Packing) -> Tensor:
+    """Pick of ``x`` ``[batch, length, *]`` what is packed, as a batch of 1; a view of all of it."""
+    rows = x.flatten(0, 1)
+    return (rows if packing.is_whole else rows[_places(packing)])[None]
+
+
+def _places(packing: Packing) -> Tensor:
+    """Return where the packed rows come from; those behind the last token from the first place."""
+    return packing.indices.clamp(min=0) if packing.has_tail else packing.indices
 
 
 def spans(keep: Tensor, static_shapes: bool) -> tuple[Packing, Tensor | None]:

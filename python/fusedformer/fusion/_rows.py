@@ -38,30 +38,28 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
     left = [encoder]
     while left:  # on every call: so paths are looked up only for a reason
         for child in left.pop().__dict__["_modules"].values():
-            if child is None or isinstance(child, ParametrizationList):  # these compute weights
+            if child is None:
                 continue
-            own = child.__dict__
+            own, cls = child.__dict__, type(child)
             if (
-                own["_forward_hooks"]
+                _needs_look.get(cls, True)
+                or own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
                 or "forward" in own
                 or "chunk_size_feed_forward" in own
-                or _needs_a_look(type(child))
             ):
+                if isinstance(child, ParametrizationList):  # these compute weights
+                    continue
+                _needs_look[cls] = attends(cls) or not _is_tokenwise(cls)
                 reason = _reason(child, by_ours)
                 if reason:
                     path = next(n for n, one in encoder.named_modules() if one is child)
                     return f"'{path}' {reason}"
-            left.append(child)
+            if own["_modules"]:
+                left.append(child)
     return ""
-
-
-def _needs_a_look(cls: Any) -> bool:
-    if cls not in _needs_look:
-        _needs_look[cls] = attends(cls) or not _is_tokenwise(cls)
-    return _needs_look[cls]
 
 
 def _is_tokenwise(cls: type[Any]) -> bool:

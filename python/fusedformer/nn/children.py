@@ -12,10 +12,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedformer import functional
+from fusedformer._internal.autocast import autocast_dtype
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.errors import BadTypeError, BadValueError
 from fusedformer.functional import Activation
-from fusedformer.functional.steps import FeedForward, linear
+from fusedformer.functional.steps import FeedForward, dropout_add_layer_norm, linear
 from fusedformer.nn.layer_norm import LayerNorm
 from fusedformer.nn.quick_gelu import QuickGELU
 
@@ -40,14 +41,21 @@ def is_plain(module: object, *types: type[nn.Module]) -> bool:
     A subclass, a hook or a replaced ``forward`` may do more: then the module must be called.
     """
     cls = type(module)
-    if getattr(cls, "_made_of", (cls,))[0] not in types:
+    if cls not in types and getattr(cls, "_made_of", (cls,))[0] not in types:
         return False
+    return not (is_hooked(module) or _has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def is_hooked(module: object) -> bool:
+    """Return whether a call of ``module`` runs hooks, or a ``forward`` put on the instance."""
     own = module.__dict__
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return False
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return False
-    return not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def is_sharded(module: object) -> bool:
@@ -213,16 +221,22 @@ class Pending(NamedTuple):
         return both
 
     def _call_with_norm(self, norm: nn.LayerNorm, *, return_sum: bool) -> Any:
+        x, bias, dropout, residual = self
+        shape, eps, p = norm.normalized_shape, norm.eps, dropout_probability(dropout)
+        weight, offset = weights_and_biases(norm)
+        if chosen_backend(x) == "torch":  # without checks, which take longer than a short text
+            return dropout_add_layer_norm(
+                x,
+                residual,
+                shape,
+                weight,
+                offset,
+                eps,
+                input_bias=bias,
+                p=p,
+                return_sum=return_sum,
+                dtype=autocast_dtype("layer_norm", x, residual),
+            )
         call: Any = functional.dropout_add_layer_norm  # its overloads take no variable return_sum
-        return call(
-            self.x,
-            self.residual,
-            norm.normalized_shape,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            p=self.dropout.p,
-            training=self.dropout.training,
-            input_bias=self.bias,
-            return_sum=return_sum,
-        )
+        more: Any = {"input_bias": bias, "p": p, "return_sum": return_sum}
+        return call(x, residual, shape, weight, offset, eps, **more)

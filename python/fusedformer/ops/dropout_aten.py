@@ -24,14 +24,18 @@ _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
 
 def dropout_aten(x: Tensor, p: float) -> Tensor:
     """Drop elements of ``x`` with probability ``p``, and scale the rest."""
+    if not p:
+        return x
     if not _is_fast(x, p):
-        return torch.dropout(x, p, train=True) if p else x
+        return torch.dropout(x, p, train=True)
     dropped: Tensor = _dropout(x, None, p)
     return dropped
 
 
 def dropout_add_aten(x: Tensor, residual: Tensor, p: float) -> Tensor:
     """Add ``residual`` to :func:`dropout_aten` of ``x``, in one new tensor."""
+    if not p:
+        return x + residual
     if not _is_fast(x, p) or x.dtype != residual.dtype or x.shape != residual.shape:
         return dropout_aten(x, p) + residual
     total: Tensor = _dropout(x, residual, p)

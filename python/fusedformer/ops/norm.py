@@ -177,8 +177,8 @@ def layer_norm_aten(
     """Compute the norm by ATen, in ``dtype`` if it is given."""
     input = input if dtype is None else input.to(dtype)
     # ATen takes parameters of the dtype of its input, or all float32 with a half input.
-    dtypes = {t.dtype for t in (weight, bias) if t is not None}
-    if dtypes and dtypes != {input.dtype}:
+    own = input.dtype
+    if (weight is not None and weight.dtype != own) or (bias is not None and bias.dtype != own):
         wide = torch.promote_types(input.dtype, torch.float32)
         weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     return wide_sums.layer_norm(input, shape, weight, bias, eps)

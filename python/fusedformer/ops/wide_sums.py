@@ -46,9 +46,9 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
 
 
 def _sums_in_half(rows: Tensor, *parameters: Tensor | None) -> bool:
-    if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16):
+    if not torch.is_grad_enabled() or rows.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+    return rows.device.type == "cpu" and any(p is not None and p.requires_grad for p in parameters)
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ attention over some of the keys, to be merged. ``disentangled`` is that of DeBER
 from fusedformer.ops.attention.calls import (
     check_for_kernels,
     merge_attention_states,
+    scaled_attention,
     scaled_dot_product_attention,
     self_attention,
     varlen_attention,
@@ -36,6 +37,7 @@ __all__ = [
     "merge_attention_states",
     "merge_parts",
     "scale_of",
+    "scaled_attention",
     "scaled_dot_product_attention",
     "self_attention",
     "self_attention_terms",

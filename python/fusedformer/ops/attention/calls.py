@@ -19,7 +19,8 @@ from fusedformer.ops.attention.aten import (
     attention_weights_aten,
     merge_attention_states_aten,
 )
-from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.attention.compiled import packed_attention_compiled
+from fusedformer.ops.attention.terms import AttentionTerms, scale_of
 
 MAX_HEAD_DIM = 256
 
@@ -108,6 +109,24 @@ def varlen_attention(
         output, lse, _ = registered.attention(q, k, v, return_lse, *terms)
     output = output[0].transpose(0, 1)
     return (output, lse[0]) if return_lse and lse is not None else output
+
+
+def scaled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    scale: float | None,
+) -> Tensor | None:
+    """``[1, tokens, H, Ev]`` of packed ``[1, H, tokens, E]``, whose scores have a scale alone.
+
+    None where C++ is not to compute it: :func:`varlen_attention` does then, and checks arguments.
+    """
+    if chosen_backend(query) != "torch":
+        return None
+    scale = scale_of(scale, query)
+    return packed_attention_compiled(query, key, value, starts_q, starts_k, scale)
 
 
 def self_attention(qkv: Tensor, terms: AttentionTerms) -> Tensor:
