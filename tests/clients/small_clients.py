@@ -70,6 +70,11 @@ BACKBONES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: T.GPT2Model(
         T.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=40, vocab_size=len(VOCABULARY))
     ),
+    "codegen": lambda: T.CodeGenModel(
+        T.CodeGenConfig(
+            n_embd=32, n_layer=2, n_head=4, n_positions=40, rotary_dim=4, vocab_size=len(VOCABULARY)
+        )
+    ),
 }
 
 

@@ -38,9 +38,9 @@ def classes(model: nn.Module) -> list[type]:
 
 
 @pytest.mark.filterwarnings("ignore:embed")
-@pytest.mark.parametrize("backbone", ["bert", "modernbert", "gpt2"])
+@pytest.mark.parametrize("backbone", ["bert", "modernbert", "gpt2", "codegen"])
 def test_it_returns_what_encode_returns(tmp_path: Path, backbone: str) -> None:
-    """For any budget; the model is fused for the call alone; gpt2 is computed padded."""
+    """For any budget; the model is fused for the call alone; codegen is computed padded."""
     both = three(dense_model(tmp_path, backbone, ALL_MODES, M.Normalize()))
     before = classes(both.stock)
     truth, stock = both.truth.encode(TEXTS), both.stock.encode(TEXTS)
@@ -129,7 +129,7 @@ def test_what_is_cut_or_computed_padded_is_said(tmp_path: Path) -> None:
         assert fusedformer.embed(model, []).shape == (0, 32)
         assert fusedformer.embed(model, [], truncate_dim=8).shape == (0, 8)
     with pytest.warns(UserWarning, match="computes padding: nothing in it has a packed form"):
-        fusedformer.embed(dense_model(tmp_path / "gpt2", "gpt2"), ["cat"])
+        fusedformer.embed(dense_model(tmp_path / "codegen", "codegen"), ["cat"])
     fusedformer.fuse(model, pack=False)
     with pytest.warns(UserWarning, match="computes padding: it was fused so"):
         fusedformer.embed(model, ["cat"])

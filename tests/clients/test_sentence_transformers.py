@@ -299,7 +299,7 @@ def test_what_cannot_be_packed_is_left(tmp_path: Path) -> None:
     fusedformer.fuse(model, pack=False)
     parts = M.Transformer, M.Pooling, S.SentenceTransformer
     assert (*map(type, (*model, model)),) == parts
-    decoder = three(dense_model(tmp_path / "gpt2", "gpt2"))
+    decoder = three(dense_model(tmp_path / "codegen", "codegen"))
     assert (*map(type, (*decoder.fused, decoder.fused)),) == parts
     for one in decoder:
         one.tokenizer.padding_side = "right"

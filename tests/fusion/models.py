@@ -35,6 +35,7 @@ ESM: dict[str, Any] = dict(
 XMOD: dict[str, Any] = dict(languages=["en_XX", "de_DE"], default_language="de_DE")
 EUROBERT: dict[str, Any] = dict(num_key_value_heads=2, mask_token_id=3, **TOKENS)
 QWEN3: dict[str, Any] = dict(num_key_value_heads=2, head_dim=8, **TOKENS)
+DECODER: dict[str, Any] = dict(**TEXT, num_key_value_heads=2, **TOKENS)
 GEMMA3: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
     use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"], **TOKENS,
@@ -55,8 +56,10 @@ DEBERTA = dict(
     position_biased_input=False,
     type_vocab_size=0,
 )
-GPT2 = dict(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1,
-            eos_token_id=2)  # fmt: skip
+GPT2: dict[str, Any] = dict(
+    vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2,
+    use_cache=False,
+)  # fmt: skip
 BART = dict(
     vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
@@ -123,6 +126,25 @@ MODELS: dict[str, Callable[[], Any]] = {
     "eurobert": lambda: T.EuroBertModel(T.EuroBertConfig(**TEXT, **EUROBERT)),
     "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**TEXT, **QWEN3)),
     "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(**TEXT, **GEMMA3)),
+    "llama": lambda: T.LlamaModel(T.LlamaConfig(**DECODER, attention_bias=True)),
+    "mistral": lambda: T.MistralModel(T.MistralConfig(**DECODER, sliding_window=4)),
+    "gemma2": lambda: T.Gemma2Model(
+        T.Gemma2Config(
+            **DECODER,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=8,
+            attn_logit_softcapping=2.0,
+        )
+    ),
+    "phi3": lambda: T.Phi3Model(T.Phi3Config(**DECODER, sliding_window=4)),
+    "olmo2": lambda: T.Olmo2Model(T.Olmo2Config(**DECODER)),
+    "granite": lambda: T.GraniteModel(
+        T.GraniteConfig(
+            **DECODER, residual_multiplier=0.4, embedding_multiplier=2.0, attention_multiplier=0.7
+        )
+    ),
+    "phi": lambda: T.PhiModel(T.PhiConfig(**DECODER, partial_rotary_factor=0.5)),
     "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
     "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
     "deberta-v3": lambda: T.DebertaV2Model(T.DebertaV2Config(**TEXT, **DEBERTA)),
@@ -222,6 +244,7 @@ PACKED = {
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
     "layoutlmv3", "clip text",
+    "llama", "mistral", "gemma2", "phi3", "olmo2", "granite", "phi", "gpt2",
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}

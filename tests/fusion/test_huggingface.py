@@ -227,7 +227,7 @@ def test_generation_with_a_cache(tmp_path: Path) -> None:
     """Left-padded prompts, greedily: the tokens of stock."""
     model = model_of("gpt2").eval()
     ids, mask = inputs_of("gpt2")["input_ids"], MASK.flip(1).long()
-    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=True)
     stock = model.generate(ids, attention_mask=mask, **settings)
     fusedformer.fuse(model)
     assert torch.equal(model.generate(ids, attention_mask=mask, **settings), stock)

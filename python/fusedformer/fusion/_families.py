@@ -9,6 +9,30 @@ from __future__ import annotations
 import dataclasses
 
 from fusedformer.fusion import _ends, _positions
+from fusedformer.fusion._decoder_forms import (
+    APERTUS,
+    ARCEE,
+    EXAONE4,
+    GEMMA2,
+    GLM,
+    GLM4,
+    GPT2,
+    GPT_NEOX,
+    GRANITE,
+    HELIUM,
+    HYPERCLOVAX,
+    MINISTRAL3,
+    MISTRAL,
+    OLMO2,
+    OLMO3,
+    PHI,
+    PHI3,
+    QWEN2,
+    SEED_OSS,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+)
 from fusedformer.fusion._forms import Composed, Form, Model, Tower
 from fusedformer.fusion._text_forms import (
     ALBERT,
@@ -68,7 +92,9 @@ from fusedformer.fusion._tower_forms import (
 _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
-CAUSAL = Model(has_distances=True, masks_by_type=True, caches=True)
+CAUSAL = Model(caches=True, masks_causally=True)
+CAUSAL_IN_WINDOWS = dataclasses.replace(CAUSAL, has_distances=True)
+CAUSAL_BY_TYPE = dataclasses.replace(CAUSAL_IN_WINDOWS, masks_by_type=True)
 POOLED = Model(layers=_LAYER, composed=Composed(output="BaseModelOutputWithPooling"))
 DISENTANGLED = Model(
     has_distances=True,
@@ -183,6 +209,34 @@ _TEXT_TOWERS: dict[str, Model] = {
     "siglip.modeling_siglip.SiglipTextModel": _AT_LAST,
     "siglip2.modeling_siglip2.Siglip2TextModel": _AT_LAST,
 }
+# The same of language models.
+_CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
+    ("llama", "Llama", CAUSAL, LLAMA),
+    ("mistral", "Mistral", CAUSAL_IN_WINDOWS, MISTRAL),
+    ("ministral3", "Ministral3", CAUSAL_IN_WINDOWS, MINISTRAL3),
+    ("qwen2", "Qwen2", CAUSAL_BY_TYPE, QWEN2),
+    ("qwen3", "Qwen3", CAUSAL_BY_TYPE, QWEN3),
+    ("gemma", "Gemma", CAUSAL, LLAMA),
+    ("gemma2", "Gemma2", CAUSAL_BY_TYPE, GEMMA2),
+    ("granite", "Granite", CAUSAL, GRANITE),
+    ("hyperclovax", "HyperCLOVAX", CAUSAL, HYPERCLOVAX),
+    ("smollm3", "SmolLM3", CAUSAL_BY_TYPE, SMOLLM3),
+    ("olmo2", "Olmo2", CAUSAL, OLMO2),
+    ("olmo3", "Olmo3", CAUSAL_BY_TYPE, OLMO3),
+    ("exaone4", "Exaone4", CAUSAL_BY_TYPE, EXAONE4),
+    ("cwm", "Cwm", CAUSAL_BY_TYPE, QWEN2),
+    ("seed_oss", "SeedOss", CAUSAL, SEED_OSS),
+    ("arcee", "Arcee", CAUSAL, ARCEE),
+    ("apertus", "Apertus", CAUSAL, APERTUS),
+    ("starcoder2", "Starcoder2", CAUSAL_IN_WINDOWS, STARCODER2),
+    ("phi3", "Phi3", CAUSAL_IN_WINDOWS, PHI3),
+    ("phi", "Phi", CAUSAL, PHI),
+    ("stablelm", "StableLm", CAUSAL, STABLELM),
+    ("helium", "Helium", CAUSAL, HELIUM),
+    ("ernie4_5", "Ernie4_5", CAUSAL, HELIUM),
+    ("glm", "Glm", CAUSAL, GLM),
+    ("glm4", "Glm4", CAUSAL, GLM4),
+)
 # Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
 _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("vit", "ViT", VIT),
@@ -270,7 +324,9 @@ LAYERS: dict[str, Form] = {
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
-    "qwen3.modeling_qwen3.Qwen3DecoderLayer": QWEN3,
+    **{f"{m}.modeling_{m}.{name}DecoderLayer": form for m, name, _, form in _CAUSAL},
+    "gpt2.modeling_gpt2.GPT2Block": GPT2,
+    "gpt_neox.modeling_gpt_neox.GPTNeoXLayer": GPT_NEOX,
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
     f"{_GEMMA2}EncoderLayer": EMBEDDING_GEMMA2,
     f"{_DATA2VEC}Layer": BERT,
@@ -307,8 +363,12 @@ MODELS: dict[str, Model] = {
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
     **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
     "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
-    "qwen3.modeling_qwen3.Qwen3Model": CAUSAL,
-    "gemma3.modeling_gemma3.Gemma3TextModel": CAUSAL,
+    **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _CAUSAL},
+    "gpt2.modeling_gpt2.GPT2Model": CAUSAL,
+    "gpt_neox.modeling_gpt_neox.GPTNeoXModel": CAUSAL,
+    "gemma3.modeling_gemma3.Gemma3TextModel": dataclasses.replace(
+        CAUSAL_BY_TYPE, full_by="use_bidirectional_attention"
+    ),
     "esm.modeling_esm.EsmModel": Model(embeds_padded=True),
     "esmc.modeling_esmc.EsmcModel": Model(padded_by=("sequence_id",)),
     "chinese_clip.modeling_chinese_clip.ChineseCLIPTextModel": Model(first_is_read=True),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
@@ -72,8 +73,8 @@ class Form:
     norms_all_heads: bool = False  # the first two are of all heads of a token at once
     buckets: str | None = None  # biases of distances by T5's buckets, which the next layer gets too
     max_distance: str = "relative_attention_max_distance"  # of attention: the last bucket's first
-    scale1: str | None = None  # of what attention adds, a parameter for each column (LayerScale)
-    scale2: str | None = None  # of what the feed-forward block adds
+    scale1: str | None = None  # of what attention adds: a parameter for each column (LayerScale),
+    scale2: str | None = None  # or a number; the second is of what the feed-forward block adds
     depth: str | None = None  # drops what either adds, for whole sequences (stochastic depth)
     divisor: str | None = None  # a number by which what either adds is divided
     logit_scale: str | None = None  # scores are cosines, times its exponential
@@ -86,14 +87,20 @@ class Form:
     # what a layer makes of its last sum, by its other arguments
 
     norms_first: bool | str = False  # or the attribute of a layer that says so
+    parallel: bool | str = False  # or that attribute: both blocks read the input of the layer
     depth_of_attention: bool = False  # ``depth`` drops nothing of the feed-forward block
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
-    interleaved: bool = False  # it is one tensor, sines first, and pairs of columns are neighbours
+    rotary_in_one: bool = False  # it is one tensor, sines first, and has each angle once
+    interleaved: bool = False  # pairs of columns are neighbours
+    turns: Callable[[Any], bool] | None = None  # whether attention turns by them, which it may not
+    query_scale: Callable[[Any, dict[str, Any]], Tensor] | None = None
+    # factors of turned queries, by attention and the arguments of the layer
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
-    window: str | None = None  # keys at smaller distances are seen
+    softcap: str | None = None
+    window: str | Callable[[Any], int | None] | None = None  # keys at smaller distances are seen
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
     own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
@@ -109,6 +116,11 @@ class Form:
         """Return whether ``layer`` norms before attention and the feed-forward block."""
         first = self.norms_first
         return bool(getattr(layer, first)) if isinstance(first, str) else first
+
+    def is_parallel(self, layer: Any) -> bool:
+        """Return whether the feed-forward block of ``layer`` does not wait for attention."""
+        both = self.parallel
+        return bool(getattr(layer, both)) if isinstance(both, str) else both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +167,8 @@ class Model:
     # of an encoder with BART's children: the embeddings of positions, see ``_positions.py``
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
+    masks_causally: bool = False  # it makes causal masks, whatever attention says of itself
+    full_by: str | None = None  # a setting of its configuration; where true they are not causal
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
     padded_by: tuple[str, ...] = ()  # arguments with which it needs the batch
 
@@ -198,14 +212,16 @@ class Parts(NamedTuple):
 
     def are_plain(self, norms_all_heads: bool) -> bool:
         """Return whether the fused steps do exactly what calling these children would do."""
-        linears = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
+        products = self.query, self.key, self.value, self.out, self.linear1, self.gate, self.linear2
+        linears: list[Any] = [one for one in products if one is not None]
         dropouts = self.attention_dropout, self.dropout1, self.hidden_dropout, self.dropout2
         return (
             are_plain(
-                [one for one in linears if one is not None],
+                [one for one in linears if type(one) is not Transposed],
                 (),
                 [one for one in dropouts if not _drops_nothing(one)],
             )
+            and all(is_plain(one.own, Conv1D) for one in linears if type(one) is Transposed)
             and all(one is None or is_plain_norm(one) for one in self.norms())
             and (norms_all_heads or self._heads_are_normed_alike())
             and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
@@ -226,6 +242,16 @@ class Parts(NamedTuple):
         if norms == (None, None):
             return True
         return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
+
+
+class Transposed:
+    """A Conv1D of transformers as the linear layer that computes the same."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.weight: Tensor = own.weight.t()
+        self.bias: Tensor = own.bias
+        self._parameters = {"weight": self.weight, "bias": self.bias}
 
 
 def is_table(module: Any) -> bool:
@@ -282,6 +308,7 @@ class Finder:
                 return None
         found.append(None)  # which paths to nothing lead to
         reached = [found[index] for index in self._parts]
+        reached = [Transposed(one) if type(one) is Conv1D else one for one in reached]
         for index, constant in self._constants.items():
             reached[index] = constant
         for index in self._norms:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from fusedformer.fusion._causality import masks_are_causal
 from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._composed_model import ComposedModel
@@ -252,7 +253,8 @@ def _plan_stack(
             plan.leave(path, module, reads)
     else:
         plan.give(path, module, combined(packs, place.cls), packs.FUSED)
-        reason = needs_batch(module, by_ours=False)
+        is_causal = None if model is None else masks_are_causal(model, module.config, {})
+        reason = needs_batch(module, by_ours=False, is_causal=is_causal)
         if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
         if reason and not _has_encoder(module):

@@ -7,11 +7,10 @@ library's then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedformer import functional
@@ -41,6 +40,7 @@ from fusedformer.fusion._norms import (
     normed_and_sum,
 )
 from fusedformer.fusion._residual import pending_sum
+from fusedformer.fusion._rotary import tables_of, turned, turns
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
@@ -51,7 +51,7 @@ from fusedformer.nn.children import (
 
 _NO_DROPOUT = nn.Dropout(0.0)
 # Arguments of layers with which they do more than the fused steps.
-_MORE = "past_key_values", "encoder_hidden_states", "output_attentions"
+_MORE = "past_key_values", "layer_past", "encoder_hidden_states", "output_attentions"
 
 
 class Call(NamedTuple):
@@ -138,10 +138,7 @@ class FusedLayer:
     def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
         """Sort the arguments."""
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
-        if self._form.interleaved and rotary is not None:
-            rotary = tuple(reversed(rotary.squeeze(1).chunk(2, -1)))
-        if self._form.rotary_last and rotary is not None:
-            rotary = _not_turned_before(rotary, given["hidden_states"].shape[1])
+        rotary = tables_of(self._form, rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
             given["position_bias"] = functional.relative_position_bias(
                 parts.buckets.weight, max_distance=getattr(parts.attention, self._form.max_distance)
@@ -169,7 +166,10 @@ class FusedLayer:
             parts.depth,
             parts.divisor,
         )
-        if norms_first:
+        if form.is_parallel(self):
+            source = source if parts.norm2 is None else parts.norm2(x)
+            x = summed.added()
+        elif norms_first:
             source, x = normed_and_sum(summed, parts.norm2)
         else:
             source = normed(summed, parts.norm1)
@@ -204,8 +204,8 @@ class FusedLayer:
         source = parts.norm1(x) if norms_first else x
         products: list[Any] = [parts.query, parts.key, parts.value]
         found = [one(source) for one in products if one is not None]
-        q, k, v = self._split(found, dim)
-        q, k = self._turned(q, k, parts, call)
+        q, k, v = self._split(parts, found, dim)
+        q, k = turned(self._form, parts, q, k, call.rotary, call.others)
         x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
         source = parts.norm2(x) if norms_first else parts.norm1(x)
         inner = parts.linear1(source)
@@ -241,23 +241,6 @@ class FusedLayer:
         )
         return heads.flatten(-2)
 
-    def _turned(self, q: Tensor, k: Tensor, parts: Parts, call: Call) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys by the angles of their positions, normed before where they are."""
-        if call.rotary is None:
-            return q, k
-        tables: Any = call.rotary
-        if not self._form.interleaved:  # they have each angle twice
-            tables = [table[..., : table.shape[-1] // 2] for table in tables]
-        norms: dict[str, Any] = {}
-        if parts.query_norm is not None and not self._form.norms_all_heads:
-            norms = {
-                "norm": "rms", "query_weight": gain(parts.query_norm),
-                "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
-            }  # fmt: skip
-        return functional.rotary_embedding(
-            q, k, *tables, interleaved=self._form.interleaved, **norms
-        )
-
     def _heads(
         self, parts: Parts, call: Call, source: Tensor, fork: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,26 +248,30 @@ class FusedLayer:
         dim = getattr(parts.attention, self._form.head_dim)
         query, x = linear(source, parts.query.weight, parts.query.bias, fork=fork)
         if parts.key is None or parts.value is None:
-            q, k, v = self._split([query], dim)
+            q, k, v = self._split(parts, [query], dim)
         else:
             key, x = linear(x, parts.key.weight, parts.key.bias, fork=fork)
             value, x = linear(x, parts.value.weight, parts.value.bias, fork=fork)
             if self._form.norms_all_heads and parts.query_norm is not None:
                 query, key = parts.query_norm(query), parts.key_norm(key)
-            q, k, v = self._split([query, key, value], dim)
+            q, k, v = self._split(parts, [query, key, value], dim)
             if parts.value_norm is not None:
                 v = parts.value_norm(v.transpose(1, 2)).transpose(1, 2)
-        return *self._turned(q, k, parts, call), v, x
+        q, k = turned(self._form, parts, q, k, call.rotary, call.others)
+        return q, k, v, x
 
-    def _split(self, products: list[Tensor], dim: int) -> Iterator[Tensor]:
+    def _split(self, parts: Parts, products: list[Tensor], dim: int) -> Iterator[Tensor]:
         """Yield query, key and value ``[batch, heads, length, dim]``, of one product or three."""
         rows = products[0].shape[:-1]
-        if len(products) == 1:
-            by_head = self._form.by_head
-            heads = products[0].view(*rows, *((-1, 3) if by_head else (3, -1)), dim)
-            products = list(heads.unbind(-2 if by_head else -3))
-        else:
+        if len(products) == 3:
             products = [one.view(*rows, -1, dim) for one in products]
+        elif self._form.by_head:
+            products = list(products[0].view(*rows, -1, 3, dim).unbind(-2))
+        else:
+            heads = products[0].view(*rows, -1, dim)
+            queries = parts.out.weight.shape[1] // dim
+            keys = (heads.shape[-2] - queries) // 2
+            products = list(torch.split(heads, [queries, keys, keys], -2))
         return (one.transpose(1, 2) for one in products)
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -336,7 +323,9 @@ class FusedLayer:
         form = self._form
         own: dict[str, Any] = {}
         if form.window is not None:
-            own["sliding_window"] = getattr(module, form.window)
+            own["sliding_window"] = _window(module, form.window)
+        if form.softcap is not None:
+            own["softcap"] = getattr(module, form.softcap)
         if form.is_causal is not None:
             own["is_causal"] = form.is_causal
         bias = others.get("position_bias")
@@ -404,15 +393,21 @@ class FusedLayer:
         kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
         more = parts.out_norm, parts.block_norm, parts.query_norm, parts.depth
         scales = parts.scale1, parts.scale2
+        one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
         return (
             not self._form.interleaved
+            and not self._form.by_head
+            and not self._form.is_parallel(self)
+            and self._form.query_scale is None
+            and turns(self._form, parts)
             and self._form.own is None
             and self._form.adapter is None
             and parts.divisor in (None, 1)
             and len(kinds) == 1
             and all(one is None for one in more)
-            and not any(isinstance(one, Tensor) for one in scales)
-            and (parts.key is None or parts.key.weight.shape == parts.query.weight.shape)
+            and not any(isinstance(one, Tensor) or one not in (None, 1) for one in scales)
+            and parts.query.weight.shape
+            == (one_product if parts.key is None else parts.key.weight.shape)
         )
 
     @classmethod
@@ -484,11 +479,13 @@ def dense_biases(table: Tensor, length: int) -> Tensor:
     return rows.flip(1)[None]
 
 
-def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Return tables of ``length`` rows; those in front turn nothing."""
-    cos, sin = rotary
-    missing = (0, 0, length - cos.shape[-2], 0)
-    return F.pad(cos, missing, value=1.0), F.pad(sin, missing)
+def _window(module: Any, where: str | Callable[[Any], int | None]) -> Any:
+    """Return the window of attention, which stands at a path or is told by a function."""
+    if not isinstance(where, str):
+        return where(module)
+    for name in where.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def probability(dropout: Any, module: Any) -> float:

@@ -79,6 +79,7 @@ _MODELS = "transformers.models."
 _KNOWN: tuple[tuple[type[Any], str, str], ...] = (
     (RMSNorm, "llama.modeling_llama", "LlamaRMSNorm"),
     (RMSNorm, "olmo2.modeling_olmo2", "Olmo2RMSNorm"),
+    (RMSNorm, "helium.modeling_helium", "HeliumRMSNorm"),
     (RMSNorm, "t5.modeling_t5", "T5LayerNorm"),
     (RMSNorm, "embedding_gemma2.modeling_embedding_gemma2", "EmbeddingGemma2RMSNorm"),
     (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),

@@ -13,6 +13,12 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
+from fusedformer.fusion._causality import (
+    angles_need_batch,
+    masks_are_causal,
+    no_mask,
+    sees_otherwise,
+)
 from fusedformer.fusion._classes import arguments_of, is_asked, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
@@ -118,7 +124,11 @@ class PackedModel:
             or self._is_asked_for_more(given)
             or not self._knows_layers()
             or not can_pack(tokens, self._is_static(), keep)
-            or needs_batch(self, by_ours=self.looks_attention_up)
+            or angles_need_batch(self.config, keep.shape[1], given.get("position_ids"))
+            or sees_otherwise(self._model, self.config, given)
+            or needs_batch(
+                self, self.looks_attention_up, masks_are_causal(self._model, self.config, given)
+            )
         )
 
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
@@ -162,7 +172,11 @@ class PackedModel:
             rows["use_cache"] = False
         if self._model.is_causal is not None:
             rows["is_causal"] = self._model.is_causal
-        masks = dict.fromkeys(self.config.layer_types, keys) if self._model.masks_by_type else keys
+        masks: Any = keys
+        if keys is None and self._model.masks_causally:
+            masks = no_mask(packing.indices.device)
+        if self._model.masks_by_type:
+            masks = dict.fromkeys(self.config.layer_types, masks)
         return {
             **rows, "attention_mask": masks,
             "position_ids": self._positions(given, packing),

@@ -21,7 +21,7 @@ class Scaled(NamedTuple):
     def added(self) -> Tensor:
         """Compute the sum."""
         inner, bias, dropout, residual = self.pending
-        if isinstance(self.scale, float):  # of a form with a divisor, which drops no sequences
+        if isinstance(self.scale, float):  # of a form that drops no sequences
             assert self.depth is None
             inner = dropout(inner if bias is None else inner + bias)
             return torch.add(residual, inner, alpha=self.scale)
@@ -47,11 +47,13 @@ def pending_sum(
 
     Args:
         pending: what is added, and to what.
-        scale: a parameter of each column; a number, which is 1, or None.
+        scale: a parameter of each column; a number, or None for 1.
         depth: a module of transformers that drops sequences while it trains, or None.
         divisor: of what is added, where there is no ``scale``; None for 1.
     """
-    factor: Any = scale if isinstance(scale, Tensor) else None
+    factor: Any = scale
+    if not isinstance(scale, Tensor):
+        factor = None if scale in (None, 1) else float(scale)
     if divisor is not None and divisor != 1:
         factor = 1 / divisor
     drops = depth if getattr(depth, "drop_prob", 0.0) > 0 and depth.training else None

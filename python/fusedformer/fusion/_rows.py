@@ -26,12 +26,13 @@ def change_in(layer: nn.Module) -> str:
     return "something in it was replaced or hooked"
 
 
-def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
+def needs_batch(encoder: nn.Module, by_ours: bool = True, is_causal: bool | None = None) -> str:
     """Say what below ``encoder`` may need the batch that it was given; empty if nothing does.
 
     Args:
         encoder: whose layers would get the tokens of all sequences as one.
         by_ours: whether its attention has to be this library's by now.
+        is_causal: what attention has to say of itself, if anything.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on all modules"
@@ -53,7 +54,7 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True) -> str:
                 if isinstance(child, ParametrizationList):  # these compute weights
                     continue
                 _needs_look[cls] = attends(cls) or not _is_tokenwise(cls)
-                reason = _reason(child, by_ours)
+                reason = _reason(child, by_ours, is_causal)
                 if reason:
                     path = next(n for n, one in encoder.named_modules() if one is child)
                     return f"'{path}' {reason}"
@@ -66,7 +67,7 @@ def _is_tokenwise(cls: type[Any]) -> bool:
     return f"{cls.__module__}.".startswith(_TOKENWISE)
 
 
-def _reason(module: Any, by_ours: bool) -> str:
+def _reason(module: Any, by_ours: bool, is_causal: bool | None) -> str:
     cls: Any = type(module)
     if not _is_tokenwise(cls):
         return f"is a {cls.__name__}, which may need the batch"
@@ -76,4 +77,6 @@ def _reason(module: Any, by_ours: bool) -> str:
         return "computes sequences in chunks"
     if by_ours and attends(cls) and named(module.config) not in NAMES:
         return f"attends by {named(module.config)!r}"
+    if attends(cls) and is_causal not in (None, getattr(module, "is_causal", is_causal)):
+        return f"says is_causal={module.is_causal}, which its masks are not"
     return ""

@@ -189,7 +189,11 @@ REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
 LAYOUTLMV3 = dataclasses.replace(SPLINTER, position_bias=_biases.bias_of_layoutlmv3)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
-    REMBERT, rotary="sinusoidal_pos", interleaved=True, unless="attention.self.rotary_value"
+    REMBERT,
+    rotary="sinusoidal_pos",
+    rotary_in_one=True,
+    interleaved=True,
+    unless="attention.self.rotary_value",
 )
 MPNET = dataclasses.replace(
     REMBERT,

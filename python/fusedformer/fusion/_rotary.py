@@ -1,0 +1,57 @@
+"""Rotary embedding in layers of transformers' models: what they get, and what it turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedformer import functional
+from fusedformer.fusion._forms import Form, Parts
+from fusedformer.fusion._norms import epsilon, gain
+
+
+def tables_of(form: Form, rotary: Any, length: int) -> Any:
+    """Return cosines and sines as two tables of ``length`` rows, of what a layer was given."""
+    if rotary is None:
+        return None
+    if form.rotary_in_one:
+        sin, cos = rotary.squeeze(1).chunk(2, -1)
+        rotary = cos, sin
+    return _not_turned_before(rotary, length) if form.rotary_last else rotary
+
+
+def turns(form: Form, parts: Parts) -> bool:
+    """Return whether attention turns queries and keys by the tables that its layer is given."""
+    return form.turns is None or form.turns(parts.attention)
+
+
+def turned(
+    form: Form, parts: Parts, q: Tensor, k: Tensor, tables: Any, given: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by the angles of their positions, normed before where they are."""
+    has_norms = parts.query_norm is not None and not form.norms_all_heads
+    if tables is not None and turns(form, parts):
+        if not form.rotary_in_one:  # they have each angle twice
+            tables = [table[..., : table.shape[-1] // 2] for table in tables]
+        norms: dict[str, Any] = {}
+        if has_norms:
+            norms = {
+                "norm": "rms", "query_weight": gain(parts.query_norm),
+                "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
+            }  # fmt: skip
+        q, k = functional.rotary_embedding(q, k, *tables, interleaved=form.interleaved, **norms)
+    elif has_norms:
+        q = parts.query_norm(q.transpose(1, 2)).transpose(1, 2)
+        k = parts.key_norm(k.transpose(1, 2)).transpose(1, 2)
+    if form.query_scale is not None:
+        q = q * form.query_scale(parts.attention, given).to(q.dtype)
+    return q, k
+
+
+def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Return tables of ``length`` rows; those in front turn nothing."""
+    cos, sin = rotary
+    missing = (0, 0, length - cos.shape[-2], 0)
+    return F.pad(cos, missing, value=1.0), F.pad(sin, missing)
