@@ -30,7 +30,7 @@ setup(
     packages=[*find_packages("python"), *find_packages("kernels")],
     package_data={
         "fusedformer": ["py.typed"],
-        "fusedformer_kernels": ["py.typed", "tuned/*.json", "cpu/*.cpp"],
+        "fusedformer_kernels": ["py.typed", "tuned/*.json", "cpu/*.cpp", "cpu/*.h"],
     },
     install_requires=[
         "torch>=2.11",

@@ -21,7 +21,8 @@ def main(dist: Path) -> None:
         assert "fusedformer/tools/bench.py" in zipped.namelist()  # the commands
         assert "fusedformer_kernels/tuned/sm_90.json" in zipped.namelist()  # measured configs
         assert b"Apache License" in zipped.read(about["LICENSE"])
-        assert "fusedformer_kernels/cpu/attention.cpp" in zipped.namelist()  # compiled on use
+        for name in ("attention.cpp", "vectors.h"):  # compiled on use
+            assert f"fusedformer_kernels/cpu/{name}" in zipped.namelist()
         metadata = message_from_bytes(zipped.read(about["METADATA"]))
     assert metadata["License-Expression"] == "Apache-2.0", metadata.items()
     assert metadata["Author"] == "fusedformer developers", metadata.items()

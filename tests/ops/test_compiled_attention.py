@@ -1,4 +1,4 @@
-"""Packed attention in C++ on the CPU: values, bits, what it leaves to ATen, and how it is built."""
+"""Packed attention in C++ on the CPU: values, gradients, bits, what is left to ATen, the build."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.profiler import profile
 
 from fusedformer import backend, functional
+from fusedformer.ops.attention.calls import self_attention
+from fusedformer.ops.attention.terms import self_attention_terms
 from fusedformer.testing import compare_tensors
 from fusedformer_kernels.cpu import build
 
@@ -25,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def by_torch() -> Iterator[None]:
-    if build.attention() is None:
+    if build.library() is None:
         pytest.skip("no compiler")
     with backend("torch"), torch.no_grad():
         yield
@@ -54,7 +56,7 @@ def by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], keys: list[
 def calls_aten(function: Any) -> bool:
     with profile() as seen:
         function()
-    return any("scaled_dot_product" in event.name for event in seen.events())
+    return any("scaled_dot_product" in event.name or "bmm" in event.name for event in seen.events())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,15 +132,117 @@ def test_what_has_more_terms_is_left_to_aten(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(found, truth.float())
 
 
-def test_with_gradients_on_attention_is_atens() -> None:
-    """Of tensors that require none too: frozen layers have the bits of trained ones."""
-    q, k, v = torch.randn(3, 20, 2, 16)
+def gradients(
+    tensors: list[Tensor], lengths: list[int], keys: list[int], p: float, **how: Any
+) -> tuple[Tensor, ...]:
+    """Output, and what an output gradient gives those of the tensors that require one."""
+    torch.manual_seed(3)
+    q, k, v = tensors
+    starts, starts_k = starts_of(lengths), starts_of(keys)
+    with torch.enable_grad():
+        output = functional.varlen_attention(
+            q, k, v, starts, starts_k, max(lengths), max(keys), dropout_p=p
+        )
+        dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+        wanted = [t for t in tensors if t.requires_grad]
+        return output, *torch.autograd.grad(output, wanted, dy.to(output.dtype), **how)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "value_dim", "p"), [(32, 32, 0.3), (64, 80, 0.0), (7, 5, 0.001)])
+def test_gradients_are_attentions(
+    dtype: torch.dtype, dim: int, value_dim: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws the numbers of ATen's batches: by it and in float64 the same are kept."""
+    lengths, keys = [16, 0, 7, 1, 101, 50], [33, 0, 7, 0, 98, 50]
+    sizes = (sum(lengths), dim, 8), (sum(keys), dim, 1), (sum(keys), value_dim, 1)
+    tensors = [(torch.randn(n, 3, d) * s).to(dtype).requires_grad_() for n, d, s in sizes]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    found = gradients(tensors, lengths, keys, p)
+    assert not calls_aten(lambda: gradients(tensors, lengths, keys, p))
+    monkeypatch.setattr(build, "library", lambda: None)
+    stock, truth = (gradients(each, lengths, keys, p) for each in (tensors, wide))
+    for name, *own in zip(("output", "q", "k", "v"), found, stock, truth, strict=True):
+        comparison = compare_tensors(name, *own)
+        assert comparison.passed, comparison
+    for at in range(3):  # what is not wanted changes no bit of the others
+        part = [t.detach().requires_grad_(i == at) for i, t in enumerate(tensors)]
+        monkeypatch.undo()
+        assert torch.equal(gradients(part, lengths, keys, p)[1], found[1 + at])
+
+
+def test_gradients_have_the_same_bits_alone_in_a_projection_and_by_more_threads() -> None:
+    lengths = [5, 90, 17]
+    qkv = torch.randn(sum(lengths), 3, 2, 32)
+    tensors = [t.requires_grad_() for t in qkv.clone().unbind(1)]
+    together = gradients(tensors, lengths, lengths, 0.0)
+    dropped = gradients(tensors, lengths, lengths, 0.2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = gradients(tensors, lengths, lengths, 0.2)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, dropped, again))
+    starts = starts_of(lengths)
+    terms = self_attention_terms(
+        32, 0.2, attn_mask=None, key_mask=None, is_causal=False, cu_seqlens_q=starts,
+        cu_seqlens_k=starts, max_seqlen_q=90, max_seqlen_k=90,
+    )  # fmt: skip
+    qkv.requires_grad_()
+    torch.manual_seed(3)
+    with torch.enable_grad():
+        output = self_attention(qkv[None], terms)[0]
+        dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
+        (grad,) = torch.autograd.grad(output, qkv, dy)
+    assert all(map(torch.equal, dropped, (output, *grad.unbind(1))))
+    parts = [each.split(lengths) for each in (*tensors, *together)]
+    dys = torch.randn(together[0].shape, generator=torch.Generator().manual_seed(4)).split(lengths)
+    for q, k, v, *wanted, dy in zip(*parts, dys, strict=True):
+        q, k, v = own = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            alone = attend(q, k, v, [len(q)], [len(q)])
+            found = alone, *torch.autograd.grad(alone, own, dy)
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradients_of_gradients_and_batches_of_them(p: float) -> None:
+    """By ATen, with what dropout kept; against float64, which is ATen's from the start."""
+    lengths = [7, 0, 12]
+    narrow = [torch.randn(19, 2, 5, requires_grad=True) for _ in range(3)]
+    wide = [t.detach().double().requires_grad_() for t in narrow]
+    probes = [torch.randn(19, 2, 5) for _ in range(3)]
+    found = []
+    for tensors in (narrow, wide):
+        _, *first = gradients(tensors, lengths, lengths, p, create_graph=True)
+        given = [probe.to(first[0].dtype) for probe in probes]
+        found.append([*first, *torch.autograd.grad(first, tensors, given)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        q, k, v = narrow
+        output = attend(q, k, v, lengths, lengths)
+        dys = torch.randn(2, *output.shape)
+        mapped = torch.autograd.grad(output, narrow, dys, is_grads_batched=True, retain_graph=True)
+        for i, dy in enumerate(dys):
+            single = torch.autograd.grad(output, narrow, dy, retain_graph=True)
+            for got, want in zip(mapped, single, strict=True):
+                torch.testing.assert_close(got[i], want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frozen_layers_have_the_bits_of_trained_ones(dtype: torch.dtype) -> None:
+    """And under autocast those of its dtype."""
+    q, k, v = torch.randn(3, 20, 2, 16).to(dtype)
     found = attend(q, k, v, [20], [20])
     with torch.enable_grad():
-        assert calls_aten(lambda: attend(q, k, v, [20], [20]))
-        trained = attend(q.requires_grad_(), k, v, [20], [20])
-    assert trained.requires_grad
-    torch.testing.assert_close(found, trained.detach())
+        assert torch.equal(attend(q, k, v, [20], [20]), found)
+        trained = attend(q.clone().requires_grad_(), k, v, [20], [20])
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert torch.equal(attend(q, k, v, [20], [20]), found)
+            assert not calls_aten(lambda: attend(q, k, v, [20], [20]))
+    assert trained.requires_grad and torch.equal(trained, found)
 
 
 def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +253,12 @@ def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", f"{compiler} -O0")
     monkeypatch.setenv("FUSEDFORMER_CACHE_DIR", str(tmp_path))
     with pytest.warns(RuntimeWarning, match=r"attention\.cpp[^$]*no such thing"):
-        assert build.attention.__wrapped__() is None
+        assert build.library.__wrapped__() is None
     assert not list(tmp_path.glob("cpu/*"))
     monkeypatch.setenv("CXX", "nothing-of-that-name -O0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.attention.__wrapped__() is None
+        assert build.library.__wrapped__() is None
     monkeypatch.setenv("FUSEDFORMER_CPU_KERNELS", "no")
     with pytest.raises(ValueError, match="expected 'on' or 'off', but got 'no'"):
-        build.attention.__wrapped__()
+        build.library.__wrapped__()

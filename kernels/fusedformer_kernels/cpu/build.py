@@ -19,20 +19,20 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fusedformer_kernels.runtime.tuned import cache_folder
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+_HERE = Path(__file__).parent
+SOURCES = tuple(sorted(_HERE.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _SECONDS = 120.0
 
 
 @functools.cache
-def attention() -> Any:
-    """``fusedformer_attend`` of ``attention.cpp``; None where it cannot be compiled.
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they cannot be compiled.
 
     Raises:
         ValueError: ``FUSEDFORMER_CPU_KERNELS`` is neither "on" nor "off".
@@ -45,48 +45,42 @@ def attention() -> Any:
     if said == "off" or found is None or sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(os.fspath(_compiled(found, flags)))
+        return ctypes.CDLL(os.fspath(_compiled(found, flags)))
     except (OSError, subprocess.SubprocessError) as error:
         words = getattr(error, "stderr", None) or error
+        names = ", ".join(source.name for source in SOURCES)
         warnings.warn(
-            f"fusedformer: attention on the CPU is computed by ATen, as {found} did not "
-            f"compile {SOURCE.name} (FUSEDFORMER_CPU_KERNELS=off leaves it out):\n{words}",
+            f"fusedformer: attention and dropout on the CPU are computed by ATen, as {found} did "
+            f"not compile {names} (FUSEDFORMER_CPU_KERNELS=off leaves them out):\n{words}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    attend = library.fusedformer_attend
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
-    attend.argtypes = [
-        ctypes.c_int, *[pointer] * 4, ctypes.c_int, *[pointer] * 2, *[size] * 12, ctypes.c_float,
-        ctypes.c_int,
-    ]  # fmt: skip
-    attend.restype = ctypes.c_int
-    return attend
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:
     """The library, from the cache if it is there."""
     state = os.stat(compiler)
-    command = [compiler, *flags, *_FLAGS, os.fspath(SOURCE), *openmp_of_torch()]
-    parts = SOURCE.read_text(), command, state.st_size, state.st_mtime_ns, _processor()
+    command = [compiler, *flags, *_FLAGS, *map(os.fspath, SOURCES), *openmp_of_torch()]
+    texts = [path.read_text() for path in (*SOURCES, *sorted(_HERE.glob("*.h")))]
+    parts = texts, command, state.st_size, state.st_mtime_ns, _processor()
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
-    library = cache_folder() / "cpu" / f"attention-{name}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    made = cache_folder() / "cpu" / f"kernels-{name}.so"
+    if made.exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not there: other processes may look.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+        whole = Path(folder) / made.name
         subprocess.run(
-            [*command, "-o", os.fspath(made)],
+            [*command, "-o", os.fspath(whole)],
             check=True,
             capture_output=True,
             text=True,
             timeout=_SECONDS,
         )
-        made.replace(library)
-    return library
+        whole.replace(made)
+    return made
 
 
 def openmp_of_torch() -> list[str]:

@@ -5,6 +5,8 @@ ATen's CPU dropout draws a 32-bit number for each element, one after another. He
 waits for the slowest of them. The probability is thereby rounded to a multiple of 2**-16; elements
 that are kept are multiplied by ``1 / (1 - p)``, as everywhere. What is kept for the backward is a
 byte for each element. The draw runs in one thread, so the number of threads changes nothing.
+
+Where a compiler is, C++ draws the same numbers, many at a time, and multiplies to the same bits.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedformer._internal.tracing import may_be_batched
+from fusedformer._internal.tracing import is_eager, may_be_batched
 from fusedformer.ops._registered import plain_apply
 from fusedformer.ops._shared import must_see_operators
+from fusedformer_kernels.cpu import build
+from fusedformer_kernels.cpu import dropout as kernel
 
 # Outside of these bounds, rounding would change a probability by more than 0.2 % of it.
 _SMALLEST, _LARGEST = 2.0**-8, 1.0 - 2.0**-8
@@ -47,13 +51,18 @@ def draw_kept(x: Tensor, p: float) -> Tensor:
 
     Booleans would do, but ATen takes five to ten times as long over them.
     """
-    if not _SMALLEST <= p <= _LARGEST or x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1.0 - p)
-    count = x.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    values = bits.view(torch.int16)[:count].view(x.shape)
-    kept = torch.empty(x.shape, dtype=torch.uint8)
-    return torch.ge(values, round(p * 2**16) - 2**15, out=kept)
+    kept = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    draw_into(kept, p)
+    return kept
+
+
+def draw_into(kept: Tensor, p: float) -> None:
+    """Draw :func:`draw_kept` into contiguous ``kept``."""
+    if not _SMALLEST <= p <= _LARGEST or kept.device.type != "cpu":
+        kept.bernoulli_(1.0 - p)
+        return
+    draw = kernel.draw if is_eager() and kernel.draws_as_torch() else kernel.draw_by_aten
+    draw(kept, round(p * 2**16) - 2**15)
 
 
 def drop_in_place(x: Tensor, p: float) -> Tensor | None:
@@ -67,8 +76,23 @@ def drop_in_place(x: Tensor, p: float) -> Tensor | None:
 
 def drop_again_in_place(x: Tensor, kept: Tensor | None, p: float) -> None:
     """Drop the same elements: of the activation again, or of its gradient."""
-    if kept is not None:  # flags and factor in one pass
-        torch.addcmul(x.new_zeros(()), x, kept, value=kept_factor(p), out=x)
+    if kept is not None:
+        _apply(x, None, kept, p, x)
+
+
+def _apply(x: Tensor, residual: Tensor | None, kept: Tensor, p: float, out: Tensor) -> Tensor:
+    """Write ``residual + x * kept * kept_factor(p)`` in one pass."""
+    tensors = [t for t in (x, residual, kept, out) if t is not None]
+    if (
+        x.dtype in (torch.float32, torch.bfloat16)
+        and all(type(t) is Tensor and t.is_cpu and t.is_contiguous() for t in tensors)
+        and is_eager()
+        and build.library() is not None
+    ):
+        kernel.drop(x, residual, kept, kept_factor(p), out)
+        return out
+    base = x.new_zeros(()) if residual is None else residual
+    return torch.addcmul(base, x, kept, value=kept_factor(p), out=out)
 
 
 def dropped_again(x: Tensor, kept: Tensor, p: float) -> Tensor:
@@ -94,8 +118,7 @@ class _Dropout(torch.autograd.Function):
         kept = draw_kept(x, p)
         ctx.p = p
         ctx.save_for_backward(kept)
-        base = x.new_zeros(()) if residual is None else residual
-        return torch.addcmul(base, x, kept, value=kept_factor(p))
+        return _apply(x, residual, kept, p, torch.empty_like(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -105,7 +128,7 @@ class _Dropout(torch.autograd.Function):
         if needs_x and (torch.is_grad_enabled() or may_be_batched()):
             own = dropped_again(grad, kept, ctx.p)
         elif needs_x:
-            own = torch.addcmul(grad.new_zeros(()), grad, kept, value=kept_factor(ctx.p))
+            own = _apply(grad, None, kept, ctx.p, torch.empty_like(grad))
         return own, grad if needs_residual else None, None
 
 

@@ -19,7 +19,14 @@ from fusedformer._internal.autocast import autocast_off
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops.attention.chunks import chunked_attention, sees_nothing
 from fusedformer.ops.attention.compiled import attention_compiled
-from fusedformer.ops.attention.groups import Batches, Group, batches_of, groups_of, heads_apart
+from fusedformer.ops.attention.groups import (
+    Batches,
+    Group,
+    batches_of,
+    groups_of,
+    heads_apart,
+    stay_aligned,
+)
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import draw_kept, dropout_aten
 
@@ -32,14 +39,12 @@ def attention_aten(
     *,
     return_lse: bool,
     wide_lse: bool = False,
-    by_aten: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(output, log-sum-exp or None), tensors in the forms of :class:`AttentionTerms`.
 
-    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum. ``by_aten``
-    leaves out what ``compiled.py`` computes.
+    The log-sum-exp is float64 if ``wide_lse``, so that it does not forget the sum.
     """
-    if not return_lse and not by_aten:
+    if not return_lse:
         compiled = attention_compiled(query, key, value, terms)
         if compiled is not None:
             return compiled, None
@@ -309,11 +314,10 @@ def _packed(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """A few calls for all sequences, in batches of like lengths, their results back in place."""
-    # Ends that are aligned stay so if all queries and keys of a sequence are as many.
-    same = all(q == k or not (q and k) for q, k in zip(lengths_q, lengths_k, strict=True))
-    aligned = not terms.align_end or (same and terms.key_lengths is None)
-    may_pad = aligned and query.device.type == "cpu" and _is_plain(query, key, value)
-    groups = groups_of(tuple(lengths_q), tuple(lengths_k), query.shape[1], may_pad=may_pad)
+    lengths = tuple(lengths_q), tuple(lengths_k)
+    may_pad = query.device.type == "cpu" and _is_plain(query, key, value)
+    may_pad = may_pad and stay_aligned(terms, *lengths)
+    groups = groups_of(*lengths, query.shape[1], may_pad=may_pad)
     terms = terms._replace(starts_q=None, starts_k=None)
     if len(groups) == 1 and not groups[0].is_padded:
         q, k, v = (_batched(tensor, len(lengths_q)) for tensor in (query, key, value))

@@ -19,7 +19,10 @@ from fusedformer.ops.attention.aten import (
     attention_weights_aten,
     merge_attention_states_aten,
 )
-from fusedformer.ops.attention.compiled import packed_attention_compiled
+from fusedformer.ops.attention.compiled import (
+    packed_attention_compiled,
+    self_attention_compiled,
+)
 from fusedformer.ops.attention.terms import AttentionTerms, scale_of
 
 MAX_HEAD_DIM = 256
@@ -136,6 +139,9 @@ def self_attention(qkv: Tensor, terms: AttentionTerms) -> Tensor:
     starts B is 1.
     """
     if chosen_backend(qkv) == "torch":
+        compiled = self_attention_compiled(qkv, terms)
+        if compiled is not None:
+            return compiled
         attend = attention_aten if terms.starts_q is None else _packed_aten
         return attend(*registered.split_heads(qkv), terms, return_lse=False)[0].transpose(1, 2)
     check_for_kernels("scaled_dot_product_attention", qkv, qkv)
@@ -166,8 +172,7 @@ def _packed_aten(
     if terms.starts_q is not None and checks.has_values(terms.starts_q):
         return attention_aten(query, key, value, terms, return_lse=return_lse)
     terms = terms._replace(seed=draw_seed(terms.p, query.device))
-    by_aten = torch.is_grad_enabled()  # as eager calls have it
-    output, lse = packed.packed_attention_aten(query, key, value, return_lse, by_aten, *terms)
+    output, lse = packed.packed_attention_aten(query, key, value, return_lse, *terms)
     return output, lse if return_lse else None
 
 

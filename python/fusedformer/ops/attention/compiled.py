@@ -1,41 +1,55 @@
 """Attention of packed sequences by C++ that was compiled for this CPU, in one parallel region.
 
 ATen has no attention of packed sequences: they are copied into batches of near lengths, and each
-batch is a call of its own that waits for all threads. This is what inference takes where it can,
-with gradients off; masks and all other terms are left to ATen.
+batch is a call of its own that waits for all threads. This is what inference and training take
+where they can; masks and all other terms are left to ATen. Dropout draws the numbers that ATen's
+batches draw, so that a compiler that is not there changes nothing but roundings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fusedformer._internal.tracing import is_eager
+from fusedformer._internal.autocast import autocast_dtype
+from fusedformer._internal.tracing import is_eager, may_be_batched
+from fusedformer.ops._registered import plain_apply
+from fusedformer.ops.attention.groups import groups_of, stay_aligned
 from fusedformer.ops.attention.terms import AttentionTerms
+from fusedformer.ops.dropout_aten import draw_into, dropped_again, kept_factor
+from fusedformer_kernels.cpu import attention as kernel
+from fusedformer_kernels.cpu import build
+from fusedformer_kernels.cpu.attention import Packed
 
-# With any of these, scores are more than products with a scale.
-_MORE = (
-    "mask", "key_mask", "key_lengths", "slopes", "table", "sinks", "seed", "left", "right",
-    "softcap",
-)  # fmt: skip
+_DTYPES = torch.float32, torch.bfloat16
 _PLAIN = Tensor, Parameter
 _INTEGERS = torch.int32, torch.int64
+# With any of these, scores are more than products with a scale.
+_MORE = (
+    "mask", "key_mask", "key_lengths", "slopes", "table", "sinks", "left", "right", "softcap",
+)  # fmt: skip
 
 
 def attention_compiled(
     query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
 ) -> Tensor | None:
     """Output ``[1, H, tokens, Ev]`` of the packed form; None where this is not to compute it."""
-    if terms.starts_q is None or terms.starts_k is None or terms.p:
+    if not _may((query, key, value), terms):
         return None
-    if any(getattr(terms, name) is not None for name in _MORE):
+    output = _attend([t[0].transpose(0, 1) for t in (query, key, value)], terms)
+    return None if output is None else output.transpose(0, 1)[None]
+
+
+def self_attention_compiled(qkv: Tensor, terms: AttentionTerms) -> Tensor | None:
+    """Output ``[1, tokens, H, D]`` of one projection ``[1, tokens, 3, H, D]``, or None."""
+    if not _may((qkv,), terms):
         return None
-    tensors = query, key, value, terms.starts_q, terms.starts_k
-    found = packed_attention_compiled(*tensors, terms.scale)
-    return None if found is None else found.transpose(1, 2)
+    output = _attend([qkv[0]], terms)
+    return None if output is None else output[None]
 
 
 def packed_attention_compiled(
@@ -43,8 +57,8 @@ def packed_attention_compiled(
 ) -> Tensor | None:
     """Output ``[1, tokens, H, Ev]``, contiguous, of ``[1, H, tokens, E]`` and no terms but a scale.
 
-    None where this is not to compute it, shapes that do not fit included. Frozen layers below
-    trained ones have the bits that they have when they are trained: with gradients on, ATen's.
+    In little of the caller's time, for inference alone. None where this is not to compute it,
+    shapes that do not fit included.
     """
     if torch.is_grad_enabled() or not scale > 0 or not is_eager():
         return None
@@ -56,13 +70,13 @@ def packed_attention_compiled(
         or not query.numel()
         or key.shape != (1, heads, tokens_k, dim)
         or value.shape[:2] != (1, heads)
-        or not (_may(query, dtype) and _may(key, dtype) and _may(value, dtype))
+        or not (_is_read(query, dtype) and _is_read(key, dtype) and _is_read(value, dtype))
         or not (_are_starts(starts_q) and _are_starts(starts_k))
         or starts_q.shape != starts_k.shape
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    attend = _attend()
+    attend = kernel.attention_at_once()
     if attend is None:
         return None
     out = query.new_empty((1, tokens, heads, value_dim))
@@ -81,8 +95,8 @@ def packed_attention_compiled(
     return out if fits else None
 
 
-def _may(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether this reads ``tensor``: a plain one on the CPU, its rows contiguous."""
+def _is_read(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether C++ reads ``tensor``: a plain one on the CPU, its rows contiguous."""
     is_plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype is dtype
     return is_plain and tensor.stride(3) == 1
 
@@ -92,7 +106,136 @@ def _are_starts(starts: Tensor) -> bool:
     return is_plain and starts.dim() == 1 and starts.is_contiguous() and starts.shape[0] > 0
 
 
-def _attend() -> Any:
-    from fusedformer_kernels.cpu import build
+def _may(tensors: tuple[Tensor, ...], terms: AttentionTerms) -> bool:
+    """Whether this is compiled: plain tensors, and of all terms a scale and dropout alone."""
+    first = tensors[0]
+    return (
+        terms.starts_q is not None
+        and terms.starts_k is not None
+        and not torch.compiler.is_compiling()
+        and first.dtype in _DTYPES
+        and all(
+            type(t) in _PLAIN
+            and t.device.type == "cpu"
+            and t.dtype == first.dtype
+            and t.stride(-1) == 1
+            for t in tensors
+        )
+        and first.numel() > 0
+        and all(t.shape[1] == first.shape[1] for t in tensors)
+        and terms.scale > 0
+        and all(getattr(terms, name) is None for name in _MORE)
+        and is_eager()
+        and autocast_dtype("scaled_dot_product_attention", first) in (None, first.dtype)
+        and build.library() is not None
+    )
 
-    return build.attention()
+
+def _attend(tensors: list[Tensor], terms: AttentionTerms) -> Tensor | None:
+    """Output ``[tokens, H, Ev]``; None if the starts are not those of the tensors."""
+    assert terms.starts_q is not None and terms.starts_k is not None
+    starts_q = terms.starts_q.long().contiguous()
+    starts_k = starts_q
+    if terms.starts_k is not terms.starts_q:
+        starts_k = terms.starts_k.long().contiguous()
+    packed, kept = Packed(starts_q, starts_k, terms.scale), None
+    q, k, v = _split(tensors)
+    if not kernel.fits(packed, q.shape[0], k.shape[0]):
+        return None
+    if terms.p:
+        kept, places = _draw(packed, terms, q.shape[1])
+        packed = packed._replace(places=places, factor=kept_factor(terms.p))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        output: Tensor = _attention(packed, terms.p, kept, *tensors)
+        return output
+    return kernel.attention_forward(q, k, v, kept, packed)
+
+
+def _split(tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Query, key and value, or those of one projection ``[tokens, 3, H, D]``."""
+    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(1)
+    return q, k, v
+
+
+def _draw(packed: Packed, terms: AttentionTerms, heads: int) -> tuple[Tensor, Tensor]:
+    """Draw which scores dropout keeps, in the order of ATen's batches ``[n, H, queries, keys]``.
+
+    And for each sequence, where it begins among them, and how far its next head and query are.
+    """
+    starts = packed.starts_q, packed.starts_k
+    lengths = tuple(starts[0].diff().tolist()), tuple(starts[1].diff().tolist())
+    groups = groups_of(*lengths, heads, may_pad=stay_aligned(terms, *lengths))
+    sizes = [len(one.members) * heads * one.queries * one.keys for one in groups]
+    kept = torch.empty(sum(sizes), dtype=torch.uint8)
+    places, begin = [[0, 0, 0]] * len(lengths[0]), 0
+    for one, part in zip(groups, torch.split(kept, sizes), strict=True):
+        if len(part):
+            draw_into(part, terms.p)
+        plane = one.queries * one.keys
+        for member in one.members:
+            places[member] = [begin, plane, one.keys]
+            begin += heads * plane
+    return kept, torch.tensor(places, dtype=torch.int64)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of query, key and value, or of one projection, whose gradient is one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, packed: Packed, p: float, kept: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        ctx.packed, ctx.p = packed, p
+        ctx.save_for_backward(kept, *tensors)
+        return kernel.attention_forward(*_split(tensors), kept, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or may_be_batched() or not is_eager():
+            return None, None, None, *_differentiable_gradients(ctx, grad, kept, tensors, needs)
+        grads = [
+            t.new_empty(t.shape) if need else None for t, need in zip(tensors, needs, strict=True)
+        ]
+        if grad.stride(-1) != 1:
+            grad = grad.contiguous()
+        q, k, v = _split(tensors)
+        kernel.attention_backward(grad, q, k, v, kept, ctx.packed, _split(grads))
+        return None, None, None, *grads
+
+
+_attention = plain_apply(_Attention)
+
+
+def _differentiable_gradients(
+    ctx: Any, grad: Tensor, kept: Tensor | None, tensors: list[Tensor], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of the tensors that can be differentiated again, or of a batch of gradients."""
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        output = _composed(_split(tensors), kept, ctx.packed, ctx.p)
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=twice))
+    return [next(found) if need else None for need in needs]
+
+
+def _composed(
+    tensors: tuple[Tensor, Tensor, Tensor], kept: Tensor | None, packed: Packed, p: float
+) -> Tensor:
+    """The same by ATen, sequence by sequence."""
+    queries, keys = (starts.diff().tolist() for starts in packed[:2])
+    of_sequences = (
+        torch.split(tensor, lengths)
+        for tensor, lengths in zip(tensors, (queries, keys, keys), strict=True)
+    )
+    outputs = []
+    for i, parts in enumerate(zip(*of_sequences, strict=True)):
+        q, k, v = (part.transpose(0, 1).float() for part in parts)
+        weights = (q @ k.mT * packed.scale).softmax(-1)
+        if kept is not None and packed.places is not None:
+            begin, head, row = packed.places[i].tolist()
+            own = kept.as_strided(weights.shape, (head, row, 1), begin)
+            weights = dropped_again(weights, own, p)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs).to(tensors[0].dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops._registered import plain_apply
+from fusedformer.ops.attention.terms import AttentionTerms
 
 # Scores of one head that are computed in the time of a group's calls, with some waiting.
 _WORTH_A_GROUP = 2**19
@@ -56,6 +57,15 @@ def groups_of(
         found.append(Group(members, *pair, is_padded=False))
         asked = own
     return tuple(found)
+
+
+def stay_aligned(
+    terms: AttentionTerms, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]
+) -> bool:
+    """Tell whether padding leaves the first or last query where it is beside its keys."""
+    # Ends that are aligned stay so if all queries and keys of a sequence are as many.
+    same = all(q == k or not (q and k) for q, k in zip(lengths_q, lengths_k, strict=True))
+    return not terms.align_end or (same and terms.key_lengths is None)
 
 
 class Batches(NamedTuple):

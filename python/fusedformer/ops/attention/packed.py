@@ -28,11 +28,9 @@ from fusedformer.ops.attention.registered import (
 from fusedformer.ops.attention.terms import AttentionTerms
 
 
-def seeded_aten(
-    given: list[Any], return_lse: bool, wide_lse: bool = False, by_aten: bool = False
-) -> list[Tensor]:
+def seeded_aten(given: list[Any], return_lse: bool, wide_lse: bool = False) -> list[Tensor]:
     """[output], or [output, log-sum-exp], of tensors and terms; as :func:`attention_aten`."""
-    how = {"return_lse": return_lse, "wide_lse": wide_lse, "by_aten": by_aten}
+    how = {"return_lse": return_lse, "wide_lse": wide_lse}
     query, key, value, *others = given
     terms = AttentionTerms(*others)
     if terms.seed is None:
@@ -46,21 +44,21 @@ def seeded_aten(
 
 @registered(
     "packed_attention_aten",
-    schema="(Tensor query, Tensor key, Tensor value, bool return_lse, bool by_aten, "
+    schema="(Tensor query, Tensor key, Tensor value, bool return_lse, "
     f"{TERMS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 def packed_attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, by_aten: bool, *terms: Any
+    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """(output, log-sum-exp or None) of the packed form; ``by_aten`` with gradients on."""
-    output, *lse = seeded_aten([query, key, value, *terms], return_lse, by_aten=by_aten)
+    """(output, log-sum-exp or None) of the packed form."""
+    output, *lse = seeded_aten([query, key, value, *terms], return_lse)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, lse[0].contiguous() if lse else None
 
 
 @packed_attention_aten.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, by_aten: bool, *terms: Any
+    query: Tensor, key: Tensor, value: Tensor, return_lse: bool, *terms: Any
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
@@ -143,7 +141,7 @@ def _(
 
 
 def _packed_aten_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    save(ctx, inputs[:3], inputs[5:])
+    save(ctx, inputs[:3], inputs[4:])
     ctx.set_materialize_grads(False)
     if not inputs[3] and output[1] is not None:
         ctx.mark_non_differentiable(output[1])
@@ -153,12 +151,12 @@ def _packed_aten_autograd(
     ctx: Any, grad: Tensor | None, lse_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad is None and lse_grad is None:
-        return (None,) * (5 + N_TERMS)
+        return (None,) * (4 + N_TERMS)
     tensors, terms = load(ctx)
-    first, learned = list(ctx.needs_input_grad[:3]), needed(ctx, 5)
+    first, learned = list(ctx.needs_input_grad[:3]), needed(ctx, 4)
     grads = packed_attention_aten_backward(grad, lse_grad, *tensors, [*first, *learned], *terms)
     wanted = (g if need else None for g, need in zip(grads[:3], first, strict=True))
-    return (*wanted, None, None, *term_gradients(grads[3:], learned))
+    return (*wanted, None, *term_gradients(grads[3:], learned))
 
 
 packed_attention_aten.register_autograd(_packed_aten_autograd, setup_context=_packed_aten_setup)
