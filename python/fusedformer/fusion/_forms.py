@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
-from fusedformer.nn.children import are_plain, is_plain
+from fusedformer.nn.children import are_plain, dropout_probability, is_plain
 
 
 class OwnAttention(Protocol):
@@ -214,6 +214,13 @@ class Parts(NamedTuple):
         if norms == (None, None):
             return True
         return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
+
+
+def probability(dropout: Any, module: Any) -> float:
+    """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout_probability(dropout)
+    return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
 
 
 def is_table(module: Any) -> bool:
