@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 import fusedformer
+from fusedformer.fusion import _attention
 from fusedformer.fusion._classes import arguments_of
 from fusedformer.fusion._configs import attends, computes_attention
 
@@ -171,14 +172,19 @@ def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(lambda *_: used.append(True))
             stack.callback(hook.remove)
-        for name in ("scaled_dot_product_attention", "varlen_attention"):
-            own = getattr(fusedformer.functional, name)
+        for holder, name in (
+            (fusedformer.functional, "scaled_dot_product_attention"),
+            (fusedformer.functional, "varlen_attention"),
+            (_attention, "scaled_attention"),  # which may leave it to the others
+        ):
 
-            def spy(*args: Any, own: Any = own, **kwargs: Any) -> Any:
-                called.append(own)
-                return own(*args, **kwargs)
+            def spy(*args: Any, own: Any = getattr(holder, name), **kwargs: Any) -> Any:
+                found = own(*args, **kwargs)
+                if found is not None:
+                    called.append(own)
+                return found
 
-            stack.enter_context(mock.patch.object(fusedformer.functional, name, spy))
+            stack.enter_context(mock.patch.object(holder, name, spy))
         with contextlib.suppress(Exception):
             bits_of(model, inputs)
         if used and not called:

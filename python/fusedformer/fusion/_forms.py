@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
-from fusedformer.nn.children import are_plain, is_plain
+from fusedformer.nn.children import are_plain, dropout_probability, is_plain
 
 
 class OwnAttention(Protocol):
@@ -244,6 +244,7 @@ class Parts(NamedTuple):
         return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
 
 
+<<<<<<< HEAD
 class Transposed:
     """A Conv1D of transformers as the linear layer that computes the same."""
 
@@ -252,6 +253,13 @@ class Transposed:
         self.weight: Tensor = own.weight.t()
         self.bias: Tensor = own.bias
         self._parameters = {"weight": self.weight, "bias": self.bias}
+=======
+def probability(dropout: Any, module: Any) -> float:
+    """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout_probability(dropout)
+    return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
+>>>>>>> helper-e5
 
 
 def is_table(module: Any) -> bool:

@@ -30,7 +30,8 @@ from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
-from fusedformer.fusion._forms import Finder, Form, Parts
+from fusedformer.fusion._forms import Finder, Form, Parts, probability
+from fusedformer.fusion._inference import inferred, is_unseen, only_adds_and_norms
 from fusedformer.fusion._norms import (
     dtypes_fit,
     epsilon,
@@ -71,6 +72,7 @@ class FusedLayer:
 
     _form: Form
     _finder: Finder
+    _only_adds_and_norms: bool
     _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
     def __init_subclass__(cls) -> None:
@@ -81,6 +83,7 @@ class FusedLayer:
         theirs: Any = made_of[1]
         cls._form, cls._arguments = LAYERS[name_of(theirs)], arguments_of(theirs)
         cls._finder = Finder(cls._form)
+        cls._only_adds_and_norms = only_adds_and_norms(cls._form)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes, by the fused steps if they fit."""
@@ -98,10 +101,15 @@ class FusedLayer:
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
-        found = self._one_node(parts, call) if is_plain else self._called(parts, call)
-        if found is None:
-            found = self._steps(parts, call)
-        return self._returned(found, call)
+        return self._returned(self._found(parts, call, is_plain), call)
+
+    def _found(self: Any, parts: Parts, call: Call, is_plain: bool) -> Tensor:
+        """Compute the layer in the way that takes least time."""
+        if not is_plain:
+            return self._called(parts, call)  # type: ignore[no-any-return]
+        by_aten = self._only_adds_and_norms and is_unseen(call.x)
+        found = inferred(self, parts, call) if by_aten else self._one_node(parts, call)
+        return self._steps(parts, call) if found is None else found
 
     def _returned(self: Any, found: Tensor, call: Call) -> Any:
         """Return the states as the class behind this one does."""
@@ -486,13 +494,6 @@ def _window(module: Any, where: str | Callable[[Any], int | None]) -> Any:
     for name in where.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def probability(dropout: Any, module: Any) -> float:
-    """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
-    if isinstance(dropout, nn.Dropout):
-        return dropout_probability(dropout)
-    return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
 
 
 def _gain_and_bias(norm: Any) -> list[Any]:

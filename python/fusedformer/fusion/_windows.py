@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer._internal.tracing import is_eager
-from fusedformer.fusion._forms import Parts
-from fusedformer.fusion._layers import Call, FusedLayer, probability
+from fusedformer.fusion._forms import Parts, probability
+from fusedformer.fusion._layers import Call, FusedLayer
 
 _HIDDEN = -100.0  # added to the scores of tokens from different edges
 _LARGEST_SCALE = math.log(100.0)  # of cosines, its logarithm

@@ -1,0 +1,80 @@
+"""Layers in inference by ATen, where nobody looks on: their steps without choices between them.
+
+A short text takes as long to choose each step as to compute it. So it is chosen once for a layer:
+no gradient, no tracer, no transform, no autocast, no dropout, and a form that only adds and norms.
+The calls are those that ``_layers.py`` comes to in that case, with the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fusedformer._internal.backend import chosen_backend
+from fusedformer._internal.tracing import is_eager
+from fusedformer.functional.steps import layer_norm_aten, product, product_activation
+from fusedformer.fusion._activations import activation_name
+from fusedformer.fusion._forms import Form, Parts, probability
+from fusedformer.nn.children import weights_and_biases
+
+# What a form has besides products, two norms, an activation and two sums.
+_MORE = (
+    "gate", "out_norm", "block_norm", "query_norm", "key_norm", "value_norm", "buckets", "scale1",
+    "scale2", "depth", "divisor", "logit_scale", "position_bias", "adapter", "own",
+)  # fmt: skip
+_FLAGS = "is_gated", "gates_bias", "is_windowed"
+
+
+def only_adds_and_norms(form: Form) -> bool:
+    """Return whether layers of a form may be computed here."""
+    has_more = any(getattr(form, name) is not None for name in _MORE)
+    return not has_more and not any(getattr(form, name) for name in _FLAGS)
+
+
+def is_unseen(x: Tensor) -> bool:
+    """Return whether ATen computes on ``x``, without gradients, and nobody looks on."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()
+        and is_eager()
+        and not torch._C._is_any_autocast_enabled()
+        and chosen_backend(x) == "torch"
+    )
+
+
+def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
+    """Compute a layer of a form that :func:`only_adds_and_norms` on what :func:`is_unseen`.
+
+    None where a dropout drops, or a norm or an activation is not one of torch's.
+    """
+    norm1, norm2, name = parts.norm1, parts.norm2, activation_name(parts.activation)
+    if (
+        name is None
+        or not isinstance(norm1, nn.LayerNorm)
+        or not isinstance(norm2, nn.LayerNorm)
+        or probability(parts.dropout1, layer)
+        or probability(parts.hidden_dropout, layer)
+        or probability(parts.dropout2, layer)
+    ):
+        return None
+    x, norms_first = call.x, layer._form.puts_norms_first(layer)
+    source = _normed(x, norm1) if norms_first else x
+    products = parts.query, parts.key, parts.value
+    found = [product(source, *weights_and_biases(one)) for one in products if one is not None]
+    q, k, v = layer._split(found, getattr(parts.attention, layer._form.head_dim))
+    heads = layer._attended(parts, call, *layer._turned(q, k, parts, call), v)
+    x = product(heads, *weights_and_biases(parts.out)) + x
+    source = _normed(x, norm2 if norms_first else norm1)
+    weight, bias = weights_and_biases(parts.linear1)
+    hidden = product_activation(source, weight, bias, name)
+    inner = product(hidden, *weights_and_biases(parts.linear2))
+    return inner + x if norms_first else _normed(inner + source, norm2)
+
+
+def _normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    weight, bias = weights_and_biases(norm)
+    return layer_norm_aten(x, norm.normalized_shape, weight, bias, norm.eps, None)

@@ -1,0 +1,100 @@
+"""One short text in inference by ATen: the bits of a layer's steps, and how many calls it takes."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tests.fusion.models import IMAGE, TEXT, transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedformer
+from fusedformer.fusion import _layers
+from fusedformer.fusion._inference import inferred
+from fusedformer_kernels.cpu import build
+
+T: Any = transformers
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bert": (T.BertConfig(**TEXT), T.BertModel, {"input_ids": (1, 11)}),
+    "roformer": (T.RoFormerConfig(**TEXT), T.RoFormerModel, {"input_ids": (3, 11)}),
+    "prelayernorm": (
+        T.RobertaPreLayerNormConfig(**TEXT), T.RobertaPreLayerNormModel, {"input_ids": (2, 11)}
+    ),
+    "vit": (T.ViTConfig(**IMAGE), T.ViTModel, {"pixel_values": (2, 3, 16, 16)}),
+}  # fmt: skip
+
+
+class Names(TorchDispatchMode):
+    """Counts operators; it changes nothing, so that calls go as they do without it."""
+
+    only_looks = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.found[func.name().partition("::")[2].partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def inputs_of(shapes: dict[str, Any]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if name == "input_ids":
+            given[name] = torch.randint(5, 99, shape)
+            given["attention_mask"] = torch.ones(shape, dtype=torch.long)
+        else:
+            given[name] = torch.randn(shape)
+    return given
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bits_are_those_of_the_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen once for a layer, the calls are those that its steps come to one by one."""
+    config, cls, shapes = MODELS[name]
+    model = cls(config).eval()
+    stock = copy.deepcopy(model).double()
+    fusedformer.fuse(model)
+    given = inputs_of(shapes)
+    with fusedformer.backend("torch"), torch.no_grad():
+        found = model(**given).last_hidden_state
+        steps: list[Any] = []
+
+        def not_here(*call: Any) -> None:
+            steps.append(inferred(*call))
+
+        monkeypatch.setattr(_layers, "inferred", not_here)
+        assert torch.equal(model(**given).last_hidden_state, found)
+        assert len(steps) == 2 and all(one is not None for one in steps)
+        wide = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+        torch.testing.assert_close(
+            found.double(), stock(**wide).last_hidden_state, rtol=1e-4, atol=1e-4
+        )
+
+
+def counted(model: Any, given: dict[str, Any]) -> Counter[str]:
+    with fusedformer.backend("torch"), torch.inference_mode(), Names() as names:
+        model(**given)
+    return names.found
+
+
+def test_calls_of_a_short_text() -> None:
+    """A layer's are few, and a text without padding is not packed: nothing is moved or indexed."""
+    if build.attention() is None:
+        pytest.skip("no compiler")
+    one, two = (
+        T.BertModel(T.BertConfig(**{**TEXT, "num_hidden_layers": n}), add_pooling_layer=False)
+        for n in (1, 2)
+    )
+    given = inputs_of({"input_ids": (1, 11)})
+    for model in (one, two):
+        fusedformer.fuse(model.eval())
+        counted(model, given)
+    alone, both = counted(one, given), counted(two, given)
+    assert (both - alone).total() <= 19  # 6 products, 2 sums, 2 norms, an activation, 8 views
+    moved = {"index", "index_select", "cumsum", "where", "scatter", "nonzero", "clamp"}
+    assert not moved & alone.keys()
