@@ -177,8 +177,9 @@ def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:
             (fusedformer.functional, "varlen_attention"),
             (_attention, "scaled_attention"),  # which may leave it to the others
         ):
+            theirs = getattr(holder, name)
 
-            def spy(*args: Any, own: Any = getattr(holder, name), **kwargs: Any) -> Any:
+            def spy(*args: Any, own: Any = theirs, **kwargs: Any) -> Any:
                 found = own(*args, **kwargs)
                 if found is not None:
                     called.append(own)

@@ -244,7 +244,6 @@ class Parts(NamedTuple):
         return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
 
 
-<<<<<<< HEAD
 class Transposed:
     """A Conv1D of transformers as the linear layer that computes the same."""
 
@@ -253,13 +252,13 @@ class Transposed:
         self.weight: Tensor = own.weight.t()
         self.bias: Tensor = own.bias
         self._parameters = {"weight": self.weight, "bias": self.bias}
-=======
+
+
 def probability(dropout: Any, module: Any) -> float:
     """Return the probability with which ``dropout`` drops, a module or a setting of ``module``."""
     if isinstance(dropout, nn.Dropout):
         return dropout_probability(dropout)
     return float(dropout) if isinstance(dropout, (float, int)) and module.training else 0.0
->>>>>>> helper-e5
 
 
 def is_table(module: Any) -> bool:
