@@ -294,14 +294,14 @@ def _disentangled(
     disentangled_backward(output, q, k, v, output, statistics, given, positions, firsts)
 
 
-def _specialized(head_dim: int, **more: Any) -> None:
+def _specialized(head_dim: int, tma: bool = False, **more: Any) -> None:
     """Call attention's forward as a table may ask for it on sm_90; elsewhere nothing is called."""
     kind = configs.AttentionKind(head_dim, "half", causal="right" in more)
     target = assumed_target()
     if target is None or not configs.can_specialize(kind, target):
         return
     fields = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
-    with forced(("attention_forward", *kind.words), {**fields, "specialized": True}):
+    with forced(("attention_forward", *kind.words), {**fields, "specialized": True, "tma": tma}):
         _attention(head_dim, HALF, gradients=False, **more)
 
 
@@ -515,8 +515,10 @@ def compile_cases() -> list[CompileCase]:
     add("disentangled d=64 tf32", full, call, products="tf32", extra=True)
     specialized: dict[str, dict[str, Any]] = {
         "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
+        " by TMA": {"tma": True}, " by TMA, causal": {"tma": True, "right": 0},
     }
-    for dim, kind in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
+    of_128, of_64 = ("", ", causal", " by TMA"), ("", ", causal, packed", " by TMA, causal")
+    for dim, kind in (*((128, kind) for kind in of_128), *((64, kind) for kind in of_64)):
         call = partial(_specialized, dim, **specialized[kind])
         add(f"attention d={dim} specialized{kind}", HALF, call, matrix=True, forced=True)
     add("pack", HALF, lambda: gather_rows(_empty(4096, 768), _empty(2048, dtype=torch.int64)))
