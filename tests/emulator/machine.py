@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from tests.emulator.build import FOLDER, emulator_library
 
+from fusedformer_kernels.runtime.boxes import Boxes
+
 REPORT_BYTES = 1 << 20
 
 
@@ -153,11 +155,15 @@ class Machine:
 
     @contextmanager
     def taking_launches(
-        self, target_name: str, changed: Callable[[Any], Any] | None = None
+        self,
+        target_name: str,
+        changed: Callable[[Any], Any] | None = None,
+        edited: Callable[[Compiled], Compiled] | None = None,
     ) -> Iterator[None]:
         """Run what the library's launchers launch inside, on CPU tensors, as on ``target_name``.
 
-        A fault is planted by ``changed``, which gives the launch that is run in place of another.
+        A fault is planted by ``changed``, which gives the launch that is run in place of another,
+        or by ``edited``, which does so with kernels.
         """
         from fusedformer_kernels.compiler.ahead_of_time import ast_source
         from fusedformer_kernels.runtime import launch as launches
@@ -167,6 +173,7 @@ class Machine:
             launch = changed(launch) if changed else launch
             source = ast_source(launch)
             kernel = compile_source(source, target_name, launch.config.options())
+            kernel = edited(kernel) if edited else kernel
             given = [launch.arguments[name] for name in source.signature]
             arguments = list(_passed(tuple(given), tuple(source.signature.values())))
             self.launch(kernel, launch.grid, *arguments)
@@ -197,10 +204,20 @@ def _passed(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> Iterator[Any]:
     for value, kind in zip(values, kinds, strict=True):
         if isinstance(kind, tuple):
             yield from _passed(value, kind)
+        elif isinstance(value, Boxes):
+            yield from (_map_of(value), *value.shape, *value.strides)
         elif kind != "constexpr":
             if isinstance(value, torch.Tensor) and value.data_ptr() % 16:
                 raise ValueError("kernels are compiled for pointers that are multiples of 16")
             yield value
+
+
+def _map_of(boxes: Boxes) -> TensorMap:
+    """Make what the driver would of the library's ``Boxes``; a message has one swizzled row."""
+    tensor, swizzle = boxes.base, boxes.layout.swizzle_byte_width
+    *outer, inner = boxes.block_shape
+    box = (*outer, min(inner, swizzle // tensor.element_size()))
+    return TensorMap(tensor.as_strided(boxes.shape, boxes.strides), box, swizzle)
 
 
 def target(name: str) -> Any:

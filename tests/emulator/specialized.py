@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import torch
-from tests.emulator.machine import Machine
+from tests.emulator.machine import Compiled, Machine
 from torch import Tensor
 
 Results = tuple[Tensor, Tensor | None, Tensor]
@@ -27,6 +29,7 @@ def cases() -> dict[str, tuple[list[Tensor], dict[str, Any], dict[str, int]]]:
         for sequence, length in zip(tensor, lengths.tolist(), strict=True):
             sequence[:, length:] = torch.nan  # which nobody may use
     keep = torch.rand(3, 200) < 0.7
+    at_the_end = heads(128, torch.float16, 1, 330, 1, 1, 1), {"right": 0, "align_end": True}
     packed_terms = {"starts_q": starts, "starts_k": starts, "max_queries": 141, "max_keys": 141}
     return {
         "lengths, key mask, groups, sinks": (
@@ -37,44 +40,70 @@ def cases() -> dict[str, tuple[list[Tensor], dict[str, Any], dict[str, int]]]:
             heads(64, torch.float16, 1, 290, 2, 2, 2), {"right": 0, **packed_terms},
             {"block_n": 64, "num_stages": 3},
         ),
-        "causal at the end": (
-            heads(128, torch.float16, 1, 330, 1, 1, 1), {"right": 0, "align_end": True},
-            {"block_n": 64},
+        "causal at the end": (*at_the_end, {"block_n": 64}),
+        "causal at the end, by TMA": (*at_the_end, {"block_n": 64, "tma": True}),
+        # Of queries heads lie within rows, of keys there is one.
+        "groups, by TMA": (
+            heads(64, torch.bfloat16, 2, 150, 2, 1, 1), {}, {"block_n": 64, "tma": True},
         ),
     }  # fmt: skip
 
 
 def compare(name: str, orders: tuple[int, ...]) -> tuple[list[bool], float, list[str]]:
     """Tell whether results are those of the other kernel, by order, their error, and findings."""
-    from fusedformer_kernels.attention import configs
-    from fusedformer_kernels.attention.forward import attention_forward
-    from fusedformer_kernels.attention.terms import AttentionTerms
-    from fusedformer_kernels.runtime import tuned
-
-    (query, key, value), given, fields = cases()[name]
-    terms = AttentionTerms(scale=query.shape[3] ** -0.5, **given)
-    kind = configs.AttentionKind(query.shape[3], "half", causal=terms.right is not None)
-    fields = {"block_m": 128, "num_stages": 2, **fields}
-    findings: list[str] = []
-
-    def run(order: int, warps: int, specialized: bool) -> Results:
-        machine = Machine(order=order)
-        chosen = {**fields, "num_warps": warps, "specialized": specialized}
-        with (
-            machine.taking_launches("sm_90"),
-            tuned.forced(("attention_forward", *kind.words), chosen),
-        ):
-            results: Results = attention_forward(query, key, value, terms, return_lse=True)
-        findings.extend(machine.findings())
-        return results
-
-    wanted = run(0, 8, False)
+    (query, key, value), terms, _ = _call(name)
+    wanted, findings = _run(name, 0, warps=8, specialized=False)
     equal, error = [], 0.0
     for order in orders:
-        results = run(order, 4, True)
+        results, found = _run(name, order, warps=4, specialized=True)
+        findings += found
         equal.append(all(map(_same, results, wanted)))
         error = max(error, _error(results[0], query, key, value, terms))
     return equal, error, findings
+
+
+def findings_of(name: str, old: str, new: str) -> list[str]:
+    """Run a case with a fault in its kernel: what ``old`` finds in the PTX becomes ``new``."""
+
+    def edited(kernel: Compiled) -> Compiled:
+        ptx, times = re.subn(old, new, kernel.ptx)
+        assert times, old
+        return replace(kernel, ptx=ptx)
+
+    return _run(name, 0, warps=4, specialized=True, edited=edited)[1]
+
+
+def _call(name: str) -> tuple[list[Tensor], Any, dict[str, Any]]:
+    from fusedformer_kernels.attention.terms import AttentionTerms
+
+    tensors, terms, fields = cases()[name]
+    scale = tensors[0].shape[3] ** -0.5
+    config = {"block_m": 128, "num_stages": 2, **fields}
+    return tensors, AttentionTerms(scale=scale, **terms), config
+
+
+def _run(
+    name: str, order: int, warps: int, specialized: bool, edited: Any = None
+) -> tuple[Results, list[str]]:
+    from fusedformer_kernels.attention import configs
+    from fusedformer_kernels.attention.forward import attention_forward
+    from fusedformer_kernels.runtime import tuned
+
+    (query, key, value), terms, fields = _call(name)
+    kind = configs.AttentionKind(query.shape[3], "half", causal=terms.right is not None)
+    chosen = {**fields, "num_warps": warps, "specialized": specialized}
+
+    def checked(launch: Any) -> Any:
+        assert launch.arguments.get("TMA", False) is (specialized and fields.get("tma", False))
+        return launch
+
+    machine = Machine(order=order)
+    with (
+        machine.taking_launches("sm_90", checked, edited),
+        tuned.forced(("attention_forward", *kind.words), chosen),
+    ):
+        results: Results = attention_forward(query, key, value, terms, return_lse=True)
+    return results, machine.findings()
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -84,7 +84,7 @@ def counted(model: Any, given: dict[str, Any]) -> Counter[str]:
 
 def test_calls_of_a_short_text() -> None:
     """A layer's are few, and a text without padding is not packed: nothing is moved or indexed."""
-    if build.attention() is None:
+    if build.library() is None:
         pytest.skip("no compiler")
     one, two = (
         T.BertModel(T.BertConfig(**{**TEXT, "num_hidden_layers": n}), add_pooling_layer=False)

@@ -13,8 +13,10 @@ from fusedformer.tools.tune.search import reason_against
 from fusedformer.tools.tune.workloads import workloads
 from fusedformer_kernels.attention import configs
 from fusedformer_kernels.attention.forward import attention_forward
+from fusedformer_kernels.attention.forward_specialized import BOX_LAYOUT
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.runtime import targets, tuned
+from fusedformer_kernels.runtime.boxes import Boxes
 from fusedformer_kernels.runtime.launch import Launch, recorded_launches
 
 FIELDS = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2, "specialized": True}
@@ -73,6 +75,47 @@ def test_rows_that_cannot_be_copied_take_the_default() -> None:
     ):
         launch = launched(x, FIELDS)
         assert launch.name == "_attention_forward" and launch.config == default
+
+
+def boxes(x: torch.Tensor, **terms: Any) -> Boxes | None:
+    """What TMA is given of the keys where a table asks for it; None where cp.async copies."""
+    launch = launched(x, {**FIELDS, "tma": True}, **terms)
+    assert launch.name == SPECIALIZED
+    assert launch.arguments["TMA"] is isinstance(launch.arguments["k_source"], Boxes)
+    return launch.arguments["k_source"] if launch.arguments["TMA"] else None
+
+
+def test_boxes_have_the_order_of_strides() -> None:
+    whole = boxes(heads(2, 4, 300, 80), right=0)
+    assert whole is not None and whole.layout == BOX_LAYOUT
+    assert (whole.shape, whole.block_shape) == ((2, 4, 300, 80), (1, 1, 128, 128))
+    assert whole.strides == (96000, 24000, 80, 1)
+    within = boxes(heads(2, 300, 12, 64).transpose(1, 2)[:, 4:8])
+    assert within is not None and within.shape == (2, 300, 4, 64)
+    assert within.strides == (300 * 768, 768, 64, 1) and within.block_shape == (1, 128, 1, 64)
+    # Of one sequence and one head the strides are anybody's.
+    one = boxes(heads(1, 1, 300, 64).as_strided((1, 1, 300, 64), (8, 8, 64, 1)))
+    assert one is not None and one.strides == (19200, 19200, 64, 1)
+
+
+def test_tma_copies_only_what_ends_with_its_tensor() -> None:
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    x = heads(1, 4, 300, 64)
+    packed = {"starts_q": starts, "starts_k": starts, "max_queries": 200, "max_keys": 200}
+    assert boxes(x) is not None
+    assert boxes(x, **packed) is None
+    assert boxes(heads(2, 4, 300, 64), key_lengths=starts[1:]) is None
+
+
+def test_tma_copies_only_strides_that_descriptors_take() -> None:
+    memory = heads(2 * 300 * 4 * 72)
+    for strides in (
+        (300 * 64, 0, 64, 1),  # one head for all
+        (300 * 64, 64 * 64, 16, 1),  # rows that overlap
+        (300 * 264, 64, 264, 1),  # that are no multiple of a head apart
+        (64, 2 * 300 * 64, 2 * 64, 1),  # sequences within heads
+    ):
+        assert boxes(memory.as_strided((2, 4, 300, 64), strides)) is None, strides
 
 
 def test_few_queries_are_split_as_ever() -> None:

@@ -29,17 +29,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a user's table ask for it."""
+@pytest.fixture
+def tma(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[bool]:
+    """Let a user's table ask for it, with copies by TMA or not."""
     names = [f"attention_forward half {d} plain {c}" for d in (64, 128) for c in ("full", "causal")]
-    entries = {name: {"config": FIELDS} for name in names}
+    entries = {name: {"config": {**FIELDS, "tma": request.param}} for name in names}
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"schema": 1, "triton": triton.__version__, "entries": entries}))
     monkeypatch.setenv("FUSEDFORMER_TUNED_TABLE", str(path))
     monkeypatch.delenv("FUSEDFORMER_TUNED", raising=False)
     tuned.clear_caches()
-    yield
+    yield request.param
     monkeypatch.undo()
     tuned.clear_caches()
 
@@ -49,10 +51,12 @@ def _tensors(dim: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("dim", "causal", "dtype"), [(64, False, torch.bfloat16), (128, True, torch.float16)]
+    ("dim", "causal", "dtype", "tma"),
+    [(64, False, torch.bfloat16, False), (128, True, torch.float16, True)],
+    indirect=["tma"],
 )
 def test_launches_plans_and_graphs_of_specialized_warps(
-    dim: int, causal: bool, dtype: torch.dtype
+    dim: int, causal: bool, dtype: torch.dtype, tma: bool
 ) -> None:
     torch.manual_seed(0)
     reference = torch.nn.functional.scaled_dot_product_attention
@@ -64,6 +68,7 @@ def test_launches_plans_and_graphs_of_specialized_warps(
     with recorded_launches(run=True) as launches:
         first = call(*given)
     assert [launch.name for launch in launches] == ["_attention_forward_specialized"]
+    assert launches[0].arguments["TMA"] is tma
     for _ in range(3):  # by Triton's way, cached, by a plan: of other tensors each time
         other = _tensors(dim, dtype)
         got = call(*other)

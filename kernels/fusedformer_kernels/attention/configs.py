@@ -24,6 +24,7 @@ class AttentionConfig(LaunchConfig):
     keys_per_split: int = 0  # keys that one program walks when queries are few; 0: all
     passes: int = 2  # backward: 1 for one over the keys that gives dq too (query_sums.py)
     specialized: bool = False  # forward, on sm_90: the kernel whose warps copy or multiply
+    tma: bool = False  # of that one: copies by TMA where sequences end with tensors
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Attention's forward for sm_90 with specialized warps, in Gluon: what :mod:`forward` computes.
 
 A program has 12 warps and 128 queries of one head. Four warps, the producer, copy tiles of keys and
-values into rings of shared memory (cp.async, zeros beyond the sequence's end). Two times four, the
+values into rings of shared memory, with zeros beyond the sequence's end. Two times four, the
 consumers, have 64 queries each: they multiply, and take the softmax of one tile while the tensor
 cores multiply the values of the tile before it. Producer and consumers meet by mbarriers alone. The
 producer needs few registers, and the consumers get what it gives back.
+
+Copies are cp.async, 16 bytes a thread; or, where a config asks for it and sequences end where
+tensors do, TMA: then one thread asks for whole tiles, and the producer is one warp (the other three
+do nothing).
 
 By the same device functions, tiles in the same order and products of the same shape, it gives the
 bits of the other kernel with tiles of the same BLOCK_N. It is launched only where a table of tuned
@@ -23,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -46,11 +51,13 @@ from fusedformer_kernels.attention.tiles import (
     which_block,
 )
 from fusedformer_kernels.runtime import targets
+from fusedformer_kernels.runtime.boxes import boxes_of, can_be_boxed
 from fusedformer_kernels.runtime.launch import launch
 from fusedformer_kernels.runtime.primitives import COUNTS, cast, store
 
-# Triton 3.9 has renamed it.
+# Triton 3.9 has renamed them.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 GROUP = gl.constexpr(64)  # queries of a consumer: the rows of a product of four warps
 PIECE = gl.constexpr(32)  # rows that the producer copies at a time
@@ -58,7 +65,10 @@ THREADS = gl.constexpr(128)  # of the producer, and of a consumer
 # A thread's, which setmaxnreg moves: 128 threads with 56 and 256 with 224 are an SM's registers.
 PRODUCER_REGISTERS = gl.constexpr(56)
 CONSUMER_REGISTERS = gl.constexpr(224)
+TMA_PRODUCER_REGISTERS = gl.constexpr(24)
+TMA_CONSUMER_REGISTERS = gl.constexpr(240)
 BLOCK_M = 128  # queries of a program
+BOX_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=4)  # of rows of 128 bytes, or two such halves
 
 
 class Ring(NamedTuple):
@@ -70,14 +80,28 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def _new_ring(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIMS: gl.constexpr):
+def _new_tiles(source, N: gl.constexpr, ROWS: gl.constexpr, DIMS: gl.constexpr, TMA: gl.constexpr):
+    """Allocate N tiles [ROWS, DIMS] for what ``source`` points to or, with TMA, describes."""
+    if TMA:
+        shape: gl.constexpr = [N] + source.block_shape  # noqa: RUF005 (Triton knows no star)
+        tiles = gl.allocate_shared_memory(source.dtype, shape, source.layout)
+    else:
+        dtype: gl.constexpr = source.dtype.element_ty
+        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIMS], dtype)
+        tiles = gl.allocate_shared_memory(dtype, [N, ROWS, DIMS], layout)
+    return tiles
+
+
+@gluon.jit
+def _new_ring(
+    source, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIMS: gl.constexpr, TMA: gl.constexpr
+):
     """Allocate a ring whose tiles are all free."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIMS], dtype)
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIMS], layout)
+    tiles = _new_tiles(source, STAGES, BLOCK_N, DIMS, TMA)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=THREADS)
+        mbarrier.init(ready.index(stage), count=1 if TMA else THREADS)
         mbarrier.init(free.index(stage), count=2)
     return Ring(tiles, ready, free)
 
@@ -114,52 +138,73 @@ def _copy_rows(
 
 
 @gluon.jit
+def _copy_tile(
+    source, layout, batch, head, first, n_rows, tile, ready, DIM: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_D: gl.constexpr, TMA: gl.constexpr,
+):
+    """Copy rows [first, first + BLOCK) of a matrix, or of a tensor that ``source`` describes."""
+    if TMA:
+        mbarrier.expect(ready, BLOCK * BLOCK_D * source.dtype.primitive_bitwidth // 8)
+        batch, head = batch.to(gl.int32), head.to(gl.int32)
+        if source.block_shape[1] == 1:
+            copy_box(source, [batch, head, first, 0], ready, tile)
+        else:  # heads lie within rows
+            copy_box(source, [batch, first, head, 0], ready, tile)
+    else:
+        _copy_rows(source, first, n_rows, layout, tile, ready, DIM, BLOCK, BLOCK_D)
+
+
+@gluon.jit
 def _produce(
-    q_base, k_base, v_base, q_layout, k_layout, v_layout, first_row, n_queries, n_keys, first,
-    last, q_tiles, q_ready, k_ring, v_ring, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    q_source, k_source, v_source, q_layout, k_layout, v_layout, place, first_row, first, last,
+    q_tiles, q_ready, k_ring, v_ring, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, TMA: gl.constexpr,
 ):
     """Copy the queries, and tiles of keys and values as their stages become free."""
     for group in range(2):
-        _copy_rows(
-            q_base, first_row + group * GROUP, n_queries, q_layout, q_tiles.index(group),
-            q_ready, HEAD_DIM, GROUP, BLOCK_D,
+        _copy_tile(
+            q_source, q_layout, place.batch, place.head, first_row + group * GROUP,
+            place.n_queries, q_tiles.index(group), q_ready, HEAD_DIM, GROUP, BLOCK_D, TMA,
         )
     for index in range(first, last):
         stage, phase = _turn(index - first, STAGES)
         # The phase before the first counts as complete.
         mbarrier.wait(k_ring.free.index(stage), phase ^ 1)
-        _copy_rows(
-            k_base, index * BLOCK_N, n_keys, k_layout, k_ring.tiles.index(stage),
-            k_ring.ready.index(stage), HEAD_DIM, BLOCK_N, BLOCK_D,
+        _copy_tile(
+            k_source, k_layout, place.batch, place.key_head, index * BLOCK_N, place.n_keys,
+            k_ring.tiles.index(stage), k_ring.ready.index(stage), HEAD_DIM, BLOCK_N, BLOCK_D, TMA,
         )
         mbarrier.wait(v_ring.free.index(stage), phase ^ 1)
-        _copy_rows(
-            v_base, index * BLOCK_N, n_keys, v_layout, v_ring.tiles.index(stage),
-            v_ring.ready.index(stage), VALUE_DIM, BLOCK_N, BLOCK_D,
+        _copy_tile(
+            v_source, v_layout, place.batch, place.key_head, index * BLOCK_N, place.n_keys,
+            v_ring.tiles.index(stage), v_ring.ready.index(stage), VALUE_DIM, BLOCK_N, BLOCK_D, TMA,
         )
 
 
 @gluon.jit
 def _begin_scores(
-    q, k_ring, turn, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
+    q, k_ring, turn, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TMA: gl.constexpr,
+    layout: gl.constexpr,
 ):
     """Begin to multiply the queries [GROUP, dims] by the keys of this turn."""
     stage, phase = _turn(turn, STAGES)
     mbarrier.wait(k_ring.ready.index(stage), phase)
-    fence_async_shared()
+    if not TMA:
+        fence_async_shared()
     zeros = gl.zeros([GROUP, BLOCK_N], gl.float32, layout)
-    keys = k_ring.tiles.index(stage).permute((1, 0))
+    keys = k_ring.tiles.index(stage).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
     return warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _begin_output(weights, acc, v_ring, turn, STAGES: gl.constexpr):
+def _begin_output(weights, acc, v_ring, turn, STAGES: gl.constexpr, TMA: gl.constexpr):
     """Begin to add the weights' product with the values of this turn."""
     stage, phase = _turn(turn, STAGES)
     mbarrier.wait(v_ring.ready.index(stage), phase)
-    fence_async_shared()
-    return warpgroup_mma(weights, v_ring.tiles.index(stage), acc, is_async=True)
+    if not TMA:
+        fence_async_shared()
+    values = v_ring.tiles.index(stage).reshape([weights.shape[1], acc.shape[1]])
+    return warpgroup_mma(weights, values, acc, is_async=True)
 
 
 @gluon.jit
@@ -185,7 +230,7 @@ def _weights_of(
 @gluon.jit
 def _attend(
     q, weights, acc, top, total, first, begin, end, first_row, s, sizes, place, k_ring, v_ring,
-    pin, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CHECKED: gl.constexpr,
+    pin, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TMA: gl.constexpr, CHECKED: gl.constexpr,
     score_layout: gl.constexpr, out_layout: gl.constexpr,
 ):
     """Go on with tiles [begin, end); ``weights`` are those of the tile before ``begin``.
@@ -195,8 +240,8 @@ def _attend(
     """
     for index in range(begin, end):
         turn = index - first
-        scores = _begin_scores(q, k_ring, turn, BLOCK_N, STAGES, score_layout)
-        acc = _begin_output(weights, acc, v_ring, turn - 1, STAGES)
+        scores = _begin_scores(q, k_ring, turn, BLOCK_N, STAGES, TMA, score_layout)
+        acc = _begin_output(weights, acc, v_ring, turn - 1, STAGES, TMA)
         scores = warpgroup_mma_wait(1, deps=[scores])
         _release(k_ring, turn, STAGES)
         tile_weights, rescale, top, total = _weights_of(
@@ -215,20 +260,21 @@ def _consume(
     GROUP_NUMBER: gl.constexpr, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane,
     first_row, first, full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring,
     VALUE_DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    TMA: gl.constexpr,
 ):
     """Walk all keys with 64 of the program's queries, and store what comes out."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, score_layout)
     first_row += GROUP_NUMBER * GROUP
-    q = q_tiles.index(GROUP_NUMBER)
+    q = q_tiles.index(GROUP_NUMBER).reshape([GROUP, BLOCK_D])
     acc = gl.zeros([GROUP, BLOCK_D], gl.float32, out_layout)
     top = gl.full([GROUP], float("-inf"), gl.float32, by_row)
     total = gl.zeros([GROUP], gl.float32, by_row)
 
     pin = gl.allocate_shared_memory(gl.float32, [GROUP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     mbarrier.wait(q_ready, 0)
-    scores = _begin_scores(q, k_ring, 0, BLOCK_N, STAGES, score_layout)
+    scores = _begin_scores(q, k_ring, 0, BLOCK_N, STAGES, TMA, score_layout)
     scores = warpgroup_mma_wait(0, deps=[scores])
     _release(k_ring, 0, STAGES)
     weights, _, top, total = _weights_of(
@@ -238,13 +284,13 @@ def _consume(
     whole = gl.maximum(gl.minimum(full, last), first + 1)
     weights, acc, top, total = _attend(
         q, weights, acc, top, total, first, first + 1, whole, first_row, s, sizes, place, k_ring,
-        v_ring, pin, BLOCK_N, STAGES, False, score_layout, out_layout,
+        v_ring, pin, BLOCK_N, STAGES, TMA, False, score_layout, out_layout,
     )
     weights, acc, top, total = _attend(
         q, weights, acc, top, total, first, whole, last, first_row, s, sizes, place, k_ring,
-        v_ring, pin, BLOCK_N, STAGES, True, score_layout, out_layout,
+        v_ring, pin, BLOCK_N, STAGES, TMA, True, score_layout, out_layout,
     )
-    acc = _begin_output(weights, acc, v_ring, last - first - 1, STAGES)
+    acc = _begin_output(weights, acc, v_ring, last - first - 1, STAGES, TMA)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
     # A query with no visible key: total 0, output 0, log-sum-exp -inf.
@@ -270,10 +316,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def _attention_forward_specialized(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, statistics_ptr, work_ptr, s, heads, queries, keys,
-    in_sixteens, radius, q_layout, k_layout, v_layout, o_layout, lse_rows, plane,
+    q_source, k_source, v_source, o_ptr, lse_ptr, statistics_ptr, work_ptr, s, heads, queries,
+    keys, in_sixteens, radius, q_layout, k_layout, v_layout, o_layout, lse_rows, plane,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, TMA: gl.constexpr,
 ):
     sizes = Sizes(heads, queries, keys, in_sixteens, radius)
     block_m: gl.constexpr = 2 * GROUP
@@ -288,35 +334,40 @@ def _attention_forward_specialized(
     first, full, last = key_tiles_of_rows(s, place, first_row, block_m, BLOCK_N)
     last = gl.maximum(last, first + 1)  # where no key is visible, one tile that is hidden
 
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, BLOCK_D], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [2, GROUP, BLOCK_D], q_shared)
+    q_tiles = _new_tiles(q_source, 2, GROUP, BLOCK_D, TMA)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=2 * THREADS)
-    k_ring = _new_ring(dtype, STAGES, BLOCK_N, BLOCK_D)
-    v_ring = _new_ring(dtype, STAGES, BLOCK_N, BLOCK_D)
-    q_base = matrix_of(q_ptr, q_layout, place.batch, place.head, place.q_start)
-    k_base = matrix_of(k_ptr, k_layout, place.batch, place.key_head, place.k_start)
-    v_base = matrix_of(v_ptr, v_layout, place.batch, place.key_head, place.k_start)
+    mbarrier.init(q_ready, count=2 if TMA else 2 * THREADS)
+    k_ring = _new_ring(k_source, STAGES, BLOCK_N, BLOCK_D, TMA)
+    v_ring = _new_ring(v_source, STAGES, BLOCK_N, BLOCK_D, TMA)
+    if TMA:
+        fence_async_shared()  # TMA is to see the mbarriers
+    else:
+        q_source = matrix_of(q_source, q_layout, place.batch, place.head, place.q_start)
+        k_source = matrix_of(k_source, k_layout, place.batch, place.key_head, place.k_start)
+        v_source = matrix_of(v_source, v_layout, place.batch, place.key_head, place.k_start)
     gl.warp_specialize(
         [
             (_consume, (
                 0, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane, first_row, first,
                 full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring, VALUE_DIM, BLOCK_N,
-                BLOCK_D, STAGES,
+                BLOCK_D, STAGES, TMA,
             )),
             (_consume, (
                 1, o_ptr, lse_ptr, statistics_ptr, o_layout, lse_rows, plane, first_row, first,
                 full, last, s, sizes, place, q_tiles, q_ready, k_ring, v_ring, VALUE_DIM, BLOCK_N,
-                BLOCK_D, STAGES,
+                BLOCK_D, STAGES, TMA,
             )),
             (_produce, (
-                q_base, k_base, v_base, q_layout, k_layout, v_layout, first_row, place.n_queries,
-                place.n_keys, first, last, q_tiles, q_ready, k_ring, v_ring, HEAD_DIM, VALUE_DIM,
-                BLOCK_N, BLOCK_D, STAGES,
+                q_source, k_source, v_source, q_layout, k_layout, v_layout, place, first_row,
+                first, last, q_tiles, q_ready, k_ring, v_ring, HEAD_DIM, VALUE_DIM, BLOCK_N,
+                BLOCK_D, STAGES, TMA,
             )),
         ],
-        [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1 if TMA else 4],
+        [
+            TMA_CONSUMER_REGISTERS if TMA else CONSUMER_REGISTERS,
+            TMA_PRODUCER_REGISTERS if TMA else PRODUCER_REGISTERS,
+        ],
     )
 
 
@@ -348,10 +399,26 @@ def launch_specialized(
             f"got block_m={config.block_m} and num_warps={config.num_warps}"
         )
     names = "HEAD_DIM", "VALUE_DIM", "BLOCK_D"
+    tensors = query, key, value
+    sources: list[Any] = list(tensors)
+    layouts = list(map(layout_of, tensors))
+    by_tma = config.tma and _ends_with_tensors(arguments) and all(map(can_be_boxed, tensors))
+    if by_tma:
+        rows = GROUP.value, config.block_n, config.block_n
+        width = arguments.constants["BLOCK_D"]
+        sources = [boxes_of(x, n, width, BOX_LAYOUT) for x, n in zip(tensors, rows, strict=True)]
+        layouts = [layout_of(None)] * 3  # which the descriptors hold
     launch(
-        _attention_forward_specialized, grid, config, query, key, value, output, lse, statistics,
-        work, arguments.scores, *arguments.sizes, layout_of(query), layout_of(key),
-        layout_of(value), layout_of(output), query.shape[2], statistics[0].numel(),
-        BLOCK_N=config.block_n, STAGES=config.num_stages,
+        _attention_forward_specialized, grid, config, *sources, output, lse, statistics, work,
+        arguments.scores, *arguments.sizes, *layouts, layout_of(output), query.shape[2],
+        statistics[0].numel(), BLOCK_N=config.block_n, STAGES=config.num_stages, TMA=by_tma,
         **{name: arguments.constants[name] for name in names},
     )
+
+
+def _ends_with_tensors(arguments: AttentionArguments) -> bool:
+    """Return whether sequences end where tensors do, as copies by TMA take all that is there.
+
+    What lies behind a sequence has the weight 0, but as inf or NaN it would not vanish.
+    """
+    return not arguments.packed and arguments.scores.key_lengths is None

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from fusedformer_kernels.compiler.descriptors import wrong_descriptors
 from fusedformer_kernels.compiler.machine_code import main_loop, programs_per_multiprocessor
 from fusedformer_kernels.compiler.waits import Work, work_of
+from fusedformer_kernels.runtime.boxes import Boxes
 from fusedformer_kernels.runtime.launch import Launch
 from fusedformer_kernels.runtime.targets import Target
 
@@ -81,6 +82,9 @@ def ast_source(launch: Launch) -> ASTSource:
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + _TYPE_NAMES[value.dtype]
+        if isinstance(value, Boxes):
+            box = ",".join(map(str, value.block_shape))
+            return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}[{box}],{value.layout!r}>"
         if isinstance(value, int):
             if not is_count:
                 attributes[path] = [["tt.divisibility", 16]] if value % 16 == 0 else []

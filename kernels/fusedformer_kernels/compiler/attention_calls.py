@@ -110,14 +110,14 @@ def disentangled(
     disentangled_backward(output, q, k, v, output, statistics, given, positions, firsts)
 
 
-def specialized_forward(head_dim: int, **more: Any) -> None:
+def specialized_forward(head_dim: int, tma: bool = False, **more: Any) -> None:
     """Call attention's forward as a table may ask for it on sm_90; elsewhere nothing is called."""
     kind = configs.AttentionKind(head_dim, "half", causal="right" in more)
     target = assumed_target()
     if target is None or not configs.can_specialize(kind, target):
         return
     fields = {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 2}
-    with forced(("attention_forward", *kind.words), {**fields, "specialized": True}):
+    with forced(("attention_forward", *kind.words), {**fields, "specialized": True, "tma": tma}):
         attend(head_dim, HALF, gradients=False, **more)
 
 

@@ -241,6 +241,7 @@ def compile_cases() -> list[CompileCase]:
     add("disentangled d=64 tf32", full, call, products="tf32", extra=True)
     specialized: dict[str, dict[str, Any]] = {
         "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
+        " by TMA": {"tma": True}, " by TMA, causal": {"tma": True, "right": 0},
     }
     for dim, kind in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
         call = partial(specialized_forward, dim, **specialized[kind])

@@ -15,6 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fusedformer_kernels.runtime import steps
+from fusedformer_kernels.runtime.boxes import Boxes
 from fusedformer_kernels.runtime.targets import LaunchConfig
 
 
@@ -111,7 +112,8 @@ def _launch(
     key = (id(kernel), config, device, *kinds, *constants, *constants.values())
     known = _compiled.get(key)
     if known is None or _is_watched():
-        compiled = kernel[grid](*args, **constants, **config.options())
+        given = [value.descriptor() if type(value) is Boxes else value for value in args]
+        compiled = kernel[grid](*given, **constants, **config.options())
         if _IS_KNOWN and type(compiled) is CompiledKernel and not _is_instrumented():
             run = compiled.run, compiled.function, compiled.packed_metadata
             _compiled[key] = Compiled(*run, (kernel, compiled))
@@ -207,7 +209,7 @@ def _append_kinds(
             device = value.device
             append((value.dtype,) if value.data_ptr() & 15 else value.dtype)
         elif not isinstance(value, tuple):
-            append((kind, value))
+            append(value.kind() if kind is Boxes else (kind, value))
         elif _NUMBERS.issuperset(types := tuple(map(type, value))):
             append(_kinds_of_numbers(value, types))
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedformer_kernels.runtime import launch as launches
+from fusedformer_kernels.runtime.boxes import Boxes
 from fusedformer_kernels.runtime.written import Written, sequence
 
 NOWHERE = -1  # the slot of tensors without elements
@@ -231,6 +232,8 @@ class _Writer:
                 return "0"
             offset = f" + {self._text.value(value.offset)}" if value.offset else ""
             return f"p{value.slot}{offset}"
+        if type(value) is Boxes:
+            return f"{self._text.value(value.at)}({self._pointer(value.base)})"
         if _holds_place(value):
             return sequence([self._pointer(inner) for inner in value])
         return self._text.value(value)
@@ -271,9 +274,11 @@ def _places(value: Any) -> Iterator[Place]:
     if type(value) is Place:
         if value.slot != NOWHERE:
             yield value
+    elif type(value) is Boxes:
+        yield value.base
     elif isinstance(value, tuple | list):
         for one in value:
-            if isinstance(one, tuple | list):
+            if isinstance(one, tuple | list | Boxes):
                 yield from _places(one)
 
 

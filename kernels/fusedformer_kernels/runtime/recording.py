@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedformer_kernels.runtime import launch as launches
 from fusedformer_kernels.runtime import steps
+from fusedformer_kernels.runtime.boxes import Boxes
 from fusedformer_kernels.runtime.plan import NOWHERE, Launched, Memory, Place, Plan, Stepped
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
@@ -123,6 +124,8 @@ class Recorder:
         """Return ``value`` with places for tensors."""
         if isinstance(value, Tensor):
             return self._place_of(value)
+        if type(value) is Boxes:
+            return value.at(self._place_of(value.base))
         if not isinstance(value, tuple | list):
             return value
         placed = tuple([v if type(v) in _NUMBERS else self._placed(v) for v in value])

@@ -91,7 +91,8 @@ def _forward_tiles(kind: configs.AttentionKind) -> tuple[Fields, ...]:
     if configs.can_specialize(kind, targets.TARGETS["sm_90"]):
         tiles += [
             {"block_m": 128, "block_n": n, "num_warps": 4, "num_stages": s, "specialized": True}
-            for n, s in product((64, 128), (2, 3))
+            | {"tma": tma}
+            for n, s, tma in product((64, 128), (2, 3), (False, True))
         ]
     tiles += (
         {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one}
