@@ -143,9 +143,8 @@ def _case(
             inputs["attn_mask"] = draw(1, heads, length, length).requires_grad_()
         elif kind.endswith("relative bias"):
             inputs["relative_bias"] = draw(heads, 2 * radius + 1).requires_grad_()
-            if kind.startswith("gated"):  # as a product of each token leaves them
-                gate = draw(batch, length, heads).transpose(1, 2)
-                inputs["relative_bias_gate"] = gate.requires_grad_()
+            if kind.startswith("gated"):
+                inputs["relative_bias_gate"] = draw(batch, heads, length).requires_grad_()
         return inputs
 
     name = f"{kind} B={batch} H={heads} S={length} d={dim}"
