@@ -90,7 +90,7 @@ def stock(backend: SDPBackend | None = None) -> Provider:
         layout = None
         if o["kind"] == "packed":
             layout = padded(o["lengths"])
-        elif o["kind"] == "relative bias":
+        elif o["kind"].endswith("relative bias"):
             layout = materialized(o["length"], o["radius"])
 
         @functools.cache
@@ -108,9 +108,12 @@ def stock(backend: SDPBackend | None = None) -> Provider:
                 value: Tensor,
                 attn_mask: Tensor | None = None,
                 relative_bias: Tensor | None = None,
+                relative_bias_gate: Tensor | None = None,
                 **_: Tensor,
             ) -> Tensor:
                 mask = relative_bias if attn_mask is None else attn_mask
+                if relative_bias is not None and relative_bias_gate is not None:
+                    mask = relative_bias_gate[..., None] * relative_bias
                 mask = known_mask(query.device) if mask is None else mask
                 return run(query, key, value, mask, p, o["is_causal"])
 
@@ -200,10 +203,15 @@ def flex_attention(case: Case) -> Program:
         mask: Any,
         bias: Tensor | None,
         table: Tensor | None,
+        gate: Tensor | None,
     ) -> Any:
         added: Any = None
         if bias is not None:
             added = lambda score, b, h, i, j: score + bias[0, h, i, j]
+        elif table is not None and gate is not None:
+            added = lambda score, b, h, i, j: (
+                score + gate[b, h, i] * table[h, radius + (j - i).clamp(-radius, radius)]
+            )
         elif table is not None:
             added = lambda score, b, h, i, j: (
                 score + table[h, radius + (j - i).clamp(-radius, radius)]
@@ -240,7 +248,8 @@ def flex_attention(case: Case) -> Program:
         if not made:
             made.append(block_mask(key, inputs))
         bias = inputs["attn_mask"] if kind == "biased" else None
-        found = run(query, key, value, made[0], bias, inputs.get("relative_bias"))
+        table, gate = inputs.get("relative_bias"), inputs.get("relative_bias_gate")
+        found = run(query, key, value, made[0], bias, table, gate)
         return found[0].transpose(0, 1) if kind == "packed" else found
 
     return Program(call)

@@ -50,6 +50,7 @@ LENGTHS = {
     "windowed": EVERY,
     "biased": EVERY,
     "relative bias": EVERY,
+    "gated relative bias": (512, 2048),
     "boolean mask": EVERY,
     "dropout": EVERY,
     "1 query": (8192,),
@@ -140,8 +141,10 @@ def _case(
             inputs["attn_mask"] = within_window(length, length // 8, device)[None, None]
         elif kind == "biased":
             inputs["attn_mask"] = draw(1, heads, length, length).requires_grad_()
-        elif kind == "relative bias":
+        elif kind.endswith("relative bias"):
             inputs["relative_bias"] = draw(heads, 2 * radius + 1).requires_grad_()
+            if kind.startswith("gated"):
+                inputs["relative_bias_gate"] = draw(batch, heads, length).requires_grad_()
         return inputs
 
     name = f"{kind} B={batch} H={heads} S={length} d={dim}"
@@ -181,8 +184,9 @@ def _costs(
         extra = {"mask_bytes": length * length if kind == "boolean mask" else 0}
     elif kind == "biased":
         extra = {"bias_bytes": heads * length * length * itemsize}
-    elif kind == "relative bias":
-        extra = {"bias_bytes": heads * (2 * o["radius"] + 1) * itemsize}
+    elif kind.endswith("relative bias"):
+        gates = batch * length if kind.startswith("gated") else 0
+        extra = {"bias_bytes": heads * (2 * o["radius"] + 1 + gates) * itemsize}
     return count(batch=batch, length=queries, keys=length, pairs=pairs, **extra)
 
 
@@ -190,7 +194,7 @@ def _part(kind: str, lengths: list[int] | None) -> Part:
     """Take what the truth is computed for: all scores of all heads in float64 would not fit."""
     if kind == "packed" and lengths is not None:
         return functools.partial(_last_two_sequences, tokens=sum(lengths[-2:]))
-    return _all_sequences if kind in ("biased", "relative bias") else _last_sequence
+    return _all_sequences if kind.endswith(("biased", "relative bias")) else _last_sequence
 
 
 def _last_sequence(tensor: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def _last_sequence(tensor: Tensor) -> Tensor:
 
 def _all_sequences(tensor: Tensor) -> Tensor:
     """Take the first and last head of all: the gradient of a bias is a sum over sequences."""
-    return tensor[:, :: tensor.shape[1] - 1] if tensor.dim() == 4 else tensor[:: len(tensor) - 1]
+    return tensor[:, :: tensor.shape[1] - 1] if tensor.dim() > 2 else tensor[:: len(tensor) - 1]
 
 
 def _last_two_sequences(tensor: Tensor, tokens: int) -> Tensor:

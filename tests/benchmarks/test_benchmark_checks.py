@@ -114,7 +114,9 @@ def test_provider_with_its_own_layout_is_compared_in_the_layout_of_the_case() ->
     assert set(seen) == {(4, 16)}
 
 
-@pytest.mark.parametrize("kind", ["key padding", "packed", "windowed", "biased", "relative bias"])
+@pytest.mark.parametrize(
+    "kind", ["key padding", "packed", "windowed", "biased", "relative bias", "gated relative bias"]
+)
 def test_attention_that_ignores_what_a_kind_is_about_is_not_timed(kind: str) -> None:
     with backend("torch"):  # what is tested is the harness
         _check_that_plain_attention_fails(kind)

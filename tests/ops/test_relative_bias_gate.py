@@ -82,11 +82,13 @@ def test_large_biases_and_gates_of_few_dimensions(dtype: torch.dtype, device: st
 
 
 def test_second_derivatives_on_the_torch_backend() -> None:
-    inputs = {n: t.detach().double().requires_grad_() for n, t in inputs_of((3, 4), "cpu").items()}
-    names, values = list(inputs), list(inputs.values())
+    inputs = {n: grad(5, 1, 2).detach().double() for n in ("query", "key", "value")}
+    inputs["relative_bias"] = torch.randn(1, 5, dtype=torch.float64)
+    inputs["relative_bias_gate"] = torch.randn(5, 1, dtype=torch.float64)
+    names, values = list(inputs), [t.requires_grad_() for t in inputs.values()]
     with backend("torch"):
         assert torch.autograd.gradgradcheck(
-            lambda *given: packed(dict(zip(names, given, strict=True)), (3, 4)), values
+            lambda *given: packed(dict(zip(names, given, strict=True)), (2, 3)), values
         )
 
 

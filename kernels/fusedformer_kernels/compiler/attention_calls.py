@@ -62,8 +62,7 @@ def attend(
         terms |= {"max_queries": queries // batch, "max_keys": length // batch}
     given = AttentionTerms(mask=masks[mask], scale=0.125, **terms)
     if gated:
-        gate = empty(leading, queries, heads, dtype=dtype).transpose(1, 2)
-        given = given._replace(gate=gate)
+        given = given._replace(gate=empty(leading, heads, queries, dtype=dtype))
     learned = [mask == "additive"]
     learned += [t is not None for t in (given.slopes, given.table, given.gate)]
     if weights:

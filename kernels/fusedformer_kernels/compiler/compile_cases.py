@@ -243,7 +243,8 @@ def compile_cases() -> list[CompileCase]:
         "": {}, ", causal": {"right": 0}, ", causal, packed": {"right": 0, "packed": True},
         " by TMA": {"tma": True}, " by TMA, causal": {"tma": True, "right": 0},
     }
-    for dim, kind in ((128, ""), (128, ", causal"), (64, ""), (64, ", causal, packed")):
+    of_128, of_64 = ("", ", causal", " by TMA"), ("", ", causal, packed", " by TMA, causal")
+    for dim, kind in (*((128, kind) for kind in of_128), *((64, kind) for kind in of_64)):
         call = partial(specialized_forward, dim, **specialized[kind])
         add(f"attention d={dim} specialized{kind}", HALF, call, matrix=True, forced=True)
     add("pack", HALF, lambda: gather_rows(empty(4096, 768), empty(2048, dtype=torch.int64)))

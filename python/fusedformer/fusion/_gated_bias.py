@@ -68,4 +68,4 @@ def _gate(attention: Any, x: Tensor) -> Tensor:
     heads = x.view(*x.shape[:2], attention.num_heads, -1)
     first, second = torch.sigmoid(F.linear(heads, weight, bias)).unbind(-1)
     gate: Tensor = first * (second * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0
-    return gate.transpose(1, 2)
+    return gate.transpose(1, 2).contiguous()  # as kernels read it fastest
