@@ -16,8 +16,11 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "python" / "fusedformer"
 KERNELS = ROOT / "kernels" / "fusedformer_kernels"
 STANDARD = {*sys.stdlib_module_names, "torch"}
-# Of the kernels, what imports no triton: the objects that the library shares with them.
-WITHOUT_TRITON = ("fusedformer_kernels.attention.terms", "fusedformer_kernels.runtime.steps")
+# Of the kernels, what imports no triton: the objects that the library shares with them, and C++.
+WITHOUT_TRITON = (
+    "fusedformer_kernels.attention.terms", "fusedformer_kernels.runtime.steps",
+    "fusedformer_kernels.cpu",
+)  # fmt: skip
 # What each layer may import besides torch, the standard library and the errors, by the start of
 # its name.
 _SHARED = ("fusedformer._internal",)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fusedformer._internal.autocast import autocast_dtype
-from fusedformer._internal.tracing import is_eager, may_be_batched
+from fusedformer._internal.tracing import is_eager
 from fusedformer.ops._registered import plain_apply
+from fusedformer.ops._shared import must_see_operators
 from fusedformer.ops.attention.groups import groups_of, stay_aligned
 from fusedformer.ops.attention.terms import AttentionTerms
 from fusedformer.ops.dropout_aten import draw_into, dropped_again, kept_factor
@@ -193,7 +194,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or may_be_batched() or not is_eager():
+        if torch.is_grad_enabled() or must_see_operators() or type(grad) is not Tensor:
             return None, None, None, *_differentiable_gradients(ctx, grad, kept, tensors, needs)
         grads = [
             t.new_empty(t.shape) if need else None for t, need in zip(tensors, needs, strict=True)
