@@ -1,7 +1,7 @@
 """Tables of the families of transformers whose layers are fused, and which of them are packed.
 
-A family is a line where it has BERT's children, and else a form in ``_text_forms.py`` or
-``_tower_forms.py``; see CONTRIBUTING.md.
+A family is a line where it has BERT's children, and else a form in ``_text_forms.py``,
+``_decoder_forms.py`` or ``_tower_forms.py``; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ _CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
     ("starcoder2", "Starcoder2", CAUSAL_IN_WINDOWS, STARCODER2),
     ("phi3", "Phi3", CAUSAL_IN_WINDOWS, PHI3),
     ("phi", "Phi", CAUSAL, PHI),
-    ("stablelm", "StableLm", CAUSAL, STABLELM),
+    ("stablelm", "StableLm", dataclasses.replace(CAUSAL, layers="layers"), STABLELM),
     ("helium", "Helium", CAUSAL, HELIUM),
     ("ernie4_5", "Ernie4_5", CAUSAL, HELIUM),
     ("glm", "Glm", CAUSAL, GLM),

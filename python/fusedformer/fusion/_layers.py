@@ -91,6 +91,8 @@ class FusedLayer:
             return self._own(given)
         if form.own is not None and not form.own.takes(given):
             return self._own(given)
+        if not isinstance(given.get("attention_mask"), Tensor | None):  # flex_attention's
+            return self._own(given)
         parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)

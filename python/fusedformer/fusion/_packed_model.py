@@ -134,8 +134,12 @@ class PackedModel:
         """Return whether all layers are computed by their form, where they have to be."""
         if self._model.layers is None:
             return True
-        layers = self.get_submodule(self._model.layers)
-        return all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
+        return all(
+            isinstance(layer, FusedLayer)
+            and layer.is_known(layer)
+            and (layer.calls_children() or layer.is_plain(layer))
+            for layer in self.get_submodule(self._model.layers)
+        )
 
     def _is_static(self: Any) -> bool:
         """Return whether ``static_shapes`` was set here, or on the encoder, which packs as well."""
