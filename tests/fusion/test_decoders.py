@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 from typing import Any
 from unittest import mock
 
@@ -48,7 +47,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "Starcoder2": WINDOW, "Phi3": dict(WINDOW, **HALF), "Phi": HALF,
     "StableLm": dict(HALF, use_parallel_residual=True), "Helium": dict(head_dim=8),
     "Ernie4_5": dict(head_dim=8), "Glm": dict(HALF, head_dim=8), "Glm4": dict(HALF, head_dim=8),
-    "GPTNeoX": dict(HALF, use_parallel_residual=True),
+    "GPTNeoX": dict(HALF, use_parallel_residual=True), "Jais2": {},
+    "VaultGemma": dict(BY_TYPE, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "Persimmon": dict(HALF, qk_layernorm=True), "BioGpt": {}, "OPT": dict(ffn_dim=48, dropout=0.0),
+    "GPTBigCode": dict(n_embd=32, n_head=4, n_layer=2, n_positions=40, multi_query=True),
 }  # fmt: skip
 
 
@@ -263,21 +265,51 @@ def test_dropouts_are_where_stock_has_them(kind: str) -> None:
     assert not any(torch.allclose(found[i], found[i - 1], atol=1e-3) for i in range(3))
 
 
-def test_phi_and_stablelm_with_norms_of_heads_are_left_to_themselves() -> None:
-    """A LayerNorm of each head is no part of their form."""
-    for kind in ("Phi", "StableLm"):
-        model = writer(kind, qk_layernorm=True, use_cache=False)
-        stock = copy.deepcopy(model)
-        left = fusedformer.fuse(model).left
-        assert sum("qk_layernorm is set" in one.reason for one in left) == 2
-        with torch.no_grad():
-            found, wanted = model(**inputs_of("llama")), stock(**inputs_of("llama"))
-        assert near(found.logits[MASK], wanted.logits[MASK])
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "Phi": dict(qk_layernorm=True), "StableLm": dict(use_parallel_residual=False),
+    "GPTNeoX": dict(use_parallel_residual=False), "GPTBigCode": dict(multi_query=False),
+    "OPT": dict(do_layer_norm_before=False), "Phi3": dict(HALF),
+    "Persimmon": dict(qk_layernorm=False),
+}  # fmt: skip
 
 
-def test_all_decoders_of_the_table_are_tried() -> None:
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_settings_that_change_a_layer(kind: str) -> None:
+    model, stock = fused_and_stock(writer(kind, **OTHERWISE[kind]).base_model, strict=True)
+    assert faults(model, stock, inputs_of("llama")) == []
+
+
+def test_stablelm_with_norms_of_heads_is_left_to_itself() -> None:
+    """Each head has a norm of its own, which is no part of a form."""
+    model = writer("StableLm", qk_layernorm=True).base_model
+    stock = copy.deepcopy(model)
+    left = fusedformer.fuse(model).left
+    assert sum("qk_layernorm is set" in one.reason for one in left) == 2
+    with torch.no_grad():
+        found, wanted = model(**inputs_of("llama"))[0], stock(**inputs_of("llama"))[0]
+    assert near(found[MASK], wanted[MASK])
+
+
+def test_positions_of_images_in_a_text_are_packed() -> None:
+    """Qwen2.5-VL's, of time, rows and columns."""
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    config = T.Qwen2_5_VLTextConfig(**{**DECODER, "rope_parameters": rope, "use_cache": False})
+    module = T.models.qwen2_5_vl.modeling_qwen2_5_vl
+    model = perturbed(module.Qwen2_5_VLTextModel(config), 0).eval()
+    model, stock = fused_and_stock(model, strict=True)
+    positions = torch.randint(0, 9, (3, *MASK.shape))
+    inputs = {**inputs_of("llama"), "position_ids": positions}
+    with torch.no_grad():
+        found, wanted = model(**inputs)[0], stock(**inputs)[0]
+        assert near(found[MASK], wanted[MASK])
+        assert not near(found[MASK], stock(**inputs_of("llama"))[0][MASK])
+    assert rows_of_products(model, inputs) == {int(MASK.sum())}
+
+
+def test_all_language_models_of_the_table_are_tried() -> None:
     from fusedformer.fusion import _families
 
-    named = {name for _, name, *_ in _families._CAUSAL} | {"GPTNeoX"}
-    assert named - {"Qwen3"} == KINDS.keys()
-    assert all("labels" in inspect.signature(type(writer(k)).forward).parameters for k in KINDS)
+    named = {name for _, name, *_ in _families._CAUSAL}
+    of_images = {name for name in named if name.endswith("Text")}
+    more = {"Qwen3", *of_images}, {"GPTNeoX", "OPT", "GPTBigCode"}
+    assert named - more[0] == KINDS.keys() - more[1]

@@ -267,7 +267,7 @@ class FusedLayer:
         rows = products[0].shape[:-1]
         if len(products) == 3:
             products = [one.view(*rows, -1, dim) for one in products]
-        elif self._form.by_head:
+        elif self._form.goes_by_head(parts.attention):
             products = list(products[0].view(*rows, -1, 3, dim).unbind(-2))
         else:
             heads = products[0].view(*rows, -1, dim)
@@ -398,7 +398,7 @@ class FusedLayer:
         one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
         return (
             not self._form.interleaved
-            and not self._form.by_head
+            and not self._form.goes_by_head(parts.attention)
             and not self._form.is_parallel(self)
             and self._form.query_scale is None
             and turns(self._form, parts)

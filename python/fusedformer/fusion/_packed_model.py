@@ -178,7 +178,7 @@ class PackedModel:
             masks = dict.fromkeys(self.config.layer_types, masks)
         return {
             **rows, "attention_mask": masks,
-            "position_ids": self._positions(given, packing, places)[None],
+            "position_ids": self._positions(given, packing, places).unsqueeze(-2),
             "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
             "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
         }  # fmt: skip
@@ -195,11 +195,20 @@ class PackedModel:
         return found
 
     def _positions(self: Any, given: dict[str, Any], packing: Packing, places: Tensor) -> Tensor:
-        """Return the positions of tokens, as the class behind this one would number them."""
+        """Return the positions of tokens, as the class behind this one would number them.
+
+        Those given may be of more than one kind, as of time, rows and columns.
+        """
         positions = given.get("position_ids")
         if positions is not None:
-            expanded: Tensor = positions.expand(packing.batch, packing.length)
-            return expanded.flatten()[places]
+            expanded: Tensor = positions.expand(
+                *positions.shape[:-2], packing.batch, packing.length
+            )
+            return expanded.flatten(-2)[..., places]
+        if self._model.counts_real:
+            keep = given["attention_mask"].bool()
+            counted: Tensor = keep.int().cumsum(1) * keep - 1
+            return counted.flatten()[places]
         columns: Tensor = places % packing.length
         if not self._model.behind_padding:
             return columns
