@@ -121,7 +121,8 @@ def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dic
         path for path, module in model.named_modules()
         if attends(type(module)) or computes_attention(module)
     ]  # fmt: skip
-    places = [path for path in [*all_attending, *sorted(layers)] if "decoder" not in path]
+    all_places = [*all_attending, *sorted(layers)]
+    places = [path for path in all_places if "decoder" not in path] or all_places
     for path in places:
         around = _around(path)
         name = type(model.get_submodule(path)).__name__
@@ -132,7 +133,7 @@ def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dic
         if not packed & {*around} and _takes_padding(owner):
             return f"{type(owner).__name__} is not packed"
     if not places:
-        return "a decoder's layers" if all_attending else "no attention that is known"
+        return "no attention that is known"
     return "" if layers else "no layer has a form"
 
 

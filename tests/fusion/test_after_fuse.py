@@ -72,7 +72,7 @@ def test_a_pickled_model_computes_the_same_in_another_process(tmp_path: Path) ->
 
 
 def llama() -> Any:
-    """A model of which nothing is replaced but attention."""
+    """A causal model."""
     return perturbed(T.LlamaModel(T.LlamaConfig(**LLAMA))).eval()
 
 

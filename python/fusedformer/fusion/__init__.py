@@ -25,10 +25,10 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
     Of ``torch.nn``: Softmax, LogSoftmax, LayerNorm, RMSNorm, CrossEntropyLoss, MultiheadAttention,
     and the layers and stacks of encoder and decoder, whole; also subclasses that leave the
     computation alone. Of Hugging Face's transformers: the attention of every ``PreTrainedModel``
-    that takes registered implementations, RMS norms, and the layers of some thirty families of
-    encoders (BERT's kin, MPNet, DeBERTa, ModernBERT, NomicBERT, Qwen3, T5, ...), which then compute
-    real tokens only. Of timm and open_clip: attention, norms, and the blocks of ViT, EVA and CLIP
-    as fused steps. Of sentence-transformers: pooling, and ``encode``, in which tokens stay
+    that takes registered implementations, RMS norms, and the layers of some fifty families of
+    encoders (BERT's kin, MPNet, DeBERTa, ModernBERT, T5, Qwen3, Llama, GPT-2, ...), which then
+    compute real tokens only. Of timm and open_clip: attention, norms, and the blocks of ViT, EVA
+    and CLIP as fused steps. Of sentence-transformers: pooling, and ``encode``, in which tokens stay
     packed.
 
     Calling it again changes nothing. Parameters are the same objects before and after; the

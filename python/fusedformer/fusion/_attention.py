@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
@@ -58,7 +60,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -81,7 +83,8 @@ def attention(
         module: the attention module; its ``is_causal`` holds where none is given.
         query, key, value: ``[batch, heads, length, dim]``; keys may have fewer heads.
         attention_mask: of :func:`attention_mask`; or boolean ``[batch, keys]``, True = real, or
-            4-D, boolean or added; of packed sequences by the positions in each.
+            4-D, boolean or added; of packed sequences by the positions in each. A BlockMask is for
+            flex_attention, which then attends.
         dropout, scaling, is_causal, softcap: as the functional form's.
         sliding_window: of packed sequences, keys within this distance are seen, itself included;
             of others the mask says so.
@@ -97,6 +100,13 @@ def attention(
     Raises:
         ValueError: ``position_bias`` of packed sequences.
     """
+    if isinstance(attention_mask, BlockMask):
+        of_blocks: Any = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+        found: tuple[Tensor, Tensor | None] = of_blocks(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            softcap=softcap, s_aux=s_aux, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+        return found
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None

@@ -93,7 +93,8 @@ PHI = dataclasses.replace(
     dropout1="resid_dropout",
     dropout2="resid_dropout",
     parallel=True,
-    unless="self_attn.qk_layernorm",
+    query_norm="self_attn.q_layernorm",
+    key_norm="self_attn.k_layernorm",
 )
 GPT_NEOX = dataclasses.replace(
     LLAMA,
@@ -113,6 +114,42 @@ GPT_NEOX = dataclasses.replace(
     parallel="use_parallel_residual",
     head_dim="head_size",
 )
+PERSIMMON = dataclasses.replace(
+    LLAMA,
+    query="self_attn.query_key_value",
+    key=None,
+    value=None,
+    by_head=True,
+    out="self_attn.dense",
+    linear1="mlp.dense_h_to_4h",
+    gate=None,
+    activation="mlp.act",
+    linear2="mlp.dense_4h_to_h",
+    attention_dropout="self_attn.attention_dropout",
+    dropout2="dropout",
+    query_norm="self_attn.q_layernorm",
+    key_norm="self_attn.k_layernorm",
+)
+EMU3 = dataclasses.replace(LLAMA, dropout1="dropout", dropout2="dropout")
+VAULTGEMMA = dataclasses.replace(GEMMA2, out_norm=None, block_norm=None)
+OPT = Form(
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    out="self_attn.out_proj",
+    norm1="self_attn_layer_norm",
+    norm2="final_layer_norm",
+    linear1="fc1",
+    activation="activation_fn",
+    linear2="fc2",
+    attention_dropout="self_attn.dropout",
+    dropout1="dropout",
+    dropout2="dropout",
+    norms_first="do_layer_norm_before",
+    head_dim="head_dim",
+)
+BIOGPT = dataclasses.replace(OPT, hidden_dropout="activation_dropout", norms_first=True)
 GPT2 = Form(
     attention="attn",
     query="attn.c_attn",
@@ -128,6 +165,7 @@ GPT2 = Form(
     norms_first=True,
     head_dim="head_dim",
 )
+GPT_BIGCODE = dataclasses.replace(GPT2, by_head=lambda attention: not attention.multi_query)
 
 
 def _scale_of_position(attention: Any, given: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Tables of the families of transformers whose layers are fused, and which of them are packed.
 
-A family is a line where it has BERT's children, and else a form in ``_text_forms.py`` or
-``_tower_forms.py``; see CONTRIBUTING.md.
+A family is a line where it has BERT's children, and else a form in ``_text_forms.py``,
+``_decoder_forms.py`` or ``_tower_forms.py``; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from fusedformer.fusion import _ends, _positions
 from fusedformer.fusion._decoder_forms import (
     APERTUS,
     ARCEE,
+    BIOGPT,
+    EMU3,
     EXAONE4,
     GEMMA2,
     GLM,
     GLM4,
     GPT2,
+    GPT_BIGCODE,
     GPT_NEOX,
     GRANITE,
     HELIUM,
@@ -25,6 +28,8 @@ from fusedformer.fusion._decoder_forms import (
     MISTRAL,
     OLMO2,
     OLMO3,
+    OPT,
+    PERSIMMON,
     PHI,
     PHI3,
     QWEN2,
@@ -32,6 +37,7 @@ from fusedformer.fusion._decoder_forms import (
     SMOLLM3,
     STABLELM,
     STARCODER2,
+    VAULTGEMMA,
 )
 from fusedformer.fusion._forms import Composed, Form, Model, Tower
 from fusedformer.fusion._text_forms import (
@@ -231,11 +237,28 @@ _CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
     ("starcoder2", "Starcoder2", CAUSAL_IN_WINDOWS, STARCODER2),
     ("phi3", "Phi3", CAUSAL_IN_WINDOWS, PHI3),
     ("phi", "Phi", CAUSAL, PHI),
-    ("stablelm", "StableLm", CAUSAL, STABLELM),
+    ("stablelm", "StableLm", dataclasses.replace(CAUSAL, layers="layers"), STABLELM),
     ("helium", "Helium", CAUSAL, HELIUM),
     ("ernie4_5", "Ernie4_5", CAUSAL, HELIUM),
     ("glm", "Glm", CAUSAL, GLM),
     ("glm4", "Glm4", CAUSAL, GLM4),
+    ("jais2", "Jais2", CAUSAL, ARCEE),
+    ("vaultgemma", "VaultGemma", CAUSAL_BY_TYPE, VAULTGEMMA),
+    ("persimmon", "Persimmon", CAUSAL, PERSIMMON),
+    ("biogpt", "BioGpt", CAUSAL, BIOGPT),
+    ("qwen3_vl", "Qwen3VLText", CAUSAL, QWEN3),
+    ("granite_docling", "GraniteDoclingText", CAUSAL, GRANITE),
+    ("granite4_vision", "Granite4VisionText", CAUSAL, GRANITE),
+)
+# The same with other names of layers and models.
+_CAUSAL_BY_NAMES: tuple[tuple[str, str, str, Model, Form], ...] = (
+    ("gpt2", "GPT2Block", "GPT2Model", CAUSAL, GPT2),
+    ("gpt_bigcode", "GPTBigCodeBlock", "GPTBigCodeModel", CAUSAL, GPT_BIGCODE),
+    ("gpt_neox", "GPTNeoXLayer", "GPTNeoXModel", CAUSAL, GPT_NEOX),
+    ("opt", "OPTDecoderLayer", "OPTDecoder", dataclasses.replace(CAUSAL, counts_real=True), OPT),
+    ("emu3", "Emu3DecoderLayer", "Emu3TextModel", CAUSAL, EMU3),
+    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", CAUSAL_BY_TYPE, QWEN2),
+    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", CAUSAL_BY_TYPE, QWEN2),
 )
 # Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
 _TOWERS: tuple[tuple[str, str, Form], ...] = (
@@ -325,8 +348,7 @@ LAYERS: dict[str, Form] = {
     "umt5.modeling_umt5.UMT5Block": UMT5,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
     **{f"{m}.modeling_{m}.{name}DecoderLayer": form for m, name, _, form in _CAUSAL},
-    "gpt2.modeling_gpt2.GPT2Block": GPT2,
-    "gpt_neox.modeling_gpt_neox.GPTNeoXLayer": GPT_NEOX,
+    **{f"{m}.modeling_{m}.{layer}": form for m, layer, _, _, form in _CAUSAL_BY_NAMES},
     "gemma3.modeling_gemma3.Gemma3DecoderLayer": GEMMA3,
     f"{_GEMMA2}EncoderLayer": EMBEDDING_GEMMA2,
     f"{_DATA2VEC}Layer": BERT,
@@ -364,8 +386,7 @@ MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
     "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _CAUSAL},
-    "gpt2.modeling_gpt2.GPT2Model": CAUSAL,
-    "gpt_neox.modeling_gpt_neox.GPTNeoXModel": CAUSAL,
+    **{f"{m}.modeling_{m}.{name}": model for m, _, name, model, _ in _CAUSAL_BY_NAMES},
     "gemma3.modeling_gemma3.Gemma3TextModel": dataclasses.replace(
         CAUSAL_BY_TYPE, full_by="use_bidirectional_attention"
     ),

@@ -53,7 +53,8 @@ class Form:
     query: str  # the product of the query; without ``key``, that of query, key and value in one
     key: str | None = None
     value: str | None = None
-    by_head: bool = False  # that one product has those of a head side by side
+    by_head: bool | Callable[[Any], bool] = False  # that one product has those of a head side by
+    # side, or the function of attention that tells
     out: str
     norm1: str | None  # in the order of the computation
     norm2: str | None
@@ -117,6 +118,10 @@ class Form:
         first = self.norms_first
         return bool(getattr(layer, first)) if isinstance(first, str) else first
 
+    def goes_by_head(self, attention: Any) -> bool:
+        """Return whether the one product of ``attention`` has those of a head side by side."""
+        return self.by_head if isinstance(self.by_head, bool) else self.by_head(attention)
+
     def is_parallel(self, layer: Any) -> bool:
         """Return whether the feed-forward block of ``layer`` does not wait for attention."""
         both = self.parallel
@@ -165,6 +170,7 @@ class Model:
     tower: Tower | None = None  # where it is one of a dual encoder's
     positions: Callable[[Any, dict[str, Any]], Tensor] | None = None
     # of an encoder with BART's children: the embeddings of positions, see ``_positions.py``
+    counts_real: bool = False  # positions count the real tokens of a row alone
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     masks_causally: bool = False  # it makes causal masks, whatever attention says of itself
@@ -241,7 +247,8 @@ class Parts(NamedTuple):
         norms = self.query_norm, self.key_norm
         if norms == (None, None):
             return True
-        return all(map(is_rms, norms)) and epsilon(norms[0]) == epsilon(norms[1])
+        alike = all(map(is_rms, norms)) or not any(map(is_rms, norms))
+        return alike and epsilon(norms[0]) == epsilon(norms[1])
 
 
 class Transposed:

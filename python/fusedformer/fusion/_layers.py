@@ -94,6 +94,8 @@ class FusedLayer:
             return self._own(given)
         if form.own is not None and not form.own.takes(given):
             return self._own(given)
+        if not isinstance(given.get("attention_mask"), Tensor | None):  # flex_attention's
+            return self._own(given)
         parts = self._finder.parts(self)
         if parts is None or not self._fits(parts, given["hidden_states"]):
             return self._own(given)
@@ -273,7 +275,7 @@ class FusedLayer:
         rows = products[0].shape[:-1]
         if len(products) == 3:
             products = [one.view(*rows, -1, dim) for one in products]
-        elif self._form.by_head:
+        elif self._form.goes_by_head(parts.attention):
             products = list(products[0].view(*rows, -1, 3, dim).unbind(-2))
         else:
             heads = products[0].view(*rows, -1, dim)
@@ -404,7 +406,7 @@ class FusedLayer:
         one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
         return (
             not self._form.interleaved
-            and not self._form.by_head
+            and not self._form.goes_by_head(parts.attention)
             and not self._form.is_parallel(self)
             and self._form.query_scale is None
             and turns(self._form, parts)

@@ -140,8 +140,12 @@ class PackedModel:
         """Return whether all layers are computed by their form, where they have to be."""
         if self._model.layers is None:
             return True
-        layers = self.get_submodule(self._model.layers)
-        return all(isinstance(layer, FusedLayer) and layer.is_known(layer) for layer in layers)
+        return all(
+            isinstance(layer, FusedLayer)
+            and layer.is_known(layer)
+            and (layer.calls_children() or layer.is_plain(layer))
+            for layer in self.get_submodule(self._model.layers)
+        )
 
     def _is_static(self: Any) -> bool:
         """Return whether ``static_shapes`` was set here, or on the encoder, which packs as well."""
@@ -195,10 +199,19 @@ class PackedModel:
         return found
 
     def _positions(self: Any, given: dict[str, Any], packing: Packing) -> Tensor:
-        """Return the positions of tokens, as the class behind this one would number them."""
+        """Return the positions of tokens, as the class behind this one would number them.
+
+        Those given may be of more than one kind, as of time, rows and columns.
+        """
         positions = given.get("position_ids")
         if positions is not None:
-            return _picked(positions.expand(packing.batch, packing.length), packing)
+            positions = positions.expand(*positions.shape[:-2], packing.batch, packing.length)
+            rows = positions.flatten(-2)
+            rows = rows if packing.is_whole else rows[..., _places(packing)]
+            return rows.unsqueeze(-2)
+        if self._model.counts_real:
+            keep = given["attention_mask"].bool()
+            return _picked(keep.int().cumsum(1) * keep - 1, packing)
         if self._model.behind_padding and given.get("input_ids") is not None:
             padding: int = self.embeddings.padding_idx
             real = given["input_ids"].ne(padding).int()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer.fusion._forms import Form, Parts
-from fusedformer.fusion._norms import epsilon, gain
+from fusedformer.fusion._norms import epsilon, gain, is_rms
+from fusedformer.nn.children import weights_and_biases
 
 
 def tables_of(form: Form, rotary: Any, length: int) -> Any:
@@ -37,10 +38,7 @@ def turned(
             tables = [table[..., : table.shape[-1] // 2] for table in tables]
         norms: dict[str, Any] = {}
         if has_norms:
-            norms = {
-                "norm": "rms", "query_weight": gain(parts.query_norm),
-                "key_weight": gain(parts.key_norm), "eps": epsilon(parts.query_norm),
-            }  # fmt: skip
+            norms = _norms(parts.query_norm, parts.key_norm)
         q, k = functional.rotary_embedding(q, k, *tables, interleaved=form.interleaved, **norms)
     elif has_norms:
         q = parts.query_norm(q.transpose(1, 2)).transpose(1, 2)
@@ -48,6 +46,17 @@ def turned(
     if form.query_scale is not None:
         q = q * form.query_scale(parts.attention, given).to(q.dtype)
     return q, k
+
+
+def _norms(query_norm: Any, key_norm: Any) -> dict[str, Any]:
+    """Return the arguments of :func:`rotary_embedding` for norms of heads."""
+    found: dict[str, Any] = {"norm": "rms" if is_rms(query_norm) else "layer"}
+    for name, norm in (("query", query_norm), ("key", key_norm)):
+        if is_rms(norm):
+            found[f"{name}_weight"] = gain(norm)
+        else:
+            found[f"{name}_weight"], found[f"{name}_bias"] = weights_and_biases(norm)
+    return {**found, "eps": epsilon(query_norm)}
 
 
 def _not_turned_before(rotary: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,315 @@
+"""Language models of transformers once they are fused: as encoders of text, and as writers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.fusion.models import DECODER, GPT2, MASK, inputs_of, model_of, perturbed, run
+from tests.fusion.test_families import near, rows_of_products
+from tests.fusion.test_huggingface import faults
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.pytorch_utils import Conv1D
+
+import fusedformer
+from fusedformer.fusion import _attention
+from fusedformer.fusion._attention import attention
+from fusedformer.fusion._forms import Finder
+from fusedformer.fusion._layers import FusedLayer
+
+T: Any = pytest.importorskip("transformers")
+
+LEFT = MASK.flip(1)
+WINDOW: dict[str, Any] = dict(sliding_window=8)
+BY_TYPE: dict[str, Any] = dict(WINDOW, layer_types=["sliding_attention", "full_attention"])
+SCALED: dict[str, Any] = dict(residual_multiplier=0.4, attention_multiplier=0.7)
+HALF: dict[str, Any] = dict(partial_rotary_factor=0.5)
+GROWING: dict[str, Any] = dict(
+    rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=4,
+    llama_4_scaling_beta=0.3, max_position_embeddings=40,
+)  # fmt: skip
+# Names of classes, and what besides DECODER is in their configurations.
+KINDS: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Mistral": WINDOW, "Ministral3": dict(WINDOW, rope_parameters=GROWING),
+    "Qwen2": dict(BY_TYPE, use_sliding_window=True), "Gemma": dict(head_dim=8),
+    "Gemma2": dict(BY_TYPE, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "Granite": dict(SCALED, embedding_multiplier=2.0), "HyperCLOVAX": dict(SCALED),
+    "SmolLM3": dict(BY_TYPE, use_sliding_window=True, no_rope_layers=[0, 1]), "Olmo2": {},
+    "Olmo3": BY_TYPE, "Exaone4": BY_TYPE, "Cwm": dict(BY_TYPE, head_dim=8),
+    "SeedOss": dict(head_dim=8, attention_out_bias=True), "Arcee": {}, "Apertus": {},
+    "Starcoder2": WINDOW, "Phi3": dict(WINDOW, **HALF), "Phi": HALF,
+    "StableLm": dict(HALF, use_parallel_residual=True), "Helium": dict(head_dim=8),
+    "Ernie4_5": dict(head_dim=8), "Glm": dict(HALF, head_dim=8), "Glm4": dict(HALF, head_dim=8),
+    "GPTNeoX": dict(HALF, use_parallel_residual=True), "Jais2": {},
+    "VaultGemma": dict(BY_TYPE, head_dim=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "Persimmon": dict(HALF, qk_layernorm=True), "BioGpt": {}, "OPT": dict(ffn_dim=48, dropout=0.0),
+    "GPTBigCode": dict(n_embd=32, n_head=4, n_layer=2, n_positions=40, multi_query=True),
+}  # fmt: skip
+
+
+def writer(kind: str, **settings: Any) -> Any:
+    """A small model with a head that generates, in evaluation mode."""
+    if kind == "GPT2":
+        config = T.GPT2Config(**{**GPT2, "use_cache": True})
+        return perturbed(T.GPT2LMHeadModel(config), 0).eval()
+    config = getattr(T, f"{kind}Config")(**{**DECODER, **KINDS[kind], **settings})
+    return perturbed(getattr(T, f"{kind}ForCausalLM")(config), 0).eval()
+
+
+def fused_and_stock(model: Any, **settings: Any) -> tuple[Any, Any]:
+    stock = copy.deepcopy(model)
+    fusedformer.fuse(model, **settings)
+    return model, stock
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "GPT2"])
+def test_it_trains_and_writes_as_stock(kind: str) -> None:
+    """Packed, with a loss and all gradients; with a cache, the same tokens, padded left."""
+    model, stock = fused_and_stock(writer(kind))
+    inputs = inputs_of("llama")
+    for one in (model, stock):
+        one.config.use_cache = False
+    labels = inputs["input_ids"].masked_fill(~MASK, -100)
+    assert faults(model, stock, {**inputs, "labels": labels}) == []
+    assert {int(MASK.sum())} <= rows_of_products(model.base_model, inputs) <= {int(MASK.sum()), 3}
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=True)
+    left = {**inputs, "attention_mask": LEFT.long()}
+    wanted = stock.generate(**left, **settings)
+    assert torch.equal(model.generate(**left, **settings), wanted)
+    with torch.no_grad():
+        again, cached = (one(**left, use_cache=True) for one in (model, stock))
+        assert torch.allclose(again.logits[LEFT], cached.logits[LEFT], atol=1e-4)
+        assert again.past_key_values.get_seq_length() == MASK.shape[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "GPT2"])
+def test_layers_that_are_changed_run_by_themselves(kind: str) -> None:
+    """On packed rows, but where a family hands nothing on to its attention."""
+    model, stock = fused_and_stock(writer(kind).base_model)
+    for one in (model, stock):
+        product = next(m for m in one.modules() if isinstance(m, (nn.Linear, Conv1D)))
+        product.__class__ = type(
+            "Product", (type(product),), {"__module__": "peft.tuners.lora.layer"}
+        )
+    inputs = inputs_of("llama")
+    with torch.no_grad():
+        assert near(model(**inputs)[0][MASK], stock(**inputs)[0][MASK])
+        if kind == "GPT2":
+            return
+        packs = rows_of_products(model, inputs) == {int(MASK.sum())}
+    assert packs == (kind != "StableLm")
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "Mistral": {"window": None}, "Gemma2": {"softcap": None}, "Granite": {"scale2": None},
+    "HyperCLOVAX": {"block_norm": None}, "Olmo2": {"norm1": "post_attention_layernorm"},
+    "SmolLM3": {"turns": None}, "Exaone4": {"turns": None}, "Ministral3": {"query_scale": None},
+    "Phi3": {"is_gated": False}, "Phi": {"parallel": False, "norm2": "input_layernorm"},
+    "StableLm": {"parallel": False, "norm2": "input_layernorm"}, "Glm": {"interleaved": False},
+    "GPTNeoX": {"by_head": False}, "GPT2": {"scaling": "head_dim"}, "Arcee": {"activation": F.gelu},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_in_the_table_are_seen(kind: str) -> None:
+    model, stock = fused_and_stock(writer(kind).base_model)
+    cls: Any = next(type(m) for m in model.modules() if isinstance(m, FusedLayer))
+    wrong = dataclasses.replace(cls._form, **FAULTS[kind])
+    inputs = inputs_of("llama")
+    with (
+        mock.patch.object(cls, "_form", wrong),
+        mock.patch.object(cls, "_finder", Finder(wrong)),
+        contextlib.suppress(RuntimeError),  # of shapes that do not fit
+        torch.no_grad(),
+    ):
+        assert not near(model(**inputs)[0][MASK], stock(**inputs)[0][MASK])
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    "yarn": dict(factor=4.0), "linear": dict(factor=2.0), "dynamic": dict(factor=2.0),
+    "longrope": dict(factor=2.0, short_factor=[1.0, 1.5, 2.0, 3.0],
+                     long_factor=[2.0, 3.0, 4.0, 5.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_angles_are_those_of_stock(rope: str) -> None:
+    """Also where they depend on the longest row of a batch, padding included: then padded."""
+    given = dict(rope_type=rope, rope_theta=1e4, **ROPES[rope])
+    for limit in (6, 11, 40):
+        given["original_max_position_embeddings"] = limit
+        settings = {**DECODER, "max_position_embeddings": limit, "rope_parameters": {**given}}
+        model, stock = fused_and_stock(perturbed(T.LlamaModel(T.LlamaConfig(**settings)), 0).eval())
+        mask = MASK.clone()
+        mask[:, 5:] = False  # the last columns are padding
+        inputs = {**inputs_of("llama"), "attention_mask": mask.long()}
+        with torch.no_grad():
+            assert near(model(**inputs)[0][mask], stock(**inputs)[0][mask])
+        packs = rope not in ("dynamic", "longrope") or limit == 40
+        assert (rows_of_products(model, inputs) == {int(mask.sum())}) == packs
+
+
+def attend_fully(model: nn.Module) -> None:
+    each: Any
+    for each in model.modules():
+        if hasattr(each, "is_causal"):
+            each.is_causal = False
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("where", ["configuration", "call", "attention"])
+def test_used_in_both_directions(name: str, where: str) -> None:
+    """By a setting, it packs, but for windows; where attention alone says so, as stock does."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    call: dict[str, Any] = {"is_causal": False} if where == "call" else {}
+    causal = model(**inputs)[0]
+    if where == "configuration":
+        model.config.is_causal = False
+    if where == "attention":
+        attend_fully(model)
+    model, stock = fused_and_stock(model)
+    assert not torch.allclose(stock(**{**inputs, "attention_mask": None}, **call)[0], causal)
+    for mask in (MASK, LEFT, torch.ones_like(MASK)):
+        given = {**inputs, "attention_mask": mask.long(), **call}
+        with torch.no_grad():
+            found, wanted = model(**given)[0], stock(**given)[0]
+        assert near(found[mask], wanted[mask])
+    packs = rows_of_products(model, {**call, **inputs}) - {MASK.numel()} == {int(MASK.sum())}
+    assert packs == (where != "attention" and name != "mistral")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_masks_of_the_caller(name: str) -> None:
+    """Of four dimensions, boolean or added; by blocks they are for flex_attention."""
+    model, stock = fused_and_stock(model_of(name).eval())
+    ids, length = inputs_of(name)["input_ids"], MASK.shape[1]
+    seen = torch.ones(length, length).tril().bool()
+    seen[3:, 2] = False
+    boolean = seen.expand(3, 1, length, length)
+    added = torch.zeros(boolean.shape).masked_fill(~boolean, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        wanted = stock(input_ids=ids, attention_mask=boolean)[0]
+        for given in (boolean, added):
+            assert near(model(input_ids=ids, attention_mask=given)[0], wanted)
+        blocks = create_block_mask(
+            lambda b, h, q, k: seen[q, k], 3, None, length, length, device="cpu"
+        )
+        called: list[Any] = []
+
+        def flex(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **others: Any) -> Any:
+            called.append((mask, others["scaling"]))
+            return attention(module, q, k, v, boolean, **others)
+
+        with mock.patch.object(_attention, "ALL_ATTENTION_FUNCTIONS", {"flex_attention": flex}):
+            assert near(model(input_ids=ids, attention_mask=blocks)[0], wanted)
+        assert called == [(blocks, model.layers[0].self_attn.scaling)] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_what_it_goes_on_doing(name: str) -> None:
+    """States and weights, checkpoints, compiled, embedded, positions, a cache that goes on."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    model.set_attn_implementation("eager")
+    model, stock = fused_and_stock(model)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        found, wanted = model(**inputs, **asked), stock(**inputs, **asked)
+        for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
+            assert near(ours[MASK], theirs[MASK])
+        for ours, theirs in zip(found.attentions, wanted.attentions, strict=True):
+            assert near(ours.transpose(1, 2)[MASK], theirs.transpose(1, 2)[MASK])
+        if name == "gpt2":  # whose weights are transposed
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            assert near(compiled(**inputs)[0][MASK], wanted[0][MASK])
+        whole = inputs["input_ids"][:, :8]
+        first = {"input_ids": whole[:, :5], "use_cache": True}
+        caches = [one(**first).past_key_values for one in (model, stock)]
+        rest = [
+            one(input_ids=whole[:, 5:], past_key_values=cache, use_cache=True)[0]
+            for one, cache in zip((model, stock), caches, strict=True)
+        ]
+        assert near(*rest) and near(rest[0], stock(input_ids=whole)[0][:, 5:])
+    plain = run(model.train(), inputs)
+    model.gradient_checkpointing_enable()
+    again = run(model, inputs)
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[n], again[n], atol=1e-4, rtol=1e-4) for n in plain)
+
+
+# Settings of configurations that are probabilities, by kind.
+DROPOUTS = {
+    "Phi3": ["resid_pdrop"], "Phi": ["resid_pdrop"], "GPTNeoX": ["hidden_dropout"],
+    "StableLm": ["hidden_dropout"], "Starcoder2": ["residual_dropout"],
+    "SeedOss": ["residual_dropout"], "Llama": ["attention_dropout"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_dropouts_are_where_stock_has_them(kind: str) -> None:
+    """With a probability of 1 they leave nothing to chance; half of it does something else."""
+    found: list[Tensor] = []
+    for p in (0.0, 0.5, 1.0):
+        settings = {"attention_dropout": 0.0, **dict.fromkeys(DROPOUTS[kind], p)}
+        model, stock = fused_and_stock(writer(kind, use_cache=False, **settings).train())
+        found.append(model(**inputs_of("llama")).logits[MASK])
+        if p != 0.5:
+            assert near(found[-1], stock(**inputs_of("llama")).logits[MASK])
+    assert not any(torch.allclose(found[i], found[i - 1], atol=1e-3) for i in range(3))
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "Phi": dict(qk_layernorm=True), "StableLm": dict(use_parallel_residual=False),
+    "GPTNeoX": dict(use_parallel_residual=False), "GPTBigCode": dict(multi_query=False),
+    "OPT": dict(do_layer_norm_before=False), "Phi3": dict(HALF),
+    "Persimmon": dict(qk_layernorm=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_settings_that_change_a_layer(kind: str) -> None:
+    model, stock = fused_and_stock(writer(kind, **OTHERWISE[kind]).base_model, strict=True)
+    assert faults(model, stock, inputs_of("llama")) == []
+
+
+def test_stablelm_with_norms_of_heads_is_left_to_itself() -> None:
+    """Each head has a norm of its own, which is no part of a form."""
+    model = writer("StableLm", qk_layernorm=True).base_model
+    stock = copy.deepcopy(model)
+    left = fusedformer.fuse(model).left
+    assert sum("qk_layernorm is set" in one.reason for one in left) == 2
+    with torch.no_grad():
+        found, wanted = model(**inputs_of("llama"))[0], stock(**inputs_of("llama"))[0]
+    assert near(found[MASK], wanted[MASK])
+
+
+def test_positions_of_images_in_a_text_are_packed() -> None:
+    """Qwen2.5-VL's, of time, rows and columns."""
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    config = T.Qwen2_5_VLTextConfig(**{**DECODER, "rope_parameters": rope, "use_cache": False})
+    module = T.models.qwen2_5_vl.modeling_qwen2_5_vl
+    model = perturbed(module.Qwen2_5_VLTextModel(config), 0).eval()
+    model, stock = fused_and_stock(model, strict=True)
+    positions = torch.randint(0, 9, (3, *MASK.shape))
+    inputs = {**inputs_of("llama"), "position_ids": positions}
+    with torch.no_grad():
+        found, wanted = model(**inputs)[0], stock(**inputs)[0]
+        assert near(found[MASK], wanted[MASK])
+        assert not near(found[MASK], stock(**inputs_of("llama"))[0][MASK])
+    assert rows_of_products(model, inputs) == {int(MASK.sum())}
+
+
+def test_all_language_models_of_the_table_are_tried() -> None:
+    from fusedformer.fusion import _families
+
+    named = {name for _, name, *_ in _families._CAUSAL}
+    of_images = {name for name in named if name.endswith("Text")}
+    more = {"Qwen3", *of_images}, {"GPTNeoX", "OPT", "GPTBigCode"}
+    assert named - more[0] == KINDS.keys() - more[1]
