@@ -152,6 +152,17 @@ VILT = dataclasses.replace(
     attends_itself=True,
     returns_tuple=True,
 )
+TIMESFORMER = dataclasses.replace(
+    VILT,
+    query="attention.attention.qkv",
+    key=None,
+    value=None,
+    attention_dropout="attention.attention.attn_drop",
+    hidden_dropout="intermediate.dropout",
+    depth="drop_path",
+    mask=None,
+    is_divided=True,
+)
 DATA2VEC_VISION = dataclasses.replace(
     VILT,
     scale1="lambda_1",
