@@ -138,8 +138,11 @@ def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dic
 
 
 # Sound that is padded to one length, which is computed as silence: no mask comes with it.
-_OF_ONE_LENGTH = {"WhisperEncoder", "WhisperModel", "ASTModel"}
-_OF_PATCHES = {"pixel_attention_mask", "patch_attention_mask", "spatial_shapes"}
+_OF_ONE_LENGTH = {"WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel"}
+# Arguments that say what is real of other inputs than texts.
+_MASKS = {
+    "pixel_attention_mask", "patch_attention_mask", "spatial_shapes", "input_features_mask",
+}  # fmt: skip
 _INPUTS = {"pixel_values", "input_ids", "input_values", "input_features"}
 
 
@@ -156,11 +159,12 @@ def _model_around(model: Any, path: str) -> Any:
 
 
 def _takes_padding(model: Any) -> bool:
-    """Return whether batches come with a mask of what is real; images are of one size."""
+    """Return whether batches come with a mask of what is real; images alone are of one size."""
     arguments = {*arguments_of(type(model))}
-    if arguments & _OF_PATCHES:
+    if arguments & _MASKS:
         return True
-    alike = "pixel_values" in arguments or type(model).__name__ in _OF_ONE_LENGTH
+    images = "pixel_values" in arguments and "input_ids" not in arguments
+    alike = images or type(model).__name__ in _OF_ONE_LENGTH
     return "attention_mask" in arguments and not alike
 
 

@@ -221,6 +221,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "donut-swin": lambda: T.DonutSwinModel(T.DonutSwinConfig(**WINDOWS)),
     "videomae": lambda: T.VideoMAEModel(T.VideoMAEConfig(**IMAGE, num_frames=2)),
+    "timesformer": lambda: T.TimesformerModel(T.TimesformerConfig(**IMAGE, num_frames=2)),
+    "timesformer, joint": lambda: T.TimesformerModel(
+        T.TimesformerConfig(**IMAGE, num_frames=2, attention_type="joint_space_time")
+    ),
     "whisper": lambda: T.WhisperModel(T.WhisperConfig(**WHISPER)),
     "wav2vec2": lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
     "wavlm": lambda: T.WavLMModel(
@@ -300,7 +304,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name in WINDOWED:
         side = 8 if name == "swin2sr" else 28
         return {"pixel_values": torch.randn(3, 3, side, side, generator=generator)}
-    if name == "videomae":
+    if name == "videomae" or name.startswith("timesformer"):
         return {"pixel_values": torch.randn(3, 2, 3, 16, 16, generator=generator)}
     if name == "siglip2":  # rows of patches
         pixels = {

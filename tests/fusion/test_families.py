@@ -203,6 +203,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "beit": {"position_bias": None},
     "videomae": {"norms_first": False},
     "yolos": {"norms_first": False},
+    "timesformer": {"norm1": "temporal_layernorm"},
+    "timesformer, joint": {"norms_first": False},
     "blip vision": {"scaling": "head_dim"},
     "blip-2 vision": {"by_head": True},
     "janus vision": {"norm1": "layer_norm2", "norm2": "layer_norm1"},
@@ -299,7 +301,16 @@ def test_faults_in_stochastic_depth_are_seen(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["data2vec-vision", "swin", "swinv2", "yolos", "janus vision", "internvl vision"]
+    "name",
+    [
+        "data2vec-vision",
+        "swin",
+        "swinv2",
+        "yolos",
+        "janus vision",
+        "internvl vision",
+        "timesformer",
+    ],
 )
 def test_each_dropout_is_where_stock_has_it(name: str) -> None:
     """With a probability of 1 it leaves nothing to chance."""

@@ -50,6 +50,11 @@ class Added(NamedTuple):
         """Return the sum with the residual, still to be computed."""
         return Pending(self.x, self.bias, self.dropout, residual)
 
+    def normed(self, norm: Any) -> Added:
+        """Return the same behind a norm of its own."""
+        x = self.x if self.bias is None else self.x + self.bias
+        return Added(norm(self.dropout(x)))
+
 
 class Inner(NamedTuple):
     """The parts of a feed-forward block."""
@@ -107,7 +112,7 @@ class Block:
     FUSED = "fused steps, norms first"
     _second_norm = "norm2"
     _first_norm = "norm1"
-    _scales = "ls1", "ls2"
+    _scales: tuple[str, ...] = ("ls1", "ls2")
     _depths: tuple[str, ...] = ("drop_path1", "drop_path2")
     _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
@@ -123,7 +128,9 @@ class Block:
         if not self._is_known(given):
             own: Tensor = super().forward(**given)  # type: ignore[misc]
             return own
-        x = given.pop(self._arguments[0])
+        return self._steps(given.pop(self._arguments[0]), given)  # type: ignore[no-any-return]
+
+    def _steps(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
         scales = [_scale(getattr(self, name)) for name in self._scales]
         depths = [getattr(self, name) for name in self._depths] or [None, None]
         added = self._attended(getattr(self, self._first_norm)(x), given)
@@ -155,6 +162,19 @@ class EvaBlock(Block):
     """A block of EVA's, whose scales are its own parameters."""
 
     _scales = "gamma_1", "gamma_2"
+
+
+class PostNormBlock(Block):
+    """A block of either family that norms what each half adds, not what it reads."""
+
+    FUSED = "fused steps, norms last"
+    _scales: tuple[str, ...] = ()
+
+    def _steps(self: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+        added = self._attended(x, given).normed(self.norm1)
+        x = pending_sum(added.to(x), None, self.drop_path1).added()
+        added = _feed_forward(self.mlp, x).normed(self.norm2)
+        return pending_sum(added.to(x), None, self.drop_path2).added()
 
 
 class ResidualAttentionBlock(Block):
@@ -268,6 +288,8 @@ introduce([Block])
 # The replacement of each class.
 BLOCKS: dict[str, type[Any]] = {
     "timm.models.vision_transformer.Block": Block,
+    "timm.models.vision_transformer.ResPostBlock": PostNormBlock,
     "timm.models.eva.EvaBlock": EvaBlock,
+    "timm.models.eva.EvaBlockPostNorm": PostNormBlock,
     "open_clip.transformer.ResidualAttentionBlock": ResidualAttentionBlock,
 }

@@ -107,6 +107,7 @@ class Form:
     own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
     gates_bias: bool = False  # each head and query gates them, see ``_gated_bias.py``
     is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``
+    is_divided: bool = False  # patches of videos attend over time and space, see ``_divided.py``
     returns_tuple: bool = False
     returns_weights: bool = False  # with the states: None unless they are asked for
     returns_bias: bool = False  # with the states, for the next layer

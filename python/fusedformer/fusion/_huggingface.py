@@ -31,6 +31,7 @@ from fusedformer.fusion._configs import (
     named,
     restore,
 )
+from fusedformer.fusion._divided import DividedLayer
 from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MODELS, SOUND
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
@@ -148,7 +149,10 @@ def _fused(place: Place) -> Any:
     if issubclass(cls, FusedLayer):
         return cls
     form = LAYERS[name_of(cls)]
-    bases = ((WindowedLayer, form.is_windowed), (GatedBiasLayer, form.gates_bias))
+    bases = (
+        (WindowedLayer, form.is_windowed), (GatedBiasLayer, form.gates_bias),
+        (DividedLayer, form.is_divided),
+    )  # fmt: skip
     return combined(next((base for base, fits in bases if fits), FusedLayer), cls)
 
 

@@ -63,6 +63,7 @@ BLIP2 = dataclasses.replace(
 BLIP = dataclasses.replace(
     BLIP2, attention_dropout="self_attn.dropout", is_causal=False, attends_itself=True
 )
+GIT = dataclasses.replace(CLIP, is_causal=False, attends_itself=True)
 DINOV2 = dataclasses.replace(
     VIT,
     norm1="norm1",
@@ -142,18 +143,33 @@ VITPOSE = dataclasses.replace(
     dropout2=None,
     unless="mlp.experts",
 )
-DATA2VEC_VISION = dataclasses.replace(
-    VIDEO_MAE,
+VILT = dataclasses.replace(
+    YOLOS,
     attention_dropout="attention.attention.dropout",
-    dropout1="attention.output.dropout",
-    scale1="lambda_1",
-    scale2="lambda_2",
-    depth="drop_path",
-    position_bias=_biases.bias_of_data2vec_vision,
+    mask="attention_mask",
     scaling=None,
     is_causal=False,
     attends_itself=True,
     returns_tuple=True,
+)
+TIMESFORMER = dataclasses.replace(
+    VILT,
+    query="attention.attention.qkv",
+    key=None,
+    value=None,
+    attention_dropout="attention.attention.attn_drop",
+    hidden_dropout="intermediate.dropout",
+    depth="drop_path",
+    mask=None,
+    is_divided=True,
+)
+DATA2VEC_VISION = dataclasses.replace(
+    VILT,
+    scale1="lambda_1",
+    scale2="lambda_2",
+    depth="drop_path",
+    position_bias=_biases.bias_of_data2vec_vision,
+    mask=None,
 )
 # Of images whose tokens attend within windows.
 SWIN = dataclasses.replace(
