@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fusedformer import functional
 from fusedformer.functional.steps import linear
-from fusedformer.fusion._forms import Finder, Parts
-from fusedformer.fusion._layers import Call, FusedLayer, probability
+from fusedformer.fusion._forms import Finder, Parts, probability
+from fusedformer.fusion._layers import Call, FusedLayer
 from fusedformer.fusion._norms import normed_and_sum
 from fusedformer.fusion._residual import pending_sum
 from fusedformer.nn.children import Pending, is_plain, project

@@ -18,6 +18,7 @@ from fusedformer._internal.tracing import is_eager
 from fusedformer.functional.steps import layer_norm_aten, product, product_activation
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._forms import Form, Parts, probability
+from fusedformer.fusion._rotary import turned
 from fusedformer.nn.children import weights_and_biases
 
 # What a form has besides products, two norms, an activation and two sums.
@@ -25,7 +26,7 @@ _MORE = (
     "gate", "out_norm", "block_norm", "query_norm", "key_norm", "value_norm", "buckets", "scale1",
     "scale2", "depth", "divisor", "logit_scale", "position_bias", "adapter", "own",
 )  # fmt: skip
-_FLAGS = "is_gated", "gates_bias", "is_windowed"
+_FLAGS = "is_gated", "gates_bias", "is_windowed", "is_divided", "parallel"
 
 
 def only_adds_and_norms(form: Form) -> bool:
@@ -65,8 +66,9 @@ def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
     source = _normed(x, norm1) if norms_first else x
     products = parts.query, parts.key, parts.value
     found = [product(source, *weights_and_biases(one)) for one in products if one is not None]
-    q, k, v = layer._split(found, getattr(parts.attention, layer._form.head_dim))
-    heads = layer._attended(parts, call, *layer._turned(q, k, parts, call), v)
+    q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
+    q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
+    heads = layer._attended(parts, call, q, k, v)
     x = product(heads, *weights_and_biases(parts.out)) + x
     source = _normed(x, norm2 if norms_first else norm1)
     weight, bias = weights_and_biases(parts.linear1)

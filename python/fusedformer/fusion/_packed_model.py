@@ -206,7 +206,7 @@ class PackedModel:
         positions = given.get("position_ids")
         if positions is not None:
             positions = positions.expand(*positions.shape[:-2], packing.batch, packing.length)
-            rows = positions.flatten(-2)
+            rows: Tensor = positions.flatten(-2)
             rows = rows if packing.is_whole else rows[..., _places(packing)]
             return rows.unsqueeze(-2)
         if self._model.counts_real:
