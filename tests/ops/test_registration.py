@@ -162,7 +162,7 @@ def disentangled_backward_case(packed: bool, by_aten: bool = False) -> tuple[Any
 
 def packed_aten_case(return_lse: bool, **terms: Any) -> tuple[Any, ...]:
     query, key, value, _, *others = attention_case(packed=True, **terms)
-    return query, key, value, return_lse, True, *others
+    return query, key, value, return_lse, *others
 
 
 def packed_aten_backward_case(needs: list[bool], *, with_lse: bool = False) -> tuple[Any, ...]:
