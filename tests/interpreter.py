@@ -104,7 +104,22 @@ def _remembered() -> Iterator[None]:
             if core.is_builtin(member):  # it is not replaced by then
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    unwrap = core._unwrap_if_constexpr
+
+    def unwrapped(value: Any) -> Any:
+        if type(value) is core.constexpr:
+            return value.value
+        return unwrap(value) if isinstance(value, (list, tuple, core.tuple)) else value
+
+    def same_type(self: Any, other: Any) -> bool:
+        if self is other:
+            return True
+        other = unwrapped(other)
+        return isinstance(other, core.dtype) and self.name == other.name
+
     with (
+        mock.patch.object(core, "_unwrap_if_constexpr", unwrapped),
+        mock.patch.object(core.dtype, "__eq__", same_type),
         mock.patch.object(core.block_type, "__init__", init_block),
         mock.patch.object(core.tensor, "__init__", init_tensor),
         mock.patch.object(interpreter, "_get_np_dtype", numpy_dtype_of),
