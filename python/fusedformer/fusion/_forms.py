@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
 from fusedformer.fusion._seen import Seen
-from fusedformer.nn.children import are_plain, dropout_probability, is_hooked, is_plain
+from fusedformer.nn.children import are_plain, dropout_probability, is_plain
 
 
 class OwnAttention(Protocol):
@@ -316,8 +316,6 @@ class Finder:
         reached = self._reached(layer)
         if reached is None or any(type(one) is Transposed for one in parts):
             return None
-        if any(is_hooked(one) for one in layer.modules()):
-            return None
         settings = []
         for (index, name, others), value in zip(self._steps, reached[1:], strict=True):
             own = reached[index].__dict__
@@ -328,7 +326,7 @@ class Finder:
             if place.get(name) is not value:  # a property, say
                 return None
             settings.append((place, name, value))
-        return Seen(layer, found, settings)
+        return Seen.of(layer, found, settings)
 
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""

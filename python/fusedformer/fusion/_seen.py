@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedformer.nn.children import is_hooked
+
 SEEN = "_fusedformer_seen"  # where a module keeps it
 
 
@@ -28,6 +30,16 @@ class Seen:
             (one, one.__dict__, type(one), {**one._modules}) for one in module.modules()
         ]
         self._settings = [*settings]
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        found: Any,
+        settings: Iterable[tuple[dict[str, Any], str, Any]] = (),
+    ) -> Seen | None:
+        """Return what was found; None if it never :meth:`holds_for` the module, for a hook."""
+        return None if any(map(is_hooked, module.modules())) else cls(module, found, settings)
 
     def holds_for(self, module: nn.Module) -> bool:
         """Return whether ``module`` is the one that was looked at, with nothing changed."""
