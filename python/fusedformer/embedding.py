@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.errors import BadTypeError, BadValueError
-from fusedformer.fusion import fuse, is_fused, unfuse
+from fusedformer.fusion import FusionReport, fuse, is_fused, unfuse
 from fusedformer.fusion.clients import outdated
 
 __all__ = ["embed"]
@@ -224,10 +224,20 @@ def _fused(model: Any) -> Iterator[str]:
         return
     report = fuse(model)
     try:
-        reasons = "; ".join(f"'{one.path}': {one.reason}" for one in report.left)
-        yield "" if packs(model) else reasons or "nothing in it has a packed form"
+        yield "" if packs(model) else _reasons(report) or "nothing in it has a packed form"
     finally:
         unfuse(model)
+
+
+def _reasons(report: FusionReport) -> str:
+    """Say why modules were left alone; each reason once, however many layers it is of."""
+    paths: dict[str, list[str]] = {}
+    for one in report.left:
+        paths.setdefault(one.reason, []).append(f"'{one.path}'")
+    return "; ".join(
+        f"{found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {reason}"
+        for reason, found in paths.items()
+    )
 
 
 def loaded(given: Any, dtype: str | torch.dtype | None, device: str | torch.device | None) -> Any:

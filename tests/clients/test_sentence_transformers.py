@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,6 +35,7 @@ from tests.clients.small_clients import (
 import fusedformer
 from fusedformer import functional
 from fusedformer.fusion.sentences import packs
+from fusedformer_kernels.cpu import build
 
 
 @pytest.fixture
@@ -164,6 +168,57 @@ def test_a_saved_fused_model_loads_as_stock(tmp_path: Path) -> None:
     assert fusedformer.unfuse(fused) > 0
     assert type(fused) is type(stock)
     assert np.array_equal(fused.encode(TEXTS), stock.encode(TEXTS))
+
+
+def python_calls(run: Callable[[], Any]) -> int:
+    """Count the functions in Python that one call of ``run`` calls."""
+    found = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal found
+        found += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["encoder", "cross-encoder"])
+def test_one_short_text_takes_fewer_calls_than_stock(tmp_path: Path, kind: str) -> None:
+    if build.library() is None:
+        pytest.skip("no compiler")
+    if kind == "encoder":
+        both = three(dense_model(tmp_path))
+        fused, stock = (functools.partial(m.encode, ["cat"]) for m in both[:2])
+    else:
+        both = three(S.CrossEncoder(saved(tmp_path, "classifier"), device="cpu"))
+        fused, stock = (functools.partial(m.predict, [("cat", "dog")]) for m in both[:2])
+    for run in (fused, stock, fused, stock):
+        run()
+    assert python_calls(fused) < 0.55 * python_calls(stock)
+
+
+def test_inferring_sets_the_mode_and_the_device_where_they_are_others(tmp_path: Path) -> None:
+    """A walk over the modules tells; modules that set their mode by more are called."""
+    model = dense_model(tmp_path, "bert", "mean", M.Dense(32, 16))
+    fusedformer.fuse(model)
+    wanted = model.encode(TEXTS)
+    model[2].train()
+    assert np.array_equal(model.encode(TEXTS), wanted)
+    assert not any(one.training for one in model.modules())
+    own = model[2].linear.train = Mock(wraps=model[2].linear.train)
+    model.encode(TEXTS)
+    own.assert_called_with(False)
+    moved = model.to = Mock(return_value=model)
+    model.encode(TEXTS)
+    moved.assert_not_called()
+    model[0].register_buffer("elsewhere", torch.empty(1, device="meta"))
+    model.encode(TEXTS)
+    moved.assert_called_with(torch.device("cpu"))
 
 
 def test_a_cross_encoder_ranks(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from fusedformer.fusion._classes import BEFORE, Plan, change_class
 from fusedformer.fusion._modules import plan_module, refuse_spread, refuse_wrapped
 from fusedformer.fusion._report import FusionReport
+from fusedformer.fusion._seen import SEEN
 from fusedformer.fusion.clients import is_known, leave_outdated
 from fusedformer.nn import TransformerEncoder
 
@@ -91,6 +92,7 @@ def unfuse(model: nn.Module) -> int:
     transformers = _transformers()
     restored: int = 0 if transformers is None else transformers.restore(model)
     for module in model.modules():
+        module.__dict__.pop(SEEN, None)
         before: Any = module.__dict__.pop(BEFORE, None)
         if before is not None:
             change_class(module, before)

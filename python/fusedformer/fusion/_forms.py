@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import epsilon, is_plain_norm, is_rms
+from fusedformer.fusion._seen import Seen
 from fusedformer.nn.children import are_plain, dropout_probability, is_plain
 
 
@@ -230,10 +231,15 @@ class Parts(NamedTuple):
             )
             and all(is_plain(one.own, Conv1D) for one in linears if type(one) is Transposed)
             and all(one is None or is_plain_norm(one) for one in self.norms())
-            and (norms_all_heads or self._heads_are_normed_alike())
-            and (self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None))
+            and self.agree(norms_all_heads)
             and (not isinstance(self.activation, nn.Module) or is_untouched(self.activation))
             and (self.depth is None or is_untouched(self.depth))
+        )
+
+    def agree(self, norms_all_heads: bool) -> bool:
+        """Return whether what is computed at once has the same settings."""
+        return (norms_all_heads or self._heads_are_normed_alike()) and (
+            self.gate is None or (self.gate.bias is None) == (self.linear1.bias is None)
         )
 
     def weights_are_plain(self) -> bool:
@@ -302,19 +308,31 @@ class Finder:
         norms = "query_norm", "key_norm"
         self._norms = [Parts._fields.index(one) for one in norms if getattr(form, one) is not None]
 
+    def seen(self, layer: nn.Module, parts: Parts, found: Any) -> Seen | None:
+        """Return what keeps ``found``, which follows from ``parts`` of ``layer``, if that can be.
+
+        A Conv1D is a part by views of its weights, which may be others by the next call.
+        """
+        reached = self._reached(layer)
+        if reached is None or any(type(one) is Transposed for one in parts):
+            return None
+        settings = []
+        for (index, name, others), value in zip(self._steps, reached[1:], strict=True):
+            own = reached[index].__dict__
+            inside = own["_modules"]
+            if name in inside or any(other in inside for other in others):
+                continue
+            place = own["_parameters"] if name in own["_parameters"] else own
+            if place.get(name) is not value:  # a property, say
+                return None
+            settings.append((place, name, value))
+        return Seen.of(layer, found, settings)
+
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the parts, if calling them by the form is what the forward of ``layer`` does."""
-        found: list[Any] = [layer]
-        for index, name, others in self._steps:
-            holder = found[index]
-            if not isinstance(holder, nn.Module):
-                return None
-            inside = holder.__dict__["_modules"]
-            for other in others:
-                if other in inside:
-                    name = other
-                    break
-            found.append(inside[name] if name in inside else getattr(holder, name, None))
+        found = self._reached(layer)
+        if found is None:
+            return None
         home = type(layer).__module__
         for index in self._holders:
             holder = found[index]
@@ -329,3 +347,18 @@ class Finder:
         for index in self._norms:
             reached[index] = None if is_plain(reached[index], nn.Identity) else reached[index]
         return Parts._make(reached)
+
+    def _reached(self, layer: nn.Module) -> list[Any] | None:
+        """Return what all steps lead to, the layer first; None if one is not from a module."""
+        found: list[Any] = [layer]
+        for index, name, others in self._steps:
+            holder = found[index]
+            if not isinstance(holder, nn.Module):
+                return None
+            inside = holder.__dict__["_modules"]
+            for other in others:
+                if other in inside:
+                    name = other
+                    break
+            found.append(inside[name] if name in inside else getattr(holder, name, None))
+        return found

@@ -95,3 +95,9 @@ def unpacked(rows: Tensor, packing: Packing) -> Tensor:
         return functional.unpack(rows, packing)
     kept.packing = packing
     return rows[None]
+
+
+def are_kept(packing: Packing) -> bool:
+    """Return whether the rows of ``packing`` were returned to a caller who keeps them packed."""
+    kept = None if torch.compiler.is_compiling() else _kept.get()
+    return kept is not None and kept.packing is packing

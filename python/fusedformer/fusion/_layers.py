@@ -42,6 +42,7 @@ from fusedformer.fusion._norms import (
 )
 from fusedformer.fusion._residual import pending_sum
 from fusedformer.fusion._rotary import tables_of, turned, turns
+from fusedformer.fusion._seen import SEEN
 from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
@@ -62,6 +63,14 @@ class Call(NamedTuple):
     mask: Tensor | None
     rotary: tuple[Tensor, Tensor] | None
     others: dict[str, Any]
+
+
+class Known(NamedTuple):
+    """What is known of a layer's children, for as long as they are the same."""
+
+    parts: Parts
+    fits: bool  # nothing that attention calls for is more than it was
+    is_plain: bool  # nor is anything else
 
 
 class FusedLayer:
@@ -90,20 +99,42 @@ class FusedLayer:
         given = dict(zip(self._arguments, args, strict=False))
         given.update(kwargs)
         form = self._form
-        if any(is_asked(given.get(name)) for name in _MORE) or "attentions" in captured():
+        for name in _MORE:
+            if is_asked(given.get(name)):
+                return self._own(given)
+        if "attentions" in captured():
             return self._own(given)
         if form.own is not None and not form.own.takes(given):
             return self._own(given)
         if not isinstance(given.get("attention_mask"), Tensor | None):  # flex_attention's
             return self._own(given)
-        parts = self._finder.parts(self)
-        if parts is None or not self._fits(parts, given["hidden_states"]):
+        known = self._known()
+        if known is None or not known.fits or not self._fits(known.parts, given["hidden_states"]):
             return self._own(given)
-        is_plain = self.are_plain(parts)
+        parts = known.parts
+        is_plain = known.is_plain and parts.agree(form.norms_all_heads)
         if not is_plain and not self.calls_children():
             return self._own(given)
         call = self._call(parts, given)
         return self._returned(self._found(parts, call, is_plain), call)
+
+    def _known(self: Any) -> Known | None:
+        """Return what is known of the children; None if the form does not say what they do."""
+        looks = not torch.compiler.is_compiling()
+        seen = self.__dict__.get(SEEN) if looks else None
+        if seen is not None and seen.holds_for(self):
+            return seen.found  # type: ignore[no-any-return]
+        parts = self._finder.parts(self)
+        if parts is None:
+            return None
+        known = Known(parts, self._weights_fit(parts), self.are_plain(parts))
+        if looks:
+            self.__dict__[SEEN] = self._finder.seen(self, parts, known)
+        return known
+
+    @classmethod
+    def _weights_fit(cls, parts: Parts) -> bool:
+        return not cls.calls_children() or parts.weights_are_plain()
 
     def _found(self: Any, parts: Parts, call: Call, is_plain: bool) -> Tensor:
         """Compute the layer in the way that takes least time."""
@@ -136,8 +167,6 @@ class FusedLayer:
         """Return whether attention is still this library's, and no cast stands between steps."""
         form = self._form
         if not form.attends_itself and named(parts.attention.config) not in NAMES:
-            return False
-        if self.calls_children() and not parts.weights_are_plain():
             return False
         weight = parts.linear2.weight  # a method where products are quantized
         other = isinstance(weight, Tensor) and x.dtype != weight.dtype
@@ -457,7 +486,8 @@ class FusedLayer:
         if parts is None:
             return False
         weight = parts.linear2.weight
-        return layer._fits(parts, weight if isinstance(weight, Tensor) else parts.norm2.weight)  # type: ignore[no-any-return]
+        x = weight if isinstance(weight, Tensor) else parts.norm2.weight
+        return cls._weights_fit(parts) and bool(layer._fits(parts, x))
 
     @classmethod
     def is_plain(cls, layer: Any) -> bool:

@@ -206,5 +206,5 @@ def _call(pending: Pending, norm: Any, *, return_sum: bool) -> Any:
 
 def dtypes_fit(norms: tuple[Any, ...], x: Tensor) -> bool:
     """Return whether norms with casts have the dtype of ``x``, so that these change nothing."""
-    known = [norm for norm in norms if norm_of(type(norm)) is not None]
+    known = [norm for norm in norms if norm is not None and norm_of(type(norm)) is not None]
     return all(getattr(norm, "weight", x).dtype == x.dtype for norm in known)

@@ -24,6 +24,7 @@ from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
 from fusedformer.fusion._kept_rows import (
+    are_kept,
     has_no_rows,
     sequences_of,
     unpacked,
@@ -74,8 +75,7 @@ class PackedModel:
         else:
             output = super().forward(**{**given, **self._packed_arguments(given, packing, keys)})  # type: ignore[misc]
         states = self._returned(output[0], packing, keys, keep)
-        is_padded = states.shape[:2] == keep.shape  # whoever keeps the rows pools them
-        pooled = self._pooled(states) if is_padded else None
+        pooled = None if are_kept(packing) else self._pooled(states)  # whoever keeps rows pools
         if isinstance(output, tuple):
             return (states, *output[1:]) if pooled is None else (states, pooled, *output[2:])
         output.last_hidden_state = states

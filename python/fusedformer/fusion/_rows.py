@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fusedformer.fusion._configs import NAMES, attends, named
 from fusedformer.fusion._hooks import changes_no_value
+from fusedformer.fusion._seen import SEEN, Seen
+from fusedformer.nn.children import is_hooked
+
+_CHUNKS = "chunk_size_feed_forward"  # a setting of layers
 
 _needs_look: dict[Any, bool] = {}  # whether modules of a class may need the batch without hooks
 # Packages whose modules compute each token by itself, or attend in ways that are checked here.
@@ -36,31 +41,39 @@ def needs_batch(encoder: nn.Module, by_ours: bool = True, is_causal: bool | None
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on all modules"
-    left = [encoder]
-    while left:  # on every call: so paths are looked up only for a reason
+    looks = by_ours and not torch.compiler.is_compiling()
+    seen = encoder.__dict__.get(SEEN) if looks else None
+    if seen is not None and seen.holds_for(encoder):
+        asked, ask = seen.found, _reason_by_settings
+        looks = False
+    else:
+        asked, ask = _to_be_asked(encoder), _reason
+    for child in asked:
+        reason = ask(child, by_ours, is_causal)
+        if reason:
+            path = next(n for n, one in encoder.named_modules() if one is child)
+            return f"'{path}' {reason}"
+    if looks:
+        encoder.__dict__[SEEN] = Seen.of(encoder, asked)
+    return ""
+
+
+def _to_be_asked(encoder: nn.Module) -> list[nn.Module]:
+    """List the modules below ``encoder`` that may need the batch."""
+    found, left = [], [encoder]
+    while left:  # on calls that find changes: so paths are looked up only for a reason
         for child in left.pop().__dict__["_modules"].values():
             if child is None:
                 continue
             own, cls = child.__dict__, type(child)
-            if (
-                _needs_look.get(cls, True)
-                or own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-                or "chunk_size_feed_forward" in own
-            ):
+            if _needs_look.get(cls, True) or is_hooked(child) or _CHUNKS in own:
                 if isinstance(child, ParametrizationList):  # these compute weights
                     continue
                 _needs_look[cls] = attends(cls) or not _is_tokenwise(cls)
-                reason = _reason(child, by_ours, is_causal)
-                if reason:
-                    path = next(n for n, one in encoder.named_modules() if one is child)
-                    return f"'{path}' {reason}"
+                found.append(child)
             if own["_modules"]:
                 left.append(child)
-    return ""
+    return found
 
 
 def _is_tokenwise(cls: type[Any]) -> bool:
@@ -73,7 +86,13 @@ def _reason(module: Any, by_ours: bool, is_causal: bool | None) -> str:
         return f"is a {cls.__name__}, which may need the batch"
     if not changes_no_value(module):
         return "has a hook, or its forward was replaced"
-    if getattr(module, "chunk_size_feed_forward", 0):
+    return _reason_by_settings(module, by_ours, is_causal)
+
+
+def _reason_by_settings(module: Any, by_ours: bool, is_causal: bool | None) -> str:
+    """Say why a module needs the batch which does no more than its class says."""
+    cls: Any = type(module)
+    if module.__dict__.get(_CHUNKS, 0):
         return "computes sequences in chunks"
     if by_ours and attends(cls) and named(module.config) not in NAMES:
         return f"attends by {named(module.config)!r}"

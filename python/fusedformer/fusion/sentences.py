@@ -14,12 +14,18 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import (
+    CrossEncoder,
+    MultiVectorEncoder,
+    SentenceTransformer,
+    SparseEncoder,
+)
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fusedformer.fusion._classes import Plan, combined
 from fusedformer.fusion._hooks import is_untouched
@@ -59,7 +65,35 @@ def only_sentences(model: nn.Module, wide: bool) -> Iterator[None]:
         _wanted.reset(token)
 
 
-class SentenceModel:
+class InferringModel:
+    """A base of models that, asked to infer, look at each of their modules once.
+
+    Stock's walks over them, for devices and to set their mode, take as long as a short text.
+    """
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """Set the mode, which is done where all modules are in evaluation mode already."""
+        if not mode and _sets_mode_as_torch(type(self)._made_of[1]) and _are_evaluated(self):
+            return self
+        return super().train(mode)  # type: ignore[misc]
+
+    def _resolve_inference_device(self: Any, device: Any) -> torch.device:
+        """Return where inputs go; nothing is to be moved where all tensors are there already."""
+        if device is None and not self._placement_is_delegated:
+            found: torch.device = self.device
+            if _are_on(self, found):
+                return found
+        found = super()._resolve_inference_device(device)  # type: ignore[misc]
+        return found
+
+    @staticmethod
+    def _multi_process_worker(device: str, model: Any, *queues: Any) -> None:
+        """Infer in a process of a pool, to which a method of a class made here can't be sent."""
+        stock = type(model)._made_of[1]
+        stock._multi_process_worker(device, model, *queues)
+
+
+class SentenceModel(InferringModel):
     """A base of models whose ``encode`` pools packed tokens."""
 
     def _inference(self: Any, inputs: list[Any], **settings: Any) -> Any:
@@ -69,12 +103,6 @@ class SentenceModel:
         # Arrays are float32 anyway; tensors have the model's dtype.
         with only_sentences(self, wide=settings.get("save_to_cpu", False)):
             return super()._inference(inputs, **settings)  # type: ignore[misc]
-
-    @staticmethod
-    def _multi_process_worker(device: str, model: Any, *queues: Any) -> None:
-        """Encode in a process of a pool, to which a method of a class made here can't be sent."""
-        stock = type(model)._made_of[1]
-        stock._multi_process_worker(device, model, *queues)
 
 
 class _Part(ABC):  # noqa: B024
@@ -132,6 +160,40 @@ class PackedSplade(_Part):
         if packing is not None:
             features["cu_seq_lens_q"] = packing.cu_seqlens
         return super().forward(features, **kwargs)  # type: ignore[misc,no-any-return]
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """List all modules, as ``model.modules()`` does in four times the time; some maybe twice."""
+    found = [model]
+    for module in found:
+        inside = module.__dict__["_modules"]
+        if inside:
+            found += [one for one in inside.values() if one is not None]
+    return found
+
+
+def _are_evaluated(model: nn.Module) -> bool:
+    """Return whether all modules are in evaluation mode, and setting it would do nothing more."""
+    inside = _modules_of(model)[1:]
+    return (
+        not model.training
+        and not any(one.training or "train" in one.__dict__ for one in inside)
+        and all(map(_sets_mode_as_torch, {type(one) for one in inside}))
+    )
+
+
+def _sets_mode_as_torch(cls: Any) -> bool:
+    return cls.train in (nn.Module.train, PreTrainedModel.train)
+
+
+def _are_on(model: nn.Module, device: torch.device) -> bool:
+    for module in _modules_of(model):
+        own = module.__dict__
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None and tensor.device != device:
+                    return False
+    return True
 
 
 def _can_stay_packed(model: nn.Module) -> bool:
@@ -205,4 +267,5 @@ _OURS: dict[Any, tuple[Any, str]] = {
     SpladePooling: (PackedSplade, "pools packed tokens"),
     SentenceTransformer: (SentenceModel, "encode keeps tokens packed"),
     SparseEncoder: (SentenceModel, "encode keeps tokens packed"),
+    CrossEncoder: (InferringModel, "predict looks at its modules once"),
 }

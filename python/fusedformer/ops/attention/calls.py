@@ -22,6 +22,7 @@ from fusedformer.ops.attention.aten import (
 from fusedformer.ops.attention.compiled import (
     packed_attention_compiled,
     self_attention_compiled,
+    whole_attention_compiled,
 )
 from fusedformer.ops.attention.terms import AttentionTerms, scale_of
 
@@ -67,7 +68,7 @@ def scaled_dot_product_attention(
                 q, k, v, terms, average, dtype, return_lse=return_lse
             )
         else:
-            output, lse = attention_aten(q, k, v, terms, return_lse=return_lse)
+            output, lse = _aten(q, k, v, terms, return_lse)
     else:
         check_for_kernels("scaled_dot_product_attention", query, value)
         if terms.p:
@@ -142,8 +143,8 @@ def self_attention(qkv: Tensor, terms: AttentionTerms) -> Tensor:
         compiled = self_attention_compiled(qkv, terms)
         if compiled is not None:
             return compiled
-        attend = attention_aten if terms.starts_q is None else _packed_aten
-        return attend(*registered.split_heads(qkv), terms, return_lse=False)[0].transpose(1, 2)
+        attend = _aten if terms.starts_q is None else _packed_aten
+        return attend(*registered.split_heads(qkv), terms, False)[0].transpose(1, 2)
     check_for_kernels("scaled_dot_product_attention", qkv, qkv)
     terms = terms._replace(seed=draw_seed(terms.p, qkv.device))
     if terms.mask is not None and terms.mask.requires_grad:
@@ -163,6 +164,17 @@ def merge_attention_states(
     checks.check_kernel_dtype("merge_attention_states", "output1", output1)
     merged: tuple[Tensor, Tensor] = registered.merge_attention_states(output1, lse1, output2, lse2)
     return merged
+
+
+def _aten(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The torch backend on padded sequences; without padding and gradients it is C++."""
+    if not return_lse:
+        whole = whole_attention_compiled(query, key, value, terms)
+        if whole is not None:
+            return whole, None
+    return attention_aten(query, key, value, terms, return_lse=return_lse)
 
 
 def _packed_aten(

@@ -8,6 +8,7 @@ batches draw, so that a compiler that is not there changes nothing but roundings
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def packed_attention_compiled(
     if torch.is_grad_enabled() or not scale > 0 or not is_eager():
         return None
     dtype, (batch, heads, tokens, dim) = query.dtype, query.shape
-    _, _, tokens_k, value_dim = value.shape
+    tokens_k = value.shape[2]
     if (
         not (dtype is torch.float32 or dtype is torch.bfloat16)
         or batch != 1
@@ -77,19 +78,80 @@ def packed_attention_compiled(
         or torch.is_autocast_enabled("cpu")
     ):
         return None
+    if starts_q.dtype is not starts_k.dtype:
+        starts_q, starts_k = starts_q.long(), starts_k.long()
+    return _attended_at_once(query, key, value, starts_q, starts_k, tokens, tokens_k, scale)
+
+
+def whole_attention_compiled(
+    query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
+) -> Tensor | None:
+    """Output ``[B, H, L, Ev]``, in memory by rows, of whole sequences and no terms but a scale.
+
+    Each gets the bits that it gets packed. For inference alone; None where this is not to compute
+    it.
+    """
+    tensors = query, key, value
+    batch, heads, length, _ = query.shape
+    keys, dtype = key.shape[2], query.dtype
+    if (
+        not (dtype is torch.float32 or dtype is torch.bfloat16)
+        or terms.p
+        or not terms.scale > 0
+        or terms.starts_q is not None
+        or any(getattr(terms, name) is not None for name in _MORE)
+        or not all(_is_read(t, dtype) and t.shape[:2] == (batch, heads) for t in tensors)
+        or not (query.numel() and value.numel())
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or not is_eager()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    starts = _starts_of(batch, length), _starts_of(batch, keys)
+    q, k, v = (_by_rows(t) for t in tensors)
+    out = _attended_at_once(q, k, v, *starts, batch * length, batch * keys, terms.scale)
+    return None if out is None else torch.unflatten(out[0], 0, (batch, length)).transpose(1, 2)
+
+
+def _by_rows(tensor: Tensor) -> Tensor:
+    """``[B, H, L, E]`` in which one step leads from each row to the next, over all of the batch."""
+    if tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[2] * tensor.stride(2):
+        return tensor
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts_of(batch: int, length: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(batch + 1) * length
+
+
+def _attended_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    tokens_q: int,
+    tokens_k: int,
+    scale: float,
+) -> Tensor | None:
+    """Output ``[1, tokens, H, Ev]``, contiguous; None without a compiler, or if starts don't fit.
+
+    The first of a batch, its heads and rows tell where all of them are.
+    """
     attend = kernel.attention_at_once()
     if attend is None:
         return None
-    out = query.new_empty((1, tokens, heads, value_dim))
-    if starts_q.dtype is not starts_k.dtype:
-        starts_q, starts_k = starts_q.long(), starts_k.long()
+    heads, dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
+    out = query.new_empty((1, tokens_q, heads, value_dim))
     (_, q_plane, q_row, _), (_, k_plane, k_row, _) = query.stride(), key.stride()
     _, v_plane, v_row, _ = value.stride()
     fits = attend(
-        dtype is torch.bfloat16,
+        query.dtype is torch.bfloat16,
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(),
         starts_q.dtype is torch.int64, starts_q.data_ptr(), starts_k.data_ptr(),
-        starts_q.shape[0] - 1, heads, tokens, tokens_k,
+        starts_q.shape[0] - 1, heads, tokens_q, tokens_k,
         q_row, q_plane, k_row, k_plane, v_row, v_plane,
         dim, value_dim, scale, torch.get_num_threads(),
     )  # fmt: skip
