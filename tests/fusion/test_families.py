@@ -195,6 +195,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "gemma3": {"out_norm": None},
     "qwen3": {"query_norm": None, "key_norm": None},
     "t5": {"buckets": None},
+    "t5gemma": {"window": "sliding_window"},
+    "t5gemma2": {"window": "sliding_window"},
     "vit": {"norm1": "layernorm_after", "norm2": "layernorm_before"},
     "clip": {"scaling": "head_dim"},
     "dinov2": {"scale1": "layer_scale2.lambda1"},
@@ -528,6 +530,7 @@ def test_tables_name_classes_that_there_are() -> None:
     for name in (
         *_families.LAYERS,
         *_families.ENCODERS,
+        *_families.PATCHES,
         *_families.SOUND,
         *_families.GATED_SOUND,
         *_families.MODELS,

@@ -64,6 +64,8 @@ from fusedformer.fusion._text_forms import (
     ROFORMER,
     SPLINTER,
     T5,
+    T5GEMMA,
+    T5GEMMA2,
     TEXT_TOWER,
     UMT5,
     XLM_ROBERTA_XL,
@@ -84,6 +86,7 @@ from fusedformer.fusion._tower_forms import (
     INTERNVL,
     JANUS,
     PIXIO,
+    SIGLIP,
     STABLE_WAV2VEC2,
     SWIN,
     SWINV2,
@@ -101,6 +104,7 @@ from fusedformer.fusion._tower_forms import (
 _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
+T5GEMMA_STACK = Model(has_distances=True, masks_by_type=True, layers="layers")
 CAUSAL = Model(caches=True, masks_causally=True)
 CAUSAL_IN_WINDOWS = dataclasses.replace(CAUSAL, has_distances=True)
 CAUSAL_BY_TYPE = dataclasses.replace(CAUSAL_IN_WINDOWS, masks_by_type=True)
@@ -207,7 +211,7 @@ _SEQ2SEQ: tuple[tuple[str, str, Model, Form], ...] = (
 # Towers of text beside those of images, with CLIP's layers.
 _AT_END = Model(tower=Tower(end=_ends.end))
 _AT_LARGEST = Model(tower=Tower(end=_ends.largest))
-_AT_LAST = Model(tower=Tower(end=_ends.last, is_causal=False, head="head"))
+_AT_LAST = Model(layers="encoder.layers", tower=Tower(end=_ends.last, is_causal=False, head="head"))
 _TEXT_TOWERS: dict[str, Model] = {
     "clip.modeling_clip.CLIPTextModel": _AT_END,
     "clipseg.modeling_clipseg.CLIPSegTextModel": _AT_END,
@@ -303,8 +307,8 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("blip_2", "Blip2Encoder", BLIP2),
     ("instructblip", "InstructBlipEncoder", BLIP2),
     ("instructblipvideo", "InstructBlipVideoEncoder", BLIP2),
-    ("siglip", "SiglipEncoder", CLIP),
-    ("siglip2", "Siglip2Encoder", CLIP),
+    ("siglip", "SiglipEncoder", SIGLIP),
+    ("siglip2", "Siglip2Encoder", SIGLIP),
     ("voxtral", "VoxtralEncoder", WHISPER),
     ("qwen2_audio", "Qwen2AudioEncoder", WHISPER),
     ("audioflamingo3", "AudioFlamingo3Encoder", WHISPER),
@@ -357,6 +361,8 @@ LAYERS: dict[str, Form] = {
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
+    "t5gemma.modeling_t5gemma.T5GemmaEncoderLayer": T5GEMMA,
+    "t5gemma2.modeling_t5gemma2.T5Gemma2EncoderLayer": T5GEMMA2,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
     **{f"{m}.modeling_{m}.{name}DecoderLayer": form for m, name, _, form in _CAUSAL},
     **{f"{m}.modeling_{m}.{layer}": form for m, layer, _, _, form in _CAUSAL_BY_NAMES},
@@ -375,8 +381,8 @@ ENCODERS = {
     f"{_GENERATION}.BertEncoder",
     "distilbert.modeling_distilbert.Transformer",
     "albert.modeling_albert.AlbertTransformer",
-    "siglip2.modeling_siglip2.Siglip2Encoder",  # of patches that a smaller image leaves empty
 }
+PATCHES = {"siglip2.modeling_siglip2.Siglip2Encoder"}  # a smaller image leaves some empty
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {
     *(f"{m}.modeling_{m}.{name}{kind}" for m, name in _LIKE_WAV2VEC2 for kind in _SOUND),
@@ -395,6 +401,8 @@ MODELS: dict[str, Model] = {
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
     **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
+    "t5gemma.modeling_t5gemma.T5GemmaEncoder": T5GEMMA_STACK,
+    "t5gemma2.modeling_t5gemma2.T5Gemma2TextEncoder": T5GEMMA_STACK,
     "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _CAUSAL},
     **{f"{m}.modeling_{m}.{name}": model for m, _, name, model, _ in _CAUSAL_BY_NAMES},

@@ -68,6 +68,7 @@ class Form:
     dropout2: str | None = None  # of what the feed-forward block adds
     out_norm: str | None = None  # of what attention adds
     block_norm: str | None = None  # of what the feed-forward block adds
+    drops_normed: bool = False  # dropouts stand behind these two
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
     value_norm: str | None = None
@@ -101,9 +102,11 @@ class Form:
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
     softcap: str | None = None
-    window: str | Callable[[Any], int | None] | None = None  # keys at smaller distances are seen
+    window: str | Callable[[Any], int | tuple[int, int] | None] | None = None
+    # keys at smaller distances are seen; or the farthest that are, before and behind
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    hands_on: bool = True  # its own attention sees of packed sequences what this form says
     own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
     gates_bias: bool = False  # each head and query gates them, see ``_gated_bias.py``
     is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``

@@ -30,7 +30,7 @@ from fusedformer.fusion._kept_rows import (
     wants_padding,
     zeroed,
 )
-from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._layers import see_packed_rows
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -138,14 +138,8 @@ class PackedModel:
 
     def _knows_layers(self: Any) -> bool:
         """Return whether all layers are computed by their form, where they have to be."""
-        if self._model.layers is None:
-            return True
-        return all(
-            isinstance(layer, FusedLayer)
-            and layer.is_known(layer)
-            and (layer.calls_children() or layer.is_plain(layer))
-            for layer in self.get_submodule(self._model.layers)
-        )
+        path = self._model.layers
+        return path is None or see_packed_rows(self.get_submodule(path))
 
     def _is_static(self: Any) -> bool:
         """Return whether ``static_shapes`` was set here, or on the encoder, which packs as well."""

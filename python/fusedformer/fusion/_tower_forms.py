@@ -41,6 +41,7 @@ CLIP = Form(
     head_dim="head_dim",
     scaling="scale",
 )
+SIGLIP = dataclasses.replace(CLIP, hands_on=False)
 JANUS = dataclasses.replace(
     CLIP,
     out="self_attn.projection_layer",
