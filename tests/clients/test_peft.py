@@ -90,7 +90,7 @@ def test_adapters_of_two_encoders(name: str) -> None:
 def test_layers_that_run_by_themselves_are_computed_padded(name: str) -> None:
     """With a feed-forward block of another kind, where their own forward sees nothing packed."""
     model, inputs = model_of(name).eval(), inputs_of(name)
-    for path, module in list(model.named_modules()):
+    for path in [name for name, _ in model.named_modules()]:
         if path.endswith("layers.0.mlp"):
             model.set_submodule(path, torch.nn.Sequential(torch.nn.Linear(32, 32)))
     stock = copy.deepcopy(model)

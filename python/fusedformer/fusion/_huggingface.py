@@ -264,8 +264,9 @@ def _plan_stack(
         reason = needs_batch(module, by_ours=False, is_causal=is_causal)
         if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
-        path_of_layers = "layers" if packs is PackedPatches else model and model.layers
-        reason = reason or _sees_no_packed_rows(module, path_of_layers)
+        layers = None if model is None else model.layers
+        layers = "layers" if packs is PackedPatches else layers
+        reason = reason or _sees_no_packed_rows(module, layers)
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
 
@@ -273,10 +274,14 @@ def _plan_stack(
 def _sees_no_packed_rows(module: nn.Module, where: str | None) -> str:
     """Say which layer's own forward, which cannot see packed sequences, will run; empty if none."""
     for name, layer in () if where is None else module.get_submodule(where).named_children():
-        fused = _fused(Place("", layer, "", module)) if name_of(type(layer)) in LAYERS else None
-        replaced = "forward" in layer.__dict__ or fused is None or bool(fused.refuses(layer))
-        has_parts = not replaced and fused.has_parts(layer)
-        if not has_parts or not (fused.calls_children() or fused.is_plain(layer)):
+        known = name_of(type(layer)) in LAYERS and "forward" not in layer.__dict__
+        fused: Any = _fused(Place("", layer, "", module)) if known else None
+        if (
+            fused is None
+            or fused.refuses(layer)
+            or not fused.has_parts(layer)
+            or not (fused.calls_children() or fused.is_plain(layer))
+        ):
             return f"'{where}.{name}' runs its own forward"
     return ""
 
