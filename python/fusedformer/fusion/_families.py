@@ -105,9 +105,11 @@ _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
 T5GEMMA_STACK = Model(has_distances=True, masks_by_type=True, layers="layers")
-CAUSAL = Model(caches=True, masks_causally=True)
+CAUSAL = Model(caches=True, masks_causally=True, masks_by_positions=True)
+_BY_COLUMN_ALONE = dataclasses.replace(CAUSAL, masks_by_positions=False)
 CAUSAL_IN_WINDOWS = dataclasses.replace(CAUSAL, has_distances=True)
 CAUSAL_BY_TYPE = dataclasses.replace(CAUSAL_IN_WINDOWS, masks_by_type=True)
+_BY_TYPE_ALONE = dataclasses.replace(CAUSAL_BY_TYPE, masks_by_positions=False)
 POOLED = Model(layers=_LAYER, composed=Composed(output="BaseModelOutputWithPooling"))
 DISENTANGLED = Model(
     has_distances=True,
@@ -252,7 +254,7 @@ _CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
     ("jais2", "Jais2", CAUSAL, ARCEE),
     ("vaultgemma", "VaultGemma", CAUSAL_BY_TYPE, VAULTGEMMA),
     ("persimmon", "Persimmon", CAUSAL, PERSIMMON),
-    ("biogpt", "BioGpt", CAUSAL, BIOGPT),
+    ("biogpt", "BioGpt", _BY_COLUMN_ALONE, BIOGPT),
     ("qwen3_vl", "Qwen3VLText", CAUSAL, QWEN3),
     ("granite_docling", "GraniteDoclingText", CAUSAL, GRANITE),
     ("granite4_vision", "Granite4VisionText", CAUSAL, GRANITE),
@@ -262,10 +264,16 @@ _CAUSAL_BY_NAMES: tuple[tuple[str, str, str, Model, Form], ...] = (
     ("gpt2", "GPT2Block", "GPT2Model", CAUSAL, GPT2),
     ("gpt_bigcode", "GPTBigCodeBlock", "GPTBigCodeModel", CAUSAL, GPT_BIGCODE),
     ("gpt_neox", "GPTNeoXLayer", "GPTNeoXModel", CAUSAL, GPT_NEOX),
-    ("opt", "OPTDecoderLayer", "OPTDecoder", dataclasses.replace(CAUSAL, counts_real=True), OPT),
+    (
+        "opt",
+        "OPTDecoderLayer",
+        "OPTDecoder",
+        dataclasses.replace(_BY_COLUMN_ALONE, counts_real=True),
+        OPT,
+    ),
     ("emu3", "Emu3DecoderLayer", "Emu3TextModel", CAUSAL, EMU3),
-    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", CAUSAL_BY_TYPE, QWEN2),
-    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", CAUSAL_BY_TYPE, QWEN2),
+    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", _BY_TYPE_ALONE, QWEN2),
+    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", _BY_TYPE_ALONE, QWEN2),
 )
 # Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
 _TOWERS: tuple[tuple[str, str, Form], ...] = (

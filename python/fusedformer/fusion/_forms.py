@@ -178,6 +178,8 @@ class Model:
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     masks_causally: bool = False  # it makes causal masks, whatever attention says of itself
+    masks_by_positions: bool = False  # these leave out pairs of sequences in a row, if positions
+    # begin anew
     full_by: str | None = None  # a setting of its configuration; where true they are not causal
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
     padded_by: tuple[str, ...] = ()  # arguments with which it needs the batch
