@@ -117,6 +117,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "align text": lambda: T.AlignTextModel(T.AlignTextConfig(**TEXT)),
     "clap text": lambda: T.ClapTextModel(T.ClapTextConfig(**TEXT)),
     "clip text": lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT, **TOKENS)),
+    "flava text": lambda: T.FlavaTextModel(T.FlavaTextConfig(**TEXT)),
     "esmc": lambda: T.EsmcModel(T.EsmcConfig(**TEXT, pad_token_id=1)),
     "xmod": lambda: T.XmodModel(T.XmodConfig(**TEXT, **XMOD)),
     "xmod, norms first": lambda: T.XmodModel(
@@ -215,6 +216,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             norm_type="rms_norm",
         )
     ),
+    "mlcd": lambda: T.MLCDVisionModel(T.MLCDVisionConfig(**IMAGE, num_key_value_groups=1)),
     "aimv2 vision": lambda: T.Aimv2VisionModel(T.Aimv2VisionConfig(**IMAGE, use_head=False)),
     "data2vec-vision": lambda: T.Data2VecVisionModel(
         T.Data2VecVisionConfig(
@@ -257,13 +259,13 @@ PACKED = {
     "embedding-gemma2", "chinese-clip text", "altclip text", "align text", "clap text",
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
-    "layoutlmv3", "clip text", "t5gemma", "t5gemma2",
+    "layoutlmv3", "clip text", "flava text", "t5gemma", "t5gemma2",
     "llama", "mistral", "gemma2", "phi3", "olmo2", "granite", "phi", "gpt2",
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "yolos", "blip vision"}
-TOWERS |= {"blip-2 vision", "janus vision", "internvl vision", "aimv2 vision"}
+TOWERS |= {"mlcd", "blip-2 vision", "janus vision", "internvl vision", "aimv2 vision"}
 SOUNDS = {"wav2vec2", "hubert", "data2vec-audio", "wavlm", "wavlm, norms first"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
 TOWERS |= SOUNDS | WINDOWED

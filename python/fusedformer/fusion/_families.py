@@ -83,8 +83,10 @@ from fusedformer.fusion._tower_forms import (
     DONUT_SWIN,
     EOMT,
     GIT,
+    GLMASR,
     INTERNVL,
     JANUS,
+    MLCD,
     PIXIO,
     SIGLIP,
     STABLE_WAV2VEC2,
@@ -215,6 +217,12 @@ _AT_END = Model(tower=Tower(end=_ends.end))
 _AT_LARGEST = Model(tower=Tower(end=_ends.largest))
 _AT_LAST = Model(layers="encoder.layers", tower=Tower(end=_ends.last, is_causal=False, head="head"))
 _TEXT_TOWERS: dict[str, Model] = {
+    "aimv2.modeling_aimv2.Aimv2TextModel": Model(
+        layers="encoder.layers", tower=Tower(end=_ends.first_end, norm="rms_norm", if_padded=True)
+    ),
+    "tipsv2.modeling_tipsv2.Tipsv2TextModel": Model(
+        layers="encoder.layers", tower=Tower(end=None, is_causal=False)
+    ),
     "clip.modeling_clip.CLIPTextModel": _AT_END,
     "clipseg.modeling_clipseg.CLIPSegTextModel": _AT_END,
     "x_clip.modeling_x_clip.XCLIPTextModel": _AT_END,
@@ -297,6 +305,7 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("eomt_dinov3", "EomtDinov3", DINOV3),
     ("aimv2", "Aimv2Encoder", AIMV2),
     ("ovis2", "Ovis2VisionEncoder", AIMV2),
+    ("mlcd", "MLCDEncoder", MLCD),
     ("clip", "CLIPEncoder", CLIP),
     ("altclip", "AltCLIPEncoder", CLIP),
     ("clipseg", "CLIPSegEncoder", CLIP),
@@ -318,6 +327,8 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("siglip", "SiglipEncoder", SIGLIP),
     ("siglip2", "Siglip2Encoder", SIGLIP),
     ("voxtral", "VoxtralEncoder", WHISPER),
+    ("glmasr", "GlmAsrEncoder", GLMASR),
+    ("tipsv2", "Tipsv2TextEncoder", SIGLIP),
     ("qwen2_audio", "Qwen2AudioEncoder", WHISPER),
     ("audioflamingo3", "AudioFlamingo3Encoder", WHISPER),
     ("videomae", "VideoMAE", VIDEO_MAE),
@@ -403,6 +414,14 @@ MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
     **{f"{m}.modeling_{m}.{name}Encoder": model for m, name, model, _ in _SEQ2SEQ},
+    "flava.modeling_flava.FlavaTextModel": Model(
+        layers=_LAYER,
+        composed=Composed(
+            embeds=("input_ids", "token_type_ids", "position_ids"),
+            last="layernorm",
+            output="BaseModelOutputWithPooling",
+        ),
+    ),
     f"{_GEMMA2}TextModel": Model(has_distances=True, masks_by_type=True),
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,

@@ -95,6 +95,7 @@ class Form:
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
     rotary_in_one: bool = False  # it is one tensor, sines first, and has each angle once
+    learned_angles: bool = False  # they get gradients
     interleaved: bool = False  # pairs of columns are neighbours
     turns: Callable[[Any], bool] | None = None  # whether attention turns by them, which it may not
     query_scale: Callable[[Any, dict[str, Any]], Tensor] | None = None
@@ -140,6 +141,7 @@ class Composed:
     embeds_mask: str | None = None  # the argument of ``embeddings`` that zeros padding
     before: str | None = None  # between embeddings and layers
     behind: str | None = None
+    last: str | None = None  # the same of the last states alone, not of all that are asked for
     angles: str | None = None  # makes what layers take as ``rotary``
     buckets: str | None = None  # biases of distances by T5's buckets, for all layers
     distances: str | None = None  # makes what layers take as ``rel_embeddings``; then attention
@@ -153,8 +155,11 @@ class Composed:
 class Tower:
     """How texts are pooled in a dual encoder whose tower has CLIP's children."""
 
-    end: Callable[[Any, Tensor], Tensor]  # of model and ids: the column that is pooled
+    end: Callable[[Any, Tensor], Tensor] | None  # of model and ids: the column that is pooled;
+    # None: the mean of all real tokens
     is_causal: bool = True
+    norm: str = "final_layer_norm"
+    if_padded: bool = False  # masks that hide no token are not causal, as ``sdpa`` gets none then
     head: str | None = None  # a product of what is pooled
 
 
