@@ -316,7 +316,7 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("chinese_clip", "ChineseCLIPVision", CLIP),
     ("idefics3", "Idefics3Encoder", CLIP),
     ("smolvlm", "SmolVLMEncoder", CLIP),
-    ("idefics2", "Idefics2Encoder", CLIP),
+    ("idefics2", "Idefics2Encoder", SIGLIP),
     ("kosmos2", "Kosmos2VisionEncoder", CLIP),
     ("git", "GitVisionEncoder", GIT),
     ("janus", "JanusVisionEncoder", JANUS),
@@ -401,7 +401,10 @@ ENCODERS = {
     "distilbert.modeling_distilbert.Transformer",
     "albert.modeling_albert.AlbertTransformer",
 }
-PATCHES = {"siglip2.modeling_siglip2.Siglip2Encoder"}  # a smaller image leaves some empty
+PATCHES = {  # of which a smaller image leaves some empty
+    "siglip2.modeling_siglip2.Siglip2Encoder",
+    "idefics2.modeling_idefics2.Idefics2Encoder",  # of others, connectors read empty ones too
+}
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {
     *(f"{m}.modeling_{m}.{name}{kind}" for m, name in _LIKE_WAV2VEC2 for kind in _SOUND),
