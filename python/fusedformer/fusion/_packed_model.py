@@ -137,27 +137,30 @@ class PackedModel:
 
     def _sequences_given(self: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return arguments in place of the mask of a row that the caller packed; none of others."""
-        model = self._model
+        model, positions = self._model, given.get("position_ids")
         if (
             not model.masks_by_positions
             or given.get("attention_mask") is not None
-            or given.get("position_ids") is None
+            or positions is None
             or any(is_asked(given.get(name)) for name in (*_MORE, *model.padded_by))
             or is_asked_of(self, given, "use_cache")
             or captured()
             or wants_padding()
             or self._is_asked_for_more(given)
             or not masks_are_causal(model, self.config, given)
+        ):
+            return {}
+        found = sequences_of_positions(positions)
+        tokens = [given.get(name) for name in ("input_ids", "inputs_embeds")]
+        shapes = [one.shape[:2] for one in tokens if one is not None]
+        if (
+            not found
+            or shapes != [positions.shape]
             or not self._knows_layers()
             or needs_batch(self, self.looks_attention_up, True)
         ):
             return {}
-        found = sequences_of_positions(given["position_ids"])
-        tokens = [given.get(name) for name in ("input_ids", "inputs_embeds")]
-        shapes = [one.shape[:2] for one in tokens if one is not None]
-        if not found or shapes != [given["position_ids"].shape]:
-            return {}
-        return {**found, "attention_mask": self._masks(no_mask(given["position_ids"].device))}
+        return {**found, "attention_mask": self._masks(no_mask(positions.device))}
 
     def _masks(self: Any, mask: Any) -> Any:
         """Return a mask as layers of all types get it."""
