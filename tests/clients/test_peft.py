@@ -25,13 +25,22 @@ TARGETS: dict[str, Any] = {
     "mpnet": "all-linear",
     "deberta-v3": "all-linear",
     "qwen3": ["q_proj", "v_proj", "gate_proj"],
+    "t5gemma": ["q_proj", "v_proj", "down_proj"],
 }
+# Products of two encoders at once, some of whose own attention sees no packed sequences.
+OF_TWO: dict[str, Any] = {
+    "siglip": ["q_proj", "fc2"], "siglip2": ["k_proj", "fc1"], "clip": ["v_proj", "out_proj"],
+    "bart": ["q_proj", "fc1"], "whisper": ["v_proj", "fc2"],
+}  # fmt: skip
 
 
 def adapted(model: Any, name: str) -> Any:
     torch.manual_seed(3)
     config = peft.LoraConfig(
-        r=2, lora_alpha=4, target_modules=TARGETS[name], init_lora_weights=False
+        r=2,
+        lora_alpha=4,
+        target_modules={**TARGETS, **OF_TWO}[name],
+        init_lora_weights=False,
     )
     return peft.get_peft_model(model, config)
 
@@ -65,6 +74,34 @@ def test_gradients_of_adapters(name: str) -> None:
             assert value.any() and near(found[key], value), key
         rows = rows_of_products(model, inputs)
         assert TOTAL in rows and MASK.numel() not in rows
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_adapters_of_two_encoders(name: str) -> None:
+    model, stock = pair(name)
+    inputs = inputs_of(name)
+    wanted, found = run(stock, inputs), run(model, inputs)
+    assert found.keys() == wanted.keys()
+    assert all(near(found[key], value) for key, value in wanted.items())
+    assert any("grad of" in key for key in wanted)
+
+
+@pytest.mark.parametrize("name", ["siglip2", "t5gemma"])
+def test_layers_that_run_by_themselves_are_computed_padded(name: str) -> None:
+    """With a feed-forward block of another kind, where their own forward sees nothing packed."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    for path in [name for name, _ in model.named_modules()]:
+        if path.endswith("layers.0.mlp"):
+            model.set_submodule(path, torch.nn.Sequential(torch.nn.Linear(32, 32)))
+    stock = copy.deepcopy(model)
+    left = {one.path: one.reason for one in fusedformer.fuse(model).left}
+    encoders = ["encoder"]
+    if name == "siglip2":
+        encoders = ["text_model.encoder", "vision_model.encoder"]
+    for encoder in encoders:
+        assert left[encoder] == "computed padded: 'layers.0' runs its own forward"
+    ours, theirs = run(model, inputs), run(stock, inputs)
+    assert all(near(ours[key], value) for key, value in theirs.items())
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -131,7 +131,8 @@ def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dic
             return f"{name}: {reasons[0] if reasons else 'its layer has no form'}"
         owner = _model_around(model, path)
         if not packed & {*around} and _takes_padding(owner):
-            return f"{type(owner).__name__} is not packed"
+            name = type(owner).__name__
+            return f"{name} is not packed{_PADDED_FOR.get(name, '')}"
     if not places:
         return "no attention that is known"
     return "" if layers else "no layer has a form"
@@ -144,6 +145,16 @@ _MASKS = {
     "pixel_attention_mask", "patch_attention_mask", "spatial_shapes", "input_features_mask",
 }  # fmt: skip
 _INPUTS = {"pixel_values", "input_ids", "input_values", "input_features"}
+
+
+# Why models are computed padded whose layers could be packed.
+_PATCHES, _PAIRS = ": its connector reads padding", ": its mask is one of all pairs of frames"
+_JOINED = ": texts are padded before images join them"
+_PADDED_FOR = {
+    "Idefics3VisionTransformer": _PATCHES, "SmolVLMVisionTransformer": _PATCHES,
+    "Qwen2AudioEncoder": _PAIRS, "ViltModel": _JOINED, "VisualBertModel": _JOINED,
+    "FlavaMultimodalModel": _JOINED,
+}  # fmt: skip
 
 
 def _around(path: str) -> list[str]:

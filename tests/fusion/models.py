@@ -45,6 +45,10 @@ GEMMA2: dict[str, Any] = dict(
     layer_types=["sliding_attention", "full_attention"], embedding_dim=32, global_head_dim=16,
     num_global_key_value_heads=1, **TOKENS,
 )  # fmt: skip
+T5GEMMA: dict[str, Any] = dict(
+    TEXT, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"], **TOKENS,
+)  # fmt: skip
 T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
 DEBERTA = dict(
     relative_attention=True,
@@ -113,6 +117,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "align text": lambda: T.AlignTextModel(T.AlignTextConfig(**TEXT)),
     "clap text": lambda: T.ClapTextModel(T.ClapTextConfig(**TEXT)),
     "clip text": lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT, **TOKENS)),
+    "flava text": lambda: T.FlavaTextModel(T.FlavaTextConfig(**TEXT)),
     "esmc": lambda: T.EsmcModel(T.EsmcConfig(**TEXT, pad_token_id=1)),
     "xmod": lambda: T.XmodModel(T.XmodConfig(**TEXT, **XMOD)),
     "xmod, norms first": lambda: T.XmodModel(
@@ -147,6 +152,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "phi": lambda: T.PhiModel(T.PhiConfig(**DECODER, partial_rotary_factor=0.5)),
     "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
     "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
+    "t5gemma": lambda: T.T5GemmaEncoderModel(
+        T.T5GemmaConfig(encoder=T5GEMMA, decoder=T5GEMMA, is_encoder_decoder=False)
+    ),
+    "t5gemma2": lambda: T.models.t5gemma2.modeling_t5gemma2.T5Gemma2TextEncoder(
+        T.models.t5gemma2.configuration_t5gemma2.T5Gemma2TextConfig(**T5GEMMA, dropout_rate=0.0)
+    ),
     "deberta-v3": lambda: T.DebertaV2Model(T.DebertaV2Config(**TEXT, **DEBERTA)),
     "deberta-v2": lambda: T.DebertaV2Model(
         T.DebertaV2Config(
@@ -205,6 +216,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             norm_type="rms_norm",
         )
     ),
+    "mlcd": lambda: T.MLCDVisionModel(T.MLCDVisionConfig(**IMAGE, num_key_value_groups=1)),
     "aimv2 vision": lambda: T.Aimv2VisionModel(T.Aimv2VisionConfig(**IMAGE, use_head=False)),
     "data2vec-vision": lambda: T.Data2VecVisionModel(
         T.Data2VecVisionConfig(
@@ -247,13 +259,13 @@ PACKED = {
     "embedding-gemma2", "chinese-clip text", "altclip text", "align text", "clap text",
     "esm", "esmc", "xmod", "xmod, norms first", "mpnet", "megatron-bert", "rembert", "splinter",
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
-    "layoutlmv3", "clip text",
+    "layoutlmv3", "clip text", "flava text", "t5gemma", "t5gemma2",
     "llama", "mistral", "gemma2", "phi3", "olmo2", "granite", "phi", "gpt2",
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
 TOWERS |= {"dinov3", "videomae", "whisper", "data2vec-vision", "yolos", "blip vision"}
-TOWERS |= {"blip-2 vision", "janus vision", "internvl vision", "aimv2 vision"}
+TOWERS |= {"mlcd", "blip-2 vision", "janus vision", "internvl vision", "aimv2 vision"}
 SOUNDS = {"wav2vec2", "hubert", "data2vec-audio", "wavlm", "wavlm, norms first"}
 WINDOWED = {"swin", "swinv2", "swin2sr", "donut-swin"}
 TOWERS |= SOUNDS | WINDOWED

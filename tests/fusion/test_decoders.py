@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.fusion.models import DECODER, GPT2, MASK, inputs_of, model_of, perturbed, run
+from tests.fusion.models import DECODER, GPT2, LENGTHS, MASK, inputs_of, model_of, perturbed, run
 from tests.fusion.test_families import near, rows_of_products
 from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
@@ -304,6 +304,45 @@ def test_positions_of_images_in_a_text_are_packed() -> None:
         assert near(found[MASK], wanted[MASK])
         assert not near(found[MASK], stock(**inputs_of("llama"))[0][MASK])
     assert rows_of_products(model, inputs) == {int(MASK.sum())}
+    begin_anew = torch.cat([torch.arange(n) for n in LENGTHS])[None]  # of one kind: no sequences
+    alone = {"input_ids": torch.randint(3, 97, begin_anew.shape), "position_ids": begin_anew}
+    with torch.no_grad():
+        assert near(model(**alone)[0], stock(**alone)[0])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "GPT2"])
+def test_rows_that_the_caller_packed(kind: str) -> None:
+    """By positions that begin anew, as TRL's; by the arguments of flash attention too."""
+    settings = {} if kind == "GPTBigCode" else {"max_position_embeddings": 40}
+    model, stock = fused_and_stock(writer(kind, **settings).base_model)
+    for one in (model, stock):
+        one.config.use_cache = False
+    starts = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
+    most = max(LENGTHS)
+    given: dict[str, Any] = {
+        "input_ids": torch.randint(3, 97, (1, sum(LENGTHS))),
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+    }
+    told = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=most, max_length_k=most)
+    splits = kind not in ("OPT", "BioGpt")  # whose masks do not look at positions
+    wanted = run(stock, given)
+    for call in (given, {**given, **told}) if splits else (given,):
+        own: Any = vars(_attention)["sdpa_mask"]
+        with mock.patch.object(_attention, "sdpa_mask", side_effect=own) as masks:
+            found = run(model, call)
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert torch.allclose(found[key], value, atol=2e-5 * value.abs().max().item() + 1e-5)
+        assert call is not given or not masks.called, "a mask of all pairs was made"
+    with torch.no_grad():
+        first = stock(**{n: x[:, : LENGTHS[0]] for n, x in given.items()})[0]
+        last = stock(**{n: x[:, -LENGTHS[-1] :] for n, x in given.items()})[0]
+        assert near(wanted["last_hidden_state"][:, : LENGTHS[0]], first)
+        assert near(wanted["last_hidden_state"][:, -LENGTHS[-1] :], last) == splits
+        cached = [one(**given, use_cache=True)[0] for one in (model, stock)]
+        assert near(*cached)  # with a cache, stock takes them for one sequence
+        wrong = {**given, "position_ids": given["position_ids"] * 0 + 3}
+        assert near(*[one(**wrong)[0] for one in (model, stock)])
 
 
 def test_all_language_models_of_the_table_are_tried() -> None:

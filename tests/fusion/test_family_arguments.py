@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fusion.models import LENGTHS, MASK, inputs_of, model_of
+from tests.fusion.models import IMAGE, LENGTHS, MASK, inputs_of, model_of, perturbed
 from tests.fusion.test_families import close, rows_of_products
 from torch import Tensor
 
 import fusedformer
 
-pytest.importorskip("transformers")
+T: Any = pytest.importorskip("transformers")
 TOTAL = sum(LENGTHS)
 
 # Both chains of each protein attend to themselves; -1 is padding.
@@ -39,3 +39,24 @@ def test_beside_stock(case: str) -> None:
         other = {**inputs, **{n: 1 - x if n == "lang_ids" else x * 0 for n, x in given.items()}}
         assert not given or not close(fused(**other), wanted, MASK)
     assert rows in rows_of_products(fused, inputs)
+
+
+def test_patches_that_a_smaller_image_leaves_empty() -> None:
+    """Idefics2's are not computed, as its connector does not read them."""
+    module = T.models.idefics2.modeling_idefics2
+    config = T.models.idefics2.configuration_idefics2.Idefics2VisionConfig(**IMAGE)
+    model = perturbed(module.Idefics2VisionTransformer(config), 0)
+    fused: Any = copy.deepcopy(model)
+    fusedformer.fuse(fused, strict=True)
+    rows = torch.arange(4)[:, None] < torch.tensor([4, 3, 2])[:, None, None]
+    keep = rows.expand(3, 4, 4).contiguous()
+    inputs = {"pixel_values": torch.randn(3, 3, 16, 16), "patch_attention_mask": keep}
+    dy = torch.randn(int(keep.sum()), 32)
+    found, wanted = (one(**inputs)[0][keep.flatten(1)] for one in (fused, model))
+    assert torch.allclose(found, wanted, atol=3e-5, rtol=1e-4)
+    ours, theirs = (
+        torch.autograd.grad(x, one.encoder.layers[0].mlp.fc1.weight, dy)[0]
+        for x, one in ((found, fused), (wanted, model))
+    )
+    assert torch.allclose(ours, theirs, atol=2e-5 * theirs.abs().max().item())
+    assert rows_of_products(fused, inputs) == {len(dy)}

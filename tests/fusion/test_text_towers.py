@@ -29,6 +29,8 @@ KINDS: dict[str, tuple[str, int, int]] = {
     "owlv2": ("Owlv2Text", 60, 98),
     "siglip": ("SiglipText", 60, 60),
     "siglip 2": ("Siglip2Text", 60, 60),
+    "aimv2": ("Aimv2Text", 98, 98),
+    "tipsv2": ("Tipsv2Text", 60, 60),
 }
 MASKS = {
     "right": MASK, "left": MASK.flip(1), "no token": MASK & torch.tensor([[True], [False], [True]]),

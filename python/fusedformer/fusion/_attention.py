@@ -65,7 +65,7 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | tuple[int, int] | None = None,
     position_bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
     relative_bias_gate: Tensor | None = None,
@@ -87,7 +87,7 @@ def attention(
             flex_attention, which then attends.
         dropout, scaling, is_causal, softcap: as the functional form's.
         sliding_window: of packed sequences, keys within this distance are seen, itself included;
-            of others the mask says so.
+            or the farthest that are, before and behind; of others the mask says so.
         position_bias: added to the scores.
         relative_bias: the functional form's.
         relative_bias_gate: ``[batch, heads, queries]``, a factor on it.
@@ -132,7 +132,7 @@ def attention(
             return output, None
     window = None
     if sliding_window is not None and packed:  # else the mask contains it
-        window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
+        window = reach(sliding_window, is_causal)
     settings: dict[str, Any] = {
         "dropout_p": dropout, "is_causal": is_causal, "scale": scaling, "softcap": softcap,
         "enable_gqa": key.shape[1] != query.shape[1], "window": window, "sinks": s_aux,
@@ -178,6 +178,13 @@ def attention(
     # Autocast may have widened the weights; models with eager attention cast them back.
     weights = None if weights is None else weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def reach(window: int | tuple[int, int], is_causal: bool) -> tuple[int, int]:
+    """Return how far a sliding window reaches before a token and behind it."""
+    if isinstance(window, tuple):
+        return window
+    return window - 1, 0 if is_causal else window - 1
 
 
 def mask_of_sequences(mask: Tensor | None, starts: Tensor) -> Tensor | None:

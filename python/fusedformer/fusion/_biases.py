@@ -1,7 +1,7 @@
 """Biases that layers of transformers add to their scores, as ``position_bias`` of their forms.
 
 Each function takes a layer and the arguments of its forward, from which it takes those that concern
-the bias; it returns what is added to the scaled scores, or None.
+the bias; it returns what is added to the scaled scores, or None. The last is of any layer.
 """
 
 from __future__ import annotations
@@ -79,3 +79,11 @@ def _of_window(table: Tensor, own: Any) -> Tensor:
     tokens = math.prod(own.window_size)
     pairs = table[own.relative_position_index.view(-1)]
     return pairs.view(tokens, tokens, -1).permute(2, 0, 1)[None]
+
+
+def dense_biases(table: Tensor, length: int) -> Tensor:
+    """Return biases ``[1, heads, length, length]`` of a table by distance."""
+    reach = table.shape[1] // 2
+    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach)
+    rows = table[:, reach + distances].unfold(1, length, 1)  # of the last query first
+    return rows.flip(1)[None]

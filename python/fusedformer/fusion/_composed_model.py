@@ -52,6 +52,8 @@ class ComposedModel(PackedModel):
                 rows.update(self._packed_arguments(given, packing, keys))
         wants_all = is_asked_of(self, given, "output_hidden_states")
         states = self._states(layers, rows, packing if "cu_seq_lens_q" in rows else None)
+        if self._model.composed.last is not None:
+            states.append(self.get_submodule(self._model.composed.last)(states[-1]))
         states = states if wants_all else states[-1:]
         if packing is not None:
             unpack = functional.unpack if wants_all else unpacked
@@ -68,7 +70,7 @@ class ComposedModel(PackedModel):
         if hasattr(self, "pooler") and is_padded:  # pools them
             found["pooler_output"] = self._pooled(states[-1])
         if wants_all:
-            found["hidden_states"] = tuple(states)
+            found["hidden_states"] = tuple(states[:-1] if self._model.composed.last else states)
         if not is_asked_of(self, given, "return_dict"):
             return tuple(found.values())
         return getattr(modeling_outputs, self._model.composed.output)(**found)

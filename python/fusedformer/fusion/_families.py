@@ -64,6 +64,8 @@ from fusedformer.fusion._text_forms import (
     ROFORMER,
     SPLINTER,
     T5,
+    T5GEMMA,
+    T5GEMMA2,
     TEXT_TOWER,
     UMT5,
     XLM_ROBERTA_XL,
@@ -81,9 +83,12 @@ from fusedformer.fusion._tower_forms import (
     DONUT_SWIN,
     EOMT,
     GIT,
+    GLMASR,
     INTERNVL,
     JANUS,
+    MLCD,
     PIXIO,
+    SIGLIP,
     STABLE_WAV2VEC2,
     SWIN,
     SWINV2,
@@ -101,9 +106,12 @@ from fusedformer.fusion._tower_forms import (
 _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
 T5_STACK = Model(has_distances=True, layers="block")
-CAUSAL = Model(caches=True, masks_causally=True)
+T5GEMMA_STACK = Model(has_distances=True, masks_by_type=True, layers="layers")
+CAUSAL = Model(caches=True, masks_causally=True, masks_by_positions=True)
+_BY_COLUMN_ALONE = dataclasses.replace(CAUSAL, masks_by_positions=False)
 CAUSAL_IN_WINDOWS = dataclasses.replace(CAUSAL, has_distances=True)
 CAUSAL_BY_TYPE = dataclasses.replace(CAUSAL_IN_WINDOWS, masks_by_type=True)
+_BY_TYPE_ALONE = dataclasses.replace(CAUSAL_BY_TYPE, masks_by_positions=False)
 POOLED = Model(layers=_LAYER, composed=Composed(output="BaseModelOutputWithPooling"))
 DISENTANGLED = Model(
     has_distances=True,
@@ -207,8 +215,14 @@ _SEQ2SEQ: tuple[tuple[str, str, Model, Form], ...] = (
 # Towers of text beside those of images, with CLIP's layers.
 _AT_END = Model(tower=Tower(end=_ends.end))
 _AT_LARGEST = Model(tower=Tower(end=_ends.largest))
-_AT_LAST = Model(tower=Tower(end=_ends.last, is_causal=False, head="head"))
+_AT_LAST = Model(layers="encoder.layers", tower=Tower(end=_ends.last, is_causal=False, head="head"))
 _TEXT_TOWERS: dict[str, Model] = {
+    "aimv2.modeling_aimv2.Aimv2TextModel": Model(
+        layers="encoder.layers", tower=Tower(end=_ends.first_end, norm="rms_norm", if_padded=True)
+    ),
+    "tipsv2.modeling_tipsv2.Tipsv2TextModel": Model(
+        layers="encoder.layers", tower=Tower(end=None, is_causal=False)
+    ),
     "clip.modeling_clip.CLIPTextModel": _AT_END,
     "clipseg.modeling_clipseg.CLIPSegTextModel": _AT_END,
     "x_clip.modeling_x_clip.XCLIPTextModel": _AT_END,
@@ -248,7 +262,7 @@ _CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
     ("jais2", "Jais2", CAUSAL, ARCEE),
     ("vaultgemma", "VaultGemma", CAUSAL_BY_TYPE, VAULTGEMMA),
     ("persimmon", "Persimmon", CAUSAL, PERSIMMON),
-    ("biogpt", "BioGpt", CAUSAL, BIOGPT),
+    ("biogpt", "BioGpt", _BY_COLUMN_ALONE, BIOGPT),
     ("qwen3_vl", "Qwen3VLText", CAUSAL, QWEN3),
     ("granite_docling", "GraniteDoclingText", CAUSAL, GRANITE),
     ("granite4_vision", "Granite4VisionText", CAUSAL, GRANITE),
@@ -258,10 +272,16 @@ _CAUSAL_BY_NAMES: tuple[tuple[str, str, str, Model, Form], ...] = (
     ("gpt2", "GPT2Block", "GPT2Model", CAUSAL, GPT2),
     ("gpt_bigcode", "GPTBigCodeBlock", "GPTBigCodeModel", CAUSAL, GPT_BIGCODE),
     ("gpt_neox", "GPTNeoXLayer", "GPTNeoXModel", CAUSAL, GPT_NEOX),
-    ("opt", "OPTDecoderLayer", "OPTDecoder", dataclasses.replace(CAUSAL, counts_real=True), OPT),
+    (
+        "opt",
+        "OPTDecoderLayer",
+        "OPTDecoder",
+        dataclasses.replace(_BY_COLUMN_ALONE, counts_real=True),
+        OPT,
+    ),
     ("emu3", "Emu3DecoderLayer", "Emu3TextModel", CAUSAL, EMU3),
-    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", CAUSAL_BY_TYPE, QWEN2),
-    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", CAUSAL_BY_TYPE, QWEN2),
+    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", _BY_TYPE_ALONE, QWEN2),
+    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", _BY_TYPE_ALONE, QWEN2),
 )
 # Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
 _TOWERS: tuple[tuple[str, str, Form], ...] = (
@@ -285,6 +305,7 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("eomt_dinov3", "EomtDinov3", DINOV3),
     ("aimv2", "Aimv2Encoder", AIMV2),
     ("ovis2", "Ovis2VisionEncoder", AIMV2),
+    ("mlcd", "MLCDEncoder", MLCD),
     ("clip", "CLIPEncoder", CLIP),
     ("altclip", "AltCLIPEncoder", CLIP),
     ("clipseg", "CLIPSegEncoder", CLIP),
@@ -295,7 +316,7 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("chinese_clip", "ChineseCLIPVision", CLIP),
     ("idefics3", "Idefics3Encoder", CLIP),
     ("smolvlm", "SmolVLMEncoder", CLIP),
-    ("idefics2", "Idefics2Encoder", CLIP),
+    ("idefics2", "Idefics2Encoder", SIGLIP),
     ("kosmos2", "Kosmos2VisionEncoder", CLIP),
     ("git", "GitVisionEncoder", GIT),
     ("janus", "JanusVisionEncoder", JANUS),
@@ -303,9 +324,11 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("blip_2", "Blip2Encoder", BLIP2),
     ("instructblip", "InstructBlipEncoder", BLIP2),
     ("instructblipvideo", "InstructBlipVideoEncoder", BLIP2),
-    ("siglip", "SiglipEncoder", CLIP),
-    ("siglip2", "Siglip2Encoder", CLIP),
+    ("siglip", "SiglipEncoder", SIGLIP),
+    ("siglip2", "Siglip2Encoder", SIGLIP),
     ("voxtral", "VoxtralEncoder", WHISPER),
+    ("glmasr", "GlmAsrEncoder", GLMASR),
+    ("tipsv2", "Tipsv2TextEncoder", SIGLIP),
     ("qwen2_audio", "Qwen2AudioEncoder", WHISPER),
     ("audioflamingo3", "AudioFlamingo3Encoder", WHISPER),
     ("videomae", "VideoMAE", VIDEO_MAE),
@@ -357,6 +380,8 @@ LAYERS: dict[str, Form] = {
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,
+    "t5gemma.modeling_t5gemma.T5GemmaEncoderLayer": T5GEMMA,
+    "t5gemma2.modeling_t5gemma2.T5Gemma2EncoderLayer": T5GEMMA2,
     "eurobert.modeling_eurobert.EuroBertDecoderLayer": LLAMA,
     **{f"{m}.modeling_{m}.{name}DecoderLayer": form for m, name, _, form in _CAUSAL},
     **{f"{m}.modeling_{m}.{layer}": form for m, layer, _, _, form in _CAUSAL_BY_NAMES},
@@ -375,7 +400,10 @@ ENCODERS = {
     f"{_GENERATION}.BertEncoder",
     "distilbert.modeling_distilbert.Transformer",
     "albert.modeling_albert.AlbertTransformer",
-    "siglip2.modeling_siglip2.Siglip2Encoder",  # of patches that a smaller image leaves empty
+}
+PATCHES = {  # of which a smaller image leaves some empty
+    "siglip2.modeling_siglip2.Siglip2Encoder",
+    "idefics2.modeling_idefics2.Idefics2Encoder",  # of others, connectors read empty ones too
 }
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {
@@ -389,12 +417,22 @@ MODELS: dict[str, Model] = {
     **{f"{m}.modeling_{m}.{name}Model": BY_COLUMN for m, name, _ in _FLAT},
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _COMPOSED},
     **{f"{m}.modeling_{m}.{name}Encoder": model for m, name, model, _ in _SEQ2SEQ},
+    "flava.modeling_flava.FlavaTextModel": Model(
+        layers=_LAYER,
+        composed=Composed(
+            embeds=("input_ids", "token_type_ids", "position_ids"),
+            last="layernorm",
+            output="BaseModelOutputWithPooling",
+        ),
+    ),
     f"{_GEMMA2}TextModel": Model(has_distances=True, masks_by_type=True),
     f"{_DATA2VEC}Model": BY_TOKEN,
     f"{_GENERATION}.BertGenerationEncoder": BY_COLUMN,
     "distilbert.modeling_distilbert.DistilBertModel": BY_COLUMN,
     "albert.modeling_albert.AlbertModel": Model(pools_first_token=True),
     **{f"{m}.modeling_{m}.{m.upper()}Stack": T5_STACK for m in ("t5", "mt5", "umt5")},
+    "t5gemma.modeling_t5gemma.T5GemmaEncoder": T5GEMMA_STACK,
+    "t5gemma2.modeling_t5gemma2.T5Gemma2TextEncoder": T5GEMMA_STACK,
     "eurobert.modeling_eurobert.EuroBertModel": BY_COLUMN,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _CAUSAL},
     **{f"{m}.modeling_{m}.{name}": model for m, _, name, model, _ in _CAUSAL_BY_NAMES},

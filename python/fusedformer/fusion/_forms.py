@@ -69,6 +69,7 @@ class Form:
     dropout2: str | None = None  # of what the feed-forward block adds
     out_norm: str | None = None  # of what attention adds
     block_norm: str | None = None  # of what the feed-forward block adds
+    drops_normed: bool = False  # dropouts stand behind these two
     query_norm: str | None = None  # of each head
     key_norm: str | None = None
     value_norm: str | None = None
@@ -95,6 +96,7 @@ class Form:
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
     rotary_in_one: bool = False  # it is one tensor, sines first, and has each angle once
+    learned_angles: bool = False  # they get gradients
     interleaved: bool = False  # pairs of columns are neighbours
     turns: Callable[[Any], bool] | None = None  # whether attention turns by them, which it may not
     query_scale: Callable[[Any, dict[str, Any]], Tensor] | None = None
@@ -102,9 +104,11 @@ class Form:
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
     softcap: str | None = None
-    window: str | Callable[[Any], int | None] | None = None  # keys at smaller distances are seen
+    window: str | Callable[[Any], int | tuple[int, int] | None] | None = None
+    # keys at smaller distances are seen; or the farthest that are, before and behind
     is_causal: bool | None = None  # None: as attention says
     attends_itself: bool = False  # it asks transformers for no attention
+    hands_on: bool = True  # its own attention sees of packed sequences what this form says
     own: OwnAttention | None = None  # attends in place of :func:`attention`, where models pack
     gates_bias: bool = False  # each head and query gates them, see ``_gated_bias.py``
     is_windowed: bool = False  # tokens of an image attend within windows, see ``_windows.py``
@@ -138,6 +142,7 @@ class Composed:
     embeds_mask: str | None = None  # the argument of ``embeddings`` that zeros padding
     before: str | None = None  # between embeddings and layers
     behind: str | None = None
+    last: str | None = None  # the same of the last states alone, not of all that are asked for
     angles: str | None = None  # makes what layers take as ``rotary``
     buckets: str | None = None  # biases of distances by T5's buckets, for all layers
     distances: str | None = None  # makes what layers take as ``rel_embeddings``; then attention
@@ -151,8 +156,11 @@ class Composed:
 class Tower:
     """How texts are pooled in a dual encoder whose tower has CLIP's children."""
 
-    end: Callable[[Any, Tensor], Tensor]  # of model and ids: the column that is pooled
+    end: Callable[[Any, Tensor], Tensor] | None  # of model and ids: the column that is pooled;
+    # None: the mean of all real tokens
     is_causal: bool = True
+    norm: str = "final_layer_norm"
+    if_padded: bool = False  # masks that hide no token are not causal, as ``sdpa`` gets none then
     head: str | None = None  # a product of what is pooled
 
 
@@ -176,6 +184,8 @@ class Model:
     caches: bool = False  # it returns a cache, unless it is told otherwise
     masks_by_type: bool = False  # it takes a dictionary of masks by the type of layers
     masks_causally: bool = False  # it makes causal masks, whatever attention says of itself
+    masks_by_positions: bool = False  # these leave out pairs of sequences in a row, if positions
+    # begin anew
     full_by: str | None = None  # a setting of its configuration; where true they are not causal
     of_sequences: tuple[str, ...] = ()  # arguments ``[batch]``, which each token gets
     padded_by: tuple[str, ...] = ()  # arguments with which it needs the batch

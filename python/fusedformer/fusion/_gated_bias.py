@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedformer.fusion._biases import dense_biases
 from fusedformer.fusion._forms import Parts, is_table
-from fusedformer.fusion._layers import Call, FusedLayer, dense_biases
+from fusedformer.fusion._layers import Call, FusedLayer
 from fusedformer.nn.children import is_plain
 
 

@@ -32,12 +32,12 @@ from fusedformer.fusion._configs import (
     restore,
 )
 from fusedformer.fusion._divided import DividedLayer
-from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MODELS, SOUND
+from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MODELS, PATCHES, SOUND
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
-from fusedformer.fusion._packed_encoder import PackedEncoder
+from fusedformer.fusion._packed_encoder import PackedEncoder, PackedPatches
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
 from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
@@ -53,7 +53,10 @@ _HEADS = (
     "ForQuestionAnswering", "ForQuestionAnsweringSimple", "ForXVector",
     "ForAudioFrameClassification",
 )  # fmt: skip
-_OTHER_ENCODERS = {"layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder}
+_OTHER_ENCODERS: dict[str, Any] = {
+    "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder,
+    **dict.fromkeys(PATCHES, PackedPatches),
+}
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
 
@@ -261,8 +264,26 @@ def _plan_stack(
         reason = needs_batch(module, by_ours=False, is_causal=is_causal)
         if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
+        layers = None if model is None else model.layers
+        layers = "layers" if packs is PackedPatches else layers
+        reason = reason or _sees_no_packed_rows(module, layers)
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
+
+
+def _sees_no_packed_rows(module: nn.Module, where: str | None) -> str:
+    """Say which layer's own forward, which cannot see packed sequences, will run; empty if none."""
+    for name, layer in () if where is None else module.get_submodule(where).named_children():
+        known = name_of(type(layer)) in LAYERS and "forward" not in layer.__dict__
+        fused: Any = _fused(Place("", layer, "", module)) if known else None
+        if (
+            fused is None
+            or fused.refuses(layer)
+            or not fused.has_parts(layer)
+            or not (fused.calls_children() or fused.is_plain(layer))
+        ):
+            return f"'{where}.{name}' runs its own forward"
+    return ""
 
 
 def _has_encoder(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ library's then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from fusedformer.functional.steps import (
 )
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import FULL, attention, captured
+from fusedformer.fusion._biases import dense_biases
 from fusedformer.fusion._classes import arguments_of, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import NAMES, named
@@ -161,7 +162,8 @@ class FusedLayer:
     def calls_children(cls) -> bool:
         """Return whether children that do more are called here, not by the layer's own forward."""
         form = cls._form
-        return (form.attends_itself and form.position_bias is None) or form.buckets is not None
+        attends = form.attends_itself or not form.hands_on
+        return (attends and form.position_bias is None) or form.buckets is not None
 
     def _fits(self, parts: Parts, x: Tensor) -> bool:
         """Return whether attention is still this library's, and no cast stands between steps."""
@@ -233,6 +235,8 @@ class FusedLayer:
         if norm is None:
             return Pending(x, bias, dropout, residual)
         x = x if bias is None else x + bias
+        if self._form.drops_normed:
+            return Pending(norm(x), None, dropout, residual)
         x = norm(dropout(x) if dropout_probability(dropout) else x)
         return Pending(x, None, _NO_DROPOUT, residual)
 
@@ -245,7 +249,8 @@ class FusedLayer:
         found = [one(source) for one in products if one is not None]
         q, k, v = self._split(parts, found, dim)
         q, k = turned(self._form, parts, q, k, call.rotary, call.others)
-        x = x + self._to_call(parts.dropout1)(parts.out(self._attended(parts, call, q, k, v)))
+        heads = parts.out(self._attended(parts, call, q, k, v))
+        x = x + self._normed_and_dropped(heads, parts.out_norm, parts.dropout1)
         source = parts.norm2(x) if norms_first else parts.norm1(x)
         inner = parts.linear1(source)
         if parts.gate is None:
@@ -253,8 +258,16 @@ class FusedLayer:
         else:
             inner = parts.activation(parts.gate(source)) * inner
         inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
-        x = (x if norms_first else source) + self._to_call(parts.dropout2)(inner)
+        inner = self._normed_and_dropped(inner, parts.block_norm, parts.dropout2)
+        x = (x if norms_first else source) + inner
         return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+
+    def _normed_and_dropped(self, x: Tensor, norm: Any, dropout: Any) -> Any:
+        """Call what stands between a product and the sum."""
+        drop = self._to_call(dropout)
+        if norm is None:
+            return drop(x)
+        return drop(norm(x)) if self._form.drops_normed else norm(drop(x))
 
     def _attends(
         self, parts: Parts, call: Call, source: Tensor, fork: bool
@@ -490,6 +503,11 @@ class FusedLayer:
         return cls._weights_fit(parts) and bool(layer._fits(parts, x))
 
     @classmethod
+    def has_parts(cls, layer: Any) -> bool:
+        """Return whether ``layer`` has the children of its form, and calls no others."""
+        return cls._finder.parts(layer) is not None
+
+    @classmethod
     def is_plain(cls, layer: Any) -> bool:
         """Return whether the fused steps are what the forward of ``layer`` does."""
         parts = cls._finder.parts(layer)
@@ -511,15 +529,7 @@ def _added(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return mask.to(x.dtype)
 
 
-def dense_biases(table: Tensor, length: int) -> Tensor:
-    """Return biases ``[1, heads, length, length]`` of a table by distance."""
-    reach = table.shape[1] // 2
-    distances = torch.arange(1 - length, length, device=table.device).clamp(-reach, reach)
-    rows = table[:, reach + distances].unfold(1, length, 1)  # of the last query first
-    return rows.flip(1)[None]
-
-
-def _window(module: Any, where: str | Callable[[Any], int | None]) -> Any:
+def _window(module: Any, where: str | Callable[[Any], Any]) -> Any:
     """Return the window of attention, which stands at a path or is told by a function."""
     if not isinstance(where, str):
         return where(module)
@@ -540,3 +550,13 @@ def _joint(parts: Parts) -> tuple[Tensor, Tensor | None]:
     gate_weight, gate_bias = weights_and_biases(parts.gate)
     both = None if bias is None else torch.cat((gate_bias, bias))
     return torch.cat((gate_weight, weight)), both
+
+
+def see_packed_rows(layers: Iterable[Any]) -> bool:
+    """Return whether layers whose own forward cannot see packed sequences will not need it."""
+    return all(
+        isinstance(layer, FusedLayer)
+        and layer.is_known(layer)
+        and (layer.calls_children() or layer.is_plain(layer))
+        for layer in layers
+    )

@@ -14,6 +14,7 @@ from fusedformer.fusion._kept_rows import (
     wants_padding,
     zeroed,
 )
+from fusedformer.fusion._layers import see_packed_rows
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -52,6 +53,7 @@ class PackedEncoder:
             or wants_padding()
             or not can_pack(x, self.static_shapes, keep)
             or needs_batch(self)
+            or not self._knows_layers()
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)
@@ -65,3 +67,15 @@ class PackedEncoder:
         )
         output.last_hidden_state = unpacked(output.last_hidden_state[0], packing)
         return output
+
+    def _knows_layers(self) -> bool:
+        """Return whether the layers see packed sequences; those of texts hand them on."""
+        return True
+
+
+class PackedPatches(PackedEncoder):
+    """The same of images with SigLIP's layers, which by themselves hand nothing on."""
+
+    def _knows_layers(self: Any) -> bool:
+        """Return whether all layers are computed by their form."""
+        return see_packed_rows(self.layers)

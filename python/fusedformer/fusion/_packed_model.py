@@ -13,6 +13,7 @@ from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
+from fusedformer.fusion._caller_rows import sequences_of_positions
 from fusedformer.fusion._causality import (
     angles_need_batch,
     masks_are_causal,
@@ -31,7 +32,7 @@ from fusedformer.fusion._kept_rows import (
     wants_padding,
     zeroed,
 )
-from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._layers import see_packed_rows
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
@@ -67,6 +68,9 @@ class PackedModel:
         """Compute what the class behind this one computes; packed, with zeros at padding."""
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         if not self._packs(given):
+            sequences = self._sequences_given(given)
+            if sequences:
+                return super().forward(**{**given, **sequences})  # type: ignore[misc]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = given["attention_mask"].bool()
         packing, keys = self._packing(keep)
@@ -131,6 +135,37 @@ class PackedModel:
             )
         )
 
+    def _sequences_given(self: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments in place of the mask of a row that the caller packed; none of others."""
+        model, positions = self._model, given.get("position_ids")
+        if (
+            not model.masks_by_positions
+            or given.get("attention_mask") is not None
+            or positions is None
+            or any(is_asked(given.get(name)) for name in (*_MORE, *model.padded_by))
+            or is_asked_of(self, given, "use_cache")
+            or captured()
+            or wants_padding()
+            or self._is_asked_for_more(given)
+            or not masks_are_causal(model, self.config, given)
+        ):
+            return {}
+        found = sequences_of_positions(positions)
+        tokens = [given.get(name) for name in ("input_ids", "inputs_embeds")]
+        shapes = [one.shape[:2] for one in tokens if one is not None]
+        if (
+            not found
+            or shapes != [positions.shape]
+            or not self._knows_layers()
+            or needs_batch(self, self.looks_attention_up, True)
+        ):
+            return {}
+        return {**found, "attention_mask": self._masks(no_mask(positions.device))}
+
+    def _masks(self: Any, mask: Any) -> Any:
+        """Return a mask as layers of all types get it."""
+        return dict.fromkeys(self.config.layer_types, mask) if self._model.masks_by_type else mask
+
     def _is_asked_for_more(self: Any, given: dict[str, Any]) -> bool:
         """Return whether outputs of layers are wanted."""
         asks = (*_ASKED, "use_cache") if self._minds_cache else _ASKED
@@ -138,14 +173,8 @@ class PackedModel:
 
     def _knows_layers(self: Any) -> bool:
         """Return whether all layers are computed by their form, where they have to be."""
-        if self._model.layers is None:
-            return True
-        return all(
-            isinstance(layer, FusedLayer)
-            and layer.is_known(layer)
-            and (layer.calls_children() or layer.is_plain(layer))
-            for layer in self.get_submodule(self._model.layers)
-        )
+        path = self._model.layers
+        return path is None or see_packed_rows(self.get_submodule(path))
 
     def _is_static(self: Any) -> bool:
         """Return whether ``static_shapes`` was set here, or on the encoder, which packs as well."""
@@ -179,10 +208,8 @@ class PackedModel:
         masks: Any = keys
         if keys is None and self._model.masks_causally:
             masks = no_mask(packing.indices.device)
-        if self._model.masks_by_type:
-            masks = dict.fromkeys(self.config.layer_types, masks)
         return {
-            **rows, "attention_mask": masks,
+            **rows, "attention_mask": self._masks(masks),
             "position_ids": self._positions(given, packing),
             **sequences_of(packing),
         }  # fmt: skip

@@ -43,8 +43,13 @@ class PackedTower(PackedModel):
         if any(is_asked(given[name]) for name in more) or not self._packs(given):
             return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
         tower, ids, keep = self._model.tower, given["input_ids"], given["attention_mask"].bool()
-        ends = tower.end(self, ids)
-        packing, keys = _packing(keep, ends, self._is_static())
+        if tower.if_padded and not (has_values(keep) and not bool(keep.all())):
+            return super(PackedModel, self).forward(*args, **kwargs)  # type: ignore[misc]
+        ends = None if tower.end is None else tower.end(self, ids)
+        if ends is None:
+            packing, keys = packing_of(keep, self._is_static()), None
+        else:
+            packing, keys = _packing(keep, ends, self._is_static())
         x = self.embeddings(input_ids=ids, position_ids=given.get("position_ids"))
         states = self.encoder(
             inputs_embeds=functional.pack(x, packing)[None],
@@ -52,8 +57,12 @@ class PackedTower(PackedModel):
             is_causal=tower.is_causal,
             **sequences_of(packing),
         ).last_hidden_state
-        states = functional.unpack(self.final_layer_norm(states)[0], packing)
-        pooled = states[torch.arange(len(ends), device=ends.device), ends]
+        states = functional.unpack(self.get_submodule(tower.norm)(states)[0], packing)
+        if ends is None:
+            count = given["attention_mask"].sum(1, keepdim=True)
+            pooled = states.sum(1) / (count + self.config.pooling_epsilon)
+        else:
+            pooled = states[torch.arange(len(ends), device=ends.device), ends]
         if tower.head is not None:
             pooled = self.get_submodule(tower.head)(pooled)
         states = states if keys is None else zeroed(states, keep)

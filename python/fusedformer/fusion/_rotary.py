@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +35,8 @@ def turned(
     """Turn queries and keys by the angles of their positions, normed before where they are."""
     has_norms = parts.query_norm is not None and not form.norms_all_heads
     if tables is not None and turns(form, parts):
+        if form.learned_angles and torch.is_grad_enabled():  # which kernels take no gradient to
+            return _turned_by_aten(q, *tables), _turned_by_aten(k, *tables)
         if not form.rotary_in_one:  # they have each angle twice
             tables = [table[..., : table.shape[-1] // 2] for table in tables]
         norms: dict[str, Any] = {}
@@ -46,6 +49,13 @@ def turned(
     if form.query_scale is not None:
         q = q * form.query_scale(parts.attention, given).to(q.dtype)
     return q, k
+
+
+def _turned_by_aten(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads by tables that have each angle twice, with gradients to them."""
+    first, second = x.float().chunk(2, -1)
+    turned = x.float() * cos.float() + torch.cat((-second, first), -1) * sin.float()
+    return turned.to(x.dtype)
 
 
 def _norms(query_norm: Any, key_norm: Any) -> dict[str, Any]:

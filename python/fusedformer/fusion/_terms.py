@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedformer.functional.steps import AttentionTerms, self_attention_terms
-from fusedformer.fusion._attention import mask_of_sequences, split_mask
+from fusedformer.fusion._attention import mask_of_sequences, reach, split_mask
 
 # Arguments of attention that one node does not have.
 _SETTINGS = ("softcap", "position_bias", "sequence_bias", "relative_bias_gate", "s_aux")
@@ -66,4 +66,5 @@ def terms_of_call(
     window = kwargs.get("sliding_window")
     if window is None or terms.starts_q is None:  # of others the mask contains it
         return terms
-    return terms._replace(left=window - 1, right=0 if is_causal else window - 1)
+    left, right = reach(window, is_causal)
+    return terms._replace(left=left, right=right)

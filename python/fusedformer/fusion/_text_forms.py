@@ -119,6 +119,35 @@ def _per_layer_embedding(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor
 EMBEDDING_GEMMA2 = dataclasses.replace(
     GEMMA3, value_norm="self_attn.v_norm", adapter=_per_layer_embedding
 )
+T5GEMMA = dataclasses.replace(
+    GEMMA3,
+    norm1="pre_self_attn_layernorm",
+    out_norm="post_self_attn_layernorm",
+    query_norm=None,
+    key_norm=None,
+    dropout1="dropout",
+    hidden_dropout="mlp.dropout",
+    dropout2="dropout",
+    drops_normed=True,
+    softcap="attn_logit_softcapping",
+    window=lambda attention: attention.sliding_window and attention.sliding_window + 1,
+    hands_on=False,  # its windows are those of flash attention, narrower by one than its masks'
+)
+
+
+def _halves(attention: Any) -> tuple[int, int] | None:
+    """Return how far the windows of T5Gemma 2 reach, one more behind than before if even."""
+    window = attention.sliding_window
+    return None if window is None else ((window + 1) // 2 - 1, window // 2)
+
+
+T5GEMMA2 = dataclasses.replace(
+    T5GEMMA,
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    softcap=None,
+    window=_halves,
+)
 T5 = Form(
     attention="layer.0.SelfAttention",
     query="layer.0.SelfAttention.q",

@@ -41,6 +41,8 @@ CLIP = Form(
     head_dim="head_dim",
     scaling="scale",
 )
+SIGLIP = dataclasses.replace(CLIP, hands_on=False)
+MLCD = dataclasses.replace(CLIP, rotary="position_embeddings", learned_angles=True)
 JANUS = dataclasses.replace(
     CLIP,
     out="self_attn.projection_layer",
@@ -114,6 +116,7 @@ AIMV2 = dataclasses.replace(
     scale1=None,
     scale2=None,
     depth=None,
+    hands_on=False,
 )
 BEIT = dataclasses.replace(
     VIT,
@@ -216,6 +219,22 @@ WHISPER = dataclasses.replace(
     dropout2="dropout",
     scaling="scaling",
     clamps_half=True,
+)
+GLMASR = dataclasses.replace(
+    WHISPER,
+    out="self_attn.o_proj",
+    norm1="input_layernorm",
+    norm2="post_attention_layernorm",
+    linear1="mlp.fc1",
+    activation="mlp.act_fn",
+    linear2="mlp.fc2",
+    attention_dropout="self_attn.attention_dropout",
+    dropout1=None,
+    hidden_dropout=None,
+    dropout2=None,
+    rotary="position_embeddings",
+    mask=None,
+    clamps_half=False,
 )
 WAV2VEC2 = Form(
     attention="attention",
