@@ -440,3 +440,38 @@ def test_a_mask_of_the_users_says_all(rows: int) -> None:
             fusedformer.fuse(model)
             assert same(model(input_ids=ids, attention_mask=mask), wanted)
             fusedformer.unfuse(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "albert", "layoutlm", "splinter", "gpt2", "mpnet", "t5"]
+)
+def test_dropouts_switched_on_by_hand(name: str) -> None:
+    """As Monte Carlo dropout does in evaluation: attention may not read the mode of its own."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    fused = copy.deepcopy(model)
+    fusedformer.fuse(fused)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and not path.startswith("decoder"):
+                both = module, fused.get_submodule(path)
+                for one in both:
+                    one.p, before = 1.0, one.p
+                    one.train()
+                assert same(fused(**inputs), model(**inputs)), path
+                for one in both:
+                    one.p = before
+                    one.eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta-prelayernorm", "gpt2", "llama"])
+def test_norms_taken_out(name: str) -> None:
+    model, inputs = model_of(name), inputs_of(name)
+    paths = [p for p, m in model.named_modules() if type(m).__name__.endswith("Norm")]
+    for path in paths[:3]:
+        changed = copy.deepcopy(model)
+        changed.set_submodule(path, nn.Identity())
+        fused = copy.deepcopy(changed)
+        fusedformer.fuse(fused)
+        assert same(fused(**inputs), changed(**inputs)), path
+        with torch.no_grad():
+            assert same(fused.eval()(**inputs), changed.eval()(**inputs)), path
