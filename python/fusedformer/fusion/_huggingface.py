@@ -272,7 +272,7 @@ def _plan_loss(plan: Plan, place: Place) -> None:
     """Have a model with a loss of next tokens look at its labels, if what is in it packs."""
     path, module, cls = place.path, place.module, place.cls
     if (
-        isinstance(module, GenerationMixin)
+        issubclass(cls, GenerationMixin)
         and not hasattr(cls, "_made_of")
         and "forward" not in vars(module)
         and "labels" in arguments_of(cls)
