@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -440,3 +441,75 @@ def test_a_mask_of_the_users_says_all(rows: int) -> None:
             fusedformer.fuse(model)
             assert same(model(input_ids=ids, attention_mask=mask), wanted)
             fusedformer.unfuse(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "albert", "layoutlm", "splinter", "gpt2", "mpnet"]
+)
+def test_dropouts_switched_on_by_hand(name: str) -> None:
+    """As Monte Carlo dropout does in evaluation: attention may not read the mode of its own."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    fused = copy.deepcopy(model)
+    fusedformer.fuse(fused)
+    with torch.no_grad(), backend("torch"):
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and ".1." not in path:
+                both = module, fused.get_submodule(path)
+                for one in both:
+                    one.p, before = 1.0, one.p
+                    one.train()
+                assert same(fused(**inputs), model(**inputs)), path
+                for one in both:
+                    one.p = before
+                    one.eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta-prelayernorm", "gpt2", "llama"])
+def test_norms_taken_out(name: str) -> None:
+    model, inputs = model_of(name), inputs_of(name)
+    paths = [p for p, m in model.named_modules() if type(m).__name__.endswith("Norm")]
+    for path in paths[:3]:
+        changed = copy.deepcopy(model)
+        changed.set_submodule(path, nn.Identity())
+        fused = copy.deepcopy(changed)
+        fusedformer.fuse(fused)
+        with backend("torch"):
+            assert same(fused(**inputs), changed(**inputs)), path
+            with torch.no_grad():
+                assert same(fused.eval()(**inputs), changed.eval()(**inputs)), path
+
+
+def arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit", "wav2vec2", "mpnet", "clip text"])
+def test_arguments_of_modules_are_looked_up(name: str) -> None:
+    """By generation, export, data loaders and adapters."""
+    model = model_of(name)
+    before = {path: arguments(module) for path, module in model.named_modules()}
+    fusedformer.fuse(model)
+    assert {path: arguments(module) for path, module in model.named_modules()} == before
+
+
+def test_an_encoder_of_its_own_arguments_generates() -> None:
+    """All that a tokenizer returns may be given."""
+    model = encoder_decoder(False)
+    inputs = {**inputs_of("bert"), "token_type_ids": (inputs_of("bert")["input_ids"] % 2)}
+    settings = dict(max_new_tokens=4, do_sample=False, decoder_start_token_id=97, pad_token_id=1)
+    wanted = model.generate(**inputs, **settings)
+    fusedformer.fuse(model)
+    with backend("torch"):
+        assert torch.equal(model.generate(**inputs, **settings), wanted)
+
+
+def test_export_by_names_of_arguments() -> None:
+    model, ids = model_of("bert").eval(), inputs_of("bert")["input_ids"]
+    fusedformer.fuse(model)
+    rows = torch.export.Dim.AUTO
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shapes = {name: {0: rows} for name in given}
+    with backend("torch"):
+        found = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+        two = {name: one[:2] for name, one in given.items()}
+        assert same(found(**two), model(**two), torch.ones_like(MASK)[:2])

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.pytorch_utils import Conv1D
 
 import fusedformer
+from fusedformer import backend
 from fusedformer.fusion import _attention
 from fusedformer.fusion._attention import attention
 from fusedformer.fusion._forms import Finder
@@ -352,3 +353,27 @@ def test_all_language_models_of_the_table_are_tried() -> None:
     of_images = {name for name in named if name.endswith("Text")}
     more = {"Qwen3", *of_images}, {"GPTNeoX", "OPT", "GPTBigCode"}
     assert named - more[0] == KINDS.keys() - more[1]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_labels_behind_padding(kind: str) -> None:
+    """Padding tells the first token of a row behind it, and the tokens of padding."""
+    model, stock = fused_and_stock(writer(kind))
+    model.config.use_cache = stock.config.use_cache = False
+    ids = inputs_of("llama")["input_ids"]
+    for mask, labels, packs in (
+        (LEFT, ids.masked_fill(~LEFT, -100), False),
+        (MASK, ids, False),
+        (MASK, ids.masked_fill(~MASK, -100), True),
+    ):
+        given = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        with backend("torch"):
+            found, wanted = model(**given), stock(**given)
+        assert near(found.loss, wanted.loss)
+        assert bool(found.logits[~mask].any()) != packs
+        ours, theirs = (
+            torch.autograd.grad(output.loss, list(one.parameters()))
+            for output, one in ((found, model), (wanted, stock))
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)

@@ -104,3 +104,12 @@ def test_models_that_convolve_padding_are_left_padded(
     with torch.no_grad():
         found, wanted = model(**inputs)[0], stock(**inputs)[0]
     assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_a_gate_without_a_bias() -> None:
+    model, inputs = model_of("wavlm").eval(), inputs_of("wavlm")
+    for layer in model.encoder.layers:
+        layer.attention.gru_rel_pos_linear.bias = None
+    wanted = model(**inputs)[0][MASK]
+    fusedformer.fuse(model)
+    assert torch.allclose(model(**inputs)[0][MASK], wanted, atol=2e-5)

@@ -259,6 +259,10 @@ def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.library.__wrapped__() is None
+    monkeypatch.setenv("CXX", 'g++ "')
+    with pytest.raises(ValueError, match="CXX: expected a command, but got 'g"):
+        build.library.__wrapped__()
+    assert build._command(" ") == ["g++"]
     monkeypatch.setenv("FUSEDFORMER_CPU_KERNELS", "no")
     with pytest.raises(ValueError, match="expected 'on' or 'off', but got 'no'"):
         build.library.__wrapped__()

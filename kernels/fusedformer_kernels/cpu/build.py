@@ -35,12 +35,12 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be compiled.
 
     Raises:
-        ValueError: ``FUSEDFORMER_CPU_KERNELS`` is neither "on" nor "off".
+        ValueError: ``FUSEDFORMER_CPU_KERNELS`` is neither "on" nor "off", or ``CXX`` no command.
     """
     said = os.environ.get("FUSEDFORMER_CPU_KERNELS", "on")
     if said not in ("on", "off"):
         raise ValueError(f"FUSEDFORMER_CPU_KERNELS: expected 'on' or 'off', but got {said!r}")
-    compiler, *flags = shlex.split(os.environ.get("CXX") or "g++")
+    compiler, *flags = _command(os.environ.get("CXX", ""))
     found = shutil.which(compiler)
     if said == "off" or found is None or sys.platform != "linux":
         return None
@@ -56,6 +56,14 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def _command(said: str) -> list[str]:
+    """The words of ``CXX``; those of the usual compiler where it has none."""
+    try:
+        return shlex.split(said) or ["g++"]
+    except ValueError as error:
+        raise ValueError(f"CXX: expected a command, but got {said!r}: {error}") from None
 
 
 def _compiled(compiler: str, flags: list[str]) -> Path:

@@ -24,11 +24,24 @@ def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
     if both not in _made:
         members: dict[str, Any] = {
             "__module__": theirs.__module__, "__doc__": theirs.__doc__, "__reduce_ex__": _reduce,
-            "_made_of": both,
+            "_made_of": both, "forward": _signed(ours.forward, theirs),
         }  # fmt: skip
         _made[both] = types.new_class(theirs.__name__, both, {}, lambda ns: ns.update(members))
     made: type[Any] = _made[both]
     return made
+
+
+def _signed(forward: Any, theirs: Any) -> Any:
+    """Return ``forward`` with the arguments of the class behind it, for those who look them up.
+
+    Generation, export, adapters and data loaders do.
+    """
+    own = types.FunctionType(
+        forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__
+    )
+    own.__kwdefaults__, own.__doc__ = forward.__kwdefaults__, forward.__doc__
+    own.__signature__ = inspect.signature(theirs.forward)  # type: ignore[attr-defined]
+    return own
 
 
 def change_class(module: Any, cls: type[Any]) -> None:

@@ -52,6 +52,7 @@ from fusedformer.fusion._text_forms import (
     GEMMA3,
     GTE,
     JINA,
+    LAYOUTLM,
     LAYOUTLMV3,
     LLAMA,
     MEGATRON_BERT,
@@ -134,10 +135,10 @@ _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("electra", "Electra", BY_COLUMN, BERT),
     ("ernie", "Ernie", BY_COLUMN, BERT),
     ("roc_bert", "RoCBert", BY_COLUMN, BERT),
-    ("layoutlm", "LayoutLM", Model(is_causal=False), BERT),
+    ("layoutlm", "LayoutLM", Model(is_causal=False), LAYOUTLM),
     ("roberta_prelayernorm", "RobertaPreLayerNorm", BY_TOKEN, PRE_NORM),
     ("xlm_roberta_xl", "XLMRobertaXL", BY_TOKEN, XLM_ROBERTA_XL),
-    ("altclip", "AltRoberta", BY_TOKEN, BERT),
+    ("altclip", "AltRoberta", BY_TOKEN, LAYOUTLM),
 )
 # The same of models whose layers are told of masks alone.
 _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
@@ -376,7 +377,7 @@ LAYERS: dict[str, Form] = {
     "esm.modeling_esm.EsmLayer": ESM,
     "esmc.modeling_esmc.EsmcLayer": ESMC,
     "xmod.modeling_xmod.XmodLayer": XMOD,
-    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextLayer": BERT,
+    "chinese_clip.modeling_chinese_clip.ChineseCLIPTextLayer": LAYOUTLM,
     "t5.modeling_t5.T5Block": T5,
     "mt5.modeling_mt5.MT5Block": T5,
     "umt5.modeling_umt5.UMT5Block": UMT5,

@@ -133,6 +133,17 @@ class Form:
         both = self.parallel
         return bool(getattr(layer, both)) if isinstance(both, str) else both
 
+    def weights_dropout(self, parts: Parts) -> float:
+        """Return the probability with which weights are dropped.
+
+        Attention that is asked of transformers never calls a dropout: it reads ``p``, in its own
+        mode.
+        """
+        dropout, attention = parts.attention_dropout, parts.attention
+        if isinstance(dropout, nn.Dropout) and not self.attends_itself:
+            dropout = dropout.p
+        return probability(dropout, attention)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composed:

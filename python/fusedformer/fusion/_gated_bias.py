@@ -65,7 +65,7 @@ def _gate(attention: Any, x: Tensor) -> Tensor:
     """Return the factors ``[batch, heads, length]`` on the biases of each query."""
     product = attention.gru_rel_pos_linear
     weight = product.weight.view(2, 4, -1).sum(1)  # four results of each gate are summed
-    bias = product.bias.view(2, 4).sum(1)
+    bias = None if product.bias is None else product.bias.view(2, 4).sum(1)
     heads = x.view(*x.shape[:2], attention.num_heads, -1)
     first, second = torch.sigmoid(F.linear(heads, weight, bias)).unbind(-1)
     gate: Tensor = first * (second * attention.gru_rel_pos_const.flatten() - 1.0) + 2.0

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fusedformer.fusion._causality import masks_are_causal
-from fusedformer.fusion._classes import Plan, combined
+from fusedformer.fusion._classes import Plan, arguments_of, combined
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._composed_model import ComposedModel
 from fusedformer.fusion._configs import (
@@ -37,6 +37,7 @@ from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
+from fusedformer.fusion._next_tokens import NextTokens
 from fusedformer.fusion._packed_encoder import PackedEncoder, PackedPatches
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
@@ -85,6 +86,8 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
             _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
+    for place in places if generates else ():
+        _plan_loss(plan, place)
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
@@ -284,6 +287,23 @@ def _sees_no_packed_rows(module: nn.Module, where: str | None) -> str:
         ):
             return f"'{where}.{name}' runs its own forward"
     return ""
+
+
+def _plan_loss(plan: Plan, place: Place) -> None:
+    """Have a model with a loss of next tokens look at its labels, if what is in it packs."""
+    path, module, cls = place.path, place.module, place.cls
+    if (
+        issubclass(cls, GenerationMixin)
+        and not hasattr(cls, "_made_of")
+        and "forward" not in vars(module)
+        and "labels" in arguments_of(cls)
+        and any(
+            issubclass(plan.class_of(one), PackedDecoder)
+            for one in module.modules()
+            if isinstance(one, PreTrainedModel)
+        )
+    ):
+        plan.give(path, module, combined(NextTokens, cls), NextTokens.FUSED)
 
 
 def _has_encoder(model: nn.Module) -> bool:

@@ -287,7 +287,7 @@ class FusedLayer:
             k,
             v,
             call.mask,
-            dropout=probability(parts.attention_dropout, parts.attention),
+            dropout=self._form.weights_dropout(parts),
             scaling=self._scaling(parts.attention),
             **self._settings(parts.attention, call.others),
         )
@@ -409,7 +409,7 @@ class FusedLayer:
             call.mask,
             self._settings(module, call.others),
             head_dim=dim,
-            dropout=probability(parts.attention_dropout, module),
+            dropout=form.weights_dropout(parts),
         )
         if terms is None:
             return None
@@ -445,6 +445,9 @@ class FusedLayer:
         kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
         more = parts.out_norm, parts.block_norm, parts.query_norm, parts.depth
         scales = parts.scale1, parts.scale2
+        closing = (
+            (parts.norm2,) if self._form.puts_norms_first(self) else (parts.norm1, parts.norm2)
+        )
         one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
         return (
             not self._form.interleaved
@@ -456,6 +459,7 @@ class FusedLayer:
             and self._form.adapter is None
             and parts.divisor in (None, 1)
             and len(kinds) == 1
+            and not any(isinstance(one, nn.Identity) for one in closing)
             and all(one is None for one in more)
             and not any(isinstance(one, Tensor) or one not in (None, 1) for one in scales)
             and parts.query.weight.shape

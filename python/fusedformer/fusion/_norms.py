@@ -157,7 +157,7 @@ def epsilon(norm: Any) -> float:
 
 def normed(pending: Pending | Scaled, norm: Any) -> Tensor:
     """Compute the norm of a sum that is pending."""
-    if isinstance(pending, Scaled):
+    if isinstance(pending, Scaled) or isinstance(norm, nn.Identity):
         return norm(pending.added())  # type: ignore[no-any-return]
     if not is_rms(norm):
         return pending.normed(norm)
@@ -167,7 +167,7 @@ def normed(pending: Pending | Scaled, norm: Any) -> Tensor:
 
 def normed_and_sum(pending: Pending | Scaled, norm: Any | None) -> tuple[Tensor, Tensor]:
     """Compute the norm of a sum that is pending, and the sum; the sum twice without a norm."""
-    if norm is None:
+    if norm is None or isinstance(norm, nn.Identity):
         total = pending.added()
         return total, total
     if isinstance(pending, Scaled):

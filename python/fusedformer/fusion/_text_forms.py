@@ -211,11 +211,17 @@ def _language_adapter(layer: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 XMOD = dataclasses.replace(BERT, norms_first="pre_norm", adapter=_language_adapter)
+# Its attention has a dropout that it does not use.
+LAYOUTLM = dataclasses.replace(BERT, attention_dropout="attention.self.attention_dropout")
 # Those of models that take no registered attention.
-SPLINTER = dataclasses.replace(BERT, scaling=None, is_causal=False, attends_itself=True)
+SPLINTER = dataclasses.replace(LAYOUTLM, scaling=None, is_causal=False, attends_itself=True)
 TEXT_TOWER = dataclasses.replace(SPLINTER, scaling="scaling")
-REMBERT = dataclasses.replace(SPLINTER, returns_tuple=True)
-LAYOUTLMV3 = dataclasses.replace(SPLINTER, position_bias=_biases.bias_of_layoutlmv3)
+REMBERT = dataclasses.replace(
+    SPLINTER, attention_dropout=BERT.attention_dropout, returns_tuple=True
+)
+LAYOUTLMV3 = dataclasses.replace(
+    REMBERT, returns_tuple=False, position_bias=_biases.bias_of_layoutlmv3
+)
 MEGATRON_BERT = dataclasses.replace(REMBERT, norm1="attention.ln", norm2="ln", norms_first=True)
 ROFORMER = dataclasses.replace(
     REMBERT,

@@ -431,7 +431,7 @@ def _form_of(module: Any) -> _Form:
         width = (first.self_attn.embed_dim,)
         return _Form("src", mask, dtypes, width, 1, batch_first=is_batch_first(module))
     if isinstance(module, nn.Module):
-        for kind in type(module).__mro__:  # classes from fuse take (*args, **kwargs)
+        for kind in type(module).__mro__:  # one may take (*args, **kwargs)
             if "forward" in vars(kind):
                 parameters = inspect.signature(vars(kind)["forward"]).parameters
                 if {"input_ids", "attention_mask"} <= parameters.keys():
