@@ -29,13 +29,14 @@ inline float total_of(const Vector (&sums)[AT_ONCE]) {
 }
 
 // Tensors [rows, columns], one row after another, and parameters [columns]; null where there is
-// none. norm.py lays it out the same.
+// none.
 struct Norm {
   const void *x, *residual, *weight, *bias;
   void *total, *out;
   int64_t rows, columns;
   float eps;
-  int32_t dtype, are_parameters_float, is_rms, threads;
+  bool are_parameters_float, is_rms;
+  int threads;
 };
 
 template <class T, class P>
@@ -102,13 +103,19 @@ void norm_of(const Norm& all) {
 
 }  // namespace
 
-// Returns 0 where the dtype is none that is known on this processor.
-extern "C" int fusedformer_norm(const Norm* all) {
-  switch (all->dtype) {
-    case 0: norm_of<float>(*all); return 1;
-    case 1: norm_of<bfloat16>(*all); return 1;
+// By arguments that take the caller little time. Returns 0 where the dtype is none that is known on
+// this processor.
+extern "C" int fusedformer_norm(int dtype, int are_parameters_float, int is_rms, const void* x,
+                                const void* residual, const void* weight, const void* bias,
+                                void* total, void* out, int64_t rows, int64_t columns, float eps,
+                                int threads) {
+  const Norm all = {x,    residual, weight, bias, total, out, rows, columns, eps,
+                    are_parameters_float != 0, is_rms != 0, threads};
+  switch (dtype) {
+    case 0: norm_of<float>(all); return 1;
+    case 1: norm_of<bfloat16>(all); return 1;
 #ifdef __F16C__
-    case 2: norm_of<float16>(*all); return 1;
+    case 2: norm_of<float16>(all); return 1;
 #endif
   }
   return 0;

@@ -14,17 +14,6 @@ from fusedformer_kernels.cpu import build
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Norm(ctypes.Structure):
-    """What one call is about; the same as in norm.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "total", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        ("eps", ctypes.c_float),
-        *((n, ctypes.c_int32) for n in ("dtype", "are_parameters_float", "is_rms", "threads")),
-    )
-
-
 def norm(
     x: Tensor,
     residual: Tensor | None,
@@ -45,19 +34,25 @@ def norm(
     library = build.library()
     if library is None:
         return None
-    out = torch.empty_like(x)
-    total = torch.empty_like(x) if wants_sum and residual is not None else None
+    out, total = torch.empty_like(x), None
+    if wants_sum and residual is not None:
+        total = torch.empty_like(x)
     parameter = bias if weight is None else weight
-    call = _Norm(
+    is_known = _function(library)(
+        DTYPES[x.dtype], parameter is not None and parameter.dtype is torch.float32, is_rms,
         x.data_ptr(),
-        *(None if t is None else t.data_ptr() for t in (residual, weight, bias, total)),
-        out.data_ptr(), x.numel() // columns, columns, eps, DTYPES[x.dtype],
-        parameter is not None and parameter.dtype is torch.float32, is_rms,
-        torch.get_num_threads(),
+        None if residual is None else residual.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if total is None else total.data_ptr(),
+        out.data_ptr(), x.numel() // columns, columns, eps, torch.get_num_threads(),
     )  # fmt: skip
-    return (out, total) if _function(library)(ctypes.byref(call)) else None
+    return (out, total) if is_known else None
 
 
 @functools.cache
 def _function(library: ctypes.CDLL) -> Any:
-    return library.fusedformer_norm
+    norm = library.fusedformer_norm
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    norm.argtypes = [*[number] * 3, *[pointer] * 6, *[size] * 2, ctypes.c_float, number]
+    return norm

@@ -6,6 +6,7 @@ backward, norms the sum that it has, and rounds what it returns of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -101,21 +102,27 @@ def _compiled(
         or torch.compiler.is_compiling()
         or not is_eager()
         or needs_gradient(input, residual, weight, bias)
-        or not _is_plain(input, residual, weight, bias)
+        or not (_is_plain(input) and _is_plain(residual))
+        or not (_is_plain(weight) and _is_plain(bias))
         or not input.numel()
     ):
         return None
     if kind == "rms" and weight is not None and weight.dtype is not dtype:
         return None  # ATen chooses the dtype of the result
-    if any(t is not None and t.dtype is not dtype for t in (weight, bias)):
-        weight, bias = (t if t is None else t.float() for t in (weight, bias))
-    given = (t if t is None else t.contiguous() for t in (input, residual, weight, bias))
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    columns = 1
-    for size in shape:
-        columns *= size
-    return kernel.norm(*given, columns, eps, is_rms=kind == "rms", wants_sum=wants_sum)
+    input = input.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if (weight is None or weight.dtype is dtype) and (bias is None or bias.dtype is dtype):
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+    else:
+        weight = None if weight is None else weight.float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+    return kernel.norm(
+        input, residual, weight, bias, shape[0] if len(shape) == 1 else math.prod(shape),
+        torch.finfo(torch.float32).eps if eps is None else eps,
+        is_rms=kind == "rms", wants_sum=wants_sum,
+    )  # fmt: skip
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu)
