@@ -77,7 +77,8 @@ def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
     weight, bias = weights_and_biases(parts.linear1)
     hidden = product_activation(source, weight, bias, name)
     inner = product(hidden, *weights_and_biases(parts.linear2))
-    return inner + x if norms_first else _added_and_normed(inner, source, norm2)
+    last: Tensor = inner + x if norms_first else _added_and_normed(inner, source, norm2)
+    return last
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
