@@ -50,8 +50,8 @@ def library() -> ctypes.CDLL | None:
         words = getattr(error, "stderr", None) or error
         names = ", ".join(source.name for source in SOURCES)
         warnings.warn(
-            f"fusedformer: attention and dropout on the CPU are computed by ATen, as {found} did "
-            f"not compile {names} (FUSEDFORMER_CPU_KERNELS=off leaves them out):\n{words}",
+            f"fusedformer: attention, dropout and norms on the CPU are computed by ATen, as {found}"
+            f" did not compile {names} (FUSEDFORMER_CPU_KERNELS=off leaves them out):\n{words}",
             RuntimeWarning,
             stacklevel=2,
         )

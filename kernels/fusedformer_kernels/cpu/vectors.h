@@ -1,4 +1,5 @@
-// What attention on a CPU is made of: small products in cache, the softmax of a row, arguments.
+// What the code for a CPU is made of: vectors; for attention small products in cache, the softmax
+// of a row, arguments.
 //
 // Products work on units of 32 bits: a float, or where the CPU multiplies bfloat16, a pair of
 // them, of two neighbours along the sum. Sums and the softmax are float.
@@ -11,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -47,6 +48,71 @@ inline void narrow(float x, bfloat16& to) {  // to the nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+
+inline void widened(const float* from, Vector& to) { std::memcpy(&to, from, sizeof(to)); }
+inline void narrow(Vector x, float* to) { std::memcpy(to, &x, sizeof(x)); }
+
+inline void widened(const bfloat16* from, Vector& to) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  to = (Vector)(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline void narrow(Vector x, bfloat16* to) {  // to the nearest, ties to even
+  const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words found = x != x ? Words{} + 0x7fc0 : rounded;
+  const Halves halves = __builtin_convertvector(found, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+#ifdef __F16C__
+struct float16 {
+  uint16_t bits;
+};
+
+inline void widened(const float16* from, Vector& to) {
+#ifdef __AVX512F__
+  to = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  to = (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+
+inline void narrow(Vector x, float16* to) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#endif
+
+// `some` elements as floats, with zeros behind them, and back.
+template <class T>
+inline Vector loaded(const T* from, int64_t some) {
+  Vector found;
+  if (some == LANES) {
+    widened(from, found);
+    return found;
+  }
+  T whole[LANES] = {};
+  std::memcpy(whole, from, some * sizeof(T));
+  widened(whole, found);
+  return found;
+}
+
+template <class T>
+inline void stored(Vector x, T* to, int64_t some) {
+  if (some == LANES) return narrow(x, to);
+  T whole[LANES];
+  narrow(x, whole);
+  std::memcpy(to, whole, some * sizeof(T));
 }
 
 // Units of one element.

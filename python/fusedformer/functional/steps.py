@@ -17,6 +17,7 @@ from fusedformer.ops import seeds_drawn_at_once as seeds_drawn_at_once
 from fusedformer.ops import self_attention as self_attention
 from fusedformer.ops import self_attention_terms as self_attention_terms
 from fusedformer.ops.attention.terms import AttentionTerms as AttentionTerms
-from fusedformer.ops.norm import layer_norm_aten as layer_norm_aten
+from fusedformer.ops.norm_aten import add_norm_aten as add_norm_aten
+from fusedformer.ops.norm_aten import norm_aten as norm_aten
 from fusedformer.ops.product import product as product
 from fusedformer.ops.product import product_activation as product_activation

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.tracing import is_eager
-from fusedformer.functional.steps import layer_norm_aten, product, product_activation
+from fusedformer.functional.steps import add_norm_aten, norm_aten, product, product_activation
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._forms import Form, Parts, probability
 from fusedformer.fusion._rotary import turned
@@ -69,14 +69,28 @@ def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
     q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
     q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
     heads = layer._attended(parts, call, q, k, v)
-    x = product(heads, *weights_and_biases(parts.out)) + x
-    source = _normed(x, norm2 if norms_first else norm1)
+    inner = product(heads, *weights_and_biases(parts.out))
+    if norms_first:
+        source, x = _added_and_normed(inner, x, norm2, return_sum=True)
+    else:
+        source = _added_and_normed(inner, x, norm1)
     weight, bias = weights_and_biases(parts.linear1)
     hidden = product_activation(source, weight, bias, name)
     inner = product(hidden, *weights_and_biases(parts.linear2))
-    return inner + x if norms_first else _normed(inner + source, norm2)
+    last: Tensor = inner + x if norms_first else _added_and_normed(inner, source, norm2)
+    return last
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     weight, bias = weights_and_biases(norm)
-    return layer_norm_aten(x, norm.normalized_shape, weight, bias, norm.eps, None)
+    return norm_aten("layer", x, norm.normalized_shape, weight, bias, norm.eps, None)
+
+
+def _added_and_normed(
+    x: Tensor, residual: Tensor, norm: nn.LayerNorm, *, return_sum: bool = False
+) -> Any:
+    weight, bias = weights_and_biases(norm)
+    return add_norm_aten(
+        "layer", x, residual, norm.normalized_shape, weight, bias, norm.eps, None,
+        input_bias=None, p=0.0, return_sum=return_sum,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from fusedformer.errors import BadValueError
 from fusedformer.ops._registered import registered
 from fusedformer.ops._shared import common_dtype, draw_seed, no_double_backward
 from fusedformer.ops.dropout_aten import dropout_aten
-from fusedformer.ops.norm import layer_norm_aten
+from fusedformer.ops.norm_aten import norm_aten
 from fusedformer.ops.wide_sums import embedding, summed_by_id
 
 _LONGEST = 8192  # columns; the kernels keep a row in registers
@@ -46,7 +46,7 @@ def embedding_layer_norm(
             total = total + types
         if position_weight is not None and position_ids is not None:
             total = total + embedding(position_ids, position_weight)
-        normed = layer_norm_aten(total, (width,), norm_weight, norm_bias, eps, dtype)
+        normed = norm_aten("layer", total, (width,), norm_weight, norm_bias, eps, dtype)
         return dropout_aten(normed, p)
     checks.check_kernel_dtype("embedding_layer_norm", "weight", weight)
     if width > _LONGEST:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fusedformer._internal import checks
 from fusedformer._internal.backend import chosen_backend
-from fusedformer.ops import wide_sums
 from fusedformer.ops._registered import nothing, registered
 from fusedformer.ops._shared import (
     cast_gradient,
@@ -22,8 +21,7 @@ from fusedformer.ops._shared import (
     no_double_backward,
 )
 from fusedformer.ops.dropout_aten import dropout_add_aten
-
-Shape = tuple[int, ...]
+from fusedformer.ops.norm_aten import Shape, add_norm_aten, norm_aten
 
 
 def layer_norm(
@@ -36,7 +34,7 @@ def layer_norm(
 ) -> Tensor:
     """Compute :func:`fusedformer.functional.layer_norm` in ``dtype``."""
     if chosen_backend(input) == "torch":
-        return layer_norm_aten(input, shape, weight, bias, eps, dtype)
+        return norm_aten("layer", input, shape, weight, bias, eps, dtype)
     checks.check_kernel_dtype("layer_norm", "input", input)
     return _run(input, None, None, weight, bias, 0.0, eps, "layer", len(shape), False, dtype)[0]
 
@@ -50,7 +48,7 @@ def rms_norm(
 ) -> Tensor:
     """Compute :func:`fusedformer.functional.rms_norm` in ``dtype``."""
     if chosen_backend(input) == "torch":
-        return _rms_norm_aten(input, shape, weight, eps, dtype)
+        return norm_aten("rms", input, shape, weight, None, eps, dtype)
     checks.check_kernel_dtype("rms_norm", "input", input)
     return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False, dtype)[0]
 
@@ -70,9 +68,10 @@ def dropout_add_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.dropout_add_layer_norm`."""
     if chosen_backend(input) == "torch":
-        total = _dropout_add_aten(input, residual, input_bias, p)
-        output = layer_norm_aten(total, shape, weight, bias, eps, dtype)
-        return (output, total) if return_sum else output
+        return add_norm_aten(
+            "layer", input, residual, shape, weight, bias, eps, dtype,
+            input_bias=input_bias, p=p, return_sum=return_sum,
+        )  # fmt: skip
     _check_for_kernels("dropout_add_layer_norm", input, residual)
     output, total = _run(
         input, residual, input_bias, weight, bias, p, eps, "layer", len(shape), return_sum, dtype
@@ -94,9 +93,10 @@ def dropout_add_rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fusedformer.functional.dropout_add_rms_norm`."""
     if chosen_backend(input) == "torch":
-        total = _dropout_add_aten(input, residual, input_bias, p)
-        output = _rms_norm_aten(total, shape, weight, eps, dtype)
-        return (output, total) if return_sum else output
+        return add_norm_aten(
+            "rms", input, residual, shape, weight, None, eps, dtype,
+            input_bias=input_bias, p=p, return_sum=return_sum,
+        )  # fmt: skip
     _check_for_kernels("dropout_add_rms_norm", input, residual)
     output, total = _run(
         input,
@@ -164,34 +164,6 @@ def _eps(eps: float | None) -> float:
 def _check_for_kernels(function: str, input: Tensor, residual: Tensor) -> None:
     checks.check_kernel_dtype(function, "input", input)
     checks.check_kernel_dtype(function, "residual", residual)
-
-
-def layer_norm_aten(
-    input: Tensor,
-    shape: Shape,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """Compute the norm by ATen, in ``dtype`` if it is given."""
-    input = input if dtype is None else input.to(dtype)
-    # ATen takes parameters of the dtype of its input, or all float32 with a half input.
-    own = input.dtype
-    if (weight is not None and weight.dtype != own) or (bias is not None and bias.dtype != own):
-        wide = torch.promote_types(input.dtype, torch.float32)
-        weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
-    return wide_sums.layer_norm(input, shape, weight, bias, eps)
-
-
-def _rms_norm_aten(
-    input: Tensor,
-    shape: Shape,
-    weight: Tensor | None,
-    eps: float | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    return torch.rms_norm(input if dtype is None else input.to(dtype), shape, weight, eps)
 
 
 def _dropout_add_aten(
