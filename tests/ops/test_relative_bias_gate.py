@@ -92,13 +92,27 @@ def test_second_derivatives_on_the_torch_backend() -> None:
         )
 
 
-def test_calls_without_a_gate_get_no_argument_more() -> None:
+def test_tables_are_spread_over_all_distances(device: str) -> None:
+    """In float32, whatever their strides; tiles read some places beyond the sequences."""
+    pytest.importorskip("triton")
+    from fusedformer_kernels.attention.spread_table import spread_table
+
+    for dtype in (torch.float32, torch.bfloat16):
+        table = torch.randn(9, 3, dtype=dtype).t()
+        spread, middle = spread_table(table.to(device), 5, 700)
+        distances = torch.arange(spread.shape[1]) - middle
+        assert distances[0] < -705 - 128
+        assert distances[-1] > 705 + 128
+        assert torch.equal(spread.cpu(), table[:, distances.clamp(-4, 4) + 4].float())
+
+
+def test_calls_without_a_gate_get_no_argument_more(device: str) -> None:
     """So that their kernels are compiled as if there were no gates."""
     pytest.importorskip("triton")
     from fusedformer_kernels.attention.arguments import attention_arguments
     from fusedformer_kernels.attention.terms import AttentionTerms
 
-    query, table = torch.randn(1, 2, 5, 16), torch.randn(2, 9)
+    query, table = torch.randn(1, 2, 5, 16, device=device), torch.randn(2, 9, device=device)
     scores = attention_arguments(query, query, 16, AttentionTerms(table=table)).scores
     fields = scores._asdict()
     assert all(fields[name] is None for name in fields if name.startswith("gate"))

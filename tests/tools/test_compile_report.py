@@ -16,6 +16,11 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+KNOWN_SPILLS = {
+    ("sm_80", "disentangled d=64 packed", "_attention_backward_keys"),
+    ("sm_100", "attention d=64 packed", "_attention_backward_queries"),
+    ("sm_100", "attention d=128 value dim 32", "_attention_backward_keys"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,17 @@ def test_nothing_falls_short(rows: list[dict[str, Any]], target: str) -> None:
         if row["faults"]
     ]
     assert not short, "\n".join(short)
+
+
+def test_core_cases_spill_nowhere_else(rows: list[dict[str, Any]]) -> None:
+    """On NVIDIA's other GPUs as on sm_90, but for what is known: a few instructions each."""
+    spilling = {
+        (row["target"], row["case"], row["kernel"]): row["facts"]["spills"]
+        for row in rows
+        if row["target"] in ("sm_80", "sm_100") and row["facts"]["spills"]
+    }
+    assert set(spilling) <= KNOWN_SPILLS, spilling
+    assert max(spilling.values(), default=0) <= 4
 
 
 @pytest.mark.parametrize("target", TARGETS)

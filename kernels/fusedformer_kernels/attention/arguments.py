@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedformer_kernels.attention import configs
+from fusedformer_kernels.attention.spread_table import spread_table
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
 from fusedformer_kernels.runtime import targets
 from fusedformer_kernels.runtime.strided import contiguous_vector
@@ -47,7 +48,7 @@ class Scores(NamedTuple):
     slopes_head: Any
     table: Any
     table_head: Any
-    table_column: Any
+    table_middle: Any  # where it has distance 0: see spread_table
     gate: Any  # on the table
     gate_batch: Any
     gate_head: Any
@@ -160,7 +161,14 @@ def attention_arguments(
     mask_batch, mask_head, mask_row, mask_column = broadcast_strides(mask, 4)
     key_mask_batch, key_mask_column = broadcast_strides(terms.key_mask, 2)
     slopes_batch, slopes_head = broadcast_strides(slopes, 2)
-    table_head, table_column = broadcast_strides(table, 2)
+    max_queries = terms.max_queries if packed else query.shape[2]
+    max_keys = terms.max_keys if packed else key.shape[2]
+    spread, table_middle = None, 0
+    if table is not None:  # bounds of packed lengths may be higher than rows
+        spread, table_middle = spread_table(
+            table, min(max_queries, query.shape[2]), min(max_keys, key.shape[2])
+        )
+    table_head, _ = broadcast_strides(spread, 2)
     # Absent strides are None too: calls without a gate are compiled as if there were none.
     gate_strides = (None,) * 3 if gate is None else gate.stride()
     scores = Scores(
@@ -178,9 +186,9 @@ def attention_arguments(
         slopes=slopes,
         slopes_batch=slopes_batch,
         slopes_head=slopes_head,
-        table=table,
+        table=spread,
         table_head=table_head,
-        table_column=table_column,
+        table_middle=table_middle,
         gate=gate,
         gate_batch=gate_strides[0],
         gate_head=gate_strides[1],
@@ -214,22 +222,26 @@ def attention_arguments(
         "SCALED": scores_are_scaled(query.dtype, terms),
         "PRECISION": precision_of(query, value_dim),
     }
+    heavy = (
+        _must_be_scaled(terms) or mask is not None or terms.seed is not None
+        or terms.left is not None or positions is not None
+    )
+    of_registers = (
+        softcap, slopes, table, gate, terms.key_mask, terms.key_lengths, terms.sinks, terms.left,
+        terms.seed, terms.starts_q,
+    )  # fmt: skip
     kind = configs.AttentionKind(
         dim=max(constants["BLOCK_D"], constants["BLOCK_DV"]),
         operands=constants["PRECISION"] if query.dtype == torch.float32 else "half",
-        heavy=(
-            _must_be_scaled(terms) or mask is not None or terms.seed is not None
-            or terms.left is not None or positions is not None
-        ),
+        heavy=heavy,
         causal=terms.right is not None,
         equal=constants["BLOCK_D"] == constants["BLOCK_DV"],
         masked=mask is not None,
         gathers=positions is not None,
+        table=table is not None,
+        crowded=scores.group > 1 or sum(term is not None for term in of_registers) > 2,
     )
-    return AttentionArguments(
-        scores, sizes, kind, sequences, terms.max_queries if packed else query.shape[2],
-        terms.max_keys if packed else key.shape[2], constants,
-    )
+    return AttentionArguments(scores, sizes, kind, sequences, max_queries, max_keys, constants)
 
 
 def _position_arguments(positions: PositionTerms | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from fusedformer_kernels.attention.scores import (
     given_gradient,
     load_row_terms,
     score_tile,
+    table_bias,
 )
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
@@ -92,7 +93,8 @@ def _walk_queries(
         zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         scores, capped = score_tile(
             dot(k, tl.trans(q), zeros, PRECISION), rows[None, :], columns[:, None], partial, s,
-            sizes, place, CHECKED, SCALED,
+            sizes, place, table_bias(start, first_column, s, place, BLOCK_M, BLOCK_N, True),
+            CHECKED, SCALED,
         )
         weights = exponentials(scores, minus_top[None, :], s, SCALED)  # [BLOCK_N, BLOCK_M]
         inverse = inverse[None, :]
@@ -195,7 +197,8 @@ def _attention_backward_keys(
         full = first
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, s.group):
+    # What all heads of a group share would take registers of the loop over queries.
+    for member in tl.range(0, s.group, disable_licm=True):
         place = place_of(s, sizes, sequence, key_head * s.group + member)
         q_base = query_rows(q_ptr, q_layout, place)
         grad_base = query_rows(grad_ptr, grad_layout, place)

@@ -38,6 +38,8 @@ class AttentionKind:
     equal: bool = True  # the padded head dims of key and value
     masked: bool = False  # by a mask of pairs, boolean or additive
     gathers: bool = False  # position terms by bucket: more registers still
+    table: bool = False  # biases by distance, whose tiles are loaded ahead too
+    crowded: bool = False  # more than two terms, or grouped heads
 
     @property
     def size(self) -> int:
@@ -80,7 +82,7 @@ _HOPPER_FORWARD = {
 # keys, the one over queries has the two the other way round.
 _HOPPER_BACKWARD = {
     ("half", 64): (AttentionConfig(8, 2, 64, 128), AttentionConfig(8, 2, 32, 128, True)),
-    ("half", 128): (AttentionConfig(8, 2, 64, 64), AttentionConfig(8, 2, 32, 64, True)),
+    ("half", 128): (AttentionConfig(8, 2, 64, 64), AttentionConfig(4, 3, 16, 64, True)),
     ("half", 256): (
         AttentionConfig(8, 2, 16, 64, True, True),
         AttentionConfig(8, 2, 16, 64, True, True),
@@ -134,6 +136,9 @@ def attention_forward_config(
     default = attention_forward_default(kind, target)
     if not kind.equal or kind.gathers:  # see attention_backward_config
         return default
+    is_hopper = target.backend == "cuda" and target.arch == 90
+    if is_hopper and kind.operands == "half" and kind.size == 128 and kind.table:
+        return AttentionConfig(4, 3, 64, 32, True)  # of programs with 64 x 64 an SM holds one
     return tuned_config(("attention_forward", *kind.words), target, default)
 
 
@@ -157,6 +162,8 @@ def attention_forward_default(kind: AttentionKind, target: Target) -> AttentionC
     roomy = target.shared_memory > 160 * 1024
     if kind.size == 256:
         return AttentionConfig(8, 1, 64, 64 if roomy else 32)
+    if kind.heavy and kind.crowded and kind.size == 64 and int(target.arch) < 90:
+        return AttentionConfig(4, 2 if roomy else 1, 64, 64)
     return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
@@ -168,12 +175,13 @@ def attention_backward_config(kind: AttentionKind, target: Target) -> AttentionC
     # configs that were right there.
     if not kind.equal or kind.gathers:
         return default
-    if kind.masked:
-        # ptxas waits after each product of all tiles: with small ones, programs take turns.
-        is_hopper = target.backend == "cuda" and target.arch == 90
-        if is_hopper and kind.operands == "half" and kind.size == 64:
+    if kind.masked or kind.crowded:
+        # ptxas waits after each product of a mask's tiles: with small ones, programs take turns.
+        is_hopper = target.backend == "cuda" and target.arch == 90 and kind.operands == "half"
+        if is_hopper and kind.size == 64 and kind.heavy:
             return AttentionConfig(4, 2, 32, 64, True)
-        return default
+        if kind.heavy or (is_hopper and kind.size == 128):
+            return default
     return tuned_config(("attention_backward", *kind.words), target, default)
 
 
@@ -185,12 +193,16 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
         return _GATHERING[kind.operands, kind.size][1]
     if target.arch == 90 or kind.operands != "half":
         config = _HOPPER_BACKWARD[kind.operands, kind.size][kind.heavy]
+        if kind.crowded and kind.operands == "half" and kind.size == 128:
+            return AttentionConfig(8 if kind.heavy else 4, 2 if kind.heavy else 3, 16, 64, True)
         if kind.causal and kind.operands == "half" and kind.size == 128:
             return replace(config, one_loop=True)
         return config
     roomy = target.shared_memory > 160 * 1024
     if kind.size == 256:
         return AttentionConfig(8, 1, 16 if not roomy else 32, 64, True, True)
+    if kind.size == 64 and roomy and int(target.arch) < 90:
+        return AttentionConfig(4, 2, 32, 64)
     return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
 
 
@@ -218,9 +230,18 @@ def few_queries_backward_config(
 def attention_square_config(kind: AttentionKind, target: Target) -> AttentionConfig:
     """Square tiles, no larger than the backward's longer side by default: tables are not asked."""
     config = _attention_backward_default(kind, target)
-    spills = kind.operands != "half" or (target.arch == 80 and kind.size == 128)
-    side = min(max(config.block_m, config.block_n), 32 if spills else 64)
-    return AttentionConfig(config.num_warps, 1, side, side)
+    side, warps = 64, config.num_warps
+    if target.backend == "cuda":
+        if kind.operands == "tf32" and kind.size > 64:
+            side, warps = 16, 2
+        elif kind.operands != "half":
+            side = 32
+        elif int(target.arch) < 90:
+            side, warps = 32, 4 if kind.size == 64 else 8
+        else:
+            warps = 8
+    side = min(max(config.block_m, config.block_n), side)
+    return AttentionConfig(warps, 1, side, side)
 
 
 @cached_config
@@ -243,9 +264,11 @@ def attention_table_gradient_config(
     """Square tiles. Four warps have registers for two more, their sum and the bias, where there is
     little besides."""
     config = attention_square_config(kind, target)
-    if target.arch != 90 or kind.operands != "half" or kind.size != 64:
+    if target.arch != 90 or kind.operands != "half" or kind.size == 256:
         return config
-    return AttentionConfig(4, 3, 64, 64) if simple else replace(config, num_stages=2)
+    if kind.size == 64 and simple:
+        return AttentionConfig(4, 3, 64, 64)
+    return replace(config, num_stages=2)
 
 
 def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
@@ -254,6 +277,6 @@ def attention_bucket_gradient_config(kind: AttentionKind, target: Target) -> Att
         return AttentionConfig(4, 1, 32, 32 if kind.operands == "half" else 16)
     if kind.operands != "half":
         return AttentionConfig(8, 1, 16, 32)
-    if kind.size == 256:
+    if kind.size == 256 or int(target.arch) < 90:
         return AttentionConfig(4, 1, 32, 32)
     return AttentionConfig(8, 1, 64, 64)

@@ -35,6 +35,7 @@ from fusedformer_kernels.attention.scores import (
     score_tile,
     sink_of,
     store_row_statistics,
+    table_bias,
     with_sink,
 )
 from fusedformer_kernels.attention.terms import AttentionTerms, PositionTerms
@@ -82,7 +83,8 @@ def _attend(
         scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         scores = dot(q, tl.trans(k), scores, PRECISION)  # [BLOCK_M, BLOCK_N]
         scores, _ = score_tile(
-            scores, rows[:, None], columns[None, :], partial, s, sizes, place, CHECKED, SCALED
+            scores, rows[:, None], columns[None, :], partial, s, sizes, place,
+            table_bias(first_row, start, s, place, q.shape[0], BLOCK_N, False), CHECKED, SCALED,
         )
         weights, rescale, top, total = online_softmax_update(scores, top, total, s, SCALED)
         if s.seed is not None:

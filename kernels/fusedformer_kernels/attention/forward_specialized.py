@@ -222,7 +222,7 @@ def _weights_of(
     rows = first_row + gl.arange(0, GROUP, gl.SliceLayout(1, layout))
     columns = first_column + gl.arange(0, product.shape[1], gl.SliceLayout(0, layout))
     scores, _ = score_tile(
-        product, rows[:, None], columns[None, :], True, s, sizes, place, CHECKED, False
+        product, rows[:, None], columns[None, :], True, s, sizes, place, None, CHECKED, False
     )
     return online_softmax_update(scores, top, total, s, False)
 

@@ -66,10 +66,24 @@ def with_positions(product, rows, columns, s, sizes, place):
 
 
 @triton.jit
-def table_bias(distances, s, sizes, place):
-    """Load the table's entries for ``distances``."""
-    nearest = tl.minimum(tl.maximum(distances, -sizes.radius), sizes.radius)
-    return tl.load(place.table + nearest * s.table_column).to(tl.float32)
+def table_bias(
+    first_row, first_column, s, place, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Load the table's entries for a tile [ROWS, COLUMNS] or its transpose; None without a table.
+
+    As for tiles of keys, 64-bit arithmetic is a scalar and offsets that no loop changes.
+    """
+    bias = None
+    if s.table is not None:
+        rows = tl.arange(0, ROWS).to(tl.int64)
+        columns = tl.arange(0, COLUMNS).to(tl.int64)
+        if TRANSPOSED:
+            offsets = columns[:, None] - rows[None, :]
+        else:
+            offsets = columns[None, :] - rows[:, None]
+        bias = tl.load(place.table + (first_column - first_row - place.offset) + offsets)
+    return bias
 
 
 @triton.jit
@@ -107,16 +121,15 @@ def mask_bias(rows, columns, valid, s, place):
 
 @triton.jit
 def score_tile(
-    product, rows, columns, partial, s, sizes, place, CHECKED: tl.constexpr, SCALED: tl.constexpr,
-    mask_tile=None, table_tile=None,
+    product, rows, columns, partial, s, sizes, place, table_tile, CHECKED: tl.constexpr,
+    SCALED: tl.constexpr, mask_tile=None,
 ):
     """Compute scores, -inf where hidden, and raw products unless SCALED; and the tanh.
 
     ``rows`` and ``columns`` are indices that broadcast to the shape of ``product``, which may be
     [queries, keys] or its transpose. CHECKED tiles are tested against bounds, window and
-    causality. Biases that the caller has loaded are not loaded again: ``mask_tile`` of an additive
-    mask and ``table_tile`` of a table. The second result is that of ``tanh`` where scores are
-    capped.
+    causality. ``table_tile`` is from :func:`table_bias`; an additive mask's ``mask_tile`` is loaded
+    unless the caller has it. The second result is that of ``tanh`` where scores are capped.
     """
     if s.buckets is not None:
         product = with_positions(product, rows, columns, s, sizes, place)
@@ -136,8 +149,6 @@ def score_tile(
         factor = None
     if s.table is not None:
         bias = table_tile
-        if table_tile is None:
-            bias = table_bias(distances, s, sizes, place)
         if s.gate is not None:
             bias *= gates(rows, s, place)
         scores = _with_bias(scores, factor, bias)
@@ -294,15 +305,19 @@ def score_gradients(
     """Compute the gradients of a tile's capped scores and of q k^T * scale, and its weights.
 
     Tiles are [BLOCK_M, BLOCK_N]; the weights are not yet multiplied by ``inverse``. ``terms`` are
-    those of load_row_terms; for ``mask_tile`` and ``table_tile`` see :func:`score_tile`.
+    those of load_row_terms; for ``mask_tile`` and ``table_tile`` see :func:`score_tile`: the table
+    is read where the caller has not done so.
     """
     minus_top, inverse, delta = terms
     rows = first_row + tl.arange(0, q.shape[0])
     columns = first_column + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    bias = table_tile
+    if table_tile is None:
+        bias = table_bias(first_row, first_column, s, place, q.shape[0], BLOCK_N, False)
     scores, capped = score_tile(
         dot(q, tl.trans(k), zeros, PRECISION), rows[:, None], columns[None, :], partial, s, sizes,
-        place, CHECKED, SCALED, mask_tile, table_tile,
+        place, bias, CHECKED, SCALED, mask_tile,
     )
     weights = exponentials(scores, minus_top[:, None], s, SCALED)
     inverse = inverse[:, None]

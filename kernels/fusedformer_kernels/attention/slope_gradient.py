@@ -70,16 +70,16 @@ def weighted_row_sums(
             VALUE_DIM, BLOCK_D, BLOCK_DV, False,
         )  # [BLOCK, BLOCK_D], [BLOCK, BLOCK_DV]
         columns = start + tl.arange(0, BLOCK)
-        distances = columns[None, :] - rows[:, None] - place.offset
         bias = None
         if BY_TABLE:
-            bias = table_bias(distances, s, sizes, place)
+            bias = table_bias(first_row, start, s, place, BLOCK, BLOCK, False)
         dscores, _product, weights = score_gradients(
             q, grad, k, v, terms, first_row, start, True, given, s, sizes, place, BLOCK, True,
             SCALED, PRECISION, table_tile=bias,
         )
         factor = bias
         if not BY_TABLE:
+            distances = columns[None, :] - rows[:, None] - place.offset
             factor = tl.abs(distances).to(tl.float32)
         far += tl.sum(dscores * factor, 1)
         excess += tl.sum(dscores, 1)
@@ -111,7 +111,8 @@ def _attention_slope_gradient(
     delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
     partial_row = (sequence * shares + share).to(tl.int64) * sizes.heads + head
     slope_sum = tl.zeros([BLOCK], tl.float32)
-    for block in range(share, tl.cdiv(place.n_queries, BLOCK), shares):
+    # What all blocks share would take registers of the inner loop, were it worked out before.
+    for block in tl.range(share, tl.cdiv(place.n_queries, BLOCK), shares, disable_licm=True):
         first_row = block * BLOCK
         rows = first_row + tl.arange(0, BLOCK)  # [BLOCK]
         q, grad = load_pair(

@@ -66,7 +66,8 @@ def _attention_table_gradient(
     v_base = key_rows(v_ptr, v_layout, place)  # Triton 3.6 unpacks no tuple with None
     row_base = row_pointer(statistics_ptr, sizes, place, lse_rows)
     delta_base = row_pointer(delta_ptr, sizes, place, lse_rows)
-    for index in range(share, diagonals, shares):
+    # What all diagonals share would take registers of the inner loop, were it worked out before.
+    for index in tl.range(share, diagonals, shares, disable_licm=True):
         diagonal = index - last_block  # block of keys less block of queries
         nearest = diagonal * BLOCK - place.offset  # distances are less than BLOCK from it
         first = tl.maximum(-diagonal, 0)
@@ -76,10 +77,11 @@ def _attention_table_gradient(
             last = tl.where(nearest - BLOCK < s.right, last, first)
         if s.left is not None:
             last = tl.where(nearest + BLOCK > -s.left, last, first)
-        rows = tl.arange(0, BLOCK)[:, None]
-        bias = table_bias(tl.arange(0, BLOCK)[None, :] - rows + nearest, s, sizes, place)
+        bias = None
+        if BLOCK_D <= 128:  # there are registers for it
+            bias = table_bias(0, diagonal * BLOCK, s, place, BLOCK, BLOCK, False)
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for block in range(first, last):
+        for block in tl.range(first, last, disable_licm=True):
             first_row = block * BLOCK
             start = (block + diagonal) * BLOCK
             q, grad = load_pair(
@@ -99,7 +101,8 @@ def _attention_table_gradient(
                 SCALED, PRECISION, table_tile=bias,
             )
             if s.gate is not None:
-                dscores *= gates(first_row + rows, s, place)
+                rows = first_row + tl.arange(0, BLOCK)
+                dscores *= gates(rows[:, None], s, place)
             total += dscores
         at = (pid // shares).to(tl.int64) * diagonals + index
         sums = sums_ptr + at * (2 * BLOCK)

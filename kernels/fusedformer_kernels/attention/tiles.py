@@ -98,7 +98,7 @@ def place_of(s, sizes, sequence, head):
         slope = tl.load(s.slopes + batch * s.slopes_batch + wide * s.slopes_head)
         slope = slope.to(tl.float32)
     if s.table is not None:
-        table = s.table + wide * s.table_head + sizes.radius * s.table_column
+        table = s.table + wide * s.table_head + s.table_middle
     if s.gate is not None:
         gate = s.gate + index * s.gate_batch + wide * s.gate_head + q_start * s.gate_row
     if s.of_queries is not None:

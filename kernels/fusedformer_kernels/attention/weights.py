@@ -20,7 +20,13 @@ from fusedformer_kernels.attention.arguments import (
     layout_of,
 )
 from fusedformer_kernels.attention.backward import score_gradients_of
-from fusedformer_kernels.attention.scores import Given, exponentials, load_row_terms, score_tile
+from fusedformer_kernels.attention.scores import (
+    Given,
+    exponentials,
+    load_row_terms,
+    score_tile,
+    table_bias,
+)
 from fusedformer_kernels.attention.terms import AttentionTerms
 from fusedformer_kernels.attention.tiles import (
     key_rows,
@@ -76,7 +82,8 @@ def _attention_weights(
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = dot(q, tl.trans(k), scores, PRECISION)
         scores, _ = score_tile(
-            scores, rows[:, None], columns[None, :], True, s, sizes, place, True, SCALED
+            scores, rows[:, None], columns[None, :], True, s, sizes, place,
+            table_bias(first_row, first_column, s, place, BLOCK_M, BLOCK_N, False), True, SCALED,
         )
         weights = exponentials(scores, minus_top[:, None], s, SCALED) * inverse[:, None]
         if s.seed is not None:

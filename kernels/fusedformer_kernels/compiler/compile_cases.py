@@ -229,6 +229,27 @@ def compile_cases() -> list[CompileCase]:
             f"attention d=128 {name}", HALF,
             partial(attend, 128, HALF, **variants[name]), matrix=True,
         )
+    # Forms with more terms than tiles of one or two have registers for.
+    gated = {**variants["gated relative bias"], "table": empty(16, 257)}
+    add(
+        "attention d=64 gated relative bias, grouped", HALF,
+        partial(attend, 64, HALF, **gated, key_heads=4), matrix=True,
+    )
+    add(
+        "attention d=128 gated relative bias, dropout, grouped", HALF,
+        partial(attend, 128, HALF, **gated, **variants["dropout"], key_heads=4), matrix=True,
+    )
+    add(
+        "attention d=256 relative bias", HALF,
+        partial(attend, 256, HALF, table=gated["table"]), matrix=True,
+    )
+    call = partial(attend, 128, full, table=gated["table"], gated=True)
+    add("attention d=128 gated relative bias tf32", full, call, products="tf32")
+    for dim, name in ((64, "dropout"), (128, "packed"), (128, "packed causal")):
+        call = partial(attend, dim, HALF, **variants[name], key_heads=4)
+        add(f"attention d={dim} {name}, grouped", HALF, call, matrix=True)
+    call = partial(attend, 64, HALF, **variants["softcap"], **variants["dropout"], packed=True)
+    add("attention d=64 softcap, dropout, packed", HALF, call, matrix=True)
     for dim in (64, 128):
         call = partial(disentangled, dim, HALF, packed=True)
         add(f"disentangled d={dim} packed", HALF, call, matrix=True, extra=dim == 128)

@@ -22,7 +22,7 @@ COUNTS = (
     "n_rows", "n_queries", "n_keys", "n_sequences", "n_parts", "n_dims", "capacity",
     "heads", "length", "lse_rows", "plane", "planes", "shared_batch", "shared_heads", "shares",
     "split_keys", "splits", "queries", "keys", "radius", "n_tokens", "n_positions", "n_types",
-    "n_read", "n_written", "sum_tiles", "diagonals", "last_block", "chunks",
+    "n_read", "n_written", "sum_tiles", "diagonals", "last_block", "chunks", "middle",
 )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942"
 # Kernels without a product, in cases whose other kernels must use the tensor cores.
 NO_PRODUCTS = (
     "_attention_delta", "_attention_sink_gradient", "_clear_query_sums", "_list_mask_tiles",
-    "_list_work", "_merge_parts", "_merge_splits", "_store_query_sums", "_sum_diagonals",
-    "_sum_partials", "_sum_query_parts",
+    "_list_work", "_merge_parts", "_merge_splits", "_spread_table", "_store_query_sums",
+    "_sum_diagonals", "_sum_partials", "_sum_query_parts",
 )  # fmt: skip
 
 
