@@ -297,13 +297,14 @@ def _plan_loss(plan: Plan, place: Place) -> None:
         and not hasattr(cls, "_made_of")
         and "forward" not in vars(module)
         and "labels" in arguments_of(cls)
-        and any(
-            issubclass(plan.class_of(one), PackedDecoder)
-            for one in module.modules()
-            if isinstance(one, PreTrainedModel)
-        )
+        and any(_packs_text(plan.class_of(one)) for one in module.modules())
     ):
         plan.give(path, module, combined(NextTokens, cls), NextTokens.FUSED)
+
+
+def _packs_text(cls: type[Any]) -> bool:
+    """Return whether modules of a class, once they are fused, are language models that pack."""
+    return issubclass(cls, PackedModel) and cls._model.caches
 
 
 def _has_encoder(model: nn.Module) -> bool:
