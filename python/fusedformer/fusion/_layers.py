@@ -72,6 +72,7 @@ class Known(NamedTuple):
     parts: Parts
     fits: bool  # nothing that attention calls for is more than it was
     is_plain: bool  # nor is anything else
+    finder: Finder  # by which parts were found
 
 
 class FusedLayer:
@@ -123,12 +124,12 @@ class FusedLayer:
         """Return what is known of the children; None if the form does not say what they do."""
         looks = not torch.compiler.is_compiling()
         seen = self.__dict__.get(SEEN) if looks else None
-        if seen is not None and seen.holds_for(self):
+        if seen is not None and seen.found.finder is self._finder and seen.holds_for(self):
             return seen.found  # type: ignore[no-any-return]
         parts = self._finder.parts(self)
         if parts is None:
             return None
-        known = Known(parts, self._weights_fit(parts), self.are_plain(parts))
+        known = Known(parts, self._weights_fit(parts), self.are_plain(parts), self._finder)
         if looks:
             self.__dict__[SEEN] = self._finder.seen(self, parts, known)
         return known
