@@ -163,7 +163,7 @@ def attention_forward_default(kind: AttentionKind, target: Target) -> AttentionC
     if kind.size == 256:
         return AttentionConfig(8, 1, 64, 64 if roomy else 32)
     if kind.heavy and kind.crowded and kind.size == 64 and int(target.arch) < 90:
-        return AttentionConfig(4, 2 if roomy else 1, 64, 64)
+        return AttentionConfig(4, 2 if roomy else 1, 64, 32)
     return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
