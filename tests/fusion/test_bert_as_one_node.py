@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import fusedformer  # noqa: E402
 from fusedformer.functional.steps import encoder_layer  # noqa: E402
-from fusedformer.fusion import _layers  # noqa: E402
+from fusedformer.fusion import _one_node  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -80,7 +80,7 @@ def check(model: Any, pack: bool, training: bool, device: str) -> None:
     weights = list(model.parameters())
 
     def run(one_node: bool) -> list[Tensor]:
-        steps = mock.patch.object(_layers, "encoder_layer_is_one_node", return_value=False)
+        steps = mock.patch.object(_one_node, "encoder_layer_is_one_node", return_value=False)
         torch.manual_seed(3)
         with nullcontext() if one_node else steps:
             output = model(ids, attention_mask=mask).last_hidden_state
@@ -88,7 +88,7 @@ def check(model: Any, pack: bool, training: bool, device: str) -> None:
         return [output.detach(), *(grad for grad in grads if grad is not None)]
 
     want = run(False)
-    with mock.patch.object(_layers, "encoder_layer", side_effect=encoder_layer) as called:
+    with mock.patch.object(_one_node, "encoder_layer", side_effect=encoder_layer) as called:
         for _ in range(2):
             assert all(map(torch.equal, run(True), want))
     assert called.call_count == 2 * model.config.num_hidden_layers

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import fusedformer  # noqa: E402
 from fusedformer.functional.steps import encoder_layer  # noqa: E402
-from fusedformer.fusion import _layers  # noqa: E402
+from fusedformer.fusion import _one_node  # noqa: E402
 
 LAYERS = 2  # one with attention over all, one with a window
 
@@ -55,7 +55,7 @@ def given(device: str) -> dict[str, Tensor]:
 
 def results(model: Any, inputs: dict[str, Tensor], one_node: bool = True) -> list[Tensor]:
     """The output and all gradients, of the same random numbers each time."""
-    steps = mock.patch.object(_layers, "encoder_layer_is_one_node", return_value=False)
+    steps = mock.patch.object(_one_node, "encoder_layer_is_one_node", return_value=False)
     torch.manual_seed(3)
     with nullcontext() if one_node else steps:
         output = model(**inputs).last_hidden_state
@@ -71,7 +71,7 @@ def check(model: Any, inputs: dict[str, Tensor], layers: int = LAYERS) -> None:
     """One node, recorded and planned, has the bits of the steps."""
     want = results(model, inputs, one_node=False)
     for _ in range(3):
-        with mock.patch.object(_layers, "encoder_layer", side_effect=encoder_layer) as called:
+        with mock.patch.object(_one_node, "encoder_layer", side_effect=encoder_layer) as called:
             got = results(model, inputs)
         assert called.call_count == layers
         assert len(got) == len(want)
@@ -135,7 +135,7 @@ def test_forms_of_the_gated_block(settings: dict[str, Any], device: str) -> None
 
 def test_another_activation_is_computed_by_steps(device: str) -> None:
     model, inputs = fused(device, hidden_activation="tanh"), given(device)
-    with mock.patch.object(_layers, "encoder_layer", side_effect=encoder_layer) as called:
+    with mock.patch.object(_one_node, "encoder_layer", side_effect=encoder_layer) as called:
         found = results(model, inputs)
     assert called.call_count == 0
     assert all(map(torch.equal, found, results(model, inputs, one_node=False)))
@@ -146,7 +146,7 @@ def test_hooks_added_after_a_call_fire(device: str) -> None:
     results(model, inputs)
     seen: list[Any] = []
     model.layers[1].mlp.Wi.register_forward_hook(lambda *args: seen.append(args))
-    with mock.patch.object(_layers, "encoder_layer", side_effect=encoder_layer) as called:
+    with mock.patch.object(_one_node, "encoder_layer", side_effect=encoder_layer) as called:
         results(model, inputs)
     assert len(seen) == 1
     assert called.call_count == LAYERS - 1

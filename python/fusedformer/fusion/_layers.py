@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from fusedformer import functional
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.functional.steps import (
-    EncoderParameters,
-    EncoderSettings,
     FeedForward,
-    encoder_layer,
-    encoder_layer_is_one_node,
     feed_forward,
     linear,
 )
@@ -33,18 +29,11 @@ from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
 from fusedformer.fusion._forms import Finder, Form, Parts, probability
 from fusedformer.fusion._inference import inferred, is_unseen, only_adds_and_norms
-from fusedformer.fusion._norms import (
-    dtypes_fit,
-    epsilon,
-    gain,
-    is_rms,
-    normed,
-    normed_and_sum,
-)
+from fusedformer.fusion._norms import dtypes_fit, normed, normed_and_sum
+from fusedformer.fusion._one_node import joint, one_node
 from fusedformer.fusion._residual import pending_sum
-from fusedformer.fusion._rotary import tables_of, turned, turns
+from fusedformer.fusion._rotary import tables_of, turned
 from fusedformer.fusion._seen import SEEN
-from fusedformer.fusion._terms import terms_of_call
 from fusedformer.nn.children import (
     Pending,
     dropout_probability,
@@ -143,7 +132,7 @@ class FusedLayer:
         if not is_plain:
             return self._called(parts, call)  # type: ignore[no-any-return]
         by_aten = self._only_adds_and_norms and is_unseen(call.x)
-        found = inferred(self, parts, call) if by_aten else self._one_node(parts, call)
+        found = inferred(self, parts, call) if by_aten else one_node(self, parts, call)
         return self._steps(parts, call) if found is None else found
 
     def _returned(self: Any, found: Tensor, call: Call) -> Any:
@@ -350,7 +339,7 @@ class FusedLayer:
             first, x = linear(x, parts.gate.weight, parts.gate.bias, fork=fork)
             second, x = linear(x, parts.linear1.weight, parts.linear1.bias, fork=fork)
             return dropout(parts.activation(first) * second), x
-        weight, bias = _joint(parts)
+        weight, bias = joint(parts)
         # ATen adds the bias for free within the product.
         before, x = linear(x, weight, bias if by_aten else None, fork=fork)
         bias = None if by_aten else bias
@@ -390,82 +379,6 @@ class FusedLayer:
         form = self._form
         found = getattr(module, form.head_dim) ** -0.5
         return float(found if form.scaling is None else getattr(module, form.scaling))
-
-    def _one_node(self, parts: Parts, call: Call) -> Tensor | None:
-        """Compute the steps as one node of autograd; return None where that cannot be."""
-        form, module, x = self._form, parts.attention, call.x
-        dim, name = getattr(module, form.head_dim), activation_name(parts.activation)
-        tables: tuple[Any, ...] = call.rotary or (None, None)
-        if (
-            name is None
-            or not self._one_node_has(parts)
-            or not encoder_layer_is_one_node(x, None, dim)
-            or any(one is not None and (type(one) is not Tensor or one.requires_grad)
-                   for one in tables)
-        ):  # fmt: skip
-            return None
-        terms = terms_of_call(
-            module,
-            x,
-            call.mask,
-            self._settings(module, call.others),
-            head_dim=dim,
-            dropout=form.weights_dropout(parts),
-        )
-        if terms is None:
-            return None
-        norms_first = self._form.puts_norms_first(self)
-        has_first = norms_first and not isinstance(parts.norm1, nn.Identity)
-        middle, last = (parts.norm2, None) if norms_first else (parts.norm1, parts.norm2)
-        settings = EncoderSettings(
-            heads=parts.out.weight.shape[1] // dim,
-            activation=name,
-            middle_eps=epsilon(middle),
-            last_eps=None if last is None else epsilon(last),
-            hidden_p=probability(parts.hidden_dropout, self),
-            middle_p=probability(parts.dropout1, self),
-            last_p=probability(parts.dropout2, self),
-            checkpoint_activation=False,
-            first_eps=epsilon(parts.norm1) if has_first else None,
-            adds_last=norms_first,
-            is_gated=self._gates(parts),
-            norm="rms" if is_rms(middle) else "layer",
-        )
-        products = weights_and_biases(parts.query, parts.key, parts.value, parts.out)
-        first = _gain_and_bias(parts.norm1 if has_first else None)
-        others = *weights_and_biases(parts.linear2), *_gain_and_bias(last), *first
-        parameters = EncoderParameters._make(
-            (*products, *_gain_and_bias(middle), *_joint(parts), *others, *tables, *[None] * 6)
-        )
-        terms = terms._replace(scale=self._scaling(module))
-        found = encoder_layer(x, None, parameters, settings, terms)
-        return None if found is None else found[0]
-
-    def _one_node_has(self, parts: Parts) -> bool:
-        """Return whether all steps of the form are among those of one node of autograd."""
-        kinds = {is_rms(norm) for norm in (parts.norm1, parts.norm2)}
-        more = parts.out_norm, parts.block_norm, parts.query_norm, parts.depth
-        scales = parts.scale1, parts.scale2
-        closing = (
-            (parts.norm2,) if self._form.puts_norms_first(self) else (parts.norm1, parts.norm2)
-        )
-        one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
-        return (
-            not self._form.interleaved
-            and not self._form.goes_by_head(parts.attention)
-            and not self._form.is_parallel(self)
-            and self._form.query_scale is None
-            and turns(self._form, parts)
-            and self._form.own is None
-            and self._form.adapter is None
-            and parts.divisor in (None, 1)
-            and len(kinds) == 1
-            and not any(isinstance(one, nn.Identity) for one in closing)
-            and all(one is None for one in more)
-            and not any(isinstance(one, Tensor) or one not in (None, 1) for one in scales)
-            and parts.query.weight.shape
-            == (one_product if parts.key is None else parts.key.weight.shape)
-        )
 
     @classmethod
     def fused_as(cls, layer: Any) -> str:
@@ -541,20 +454,6 @@ def _window(module: Any, where: str | Callable[[Any], Any]) -> Any:
     for name in where.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def _gain_and_bias(norm: Any) -> list[Any]:
-    return [gain(norm), None] if is_rms(norm) else weights_and_biases(norm)
-
-
-def _joint(parts: Parts) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of the block's first product, the activated half first."""
-    weight, bias = weights_and_biases(parts.linear1)
-    if parts.gate is None:
-        return weight, bias
-    gate_weight, gate_bias = weights_and_biases(parts.gate)
-    both = None if bias is None else torch.cat((gate_bias, bias))
-    return torch.cat((gate_weight, weight)), both
 
 
 def see_packed_rows(layers: Iterable[Any]) -> bool:
