@@ -24,8 +24,10 @@ def combined(ours: type[Any], theirs: type[nn.Module]) -> type[Any]:
     if both not in _made:
         members: dict[str, Any] = {
             "__module__": theirs.__module__, "__doc__": theirs.__doc__, "__reduce_ex__": _reduce,
-            "_made_of": both, "forward": _signed(ours.forward, theirs),
+            "_made_of": both,
         }  # fmt: skip
+        if hasattr(ours, "forward"):
+            members["forward"] = _signed(ours.forward, theirs)
         _made[both] = types.new_class(theirs.__name__, both, {}, lambda ns: ns.update(members))
     made: type[Any] = _made[both]
     return made
