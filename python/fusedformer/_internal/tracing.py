@@ -63,7 +63,8 @@ def is_batched(tensor: Tensor) -> bool:
 def is_eager() -> bool:
     """Tell whether a call may go to its kernels directly: no mode, trace or transform is on."""
     return not (
-        (_modes() and not _only_looks())
+        _is_compiling()
+        or (_modes() and not _only_looks())
         or _is_included(_PRE_DISPATCH)
         or _are_transforms_active()
         or _is_included(_VMAP_MODE)

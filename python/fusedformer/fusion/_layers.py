@@ -132,7 +132,7 @@ class FusedLayer:
         if not is_plain:
             return self._called(parts, call)  # type: ignore[no-any-return]
         by_aten = self._only_adds_and_norms and is_unseen(call.x)
-        found = inferred(self, parts, call) if by_aten else one_node(self, parts, call)
+        found = inferred(self, parts, call) if by_aten else self._one_node(parts, call)
         return self._steps(parts, call) if found is None else found
 
     def _returned(self: Any, found: Tensor, call: Call) -> Any:
@@ -379,6 +379,10 @@ class FusedLayer:
         form = self._form
         found = getattr(module, form.head_dim) ** -0.5
         return float(found if form.scaling is None else getattr(module, form.scaling))
+
+    def _one_node(self, parts: Parts, call: Call) -> Tensor | None:
+        """Compute the steps as one node of autograd; return None where that cannot be."""
+        return one_node(self, parts, call)
 
     @classmethod
     def fused_as(cls, layer: Any) -> str:
