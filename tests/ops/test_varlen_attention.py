@@ -156,6 +156,16 @@ def test_a_bound_on_the_longest_is_enough(device: str) -> None:
     assert torch.equal(exact, F.varlen_attention(q, k, v, starts, starts, 1000, 512))
 
 
+def test_a_bound_too_low_touches_no_memory_outside(device: str) -> None:
+    """Which the emulated GPU tells: neither the list of blocks nor biases by distance."""
+    tensors = [torch.randn(900, HEADS, DIM, device=device) for _ in range(3)]
+    starts = starts_of([900], device)
+    bias = torch.randn(2, 41, device=device)
+    with backend("triton"):
+        out = F.varlen_attention(*tensors, starts, starts, 1, 1, relative_bias=bias)
+    assert out[0].isfinite().all()
+
+
 def test_long_sequences_start_first(device: str) -> None:
     """Every block once; those that walk most first; the rest of the list says so."""
     from fusedformer_kernels.attention.schedule import work_list

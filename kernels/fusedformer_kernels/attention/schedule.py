@@ -82,7 +82,8 @@ def _list_work(
         count = capacity - begin
     for start in range(0, count, CHUNK):
         block = start + tl.arange(0, CHUNK)
-        valid = block < count
+        # Sequences longer than the call said have blocks that nobody computes.
+        valid = (block < count) & (begin + block < capacity)
         entry = work_ptr + 2 * (begin + block)
         number = block
         if LAST_FIRST:

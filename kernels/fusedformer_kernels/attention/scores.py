@@ -72,17 +72,21 @@ def table_bias(
 ):
     """Load the table's entries for a tile [ROWS, COLUMNS] or its transpose; None without a table.
 
-    As for tiles of keys, 64-bit arithmetic is a scalar and offsets that no loop changes.
+    As for tiles of keys, 64-bit arithmetic is a scalar and offsets that no loop changes. Sequences
+    longer than a packed call said they are at most read entries of other distances, none outside.
     """
     bias = None
     if s.table is not None:
+        distance = first_column - first_row - place.offset
+        distance = tl.maximum(distance, ROWS - s.table_middle)
+        distance = tl.minimum(distance, s.table_middle - COLUMNS)
         rows = tl.arange(0, ROWS).to(tl.int64)
         columns = tl.arange(0, COLUMNS).to(tl.int64)
         if TRANSPOSED:
             offsets = columns[:, None] - rows[None, :]
         else:
             offsets = columns[None, :] - rows[:, None]
-        bias = tl.load(place.table + (first_column - first_row - place.offset) + offsets)
+        bias = tl.load(place.table + distance + offsets)
     return bias
 
 
