@@ -158,11 +158,11 @@ def test_a_bound_on_the_longest_is_enough(device: str) -> None:
 
 def test_a_bound_too_low_touches_no_memory_outside(device: str) -> None:
     """Which the emulated GPU tells: neither the list of blocks nor biases by distance."""
-    tensors = [torch.randn(900, HEADS, DIM, device=device) for _ in range(3)]
+    query, key, value = torch.randn(3, 900, HEADS, DIM, device=device)
     starts = starts_of([900], device)
     bias = torch.randn(2, 41, device=device)
     with backend("triton"):
-        out = F.varlen_attention(*tensors, starts, starts, 1, 1, relative_bias=bias)
+        out = F.varlen_attention(query, key, value, starts, starts, 1, 1, relative_bias=bias)
     assert out[0].isfinite().all()
 
 
