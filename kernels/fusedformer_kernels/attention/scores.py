@@ -78,7 +78,7 @@ def table_bias(
     bias = None
     if s.table is not None:
         distance = first_column - first_row - place.offset
-        distance = tl.maximum(distance, ROWS - s.table_middle)
+        distance = tl.maximum(distance, -s.table_middle + ROWS)
         distance = tl.minimum(distance, s.table_middle - COLUMNS)
         rows = tl.arange(0, ROWS).to(tl.int64)
         columns = tl.arange(0, COLUMNS).to(tl.int64)
