@@ -137,7 +137,8 @@ def test_loss_and_decoding_compile_without_a_graph_break(stock: Any) -> None:
                             lambda cache: ours.decode(token, cache)]  # fmt: skip
         for call in calls:
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-            assert torch.equal(compiled(caches[0]), call(caches[1]))
+            # Eager norms without gradients are compiled C++'s, which torch.compile does not see.
+            torch.testing.assert_close(compiled(caches[0]), call(caches[1]))
     assert torch.equal(caches[0].lengths, caches[1].lengths)
 
 

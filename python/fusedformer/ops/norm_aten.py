@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from fusedformer._internal.tracing import is_eager
 from fusedformer.ops import wide_sums
-from fusedformer.ops._shared import needs_gradient
 from fusedformer.ops.dropout_aten import dropout_add_aten
 from fusedformer_kernels.cpu import norm as kernel
 
@@ -95,13 +94,13 @@ def _compiled(
     *,
     wants_sum: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(norm, sum) by C++; None where a gradient is needed, somebody looks on, or none compiled."""
+    """(norm, sum) by C++; None where gradients are on, somebody looks on, or none compiled."""
     dtype = input.dtype
     if (
         dtype not in kernel.DTYPES
         or torch.compiler.is_compiling()
         or not is_eager()
-        or needs_gradient(input, residual, weight, bias)
+        or torch.is_grad_enabled()  # a frozen layer has the bits that it has while it learns
         or not (_is_plain(input) and _is_plain(residual))
         or not (_is_plain(weight) and _is_plain(bias))
         or not input.numel()

@@ -102,7 +102,7 @@ def whole_attention_compiled(
         or any(getattr(terms, name) is not None for name in _MORE)
         or not all(_is_read(t, dtype) and t.shape[:2] == (batch, heads) for t in tensors)
         or not (query.numel() and value.numel())
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or torch.is_grad_enabled()  # frozen layers have the bits that they have while they learn
         or not is_eager()
         or torch.is_autocast_enabled("cpu")
     ):
