@@ -70,16 +70,19 @@ def _stages(setting: Setting) -> list[Stage]:
     rest = [name for name in SUITES if name not in FIRST_SUITES]
     smoke = ["-k", "test_any_dimension" if dry else "test_widths or test_head_dims"]
     elsewhere = [f"--ignore={path}" for path in (*FIRST_TESTS, ALONE)]
+    first, others = [*FIRST_TESTS], ["tests"]
+    if dry:  # files that collect at once
+        first, others = [SMOKE[0]], ["tests/test_descriptors.py"]
     return [
         _tests(setting, "smoke", 40, [*SMOKE, *smoke], run_dry=True),
         _tests(setting, "failed-before", 60, _failed_before(setting)),
-        _tests(setting, "tests", 180, [*FIRST_TESTS, f"--ignore={ALONE}"]),
+        _tests(setting, "tests", 180, [*first, f"--ignore={ALONE}"]),
         _tests(setting, "big-offsets", 60, [ALONE], workers=1),
         Stage("compile", 90, _compile(setting, FIRST_SUITES)),
         *(_suite(setting, name) for name in FIRST_SUITES),
         _tune(setting),
         _profile(setting),
-        _tests(setting, "other-tests", 150, ["tests", *elsewhere]),
+        _tests(setting, "other-tests", 150, [*others, *elsewhere]),
         Stage("compile-others", 90, _compile(setting, rest)),
         *(_suite(setting, name) for name in rest),
         _suite(

@@ -60,11 +60,21 @@ class CompileCase:
     forced: bool = False
 
 
-# Of rows in float16 and float32: what differs from a case beside it by an activation or a size.
+# In float16 and float32: what differs from a case beside it by an activation, a size or a dtype.
 ALIKE = {
     *(f"bias_{activation}" for activation in ACTIVATIONS if activation != "gelu"), "gated silu",
     "softmax 100", "softmax 16384", "layer_norm 17", "layer_norm 1024", "layer_norm 4096",
-    "layer_norm 16384", "cross_entropy 50257 in place",
+    "layer_norm 16384", "cross_entropy 50257 in place", "attention d=64 sinks", "disentangled d=64",
+    "attention d=256 few queries",
+}  # fmt: skip
+# In bfloat16: what differs from a case beside it by a term that two other cases have together, or
+# by a head dim between two.
+BETWEEN = {
+    "attention d=72", "attention d=192", "attention d=64 softcap", "attention d=64 value dim 32",
+    "attention d=64 gated relative bias", "attention d=128 gated relative bias",
+    "attention d=64 dropout, grouped", "attention d=128 packed causal, grouped",
+    "attention d=128 additive mask", "attention d=128 sinks", "attention d=128 few queries",
+    "attention d=256 sinks", "attention d=256 causal key mask", "attention d=128 specialized, causal",
 }  # fmt: skip
 
 
@@ -75,7 +85,8 @@ def compile_cases() -> list[CompileCase]:
 
     def add(name: str, dtype: torch.dtype, call: Callable[[], object], **flags: Any) -> None:
         core = dtype != torch.float16 and name in CORE and (dtype == HALF or name in CORE_FLOAT32)
-        flags["extra"] = flags.get("extra", False) or (dtype != HALF and name in ALIKE)
+        alike = BETWEEN if dtype == HALF else ALIKE
+        flags["extra"] = flags.get("extra", False) or name in alike
         cases.append(CompileCase(name, dtype, call, core=core, **flags))
 
     keep = empty(64, 1, dtype=torch.bool)
