@@ -272,7 +272,9 @@ def test_what_fits_no_bucket_raises_or_is_computed_and_counted() -> None:
             served(src)
         loose = graphed(stack, [(4, 8), (1, 12)], fallback=True)
         output = loose(src)
-        assert torch.equal(output, stack(src)) and not output.requires_grad
+        with torch.no_grad():  # as there
+            assert torch.equal(output, stack(src))
+        assert not output.requires_grad
     assert (loose.fallbacks, served.fallbacks) == (1, 0)
     assert sum(loose.replays.values()) == 0
 

@@ -74,7 +74,8 @@ BETWEEN = {
     "attention d=64 gated relative bias", "attention d=128 gated relative bias",
     "attention d=64 dropout, grouped", "attention d=128 packed causal, grouped",
     "attention d=128 additive mask", "attention d=128 sinks", "attention d=128 few queries",
-    "attention d=256 sinks", "attention d=256 causal key mask", "attention d=128 specialized, causal",
+    "attention d=256 sinks", "attention d=256 causal key mask",
+    "attention d=128 specialized, causal",
 }  # fmt: skip
 
 
