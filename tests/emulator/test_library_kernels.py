@@ -63,7 +63,9 @@ def test_faults_in_the_gradient_of_few_queries_are_seen(fault: Any, found: str |
     """By the gradient of the query, which alone is wrong; and as a race, where it is one."""
     given = "attention of few queries", torch.bfloat16, "sm_90", SETTINGS
     (output, dq, dk, dv), findings = in_compiler(library.errors_of, *given, fault)
-    assert max(output, dk, dv) < ERRORS[torch.bfloat16] < dq
+    limit = ERRORS[torch.bfloat16]
+    assert max(output, dk, dv) < limit
+    assert not dq <= limit  # memory that nobody wrote may be NaN
     assert {" ".join(finding.split()[:2]) for finding in findings} == {found} - {None}
 
 
