@@ -84,6 +84,18 @@ def arguments_of(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
+class WithArguments:
+    """A base of bases whose forward sorts its arguments by those of the class behind it."""
+
+    _arguments: tuple[str, ...]  # of the forward of the class behind this one
+
+    def __init_subclass__(cls) -> None:
+        """Look up once what the class behind is."""
+        made_of = getattr(cls, "_made_of", None)
+        if made_of is not None:  # else a base too
+            cls._arguments = arguments_of(made_of[1])
+
+
 def is_asked(value: Any) -> bool:
     """Return whether an argument asks for more than its absence would."""
     return value is not None and value is not False

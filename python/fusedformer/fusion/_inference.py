@@ -40,7 +40,6 @@ def is_unseen(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(x) in (Tensor, Parameter)
-        and not torch.compiler.is_compiling()
         and is_eager()
         and not torch._C._is_any_autocast_enabled()
         and chosen_backend(x) == "torch"

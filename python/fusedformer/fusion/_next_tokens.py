@@ -12,21 +12,14 @@ from torch import Tensor
 
 from fusedformer._internal.checks import has_values
 from fusedformer._internal.tracing import is_traced_by_jit, is_vmapped
-from fusedformer.fusion._classes import arguments_of
+from fusedformer.fusion._classes import WithArguments
 from fusedformer.fusion._kept_rows import padding_computed
 
 
-class NextTokens:
+class NextTokens(WithArguments):
     """A base of models that compute a batch padded where its loss reads padded positions."""
 
     FUSED = "padded where labels are behind padding"
-    _arguments: tuple[str, ...]  # of the forward of the class behind this one
-
-    def __init_subclass__(cls) -> None:
-        """Look up once what the class behind is."""
-        made_of = getattr(cls, "_made_of", None)
-        if made_of is not None:  # else a base too
-            cls._arguments = arguments_of(made_of[1])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes."""

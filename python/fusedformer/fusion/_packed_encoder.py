@@ -6,7 +6,7 @@ from typing import Any
 
 from fusedformer import functional
 from fusedformer.fusion._attention import captured, key_mask_of
-from fusedformer.fusion._classes import arguments_of
+from fusedformer.fusion._classes import WithArguments
 from fusedformer.fusion._kept_rows import (
     has_no_rows,
     sequences_of,
@@ -19,7 +19,7 @@ from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack, packing_of
 
 
-class PackedEncoder:
+class PackedEncoder(WithArguments):
     """A base of encoders that compute only the real tokens of a padded batch.
 
     They go through the layers as one long sequence, in which attention keeps to each token's own.
@@ -30,13 +30,6 @@ class PackedEncoder:
     looks_attention_up = True  # in a configuration, so that it may be another by now
 
     static_shapes = False  # as in TransformerEncoder
-    _arguments: tuple[str, ...]  # of the forward of the class behind this one
-
-    def __init_subclass__(cls) -> None:
-        """Look up once what the class behind is."""
-        made_of = getattr(cls, "_made_of", None)
-        if made_of is not None:  # else a base too
-            cls._arguments = arguments_of(made_of[1])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""

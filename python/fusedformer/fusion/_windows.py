@@ -67,7 +67,7 @@ class Windows(NamedTuple):
     def hidden(self, like: Tensor) -> Tensor:
         """Return the masks ``[windows, 1, tokens, tokens]`` of shifted windows, to be added."""
         # What is made under a mode or a transform is theirs, and must not be kept.
-        may_keep = not torch.compiler.is_compiling() and is_eager()
+        may_keep = is_eager()
         make = _hidden if may_keep else _hidden.__wrapped__
         return make(*self.padded(), self.side, self.shift, like.dtype, like.device)
 

@@ -21,7 +21,7 @@ from fusedformer.ops._shared import (
     no_double_backward,
 )
 from fusedformer.ops.dropout_aten import dropout_add_aten
-from fusedformer.ops.norm_aten import Shape, add_norm_aten, norm_aten
+from fusedformer.ops.norm_aten import Shape, add_norm_aten, epsilon, norm_aten
 
 
 def layer_norm(
@@ -50,7 +50,9 @@ def rms_norm(
     if chosen_backend(input) == "torch":
         return norm_aten("rms", input, shape, weight, None, eps, dtype)
     checks.check_kernel_dtype("rms_norm", "input", input)
-    return _run(input, None, None, weight, None, 0.0, _eps(eps), "rms", len(shape), False, dtype)[0]
+    return _run(
+        input, None, None, weight, None, 0.0, epsilon(eps), "rms", len(shape), False, dtype
+    )[0]
 
 
 def dropout_add_layer_norm(
@@ -105,7 +107,7 @@ def dropout_add_rms_norm(
         weight,
         None,
         p,
-        _eps(eps),
+        epsilon(eps),
         "rms",
         len(shape),
         return_sum,
@@ -154,11 +156,6 @@ def _run(
         dtype,
     )
     return output, total
-
-
-def _eps(eps: float | None) -> float:
-    # torch takes the epsilon of the dtype that it computes in, which is float32 for all of ours.
-    return torch.finfo(torch.float32).eps if eps is None else eps
 
 
 def _check_for_kernels(function: str, input: Tensor, residual: Tensor) -> None:

@@ -22,6 +22,11 @@ Shape = tuple[int, ...]
 _PLAIN = Tensor, Parameter
 
 
+def epsilon(eps: float | None) -> float:
+    """Return ``eps``, or torch's own: that of float32, in which norms are computed."""
+    return torch.finfo(torch.float32).eps if eps is None else eps
+
+
 def norm_aten(
     kind: str,
     input: Tensor,
@@ -52,8 +57,7 @@ def add_norm_aten(
     return_sum: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the norm of ``dropout(input + input_bias) + residual``; (norm, sum) if asked."""
-    if input_bias is not None:
-        input = input + input_bias.to(input.dtype)
+    input = input if input_bias is None else input + input_bias.to(input.dtype)
     if not p and dtype in (None, input.dtype) and input.dtype == residual.dtype:
         found = _compiled(kind, input, residual, shape, weight, bias, eps, wants_sum=return_sum)
         if found is not None:
@@ -98,7 +102,6 @@ def _compiled(
     dtype = input.dtype
     if (
         dtype not in kernel.DTYPES
-        or torch.compiler.is_compiling()
         or not is_eager()
         or torch.is_grad_enabled()  # a frozen layer has the bits that it has while it learns
         or not (_is_plain(input) and _is_plain(residual))
@@ -118,7 +121,7 @@ def _compiled(
         bias = None if bias is None else bias.float().contiguous()
     return kernel.norm(
         input, residual, weight, bias, shape[0] if len(shape) == 1 else math.prod(shape),
-        torch.finfo(torch.float32).eps if eps is None else eps,
+        epsilon(eps),
         is_rms=kind == "rms", wants_sum=wants_sum,
     )  # fmt: skip
 
