@@ -1,8 +1,9 @@
-"""Norms in inference on the CPU, in C++ with the sum before them: values, bits, what ATen does."""
+"""Norms on the CPU, in C++ with the sum before them: values, gradients, bits, what ATen does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import fusedformer.functional as F
 from fusedformer import backend, reference
 from fusedformer.testing import compare_tensors
 from fusedformer_kernels.cpu import build
+from fusedformer_kernels.cpu import norm as kernel
 
 # Ends of every kind: of a vector, of four of them; and more than a thread's share of elements.
 SHAPES = [(3, 1), (2, 7), (5, 64), (4, 129), (120, 768), (1, 9000)]
@@ -45,11 +47,16 @@ def wide(given: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
+@contextmanager
+def aten() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "computes", lambda dtype: False)
+        yield
+
+
 def by_aten(name: str, given: dict[str, Any]) -> Any:
-    """Learned, which is left to ATen."""
-    with torch.enable_grad():
-        found = getattr(F, name)(**given | {"input": given["input"].clone().requires_grad_()})
-    return [x.detach() for x in found] if isinstance(found, tuple) else found.detach()
+    with aten():
+        return getattr(F, name)(**given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,16 +124,129 @@ def test_parameters_of_other_dtypes() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda x: x.double(), lambda x: x[:0], lambda x: x.requires_grad_()],
-    ids=["float64", "empty", "learned"],
+    [lambda x: x.double(), lambda x: x[:0]],
+    ids=["float64", "empty"],
 )
 def test_other_calls_have_atens_bits(change: Any) -> None:
     x, residual = change(torch.randn(6, 24)), change(torch.randn(6, 24))
+    found = F.dropout_add_layer_norm(x, residual, (24,))
+    assert torch.equal(found, torch.layer_norm(x + residual, (24,)))
+
+
+def learned(given: dict[str, Any]) -> list[Tensor]:
+    return [x.requires_grad_() for x in given.values() if isinstance(x, Tensor)]
+
+
+def gradients(name: str, given: dict[str, Any], grads: list[Tensor], module: Any = F) -> Any:
+    """Gradients of all tensors; ``given`` are new leaves."""
+    given = {n: x.detach().clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+    leaves = learned(given)
     with torch.enable_grad():
-        found = F.dropout_add_layer_norm(x, residual, (24,))
-        wanted = torch.layer_norm(x + residual, (24,))
-    assert torch.equal(found, wanted)
-    assert found.requires_grad == x.requires_grad
+        found = getattr(module, name)(**given)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        grads = [grad.to(out.dtype) for grad, out in zip(grads, outputs, strict=False)]
+        return torch.autograd.grad(outputs, leaves, grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_gradients(kind: str, dtype: torch.dtype) -> None:
+    for at, shape in enumerate([(3, 5), *SHAPES[1:]]):  # of one column the gradient is 0
+        given = inputs(shape, dtype)
+        if kind == "rms_norm" or at % 2:
+            del given["bias"]
+        if at % 3 == 1:
+            del given["weight"]
+        grads = [torch.randn(shape).to(dtype) for _ in range(2)]
+        alone = {name: x for name, x in given.items() if name != "residual"}
+        both = given | {"return_sum": True}
+        for name, own in (
+            (kind, alone),
+            (f"dropout_add_{kind}", given),
+            (f"dropout_add_{kind}", both),
+        ):
+            found = gradients(name, own, grads)
+            with aten():
+                stock = gradients(name, own, grads)
+                truth = gradients(name, wide(own), grads)
+            for part in zip(found, stock, truth, strict=True):
+                assert part[0].dtype is dtype
+                comparison = compare_tensors("gradient", *part)
+                assert comparison.passed, (name, shape, comparison)
+
+
+@pytest.mark.parametrize("rows", [40, 5000])
+def test_sums_over_rows_are_exact_and_the_same_by_any_number_of_threads(rows: int) -> None:
+    """Gradients with a mean, which row by row in float32 lose digits."""
+    given = inputs((rows, 40), torch.float32)
+    grad = torch.randn(rows, 40) + 2.0
+    found = gradients("dropout_add_layer_norm", given, [grad])
+    truth = gradients("dropout_add_layer_norm", wide(given), [grad])
+    for ours, right in zip(found[2:], truth[2:], strict=True):
+        assert (ours - right).abs().max() <= 2e-7 * right.abs().max()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = gradients("dropout_add_layer_norm", given, [grad])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.parametrize("frozen", ["input", "residual", "weight", "bias", "input residual"])
+def test_only_what_learns_has_a_gradient(frozen: str) -> None:
+    given = inputs((6, 24), torch.float32)
+    grad = torch.randn(6, 24)
+    wanted = gradients("dropout_add_layer_norm", given, [grad])
+    names = [name for name, x in given.items() if isinstance(x, Tensor)]
+    for name in names:
+        given[name].requires_grad_(name not in frozen.split())
+    with torch.enable_grad():
+        F.dropout_add_layer_norm(**given).backward(grad)
+    for name, gradient in zip(names, wanted, strict=True):
+        own = given[name].grad
+        assert own is None if name in frozen.split() else torch.equal(own, gradient)
+
+
+def test_the_bits_are_those_of_inference() -> None:
+    given = inputs((30, 65), torch.bfloat16)
+    found = F.dropout_add_layer_norm(**given, return_sum=True)
+    learned(given)
+    with torch.enable_grad():
+        again = F.dropout_add_layer_norm(**given, return_sum=True)
+    assert all(map(torch.equal, found, again))
+    assert not calls_aten(lambda: torch.autograd.grad(again, given["input"], again))
+
+
+@pytest.mark.parametrize("of_sum", [False, True])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_gradients_of_gradients_and_batches_of_them(kind: str, of_sum: bool) -> None:
+    given = inputs((6, 24), torch.float32) | {"return_sum": of_sum}
+    if kind == "rms_norm":
+        del given["bias"]
+    grads, seconds = torch.randn(3, 6, 24), torch.randn(4, 6, 24)
+
+    def twice(given: dict[str, Any]) -> Any:
+        given = {n: x.detach().clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+        leaves, dtype = learned(given), given["input"].dtype
+        with torch.enable_grad():
+            found = getattr(F, f"dropout_add_{kind}")(**given)
+            outputs = list(found) if of_sum else [found]
+            own = grads[: len(outputs)].to(dtype).unbind()
+            first = torch.autograd.grad(outputs, leaves, own, create_graph=True)
+            total = sum(
+                (f * s.to(dtype)[0, : f.shape[-1]]).sum()
+                for f, s in zip(first, seconds, strict=False)
+            )
+            second = torch.autograd.grad(total, leaves[:3], retain_graph=True)
+            batch = torch.autograd.grad(
+                outputs, leaves, [torch.stack([g, 2 * g]) for g in own], is_grads_batched=True
+            )
+        return [*first, *second, *batch]
+
+    found, truth = twice(given), twice(wide(given))
+    for ours, right in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sum_of_two_dtypes() -> None:

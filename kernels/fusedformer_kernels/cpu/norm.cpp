@@ -3,36 +3,18 @@
 // A row is added up, normed and written while it is in cache, in one parallel region for all. The
 // sum stays float between; what a row gets depends on nothing but itself.
 
-#include "vectors.h"
+#include "rows.h"
 
 #include <cmath>
 
 namespace {
 
-constexpr int64_t WORTH_THREADS = 1 << 16;  // elements in the time that waking them takes
-constexpr int64_t AT_ONCE = 4;              // vectors, each with sums of its own
-
-// `work` on each vector of `count` elements: where it begins, which sum is its own, its elements.
-template <class Work>
-inline void each(int64_t count, Work work) {
-  int64_t i = 0;
-  for (; i + AT_ONCE * LANES <= count; i += AT_ONCE * LANES)
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < AT_ONCE; ++k) work(i + k * LANES, k, LANES);
-  for (; i < count; i += LANES) work(i, int64_t{0}, std::min(LANES, count - i));
-}
-
-// The sum over the lanes of all.
-inline float total_of(const Vector (&sums)[AT_ONCE]) {
-  const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  return reduced(all, [](Vector a, Vector b) { return a + b; });
-}
-
 // Tensors [rows, columns], one row after another, and parameters [columns]; null where there is
-// none.
+// none. `statistics` are what the backward takes: means, then reciprocals of standard deviations.
 struct Norm {
   const void *x, *residual, *weight, *bias;
   void *total, *out;
+  float* statistics;
   int64_t rows, columns;
   float eps;
   bool are_parameters_float, is_rms;
@@ -66,8 +48,9 @@ class Rower {
       stored(own, values + i, LANES);
       squares[k] += own * own;
     });
-    write(1.0f / std::sqrt(total_of(squares) / columns + all_.eps),
-          static_cast<T*>(all_.out) + first);
+    const float factor = 1.0f / std::sqrt(total_of(squares) / columns + all_.eps);
+    if (all_.statistics) all_.statistics[row] = mean, all_.statistics[all_.rows + row] = factor;
+    write(factor, static_cast<T*>(all_.out) + first);
   }
 
  private:
@@ -103,20 +86,27 @@ void norm_of(const Norm& all) {
 
 }  // namespace
 
-// By arguments that take the caller little time. Returns 0 where the dtype is none that is known on
-// this processor.
-extern "C" int fusedformer_norm(int dtype, int are_parameters_float, int is_rms, const void* x,
+// Whether this processor turns float16 into floats.
+extern "C" int fusedformer_has_float16() {
+#ifdef __F16C__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// By arguments that take the caller little time.
+extern "C" void fusedformer_norm(int dtype, int are_parameters_float, int is_rms, const void* x,
                                 const void* residual, const void* weight, const void* bias,
-                                void* total, void* out, int64_t rows, int64_t columns, float eps,
-                                int threads) {
-  const Norm all = {x,    residual, weight, bias, total, out, rows, columns, eps,
+                                void* total, void* out, float* statistics, int64_t rows,
+                                int64_t columns, float eps, int threads) {
+  const Norm all = {x,    residual, weight, bias, total, out, statistics, rows, columns, eps,
                     are_parameters_float != 0, is_rms != 0, threads};
   switch (dtype) {
-    case 0: norm_of<float>(all); return 1;
-    case 1: norm_of<bfloat16>(all); return 1;
+    case 0: norm_of<float>(all); break;
+    case 1: norm_of<bfloat16>(all); break;
 #ifdef __F16C__
-    case 2: norm_of<float16>(all); return 1;
+    case 2: norm_of<float16>(all); break;
 #endif
   }
-  return 0;
 }

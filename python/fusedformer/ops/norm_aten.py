@@ -1,20 +1,22 @@
-"""Norms on the torch backend: ATen's, or in inference one pass of C++ that adds and norms.
+"""Norms on the torch backend: ATen's, or one pass of C++ that adds and norms, and one backward.
 
-Both compute the statistics in float32. ATen rounds the sum before it norms it; C++, which has no
-backward, norms the sum that it has, and rounds what it returns of it.
+Both compute the statistics in float32. ATen rounds the sum before it norms it; C++ norms the sum
+that it has, and rounds what it returns of it. ATen adds up gradients of parameters row by row in
+float32; C++ adds up rows in doubles.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fusedformer._internal.tracing import is_eager
+from fusedformer._internal.tracing import is_eager, may_be_batched
 from fusedformer.ops import wide_sums
+from fusedformer.ops._registered import plain_apply
 from fusedformer.ops.dropout_aten import dropout_add_aten
 from fusedformer_kernels.cpu import norm as kernel
 
@@ -91,40 +93,129 @@ def _compiled(
     kind: str,
     input: Tensor,
     residual: Tensor | None,
-    shape: Sequence[int],
+    shape: Shape,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
     *,
     wants_sum: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """(norm, sum) by C++; None where gradients are on, somebody looks on, or none compiled."""
-    dtype = input.dtype
+    """(norm, sum) by C++; None where somebody looks on, or none is compiled."""
+    given = input, residual, weight, bias
     if (
-        dtype not in kernel.DTYPES
-        or not is_eager()
-        or torch.is_grad_enabled()  # a frozen layer has the bits that it has while it learns
-        or not (_is_plain(input) and _is_plain(residual))
-        or not (_is_plain(weight) and _is_plain(bias))
+        not is_eager()
+        or not all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in given)
         or not input.numel()
+        or not kernel.computes(input.dtype)
     ):
         return None
-    if kind == "rms" and weight is not None and weight.dtype is not dtype:
+    if kind == "rms" and weight is not None and weight.dtype is not input.dtype:
         return None  # ATen chooses the dtype of the result
-    input = input.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    if (weight is None or weight.dtype is dtype) and (bias is None or bias.dtype is dtype):
-        weight = None if weight is None else weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-    else:
-        weight = None if weight is None else weight.float().contiguous()
-        bias = None if bias is None else bias.float().contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        normed, total = _norm(*given, shape, eps, kind == "rms")
+        return normed, total if wants_sum else None
+    return _run(*given, shape, eps, is_rms=kind == "rms", wants_sum=wants_sum)
+
+
+def _run(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Shape,
+    eps: float | None,
+    *,
+    is_rms: bool,
+    wants_sum: bool,
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    weight, bias = _parameters(input.dtype, weight, bias)
     return kernel.norm(
-        input, residual, weight, bias, shape[0] if len(shape) == 1 else math.prod(shape),
-        epsilon(eps),
-        is_rms=kind == "rms", wants_sum=wants_sum,
+        input.contiguous(), None if residual is None else residual.contiguous(), weight, bias,
+        _columns(shape), epsilon(eps),
+        is_rms=is_rms, wants_sum=wants_sum, statistics=statistics,
     )  # fmt: skip
 
 
-def _is_plain(tensor: Tensor | None) -> bool:
-    return tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu)
+def _columns(shape: Shape) -> int:
+    return shape[0] if len(shape) == 1 else math.prod(shape)
+
+
+def _parameters(dtype: torch.dtype, *given: Tensor | None) -> list[Tensor | None]:
+    """The parameters as C++ takes them: all of the input's dtype, or all float32."""
+    wide = any(t is not None and t.dtype is not dtype for t in given)
+    return [t if t is None else (t.float() if wide else t).contiguous() for t in given]
+
+
+class _Norm(torch.autograd.Function):
+    """(norm, sum) by C++. The sum is always returned, so that its gradient has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: Shape,
+        eps: float | None,
+        is_rms: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.eps, ctx.is_rms = shape, eps, is_rms
+        statistics = torch.empty(2, input.numel() // _columns(shape))
+        normed, total = _run(
+            input, residual, weight, bias, shape, eps,
+            is_rms=is_rms, wants_sum=True, statistics=statistics,
+        )  # fmt: skip
+        ctx.save_for_backward(input if total is None else total, weight, bias, statistics)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> Any:
+        x, weight, bias, statistics = ctx.saved_tensors
+        if grad is None:
+            return grad_total, grad_total, *[None] * 5
+        wants_input, wants_residual, *wants = ctx.needs_input_grad[:4]
+        wants_x = wants_input or wants_residual
+        if torch.is_grad_enabled() or may_be_batched():
+            dx, *sums = _by_aten_again(ctx, x, weight, bias, grad, [wants_x, *wants])
+            if dx is not None and grad_total is not None:
+                dx = dx + grad_total
+        else:
+            own, _ = _parameters(x.dtype, weight, bias)
+            parameter = bias if own is None else own
+            dx, *sums = kernel.norm_backward(
+                grad.contiguous(), None if grad_total is None else grad_total.contiguous(),
+                x.contiguous(), own, statistics, is_rms=ctx.is_rms,
+                are_parameters_float=parameter is not None and parameter.dtype is torch.float32,
+                wants_x=wants_x, wants_parameters=any(wants),
+            )  # fmt: skip
+        grads = [
+            sums[at].view(ctx.shape).to(t.dtype) if wants[at] else None
+            for at, t in enumerate((weight, bias))
+        ]
+        of_input, of_residual = dx if wants_input else None, dx if wants_residual else None
+        return of_input, of_residual, *grads, *[None] * 3
+
+
+def _by_aten_again(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor,
+    wants: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of (x, weight, bias) that can be differentiated or are a batch of them."""
+    given = x, weight, bias
+    kind = "rms" if ctx.is_rms else "layer"
+    with torch.enable_grad():
+        again = _by_aten(kind, x, ctx.shape, weight, bias, epsilon(ctx.eps))
+    wanted = [t for t, is_wanted in zip(given, wants, strict=True) if is_wanted]
+    twice = torch.is_grad_enabled()
+    left = iter(torch.autograd.grad(again, wanted, grad, create_graph=twice))
+    return [next(left) if is_wanted else None for is_wanted in wants]
+
+
+_norm = plain_apply(_Norm)
