@@ -29,7 +29,7 @@ template <class T, class P>
 class Rower {
  public:
   explicit Rower(const Backward& all)
-      : all_(all), width_(ceiling(all.columns, LANES)), buffers_(4 * width_) {}
+      : all_(all), width_(ceiling(all.columns, LANES)), some_(2 * width_) {}
 
   void block(int64_t which) {
     const int64_t end = all_.rows * (which + 1) / all_.blocks;
@@ -37,12 +37,13 @@ class Rower {
     if (sums) std::fill(sums, sums + 2 * all_.columns, 0.0);
     for (int64_t row = all_.rows * which / all_.blocks; row < end;) {
       const int64_t last = std::min(end, row + IN_FLOATS);
-      std::fill(buffers_.begin() + 2 * width_, buffers_.end(), 0.0f);
+      std::fill(some_.begin(), some_.end(), 0.0f);
       for (; row < last; ++row) one(row);
       if (sums)
-        for (int64_t which_sum = 0; which_sum < 2; ++which_sum)
-          for (int64_t i = 0; i < all_.columns; ++i)
-            sums[which_sum * all_.columns + i] += buffers_[(2 + which_sum) * width_ + i];
+        for (int64_t i = 0; i < all_.columns; ++i) {
+          sums[i] += some_[i];
+          sums[all_.columns + i] += some_[width_ + i];
+        }
     }
   }
 
@@ -54,19 +55,20 @@ class Rower {
     const T *grad = static_cast<const T*>(all_.grad) + first;
     const T *x = static_cast<const T*>(all_.x) + first;
     const P* weight = static_cast<const P*>(all_.weight);
-    float *normed = buffers_.data(), *weighted = normed + width_;
-    float *dweight = weighted + width_, *dbias = dweight + width_;
+    float *dweight = some_.data(), *dbias = dweight + width_;
+    const auto normed = [&](int64_t i, int64_t some) {
+      const Vector n = (loaded(x + i, some) - mean) * factor;
+      return some == LANES ? n : lanes() < static_cast<int32_t>(some) ? n : Vector{};
+    };
     Vector products[AT_ONCE] = {}, plain[AT_ONCE] = {};
     each(columns, [&](int64_t i, int64_t k, int64_t some) {
-      Vector own = loaded(grad + i, some), n = (loaded(x + i, some) - mean) * factor;
-      if (some < LANES) n = lanes() < static_cast<int32_t>(some) ? n : Vector{};
+      Vector own = loaded(grad + i, some);
+      const Vector n = normed(i, some);
       if (all_.sums) {
         stored(loaded(dweight + i, LANES) + own * n, dweight + i, LANES);
         stored(loaded(dbias + i, LANES) + own, dbias + i, LANES);
       }
       if (weight) own *= loaded(weight + i, some);
-      stored(n, normed + i, LANES);
-      stored(own, weighted + i, LANES);
       products[k] += own * n;
       plain[k] += own;
     });
@@ -76,8 +78,9 @@ class Rower {
     T* dx = static_cast<T*>(all_.dx) + first;
     const T* grad_total = all_.grad_total ? static_cast<const T*>(all_.grad_total) + first : nullptr;
     each(columns, [&](int64_t i, int64_t, int64_t some) {
-      const Vector n = loaded(normed + i, LANES);
-      Vector own = (loaded(weighted + i, LANES) - shift - n * along) * factor;
+      Vector own = loaded(grad + i, some);
+      if (weight) own *= loaded(weight + i, some);
+      own = (own - shift - normed(i, some) * along) * factor;
       if (grad_total) own += loaded(grad_total + i, some);
       stored(own, dx + i, some);
     });
@@ -85,7 +88,7 @@ class Rower {
 
   const Backward& all_;
   const int64_t width_;
-  std::vector<float> buffers_;  // of a row n and g, of some rows the sums of weight and bias
+  std::vector<float> some_;  // the sums of some rows, of weight and bias
 };
 
 template <class T, class P>
