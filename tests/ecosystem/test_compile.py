@@ -52,7 +52,10 @@ def test_every_op(case: Case, dynamic: bool, name: Any, device: str) -> None:
         eager = results(lambda: case.op.candidate(**given), leaves)
         traced = results(lambda: compiled(**given), leaves)
     assert len(eager) == len(traced)
-    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+    if name == "torch" and "norm" in case.op.name:  # eager ones are C++, traced ones ATen
+        torch.testing.assert_close(eager, traced)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
 class Encoder(torch.nn.Module):
@@ -89,7 +92,8 @@ def test_the_packed_encoder_is_compiled_once_for_all_batches(name: Any, device: 
                 grads = [p.grad.clone() for p in stack.parameters() if p.grad is not None]
                 if call is compiled:
                     traced, traced_grads = output, grads
-        assert torch.equal(traced, output)
+        torch.testing.assert_close(traced, output)
+        assert name == "torch" or torch.equal(traced, output)
         pairs = zip(traced_grads, grads, strict=True)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
         counts.append(counter.frame_count)

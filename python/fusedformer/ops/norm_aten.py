@@ -187,7 +187,7 @@ class _Norm(torch.autograd.Function):
             parameter = bias if own is None else own
             dx, *sums = kernel.norm_backward(
                 grad.contiguous(), None if grad_total is None else grad_total.contiguous(),
-                x.contiguous(), own, statistics, is_rms=ctx.is_rms,
+                x.contiguous(), own, statistics.contiguous(), is_rms=ctx.is_rms,
                 are_parameters_float=parameter is not None and parameter.dtype is torch.float32,
                 wants_x=wants_x, wants_parameters=any(wants),
             )  # fmt: skip
