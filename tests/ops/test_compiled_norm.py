@@ -111,6 +111,16 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
     assert torch.equal(found[::3], clean[::3])
 
 
+def test_a_mean_takes_no_digits() -> None:
+    """Summed in float32, it is rounded; what it leaves is taken away after it."""
+    x = torch.randn(40, 768) + 30.0
+    wanted = torch.layer_norm(x.double(), (768,))
+    error = (F.layer_norm(x, (768,)) - wanted).square().mean().sqrt()
+    assert error < 2**-24
+    with aten():
+        assert (F.layer_norm(x, (768,)) - wanted).square().mean().sqrt() > 4 * error
+
+
 def test_parameters_of_other_dtypes() -> None:
     """Gains in float32 of a half input, several dimensions, and a float32 input's half gain."""
     x, weight = torch.randn(3, 4, 5), torch.randn(4, 5)
