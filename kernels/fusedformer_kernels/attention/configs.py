@@ -216,14 +216,21 @@ def few_queries_backward_config(
     nor where ``group`` heads have so many queries at a key head that parts of dq, in float32, would
     take more memory than the keys.
     """
-    # HMMA takes 32 keys. Of 64, whose products are HGMMA, fewer programs would load at a time.
     half = kind.operands == "half"
     large = kind.size == 256 and not half
     block_n = 16 if large and target.shared_memory <= 128 * 1024 else 32
+    warps = 8 if large else 4
+    if half and target.backend == "cuda":
+        # Fewer warps load an operand from shared memory fewer times. Two of them take HMMA for 64
+        # keys too. The sums of grouped heads need more registers.
+        if group > 1:
+            warps = 4 if kind.size == 64 else 8
+        elif kind.size < 256:
+            warps, block_n = 2, 64 if kind.size == 64 else 32
     fits = 4 * max_queries * group <= (2 if half else 4) * block_n
     if kind.gathers or not fits or not are_few_queries(max_queries, max_keys):
         return None
-    return AttentionConfig(8 if large else 4, 1, FEW_QUERIES, block_n, keys_per_split=block_n)
+    return AttentionConfig(warps, 1, FEW_QUERIES, block_n, keys_per_split=block_n)
 
 
 @cached_config
