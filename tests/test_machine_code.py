@@ -15,8 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fusedformer_kernels.attention.backward import attention_backward
 from fusedformer_kernels.attention.forward import attention_forward
-from fusedformer_kernels.attention.terms import AttentionTerms
+from fusedformer_kernels.attention.terms import OF_HEADS_ALONE, AttentionTerms
 from fusedformer_kernels.compiler import ahead_of_time
 from fusedformer_kernels.compiler.ahead_of_time import Compiled
 from fusedformer_kernels.compiler.machine_code import (
@@ -163,6 +164,24 @@ def test_passes_of_the_loop_are_those_of_one_program() -> None:
     (forward,) = (each for each in launches if each.name == "_attention_forward")
     pairs = 2.0 * 16 * 8192  # of one query each, whatever the tile's rows
     assert demand_of(forward, compiled, pairs).clocks["issue"] == 8
+
+
+def test_passes_over_parts_of_dq_are_those_of_one_query() -> None:
+    """Whether the pairs are known or not, and however few of a tile's rows are queries."""
+    key = torch.empty(2, 16, 8192, 64, device="meta").bfloat16()
+    for queries in (1, 16):
+        query = torch.empty(2, 16, queries, 64, device="meta").bfloat16()
+        terms = AttentionTerms(scale=1.0)
+        with assume_target(TARGETS["sm_90"]), recorded_launches(run=False) as launches:
+            output, _, statistics = attention_forward(query, key, key, terms)
+            given = query, key, key, output, statistics, terms, OF_HEADS_ALONE
+            attention_backward(output, None, *given)
+        last = launches[-1]
+        assert last.name == "_sum_query_parts"
+        compiled = _compiled(1, loops=True, clocks={"issue": 1.0})
+        for pairs in (None, 2.0 * 16 * 8192 * queries):
+            found = demand_of(last, compiled, pairs).clocks["issue"]
+            assert found * last.arguments["BLOCK_N"] * last.arguments["BLOCK_P"] == 8192
 
 
 # Two lines an instruction, as nvdisasm writes with -hex: the second has ptxas' bits. Stalls of 4;

@@ -67,6 +67,32 @@ def test_each_entry_was_measured_and_beats_the_default(shipped: dict[str, Any]) 
         assert math.prod(gains) ** (1 / len(gains)) >= 1.03 and min(gains) >= 1, key
 
 
+def test_predicted_configs_are_named_and_can_be_left_out(
+    shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each beats what was measured by 5% at least; without them that is used, not the default."""
+    names = {key for key, entry in shipped.items() if "predicted" in entry}
+    assert names == {f"attention_backward half 128 plain {mask}" for mask in ("full", "causal")}
+    for name in names:
+        predicted = shipped[name]["predicted"]
+        assert predicted["config"] != shipped[name]["config"] and predicted["triton"]
+        assert all(new <= 0.95 * old for old, new in predicted["predicted_us_of_both"].values())
+    said = tuned_entries(["sm_90"]).splitlines()
+    marked = {line for line in said if line.endswith("(predicted, not measured)")}
+    assert len(marked) == 2 and all(any(name in line for line in marked) for name in names)
+
+    def stages() -> list[int]:
+        return [x.config.num_stages for x in _attention(128) if "backward" in x.name]
+
+    assert stages() == [3, 3]
+    monkeypatch.setenv("FUSEDFORMER_TUNED", "measured")
+    tuned.clear_caches()
+    assert stages() == [2, 2]
+    assert "predicted" not in tuned_entries(["sm_90"])
+    config = attention.attention_backward_config(attention.AttentionKind(128, "half"), SM_90)
+    assert config.block_m == 32  # the default has 64
+
+
 def test_launches_take_the_entries_on_sm_90_alone(
     shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +114,7 @@ def test_launches_take_the_entries_on_sm_90_alone(
         assert attention.attention_backward_config(backward, TARGETS[name]) == config, name
     monkeypatch.setenv("FUSEDFORMER_TUNED", "no")
     tuned.clear_caches()
-    with pytest.raises(ValueError, match="FUSEDFORMER_TUNED: expected 'on' or 'off', but got 'no'"):
+    with pytest.raises(ValueError, match="FUSEDFORMER_TUNED: expected 'on', 'measured' or"):
         attention.attention_backward_config(backward, SM_90)
 
 

@@ -279,3 +279,23 @@ def test_what_is_beyond_key_lengths_is_not_read(
         grads = [torch.randn_like(each) for each in output]
         found.append([*output, *torch.autograd.grad(output, leaves, grads)])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("form", ["padded", "key lengths", "packed"])
+def test_many_tiles_of_large_heads(form: str, causal: bool, device: str) -> None:
+    """More tiles than are loaded ahead, odd ends, and sequences that have fewer than that."""
+    dtype = torch.float16 if causal else torch.bfloat16
+    names = "query", "key", "value"
+    given: dict[str, Any] = {"is_causal": causal}
+    if form == "packed":
+        starts = torch.tensor([0, 0, 5, 140], dtype=torch.int32, device=device)
+        inputs = {name: grad(140, 1, 72, device=device) for name in names}
+        given |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        given |= {"max_seqlen_q": 135, "max_seqlen_k": 135}
+        check("varlen_attention", dtype, only=first, **inputs, **given)
+        return
+    if form == "key lengths":
+        given["key_lengths"] = torch.tensor([131], device=device)
+    inputs = {name: grad(1, 1, 135, 72, device=device) for name in names}
+    check(NAME, dtype, only=first, **inputs, **given)

@@ -162,8 +162,10 @@ def attention_forward_default(kind: AttentionKind, target: Target) -> AttentionC
     roomy = target.shared_memory > 160 * 1024
     if kind.size == 256:
         return AttentionConfig(8, 1, 64, 64 if roomy else 32)
-    if kind.heavy and kind.crowded and kind.size == 64 and int(target.arch) < 90:
-        return AttentionConfig(4, 2 if roomy else 1, 64, 32)
+    if kind.heavy and kind.crowded and int(target.arch) < 90:
+        if kind.size == 64:
+            return AttentionConfig(4, 2 if roomy else 1, 64, 32)
+        return AttentionConfig(8, 2 if roomy else 1, 64, 64, True)
     return AttentionConfig(8, 2 if roomy else 1, 128 if kind.size == 64 or roomy else 64, 64)
 
 
@@ -203,6 +205,8 @@ def _attention_backward_default(kind: AttentionKind, target: Target) -> Attentio
         return AttentionConfig(8, 1, 16 if not roomy else 32, 64, True, True)
     if kind.size == 64 and roomy and int(target.arch) < 90:
         return AttentionConfig(4, 2, 32, 64)
+    if kind.crowded and kind.size == 128 and int(target.arch) < 90:
+        return AttentionConfig(8, 1, 32, 64, True)
     return AttentionConfig(8, 2 if kind.size == 64 and roomy else 1, 64 if roomy else 32, 64)
 
 
@@ -216,14 +220,21 @@ def few_queries_backward_config(
     nor where ``group`` heads have so many queries at a key head that parts of dq, in float32, would
     take more memory than the keys.
     """
-    # HMMA takes 32 keys. Of 64, whose products are HGMMA, fewer programs would load at a time.
     half = kind.operands == "half"
     large = kind.size == 256 and not half
     block_n = 16 if large and target.shared_memory <= 128 * 1024 else 32
+    warps = 8 if large else 4
+    if half and target.backend == "cuda":
+        # Fewer warps load an operand from shared memory fewer times. Two of them take HMMA for 64
+        # keys too. The sums of grouped heads need more registers.
+        if group > 1:
+            warps = 4 if kind.size == 64 else 8
+        elif kind.size < 256:
+            warps, block_n = 2, 64 if kind.size == 64 else 32
     fits = 4 * max_queries * group <= (2 if half else 4) * block_n
     if kind.gathers or not fits or not are_few_queries(max_queries, max_keys):
         return None
-    return AttentionConfig(8 if large else 4, 1, FEW_QUERIES, block_n, keys_per_split=block_n)
+    return AttentionConfig(warps, 1, FEW_QUERIES, block_n, keys_per_split=block_n)
 
 
 @cached_config
@@ -245,11 +256,20 @@ def attention_square_config(kind: AttentionKind, target: Target) -> AttentionCon
 
 
 @cached_config
+def attention_term_gradient_config(kind: AttentionKind, target: Target) -> AttentionConfig:
+    """Square tiles for gradients of terms, smaller where tiles of four tensors spill."""
+    is_old = target.backend == "cuda" and int(target.arch) < 90
+    if is_old and kind.operands == "half" and kind.size == 256:
+        return AttentionConfig(4, 1, 16, 16)
+    return attention_square_config(kind, target)
+
+
+@cached_config
 def attention_mask_gradient_config(
     kind: AttentionKind, target: Target, simple: bool
 ) -> AttentionConfig:
     """Square tiles; fewer warps and more stages where the compile report shows no spills."""
-    config = attention_square_config(kind, target)
+    config = attention_term_gradient_config(kind, target)
     if target.backend != "cuda" or target.arch != 90 or kind.operands != "half":
         return config
     if kind.size == 64 and simple:
@@ -263,7 +283,7 @@ def attention_table_gradient_config(
 ) -> AttentionConfig:
     """Square tiles. Four warps have registers for two more, their sum and the bias, where there is
     little besides."""
-    config = attention_square_config(kind, target)
+    config = attention_term_gradient_config(kind, target)
     if target.arch != 90 or kind.operands != "half" or kind.size == 256:
         return config
     if kind.size == 64 and simple:

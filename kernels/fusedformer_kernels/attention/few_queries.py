@@ -197,7 +197,7 @@ def few_queries_backward(
         block_d = arguments.constants["BLOCK_D"]
         launch(
             _sum_query_parts, (arguments.sequences * heads * arguments.max_queries,),
-            targets.LaunchConfig(4, 2), parts, dq, arguments.scores, *arguments.sizes,
+            targets.LaunchConfig(8, 2), parts, dq, arguments.scores, *arguments.sizes,
             layout_of(dq), arguments.max_queries, HEAD_DIM=dim, BLOCK_D=block_d,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=max(4096 // block_d, 16),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=max(8192 // block_d, 16),
         )

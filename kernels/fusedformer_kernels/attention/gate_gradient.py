@@ -84,7 +84,7 @@ def attention_gate_gradient(
 
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """
-    config = configs.attention_square_config(arguments.kind, target)
+    config = configs.attention_term_gradient_config(arguments.kind, target)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     n_rows = gate.shape[2]
     work, blocks = blocks_of(arguments, terms, n_rows, config.block_m, of_keys=False)

@@ -141,7 +141,7 @@ def attention_slope_gradient(
     ``tensors`` and ``layouts`` are those that the other backward kernels get.
     """
     unplanned()  # sums are cast
-    config = configs.attention_square_config(arguments.kind, target)
+    config = configs.attention_term_gradient_config(arguments.kind, target)
     sequences, heads = arguments.sequences, arguments.sizes.heads
     blocks = targets.ceil_div(arguments.max_queries, config.block_m)
     shares = min(blocks, targets.ceil_div(2 * target.multiprocessors, sequences * heads))

@@ -211,9 +211,11 @@ def _passes_of_attention(launch: Launch, pairs: float | None) -> float:
     queries, n_keys = given["queries"], given["keys"] * (16 if given["in_sixteens"] else 1)
     rows = min(given["BLOCK_M" if "BLOCK_M" in given else "BLOCK"], queries)
     columns = min(given["BLOCK_N" if "BLOCK_N" in given else "BLOCK"], n_keys)
+    if "BLOCK_P" in given:  # a program for each query adds up parts of its keys, some at a time
+        seen = n_keys if pairs is None else pairs / prod(launch.grid)
+        return max(1.0, seen / (columns * given["BLOCK_P"]))
     if pairs is not None:
         return max(1.0, pairs / (rows * columns)) / prod(launch.grid)
-    columns *= given.get("BLOCK_P", 1)  # blocks of keys whose parts are added up at a time
     walked = getattr(launch.config, "keys_per_split", 0) or n_keys
     tiles = queries / rows if "NEEDS_K" in given else walked / columns
     if "shares" in given:  # these programs walk over queries too

@@ -6,7 +6,9 @@ tuned unasked, and ``FUSEDFORMER_TUNED=off`` leaves all tables out.
 
 ``{"schema": 1, "target", "device", "triton", ..., "entries": {KEY: {"config": {FIELD: VALUE}}}}``,
 where KEY is the words of a choice ("attention_forward half 64 plain full") and a field that is not
-named stays as in the default.
+named stays as in the default. An entry's ``"predicted": {"config": ...}`` is a config that nobody
+has timed and that a model puts before the measured one: it is used, unless
+``FUSEDFORMER_TUNED=measured``.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parents[1] / "tuned"
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The fields that a table gives to a key, and the table."""
+    """The fields that a table gives to a key, the table, and whether they were never timed."""
 
     fields: Fields
     table: Path
+    predicted: bool = False
 
 
 _forced: dict[Key, Fields] = {}
@@ -119,23 +121,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FUSEDFORMER_CACHE_DIR") or Path(home) / "fusedformer")
 
 
-def read(path: Path) -> dict[Key, Fields]:
-    """The entries of a table.
+def read(path: Path, *, predicted: bool = True) -> dict[Key, Entry]:
+    """The entries of a table; ``predicted`` ones take the place of measured ones if wanted.
 
     Raises:
         ValueError: it is none.
     """
+    entries: dict[Key, Entry] = {}
     try:
         document = json.loads(path.read_text())
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']}, expected {SCHEMA}")
-        entries: dict[Key, Fields] = {
-            tuple(int(w) if w.isdigit() else w for w in name.split()): dict(entry["config"])
-            for name, entry in document["entries"].items()
-        }
-        for fields in entries.values():
+        for name, entry in document["entries"].items():
+            is_predicted = predicted and "predicted" in entry
+            fields = dict((entry["predicted"] if is_predicted else entry)["config"])
             if any(not isinstance(v, int) or v < 0 for v in fields.values()):
                 raise ValueError(f"config {fields}")
+            key = tuple(int(w) if w.isdigit() else w for w in name.split())
+            entries[key] = Entry(fields, path, is_predicted)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a table of tuned configs ({type(error).__name__}: {error}); delete it, "
@@ -146,7 +149,8 @@ def read(path: Path) -> dict[Key, Fields]:
 
 @functools.cache
 def _table(target: Target) -> dict[Key, Entry]:
-    if not _is_on():
+    wanted = _wanted()
+    if wanted == "off":
         return {}
     found: list[Path] = []
     name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
@@ -157,15 +161,20 @@ def _table(target: Target) -> dict[Key, Entry]:
         own = cache_file(target.device_name)
         if own.exists() and _is_of_this_triton(own):
             found.append(own)
-    return {key: Entry(fields, path) for path in found for key, fields in read(path).items()}
+    entries: dict[Key, Entry] = {}
+    for path in found:
+        entries |= read(path, predicted=wanted == "on")
+    return entries
 
 
-def _is_on() -> bool:
-    """Whether tables are read at all: what ``FUSEDFORMER_TUNED`` says."""
+def _wanted() -> str:
+    """Which entries are used, "on" for all: what ``FUSEDFORMER_TUNED`` says."""
     said = os.environ.get("FUSEDFORMER_TUNED", "on")
-    if said not in ("on", "off"):
-        raise ValueError(f"FUSEDFORMER_TUNED: expected 'on' or 'off', but got {said!r}")
-    return said == "on"
+    if said not in ("on", "measured", "off"):
+        raise ValueError(
+            f"FUSEDFORMER_TUNED: expected 'on', 'measured' or 'off', but got {said!r}"
+        )
+    return said
 
 
 def _is_of_this_triton(path: Path) -> bool:

@@ -202,6 +202,7 @@ def tuned_entries(targets: list[str]) -> str:
     return "\n".join(
         f"{target}: {key} from {entry.table.name}: "
         + " ".join(f"{name}={value}" for name, value in entry.fields.items())
+        + (" (predicted, not measured)" if entry.predicted else "")
         for target in targets
         for key, entry in entries_in_use(TARGETS[target]).items()
     )

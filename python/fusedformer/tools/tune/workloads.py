@@ -117,13 +117,19 @@ def _backward_tiles(dim: int) -> tuple[Fields, ...]:
             (False,) if dim == 64 else (False, True),
         )
     )  # fmt: skip
+    if dim == 128:  # the heavy forms' default, and what has registers for more terms
+        two_passes += tuple(
+            {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": s, "one_loop": one,
+             "split_keys": False}
+            for s, one in product((2, 3), (False, True))
+        )  # fmt: skip
     one_pass: tuple[Fields, ...] = ()
     if dim < 256:  # whose sums of keys and of queries do not fit in registers together
         one_pass = tuple(
             {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "one_loop": one,
              "split_keys": False, "passes": 1}
             for m, (n, w), s, one in product(
-                (32, 64), ((64, 4), (128, 8)), (2, 3), (False, True)
+                (32, 64) if dim == 64 else (16, 32), ((64, 4), (128, 8)), (2, 3), (False, True)
             )
         )  # fmt: skip
     return (*two_passes, *one_pass)
