@@ -43,6 +43,7 @@ from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
 from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
+from fusedformer.fusion._padded import plan_padded
 from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
 from fusedformer.fusion.clients import is_known
@@ -88,6 +89,8 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
             _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
     for place in places if generates else ():
         _plan_loss(plan, place)
+    if pack is not False:
+        plan_padded(plan, ((place.path, place.module) for place in places))
 
 
 def _places(model: nn.Module) -> Iterator[Place]:

@@ -7,6 +7,7 @@ library's then.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ class FusedLayer:
         form = self._form
         if not form.attends_itself and named(parts.attention.config) not in NAMES:
             return False
-        weight = parts.linear2.weight  # a method where products are quantized
+        weight = parts.last.weight  # a method where products are quantized
         other = isinstance(weight, Tensor) and x.dtype != weight.dtype
         if form.clamps_half and (x.dtype is torch.float16 or other):
             return False
@@ -242,15 +243,22 @@ class FusedLayer:
         heads = parts.out(self._attended(parts, call, q, k, v))
         x = x + self._normed_and_dropped(heads, parts.out_norm, parts.dropout1)
         source = parts.norm2(x) if norms_first else parts.norm1(x)
-        inner = parts.linear1(source)
-        if parts.gate is None:
-            inner = parts.activation(inner)
-        else:
-            inner = parts.activation(parts.gate(source)) * inner
-        inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
+        inner = self._block_called(parts, source)
         inner = self._normed_and_dropped(inner, parts.block_norm, parts.dropout2)
         x = (x if norms_first else source) + inner
         return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+
+    def _block_called(self, parts: Parts, x: Tensor) -> Tensor:
+        """Call the children of the feed-forward block."""
+        if parts.block is not None:
+            found = parts.block(x)
+            return found[0] if isinstance(found, tuple) else found  # some return routes too
+        inner = parts.linear1(x)
+        if parts.gate is None:
+            inner = parts.activation(inner)
+        else:
+            inner = parts.activation(parts.gate(x)) * inner
+        return parts.linear2(self._to_call(parts.hidden_dropout)(inner))  # type: ignore[no-any-return]
 
     def _normed_and_dropped(self, x: Tensor, norm: Any, dropout: Any) -> Any:
         """Call what stands between a product and the sum."""
@@ -318,6 +326,8 @@ class FusedLayer:
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
+        if parts.block is not None:
+            return self._block_called(parts, x), None, x
         name = activation_name(parts.activation)
         if not self._gates(parts):
             products = weights_and_biases(parts.linear1, parts.linear2)
@@ -368,6 +378,8 @@ class FusedLayer:
             own["sliding_window"] = _window(module, form.window)
         if form.softcap is not None:
             own["softcap"] = getattr(module, form.softcap)
+        if form.sinks is not None:
+            own["s_aux"] = getattr(module, form.sinks)
         if form.is_causal is not None:
             own["is_causal"] = form.is_causal
         bias = others.get("position_bias")
@@ -389,6 +401,8 @@ class FusedLayer:
         """Say in the report how ``layer`` is computed."""
         norms_first = cls._form.puts_norms_first(layer)
         steps = "fused steps, norms first" if norms_first else "four fused steps"
+        if cls._form.block is not None:
+            steps = f"{steps}, around its own feed-forward"
         return f"{steps}, with attention" if cls._form.attends_itself else steps
 
     @classmethod
@@ -409,9 +423,12 @@ class FusedLayer:
         if getattr(layer, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
         if cls._form.unless is not None:
-            holder, _, name = cls._form.unless.rpartition(".")
-            if getattr(layer.get_submodule(holder), name, False):
-                return f"its {name} is set"
+            try:
+                is_set = operator.attrgetter(cls._form.unless)(layer)
+            except AttributeError:
+                is_set = False
+            if is_set:
+                return f"its {cls._form.unless.rpartition('.')[2]} is set"
         return ""
 
     @classmethod
@@ -420,7 +437,7 @@ class FusedLayer:
         parts = cls._finder.parts(layer)
         if parts is None:
             return False
-        weight = parts.linear2.weight
+        weight = parts.last.weight
         x = weight if isinstance(weight, Tensor) else parts.norm2.weight
         return cls._weights_fit(parts) and bool(layer._fits(parts, x))
 
