@@ -85,37 +85,8 @@ from fusedformer.fusion._text_forms import (
     XLM_ROBERTA_XL,
     XMOD,
 )
-from fusedformer.fusion._tower_forms import (
-    AIMV2,
-    BEIT,
-    BLIP,
-    BLIP2,
-    CLIP,
-    DATA2VEC_VISION,
-    DINOV2,
-    DINOV3,
-    DONUT_SWIN,
-    EOMT,
-    GIT,
-    GLMASR,
-    INTERNVL,
-    JANUS,
-    MLCD,
-    PIXIO,
-    SIGLIP,
-    STABLE_WAV2VEC2,
-    SWIN,
-    SWINV2,
-    TIMESFORMER,
-    VIDEO_MAE,
-    VILT,
-    VIT,
-    VITPOSE,
-    WAV2VEC2,
-    WAVLM,
-    WHISPER,
-    YOLOS,
-)
+from fusedformer.fusion._tower_families import LIKE_WAV2VEC2, TOWERS
+from fusedformer.fusion._tower_forms import WHISPER
 
 _LAYER = "encoder.layer"
 BY_COLUMN, BY_TOKEN = Model(), Model(behind_padding=True)
@@ -318,87 +289,6 @@ _CAUSAL_BY_NAMES: tuple[tuple[str, str, str, Model, Form], ...] = (
     ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", _BY_TYPE_ALONE, QWEN2),
     ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", _BY_TYPE_ALONE, QWEN2),
 )
-# Towers of images, of sound, and of the texts beside them: nothing is packed, layers are fused.
-_TOWERS: tuple[tuple[str, str, Form], ...] = (
-    ("vit", "ViT", VIT),
-    ("vit_mae", "ViTMAE", VIT),
-    ("vit_msn", "ViTMSN", VIT),
-    ("deit", "DeiT", VIT),
-    ("ijepa", "IJepa", VIT),
-    ("vivit", "Vivit", VIT),
-    ("audio_spectrogram_transformer", "AST", VIT),
-    ("dinov2", "Dinov2", DINOV2),
-    ("dinov2_with_registers", "Dinov2WithRegisters", DINOV2),
-    ("dinov3_vit", "DINOv3ViT", DINOV3),
-    ("beit", "Beit", BEIT),
-    ("pixio", "Pixio", PIXIO),
-    ("internvl", "InternVLVision", INTERNVL),
-    ("radio", "Radio", DINOV2),
-    ("tipsv2", "Tipsv2Vision", DINOV2),
-    ("videomt", "Videomt", EOMT),
-    ("eomt", "Eomt", EOMT),
-    ("eomt_dinov3", "EomtDinov3", DINOV3),
-    ("aimv2", "Aimv2Encoder", AIMV2),
-    ("ovis2", "Ovis2VisionEncoder", AIMV2),
-    ("mlcd", "MLCDEncoder", MLCD),
-    ("clip", "CLIPEncoder", CLIP),
-    ("altclip", "AltCLIPEncoder", CLIP),
-    ("clipseg", "CLIPSegEncoder", CLIP),
-    ("metaclip_2", "MetaClip2Encoder", CLIP),
-    ("x_clip", "XCLIPEncoder", CLIP),
-    ("owlvit", "OwlViTEncoder", CLIP),
-    ("owlv2", "Owlv2Encoder", CLIP),
-    ("chinese_clip", "ChineseCLIPVision", CLIP),
-    ("idefics3", "Idefics3Encoder", CLIP),
-    ("smolvlm", "SmolVLMEncoder", CLIP),
-    ("idefics2", "Idefics2Encoder", SIGLIP),
-    ("kosmos2", "Kosmos2VisionEncoder", CLIP),
-    ("git", "GitVisionEncoder", GIT),
-    ("janus", "JanusVisionEncoder", JANUS),
-    ("blip", "BlipEncoder", BLIP),
-    ("blip_2", "Blip2Encoder", BLIP2),
-    ("instructblip", "InstructBlipEncoder", BLIP2),
-    ("instructblipvideo", "InstructBlipVideoEncoder", BLIP2),
-    ("siglip", "SiglipEncoder", SIGLIP),
-    ("siglip2", "Siglip2Encoder", SIGLIP),
-    ("voxtral", "VoxtralEncoder", WHISPER),
-    ("glmasr", "GlmAsrEncoder", GLMASR),
-    ("tipsv2", "Tipsv2TextEncoder", SIGLIP),
-    ("qwen2_audio", "Qwen2AudioEncoder", WHISPER),
-    ("audioflamingo3", "AudioFlamingo3Encoder", WHISPER),
-    ("videomae", "VideoMAE", VIDEO_MAE),
-    ("yolos", "Yolos", YOLOS),
-    ("timesformer", "Timesformer", TIMESFORMER),
-    ("flava", "Flava", VILT),
-    ("vilt", "Vilt", VILT),
-    ("visual_bert", "VisualBert", REMBERT),
-    ("dpt", "DPTViT", YOLOS),
-    ("vitpose_backbone", "VitPoseBackbone", VITPOSE),
-    ("swin", "Swin", SWIN),
-    ("swinv2", "Swinv2", SWINV2),
-    ("swin2sr", "Swin2SR", SWINV2),
-    ("clap", "ClapAudio", DONUT_SWIN),
-    ("whisper", "WhisperEncoder", WHISPER),
-)
-_LIKE_WAV2VEC2: tuple[tuple[str, str], ...] = (
-    ("wav2vec2", "Wav2Vec2"),
-    ("hubert", "Hubert"),
-    ("unispeech", "UniSpeech"),
-    ("unispeech_sat", "UniSpeechSat"),
-)
-_STABLE = "EncoderLayerStableLayerNorm"
-TOWERS: dict[str, Form] = {
-    **{f"{m}.modeling_{m}.{name}Layer": form for m, name, form in _TOWERS},
-    **{f"{m}.modeling_{m}.{name}EncoderLayer": WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
-    **{f"{m}.modeling_{m}.{name}{_STABLE}": STABLE_WAV2VEC2 for m, name in _LIKE_WAV2VEC2},
-    "data2vec.modeling_data2vec_audio.Data2VecAudioEncoderLayer": WAV2VEC2,
-    "sew.modeling_sew.SEWEncoderLayer": WAV2VEC2,
-    "wavlm.modeling_wavlm.WavLMEncoderLayer": WAVLM,
-    f"wavlm.modeling_wavlm.WavLM{_STABLE}": dataclasses.replace(WAVLM, norms_first=True),
-    "data2vec.modeling_data2vec_vision.Data2VecVisionLayer": DATA2VEC_VISION,
-    "donut.modeling_donut_swin.DonutSwinLayer": DONUT_SWIN,
-    "maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": DONUT_SWIN,
-}
 _GENERATION = "bert_generation.modeling_bert_generation"
 _DATA2VEC = "data2vec.modeling_data2vec_text.Data2VecText"
 _GEMMA2 = "embedding_gemma2.modeling_embedding_gemma2.EmbeddingGemma2"
@@ -442,7 +332,7 @@ PATCHES = {  # of which a smaller image leaves some empty
 }
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {
-    *(f"{m}.modeling_{m}.{name}{kind}" for m, name in _LIKE_WAV2VEC2 for kind in _SOUND),
+    *(f"{m}.modeling_{m}.{name}{kind}" for m, name in LIKE_WAV2VEC2 for kind in _SOUND),
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
 GATED_SOUND = {f"wavlm.modeling_wavlm.WavLM{kind}" for kind in _SOUND}

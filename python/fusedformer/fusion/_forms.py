@@ -86,6 +86,8 @@ class Form:
     logit_scale: str | None = None  # scores are cosines, times its exponential
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
+    bounds: str | None = None  # the argument that tells where sequences begin, of states that are
+    # rows ``[total, width]`` of all of them
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     # made by a layer of its arguments, and added to the mask; it takes those from them
 

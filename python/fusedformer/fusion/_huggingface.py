@@ -90,7 +90,7 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     for place in places if generates else ():
         _plan_loss(plan, place)
     if pack is not False:
-        plan_padded(plan, ((place.path, place.module) for place in places))
+        plan_padded(plan, (place[:4] for place in places))
 
 
 def _places(model: nn.Module) -> Iterator[Place]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import functional
+from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 
 
@@ -64,6 +65,21 @@ def sequences_of(packing: Packing) -> dict[str, Any]:
     return {
         "cu_seq_lens_q": packing.cu_seqlens_q, "cu_seq_lens_k": packing.cu_seqlens_k,
         "max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen,
+    }  # fmt: skip
+
+
+def as_sequences(bounds: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer's arguments with states ``[total, width]`` as those of packed sequences.
+
+    The argument ``bounds`` of the layer has the first row of each, and the total.
+    """
+    starts: Tensor = given.pop(bounds)
+    most = given.pop("max_seqlen", None)
+    if most is None and not torch.compiler.is_compiling() and has_values(starts):
+        most = int(starts.diff().max()) if len(starts) > 1 else 0
+    return {
+        **given, "hidden_states": given["hidden_states"][None], "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts, "max_length_q": most, "max_length_k": most,
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
 from fusedformer.fusion._forms import Finder, Form, Parts, probability
 from fusedformer.fusion._inference import inferred, is_unseen, only_adds_and_norms
+from fusedformer.fusion._kept_rows import as_sequences
 from fusedformer.fusion._norms import dtypes_fit, normed, normed_and_sum
 from fusedformer.fusion._one_node import joint, one_node
 from fusedformer.fusion._residual import pending_sum
@@ -138,6 +139,7 @@ class FusedLayer:
 
     def _returned(self: Any, found: Tensor, call: Call) -> Any:
         """Return the states as the class behind this one does."""
+        found = found if self._form.bounds is None else found[0]
         if self._form.returns_bias:
             return found, call.others.get("position_bias"), None
         return (found,) if self._form.returns_tuple else found
@@ -169,6 +171,8 @@ class FusedLayer:
 
     def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
         """Sort the arguments."""
+        if self._form.bounds is not None:
+            given = as_sequences(self._form.bounds, given)
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         rotary = tables_of(self._form, rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
@@ -251,14 +255,16 @@ class FusedLayer:
     def _block_called(self, parts: Parts, x: Tensor) -> Tensor:
         """Call the children of the feed-forward block."""
         if parts.block is not None:
-            found = parts.block(x)
-            return found[0] if isinstance(found, tuple) else found  # some return routes too
+            found: Any = parts.block(x)
+            own: Tensor = found[0] if isinstance(found, tuple) else found  # some return routes too
+            return own
         inner = parts.linear1(x)
         if parts.gate is None:
             inner = parts.activation(inner)
         else:
             inner = parts.activation(parts.gate(x)) * inner
-        return parts.linear2(self._to_call(parts.hidden_dropout)(inner))  # type: ignore[no-any-return]
+        last: Tensor = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
+        return last
 
     def _normed_and_dropped(self, x: Tensor, norm: Any, dropout: Any) -> Any:
         """Call what stands between a product and the sum."""
@@ -409,7 +415,8 @@ class FusedLayer:
     def refuses(cls, layer: Any) -> str:
         """Say why ``layer`` cannot be fused; empty if it can."""
         names = cls._arguments
-        wanted = {"hidden_states", cls._form.mask, cls._form.rotary} - {None}
+        form = cls._form
+        wanted = {"hidden_states", form.mask, form.rotary, form.bounds} - {None}
         if not wanted <= {*names} or names[0] != "hidden_states":
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)

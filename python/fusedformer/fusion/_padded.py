@@ -11,14 +11,17 @@ from fusedformer.fusion._classes import Plan, arguments_of
 from fusedformer.fusion._configs import attends
 from fusedformer.fusion._layers import FusedLayer
 
-_INPUTS = {"pixel_values", "input_ids", "input_values", "input_features"}
 # Arguments that say what is real of other inputs than texts.
 _MASKS = {
     "pixel_attention_mask", "patch_attention_mask", "spatial_shapes", "input_features_mask",
     "padding_mask",
 }  # fmt: skip
-# Sound that is padded to one length, which is computed as silence: no mask comes with it.
-_OF_ONE_LENGTH = {"WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel"}
+# Sound that is padded to one length, which is computed as silence: no mask comes with it; and the
+# frames of videos, of which all have as many.
+_OF_ONE_LENGTH = {
+    "WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel",
+    "XCLIPMultiframeIntegrationTransformer",
+}  # fmt: skip
 _PATCHES, _JOINED = "its connector reads padding", "texts are padded before images join them"
 _REASONS = {
     "Idefics3VisionTransformer": _PATCHES,
@@ -30,27 +33,35 @@ _REASONS = {
 }
 
 
-def plan_padded(plan: Plan, modules: Iterable[tuple[str, nn.Module]]) -> None:
+def plan_padded(plan: Plan, places: Iterable[tuple[str, nn.Module, str, nn.Module]]) -> None:
     """Report the models that attend by this library, may be given padding, and are not packed.
 
     Those that are left for another reason are not named again, and a decoder beside an encoder is
     not counted.
+
+    Args:
+        plan: whose changes are known by now.
+        places: path and module of all that models have, and path and module of the innermost model.
     """
-    known = dict(modules)
-    done = {path for path, one in known.items() if _packs(plan.class_of(one))}
+    known = {path: (module, outer, model) for path, module, outer, model in places}
+    done = {path for path, (module, *_) in known.items() if _packs(plan.class_of(module))}
     done |= {one.path for one in plan.left}
-    for inner, module in known.items():
-        is_layer = issubclass(plan.class_of(module), FusedLayer)
-        if not is_layer and not attends(type(module)):
-            continue
+    for inner, (module, outer, model) in known.items():
         around = [path for path in around_of(inner) if path in known]
-        takes = (p for p in around if _INPUTS & {*arguments_of(type(known[p]))})
-        path = next(takes, around[-1])
-        if done & {*around} or not _takes_padding(known[path]):
-            continue
-        form = "no table says how it packs" if is_layer else "its layers have no form"
-        reason = _REASONS.get(type(known[path]).__name__, form)
-        plan.leave(path, known[path], f"computed padded: {reason}")
+        classes = [plan.class_of(known[path][0]) for path in around]
+        attending = issubclass(classes[0], FusedLayer) or attends(type(module))
+        if (
+            attending
+            and not done & {*around}
+            and "cu_seqlens" not in arguments_of(type(module))  # else its rows are packed
+            and not _OF_ONE_LENGTH & {cls.__name__ for cls in classes}
+            and _takes_padding(model)
+        ):
+            is_fused = any(issubclass(cls, FusedLayer) for cls in classes)
+            form = "no table says how it packs" if is_fused else "its layers have no form"
+            reason = _REASONS.get(type(model).__name__, form)
+            plan.leave(outer, model, f"computed padded: {reason}")
+            done.add(outer)
 
 
 def around_of(path: str) -> list[str]:
@@ -69,9 +80,9 @@ def _takes_padding(model: Any) -> bool:
     arguments = {*arguments_of(type(model))}
     if arguments & _MASKS:
         return True
-    images = "pixel_values" in arguments and "input_ids" not in arguments
-    alike = images or type(model).__name__ in _OF_ONE_LENGTH
-    return "attention_mask" in arguments and not alike and not _decodes(model, arguments)
+    kinds = model.input_modalities
+    images = not {"text", "audio"} & {*([kinds] if isinstance(kinds, str) else kinds)}
+    return "attention_mask" in arguments and not images and not _decodes(model, arguments)
 
 
 def _decodes(model: Any, arguments: set[str]) -> bool:
