@@ -543,7 +543,8 @@ def test_tables_name_classes_that_there_are() -> None:
     for name in (
         *_families.LAYERS,
         *_families.ENCODERS,
-        *_families.PATCHES,
+        *_families.STACKS,
+        *_families.MIXED,
         *_families.SOUND,
         *_families.GATED_SOUND,
         *_families.MODELS,

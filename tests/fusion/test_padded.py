@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.fusion.models import IMAGE, SIZES, TEXT, TOKENS, WHISPER, model_of
+from tests.fusion.models import IMAGE, SIZES, SOUND, TEXT, TOKENS, WHISPER, model_of
 
 import fusedformer
 from fusedformer.fusion import is_fused
@@ -13,9 +13,9 @@ from fusedformer.fusion import is_fused
 T: Any = pytest.importorskip("transformers")
 
 
-def joined() -> Any:
-    """Texts and images in one sequence, whose layers are fused."""
-    return T.ViltModel(T.ViltConfig(**TEXT, image_size=16, patch_size=4))
+def tableless() -> Any:
+    """Sound, whose layers are fused."""
+    return T.SEWModel(T.SEWConfig(**SIZES, **SOUND, squeeze_factor=2))
 
 
 def formless() -> Any:
@@ -33,7 +33,7 @@ def with_text_of_no_form() -> Any:
 
 
 CASES = {
-    "joined": (joined, "", "texts are padded before images join them"),
+    "tableless": (tableless, "", "no table says how it packs"),
     "formless": (formless, "", "its layers have no form"),
     "with_text_of_no_form": (with_text_of_no_form, "language_model", "its layers have no form"),
 }
@@ -70,9 +70,6 @@ def test_an_encoder_of_sound_alone() -> None:
 
 def test_one_reason_is_enough() -> None:
     """A model whose padding is read says so, and not that it is padded."""
-    config = T.ViltConfig(**TEXT, image_size=16, patch_size=4)
-    left = fusedformer.fuse(T.ViltForQuestionAnswering(config)).left
-    assert [one.path for one in left] == ["vilt"]
     left = fusedformer.fuse(T.BertForQuestionAnswering(T.BertConfig(**TEXT))).left
     assert len(left) == 1 and "reads padded positions" in left[0].reason
     with_cache = T.LlamaForCausalLM(T.LlamaConfig(**SIZES, vocab_size=99, pad_token_id=0))

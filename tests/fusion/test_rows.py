@@ -30,7 +30,7 @@ CLIP: dict[str, Any] = dict(
 )  # fmt: skip
 SOUND: dict[str, Any] = dict(
     d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, num_mel_bins=8,
-    n_window=50, n_window_infer=100, downsample_hidden_size=4, output_dim=32, 
+    n_window=50, n_window_infer=100, downsample_hidden_size=4, output_dim=32,
     max_source_positions=60,
 )  # fmt: skip
 # The module, and the names of its model and configuration.

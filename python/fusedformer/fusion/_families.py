@@ -326,9 +326,21 @@ ENCODERS = {
     "distilbert.modeling_distilbert.Transformer",
     "albert.modeling_albert.AlbertTransformer",
 }
-PATCHES = {  # of which a smaller image leaves some empty
-    "siglip2.modeling_siglip2.Siglip2Encoder",
-    "idefics2.modeling_idefics2.Idefics2Encoder",  # of others, connectors read empty ones too
+# Encoders that only call their layers, and where they keep them: of images smaller ones leave
+# patches empty, and texts are padded before images join them.
+STACKS = {
+    "siglip2.modeling_siglip2.Siglip2Encoder": "layers",
+    "idefics2.modeling_idefics2.Idefics2Encoder": "layers",
+    "idefics3.modeling_idefics3.Idefics3Encoder": "layers",
+    "smolvlm.modeling_smolvlm.SmolVLMEncoder": "layers",
+    "vilt.modeling_vilt.ViltEncoder": "layer",
+    "visual_bert.modeling_visual_bert.VisualBertEncoder": "layer",
+    "flava.modeling_flava.FlavaEncoder": "layer",
+}
+# Those whose models have a connector that mixes patches with empty ones, so that none are.
+MIXED = {
+    "idefics3.modeling_idefics3.Idefics3Encoder",
+    "smolvlm.modeling_smolvlm.SmolVLMEncoder",
 }
 _SOUND = "Encoder", "EncoderStableLayerNorm"
 SOUND = {

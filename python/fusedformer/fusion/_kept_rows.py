@@ -84,13 +84,14 @@ def as_sequences(bounds: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def through_layers(
-    model: Any, x: Tensor, packing: Packing, layerdrop: float, **kwargs: Any
+    model: Any, layers: Any, x: Tensor, packing: Packing, layerdrop: float = 0.0, **kwargs: Any
 ) -> Tensor:
-    """Send packed rows through the layers of ``model``, of which training drops some as a whole."""
+    """Send packed rows through ``layers`` of ``model``, of which training drops some as a whole."""
     sequences = sequences_of(packing)
-    for layer in model.layers:
+    for layer in layers:
         if not is_dropped(model, layerdrop):
-            x = layer(x, attention_mask=None, **sequences, **kwargs)
+            found = layer(x, attention_mask=None, **sequences, **kwargs)
+            x = found if isinstance(found, Tensor) else found[0]
     return x
 
 

@@ -22,15 +22,7 @@ _OF_ONE_LENGTH = {
     "WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel",
     "XCLIPMultiframeIntegrationTransformer",
 }  # fmt: skip
-_PATCHES, _JOINED = "its connector reads padding", "texts are padded before images join them"
-_REASONS = {
-    "Idefics3VisionTransformer": _PATCHES,
-    "SmolVLMVisionTransformer": _PATCHES,
-    "Qwen2AudioEncoder": "its mask is one of all pairs of frames",
-    "ViltModel": _JOINED,
-    "VisualBertModel": _JOINED,
-    "FlavaMultimodalModel": _JOINED,
-}
+_REASONS = {"Qwen2AudioEncoder": "its mask is one of all pairs of frames"}
 
 
 def plan_padded(plan: Plan, places: Iterable[tuple[str, nn.Module, str, nn.Module]]) -> None:
