@@ -327,6 +327,33 @@ def test_positions_of_images_in_a_text_are_packed() -> None:
         assert near(model(**alone)[0], stock(**alone)[0])
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mistral"])
+def test_a_text_is_classified_by_a_position_that_may_be_padding(kind: str) -> None:
+    """Which without ids is the last; then the batch is computed padded, and else packed."""
+    settings = GPT2 if kind == "GPT2" else {**DECODER, **KINDS[kind]}
+    config = getattr(T, f"{kind}Config")(**{**settings, "pad_token_id": 1, "num_labels": 3})
+    model = perturbed(getattr(T, f"{kind}ForSequenceClassification")(config), 0).eval()
+    model, stock = fused_and_stock(model, strict=True)
+    ids, total = inputs_of("llama")["input_ids"].masked_fill(~MASK, 1), int(MASK.sum())
+    embedded = torch.randn(*MASK.shape, 32)
+    calls: list[tuple[Tensor, dict[str, Tensor], bool]] = [
+        (MASK, {"inputs_embeds": embedded}, False),
+        (LEFT, {"inputs_embeds": embedded}, True),
+        (MASK, {"input_ids": ids}, True),
+        (MASK, {"input_ids": ids.masked_fill(~MASK, 5)}, False),  # not the id of padding
+        (LEFT, {"input_ids": ids.flip(1)}, True),
+    ]
+    for mask, given, packs in calls:
+        call = {**given, "attention_mask": mask.long()}
+        assert near(model(**call).logits, stock(**call).logits)
+        assert (total in rows_of_products(model, call)) == packs
+    labels = torch.tensor([0, 2, 1])
+    given = {"inputs_embeds": embedded, "attention_mask": MASK.long(), "labels": labels}
+    found, wanted = run(model, given), run(stock, given)
+    for key, value in wanted.items():
+        assert torch.allclose(found[key], value, atol=2e-5 * value.abs().max().item() + 1e-5), key
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "GPT2"])
 def test_rows_that_the_caller_packed(kind: str) -> None:
     """By positions that begin anew, as TRL's; by the arguments of flash attention too."""

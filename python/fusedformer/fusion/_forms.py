@@ -67,6 +67,8 @@ class Form:
     block: str | None = None  # in place of these four: what computes the block, of each token by
     # itself, as experts do; it is called as it is
     attention_dropout: str | None = None  # of weights
+    drops_by: Callable[[Any], float | None] | None = None  # or, of attention that does not look
+    # there, the probability in its mode; None if it looks
     dropout1: str | None = None  # of what attention adds
     hidden_dropout: str | None = None  # behind the activation
     dropout2: str | None = None  # of what the feed-forward block adds
@@ -148,6 +150,9 @@ class Form:
         mode.
         """
         dropout, attention = parts.attention_dropout, parts.attention
+        p = None if self.drops_by is None else self.drops_by(attention)
+        if p is not None:
+            return p if attention.training else 0.0
         if isinstance(dropout, nn.Dropout) and not self.attends_itself:
             dropout = dropout.p
         return probability(dropout, attention)

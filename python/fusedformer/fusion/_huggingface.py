@@ -37,7 +37,7 @@ from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
-from fusedformer.fusion._next_tokens import NextTokens
+from fusedformer.fusion._next_tokens import LastToken, NextTokens
 from fusedformer.fusion._packed_encoder import PackedEncoder, PackedStack
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
@@ -88,8 +88,8 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
             _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
-    for place in places if generates else ():
-        _plan_loss(plan, place)
+    for place in places:
+        _plan_head(plan, place)
     if pack is not False:
         mixed = tuple(p.path for p in places if p.is_mixed and name_of(p.cls) in MIXED)
         plan_padded(plan, (p[:4] for p in places if not p.path.startswith(mixed)))
@@ -298,17 +298,22 @@ def _sees_no_packed_rows(module: nn.Module, where: str | None) -> str:
     return ""
 
 
-def _plan_loss(plan: Plan, place: Place) -> None:
-    """Have a model with a loss of next tokens look at its labels, if what is in it packs."""
+def _plan_head(plan: Plan, place: Place) -> None:
+    """Have a head look at what it reads of padding, if what is in it packs."""
     path, module, cls = place.path, place.module, place.cls
+    arguments = arguments_of(cls)
+    ours: Any = None
+    if issubclass(cls, GenerationMixin) and "labels" in arguments:
+        ours = NextTokens
+    elif "ForSequenceClassification" in cls.__name__ and "score" in module._modules:
+        ours = LastToken
     if (
-        issubclass(cls, GenerationMixin)
+        ours is not None
         and not hasattr(cls, "_made_of")
         and "forward" not in vars(module)
-        and "labels" in arguments_of(cls)
         and any(_packs_text(plan.class_of(one)) for one in module.modules())
     ):
-        plan.give(path, module, combined(NextTokens, cls), NextTokens.FUSED)
+        plan.give(path, module, combined(ours, cls), ours.FUSED)
 
 
 def _packs_text(cls: type[Any]) -> bool:

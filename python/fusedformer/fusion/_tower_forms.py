@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fusedformer.fusion import _biases
 from fusedformer.fusion._forms import Form
@@ -166,8 +167,17 @@ TIMESFORMER = dataclasses.replace(
     mask=None,
     is_divided=True,
 )
+
+
+def _configured(attention: Any) -> float | None:
+    """Return the probability of data2vec's attention by ``sdpa``, whose dropout is never called."""
+    is_called = "Sdpa" not in type(attention).__name__
+    return None if is_called else attention.config.attention_probs_dropout_prob
+
+
 DATA2VEC_VISION = dataclasses.replace(
     VILT,
+    drops_by=_configured,
     scale1="lambda_1",
     scale2="lambda_2",
     depth="drop_path",
