@@ -35,8 +35,8 @@ from transformers import PreTrainedConfig
 
 import fusedformer
 from fusedformer.fusion import _attention
-from fusedformer.fusion._classes import arguments_of
 from fusedformer.fusion._configs import attends, computes_attention
+from fusedformer.fusion._padded import around_of
 
 HERE = Path(__file__).parent
 BUILDABLE = HERE / "architectures.json"
@@ -101,21 +101,17 @@ def level_of(model: Any, report: Any) -> tuple[str, str]:
     layers = {
         one.path for one in report.replaced if "fused steps" in one.after and one.path not in left
     }
-    packed = {
-        one.path for one in report.replaced
-        if one.after.startswith("packed") and one.path not in left
-    }  # fmt: skip
-    reason = _below_the_highest(model, layers, packed, left)
+    reason = _below_the_highest(model, layers, left)
     if not reason:
         return "A", ""
-    if packed:
+    if some(lambda one: one.after.startswith("packed") and one.path not in left):
         return "B", reason
     norms = some(lambda one: "Norm" in one.before)
     attending = some(lambda one: one.before.endswith(" attention") or "with attention" in one.after)
     return ("C" if norms else "D") if attending else "E" if norms else "-", reason
 
 
-def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dict[str, str]) -> str:
+def _below_the_highest(model: Any, layers: set[str], left: dict[str, str]) -> str:
     """Say why a model has not the highest level, by the first place that keeps it from it."""
     all_attending = [
         path for path, module in model.named_modules()
@@ -124,59 +120,15 @@ def _below_the_highest(model: Any, layers: set[str], packed: set[str], left: dic
     all_places = [*all_attending, *sorted(layers)]
     places = [path for path in all_places if "decoder" not in path] or all_places
     for path in places:
-        around = _around(path)
-        name = type(model.get_submodule(path)).__name__
-        if not layers & {path, *around}:
-            reasons = [left[one] for one in (path, *around) if one in left]
-            return f"{name}: {reasons[0] if reasons else 'its layer has no form'}"
-        owner = _model_around(model, path)
-        if not packed & {*around} and _takes_padding(owner):
-            name = type(owner).__name__
-            return f"{name} is not packed{_PADDED_FOR.get(name, '')}"
+        around = around_of(path)
+        told = next((one for one in around if one in left), None)
+        if told is not None:
+            return f"{type(model.get_submodule(told)).__name__}: {left[told]}"
+        if not layers & {*around}:
+            return f"{type(model.get_submodule(path)).__name__}: its layer has no form"
     if not places:
         return "no attention that is known"
     return "" if layers else "no layer has a form"
-
-
-# Sound that is padded to one length, which is computed as silence: no mask comes with it.
-_OF_ONE_LENGTH = {"WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel"}
-# Arguments that say what is real of other inputs than texts.
-_MASKS = {
-    "pixel_attention_mask", "patch_attention_mask", "spatial_shapes", "input_features_mask",
-}  # fmt: skip
-_INPUTS = {"pixel_values", "input_ids", "input_values", "input_features"}
-
-
-# Why models are computed padded whose layers could be packed.
-_PATCHES, _PAIRS = ": its connector reads padding", ": its mask is one of all pairs of frames"
-_JOINED = ": texts are padded before images join them"
-_PADDED_FOR = {
-    "Idefics3VisionTransformer": _PATCHES, "SmolVLMVisionTransformer": _PATCHES,
-    "Qwen2AudioEncoder": _PAIRS, "ViltModel": _JOINED, "VisualBertModel": _JOINED,
-    "FlavaMultimodalModel": _JOINED,
-}  # fmt: skip
-
-
-def _around(path: str) -> list[str]:
-    """List the paths of the modules that a module is in, the innermost first."""
-    parts = path.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-
-
-def _model_around(model: Any, path: str) -> Any:
-    """Return the innermost model with inputs of its own that a module is in."""
-    found = map(model.get_submodule, _around(path))
-    return next((one for one in found if _INPUTS & {*arguments_of(type(one))}), model)
-
-
-def _takes_padding(model: Any) -> bool:
-    """Return whether batches come with a mask of what is real; images alone are of one size."""
-    arguments = {*arguments_of(type(model))}
-    if arguments & _MASKS:
-        return True
-    images = "pixel_values" in arguments and "input_ids" not in arguments
-    alike = images or type(model).__name__ in _OF_ONE_LENGTH
-    return "attention_mask" in arguments and not alike
 
 
 def _calls(model: Any, report: Any, inputs: dict[str, Any]) -> list[str]:

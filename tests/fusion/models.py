@@ -81,6 +81,11 @@ WINDOWS: dict[str, Any] = dict(
     image_size=28, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4,
     mlp_ratio=1.5, drop_path_rate=0.0,
 )  # fmt: skip
+# Experts by loops, as only these run in float64.
+EXPERTS: dict[str, Any] = dict(
+    num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+    experts_implementation="eager",
+)  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
     "bert, pre-training": lambda: T.BertForPreTraining(T.BertConfig(**TEXT, hidden_act="gelu_new")),
@@ -150,6 +155,10 @@ MODELS: dict[str, Callable[[], Any]] = {
         )
     ),
     "phi": lambda: T.PhiModel(T.PhiConfig(**DECODER, partial_rotary_factor=0.5)),
+    "cohere": lambda: T.CohereModel(T.CohereConfig(**DECODER)),
+    "gpt-oss": lambda: T.GptOssModel(
+        T.GptOssConfig(**DECODER, **EXPERTS, head_dim=8, sliding_window=4)
+    ),
     "t5": lambda: T.T5EncoderModel(T.T5Config(**T5, feed_forward_proj="gated-gelu")),
     "umt5": lambda: T.UMT5EncoderModel(T.UMT5Config(**T5, feed_forward_proj="relu")),
     "t5gemma": lambda: T.T5GemmaEncoderModel(
@@ -261,6 +270,7 @@ PACKED = {
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
     "layoutlmv3", "clip text", "flava text", "t5gemma", "t5gemma2",
     "llama", "mistral", "gemma2", "phi3", "olmo2", "granite", "phi", "gpt2",
+    "cohere", "gpt-oss",
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}

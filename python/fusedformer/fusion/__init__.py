@@ -37,7 +37,8 @@ def fuse(model: nn.Module, *, strict: bool = False, pack: bool | None = None) ->
 
     Args:
         model: any module, in training or not, on any device, also inside DDP.
-        strict: raise if a module of these kinds is left alone.
+        strict: raise if a module of these kinds is left alone, or a model that may be given padding
+            computes it; not where ``pack=False`` asks for that, nor of a decoder beside an encoder.
         pack: whether encoders compute real tokens only, with zeros at padded positions. None does
             so but in models whose class is known to read these positions (question answering, late
             interaction), where the report says so.

@@ -178,3 +178,31 @@ def _scale_of_position(attention: Any, given: dict[str, Any]) -> Tensor:
 
 
 MINISTRAL3 = dataclasses.replace(MISTRAL, query_scale=_scale_of_position)
+
+# Experts are called as they are, in the place of the feed-forward block.
+_EXPERTS: Any = dict(linear1=None, gate=None, activation=None, linear2=None, block="mlp")
+MIXTRAL = dataclasses.replace(MISTRAL, **_EXPERTS, unless="mlp.jitter_noise")
+QWEN2_MOE = dataclasses.replace(QWEN2, **_EXPERTS, hands_on=False)  # its masks alone have windows
+QWEN3_MOE = dataclasses.replace(QWEN3, **_EXPERTS)
+OLMOE = dataclasses.replace(
+    QWEN3_MOE,
+    norms_all_heads=True,
+    window="config.sliding_window",
+    unless="self_attn.config.clip_qkv",
+)
+GRANITEMOE = dataclasses.replace(GRANITE, **{**_EXPERTS, "block": "block_sparse_moe"})
+ERNIE4_5_MOE = dataclasses.replace(HELIUM, **_EXPERTS)
+FLEX_OLMO = dataclasses.replace(OLMO2, **_EXPERTS)
+EXAONE_MOE = dataclasses.replace(QWEN3_MOE, window=EXAONE4.window, turns=EXAONE4.turns)
+GLM4_MOE = dataclasses.replace(QWEN3_MOE, window=None)
+MINIMAX_M2 = dataclasses.replace(GLM4_MOE, norms_all_heads=True)
+GPT_OSS = dataclasses.replace(QWEN2, **_EXPERTS, sinks="sinks", angles="once")
+COHERE = dataclasses.replace(
+    HELIUM, norm2=None, parallel=True, angles="pairs", unless="self_attn.use_qk_norm"
+)
+COHERE2 = dataclasses.replace(
+    COHERE,
+    window="sliding_window",
+    turns=lambda attention: attention.sliding_window is not None,
+    unless=None,
+)

@@ -59,11 +59,16 @@ class Form:
     out: str
     norm1: str | None  # in the order of the computation
     norm2: str | None
-    linear1: str  # of the feed-forward block; its second half gates the first if ``is_gated``
+    linear1: str | None  # of the feed-forward block; its second half gates the first if
+    # ``is_gated``
     gate: str | None = None  # a product whose activated result gates that of ``linear1``
-    activation: str | Callable[[Tensor], Tensor]  # or the function itself
-    linear2: str
+    activation: str | Callable[[Tensor], Tensor] | None  # or the function itself
+    linear2: str | None
+    block: str | None = None  # in place of these four: what computes the block, of each token by
+    # itself, as experts do; it is called as it is
     attention_dropout: str | None = None  # of weights
+    drops_by: Callable[[Any], float | None] | None = None  # or, of attention that does not look
+    # there, the probability in its mode; None if it looks
     dropout1: str | None = None  # of what attention adds
     hidden_dropout: str | None = None  # behind the activation
     dropout2: str | None = None  # of what the feed-forward block adds
@@ -83,6 +88,8 @@ class Form:
     logit_scale: str | None = None  # scores are cosines, times its exponential
 
     mask: str | None = "attention_mask"  # the argument of the layer; None: its class names none
+    bounds: str | None = None  # the argument that tells where sequences begin, of states that are
+    # rows ``[total, width]`` of all of them
     position_bias: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     # made by a layer of its arguments, and added to the mask; it takes those from them
 
@@ -95,7 +102,9 @@ class Form:
     is_gated: bool = False
     rotary: str | None = None  # the argument of the layer with cosines and sines
     rotary_last: bool = False  # the first tokens have no angles, as those before patches
-    rotary_in_one: bool = False  # it is one tensor, sines first, and has each angle once
+    rotary_in_one: bool = False  # it is one tensor, sines first
+    angles: str = "twice"  # the tables have each angle twice, the second time behind all others; or
+    # "pairs": the second time beside it; or "once"
     learned_angles: bool = False  # they get gradients
     interleaved: bool = False  # pairs of columns are neighbours
     turns: Callable[[Any], bool] | None = None  # whether attention turns by them, which it may not
@@ -104,6 +113,7 @@ class Form:
     head_dim: str = "attention_head_size"
     scaling: str | None = "scaling"  # None: one over the root of ``head_dim``
     softcap: str | None = None
+    sinks: str | None = None  # a score of each head that takes its part and adds no value
     window: str | Callable[[Any], int | tuple[int, int] | None] | None = None
     # keys at smaller distances are seen; or the farthest that are, before and behind
     is_causal: bool | None = None  # None: as attention says
@@ -140,6 +150,9 @@ class Form:
         mode.
         """
         dropout, attention = parts.attention_dropout, parts.attention
+        p = None if self.drops_by is None else self.drops_by(attention)
+        if p is not None:
+            return p if attention.training else 0.0
         if isinstance(dropout, nn.Dropout) and not self.attends_itself:
             dropout = dropout.p
         return probability(dropout, attention)
@@ -212,10 +225,11 @@ class Parts(NamedTuple):
     out: nn.Linear
     norm1: Any
     norm2: Any
-    linear1: nn.Linear
+    linear1: Any
     gate: nn.Linear | None
     activation: Any
-    linear2: nn.Linear
+    linear2: Any
+    block: Any
     attention_dropout: Any
     dropout1: Any
     hidden_dropout: Any
@@ -231,6 +245,11 @@ class Parts(NamedTuple):
     depth: nn.Module | None
     divisor: float | None
     logit_scale: Any
+
+    @property
+    def last(self) -> Any:
+        """Return the last product whose weight is known."""
+        return self.out if self.linear2 is None else self.linear2
 
     def norms(self) -> tuple[Any, ...]:
         """Return the norms of tokens and heads."""

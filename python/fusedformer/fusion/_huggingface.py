@@ -32,17 +32,18 @@ from fusedformer.fusion._configs import (
     restore,
 )
 from fusedformer.fusion._divided import DividedLayer
-from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MODELS, PATCHES, SOUND
+from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MIXED, MODELS, SOUND, STACKS
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._layoutlmv3 import PackedLayoutEncoder
-from fusedformer.fusion._next_tokens import NextTokens
-from fusedformer.fusion._packed_encoder import PackedEncoder, PackedPatches
+from fusedformer.fusion._next_tokens import LastToken, NextTokens
+from fusedformer.fusion._packed_encoder import PackedEncoder, PackedStack
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
 from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
+from fusedformer.fusion._padded import plan_padded
 from fusedformer.fusion._rows import change_in, needs_batch
 from fusedformer.fusion._windows import WindowedLayer
 from fusedformer.fusion.clients import is_known
@@ -56,7 +57,7 @@ _HEADS = (
 )  # fmt: skip
 _OTHER_ENCODERS: dict[str, Any] = {
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder,
-    **dict.fromkeys(PATCHES, PackedPatches),
+    **dict.fromkeys(STACKS, PackedStack),
 }
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
@@ -68,6 +69,7 @@ class Place(NamedTuple):
     module: Any
     model_path: str
     model: Any
+    is_mixed: bool = False  # by a connector beside it or around it, see ``MIXED``
     form: Form | None = None  # of a layer
 
     @property
@@ -86,18 +88,24 @@ def plan_huggingface(plan: Plan, model: nn.Module, pack: bool | None) -> None:
     for place in places:
         if not hasattr(type(place.module), "_made_of"):
             _plan_stack(plan, place, by_ours, reads, pack is not False, generates)
-    for place in places if generates else ():
-        _plan_loss(plan, place)
+    for place in places:
+        _plan_head(plan, place)
+    if pack is not False:
+        mixed = tuple(p.path for p in places if p.is_mixed and name_of(p.cls) in MIXED)
+        plan_padded(plan, (p[:4] for p in places if not p.path.startswith(mixed)))
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
     inside: dict[str, tuple[str, Any]] = {}
+    mixed: tuple[str, ...] = ()
     for path, module in model.named_modules():
+        if "connector" in module._modules:
+            mixed += (f"{path}." if path else "",)
         outer = inside.get(path.rpartition(".")[0]) if path else None
         found = (path, module) if isinstance(module, PreTrainedModel) else outer
         if found is not None:
             inside[path] = found
-            yield Place(path, module, *found)
+            yield Place(path, module, *found, is_mixed=path.startswith(mixed))
 
 
 def _form(place: Place, packs: bool) -> Form | None:
@@ -234,6 +242,7 @@ def _plan_stack(
     known, path, module = name_of(place.cls), place.path, place.module
     form, model = place.form, MODELS.get(known)
     packs: Any = PackedEncoder if known in ENCODERS else _OTHER_ENCODERS.get(known)
+    packs = None if known in MIXED and place.is_mixed else packs
     packs = PackedSound if known in SOUND else packs
     packs = PackedGatedSound if known in GATED_SOUND else packs
     if model is not None and not getattr(module.config, "is_decoder", False):
@@ -268,7 +277,7 @@ def _plan_stack(
         if packs is PackedDecoder and getattr(module.config, "use_cache", False):
             reason = "its config.use_cache is True, and a cache is of batches"
         layers = None if model is None else model.layers
-        layers = "layers" if packs is PackedPatches else layers
+        layers = STACKS.get(known, layers)
         reason = reason or _sees_no_packed_rows(module, layers)
         if reason and not _has_encoder(module):
             plan.leave(path, module, f"computed padded: {reason}")
@@ -289,17 +298,22 @@ def _sees_no_packed_rows(module: nn.Module, where: str | None) -> str:
     return ""
 
 
-def _plan_loss(plan: Plan, place: Place) -> None:
-    """Have a model with a loss of next tokens look at its labels, if what is in it packs."""
+def _plan_head(plan: Plan, place: Place) -> None:
+    """Have a head look at what it reads of padding, if what is in it packs."""
     path, module, cls = place.path, place.module, place.cls
+    arguments = arguments_of(cls)
+    ours: Any = None
+    if issubclass(cls, GenerationMixin) and "labels" in arguments:
+        ours = NextTokens
+    elif "ForSequenceClassification" in cls.__name__ and "score" in module._modules:
+        ours = LastToken
     if (
-        issubclass(cls, GenerationMixin)
+        ours is not None
         and not hasattr(cls, "_made_of")
         and "forward" not in vars(module)
-        and "labels" in arguments_of(cls)
         and any(_packs_text(plan.class_of(one)) for one in module.modules())
     ):
-        plan.give(path, module, combined(NextTokens, cls), NextTokens.FUSED)
+        plan.give(path, module, combined(ours, cls), ours.FUSED)
 
 
 def _packs_text(cls: type[Any]) -> bool:

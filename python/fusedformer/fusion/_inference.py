@@ -25,6 +25,7 @@ from fusedformer.nn.children import weights_and_biases
 _MORE = (
     "gate", "out_norm", "block_norm", "query_norm", "key_norm", "value_norm", "buckets", "scale1",
     "scale2", "depth", "divisor", "logit_scale", "position_bias", "adapter", "own",
+    "block",
 )  # fmt: skip
 _FLAGS = "is_gated", "gates_bias", "is_windowed", "is_divided", "parallel"
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedformer import functional
+from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 
 
@@ -67,14 +68,30 @@ def sequences_of(packing: Packing) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def as_sequences(bounds: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer's arguments with states ``[total, width]`` as those of packed sequences.
+
+    The argument ``bounds`` of the layer has the first row of each, and the total.
+    """
+    starts: Tensor = given.pop(bounds)
+    most = given.pop("max_seqlen", None)
+    if most is None and not torch.compiler.is_compiling() and has_values(starts):
+        most = int(starts.diff().max()) if len(starts) > 1 else 0
+    return {
+        **given, "hidden_states": given["hidden_states"][None], "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts, "max_length_q": most, "max_length_k": most,
+    }  # fmt: skip
+
+
 def through_layers(
-    model: Any, x: Tensor, packing: Packing, layerdrop: float, **kwargs: Any
+    model: Any, layers: Any, x: Tensor, packing: Packing, layerdrop: float = 0.0, **kwargs: Any
 ) -> Tensor:
-    """Send packed rows through the layers of ``model``, of which training drops some as a whole."""
+    """Send packed rows through ``layers`` of ``model``, of which training drops some as a whole."""
     sequences = sequences_of(packing)
-    for layer in model.layers:
+    for layer in layers:
         if not is_dropped(model, layerdrop):
-            x = layer(x, attention_mask=None, **sequences, **kwargs)
+            found = layer(x, attention_mask=None, **sequences, **kwargs)
+            x = found if isinstance(found, Tensor) else found[0]
     return x
 
 

@@ -7,6 +7,7 @@ library's then.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
 from fusedformer.fusion._forms import Finder, Form, Parts, probability
 from fusedformer.fusion._inference import inferred, is_unseen, only_adds_and_norms
+from fusedformer.fusion._kept_rows import as_sequences
 from fusedformer.fusion._norms import dtypes_fit, normed, normed_and_sum
 from fusedformer.fusion._one_node import joint, one_node
 from fusedformer.fusion._residual import pending_sum
@@ -137,6 +139,7 @@ class FusedLayer:
 
     def _returned(self: Any, found: Tensor, call: Call) -> Any:
         """Return the states as the class behind this one does."""
+        found = found if self._form.bounds is None else found[0]
         if self._form.returns_bias:
             return found, call.others.get("position_bias"), None
         return (found,) if self._form.returns_tuple else found
@@ -160,7 +163,7 @@ class FusedLayer:
         form = self._form
         if not form.attends_itself and named(parts.attention.config) not in NAMES:
             return False
-        weight = parts.linear2.weight  # a method where products are quantized
+        weight = parts.last.weight  # a method where products are quantized
         other = isinstance(weight, Tensor) and x.dtype != weight.dtype
         if form.clamps_half and (x.dtype is torch.float16 or other):
             return False
@@ -168,6 +171,8 @@ class FusedLayer:
 
     def _call(self, parts: Parts, given: dict[str, Any]) -> Call:
         """Sort the arguments."""
+        if self._form.bounds is not None:
+            given = as_sequences(self._form.bounds, given)
         rotary: Any = None if self._form.rotary is None else given.pop(self._form.rotary, None)
         rotary = tables_of(self._form, rotary, given["hidden_states"].shape[1])
         if parts.buckets is not None and given.get("position_bias") is None:
@@ -242,15 +247,24 @@ class FusedLayer:
         heads = parts.out(self._attended(parts, call, q, k, v))
         x = x + self._normed_and_dropped(heads, parts.out_norm, parts.dropout1)
         source = parts.norm2(x) if norms_first else parts.norm1(x)
-        inner = parts.linear1(source)
-        if parts.gate is None:
-            inner = parts.activation(inner)
-        else:
-            inner = parts.activation(parts.gate(source)) * inner
-        inner = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
+        inner = self._block_called(parts, source)
         inner = self._normed_and_dropped(inner, parts.block_norm, parts.dropout2)
         x = (x if norms_first else source) + inner
         return x if norms_first else parts.norm2(x)  # type: ignore[no-any-return]
+
+    def _block_called(self, parts: Parts, x: Tensor) -> Tensor:
+        """Call the children of the feed-forward block."""
+        if parts.block is not None:
+            found: Any = parts.block(x)
+            own: Tensor = found[0] if isinstance(found, tuple) else found  # some return routes too
+            return own
+        inner = parts.linear1(x)
+        if parts.gate is None:
+            inner = parts.activation(inner)
+        else:
+            inner = parts.activation(parts.gate(x)) * inner
+        last: Tensor = parts.linear2(self._to_call(parts.hidden_dropout)(inner))
+        return last
 
     def _normed_and_dropped(self, x: Tensor, norm: Any, dropout: Any) -> Any:
         """Call what stands between a product and the sum."""
@@ -318,6 +332,8 @@ class FusedLayer:
 
     def _block(self, parts: Parts, x: Tensor, fork: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Compute the feed-forward block, the bias still to be added, and ``x`` again."""
+        if parts.block is not None:
+            return self._block_called(parts, x), None, x
         name = activation_name(parts.activation)
         if not self._gates(parts):
             products = weights_and_biases(parts.linear1, parts.linear2)
@@ -368,6 +384,8 @@ class FusedLayer:
             own["sliding_window"] = _window(module, form.window)
         if form.softcap is not None:
             own["softcap"] = getattr(module, form.softcap)
+        if form.sinks is not None:
+            own["s_aux"] = getattr(module, form.sinks)
         if form.is_causal is not None:
             own["is_causal"] = form.is_causal
         bias = others.get("position_bias")
@@ -389,13 +407,16 @@ class FusedLayer:
         """Say in the report how ``layer`` is computed."""
         norms_first = cls._form.puts_norms_first(layer)
         steps = "fused steps, norms first" if norms_first else "four fused steps"
+        if cls._form.block is not None:
+            steps = f"{steps}, around its own feed-forward"
         return f"{steps}, with attention" if cls._form.attends_itself else steps
 
     @classmethod
     def refuses(cls, layer: Any) -> str:
         """Say why ``layer`` cannot be fused; empty if it can."""
         names = cls._arguments
-        wanted = {"hidden_states", cls._form.mask, cls._form.rotary} - {None}
+        form = cls._form
+        wanted = {"hidden_states", form.mask, form.rotary, form.bounds} - {None}
         if not wanted <= {*names} or names[0] != "hidden_states":
             return "its forward takes other arguments than those of a transformers known here"
         attention = layer.get_submodule(cls._form.attention)
@@ -409,9 +430,12 @@ class FusedLayer:
         if getattr(layer, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward is set"
         if cls._form.unless is not None:
-            holder, _, name = cls._form.unless.rpartition(".")
-            if getattr(layer.get_submodule(holder), name, False):
-                return f"its {name} is set"
+            try:
+                is_set = operator.attrgetter(cls._form.unless)(layer)
+            except AttributeError:
+                is_set = False
+            if is_set:
+                return f"its {cls._form.unless.rpartition('.')[2]} is set"
         return ""
 
     @classmethod
@@ -420,7 +444,7 @@ class FusedLayer:
         parts = cls._finder.parts(layer)
         if parts is None:
             return False
-        weight = parts.linear2.weight
+        weight = parts.last.weight
         x = weight if isinstance(weight, Tensor) else parts.norm2.weight
         return cls._weights_fit(parts) and bool(layer._fits(parts, x))
 

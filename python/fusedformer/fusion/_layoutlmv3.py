@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusedformer import functional
-from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
 from fusedformer.fusion._attention import captured
 from fusedformer.fusion._kept_rows import (
@@ -24,6 +22,7 @@ from fusedformer.fusion._kept_rows import (
     zeroed,
 )
 from fusedformer.fusion._layers import FusedLayer
+from fusedformer.fusion._packed_encoder import shared_keys
 from fusedformer.fusion._rows import needs_batch
 from fusedformer.nn.stacks import can_pack
 
@@ -45,7 +44,7 @@ class PackedLayoutEncoder:
         **kwargs: Any,
     ) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""
-        keep = _keys_of(attention_mask)
+        keep = shared_keys(attention_mask)
         if keep is None or not self._packs(hidden_states, keep):
             return super().forward(  # type: ignore[misc]
                 hidden_states, bbox, attention_mask, position_ids, *args, **kwargs
@@ -86,15 +85,3 @@ class PackedLayoutEncoder:
                 for layer in self.layer
             )
         )
-
-
-def _keys_of(mask: Tensor | None) -> Tensor | None:
-    """Return the keys ``[batch, keys]`` that a mask, which is added to scores, leaves to all."""
-    if mask is None or not mask.is_floating_point() or not has_values(mask):
-        return None
-    if mask.dim() != 4 or mask.shape[1] != 1:
-        return None
-    keys = mask[:, 0, :1]
-    hidden = keys == torch.finfo(mask.dtype).min
-    is_of_keys = (mask[:, 0] == keys).all() & (hidden | (keys == 0)).all()
-    return ~hidden[:, 0] if bool(is_of_keys) else None

@@ -42,9 +42,10 @@ class CenteredRMSNorm(RMSNorm):
 
 
 class PlainLayerNorm:
-    """DeBERTa's and ESM-C's: torch's formula, and the dtype of the input.
+    """DeBERTa's, ESM-C's and Cohere's: torch's formula, and the dtype of the input.
 
     DeBERTa's is computed in float32 whatever the dtype, and rounded before the weight multiplies.
+    Cohere's has no bias, and for heads a weight of each.
     """
 
     FUNCTION = "layer_norm"
@@ -62,10 +63,10 @@ class PlainLayerNorm:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Compute what the class behind this one computes."""
-        if not dtypes_fit((self,), hidden_states):
+        if not dtypes_fit((self,), hidden_states) or self.weight.dim() > 1:
             own: Tensor = super().forward(hidden_states)  # type: ignore[misc]
             return own
-        shape, bias = self.weight.shape, self.bias
+        shape, bias = self.weight.shape, getattr(self, "bias", None)
         found = functional.layer_norm(hidden_states, shape, self.weight, bias, epsilon(self))
         return found.to(hidden_states.dtype)  # autocast may have widened it
 
@@ -85,6 +86,7 @@ _KNOWN: tuple[tuple[type[Any], str, str], ...] = (
     (CenteredRMSNorm, "gemma3.modeling_gemma3", "Gemma3RMSNorm"),
     (PlainLayerNorm, "deberta.modeling_deberta", "DebertaLayerNorm"),
     (PlainLayerNorm, "esmc.modeling_esmc", "EsmcLayerNorm"),
+    (PlainLayerNorm, "cohere.modeling_cohere", "CohereLayerNorm"),
 )
 
 

@@ -31,6 +31,7 @@ def one_node(layer: FusedLayer, parts: Parts, call: Call) -> Tensor | None:
     tables: tuple[Any, ...] = call.rotary or (None, None)
     if (
         name is None
+        or parts.block is not None
         or not _has_steps(layer, parts)
         or not encoder_layer_is_one_node(x, None, dim)
         or any(one is not None and (type(one) is not Tensor or one.requires_grad)
@@ -84,6 +85,7 @@ def _has_steps(layer: FusedLayer, parts: Parts) -> bool:
     one_product = 3 * parts.out.weight.shape[1], parts.out.weight.shape[0]
     return (
         not layer._form.interleaved
+        and layer._form.angles == "twice"
         and not layer._form.goes_by_head(parts.attention)
         and not layer._form.is_parallel(layer)
         and layer._form.query_scale is None

@@ -42,7 +42,7 @@ class PackedSeq2Seq(PackedModel):
             states = zeroed(output.last_hidden_state, keep)
         else:
             x = F.dropout(self._embedded(given, packing), self.dropout, self.training)
-            x = through_layers(self, x, packing, self.layerdrop)
+            x = through_layers(self, self.layers, x, packing, self.layerdrop)
             last = getattr(self, "layer_norm", None)
             states = unpacked((x if last is None else last(x))[0], packing)
         if not is_asked_of(self, given, "return_dict"):

@@ -73,7 +73,7 @@ class PackedSound:
     def _through_layers(
         self: Any, x: Tensor, packing: Packing, keys: Tensor | None, given: dict[str, Any]
     ) -> Tensor:
-        return through_layers(self, x, packing, self.config.layerdrop, **given)
+        return through_layers(self, self.layers, x, packing, self.config.layerdrop, **given)
 
     def _packs(self: Any, x: Tensor, keep: Any, kwargs: dict[str, Any]) -> bool:
         """Return whether there is a 2-D mask, and nothing needs the batch padded."""

@@ -37,8 +37,7 @@ def turned(
     if tables is not None and turns(form, parts):
         if form.learned_angles and torch.is_grad_enabled():  # which kernels take no gradient to
             return _turned_by_aten(q, *tables), _turned_by_aten(k, *tables)
-        if not form.rotary_in_one:  # they have each angle twice
-            tables = [table[..., : table.shape[-1] // 2] for table in tables]
+        tables = _of_each_angle(form, *tables)
         norms: dict[str, Any] = {}
         if has_norms:
             norms = _norms(parts.query_norm, parts.key_norm)
@@ -49,6 +48,14 @@ def turned(
     if form.query_scale is not None:
         q = q * form.query_scale(parts.attention, given).to(q.dtype)
     return q, k
+
+
+def _of_each_angle(form: Form, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tables that have each angle once."""
+    if form.angles == "twice":
+        half = cos.shape[-1] // 2
+        return cos[..., :half], sin[..., :half]
+    return (cos[..., ::2], sin[..., ::2]) if form.angles == "pairs" else (cos, sin)
 
 
 def _turned_by_aten(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

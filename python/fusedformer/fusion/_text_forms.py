@@ -227,6 +227,7 @@ ROFORMER = dataclasses.replace(
     REMBERT,
     rotary="sinusoidal_pos",
     rotary_in_one=True,
+    angles="once",
     interleaved=True,
     unless="attention.self.rotary_value",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fusedformer.fusion import _biases
 from fusedformer.fusion._forms import Form
@@ -166,8 +167,17 @@ TIMESFORMER = dataclasses.replace(
     mask=None,
     is_divided=True,
 )
+
+
+def _configured(attention: Any) -> float | None:
+    """Return the probability of data2vec's attention by ``sdpa``, whose dropout is never called."""
+    is_called = "Sdpa" not in type(attention).__name__
+    return None if is_called else attention.config.attention_probs_dropout_prob
+
+
 DATA2VEC_VISION = dataclasses.replace(
     VILT,
+    drops_by=_configured,
     scale1="lambda_1",
     scale2="lambda_2",
     depth="drop_path",
@@ -261,4 +271,65 @@ WAVLM = dataclasses.replace(
     gates_bias=True,
     is_causal=False,
     attends_itself=True,
+)
+# Of images of any size, whose patches are rows of one sequence.
+PATCH_ROWS = Form(
+    attention="attn",
+    query="attn.qkv",
+    out="attn.proj",
+    norm1="norm1",
+    norm2="norm2",
+    linear1="mlp.fc1|linear_fc1",
+    activation="mlp.act|activation_fn|act_fn",
+    linear2="mlp.fc2|linear_fc2",
+    attention_dropout="attn.attention_dropout",
+    query_norm="attn.q_norm",
+    key_norm="attn.k_norm",
+    mask=None,
+    bounds="cu_seqlens",
+    norms_first=True,
+    rotary="position_embeddings",
+    head_dim="head_dim",
+    is_causal=False,
+)
+GATED_ROWS = dataclasses.replace(
+    PATCH_ROWS,
+    linear1="mlp.up_proj",
+    gate="mlp.gate_proj",
+    activation="mlp.act_fn",
+    linear2="mlp.down_proj",
+)
+CLIP_ROWS = dataclasses.replace(
+    CLIP,
+    attention_dropout="self_attn.attention_dropout",
+    mask=None,
+    bounds="cu_seqlens",
+    rotary="position_embeddings",
+    scaling="scaling",
+    is_causal=False,
+)
+# The same of sound.
+WHISPER_ROWS = dataclasses.replace(
+    WHISPER,
+    attention_dropout="self_attn.attention_dropout",
+    dropout1=None,
+    hidden_dropout=None,
+    dropout2=None,
+    mask=None,
+    bounds="cu_seqlens",
+    is_causal=False,
+    returns_tuple=True,
+)
+PIXTRAL = dataclasses.replace(
+    VIT,
+    norm1="attention_norm",
+    norm2="ffn_norm",
+    linear1="feed_forward.up_proj",
+    gate="feed_forward.gate_proj",
+    activation="feed_forward.act_fn",
+    linear2="feed_forward.down_proj",
+    attention_dropout="attention.dropout",
+    dropout1=None,
+    dropout2=None,
+    rotary="position_embeddings",
 )
