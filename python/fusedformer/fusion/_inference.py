@@ -62,22 +62,36 @@ def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
     ):
         return None
     x, norms_first = call.x, layer._form.puts_norms_first(layer)
-    source = _normed(x, norm1) if norms_first else x
-    products = parts.query, parts.key, parts.value
-    found = [product(source, *weights_and_biases(one)) for one in products if one is not None]
-    q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
-    q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
-    heads = layer._attended(parts, call, q, k, v)
-    inner = product(heads, *weights_and_biases(parts.out))
+    inner = _attends(layer, parts, call, _normed(x, norm1) if norms_first else x)
     if norms_first:
         source, x = _added_and_normed(inner, x, norm2, return_sum=True)
     else:
         source = _added_and_normed(inner, x, norm1)
-    weight, bias = weights_and_biases(parts.linear1)
-    hidden = product_activation(source, weight, bias, name)
-    inner = product(hidden, *weights_and_biases(parts.linear2))
+    del inner  # memory that the next product may take
+    inner = _block(parts, name, source)
     last: Tensor = inner + x if norms_first else _added_and_normed(inner, source, norm2)
     return last
+
+
+def _attends(layer: Any, parts: Parts, call: Any, source: Tensor) -> Tensor:
+    """Compute attention and its last product; query, key and value end before that begins."""
+    return product(_heads(layer, parts, call, source), *weights_and_biases(parts.out))
+
+
+def _heads(layer: Any, parts: Parts, call: Any, source: Tensor) -> Tensor:
+    products = parts.query, parts.key, parts.value
+    found = [product(source, *weights_and_biases(one)) for one in products if one is not None]
+    q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
+    q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
+    heads: Tensor = layer._attended(parts, call, q, k, v)
+    return heads
+
+
+def _block(parts: Parts, name: str, source: Tensor) -> Tensor:
+    """Compute both products; what is between them ends with the second."""
+    weight, bias = weights_and_biases(parts.linear1)
+    hidden = product_activation(source, weight, bias, name)
+    return product(hidden, *weights_and_biases(parts.linear2))
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
