@@ -1,4 +1,4 @@
-"""One short text in inference by ATen: the bits of a layer's steps, and how many calls it takes."""
+"""Inference by ATen: the bits of a layer's steps, how many calls it takes, and what it holds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedformer
 from fusedformer.fusion import _layers
 from fusedformer.fusion._inference import inferred
+from fusedformer.tools.measure import peak_memory
 from fusedformer_kernels.cpu import build
 
 T: Any = transformers
@@ -98,3 +99,24 @@ def test_calls_of_a_short_text() -> None:
     assert (both - alone).total() <= 19  # 6 products, 2 sums, 2 norms, an activation, 8 views
     moved = {"index", "index_select", "cumsum", "where", "scatter", "nonzero", "clamp"}
     assert not moved & alone.keys()
+
+
+@pytest.mark.parametrize("norms_first", [False, True])
+def test_what_a_layer_holds_at_most(norms_first: bool) -> None:
+    """What its feed-forward block reads and makes; query, key and value are gone by then."""
+    if build.library() is None:
+        pytest.skip("no compiler")
+    text = {**TEXT, "hidden_size": 64, "intermediate_size": 256}
+    model: Any = (
+        T.RobertaPreLayerNormModel(T.RobertaPreLayerNormConfig(**text))
+        if norms_first
+        else T.BertModel(T.BertConfig(**text))
+    )
+    fusedformer.fuse(model.eval())
+    layer = model.encoder.layer[0]
+    x = torch.randn(2, 512, 64)
+    with fusedformer.backend("torch"), torch.inference_mode():
+        layer(x)
+        peak = peak_memory(lambda: layer(x), torch.device("cpu"))
+    # The width, times: what is normed, the block's four, its result; and the sum before.
+    assert peak <= (7 + norms_first) * x.nbytes  # one is for what oneDNN takes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import stat
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,17 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from fusedformer import backend, functional
+from fusedformer import functional
 from fusedformer.ops.attention.calls import self_attention
 from fusedformer.ops.attention.terms import self_attention_terms
 from fusedformer.testing import compare_tensors
 from fusedformer_kernels.cpu import build
 
+pytestmark = pytest.mark.usefixtures("by_compiled_torch")
+
 # Ends of every kind: of a vector, of a pair, of six rows, of the queries of an item; and nothing.
 LENGTHS = [80, 0, 67, 1, 2, 481, 16]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def by_torch() -> Iterator[None]:
-    if build.library() is None:
-        pytest.skip("no compiler")
-    with backend("torch"), torch.no_grad():
-        yield
 
 
 def starts_of(lengths: list[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,19 +10,12 @@ import torch.nn.functional as F
 from tests.ops.test_compiled_attention import DTYPES, calls_aten, starts_of
 from torch import Tensor
 
-from fusedformer import backend, functional
+from fusedformer import functional
 from fusedformer.ops.attention.calls import self_attention
 from fusedformer.ops.attention.terms import self_attention_terms
 from fusedformer.testing import compare_tensors
-from fusedformer_kernels.cpu import build
 
-
-@pytest.fixture(autouse=True)
-def by_torch() -> Iterator[None]:
-    if build.library() is None:
-        pytest.skip("no compiler")
-    with backend("torch"), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("by_compiled_torch")
 
 
 def attend(*tensors: Tensor, **settings: Any) -> Tensor:

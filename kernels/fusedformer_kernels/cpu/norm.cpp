@@ -5,8 +5,6 @@
 
 #include "rows.h"
 
-#include <cmath>
-
 namespace {
 
 // Tensors [rows, columns], one row after another, and parameters [columns]; null where there is
@@ -40,36 +38,18 @@ class Rower {
       stored(own, values + i, LANES);
       sums[k] += own;
     });
-    // What a rounded mean leaves is the mean of the distances to it.
-    const float about = all_.is_rms ? 0.0f : total_of(sums) / columns;
-    Vector squares[AT_ONCE] = {}, left[AT_ONCE] = {};
-    each(columns, [&](int64_t i, int64_t k, int64_t some) {
-      Vector own = loaded(values + i, LANES) - about;
-      if (some < LANES) own = lanes() < static_cast<int32_t>(some) ? own : Vector{};
-      stored(own, values + i, LANES);
-      squares[k] += own * own;
-      left[k] += own;
-    });
-    const float shift = all_.is_rms ? 0.0f : total_of(left) / columns;
-    const float variance = total_of(squares) / columns - shift * shift;
-    const float factor = 1.0f / std::sqrt(variance + all_.eps);
-    if (all_.statistics)
-      all_.statistics[row] = about + shift, all_.statistics[all_.rows + row] = factor;
-    write(shift, factor, static_cast<T*>(all_.out) + first);
+    T* out = static_cast<T*>(all_.out) + first;
+    const Statistics found = normed(
+        values, sums, columns, all_.is_rms, all_.eps, static_cast<const P*>(all_.weight),
+        static_cast<const P*>(all_.bias),
+        [&](Vector own, int64_t i, int64_t some) { stored(own, out + i, some); });
+    if (all_.statistics) {
+      all_.statistics[row] = found.mean;
+      all_.statistics[all_.rows + row] = found.factor;
+    }
   }
 
  private:
-  void write(float shift, float factor, T* out) {
-    const P *weight = static_cast<const P*>(all_.weight), *bias = static_cast<const P*>(all_.bias);
-    const float* values = values_.data();
-    each(all_.columns, [&](int64_t i, int64_t, int64_t some) {
-      Vector own = (loaded(values + i, LANES) - shift) * factor;
-      if (weight) own *= loaded(weight + i, some);
-      if (bias) own += loaded(bias + i, some);
-      stored(own, out + i, some);
-    });
-  }
-
   const Norm& all_;
   std::vector<float> values_;
 };

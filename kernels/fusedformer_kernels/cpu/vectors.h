@@ -176,12 +176,6 @@ template <class How, bool ADDED, int64_t C>
 void tile(const typename How::Unit* a, int64_t a_row, int64_t a_column,
           const typename How::Unit* b, int64_t b_row, int64_t depth, float* out, int64_t out_row) {
   Vector sums[ROWS][C] = {};
-  if (ADDED)
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-      for (int64_t c = 0; c < C; ++c)
-        std::memcpy(&sums[r][c], out + r * out_row + c * LANES, LANES * 4);
   for (int64_t p = 0; p < depth; ++p) {
     Unaligned own[C];
 #pragma GCC unroll 4
@@ -195,8 +189,11 @@ void tile(const typename How::Unit* a, int64_t a_row, int64_t a_column,
 #pragma GCC unroll 6
   for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < C; ++c)
-      std::memcpy(out + r * out_row + c * LANES, &sums[r][c], LANES * 4);
+    for (int64_t c = 0; c < C; ++c) {
+      float* to = out + r * out_row + c * LANES;
+      if (ADDED) sums[r][c] += *reinterpret_cast<Unaligned*>(to);
+      std::memcpy(to, &sums[r][c], LANES * 4);
+    }
 }
 
 // The same for any number of columns, a multiple of LANES.

@@ -17,6 +17,10 @@ from fusedformer.ops import seeds_drawn_at_once as seeds_drawn_at_once
 from fusedformer.ops import self_attention as self_attention
 from fusedformer.ops import self_attention_terms as self_attention_terms
 from fusedformer.ops.attention.terms import AttentionTerms as AttentionTerms
+from fusedformer.ops.layer_compiled import Block as Block
+from fusedformer.ops.layer_compiled import block_compiled as block_compiled
+from fusedformer.ops.layer_compiled import enough_rows as enough_rows
+from fusedformer.ops.layer_compiled import projections_compiled as projections_compiled
 from fusedformer.ops.norm_aten import add_norm_aten as add_norm_aten
 from fusedformer.ops.norm_aten import norm_aten as norm_aten
 from fusedformer.ops.product import product as product

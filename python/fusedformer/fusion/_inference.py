@@ -2,7 +2,8 @@
 
 A short text takes as long to choose each step as to compute it. So it is chosen once for a layer:
 no gradient, no tracer, no transform, no autocast, no dropout, and a form that only adds and norms.
-The calls are those that ``_layers.py`` comes to in that case, with the same bits.
+The calls are those that ``_layers.py`` comes to in that case, with the same bits. Of many rows,
+C++ computes what follows attention without rounding between.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from torch.nn import Parameter
 
 from fusedformer._internal.backend import chosen_backend
 from fusedformer._internal.tracing import is_eager
-from fusedformer.functional.steps import add_norm_aten, norm_aten, product, product_activation
+from fusedformer.functional.steps import (
+    Block,
+    add_norm_aten,
+    block_compiled,
+    enough_rows,
+    norm_aten,
+    product,
+    product_activation,
+    projections_compiled,
+)
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._forms import Form, Parts, probability
 from fusedformer.fusion._rotary import turned
@@ -63,22 +73,53 @@ def inferred(layer: Any, parts: Parts, call: Any) -> Tensor | None:
     ):
         return None
     x, norms_first = call.x, layer._form.puts_norms_first(layer)
-    source = _normed(x, norm1) if norms_first else x
-    products = parts.query, parts.key, parts.value
-    found = [product(source, *weights_and_biases(one)) for one in products if one is not None]
-    q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
-    q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
-    heads = layer._attended(parts, call, q, k, v)
+    heads = _heads(layer, parts, call, _normed(x, norm1) if norms_first else x)
+    if enough_rows(x):
+        found = block_compiled(heads, x, _block_of(parts, name, norms_first))
+        if found is not None:
+            return found
     inner = product(heads, *weights_and_biases(parts.out))
+    del heads  # memory that the next product may take
     if norms_first:
         source, x = _added_and_normed(inner, x, norm2, return_sum=True)
     else:
         source = _added_and_normed(inner, x, norm1)
-    weight, bias = weights_and_biases(parts.linear1)
-    hidden = product_activation(source, weight, bias, name)
-    inner = product(hidden, *weights_and_biases(parts.linear2))
+    del inner
+    inner = _between(parts, name, source)
     last: Tensor = inner + x if norms_first else _added_and_normed(inner, source, norm2)
     return last
+
+
+def _heads(layer: Any, parts: Parts, call: Any, source: Tensor) -> Tensor:
+    """Attend; query, key and value end before the next product begins."""
+    products = [
+        weights_and_biases(one) for one in (parts.query, parts.key, parts.value) if one is not None
+    ]
+    found = projections_compiled(source, products) if enough_rows(source) else None
+    if found is None:
+        found = [product(source, *one) for one in products]
+    q, k, v = layer._split(parts, found, getattr(parts.attention, layer._form.head_dim))
+    q, k = turned(layer._form, parts, q, k, call.rotary, call.others)
+    heads: Tensor = layer._attended(parts, call, q, k, v)
+    return heads
+
+
+def _block_of(parts: Parts, name: str, norms_first: bool) -> Block:
+    middle, end = (parts.norm2, None) if norms_first else (parts.norm1, parts.norm2)
+    return Block(
+        weights_and_biases(parts.out), weights_and_biases(middle), middle.eps,
+        weights_and_biases(parts.linear1), weights_and_biases(parts.linear2),
+        (None, None) if end is None else weights_and_biases(end),
+        0.0 if end is None else end.eps,
+        name, norms_first,
+    )  # fmt: skip
+
+
+def _between(parts: Parts, name: str, source: Tensor) -> Tensor:
+    """Compute both products; what is between them ends with the second."""
+    weight, bias = weights_and_biases(parts.linear1)
+    hidden = product_activation(source, weight, bias, name)
+    return product(hidden, *weights_and_biases(parts.linear2))
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
