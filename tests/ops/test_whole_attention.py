@@ -43,7 +43,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "dim", "value_dim"),
-    [(3, 17, 17, 32, 32), (1, 1, 65, 7, 5), (2, 241, 3, 64, 80)],
+    [
+        (3, 17, 17, 32, 32),
+        (1, 1, 65, 7, 5),
+        (2, 241, 3, 64, 80),
+        (3, 1, 9, 16, 16),
+        (2, 6, 1, 16, 8),
+        (3, 1, 1, 8, 8),  # a row's step to the next means nothing
+    ],
 )
 def test_values_are_attentions_in_any_layout(
     dtype: torch.dtype, batch: int, queries: int, keys: int, dim: int, value_dim: int

@@ -22,6 +22,8 @@ from fusedformer_kernels.cpu import norm as kernel
 
 Shape = tuple[int, ...]
 _PLAIN = Tensor, Parameter
+_LEAST_COLUMNS = 32  # fewer leave most lanes of a vector empty
+_WORTH_A_NODE = 1 << 17  # elements of a float32 LayerNorm, or Python's part of a gradient is more
 
 
 def epsilon(eps: float | None) -> float:
@@ -106,12 +108,16 @@ def _compiled(
         not is_eager()
         or not all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in given)
         or not input.numel()
+        or _columns(shape) < _LEAST_COLUMNS
         or not kernel.computes(input.dtype)
     ):
         return None
     if kind == "rms" and weight is not None and weight.dtype is not input.dtype:
         return None  # ATen chooses the dtype of the result
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        is_quick = kind == "layer" and input.dtype is torch.float32
+        if is_quick and input.numel() < _WORTH_A_NODE:
+            return None
         normed, total = _norm(*given, shape, eps, kind == "rms")
         return normed, total if wants_sum else None
     return _run(*given, shape, eps, is_rms=kind == "rms", wants_sum=wants_sum)

@@ -115,7 +115,10 @@ def whole_attention_compiled(
 
 def _by_rows(tensor: Tensor) -> Tensor:
     """``[B, H, L, E]`` in which one step leads from each row to the next, over all of the batch."""
-    if tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[2] * tensor.stride(2):
+    batch, plane, row, element = tensor.stride()
+    if tensor.shape[2] == 1:  # its own step to the next row may be any number
+        return tensor.as_strided(tensor.shape, (batch, plane, batch, element))
+    if tensor.shape[0] == 1 or batch == tensor.shape[2] * row:
         return tensor
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
