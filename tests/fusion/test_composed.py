@@ -38,6 +38,39 @@ def test_hidden_states(name: str) -> None:
     assert torch.equal(ours[-1][-1], found.hidden_states[-1])
 
 
+@pytest.mark.parametrize("name", COMPOSED)
+def test_states_have_the_gradients_of_what_follows_them(name: str) -> None:
+    """As attribution and losses of layers want them; packed, and with nothing to pack."""
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    whole = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+    def gradients(given: dict[str, Any]) -> list[torch.Tensor]:
+        output = model(**given, output_hidden_states=True)
+        last = output.last_hidden_state
+        grad = torch.randn(last.shape, generator=torch.Generator().manual_seed(1))
+        grad = grad * given["attention_mask"][..., None]
+        return [*torch.autograd.grad(last, output.hidden_states, grad)]
+
+    wanted = [gradients(inputs), gradients(whole)]
+    fusedformer.fuse(model, strict=True)
+    assert rows_of_products(model, {**inputs, "output_hidden_states": True}) >= {TOTAL}
+    for given, stock in zip((inputs, whole), wanted, strict=True):
+        keep = given["attention_mask"].bool()
+        for got, want in zip(gradients(given), stock, strict=True):
+            limit = 2e-5 * want.abs().max().item()
+            assert torch.allclose(got[keep], want[keep], atol=limit, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "deberta-v2", "llama"])
+def test_a_mask_of_one_row_is_that_of_each_row(name: str) -> None:
+    model, inputs = model_of(name).eval(), inputs_of(name)
+    given = {**inputs, "attention_mask": torch.ones(1, MASK.shape[1], dtype=torch.long)}
+    with torch.no_grad():
+        wanted = model(**given)[0]
+        fusedformer.fuse(model)
+        assert torch.allclose(model(**given)[0], wanted, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "deberta"])
 def test_compiled_as_one_graph(name: str) -> None:
     model, inputs = model_of(name).eval(), inputs_of(name)

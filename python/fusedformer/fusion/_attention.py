@@ -50,6 +50,13 @@ def key_mask_of(mask: Any) -> Tensor | None:
     return mask if mask.dim() == 2 else None
 
 
+def for_batch(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Return a mask of keys for each of the batch: torch takes one row for all."""
+    if mask is None or mask.dim() != 2 or len(mask) != 1:
+        return mask
+    return mask.expand(batch, -1)
+
+
 def _mask_as(dtype: torch.dtype, mask: Tensor) -> Tensor:
     """View a mask of 0 and 1 in another dtype of one byte; torch.jit.trace must copy it."""
     return mask.to(dtype) if is_traced_by_jit() else mask.view(dtype)
@@ -113,6 +120,7 @@ def attention(
     mask = key_mask = None
     if not packed:
         mask, key_mask, is_causal = split_mask(module, attention_mask, is_causal)
+        key_mask = for_batch(key_mask, len(query))
     is_causal = is_causal and query.shape[2] > 1
     if (
         cu_seq_lens_q is not None
@@ -246,6 +254,7 @@ def attention_mask(
         queries see all keys, ``CAUSAL`` where they see those before them; else boolean
         ``[batch, 1, queries, keys]``.
     """
+    attention_mask = for_batch(attention_mask, batch_size)
     full = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     aligned = (
         mask_function is causal_mask_function

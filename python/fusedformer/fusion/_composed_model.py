@@ -5,6 +5,7 @@ Their own forward cannot hand packed sequences on, so it is written here, by the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,16 +52,29 @@ class ComposedModel(PackedModel):
             elif not has_no_rows(packing):
                 rows.update(self._packed_arguments(given, packing, keys))
         wants_all = is_asked_of(self, given, "output_hidden_states")
-        states = self._states(layers, rows, packing if "cu_seq_lens_q" in rows else None)
+        unpack = functional.unpack if wants_all else unpacked
+
+        def returned(x: Tensor) -> Tensor:
+            if packing is not None:
+                return self._returned(x, packing, keys, keep.bool(), unpack)
+            return zeroed(x, keep.bool()) if packs else x
+
+        packed = packing if "cu_seq_lens_q" in rows else None
+        shown: list[Tensor] = []
+
+        def show(x: Tensor) -> Tensor:
+            if not wants_all:
+                return x
+            shown.append(returned(x))
+            if not torch.is_grad_enabled():
+                return x
+            # What comes next depends on what is shown, so that it has a gradient.
+            return shown[-1] if packed is None else functional.pack(shown[-1], packed)[None]
+
+        last = self._last_state(layers, rows, packed, show)
         if self._model.composed.last is not None:
-            states.append(self.get_submodule(self._model.composed.last)(states[-1]))
-        states = states if wants_all else states[-1:]
-        if packing is not None:
-            unpack = functional.unpack if wants_all else unpacked
-            states = [self._returned(x, packing, keys, keep.bool(), unpack) for x in states]
-        elif packs:
-            states = [zeroed(x, keep.bool()) for x in states]
-        return self._output(given, states, wants_all)
+            last = self.get_submodule(self._model.composed.last)(show(last))
+        return self._output(given, [*shown, returned(last)], wants_all)
 
     def _output(self: Any, given: dict[str, Any], states: list[Tensor], wants_all: bool) -> Any:
         """Return what was asked for: the last states, what is pooled of them, all states."""
@@ -96,10 +110,17 @@ class ComposedModel(PackedModel):
         """Return False: what else could be wanted is not composed."""
         return False
 
-    def _states(
-        self: Any, layers: Any, rows: dict[str, Any], packing: Packing | None
-    ) -> list[Tensor]:
-        """Compute the states before and behind each layer, of packed tokens or a batch."""
+    def _last_state(
+        self: Any,
+        layers: Any,
+        rows: dict[str, Any],
+        packing: Packing | None,
+        show: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Compute the states behind the layers, of packed tokens or a batch.
+
+        ``show`` is called with the states before each layer, and returns those to go on with.
+        """
         made: Composed = self._model.composed
         mask = rows["attention_mask"]
         embeds = {name: rows.get(name) for name in made.embeds}
@@ -107,17 +128,16 @@ class ComposedModel(PackedModel):
             embeds[made.embeds_mask] = mask
         x: Tensor = self.embeddings(**embeds)
         before = None if made.before is None else _at(self, made.before)
-        states = [x if before is None else before(x)]
-        others = self._of_all_layers(layers, rows, states[0])
+        x = x if before is None else before(x)
+        others = self._of_all_layers(layers, rows, x)
         for i, layer in enumerate(layers):
-            found = layer(states[-1], attention_mask=mask, **others)
-            states.append(found if isinstance(found, Tensor) else found[0])
+            given = show(x)
+            found = layer(given, attention_mask=mask, **others)
+            x = found if isinstance(found, Tensor) else found[0]
             conv = None if made.conv is None or i else _at(self, made.conv)
             if conv is not None:
-                states[-1] = _convolved(conv, states[0], states[1], mask, packing)
-        if made.behind is not None:
-            states[-1] = self.get_submodule(made.behind)(states[-1])
-        return states
+                x = _convolved(conv, given, x, mask, packing)
+        return x if made.behind is None else self.get_submodule(made.behind)(x)
 
     def _of_all_layers(self: Any, layers: Any, rows: dict[str, Any], x: Tensor) -> dict[str, Any]:
         """Return the arguments of layers besides states and mask."""

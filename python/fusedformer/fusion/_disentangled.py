@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedformer import functional
-from fusedformer.fusion._attention import FULL, key_mask_of
+from fusedformer.fusion._attention import FULL, for_batch, key_mask_of
 from fusedformer.nn.children import dropout_probability
 
 _REACH = 16  # tables of distances are cut to multiples of this, so that few shapes occur
@@ -77,7 +77,7 @@ class Disentangled:
                 "cu_seqlens_k": others["cu_seq_lens_k"], "max_seqlen_k": others["max_length_k"],
             }  # fmt: skip
         else:
-            settings["key_mask"] = key_mask_of(mask)
+            settings["key_mask"] = for_batch(key_mask_of(mask), len(query))
         if module.relative_attention and kinds:
             longest = others["max_length_k"] if packed else key.shape[2]
             tables = self._tables(module, kinds, others["rel_embeddings"], longest)
