@@ -55,7 +55,10 @@ def load(source: str, layers: int | None = None) -> Any:
         return t.AutoModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
-        settings = json.loads(file.read_text())
+        try:
+            settings = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"--model: expected JSON in {file}, but got: {error}") from None
         config = t.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
     elif source in t.CONFIG_MAPPING:
         config = t.AutoConfig.for_model(source)

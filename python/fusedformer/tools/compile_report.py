@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from fusedformer._internal.arguments import check_any, pattern, positive
+
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942": "MFMA"}
 # Kernels without a product, in cases whose other kernels must use the tensor cores.
 NO_PRODUCTS = (
@@ -212,17 +214,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1 if any kernel falls short."""
     parser = argparse.ArgumentParser(prog="fusedformer compile-report", description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TENSOR_CORES), help="repeatable")
-    parser.add_argument("--case", default="", help="only cases that match this regular expression")
+    parser.add_argument(
+        "--case", default="", type=pattern, help="only cases that match this regular expression"
+    )
     parser.add_argument("--core", action="store_true", help="only core cases: each kernel once")
     parser.add_argument("--quick", action="store_true", help="all cases on sm_90 only, else core")
     parser.add_argument("--mix", action="store_true", help="also the instructions of main loops")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
+    parser.add_argument(
+        "--processes", type=positive, help="compilers at once; all cores by default"
+    )
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     import triton
 
+    from fusedformer_kernels.compiler.compile_cases import compile_cases
+
+    check_any(parser, arguments.case, (case.name for case in compile_cases()))
     targets = arguments.target or list(TENSOR_CORES)
     rows = compile_all(
         targets, arguments.case, arguments.processes, core=arguments.core,

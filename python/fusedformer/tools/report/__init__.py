@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fusedformer._internal.arguments import json_file
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 if everything passes, 1 if not, 2 if an extra is missing."""
@@ -70,6 +72,6 @@ def _parser() -> argparse.ArgumentParser:
                         help="for index.html and report.json (default: report)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer passages, fewer samples")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--benchmarks", type=Path, metavar="FILE",
+    parser.add_argument("--benchmarks", type=json_file, metavar="FILE",
                         help="a benchmark result file to show instead of new timings")  # fmt: skip
     return parser

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusedformer._internal.arguments import check_any, pattern, positive
+
 if TYPE_CHECKING:
     from fusedformer.tools.tune.search import Found
     from fusedformer_kernels.runtime.targets import Target
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 2 where there is no GPU to tune for, 3 if time ran out."""
-    given = _parser().parse_args(argv)
+    parser = _parser()
+    given = parser.parse_args(argv)
     try:
         from fusedformer.tools.tune import search
         from fusedformer.tools.tune.workloads import workloads
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"tune: {error}: it needs triton", file=sys.stderr)
         return 2
+    check_any(parser, given.case, (workload.name for workload in workloads()))
     chosen = [(i, w) for i, w in enumerate(workloads()) if re.search(given.case, w.name)]
     if given.dry_run:
         target = TARGETS[given.target]
@@ -159,7 +163,9 @@ def _words(fields: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedformer tune", description=__doc__)
-    parser.add_argument("--case", default="", help="only keys that match this regular expression")
+    parser.add_argument(
+        "--case", type=pattern, default="", help="only keys that match this regular expression"
+    )
     parser.add_argument("--out", type=Path, help="the table (default: the user's, in the cache)")
     parser.add_argument(
         "--times", type=Path,
@@ -168,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="seconds in all, of which half may compile"
     )
-    parser.add_argument("--processes", type=int, help="compilers at once; all cores by default")
+    parser.add_argument(
+        "--processes", type=positive, help="compilers at once; all cores by default"
+    )
     parser.add_argument("--dry-run", action="store_true", help="compile and list, run nothing")
     parser.add_argument(
         "--target",
