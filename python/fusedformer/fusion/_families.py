@@ -348,6 +348,10 @@ SOUND = {
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
 GATED_SOUND = {f"wavlm.modeling_wavlm.WavLM{kind}" for kind in _SOUND}
+POOLED_SOUND = {  # and what they return
+    "qwen2_audio.modeling_qwen2_audio.Qwen2AudioEncoder": "BaseModelOutput",
+    "audioflamingo3.modeling_audioflamingo3.AudioFlamingo3Encoder": "BaseModelOutputWithPooling",
+}
 MODELS: dict[str, Model] = {
     **_TEXT_TOWERS,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},

@@ -32,7 +32,16 @@ from fusedformer.fusion._configs import (
     restore,
 )
 from fusedformer.fusion._divided import DividedLayer
-from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MIXED, MODELS, SOUND, STACKS
+from fusedformer.fusion._families import (
+    ENCODERS,
+    GATED_SOUND,
+    LAYERS,
+    MIXED,
+    MODELS,
+    POOLED_SOUND,
+    SOUND,
+    STACKS,
+)
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
@@ -41,7 +50,7 @@ from fusedformer.fusion._next_tokens import LastToken, NextTokens
 from fusedformer.fusion._packed_encoder import PackedEncoder, PackedStack
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
-from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
+from fusedformer.fusion._packed_sound import PackedGatedSound, PackedPooledSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
 from fusedformer.fusion._padded import plan_padded
 from fusedformer.fusion._rows import change_in, needs_batch
@@ -58,6 +67,7 @@ _HEADS = (
 _OTHER_ENCODERS: dict[str, Any] = {
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder,
     **dict.fromkeys(STACKS, PackedStack),
+    **dict.fromkeys(POOLED_SOUND, PackedPooledSound),
 }
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
@@ -105,7 +115,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
         found = (path, module) if isinstance(module, PreTrainedModel) else outer
         if found is not None:
             inside[path] = found
-            yield Place(path, module, *found, is_mixed=path.startswith(mixed))
+            yield Place(path, module, *found, path.startswith(mixed))
 
 
 def _form(place: Place, packs: bool) -> Form | None:
