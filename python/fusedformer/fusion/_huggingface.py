@@ -115,7 +115,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
         found = (path, module) if isinstance(module, PreTrainedModel) else outer
         if found is not None:
             inside[path] = found
-            yield Place(path, module, *found, path.startswith(mixed))
+            yield Place(path, module, found[0], found[1], path.startswith(mixed))
 
 
 def _form(place: Place, packs: bool) -> Form | None:
