@@ -69,6 +69,7 @@ _OTHER_ENCODERS: dict[str, Any] = {
     **dict.fromkeys(STACKS, PackedStack),
     **dict.fromkeys(POOLED_SOUND, PackedPooledSound),
 }
+_POOLED = {"ViltForQuestionAnswering"}  # whose name says so, but which read the first token alone
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
 
@@ -223,7 +224,12 @@ def _reads_padding(model: nn.Module) -> str:
             is_late = name in _LATE_INTERACTION and not _marks_expansions(module)
             # All but "first" read the last position, or every one.
             sums_up = name.endswith("SequenceSummary") and module.summary_type != "first"
-            if name.endswith(_HEADS) or is_late or sums_up or _convolves(cls, module):
+            if (
+                (name.endswith(_HEADS) and name not in _POOLED)
+                or is_late
+                or sums_up
+                or _convolves(cls, module)
+            ):
                 return (
                     f"{name} reads padded positions, which would be 0; pack=True packs, "
                     f"pack=False says nothing"

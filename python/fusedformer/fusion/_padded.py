@@ -20,7 +20,7 @@ _MASKS = {
 # frames of videos, of which all have as many.
 _OF_ONE_LENGTH = {
     "WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel",
-    "XCLIPMultiframeIntegrationTransformer",
+    "XCLIPMultiframeIntegrationTransformer", "XCLIPPromptGenerator",
 }  # fmt: skip
 
 
