@@ -1,7 +1,8 @@
 """The table of all architectures, by ``make architectures``, or some: ``-m ... bert gpt2``.
 
 It writes ``docs/architectures.md`` for people and ``architectures.json`` beside this file for
-``test_architectures.py``: what builds, how, and the level at which it is fused.
+``test_architectures.py``: what builds, how, and the level at which it is fused. Of some types it
+writes only the second.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def found_of(model_type: str) -> tuple[str, Any]:
 
 
 def main(names: list[str]) -> None:
-    """Examine the types named, or all; with all, write the table and the list of what builds."""
+    """Examine the types named, or all; write the list of what builds, and with all the table."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
         results = {}
@@ -63,18 +64,20 @@ def main(names: list[str]) -> None:
             reason, found = result
             print(name, reason or f"{found[1].level} {found[0]} {found[1].faults or 'same'} "
                   f"{found[1].notes}", flush=True)  # fmt: skip
-    if not names:
-        _written(results)
-
-
-def _written(results: dict[str, Any]) -> None:
     built = {n: found for n, (reason, found) in sorted(results.items()) if not reason}
-    BUILDABLE.write_text(
-        "{\n" + ",\n".join(
-            f' "{n}": {json.dumps({"level": found.level, "recipe": recipe})}'
-            for n, (recipe, found) in built.items()
-        ) + "\n}\n"
-    )  # fmt: skip
+    _list(built, {} if not names else json.loads(BUILDABLE.read_text()))
+    if not names:
+        _written(results, built)
+
+
+def _list(built: dict[str, Any], before: dict[str, Any]) -> None:
+    """Write down the levels of what was built, and of what was before."""
+    found = {n: {"level": one.level, "recipe": recipe} for n, (recipe, one) in built.items()}
+    rows = [f' "{n}": {json.dumps(one)}' for n, one in sorted({**before, **found}.items())]
+    BUILDABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def _written(results: dict[str, Any], built: dict[str, Any]) -> None:
     counts = collections.Counter(found.level for _, found in built.values())
     rows = [f"| {level} | {what} | {counts[level]} |" for level, what in LEVELS.items()]
     each = [

@@ -60,6 +60,8 @@ class RealPositions:
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
         mask = inputs.get("attention_mask")
         self.mask = None if mask is None else mask.bool()
+        patches = inputs.get("pixel_attention_mask")
+        self.patches = None if patches is None else patches.bool()
         self.steady: dict[str, Tensor] = {}
         if self.mask is not None and not bool(self.mask.all()) and "input_ids" in inputs:
             ids = inputs["input_ids"]
@@ -71,6 +73,8 @@ class RealPositions:
                     self.steady[name] = close.flatten(2).all(-1) if close.dim() > 2 else close
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        if self.patches is not None and tensor.shape[:2] == self.patches.shape:
+            return tensor[self.patches]
         if self.mask is None or bool(self.mask.all()):
             return tensor
         if tensor.shape[:2] == self.mask.shape:

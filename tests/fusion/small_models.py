@@ -317,6 +317,8 @@ def inputs_of(model: Any, kind: int = 0) -> dict[str, Tensor]:
         found[name] = _drawn(name, config, shape, draw, kind)
     if "grid_thw" in found:
         _lay_out_patches(found, main, config, draw)
+    if "spatial_shapes" in signature and "pixel_values" in found:
+        _lay_out_shapes(found, config, draw)
     if "attention_mask" in found and "input_ids" not in found and "inputs_embeds" not in found:
         del found["attention_mask"]
     return found
@@ -331,6 +333,15 @@ def _lay_out_patches(found: dict[str, Any], main: str, config: Any, draw: Any) -
     each *= _number(config, ("temporal_patch_size",), 1)
     name = next(n for n in ("hidden_states", "pixel_values", main) if n in found)
     found[name] = torch.randn(int(found["grid_thw"].prod(1).sum()), each, generator=draw)
+
+
+def _lay_out_shapes(found: dict[str, Any], config: Any, draw: Any) -> None:
+    """Images of up to 4 x 4 patches, as rows of which smaller images leave some empty."""
+    shapes = torch.tensor([[4, 4], [2, 4], [3, 2]])
+    each = _number(config, ("num_channels",), 3) * _number(config, ("patch_size",), 8) ** 2
+    found["spatial_shapes"] = shapes
+    found["pixel_attention_mask"] = (torch.arange(16) < shapes.prod(1, keepdim=True)).long()
+    found["pixel_values"] = torch.randn(3, 16, each, generator=draw)
 
 
 def padded(inputs: dict[str, Any], side: str) -> dict[str, Any]:
@@ -439,7 +450,7 @@ def _drawn(name: str, config: Any, shape: Any, draw: torch.Generator, kind: int)
     if name == "bbox":
         corner = torch.randint(0, 20, (*shape, 2), generator=draw)
         return torch.cat([corner, corner + 5], -1)
-    if name == "grid_thw":
+    if name in ("grid_thw", "spatial_shapes", "pixel_attention_mask"):
         return torch.ones(2, 3, dtype=torch.long)  # laid out with its patches
     if name == "past_values":
         length = _number(config, ("context_length",), 32)

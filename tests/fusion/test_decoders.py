@@ -327,6 +327,24 @@ def test_positions_of_images_in_a_text_are_packed() -> None:
         assert near(model(**alone)[0], stock(**alone)[0])
 
 
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_what_routers_say_is_of_the_batch(where: str) -> None:
+    """A loss that balances experts reads it with the mask; and a router may want noise."""
+    asked: dict[str, Any] = dict(output_router_logits=True)
+    model, stock = fused_and_stock(writer("Mixtral", **(asked if where == "config" else {})))
+    inputs = {
+        **inputs_of("llama"),
+        "labels": inputs_of("llama")["input_ids"].masked_fill(~MASK, -100),
+    }
+    call = {**inputs, **(asked if where == "call" else {}), "use_cache": False}
+    found, wanted = model(**call), stock(**call)
+    assert len(found.router_logits) == 2 and found.router_logits[0].shape == (MASK.numel(), 4)
+    assert torch.allclose(found.loss, wanted.loss, atol=1e-5)
+    assert torch.allclose(found.aux_loss, wanted.aux_loss, atol=1e-6)
+    noisy = writer("Mixtral", router_jitter_noise=0.1)
+    assert "its jitter_noise is set" in {one.reason for one in fusedformer.fuse(noisy).left}
+
+
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mistral"])
 def test_a_text_is_classified_by_a_position_that_may_be_padding(kind: str) -> None:
     """Which without ids is the last; then the batch is computed padded, and else packed."""

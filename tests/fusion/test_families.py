@@ -25,7 +25,7 @@ from tests.fusion.test_huggingface import faults
 from torch import Tensor, nn
 
 import fusedformer
-from fusedformer.fusion import _families, _forms, _layers, _norms
+from fusedformer.fusion import _families, _forms, _layers, _norms, _tower_families
 from fusedformer.fusion._seen import SEEN
 
 T: Any = pytest.importorskip("transformers")
@@ -400,6 +400,7 @@ def test_tables_name_classes_that_there_are() -> None:
         *_families.ENCODERS,
         *_families.STACKS,
         *_families.MIXED,
+        *_families.POOLED_SOUND,
         *_families.SOUND,
         *_families.GATED_SOUND,
         *_families.MODELS,
@@ -407,7 +408,7 @@ def test_tables_name_classes_that_there_are() -> None:
         module, _, cls = name.rpartition(".")
         found = getattr(__import__(f"transformers.models.{module}", fromlist=[cls]), cls)
         assert issubclass(found, nn.Module)
-    packed = _families.LAYERS.keys() - _families.TOWERS.keys()
+    packed = _families.LAYERS.keys() - _tower_families.TOWERS.keys()
     made = {name.partition(".")[0] for name in packed}
     models = {name for name, model in _families.MODELS.items() if model.tower is None}
     models -= {"flava.modeling_flava.FlavaTextModel"}  # its layers are those of its tower

@@ -113,3 +113,60 @@ def test_a_gate_without_a_bias() -> None:
     wanted = model(**inputs)[0][MASK]
     fusedformer.fuse(model)
     assert torch.allclose(model(**inputs)[0][MASK], wanted, atol=2e-5)
+
+
+LENGTHS = (40, 27, 9)  # of sounds, of which layers get half
+
+
+def pooled(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """An encoder that halves the frames behind its layers, and sounds padded to its length."""
+    config = getattr(T, f"{kind}EncoderConfig")(
+        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, num_mel_bins=6,
+        max_source_positions=20,
+    )  # fmt: skip
+    model = perturbed(getattr(T, f"{kind}Encoder")(config), 0).eval()
+    features = torch.randn(3, 6, 40)
+    mask = (torch.arange(40) < torch.tensor(LENGTHS)[:, None]).long()
+    if kind == "AudioFlamingo3":
+        return model, {"input_features": features, "input_features_mask": mask}
+    frames = (torch.arange(20) < (torch.tensor(LENGTHS)[:, None] - 1) // 2 + 1)[:, None, None]
+    return model, {"input_features": features, "attention_mask": frames}
+
+
+def halved(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The frames that those who read the output take, and the gradients of all parameters."""
+    frames = ((torch.tensor(LENGTHS) - 1) // 2 + 1 - 2) // 2 + 1
+    output = model(**inputs)
+    found = output.last_hidden_state[torch.arange(10) < frames[:, None]]
+    dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(3)).to(found)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(found, list(parameters.values()), dy)
+    return {type(output).__name__: found, **dict(zip(parameters, grads, strict=True))}
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Audio", "AudioFlamingo3"])
+def test_frames_that_are_halved(kind: str) -> None:
+    """Of real frames alone; all of them where a layer is hooked, or without a mask."""
+    model, inputs = pooled(kind)
+    stock = copy.deepcopy(model)
+    fusedformer.fuse(model, strict=True)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    for rows in (sum((n - 1) // 2 + 1 for n in LENGTHS), 60):
+        truth = halved(copy.deepcopy(stock).double(), wide)
+        wanted, found = halved(stock, inputs), halved(model, inputs)
+        assert found.keys() == wanted.keys() == truth.keys()
+        for name, true in truth.items():
+            limit = 8 * (wanted[name] - true).abs().max() + 1e-5 * true.abs().max()
+            assert (found[name] - true).abs().max() <= limit, name
+        assert rows_of_products(model, inputs) == {rows}
+        for one in (model, stock):
+            one.layers[0].fc1.register_forward_hook(lambda module, args, output: output * 2)
+    with torch.no_grad():
+        whole = {"input_features": inputs["input_features"]}
+        if kind == "AudioFlamingo3":
+            whole["input_features_mask"] = torch.ones(3, 40).long()
+        assert torch.allclose(model(**whole)[0], stock(**whole)[0], atol=3e-5, rtol=1e-4)
+        states, own = (one(**inputs, output_hidden_states=True) for one in (model, stock))
+        assert len(states.hidden_states) == len(own.hidden_states) == 3
+    with pytest.raises((ValueError, RuntimeError), match=r"length|size"):
+        model(**{n: x[..., :-2] for n, x in inputs.items()})

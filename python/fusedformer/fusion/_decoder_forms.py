@@ -79,6 +79,7 @@ GLM = dataclasses.replace(
 GLM4 = dataclasses.replace(
     GLM, out_norm="post_self_attn_layernorm", block_norm="post_mlp_layernorm"
 )
+GLM4V = dataclasses.replace(GLM4, angles="pairs")
 STABLELM = dataclasses.replace(
     LLAMA, dropout2="dropout", parallel="use_parallel_residual", unless="self_attn.qk_layernorm"
 )

@@ -24,6 +24,7 @@ from fusedformer.fusion._decoder_forms import (
     GLM,
     GLM4,
     GLM4_MOE,
+    GLM4V,
     GPT2,
     GPT_BIGCODE,
     GPT_NEOX,
@@ -249,6 +250,9 @@ _CAUSAL: tuple[tuple[str, str, Model, Form], ...] = (
     ("persimmon", "Persimmon", CAUSAL, PERSIMMON),
     ("biogpt", "BioGpt", _BY_COLUMN_ALONE, BIOGPT),
     ("qwen3_vl", "Qwen3VLText", CAUSAL, QWEN3),
+    ("glm4v", "Glm4vText", _BY_COLUMN_ALONE, GLM4V),
+    ("glm_ocr", "GlmOcrText", _BY_COLUMN_ALONE, GLM4V),
+    ("glm_image", "GlmImageText", _BY_COLUMN_ALONE, GLM4V),
     ("granite_docling", "GraniteDoclingText", CAUSAL, GRANITE),
     ("granite4_vision", "Granite4VisionText", CAUSAL, GRANITE),
     ("cohere", "Cohere", CAUSAL, COHERE),
@@ -285,6 +289,7 @@ _CAUSAL_BY_NAMES: tuple[tuple[str, str, str, Model, Form], ...] = (
         dataclasses.replace(_BY_COLUMN_ALONE, counts_real=True),
         OPT,
     ),
+    ("paddleocr_vl", "PaddleOCRDecoderLayer", "PaddleOCRTextModel", _BY_COLUMN_ALONE, QWEN2),
     ("emu3", "Emu3DecoderLayer", "Emu3TextModel", CAUSAL, EMU3),
     ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2VLTextModel", _BY_TYPE_ALONE, QWEN2),
     ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLTextModel", _BY_TYPE_ALONE, QWEN2),
@@ -348,6 +353,10 @@ SOUND = {
     "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
 }
 GATED_SOUND = {f"wavlm.modeling_wavlm.WavLM{kind}" for kind in _SOUND}
+POOLED_SOUND = {  # and what they return
+    "qwen2_audio.modeling_qwen2_audio.Qwen2AudioEncoder": "BaseModelOutput",
+    "audioflamingo3.modeling_audioflamingo3.AudioFlamingo3Encoder": "BaseModelOutputWithPooling",
+}
 MODELS: dict[str, Model] = {
     **_TEXT_TOWERS,
     **{f"{m}.modeling_{m}.{name}Model": model for m, name, model, _ in _LIKE_BERT},

@@ -32,7 +32,16 @@ from fusedformer.fusion._configs import (
     restore,
 )
 from fusedformer.fusion._divided import DividedLayer
-from fusedformer.fusion._families import ENCODERS, GATED_SOUND, LAYERS, MIXED, MODELS, SOUND, STACKS
+from fusedformer.fusion._families import (
+    ENCODERS,
+    GATED_SOUND,
+    LAYERS,
+    MIXED,
+    MODELS,
+    POOLED_SOUND,
+    SOUND,
+    STACKS,
+)
 from fusedformer.fusion._forms import Form
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._layers import FusedLayer
@@ -41,7 +50,7 @@ from fusedformer.fusion._next_tokens import LastToken, NextTokens
 from fusedformer.fusion._packed_encoder import PackedEncoder, PackedStack
 from fusedformer.fusion._packed_model import PackedDecoder, PackedModel
 from fusedformer.fusion._packed_seq2seq import PackedSeq2Seq
-from fusedformer.fusion._packed_sound import PackedGatedSound, PackedSound
+from fusedformer.fusion._packed_sound import PackedGatedSound, PackedPooledSound, PackedSound
 from fusedformer.fusion._packed_tower import PackedTower
 from fusedformer.fusion._padded import plan_padded
 from fusedformer.fusion._rows import change_in, needs_batch
@@ -58,7 +67,9 @@ _HEADS = (
 _OTHER_ENCODERS: dict[str, Any] = {
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder": PackedLayoutEncoder,
     **dict.fromkeys(STACKS, PackedStack),
+    **dict.fromkeys(POOLED_SOUND, PackedPooledSound),
 }
+_POOLED = {"ViltForQuestionAnswering"}  # whose name says so, but which read the first token alone
 _LATE_INTERACTION = {"ColBERT", "MultiVectorEncoder"}
 
 
@@ -105,7 +116,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
         found = (path, module) if isinstance(module, PreTrainedModel) else outer
         if found is not None:
             inside[path] = found
-            yield Place(path, module, *found, is_mixed=path.startswith(mixed))
+            yield Place(path, module, found[0], found[1], path.startswith(mixed))
 
 
 def _form(place: Place, packs: bool) -> Form | None:
@@ -213,7 +224,12 @@ def _reads_padding(model: nn.Module) -> str:
             is_late = name in _LATE_INTERACTION and not _marks_expansions(module)
             # All but "first" read the last position, or every one.
             sums_up = name.endswith("SequenceSummary") and module.summary_type != "first"
-            if name.endswith(_HEADS) or is_late or sums_up or _convolves(cls, module):
+            if (
+                (name.endswith(_HEADS) and name not in _POOLED)
+                or is_late
+                or sums_up
+                or _convolves(cls, module)
+            ):
                 return (
                     f"{name} reads padded positions, which would be 0; pack=True packs, "
                     f"pack=False says nothing"

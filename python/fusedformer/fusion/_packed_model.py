@@ -38,7 +38,7 @@ from fusedformer.nn.stacks import can_pack, packing_of
 
 # Arguments with which a model does more than encode tokens.
 _MORE = "past_key_values", "encoder_hidden_states", "use_cache", "cu_seq_lens_q"
-_ASKED = "output_hidden_states", "output_attentions"
+_ASKED = "output_hidden_states", "output_attentions", "output_router_logits"
 _OF_TOKENS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 
 

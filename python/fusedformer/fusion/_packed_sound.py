@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import modeling_outputs
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
@@ -16,8 +19,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
-from fusedformer.fusion._attention import captured
-from fusedformer.fusion._classes import is_asked
+from fusedformer.fusion._attention import captured, key_mask_of
+from fusedformer.fusion._classes import WithArguments, is_asked
+from fusedformer.fusion._classes import named as name_of
+from fusedformer.fusion._families import POOLED_SOUND
 from fusedformer.fusion._gated_bias import GatedBiasLayer
 from fusedformer.fusion._kept_rows import (
     has_no_rows,
@@ -115,3 +120,60 @@ class PackedGatedSound(PackedSound):
             isinstance(layer, GatedBiasLayer) and layer.is_known(layer) and layer.is_plain(layer)
             for layer in self.layers
         )
+
+
+_MASKS = {"attention_mask", "input_features_mask"}  # of frames behind convolutions; before them
+
+
+class PackedPooledSound(WithArguments):
+    """A base of encoders with Whisper's children that halve the frames behind their layers.
+
+    Sounds are padded to one length, and a mask says so. A frame that would be the mean of a real
+    one and padding counts for nothing: those who read the output leave it out.
+    """
+
+    FUSED = "packed: real frames only, behind the convolutions"
+    static_shapes = False  # as in TransformerEncoder
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the class behind this one computes; packed."""
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        x, masks = given.pop("input_features"), given.keys() & _MASKS
+        keep = _frames_of(*(given.pop(name) for name in masks))
+        if (
+            keep is None
+            or x.shape[-1] != 2 * self.embed_positions.weight.shape[0]
+            or keep.shape != (x.shape[0], x.shape[-1] // 2)
+            or any(is_asked(one) for name, one in given.items() if name != "return_dict")
+            or given.get("return_dict") is False
+            or captured()
+            or wants_padding()
+            or not can_pack(x, self.static_shapes, keep)
+            or needs_batch(self)
+        ):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        packing = packing_of(keep, self.static_shapes)
+        if has_no_rows(packing):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        weight = self.conv1.weight
+        x = F.gelu(self.conv1(x.to(weight.device, weight.dtype)))
+        x = F.gelu(self.conv2(x)).transpose(1, 2) + self.embed_positions.weight
+        x = F.dropout(x, self.dropout, self.training)
+        rows = through_layers(
+            self, self.layers, functional.pack(x, packing)[None], packing, self.layerdrop
+        )
+        x = functional.unpack(rows[0], packing)
+        x = self.layer_norm(self.avg_pooler(x.transpose(1, 2)).transpose(1, 2))
+        output: Any = getattr(modeling_outputs, POOLED_SOUND[name_of(self._made_of[1])])
+        return output(last_hidden_state=x)
+
+
+def _frames_of(mask: Tensor | None = None) -> Tensor | None:
+    """Return which frames ``[batch, frames]`` are real that layers get.
+
+    The mask is theirs; or ``[batch, length]`` of what the convolutions get, which halve it.
+    """
+    if mask is None or mask.dim() != 2:
+        return key_mask_of(mask)
+    lengths = (mask.sum(1) - 1) // 2 + 1
+    return torch.arange((mask.shape[1] - 1) // 2 + 1, device=mask.device) < lengths[:, None]

@@ -20,9 +20,8 @@ _MASKS = {
 # frames of videos, of which all have as many.
 _OF_ONE_LENGTH = {
     "WhisperEncoder", "WhisperModel", "VoxtralEncoder", "ASTModel",
-    "XCLIPMultiframeIntegrationTransformer",
+    "XCLIPMultiframeIntegrationTransformer", "XCLIPPromptGenerator",
 }  # fmt: skip
-_REASONS = {"Qwen2AudioEncoder": "its mask is one of all pairs of frames"}
 
 
 def plan_padded(plan: Plan, places: Iterable[tuple[str, nn.Module, str, nn.Module]]) -> None:
@@ -50,8 +49,7 @@ def plan_padded(plan: Plan, places: Iterable[tuple[str, nn.Module, str, nn.Modul
             and _takes_padding(model)
         ):
             is_fused = any(issubclass(cls, FusedLayer) for cls in classes)
-            form = "no table says how it packs" if is_fused else "its layers have no form"
-            reason = _REASONS.get(type(model).__name__, form)
+            reason = "no table says how it packs" if is_fused else "its layers have no form"
             plan.leave(outer, model, f"computed padded: {reason}")
             done.add(outer)
 

@@ -61,6 +61,8 @@ _TOWERS: tuple[tuple[str, str, Form], ...] = (
     ("beit", "Beit", BEIT),
     ("pixio", "Pixio", PIXIO),
     ("internvl", "InternVLVision", INTERNVL),
+    ("qianfan_ocr", "QianfanOCRVision", dataclasses.replace(INTERNVL, depth="drop_path1")),
+    ("granite_docling", "GraniteDoclingEncoder", SIGLIP),
     ("radio", "Radio", DINOV2),
     ("tipsv2", "Tipsv2Vision", DINOV2),
     ("videomt", "Videomt", EOMT),
