@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedformer
 from fusedformer.fusion import _layers
 from fusedformer.fusion._inference import inferred
+from fusedformer.fusion._layers import FusedLayer
+from fusedformer.ops import layer_compiled
+from fusedformer.testing import compare_tensors
 from fusedformer.tools.measure import peak_memory
-from fusedformer_kernels.cpu import build
+from fusedformer_kernels.cpu import build, layer
 
 T: Any = transformers
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -75,6 +78,38 @@ def test_bits_are_those_of_the_steps(name: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(
             found.double(), stock(**wide).last_hidden_state, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_many_rows_go_through_a_layer_at_once(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No operator multiplies, activates or norms: three calls of C++ do, for each layer."""
+    if not layer.computes(dtype):
+        pytest.skip("others multiply faster here")
+    monkeypatch.setattr(layer_compiled, "_WORTH", 0)
+    config, cls, shapes = MODELS[name]
+    model = cls(config).to(dtype).eval()
+    stock, wide = copy.deepcopy(model), copy.deepcopy(model).double()
+    fusedformer.fuse(model)
+    given = {n: cast(x, dtype) for n, x in inputs_of(shapes).items()}
+    given = {n: x.repeat(8, *[1] * (x.dim() - 1)) for n, x in given.items()}
+    with torch.no_grad():
+        found = model(**given).last_hidden_state
+        one = next(m for m in model.modules() if isinstance(m, FusedLayer))
+        of_layer = counted(one, {"hidden_states": torch.randn(2, 32, 32).to(dtype)})
+        judged = compare_tensors(
+            "states", found, stock(**given).last_hidden_state,
+            wide(**{n: cast(x, torch.float64) for n, x in given.items()}).last_hidden_state,
+        )  # fmt: skip
+    assert judged.passed, judged
+    theirs = {"linear", "addmm", "_linear_pointwise", "gelu", "native_layer_norm", "mm"}
+    assert not theirs & of_layer.keys()
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def counted(model: Any, given: dict[str, Any]) -> Counter[str]:
