@@ -198,8 +198,8 @@ class _Norm(torch.autograd.Function):
                 wants_x=wants_x, wants_parameters=any(wants),
             )  # fmt: skip
         grads = [
-            sums[at].view(ctx.shape).to(t.dtype) if wants[at] else None
-            for at, t in enumerate((weight, bias))
+            None if own is None or not is_wanted else own.view(ctx.shape).to(t.dtype)
+            for own, is_wanted, t in zip(sums, wants, (weight, bias), strict=True)
         ]
         of_input, of_residual = dx if wants_input else None, dx if wants_residual else None
         return of_input, of_residual, *grads, *[None] * 3
@@ -218,7 +218,7 @@ def _by_aten_again(
     kind = "rms" if ctx.is_rms else "layer"
     with torch.enable_grad():
         again = _by_aten(kind, x, ctx.shape, weight, bias, epsilon(ctx.eps))
-    wanted = [t for t, is_wanted in zip(given, wants, strict=True) if is_wanted]
+    wanted = [t for t, is_wanted in zip(given, wants, strict=True) if is_wanted and t is not None]
     twice = torch.is_grad_enabled()
     left = iter(torch.autograd.grad(again, wanted, grad, create_graph=twice))
     return [next(left) if is_wanted else None for is_wanted in wants]
