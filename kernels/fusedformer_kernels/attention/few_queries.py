@@ -119,6 +119,8 @@ def _few_queries_backward(
                 gradients = once_each(gradients)
             dk = dot(gradients, q, dk, PRECISION)
         if parts_ptr is not None:
+            if s.seed is not None:
+                dproduct = once_each(dproduct)
             part = dot(dproduct, k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION)
             part_rows = _part_rows(
                 parts_ptr, s, sizes, place, sequence, block, max_queries, BLOCK_N, HEAD_DIM
