@@ -71,10 +71,11 @@ def test_tf32_with_dropout_beside_a_mask(dim: int, device: str) -> None:
     """In tiles of 16 rows, whose products once had each row twice."""
     leaves = [torch.randn(1, 1, 40, dim, device=device).requires_grad_() for _ in range(3)]
     mask = torch.rand(40, device=device) < 0.7
+    attention: Any = F.scaled_dot_product_attention
 
     def gradients() -> tuple[torch.Tensor, ...]:
         torch.manual_seed(1)
-        output = F.scaled_dot_product_attention(*leaves, attn_mask=mask, dropout_p=0.3)
+        output = attention(*leaves, attn_mask=mask, dropout_p=0.3)
         return torch.autograd.grad(output, leaves, leaves[0].detach())
 
     exact = gradients()
