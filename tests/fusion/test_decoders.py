@@ -67,6 +67,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "Olmoe": EXPERTS, "GraniteMoe": dict(EXPERTS, **SCALED), "MiniMaxM2": EXPERTS,
     "ExaoneMoe": dict(EXPERTS, **BY_TYPE, head_dim=8, first_k_dense_replace=1, n_group=1),
     "Dots1": dict(EXPERTS, **BY_TYPE, n_routed_experts=4, n_shared_experts=1),
+    "Qwen3Moe": dict(EXPERTS, head_dim=8), "FlexOlmo": EXPERTS, "Ernie4_5_Moe": EXPERTS,
+    "Glm4Moe": dict(EXPERTS, **HALF, n_routed_experts=4, n_shared_experts=1, use_qk_norm=True),
+    "SolarOpen": dict(EXPERTS, head_dim=8, n_routed_experts=4, n_shared_experts=1),
     "GptOss": dict(EXPERTS, **BY_TYPE, head_dim=8),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ops.features import CHOICES, Call
 from tests.ops.judge import check, first, grad
 from torch import Tensor
 
@@ -299,3 +300,17 @@ def test_many_tiles_of_large_heads(form: str, causal: bool, device: str) -> None
         given["key_lengths"] = torch.tensor([131], device=device)
     inputs = {name: grad(1, 1, 135, 72, device=device) for name in names}
     check(NAME, dtype, only=first, **inputs, **given)
+
+
+MASKED: dict[str, dict[str, Any]] = {
+    "of keys": {"key_mask": True},
+    "of pairs, grouped heads": {"mask": "boolean", "group": 2, "dims": (72, 72)},
+}
+
+
+@pytest.mark.parametrize("mask", MASKED)
+def test_dropout_beside_a_mask_in_tiles_of_16(mask: str, device: str) -> None:
+    """Compiled products of 16 rows once had each row twice, where bytes and a draw meet in them."""
+    choice = {name: values[0] for name, values in CHOICES.items()}
+    choice |= {"lengths": "few queries", "dropout": True, "dtype": torch.bfloat16}
+    Call.draw(choice | MASKED[mask], device).check()

@@ -247,6 +247,20 @@ def test_the_bits_are_those_of_inference() -> None:
 
 
 @pytest.mark.usefixtures("worth")
+@pytest.mark.usefixtures("worth")
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """Hooks promise a tensor's values and size."""
+    given = inputs((30, 65), torch.float32)
+    grad = torch.randn(30, 65)
+    wanted = gradients("dropout_add_layer_norm", given, [grad])
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda kept: kept, lambda kept: kept.t().contiguous().t() if kept.dim() == 2 else kept
+    )
+    with hooks:
+        found = gradients("dropout_add_layer_norm", given, [grad])
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("of_sum", [False, True])
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gradients_of_gradients_and_batches_of_them(kind: str, of_sum: bool) -> None:

@@ -64,3 +64,20 @@ def test_three_products_meet_the_criterion(dim: int, device: str) -> None:
 def test_a_precision_that_is_none_is_named() -> None:
     with pytest.raises(ValueError, match=r"set_float32_products\(\): name .* but got 'high'"):
         fusedformer.set_float32_products("high")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dim", [72, 136])
+def test_tf32_with_dropout_beside_a_mask(dim: int, device: str) -> None:
+    """In tiles of 16 rows, whose products once had each row twice."""
+    leaves = [torch.randn(1, 1, 40, dim, device=device).requires_grad_() for _ in range(3)]
+    mask = torch.rand(40, device=device) < 0.7
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)
+        output = F.scaled_dot_product_attention(*leaves, attn_mask=mask, dropout_p=0.3)
+        return torch.autograd.grad(output, leaves, leaves[0].detach())
+
+    exact = gradients()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    for one, other in zip(gradients(), exact, strict=True):
+        assert (one - other).abs().max() <= torch.finfo(torch.bfloat16).eps * other.abs().max()

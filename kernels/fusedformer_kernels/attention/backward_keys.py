@@ -55,6 +55,7 @@ from fusedformer_kernels.runtime.primitives import (
     fma,
     kept_share,
     negative,
+    once_each,
 )
 
 
@@ -116,9 +117,10 @@ def _walk_queries(
         if NEEDS_V:
             if s.seed is not None:
                 dropped = tl.maximum(weights, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                dropped = once_each(cast(dropped, grad.dtype))
             else:
-                dropped = weights
-            dv = dot(cast(dropped, grad.dtype), grad, dv, PRECISION)
+                dropped = cast(weights, grad.dtype)
+            dv = dot(dropped, grad, dv, PRECISION)
         if NEEDS_K:
             if given.pointer is not None:
                 dweights = given_gradient(given, rows[None, :], columns[:, None], place)
@@ -132,6 +134,8 @@ def _walk_queries(
             if s.softcap is not None:
                 dscores *= fma(negative(capped), capped, 1.0)
             dscores = cast(dscores, q.dtype)
+            if s.seed is not None:
+                dscores = once_each(dscores)
             if query_sums.sums is not None:
                 seen = look_at_turn(turn)
             dk = dot(dscores, q, dk, PRECISION)

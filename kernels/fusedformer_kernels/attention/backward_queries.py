@@ -29,7 +29,7 @@ from fusedformer_kernels.attention.tiles import (
     which_block,
 )
 from fusedformer_kernels.runtime.launch import launch
-from fusedformer_kernels.runtime.primitives import COUNTS, cast, dot
+from fusedformer_kernels.runtime.primitives import COUNTS, cast, dot, once_each
 
 
 @triton.jit
@@ -53,7 +53,10 @@ def _walk_keys(
         )
         if given.pointer is not None:
             row_sum += tl.sum(dscores, 1)
-        dq = dot(cast(dproduct, k.dtype), k, dq, PRECISION)
+        dproduct = cast(dproduct, k.dtype)
+        if s.seed is not None:
+            dproduct = once_each(dproduct)
+        dq = dot(dproduct, k, dq, PRECISION)
     return dq, row_sum
 
 

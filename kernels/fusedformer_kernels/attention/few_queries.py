@@ -45,6 +45,7 @@ from fusedformer_kernels.runtime.primitives import (
     dot,
     dropout_keep_tile,
     dropout_scale,
+    once_each,
 )
 
 
@@ -108,10 +109,18 @@ def _few_queries_backward(
                     place.dropout_key, place.dropout_offset, 0, first_column, s.p, BLOCK_M, BLOCK_N
                 )
                 weights = tl.where(keep, weights * dropout_scale(s.p), 0.0)
-            dv = dot(tl.trans(cast(weights, grad.dtype)), grad, dv, PRECISION)
+            weights = tl.trans(cast(weights, grad.dtype))
+            if s.seed is not None:
+                weights = once_each(weights)
+            dv = dot(weights, grad, dv, PRECISION)
         if dk_ptr is not None:
-            dk = dot(tl.trans(dproduct), q, dk, PRECISION)
+            gradients = tl.trans(dproduct)
+            if s.seed is not None:
+                gradients = once_each(gradients)
+            dk = dot(gradients, q, dk, PRECISION)
         if parts_ptr is not None:
+            if s.seed is not None:
+                dproduct = once_each(dproduct)
             part = dot(dproduct, k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION)
             part_rows = _part_rows(
                 parts_ptr, s, sizes, place, sequence, block, max_queries, BLOCK_N, HEAD_DIM

@@ -32,6 +32,14 @@ def on_cuda(_semantic: Any = None) -> tl.constexpr:
     return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
 
+@builtin
+def reads_lanes(rows: tl.constexpr, _semantic: Any = None) -> tl.constexpr:
+    """Tell whether a product of so many rows gets them by lanes (HMMA), not by warpgroups."""
+    options = _semantic.builder.options
+    wide = "90" in str(getattr(options, "arch", "")) and options.num_warps >= 4 and rows >= 64
+    return tl.constexpr(options.backend_name == "cuda" and not wide)
+
+
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Float32 ``x`` rounded to the nearest value of DTYPE, ties to even."""
@@ -98,6 +106,29 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "tf32x3" and a.dtype == tl.float32:
         return acc + _dot_tf32x3(a, b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def once_each(x):
+    """``x`` [rows, sums], made by a dropout, so that a product adds each element once.
+
+    Triton lays the operands of a product by HMMA out by the narrowest load that they come from,
+    halved by a ``join``: of a mask's bytes and dropout's bits eight elements a lane. Those are more
+    than 16 has for four lanes, which then have all of them twice, and what is added is doubled. An
+    instruction hides where ``x`` comes from.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    SUMS: tl.constexpr = x.shape[1]
+    if not INTERPRET and SUMS < 32 and reads_lanes(ROWS):
+        if x.dtype == tl.float32:
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1
+            )
+        else:
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+            )
+    return x
 
 
 @triton.jit

@@ -52,7 +52,9 @@ def key_mask_of(mask: Any) -> Tensor | None:
 
 def for_batch(mask: Tensor | None, batch: int) -> Tensor | None:
     """Return a mask of keys for each of the batch: torch takes one row for all."""
-    if mask is None or mask.dim() != 2 or len(mask) != 1:
+    if (
+        mask is None or mask.dim() != 2 or mask.shape[0] != 1
+    ):  # len() would fix what export leaves open
         return mask
     return mask.expand(batch, -1)
 
@@ -120,7 +122,7 @@ def attention(
     mask = key_mask = None
     if not packed:
         mask, key_mask, is_causal = split_mask(module, attention_mask, is_causal)
-        key_mask = for_batch(key_mask, len(query))
+        key_mask = for_batch(key_mask, query.shape[0])
     is_causal = is_causal and query.shape[2] > 1
     if (
         cu_seq_lens_q is not None

@@ -80,6 +80,7 @@ GLM4 = dataclasses.replace(
     GLM, out_norm="post_self_attn_layernorm", block_norm="post_mlp_layernorm"
 )
 GLM4V = dataclasses.replace(GLM4, angles="pairs")
+GLM_IMAGE = dataclasses.replace(GLM4, interleaved=False)
 STABLELM = dataclasses.replace(
     LLAMA, dropout2="dropout", parallel="use_parallel_residual", unless="self_attn.qk_layernorm"
 )

@@ -77,7 +77,7 @@ class Disentangled:
                 "cu_seqlens_k": others["cu_seq_lens_k"], "max_seqlen_k": others["max_length_k"],
             }  # fmt: skip
         else:
-            settings["key_mask"] = for_batch(key_mask_of(mask), len(query))
+            settings["key_mask"] = for_batch(key_mask_of(mask), query.shape[0])
         if module.relative_attention and kinds:
             longest = others["max_length_k"] if packed else key.shape[2]
             tables = self._tables(module, kinds, others["rel_embeddings"], longest)

@@ -114,12 +114,13 @@ def _compiled(
         return None
     if kind == "rms" and weight is not None and weight.dtype is not input.dtype:
         return None  # ATen chooses the dtype of the result
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+    if torch.is_grad_enabled():
         is_quick = kind == "layer" and input.dtype is torch.float32
         if is_quick and input.numel() < _WORTH_A_NODE:
-            return None
-        normed, total = _norm(*given, shape, eps, kind == "rms")
-        return normed, total if wants_sum else None
+            return None  # a frozen layer has the bits that it has while it learns
+        if any(t is not None and t.requires_grad for t in given):
+            normed, total = _norm(*given, shape, eps, kind == "rms")
+            return normed, total if wants_sum else None
     return _run(*given, shape, eps, is_rms=kind == "rms", wants_sum=wants_sum)
 
 
