@@ -40,7 +40,7 @@ class Op:
         self._differentiable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_eager():
+        if not is_eager():
             return self._overload(*args)
         wanted = False
         for value in args:
@@ -121,7 +121,6 @@ def _node_backward(formula: Callable[..., Any], *, only_launches: bool) -> Any:
             not only_launches
             or ctx.plan is None
             or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
             or not is_eager()
             or torch._C._autograd._profiler_enabled()
         ):
@@ -163,7 +162,6 @@ def saved_may_be_overwritten() -> bool:
     """
     return not (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or not is_eager()
         or torch._C._autograd._get_current_graph_task_keep_graph()
     )

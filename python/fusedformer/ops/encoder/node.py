@@ -105,7 +105,6 @@ def encoder_layer_is_one_node(x: Tensor, mask: Tensor | None, head_dim: int) -> 
     return (
         (type(x) is Tensor or type(x) is Parameter)
         and kernels_run_on(x)
-        and not torch.compiler.is_compiling()
         and is_eager()
         and x.dtype in checks.KERNEL_DTYPES
         and x.is_contiguous()
