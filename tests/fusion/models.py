@@ -113,6 +113,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "nomic-bert": lambda: T.NomicBertModel(T.NomicBertConfig(**TEXT), add_pooling_layer=True),
     "gte": lambda: T.GteModel(T.GteConfig(**TEXT)),
     "jina-v3": lambda: T.JinaEmbeddingsV3Model(T.JinaEmbeddingsV3Config(**TEXT)),
+    "markuplm": lambda: T.MarkupLMModel(
+        T.MarkupLMConfig(
+            **TEXT,
+            max_depth=5,
+            max_xpath_tag_unit_embeddings=9,
+            max_xpath_subs_unit_embeddings=9,
+            xpath_unit_hidden_size=4,
+            tag_pad_id=8,
+            subs_pad_id=8,
+        )
+    ),
     "esm": lambda: T.EsmModel(T.EsmConfig(**TEXT, **ESM)),
     "embedding-gemma2": lambda: T.EmbeddingGemma2TextModel(T.EmbeddingGemma2TextConfig(**GEMMA2)),
     "chinese-clip text": lambda: T.ChineseCLIPTextModel(T.ChineseCLIPTextConfig(**TEXT)),
@@ -270,7 +281,7 @@ PACKED = {
     "roformer", "eurobert", "qwen3", "gemma3", "t5", "umt5", "deberta-v3", "deberta-v2", "deberta",
     "layoutlmv3", "clip text", "flava text", "t5gemma", "t5gemma2",
     "llama", "mistral", "gemma2", "phi3", "olmo2", "granite", "phi", "gpt2",
-    "cohere", "gpt-oss",
+    "cohere", "gpt-oss", "markuplm",
 }  # fmt: skip
 DUAL = {"clip", "siglip", "siglip2"}
 TOWERS = {*DUAL, "vit", "deit", "dinov2", "dinov2-registers", "beit"}
@@ -342,6 +353,9 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     if name == "roc-bert":
         for kind in ("shape", "pronunciation"):
             text[f"input_{kind}_ids"] = torch.randint(0, 9, shape, generator=generator)
+    if name == "markuplm":
+        for kind in ("tags", "subs"):
+            text[f"xpath_{kind}_seq"] = torch.randint(0, 8, (*shape, 5), generator=generator)
     if name == "xmod":
         text["lang_ids"] = torch.tensor([1, 0, 1])
     if name.startswith("layoutlm"):

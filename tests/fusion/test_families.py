@@ -186,6 +186,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "esmc": {"divisor": None},
     "embedding-gemma2": {"value_norm": None},
     "align text": {"is_causal": None},
+    "markuplm": {"norm1": "output.LayerNorm"},
     "xmod": {"adapter": None},
     "xmod, norms first": {"norms_first": False},
     "megatron-bert": {"norms_first": False},

@@ -92,6 +92,15 @@ def test_sequences_are_attended_to_at_once(kind: str) -> None:
     assert len(weights) == 2 and one_by_one.call_count == 0
 
 
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "exaone 4.5"])
+def test_on_the_kernels(kind: str, device: str) -> None:
+    model, inputs = tower(kind)
+    inputs = {n: x.to(device) for n, x in inputs.items()}
+    twin = copy.deepcopy(model.to(device))
+    fusedformer.fuse(model, strict=True)
+    assert faults(model, twin, inputs, "triton") == []
+
+
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [

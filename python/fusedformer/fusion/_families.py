@@ -112,6 +112,8 @@ DISENTANGLED = Model(
     ),
 )
 
+_EMBEDS = Composed().embeds
+
 # Modules of transformers, the names of their classes, and their models and layers.
 _LIKE_BERT: tuple[tuple[str, str, Model, Form], ...] = (
     ("bert", "Bert", BY_COLUMN, BERT),
@@ -175,6 +177,19 @@ _COMPOSED: tuple[tuple[str, str, Model, Form], ...] = (
     ),
     ("align", "AlignText", POOLED, TEXT_TOWER),
     ("clap", "ClapText", dataclasses.replace(POOLED, behind_padding=True), TEXT_TOWER),
+    (
+        "markuplm",
+        "MarkupLM",
+        Model(
+            behind_padding=True,
+            layers=_LAYER,
+            composed=Composed(
+                embeds=(*_EMBEDS, "xpath_tags_seq", "xpath_subs_seq"),
+                output="BaseModelOutputWithPooling",
+            ),
+        ),
+        TEXT_TOWER,
+    ),
     ("deberta", "Deberta", DISENTANGLED, DEBERTA),
     ("deberta_v2", "DebertaV2", DISENTANGLED, DEBERTA_V2),
 )

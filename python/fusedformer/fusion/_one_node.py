@@ -29,6 +29,7 @@ def one_node(layer: FusedLayer, parts: Parts, call: Call) -> Tensor | None:
     form, module, x = layer._form, parts.attention, call.x
     dim, name = getattr(module, form.head_dim), activation_name(parts.activation)
     tables: tuple[Any, ...] = call.rotary or (None, None)
+    tables = tuple(one if one is None or one.dim() == 3 else one[None] for one in tables)
     if (
         name is None
         or parts.block is not None

@@ -120,6 +120,8 @@ _ROWS: tuple[tuple[str, str, Form], ...] = (
     ("qwen3_omni_moe", "Qwen3OmniMoeVisionBlock", PATCH_ROWS),
     ("qwen3_5", "Qwen3_5VisionBlock", PATCH_ROWS),
     ("qwen3_5_moe", "Qwen3_5MoeVisionBlock", PATCH_ROWS),
+    ("qwen4_exp", "Qwen4ExpVisionBlock", PATCH_ROWS),
+    ("cohere_compass", "CohereCompassVisionBlock", PATCH_ROWS),
     ("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionBlock", PATCH_ROWS),
     ("exaone4_5", "Exaone4_5_VisionBlock", GATED_ROWS),
     ("glm4v", "Glm4vVisionBlock", GATED_ROWS),
