@@ -52,8 +52,9 @@ def test_states_have_the_gradients_of_what_follows_them(name: str) -> None:
         return [*torch.autograd.grad(last, output.hidden_states, grad)]
 
     wanted = [gradients(inputs), gradients(whole)]
+    asked: dict[str, Any] = {**inputs, "output_hidden_states": True}
     fusedformer.fuse(model, strict=True)
-    assert rows_of_products(model, {**inputs, "output_hidden_states": True}) >= {TOTAL}
+    assert rows_of_products(model, asked) >= {TOTAL}
     for given, stock in zip((inputs, whole), wanted, strict=True):
         keep = given["attention_mask"].bool()
         for got, want in zip(gradients(given), stock, strict=True):

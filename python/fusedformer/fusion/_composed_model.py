@@ -56,7 +56,8 @@ class ComposedModel(PackedModel):
 
         def returned(x: Tensor) -> Tensor:
             if packing is not None:
-                return self._returned(x, packing, keys, keep.bool(), unpack)
+                found: Tensor = self._returned(x, packing, keys, keep.bool(), unpack)
+                return found
             return zeroed(x, keep.bool()) if packs else x
 
         packed = packing if "cu_seq_lens_q" in rows else None
