@@ -26,8 +26,12 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _triton() -> Iterator[None]:
+    """On one thread: products of several may have other last bits from one run to the next."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with fusedformer.backend("triton"):
         yield
+    torch.set_num_threads(threads)
 
 
 def models() -> Iterator[tuple[str, Any]]:
