@@ -32,6 +32,19 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     return {name: x.to(dtype) for name, x in found.items()} | {"normalized_shape": shape[-1:]}
 
 
+def some_of(
+    kind: str, dtype: torch.dtype
+) -> Iterator[tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]]:
+    """Shapes, with each parameter there or not; the last without a residual."""
+    for at, shape in enumerate(SHAPES):
+        given = inputs(shape, dtype)
+        if kind == "rms_norm" or at % 2:
+            del given["bias"]
+        if at % 3 == 1:
+            del given["weight"]
+        yield shape, given, {name: x for name, x in given.items() if name != "residual"}
+
+
 def calls_aten(function: Any) -> bool:
     with profile() as seen:
         function()
@@ -58,13 +71,7 @@ def by_aten(name: str, given: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_values(kind: str, dtype: torch.dtype) -> None:
     """Alone, with a sum, with the sum returned; each parameter there or not."""
-    for at, shape in enumerate(SHAPES):
-        given = inputs(shape, dtype)
-        if kind == "rms_norm" or at % 2:
-            del given["bias"]
-        if at % 3 == 1:
-            del given["weight"]
-        alone = {name: x for name, x in given.items() if name != "residual"}
+    for shape, given, alone in some_of(kind, dtype):
         for name, own in ((f"dropout_add_{kind}", given | {"return_sum": True}), (kind, alone)):
             found = getattr(F, name)(**own)
             assert not calls_aten(lambda name=name, own=own: getattr(F, name)(**own))
@@ -176,14 +183,8 @@ def gradients(name: str, given: dict[str, Any], grads: list[Tensor], module: Any
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gradients(kind: str, dtype: torch.dtype) -> None:
-    for at, shape in enumerate(SHAPES):
-        given = inputs(shape, dtype)
-        if kind == "rms_norm" or at % 2:
-            del given["bias"]
-        if at % 3 == 1:
-            del given["weight"]
+    for shape, given, alone in some_of(kind, dtype):
         grads = [torch.randn(shape).to(dtype) for _ in range(2)]
-        alone = {name: x for name, x in given.items() if name != "residual"}
         both = given | {"return_sum": True}
         for name, own in (
             (kind, alone),
