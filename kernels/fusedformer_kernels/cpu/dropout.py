@@ -32,7 +32,7 @@ def draw(kept: Tensor, least: int, generator: torch.Generator | None = None) -> 
 def draw_by_aten(kept: Tensor, least: int, generator: torch.Generator | None = None) -> None:
     """The same by ATen, which draws one number after another."""
     count = kept.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64)
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu")
     bits.random_(-(2**63), None, generator=generator)
     torch.ge(bits.view(torch.int16)[:count].view(kept.shape), least, out=kept)
 
@@ -47,8 +47,8 @@ def _knows_generator() -> bool:
     found = []
     for way in draw, draw_by_aten:
         generator = torch.Generator().manual_seed(1)
-        torch.empty(3, dtype=torch.int32).random_(generator=generator)  # from an odd word on
-        kept = torch.empty(2 * 4096 + 1, dtype=torch.uint8)
+        torch.empty(3, dtype=torch.int32, device="cpu").random_(generator=generator)  # from an odd word on
+        kept = torch.empty(2 * 4096 + 1, dtype=torch.uint8, device="cpu")
         way(kept, 7, generator)
         found.append((kept, generator.get_state()))
     return all(map(torch.equal, *found))

@@ -84,7 +84,7 @@ def norm_backward(
     sums = None
     if wants_parameters:
         blocks = library.fusedformer_norm_blocks(ctypes.c_int64(rows))
-        sums = torch.empty(blocks, 2, columns, dtype=torch.float64)
+        sums = torch.empty(blocks, 2, columns, dtype=torch.float64, device="cpu")
     _backward_function(library)(
         DTYPES[x.dtype], are_parameters_float, is_rms, grad.data_ptr(),
         None if grad_total is None else grad_total.data_ptr(),

@@ -170,7 +170,8 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.eps, ctx.is_rms = shape, eps, is_rms
-        statistics = torch.empty(2, input.numel() // _columns(shape))
+        rows = input.numel() // _columns(shape)
+        statistics = torch.empty(2, rows, dtype=torch.float32, device="cpu")
         normed, total = _run(
             input, residual, weight, bias, shape, eps,
             is_rms=is_rms, wants_sum=True, statistics=statistics,

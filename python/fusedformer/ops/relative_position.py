@@ -52,16 +52,17 @@ def distance_buckets(span: int, max_distance: int, device: torch.device) -> Dist
     """
     reach = max(max_distance, span)
     with torch.inference_mode(False):
-        distance = torch.arange(-reach, reach + 1)  # on the CPU, so that all devices agree
+        distance = torch.arange(-reach, reach + 1, device="cpu")  # so that all devices agree
         bucket = distance
         if max_distance:
             exact = span // 2
             # In float32, so that the edges of buckets are those of the published models.
-            ratio = torch.log(distance.abs().clamp(min=exact) / exact)
-            ratio = ratio / torch.log(torch.tensor((max_distance - 1) / exact))
+            ratio = torch.log(distance.abs().clamp(min=exact).float() / exact)
+            most = torch.tensor((max_distance - 1) / exact, dtype=torch.float32, device="cpu")
+            ratio = ratio / torch.log(most)
             wide = torch.ceil(ratio * (exact - 1)).long() + exact
             bucket = torch.where(distance.abs() <= exact, distance, wide * distance.sign())
         bucket = (bucket + span).clamp(0, 2 * span - 1)
-        firsts = torch.searchsorted(bucket, torch.arange(2 * span + 1)) - reach
+        firsts = torch.searchsorted(bucket, torch.arange(2 * span + 1, device="cpu")) - reach
         firsts[0], firsts[-1] = -_FAR, _FAR
         return DistanceBuckets(bucket.to(device, torch.int32), firsts.to(device, torch.int32))

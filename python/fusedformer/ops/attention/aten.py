@@ -398,9 +398,9 @@ def _own_terms(
     if not is_padded:
         return terms
     terms = terms._replace(align_end=False)
-    own = torch.tensor([lengths_k[i] for i in members])
+    own = torch.tensor([lengths_k[i] for i in members], device="cpu")
     if lengths is not None:
         return terms._replace(key_lengths=lengths.minimum(own))
     if terms.right == 0 and all(lengths_q[i] == lengths_k[i] for i in members):
         return terms  # causality hides those keys from all queries but those behind the ends
-    return terms._replace(key_mask=torch.arange(keys) < own[:, None])
+    return terms._replace(key_mask=torch.arange(keys, device="cpu") < own[:, None])

@@ -126,7 +126,7 @@ def _by_rows(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _starts_of(batch: int, length: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(batch + 1) * length
+        return torch.arange(batch + 1, device="cpu") * length
 
 
 def _attended_at_once(
@@ -232,7 +232,7 @@ def _draw(packed: Packed, terms: AttentionTerms, heads: int) -> tuple[Tensor, Te
     lengths = tuple(starts[0].diff().tolist()), tuple(starts[1].diff().tolist())
     groups = groups_of(*lengths, heads, may_pad=stay_aligned(terms, *lengths))
     sizes = [len(one.members) * heads * one.queries * one.keys for one in groups]
-    kept = torch.empty(sum(sizes), dtype=torch.uint8)
+    kept = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     places, begin = [[0, 0, 0]] * len(lengths[0]), 0
     for one, part in zip(groups, torch.split(kept, sizes), strict=True):
         if len(part):
@@ -241,7 +241,7 @@ def _draw(packed: Packed, terms: AttentionTerms, heads: int) -> tuple[Tensor, Te
         for member in one.members:
             places[member] = [begin, plane, one.keys]
             begin += heads * plane
-    return kept, torch.tensor(places, dtype=torch.int64)
+    return kept, torch.tensor(places, dtype=torch.int64, device="cpu")
 
 
 class _Attention(torch.autograd.Function):

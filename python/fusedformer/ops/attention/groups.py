@@ -111,9 +111,9 @@ def batches_of(
     given = [[begins[i] for i in order], [lengths[i] for i in order], most]
     with torch.inference_mode(False):  # others may save them for a backward
         # A column for each head of a sequence.
-        begin, own, padded = torch.tensor(given).repeat_interleave(heads, 1)
+        begin, own, padded = torch.tensor(given, device="cpu").repeat_interleave(heads, 1)
         plane = torch.repeat_interleave(padded)
-        step = torch.arange(len(plane)) - (padded.cumsum(0) - padded)[plane]
+        step = torch.arange(len(plane), device="cpu") - (padded.cumsum(0) - padded)[plane]
         token, head = begin[plane] + step.minimum(own[plane] - 1), plane % heads
         real = (step < own[plane]).nonzero().flatten()
         rows = torch.empty_like(real).scatter_(0, (token * heads + head)[real], real)
