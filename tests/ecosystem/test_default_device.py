@@ -77,9 +77,8 @@ def test_what_is_kept_from_call_to_call() -> None:
             (grad,) = torch.autograd.grad(attended, leaf, attended)
             with torch.no_grad():
                 whole = functional.scaled_dot_product_attention(x, x, x)
-                keys = functional.disentangled_attention(
-                    *[long.transpose(1, 2)] * 3, table, max_distance=20
-                )
+                q = long.transpose(1, 2)
+                keys = functional.disentangled_attention(q, q, q, table, max_distance=20)
         return [attended.detach(), grad, whole, keys]
 
     want = run()

@@ -47,7 +47,8 @@ def _knows_generator() -> bool:
     found = []
     for way in draw, draw_by_aten:
         generator = torch.Generator().manual_seed(1)
-        torch.empty(3, dtype=torch.int32, device="cpu").random_(generator=generator)  # from an odd word on
+        odd = torch.empty(3, dtype=torch.int32, device="cpu")
+        odd.random_(generator=generator)  # what is drawn then begins at an odd word
         kept = torch.empty(2 * 4096 + 1, dtype=torch.uint8, device="cpu")
         way(kept, 7, generator)
         found.append((kept, generator.get_state()))
