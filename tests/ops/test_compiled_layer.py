@@ -175,8 +175,27 @@ def test_activations_far_from_zero() -> None:
         lambda x, y, block: (x, y, block._replace(activation="mish")),
         lambda x, y, block: (x, y, block._replace(end=(None, y[0].double()))),
         lambda x, y, block: (x, y, block._replace(first=(block.first[0].t(), None))),
+        lambda x, y, block: (x, y[:-1], block),
+        lambda x, y, block: (x, y, block._replace(last=(torch.ones(80, 64), None))),
+        lambda x, y, block: (x, y, block._replace(first=(torch.ones(64, 60), None))),
+        lambda x, y, block: (x, y, block._replace(first=(block.first[0], torch.ones(60)))),
+        lambda x, y, block: (x, y, block._replace(second=(torch.ones(64, 60), None))),
+        lambda x, y, block: (x, y, block._replace(middle=(torch.ones(60), None))),
     ],
-    ids=["float64", "empty", "residual", "activation", "norm", "strides"],
+    ids=[
+        "float64",
+        "empty",
+        "residual",
+        "activation",
+        "norm",
+        "strides",
+        "rows",
+        "wide last",
+        "narrow first",
+        "short bias",
+        "narrow second",
+        "short norm",
+    ],
 )
 def test_what_is_left_to_others(change: Any) -> None:
     assert block_compiled(*change(*given(64, (64, 64, 64), torch.float32))) is None
@@ -185,3 +204,8 @@ def test_what_is_left_to_others(change: Any) -> None:
 def test_few_rows_are_left_to_others() -> None:
     assert enough_rows(torch.zeros(1, 32, 64)) and not enough_rows(torch.zeros(1, 31, 64))
     assert not enough_rows(torch.zeros(64, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pair", [(torch.ones(64, 60), None), (torch.ones(64, 64), torch.ones(60))])
+def test_projections_that_do_not_fit_are_left_to_others(pair: Any) -> None:
+    assert projections_compiled(torch.zeros(64, 64), [pair]) is None

@@ -156,6 +156,18 @@ def test_other_calls_have_atens_bits(change: Any) -> None:
         assert type(F.layer_norm(x, (40,)).grad_fn).__name__ == "NativeLayerNormBackward0"
 
 
+@pytest.mark.parametrize("name", ["residual", "weight", "bias"])
+def test_tensors_that_do_not_fit_are_refused_as_by_torch(name: str) -> None:
+    """By whoever calls with no checks before, as fused layers do."""
+    given = inputs((6, 40), torch.float32)
+    given[name] = given[name][..., :-3].contiguous()
+    tensors = (given[n] for n in ("input", "residual", "normalized_shape", "weight", "bias"))
+    with pytest.raises(RuntimeError, match="37"):
+        norm_aten.add_norm_aten(
+            "layer", *tensors, 1e-5, None, input_bias=None, p=0.0, return_sum=False
+        )
+
+
 @pytest.fixture
 def worth() -> Iterator[None]:
     """Let gradients of any size be computed in C++."""

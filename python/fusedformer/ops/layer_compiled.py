@@ -7,6 +7,7 @@ float32 up to the norms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from fusedformer_kernels.cpu.layer import Pair
 # Multiplications in the time that packing weights and waking threads takes little of.
 _WORTH = 2**23
 _PLAIN = Tensor, Parameter
+Shaped = tuple[Pair, tuple[int, ...]]  # with the shape that its weight should have
 
 
 def enough_rows(x: Tensor) -> bool:
@@ -38,7 +40,7 @@ def projections_compiled(x: Tensor, products: Sequence[Pair]) -> list[Tensor] | 
         x: ``[*, in]``, eager, on a CPU, without gradients, with :func:`enough_rows`.
         products: weights ``[out, in]`` and biases ``[out]``.
     """
-    if not _takes(x, products):
+    if not _takes(x, [(one, (len(one[0]), x.shape[-1])) for one in products]):
         return None
     return kernel.project(x.contiguous(), products)
 
@@ -49,36 +51,44 @@ def block_compiled(heads: Tensor, residual: Tensor, block: Block) -> Tensor | No
     It is ``norm(x + second(activation(first(x))))`` with ``x = norm(residual + last(heads))``; or
     with norms first ``x + second(activation(first(norm(x))))`` with ``x = residual + last(heads)``.
     """
-    products = block.last, block.first, block.second
+    width, hidden = residual.shape[-1], len(block.first[0])
+    products = [
+        (block.last, (width, heads.shape[-1])),
+        (block.first, (hidden, width)),
+        (block.second, (width, hidden)),
+    ]
     if (
         block.activation not in kernel.ACTIVATIONS
         or residual.dtype is not heads.dtype
         or type(residual) not in _PLAIN
-        or not _takes(heads, products, (block.middle, block.end))
+        or residual.shape[:-1] != heads.shape[:-1]
+        or not _takes(heads, products, [(norm, (width,)) for norm in (block.middle, block.end)])
     ):
         return None
     return kernel.block(heads.contiguous(), residual.contiguous(), block)
 
 
-def _takes(
-    x: Tensor,
-    products: Sequence[Pair],
-    norms: Sequence[Pair] = (),
-) -> bool:
+def _takes(x: Tensor, products: Sequence[Shaped], norms: Sequence[Shaped] = ()) -> bool:
+    """Tell whether ``x`` is plain, parameters too, of its dtype and the shapes beside them."""
     dtype = x.dtype
     if not x.numel() or not kernel.computes(dtype):
         return False
     rows = x.numel() // x.shape[-1]
-    weights = [weight for weight, _ in products]
     return (
-        rows * sum(weight.numel() for weight in weights) >= _WORTH
-        and all(weight.shape[1] % 2 == 0 for weight in weights)
+        rows * sum(math.prod(shape) for _, shape in products) >= _WORTH
+        and all(shape[1] % 2 == 0 for _, shape in products)
         and type(x) in _PLAIN
-        and all(_is_plain(one, dtype) for pair in (*products, *norms) for one in pair)
+        and all(
+            _fits(weight, dtype, shape) and _fits(bias, dtype, shape[:1])
+            for (weight, bias), shape in (*products, *norms)
+        )
     )
 
 
-def _is_plain(parameter: Tensor | None, dtype: torch.dtype) -> bool:
+def _fits(parameter: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return parameter is None or (
-        type(parameter) in _PLAIN and parameter.dtype is dtype and parameter.is_contiguous()
+        type(parameter) in _PLAIN
+        and parameter.dtype is dtype
+        and parameter.shape == shape
+        and parameter.is_contiguous()
     )

@@ -110,6 +110,7 @@ def _compiled(
         or not input.numel()
         or _columns(shape) < _LEAST_COLUMNS
         or not kernel.computes(input.dtype)
+        or not _fit(*given, tuple(shape))  # ATen says what does not
     ):
         return None
     if kind == "rms" and weight is not None and weight.dtype is not input.dtype:
@@ -122,6 +123,21 @@ def _compiled(
             normed, total = _norm(*given, shape, eps, kind == "rms")
             return normed, total if wants_sum else None
     return _run(*given, shape, eps, is_rms=kind == "rms", wants_sum=wants_sum)
+
+
+def _fit(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Shape,
+) -> bool:
+    return (
+        input.shape[-len(shape) :] == shape
+        and (residual is None or residual.shape == input.shape)
+        and (weight is None or weight.shape == shape)
+        and (bias is None or bias.shape == shape)
+    )
 
 
 def _run(
