@@ -72,6 +72,25 @@ def test_a_mask_of_one_row_is_that_of_each_row(name: str) -> None:
         assert torch.allclose(model(**given)[0], wanted, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_parameters_that_do_not_fit_are_refused(learns: bool, backend: Any) -> None:
+    """Put in place of those that a layer had, after calls of it; not read past their ends."""
+    model, inputs = model_of("bert").eval(), inputs_of("bert")
+    fusedformer.fuse(model)
+    layer = model.encoder.layer[1]
+    with fusedformer.backend(backend), torch.set_grad_enabled(learns):
+        model(**inputs)
+        for module in (layer.output.LayerNorm, layer.intermediate.dense, layer.attention.self.key):
+            for name in ("weight", "bias"):
+                kept = getattr(module, name)
+                setattr(module, name, torch.nn.Parameter(kept[..., :-3].detach().clone()))
+                with pytest.raises(RuntimeError):
+                    model(**inputs)
+                setattr(module, name, kept)
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "deberta"])
 def test_compiled_as_one_graph(name: str) -> None:
     model, inputs = model_of(name).eval(), inputs_of(name)

@@ -180,7 +180,7 @@ def bias_activation_forward(
     n_columns = x.shape[-1]
     x_rows = rows_of(x, n_columns)
     n_rows = x_rows.shape[0]
-    bias = contiguous_vector(bias)
+    bias = contiguous_vector(bias, n_columns)
     config = configs.elementwise_tile("activation_forward", n_columns, targets.target_of(x.device))
     blocks = targets.ceil_div(n_rows, config.block_m) * targets.ceil_div(n_columns, config.block_n)
     launch(

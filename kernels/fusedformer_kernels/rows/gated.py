@@ -139,7 +139,7 @@ def gated_activation_forward(
         return y
     x_rows = rows_of(x, 2 * n_columns)
     n_rows = x_rows.shape[0]
-    bias = contiguous_vector(bias)
+    bias = contiguous_vector(bias, 2 * n_columns)
     config = configs.elementwise_tile("gated_forward", n_columns, targets.target_of(x.device))
     blocks = targets.ceil_div(n_rows, config.block_m) * targets.ceil_div(n_columns, config.block_n)
     launch(

@@ -248,8 +248,8 @@ def norm_forward(
         x, x_stride = rows_and_stride(x, n_columns)
         residual, residual_stride = rows_and_stride(residual, n_columns)
         inputs = Inputs(
-            x, residual, flat(input_bias), flat(weight), flat(bias), seed, p, eps, x_stride,
-            residual_stride,
+            x, residual, flat(input_bias, n_columns), flat(weight, n_columns),
+            flat(bias, n_columns), seed, p, eps, x_stride, residual_stride,
         )
         launch(
             _norm_forward, (targets.ceil_div(n_rows, config.block_m),), config, inputs, y, z, mean,
@@ -268,7 +268,7 @@ def rows_and_stride(x: Any, n_columns: int) -> tuple[Any, int]:
     return rows, rows.stride(0)
 
 
-def flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def flat(parameter: torch.Tensor | None, n_columns: int) -> torch.Tensor | None:
     if parameter is None or parameter.dim() == 1:
-        return contiguous_vector(parameter)
-    return contiguous_vector(parameter.reshape(-1))
+        return contiguous_vector(parameter, n_columns)
+    return contiguous_vector(parameter.reshape(-1), n_columns)

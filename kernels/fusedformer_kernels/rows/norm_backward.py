@@ -316,7 +316,8 @@ def norm_backward(
     sum_grad, sum_grad_stride = rows_and_stride(sum_grad, n_columns)
     z, z_stride = rows_and_stride(z, n_columns)
     saved = Saved(
-        dy, sum_grad, z, mean, rstd, flat(weight), seed, p, dy_stride, sum_grad_stride, z_stride
+        dy, sum_grad, z, mean, rstd, flat(weight, n_columns), seed, p, dy_stride, sum_grad_stride,
+        z_stride,
     )
     names = "NEEDS_WEIGHT", "NEEDS_BIAS", "NEEDS_INPUT_BIAS"
     needs = dict(zip(names, wanted, strict=True))

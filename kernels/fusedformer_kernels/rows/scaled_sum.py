@@ -154,8 +154,9 @@ def scaled_sum_forward(
     blocks = targets.ceil_div(n_rows, config.block_m) * targets.ceil_div(n_columns, config.block_n)
     factors = _factors(scale, sample_scale, seed, p, n_rows)
     launch(
-        _scaled_sum_forward, (blocks,), config, x_rows, contiguous_vector(input_bias),
-        residual_rows, z, factors, n_rows, n_columns, x_rows.stride(0), residual_rows.stride(0),
+        _scaled_sum_forward, (blocks,), config, x_rows,
+        contiguous_vector(input_bias, n_columns), residual_rows, z, factors, n_rows, n_columns,
+        x_rows.stride(0), residual_rows.stride(0),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )
     return z

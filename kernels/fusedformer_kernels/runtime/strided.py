@@ -20,12 +20,27 @@ def contiguous_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> t
 
 
 @overload
-def contiguous_vector(vector: torch.Tensor) -> torch.Tensor: ...
+def contiguous_vector(vector: torch.Tensor, size: int | None = None) -> torch.Tensor: ...
 @overload
-def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None: ...
-def contiguous_vector(vector: torch.Tensor | None) -> torch.Tensor | None:
-    """A vector as kernels read it, elements one after another; copied where they do not lie so."""
-    return None if vector is None else contiguous(vector)
+def contiguous_vector(
+    vector: torch.Tensor | None, size: int | None = None
+) -> torch.Tensor | None: ...
+def contiguous_vector(
+    vector: torch.Tensor | None, size: int | None = None
+) -> torch.Tensor | None:
+    """A vector as kernels read it, elements one after another; copied where they do not lie so.
+
+    Raises:
+        RuntimeError: it has not ``size`` elements, if that is given: kernels would read past it.
+    """
+    if vector is None:
+        return None
+    if size is not None and vector.numel() != size:
+        raise RuntimeError(
+            f"fusedformer: expected a parameter of {size} elements, one for each column, but got "
+            f"shape {tuple(vector.shape)}"
+        )
+    return contiguous(vector)
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,8 @@ def key_mask_of(mask: Any) -> Tensor | None:
 
 def for_batch(mask: Tensor | None, batch: int) -> Tensor | None:
     """Return a mask of keys for each of the batch: torch takes one row for all."""
-    if (
-        mask is None or mask.dim() != 2 or mask.shape[0] != 1
-    ):  # len() would fix what export leaves open
+    # Its len() would fix a size that torch.export leaves open.
+    if mask is None or mask.dim() != 2 or mask.shape[0] != 1:
         return mask
     return mask.expand(batch, -1)
 
