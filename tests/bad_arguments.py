@@ -90,6 +90,18 @@ def good(function: str) -> dict[str, Any]:
     return dict(arguments[function])
 
 
+def good_leaves(function: str) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return :func:`good`, and those of them that may learn, which require gradients."""
+    arguments = good(function)
+    fixed = {"cos", "sin"} | ({"weight"} if "cross_entropy" in function else set())
+    leaves = [
+        value.requires_grad_()
+        for name, value in arguments.items()
+        if name not in fixed and isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    return arguments, leaves
+
+
 Row = tuple[str, dict[str, Any], type[Exception], str]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bad_arguments import good
+from tests.bad_arguments import good_leaves
 from torch import Tensor
 
 from fusedformer import backend, functional
@@ -34,15 +34,7 @@ def defaults(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_functions(function: str, name: Any) -> None:
     """Values and gradients, of little and, where there is a gradient, of much."""
-    arguments = good(function)
-    leaves = [
-        value.requires_grad_()
-        for argument, value in arguments.items()
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not (argument == "weight" and "cross_entropy" in function)
-        and argument not in ("cos", "sin")
-    ]
+    arguments, leaves = good_leaves(function)
 
     def run() -> list[Tensor]:
         torch.manual_seed(5)

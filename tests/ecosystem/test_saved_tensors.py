@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bad_arguments import good
+from tests.bad_arguments import good_leaves
 from torch import Tensor
 
 from fusedformer import backend, functional
@@ -40,15 +40,7 @@ def test_other_strides_give_the_same_gradients(
 ) -> None:
     if name == "torch" and function in STOCK:
         pytest.skip("torch's own gradients are wrong then, or raise: findings/")
-    arguments = good(function)
-    leaves = [
-        value.requires_grad_()
-        for argument, value in arguments.items()
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not (argument == "weight" and "cross_entropy" in function)
-        and argument not in ("cos", "sin")
-    ]
+    arguments, leaves = good_leaves(function)
 
     def run(hooks: Any) -> list[Tensor]:
         torch.manual_seed(2)

@@ -161,11 +161,12 @@ def test_tensors_that_do_not_fit_are_refused_as_by_torch(name: str) -> None:
     """By whoever calls with no checks before, as fused layers do."""
     given = inputs((6, 40), torch.float32)
     given[name] = given[name][..., :-3].contiguous()
-    tensors = (given[n] for n in ("input", "residual", "normalized_shape", "weight", "bias"))
+    x, residual, weight, bias = (given[n] for n in ("input", "residual", "weight", "bias"))
     with pytest.raises(RuntimeError, match="37"):
         norm_aten.add_norm_aten(
-            "layer", *tensors, 1e-5, None, input_bias=None, p=0.0, return_sum=False
-        )
+            "layer", x, residual, (40,), weight, bias, 1e-5, None,
+            input_bias=None, p=0.0, return_sum=False,
+        )  # fmt: skip
 
 
 @pytest.fixture

@@ -120,6 +120,4 @@ def _heads(tensor: Tensor | None) -> _Heads:
 
 
 def _function(name: str) -> Any:
-    library = build.library()
-    assert library is not None  # whoever calls has asked
-    return getattr(library, name)
+    return getattr(build.loaded(), name)

@@ -58,6 +58,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def loaded() -> ctypes.CDLL:
+    """:func:`library`, for callers that have asked whether there is one."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def _command(said: str) -> list[str]:
     """The words of ``CXX``; those of the usual compiler where it has none."""
     try:

@@ -16,8 +16,7 @@ _one_at_a_time = threading.Lock()  # from reading the generator's state to writi
 
 def draw(kept: Tensor, least: int, generator: torch.Generator | None = None) -> None:
     """Set each of contiguous uint8 ``kept`` to whether 16 bits, with a sign, are ``least``."""
-    library, generator = build.library(), generator or torch.default_generator
-    assert library is not None  # whoever calls has asked
+    library, generator = build.loaded(), generator or torch.default_generator
     with _one_at_a_time:
         state = generator.get_state()
         library.fusedformer_draw(
@@ -57,8 +56,7 @@ def _knows_generator() -> bool:
 
 def drop(x: Tensor, residual: Tensor | None, kept: Tensor, factor: float, out: Tensor) -> None:
     """Write ``factor * x * kept``, added to ``residual``; all contiguous and of one dtype."""
-    library = build.library()
-    assert library is not None
+    library = build.loaded()
     tensors = (x, residual, kept, out)
     library.fusedformer_drop(
         ctypes.c_int(x.dtype == torch.bfloat16),

@@ -85,7 +85,7 @@ def project(x: Tensor, products: Sequence[Pair]) -> list[Tensor]:
         ctypes.addressof(results := (ctypes.c_void_p * len(outs))(*(t.data_ptr() for t in outs))),
         len(given), x.numel() // x.shape[-1], torch.get_num_threads(),
     )  # fmt: skip
-    _library().fusedformer_project(x.dtype is torch.bfloat16, ctypes.byref(call))
+    build.loaded().fusedformer_project(x.dtype is torch.bfloat16, ctypes.byref(call))
     del listed, results  # until here they are read
     return outs
 
@@ -106,7 +106,7 @@ def block(heads: Tensor, residual: Tensor, block: Block) -> Tensor:
         heads.numel() // heads.shape[-1], ACTIVATIONS[block.activation], block.norms_first,
         torch.get_num_threads(),
     )  # fmt: skip
-    _library().fusedformer_block(heads.dtype is torch.bfloat16, ctypes.byref(call))
+    build.loaded().fusedformer_block(heads.dtype is torch.bfloat16, ctypes.byref(call))
     return out
 
 
@@ -135,9 +135,3 @@ def _panel(dtype: torch.dtype) -> int:
     panel = library.fusedformer_panel
     panel.restype = ctypes.c_int64
     return int(panel(dtype is torch.bfloat16))
-
-
-def _library() -> ctypes.CDLL:
-    library = build.library()
-    assert library is not None  # whoever calls has asked
-    return library

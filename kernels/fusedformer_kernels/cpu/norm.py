@@ -41,8 +41,7 @@ def norm(
     there is one and it is wanted. What :func:`norm_backward` takes is written to ``statistics``,
     ``[2, rows]`` in float32.
     """
-    library = build.library()
-    assert library is not None
+    library = build.loaded()
     out, total = torch.empty_like(x), None
     if wants_sum and residual is not None:
         total = torch.empty_like(x)
@@ -77,8 +76,7 @@ def norm_backward(
     ``x`` is the sum that was normed, ``grad_total`` what comes to it past the norm. All are
     contiguous, as in :func:`norm`, which has written ``statistics``.
     """
-    library, rows = build.library(), statistics.shape[1]
-    assert library is not None
+    library, rows = build.loaded(), statistics.shape[1]
     columns = x.numel() // rows
     dx = torch.empty_like(x) if wants_x else None
     sums = None

@@ -18,7 +18,7 @@ from fusedformer import nn as fused
 from fusedformer._internal.backend import chosen_backend
 from fusedformer.functional.steps import FeedForward, feed_forward, linear
 from fusedformer.fusion._activations import activation_name
-from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import WithArguments, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._hooks import is_untouched
 from fusedformer.fusion._norms import normed_and_sum
@@ -106,7 +106,7 @@ _FEED_FORWARD: dict[str, Any] = {
 }
 
 
-class Block:
+class Block(WithArguments):
     """A block of timm's Vision Transformer."""
 
     FUSED = "fused steps, norms first"
@@ -114,13 +114,6 @@ class Block:
     _first_norm = "norm1"
     _scales: tuple[str, ...] = ("ls1", "ls2")
     _depths: tuple[str, ...] = ("drop_path1", "drop_path2")
-    _arguments: tuple[str, ...]  # of the forward of the class behind this one
-
-    def __init_subclass__(cls) -> None:
-        """Look up once what the class behind is."""
-        made_of = getattr(cls, "_made_of", None)
-        if made_of is not None:
-            cls._arguments = arguments_of(made_of[1])
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what the class behind this one computes."""

@@ -24,7 +24,7 @@ from fusedformer.functional.steps import (
 from fusedformer.fusion._activations import activation_name
 from fusedformer.fusion._attention import FULL, attention, captured
 from fusedformer.fusion._biases import dense_biases
-from fusedformer.fusion._classes import arguments_of, is_asked
+from fusedformer.fusion._classes import WithArguments, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._configs import NAMES, named
 from fusedformer.fusion._families import LAYERS
@@ -66,7 +66,7 @@ class Known(NamedTuple):
     finder: Finder  # by which parts were found
 
 
-class FusedLayer:
+class FusedLayer(WithArguments):
     """A base of layers whose forward is products and the fused steps between them.
 
     Gradients that come by a residual are added up within the products that compute the others.
@@ -75,15 +75,14 @@ class FusedLayer:
     _form: Form
     _finder: Finder
     _only_adds_and_norms: bool
-    _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
     def __init_subclass__(cls) -> None:
         """Look up once what the class behind is."""
+        super().__init_subclass__()
         made_of = getattr(cls, "_made_of", None)
         if made_of is None:  # a base too
             return
-        theirs: Any = made_of[1]
-        cls._form, cls._arguments = LAYERS[name_of(theirs)], arguments_of(theirs)
+        cls._form = LAYERS[name_of(made_of[1])]
         cls._finder = Finder(cls._form)
         cls._only_adds_and_norms = only_adds_and_norms(cls._form)
 

@@ -13,18 +13,15 @@ from torch import Tensor
 
 from fusedformer import functional
 from fusedformer.functional import Packing
-from fusedformer.fusion._attention import captured
 from fusedformer.fusion._kept_rows import (
     has_no_rows,
     sequences_of,
     unpacked,
-    wants_padding,
     zeroed,
 )
 from fusedformer.fusion._layers import FusedLayer
 from fusedformer.fusion._packed_encoder import shared_keys
-from fusedformer.fusion._rows import needs_batch
-from fusedformer.nn.stacks import can_pack
+from fusedformer.fusion._rows import may_pack
 
 
 class PackedLayoutEncoder:
@@ -75,11 +72,8 @@ class PackedLayoutEncoder:
         """Return whether nothing needs the batch padded, and every layer knows packed rows."""
         return (
             keep.shape == x.shape[:2]
-            and not captured()
-            and not wants_padding()
             and not self.static_shapes
-            and can_pack(x, False, keep)
-            and not needs_batch(self, by_ours=False)
+            and may_pack(self, x, keep, by_ours=False)
             and all(
                 isinstance(layer, FusedLayer) and layer.is_known(layer) and layer.is_plain(layer)
                 for layer in self.layer

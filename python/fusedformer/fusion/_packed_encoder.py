@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
-from fusedformer.fusion._attention import captured, key_mask_of
+from fusedformer.fusion._attention import key_mask_of
 from fusedformer.fusion._classes import WithArguments, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import STACKS
@@ -19,12 +19,11 @@ from fusedformer.fusion._kept_rows import (
     sequences_of,
     through_layers,
     unpacked,
-    wants_padding,
     zeroed,
 )
 from fusedformer.fusion._layers import see_packed_rows
-from fusedformer.fusion._rows import needs_batch
-from fusedformer.nn.stacks import can_pack, packing_of
+from fusedformer.fusion._rows import may_pack
+from fusedformer.nn.stacks import packing_of
 
 
 class PackedEncoder(WithArguments):
@@ -50,10 +49,7 @@ class PackedEncoder(WithArguments):
             or keep.shape != x.shape[:2]
             or any(one is not None for one in others)
             or given.get("cu_seq_lens_q") is not None
-            or captured()
-            or wants_padding()
-            or not can_pack(x, self.static_shapes, keep)
-            or needs_batch(self)
+            or not may_pack(self, x, keep)
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)
@@ -88,10 +84,7 @@ class PackedStack(WithArguments):
             keep is None
             or keep.shape != x.shape[:2]
             or any(map(is_asked, given.values()))
-            or captured()
-            or wants_padding()
-            or not can_pack(x, self.static_shapes, keep)
-            or needs_batch(self, by_ours=False)
+            or not may_pack(self, x, keep, by_ours=False)
             or not see_packed_rows(layers)
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

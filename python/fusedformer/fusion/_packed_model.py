@@ -20,7 +20,7 @@ from fusedformer.fusion._causality import (
     no_mask,
     sees_otherwise,
 )
-from fusedformer.fusion._classes import arguments_of, is_asked, is_asked_of
+from fusedformer.fusion._classes import WithArguments, is_asked, is_asked_of
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import MODELS
 from fusedformer.fusion._forms import Model
@@ -42,7 +42,7 @@ _ASKED = "output_hidden_states", "output_attentions", "output_router_logits"
 _OF_TOKENS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 
 
-class PackedModel:
+class PackedModel(WithArguments):
     """A base of models that compute only the real tokens of a padded batch, embeddings included.
 
     They go through the layers as one long sequence, in which attention keeps to each token's own;
@@ -54,15 +54,13 @@ class PackedModel:
     _minds_cache = False  # of its configuration
     looks_attention_up = True  # in its configuration, so that it may be another by now
     _model: Model
-    _arguments: tuple[str, ...]  # of the forward of the class behind this one
 
     def __init_subclass__(cls) -> None:
         """Look up once what the class behind is."""
+        super().__init_subclass__()
         made_of = getattr(cls, "_made_of", None)
-        if made_of is None:  # a base too
-            return
-        theirs = made_of[1]
-        cls._model, cls._arguments = MODELS[name_of(theirs)], arguments_of(theirs)
+        if made_of is not None:  # else a base too
+            cls._model = MODELS[name_of(made_of[1])]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute what the class behind this one computes; packed, with zeros at padding."""

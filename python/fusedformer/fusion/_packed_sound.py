@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fusedformer import functional
 from fusedformer._internal.checks import has_values
 from fusedformer.functional import Packing
-from fusedformer.fusion._attention import captured, key_mask_of
+from fusedformer.fusion._attention import key_mask_of
 from fusedformer.fusion._classes import WithArguments, is_asked
 from fusedformer.fusion._classes import named as name_of
 from fusedformer.fusion._families import POOLED_SOUND
@@ -29,12 +29,11 @@ from fusedformer.fusion._kept_rows import (
     is_dropped,
     sequences_of,
     through_layers,
-    wants_padding,
     zeroed,
 )
 from fusedformer.fusion._packed_model import spans
-from fusedformer.fusion._rows import needs_batch
-from fusedformer.nn.stacks import can_pack, packing_of
+from fusedformer.fusion._rows import may_pack
+from fusedformer.nn.stacks import packing_of
 
 
 class PackedSound:
@@ -86,10 +85,7 @@ class PackedSound:
             not isinstance(keep, Tensor)
             or keep.shape != x.shape[:2]
             or any(is_asked(one) for name, one in kwargs.items() if name != "return_dict")
-            or captured()
-            or wants_padding()
-            or not can_pack(x, self.static_shapes, keep)
-            or needs_batch(self, by_ours=self.looks_attention_up)
+            or not may_pack(self, x, keep, by_ours=self.looks_attention_up)
             # Then all ranks compute layers that are dropped.
             or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
             or is_fsdp_managed_module(self)
@@ -146,10 +142,7 @@ class PackedPooledSound(WithArguments):
             or keep.shape != (x.shape[0], x.shape[-1] // 2)
             or any(is_asked(one) for name, one in given.items() if name != "return_dict")
             or given.get("return_dict") is False
-            or captured()
-            or wants_padding()
-            or not can_pack(x, self.static_shapes, keep)
-            or needs_batch(self)
+            or not may_pack(self, x, keep)
         ):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         packing = packing_of(keep, self.static_shapes)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fusedformer.fusion._attention import captured
 from fusedformer.fusion._configs import NAMES, attends, named
 from fusedformer.fusion._hooks import changes_no_value
+from fusedformer.fusion._kept_rows import wants_padding
 from fusedformer.fusion._seen import SEEN, Seen
 from fusedformer.nn.children import is_hooked
+from fusedformer.nn.stacks import can_pack
 
 _CHUNKS = "chunk_size_feed_forward"  # a setting of layers
 
@@ -29,6 +32,21 @@ def change_in(layer: nn.Module) -> str:
     if any(type(m).__module__.startswith("torch.ao.nn.quantized.") for m in layer.modules()):
         return "products are quantized"
     return "something in it was replaced or hooked"
+
+
+def may_pack(encoder: Any, x: Tensor, keep: Tensor, by_ours: bool = True) -> bool:
+    """Return whether neither who calls, nor what is below ``encoder``, needs ``x`` padded.
+
+    Args:
+        encoder: with ``static_shapes``; else as in :func:`needs_batch`.
+        x: a batch, its tokens real where ``keep`` is.
+    """
+    return (
+        not captured()
+        and not wants_padding()
+        and can_pack(x, encoder.static_shapes, keep)
+        and not needs_batch(encoder, by_ours)
+    )
 
 
 def needs_batch(encoder: nn.Module, by_ours: bool = True, is_causal: bool | None = None) -> str:

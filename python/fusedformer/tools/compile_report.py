@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fusedformer._internal.arguments import check_any, pattern, positive
+from fusedformer.tools.arguments import check_any, pattern, positive
 
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC*MMA", "gfx942": "MFMA"}
 # Kernels without a product, in cases whose other kernels must use the tensor cores.

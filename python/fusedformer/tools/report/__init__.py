@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fusedformer._internal.arguments import json_file
+from fusedformer.tools.arguments import json_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedformer._internal.arguments import check_any, pattern, positive
+from fusedformer.tools.arguments import check_any, pattern, positive
 
 if TYPE_CHECKING:
     from fusedformer.tools.tune.search import Found
